@@ -1,0 +1,195 @@
+"""Settings: one typed tree, read from `torpor.toml` in the instance's root, then from TORPOR_* variables.
+
+`TORPOR_EDGE__WORKERS=4` sets `edge.workers`. Deadlines and bounds stand here with their reasons, nowhere else in gateway/.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+LOCAL_BASE = "public.ecr.aws/lambda/microvms:al2023-minimal"
+
+
+class ConfigError(Exception):
+    """A setting is wrong; the text names it and what it may be."""
+
+
+class Edge(BaseModel):
+    """The endpoint proxy."""
+
+    port: int = Field(0, ge=0, le=65535, description="0: 443, else 8443, else the next free port; kept for the instance")
+    workers: int = Field(0, ge=0, le=256, description="0: one per processor")
+    held_requests: int = Field(2048, ge=1, description="per session and worker; a request beyond is answered 429")
+    held_bytes: int = Field(16 << 20, ge=65536, description="of request bodies read while held, per session and worker")
+    hold_seconds: float = Field(30.0, gt=0, description="how long a request waits for its session; then 502")
+    connect_seconds: float = Field(3.0, gt=0, description="how long connects to an application are tried again; then 502")
+    head_bytes: int = Field(32 << 10, ge=1024, description="of a request's or response's head; beyond: 431 or 502")
+    head_fields: int = Field(200, ge=16, description="of a head's fields; beyond: 431 or 502")
+    head_seconds: float = Field(20.0, gt=0, description="to receive a whole head, from its first byte; then 408")
+    idle_seconds: float = Field(300.0, gt=0, description="an idle client connection is kept this long")
+    origin_idle_seconds: float = Field(20.0, gt=0, description="an idle connection to an application is kept this long")
+    drain_seconds: float = Field(30.0, ge=0, description="a worker that is replaced finishes what it has within this time")
+    server_timing: bool = Field(True, description="say in Server-Timing what a held request waited for")
+
+
+class Api(BaseModel):
+    """The control plane's listener, SigV4-checked."""
+
+    address: str = "127.0.0.1"
+    port: int = Field(4700, ge=0, le=65535)
+    metrics_port: int = Field(4701, ge=0, le=65535)
+    clock_skew_seconds: int = Field(900, ge=1, description="a signature older or newer is refused (SigV4: 15 minutes)")
+
+
+class ObjectStore(BaseModel):
+    """Where artifacts are read from."""
+
+    embedded: bool = Field(True, description="run moto's S3 server beside the service, for demos and tests")
+    port: int = Field(4702, ge=0, le=65535)
+    endpoint: str = Field("", description="another S3 endpoint; empty: the embedded one, or AWS itself")
+
+
+class Images(BaseModel):
+    """Image builds."""
+
+    base_names: list[str] = Field([LOCAL_BASE], description="names after FROM that mean the local base")
+    pull: bool = Field(False, description="pull other base images from their registries")
+    concurrent_builds: int = Field(2, ge=1)
+    archive_bytes: int = Field(512 << 20, ge=1024, description="of an artifact")
+    unpacked_bytes: int = Field(2 << 30, ge=1024, description="of an artifact's files in all")
+    unpacked_entries: int = Field(50_000, ge=1)
+    ratio: int = Field(200, ge=2, description="unpacked to packed; beyond is a bomb")
+    settle_seconds: float = Field(2.0, ge=0, description="an application without a ready hook gets this long before its snapshot")
+    start_seconds: float = Field(60.0, gt=0, description="to boot, and for an EXPOSEd port to listen when no ready hook is enabled")
+
+
+class Limits(BaseModel):
+    """What accounts and the host may be asked for."""
+
+    min_idle_seconds: int = Field(60, ge=1, description="smallest maxIdleDurationSeconds (the service's: 60)")
+    memory_mib: int = Field(0, ge=0, description="an account's sum of minimum sizes, RUNNING and SUSPENDED; 0: no limit")
+    reserve_mib: int = Field(1024, ge=0, description="of the host's memory, never given to microVMs")
+    growth_mib: int = Field(96, ge=1, description="private memory that a launched or resumed microVM is expected to need")
+    disk_reserve_mib: int = Field(1024, ge=0, description="free disk below which nothing is launched")
+
+
+class Suspend(BaseModel):
+    drain_seconds: float = Field(5.0, ge=0, description="SuspendMicrovm waits this long for answers under way")
+    gate_seconds: float = Field(0.25, gt=0, description="a worker silent for longer at a gate is disconnected")
+
+
+class Standbys(BaseModel):
+    per_image: int = Field(2, ge=0, le=64, description="hypervisors kept waiting for each image in use")
+    links: int = Field(4, ge=0, le=256, description="network namespaces kept ready")
+
+
+class Users(BaseModel):
+    """Numeric user ids without entries in passwd; one range for all."""
+
+    first: int = Field(640_000, ge=1000)
+
+    @property
+    def edge(self) -> int:
+        return self.first
+
+    @property
+    def control(self) -> int:
+        return self.first + 1
+
+    @property
+    def store(self) -> int:
+        return self.first + 2
+
+    @property
+    def builder(self) -> int:
+        return self.first + 65_536
+
+    @property
+    def machines(self) -> int:
+        return self.first + 2 * 65_536
+
+
+class Settings(BaseSettings):
+    """One instance."""
+
+    model_config = SettingsConfigDict(env_prefix="TORPOR_", env_nested_delimiter="__", extra="forbid")
+
+    root: Path = Path("/var/lib/torpor")
+    run: Path = Path("/run/torpor")
+    cache: Path = Path("/var/cache/torpor")
+    name: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]{0,30}$", description="prefixes namespaces, cgroups, sockets")
+    region: str = Field("us-east-1", pattern=r"^[a-z0-9-]+$")
+    domain: str = Field("localhost", pattern=r"^[a-z0-9.-]+$")
+    account: str = Field("123456789012", pattern=r"^\d{12}$")
+    accelerator: str = Field("auto", pattern="^(auto|kvm|tcg)$")
+    edge: Edge = Edge()
+    api: Api = Api()
+    object_store: ObjectStore = ObjectStore()
+    images: Images = Images()
+    limits: Limits = Limits()
+    suspend: Suspend = Suspend()
+    standbys: Standbys = Standbys()
+    users: Users = Users()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        root = Path(init_settings().get("root") or os.environ.get("TORPOR_ROOT") or cls.model_fields["root"].default)
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, root / "torpor.toml")
+
+    @property
+    def runtime(self) -> Path:
+        """Sockets, namespaces and hypervisors' directories of this instance."""
+        return self.run / self.name
+
+    @property
+    def images_dir(self) -> Path:
+        return self.root / "images"
+
+    @property
+    def sessions_dir(self) -> Path:
+        return self.root / "sessions"
+
+    @property
+    def control_dir(self) -> Path:
+        """Owned by control: the store, keys, logs, artifacts under way."""
+        return self.root / "control"
+
+    @property
+    def tls_dir(self) -> Path:
+        return self.root / "tls"
+
+    @property
+    def aws_dir(self) -> Path:
+        """The AWS configuration that points at this instance; a user's own files are never touched."""
+        return self.root / "aws"
+
+    @property
+    def control_socket(self) -> Path:
+        return self.runtime / "control.sock"
+
+    @property
+    def vmm_socket(self) -> Path:
+        return self.runtime / "vmm.sock"
+
+
+def load(**overrides: Any) -> Settings:
+    """Raises ConfigError with one line for each wrong setting."""
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise ConfigError("; ".join(lines)) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"torpor.toml: {error}") from error

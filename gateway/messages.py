@@ -1,0 +1,234 @@
+"""What Torpor's processes say to each other (gateway/rpc.py carries it). One struct per request, reply or notification."""
+
+from __future__ import annotations
+
+import msgspec
+
+# ---- control -> vmm ----
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """A machine's size, fixed when its image is made. `accelerator` is kvm or tcg: states do not pass between them.
+
+    `baseline_mib` is the size that was asked for; `memory_mib` and `vcpus` are the peak that the guest sees.
+    """
+
+    memory_mib: int
+    vcpus: int
+    disk_bytes: int
+    accelerator: str
+    baseline_mib: int
+
+
+class HostInfo(msgspec.Struct):
+    """What this host offers: `memory_cap_mib` and `vcpus_cap` bound a guest's peak."""
+
+    accelerator: str
+    accelerator_note: str
+    memory_cap_mib: int
+    vcpus_cap: int
+    architecture: str
+    controllers_missing: list[str]
+
+
+class Usage(msgspec.Struct):
+    """Room for admission, in bytes."""
+
+    memory_available: int
+    disk_free: int
+    expected_growth: int
+
+
+class BuildRequest(msgspec.Struct):
+    """Builds the container image and the disk of `image` from the unpacked context in `context`."""
+
+    build: str
+    image: str
+    context: str
+    disk_bytes: int
+    environment: dict[str, str]
+
+
+class BuildResult(msgspec.Struct):
+    """`status` 0 is success; `config` is the container image's configuration (OCI image-spec, config.md) as JSON."""
+
+    status: int
+    config: str
+    disk_full: bool
+    out_of_memory: bool
+
+
+class BootRequest(msgspec.Struct):
+    """Boots the machine of an image that is being made; it is called by `session` until it is sealed."""
+
+    session: str
+    image: str
+    shape: Shape
+
+
+class SealRequest(msgspec.Struct):
+    session: str
+    image: str
+
+
+class Sealed(msgspec.Struct):
+    memory_bytes: int
+    disk_bytes: int
+    code_bytes: int
+
+
+class ImageName(msgspec.Struct):
+    image: str
+
+
+class PrepareRequest(msgspec.Struct):
+    """Brings a session's state into a hypervisor, short of running: from its snapshot, or for a launch the image's."""
+
+    session: str
+    incarnation: int
+    image: str
+    from_snapshot: bool
+
+
+class StartRequest(msgspec.Struct):
+    """Runs what was prepared. `wake` is a frame for the agent; its first field takes the wall clock."""
+
+    session: str
+    incarnation: int
+    wake: bytes
+
+
+class SessionRef(msgspec.Struct):
+    session: str
+    incarnation: int
+
+
+class Suspended(msgspec.Struct):
+    """A durable snapshot: bytes of changed memory, device state, and of the overlay as it lies on the disk."""
+
+    memory_bytes: int
+    state_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+class SessionState(msgspec.Struct):
+    """One hypervisor that holds a session. `phase`: prepared, running, stopped."""
+
+    session: str
+    incarnation: int
+    phase: str
+    memory_bytes: int
+    cpu_seconds: float
+
+
+class HostState(msgspec.Struct):
+    """Everything vmm holds: live sessions, sessions with a usable snapshot, images, builds under way."""
+
+    sessions: list[SessionState]
+    snapshots: dict[str, int]
+    images: list[str]
+    builds: list[str]
+
+
+class Ended(msgspec.Struct):
+    """vmm -> control: a session's hypervisor ended by itself."""
+
+    session: str
+    incarnation: int
+    reason: str
+
+
+class BuildName(msgspec.Struct):
+    build: str
+
+
+# ---- edge -> vmm ----
+
+
+class SocketsRequest(msgspec.Struct):
+    """Asks for `count` unconnected TCP sockets inside the session's namespace."""
+
+    session: str
+    incarnation: int
+    count: int
+
+
+# ---- control <-> edge ----
+
+
+class Route(msgspec.Struct, frozen=True):
+    """Where an endpoint's requests go. `gate`: open, hold (resume or wait), refuse (502)."""
+
+    endpoint: str
+    session: str
+    incarnation: int
+    gate: str
+
+
+class Verifier(msgspec.Struct):
+    """A key set entry: the JWE key and the public half of the signing key; the edge never has the private half."""
+
+    kid: str
+    encryption_key: bytes
+    public_key: bytes
+
+
+class Hello(msgspec.Struct):
+    """edge -> control, first thing."""
+
+    worker: str
+
+
+class Table(msgspec.Struct):
+    """control -> edge: the whole table as of change `number`, and the keys."""
+
+    number: int
+    routes: list[Route]
+    keys: list[Verifier]
+
+
+class RouteChange(msgspec.Struct):
+    """control -> edge. A route without session is a removal. `wants_count`: answer with the session's activity."""
+
+    number: int
+    route: Route
+
+
+class GateRequest(msgspec.Struct):
+    """control -> edge: close the gate of a session before a suspend, and say what was counted until then."""
+
+    change: RouteChange
+
+
+class GateAnswer(msgspec.Struct):
+    """`count` grows with every activity; `waiting` requests still wait for the head of their final response."""
+
+    count: int
+    waiting: int
+
+
+class DrainRequest(msgspec.Struct):
+    """control -> edge: wait up to `seconds` until nothing of the session waits for a head, then cut all that is left.
+    With `cut` false only the waiting is done."""
+
+    session: str
+    incarnation: int
+    seconds: float
+
+
+class Activity(msgspec.Struct):
+    """edge -> control, in batches: session to (count, seconds since its last activity, waiting requests)."""
+
+    sessions: dict[str, tuple[int, float, int]]
+
+
+class LookupRequest(msgspec.Struct):
+    endpoint: str
+
+
+class ResumeRequest(msgspec.Struct):
+    """edge -> control: a request is held for this session, whose incarnation it last knew."""
+
+    session: str
+    incarnation: int

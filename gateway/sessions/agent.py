@@ -1,0 +1,148 @@
+"""The agent's channel: frames to and from a guest's init (vmm/guest/guest.h). What it says is a guest's word."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import struct
+from collections.abc import Callable, Iterable
+
+_HEADER = struct.Struct("<IBBHI")
+_MAGIC = 0x52505254
+_MAGIC_BYTES = struct.pack("<I", _MAGIC)
+_HELLO, _WAKE, _CONFIG, _START = 0x01, 0x02, 0x03, 0x04
+_IS_HELLO, _WOKEN, _OUTPUT, _EXIT = 0x81, 0x82, 0x83, 0x84
+_FRAME_MAX_IN = 4096
+_FRAME_MAX_OUT = 16384
+_BUDGET_BYTES = 65536  # read per session and loop turn, so that a chatty guest starves nobody
+_RESYNC = b"\0" * (_FRAME_MAX_IN + _HEADER.size)
+
+
+class AgentError(Exception):
+    """The agent did not answer in time, or its channel closed."""
+
+
+def frame(kind: int, payload: bytes = b"") -> bytes:
+    return _HEADER.pack(_MAGIC, kind, 0, 0, len(payload)) + payload
+
+
+def wake_frame(nonce: int) -> bytes:
+    """What a restored guest must do. vmm stamps the wall clock (the first field) just before the guest runs."""
+    return frame(_WAKE, struct.pack("<QQI", 0, nonce, 1) + os.urandom(64))
+
+
+def start_frames(entries: Iterable[tuple[str, str]]) -> list[bytes]:
+    """The application's configuration in pieces, then the order to start it."""
+    text = b"".join(f"{name}={value}".encode() + b"\0" for name, value in entries)
+    return [frame(_CONFIG, text[at : at + _FRAME_MAX_IN]) for at in range(0, len(text), _FRAME_MAX_IN)] + [frame(_START)]
+
+
+class Agent:
+    """One connection to a guest's agent, until `close` or the hypervisor's end."""
+
+    def __init__(self, descriptor: int, on_output: Callable[[int, bytes], None], on_exit: Callable[[int], None]) -> None:
+        os.set_blocking(descriptor, False)
+        self._descriptor = descriptor
+        self._loop = asyncio.get_running_loop()
+        self._on_output = on_output
+        self._on_exit = on_exit
+        self._buffer = bytearray()
+        self._synced = False
+        self._nonces: dict[int, asyncio.Future[bytes]] = {}
+        self._out = bytearray()
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_reader(descriptor, self._readable)
+
+    def expect(self, nonce: int) -> asyncio.Future[bytes]:
+        """The answer to a HELLO or WAKE that carries this nonce."""
+        future: asyncio.Future[bytes] = self._loop.create_future()
+        self._nonces[nonce] = future
+        return future
+
+    async def hello(self, seconds: float) -> tuple[int, int]:
+        """Synchronises with the agent; returns the application's state (0 none, 1 running, 2 exited) and exit code.
+
+        Raises AgentError when it does not answer in time.
+        """
+        nonce = secrets.randbits(63)
+        future = self.expect(nonce)
+        self.send(_RESYNC + frame(_HELLO, struct.pack("<Q", nonce)))
+        try:
+            async with asyncio.timeout(seconds):
+                payload = await future
+        except TimeoutError as error:
+            raise AgentError(f"the guest's agent did not answer in {seconds:g} s") from error
+        _, state, code = struct.unpack("<QIi", payload)
+        return state, code
+
+    def send(self, data: bytes) -> None:
+        self._out += data
+        self._writable()
+
+    def close(self) -> None:
+        if self.closed.done():
+            return
+        self._loop.remove_reader(self._descriptor)
+        self._loop.remove_writer(self._descriptor)
+        os.close(self._descriptor)
+        self.closed.set_result(None)
+        for future in self._nonces.values():
+            if not future.done():
+                future.set_exception(AgentError("the agent's channel closed"))
+                future.exception()
+
+    def _writable(self) -> None:
+        if self.closed.done():
+            return
+        try:
+            while self._out:
+                del self._out[: os.write(self._descriptor, self._out[:_BUDGET_BYTES])]
+        except BlockingIOError:
+            self._loop.add_writer(self._descriptor, self._writable)
+            return
+        except OSError:
+            self.close()
+            return
+        self._loop.remove_writer(self._descriptor)
+
+    def _readable(self) -> None:
+        try:
+            data = os.read(self._descriptor, _BUDGET_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        self._buffer += data
+        self._parse()
+
+    def _parse(self) -> None:
+        """Skips what is not a frame: the first bytes of a new channel may be the rest of an old one."""
+        at, end = 0, len(self._buffer)
+        while end - at >= _HEADER.size:
+            magic, kind, _, channel, length = _HEADER.unpack_from(self._buffer, at)
+            if magic != _MAGIC or length > _FRAME_MAX_OUT:
+                found = self._buffer.find(_MAGIC_BYTES, at + 1)
+                at = found if found >= 0 else max(at, end - 3)
+                if found < 0:
+                    break
+                continue
+            if end - at < _HEADER.size + length:
+                break
+            payload = bytes(self._buffer[at + _HEADER.size : at + _HEADER.size + length])
+            at += _HEADER.size + length
+            self._frame(kind, channel, payload)
+        del self._buffer[:at]
+
+    def _frame(self, kind: int, channel: int, payload: bytes) -> None:
+        if kind in (_IS_HELLO, _WOKEN) and len(payload) in (8, 16):
+            future = self._nonces.pop(struct.unpack_from("<Q", payload)[0], None)
+            if future is not None and not future.done():
+                future.set_result(payload)
+        elif kind == _OUTPUT:
+            self._on_output(channel, payload)
+        elif kind == _EXIT and len(payload) == 4:
+            self._on_exit(struct.unpack("<i", payload)[0])

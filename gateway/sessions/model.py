@@ -1,0 +1,125 @@
+"""What is stored about sessions and images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from gateway.messages import Shape
+
+from .states import State
+
+
+class IdlePolicy(msgspec.Struct):
+    """idlePolicy of RunMicrovm; seconds."""
+
+    max_idle: int
+    suspended: int
+    auto_resume: bool
+
+
+class Hooks(msgspec.Struct):
+    """Which lifecycle hooks an image version has, and how long each may take in seconds (service reference, 5)."""
+
+    port: int = 9000
+    enabled: dict[str, int] = {}
+
+    def timeout(self, name: str) -> int | None:
+        """Seconds, or None when the hook is off."""
+        return self.enabled.get(name)
+
+
+class Session(msgspec.Struct):
+    """One microVM. Times are seconds since the epoch."""
+
+    id: str
+    endpoint: str
+    image_arn: str
+    image_version: str
+    image: str
+    minimum_mib: int
+    started_at: float
+    max_duration: int
+    state: State = State.PENDING
+    incarnation: int = 0
+    execution_role: str | None = None
+    idle_policy: IdlePolicy | None = None
+    ingress: list[str] = []
+    egress: list[str] = []
+    hooks: Hooks = Hooks()
+    run_hook_payload: str | None = None
+    log_group: str | None = None
+    log_stream: str | None = None
+    terminated_at: float | None = None
+    reason: str | None = None
+    suspended_at: float | None = None
+    suspended_by: str = ""  # idle, api, stop
+    snapshot_bytes: int = 0
+    accelerator: str = "tcg"
+
+    @property
+    def expires_at(self) -> float:
+        return self.started_at + self.max_duration
+
+    @property
+    def resumes_on_request(self) -> bool:
+        return self.idle_policy is not None and self.idle_policy.auto_resume
+
+
+class Build(msgspec.Struct):
+    """One build of an image version. `reason` holds "CODE: text" of a failure (service reference, 4)."""
+
+    id: str
+    state: str = "PENDING"
+    created_at: float = 0.0
+    reason: str | None = None
+    phase: str = ""
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
+    code_bytes: int | None = None
+
+
+class Version(msgspec.Struct):
+    """One image version: the request that made it, and what came of it."""
+
+    image_arn: str
+    version: str
+    request: dict[str, Any]
+    created_at: float
+    updated_at: float
+    state: str = "PENDING"
+    status: str = "ACTIVE"
+    key: str = ""  # the directory under images/
+    build: Build | None = None
+    shape: Shape | None = None
+    config: dict[str, Any] = {}
+
+    @property
+    def is_runnable(self) -> bool:
+        return self.state == "SUCCESSFUL" and self.status == "ACTIVE"
+
+
+class Image(msgspec.Struct):
+    """A MicroVM image: its versions, oldest first."""
+
+    id: str
+    arn: str
+    name: str
+    created_at: float
+    updated_at: float
+    state: str = "CREATING"
+    reason: str | None = None
+    tags: dict[str, str] = {}
+    versions: list[Version] = []
+
+    def find(self, version: str) -> Version | None:
+        return next((v for v in self.versions if v.version == version), None)
+
+    @property
+    def latest_active(self) -> Version | None:
+        return next((v for v in reversed(self.versions) if v.is_runnable), None)
+
+    @property
+    def latest_failed(self) -> Version | None:
+        return next((v for v in reversed(self.versions) if v.state == "FAILED"), None)

@@ -1,0 +1,155 @@
+"""The store: SQLite, one writer, durable before anything is acted on.
+
+Everything is held in memory too; rows are what survives. What one turn of the loop changes is one transaction
+(WAL, synchronous=FULL): a commit is waited for once, however many callers wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import aiosqlite
+import msgspec
+
+from .model import Image, Session
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, state TEXT NOT NULL, body BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS images (arn TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, subject TEXT NOT NULL, event TEXT NOT NULL,
+    old TEXT NOT NULL, new TEXT NOT NULL, incarnation INTEGER NOT NULL, detail TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS events_subject ON events (subject, number);
+CREATE TABLE IF NOT EXISTS client_tokens (
+    token TEXT PRIMARY KEY, at REAL NOT NULL, parameters TEXT NOT NULL, reply TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+
+class StoreError(Exception):
+    """The store could not be written: nothing was changed, nothing may be acted on."""
+
+
+class EventRow(msgspec.Struct):
+    """One row of the append-only event table."""
+
+    at: float
+    subject: str
+    event: str
+    old: str
+    new: str
+    incarnation: int
+    detail: str
+
+
+class Store:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._pending: list[tuple[str, Sequence[Any]]] = []
+        self._waiters: list[asyncio.Future[None]] = []
+        self._writer: asyncio.Task[None] | None = None
+        self._db: aiosqlite.Connection | None = None
+        self.sessions: dict[str, Session] = {}
+        self.images: dict[str, Image] = {}
+        self.client_tokens: dict[str, tuple[str, str]] = {}
+
+    @property
+    def db(self) -> aiosqlite.Connection:
+        assert self._db is not None
+        return self._db
+
+    async def open(self) -> None:
+        self._db = await aiosqlite.connect(self._path, isolation_level=None)
+        await self.db.execute("PRAGMA journal_mode=WAL")
+        await self.db.execute("PRAGMA synchronous=FULL")
+        await self.db.executescript(_SCHEMA)
+        session, image = msgspec.msgpack.Decoder(Session), msgspec.msgpack.Decoder(Image)
+        for (body,) in await self.db.execute_fetchall("SELECT body FROM sessions"):
+            one = session.decode(body)
+            self.sessions[one.id] = one
+        for (body,) in await self.db.execute_fetchall("SELECT body FROM images"):
+            made = image.decode(body)
+            self.images[made.arn] = made
+        for token, parameters, reply in await self.db.execute_fetchall("SELECT token, parameters, reply FROM client_tokens"):
+            self.client_tokens[token] = (parameters, reply)
+
+    async def close(self) -> None:
+        if self._writer is not None:
+            await asyncio.gather(self._writer, return_exceptions=True)
+        await self.db.close()
+
+    def put_session(self, session: Session) -> None:
+        self.sessions[session.id] = session
+        self._add("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (session.id, session.state, msgspec.msgpack.encode(session)))
+
+    def drop_session(self, session: str) -> None:
+        self.sessions.pop(session, None)
+        self._add("DELETE FROM sessions WHERE id = ?", (session,))
+
+    def put_image(self, image: Image) -> None:
+        self.images[image.arn] = image
+        self._add("INSERT OR REPLACE INTO images VALUES (?, ?)", (image.arn, msgspec.msgpack.encode(image)))
+
+    def drop_image(self, arn: str) -> None:
+        self.images.pop(arn, None)
+        self._add("DELETE FROM images WHERE arn = ?", (arn,))
+
+    def put_client_token(self, token: str, parameters: str, reply: str) -> None:
+        self.client_tokens[token] = (parameters, reply)
+        self._add("INSERT OR REPLACE INTO client_tokens VALUES (?, ?, ?, ?)", (token, time.time(), parameters, reply))
+
+    def add_event(self, subject: str, event: str, old: str, new: str, incarnation: int = 0, detail: str = "") -> None:
+        self._add(
+            "INSERT INTO events (at, subject, event, old, new, incarnation, detail) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (time.time(), subject, event, old, new, incarnation, detail),
+        )
+
+    async def events(self, subject: str) -> list[EventRow]:
+        rows = await self.db.execute_fetchall(
+            "SELECT at, subject, event, old, new, incarnation, detail FROM events WHERE subject = ? ORDER BY number", (subject,)
+        )
+        return [EventRow(*row) for row in rows]
+
+    async def commit(self) -> None:
+        """Returns when everything put before is on the disk. Raises StoreError."""
+        if not self._pending and not self._waiters:
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(future)
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.get_running_loop().create_task(self._write())
+        await asyncio.shield(future)
+
+    def _add(self, statement: str, values: Sequence[Any]) -> None:
+        self._pending.append((statement, values))
+
+    async def _write(self) -> None:
+        while self._pending or self._waiters:
+            batch, self._pending = self._pending, []
+            waiters, self._waiters = self._waiters, []
+            try:
+                await self.db._execute(self._transaction, batch)
+            except sqlite3.Error as error:
+                # Kept, so that memory and disk agree again as soon as the disk can be written.
+                self._pending = batch + self._pending
+                for waiter in waiters:
+                    waiter.set_exception(StoreError(f"{self._path}: {error}"))
+                return
+            for waiter in waiters:
+                waiter.set_result(None)
+
+    def _transaction(self, batch: list[tuple[str, Sequence[Any]]]) -> None:
+        """One hop to the writer's thread for the whole batch."""
+        connection = self.db._conn
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for statement, values in batch:
+                connection.execute(statement, values)
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise

@@ -1,0 +1,41 @@
+# Runs inside the build's jail as root of its user namespace. $1 the local base's names (space separated), $2 the image's
+# tag, $3 the disk's bytes, $4 "pull" or "never", $5 the descriptor that takes the phases' names, one a line.
+set -eu
+names=$1 tag=$2 bytes=$3 pull=$4
+phase() { echo "$1" >&"$phases"; }
+phases=$5
+b() { buildah --root /store --runroot /runroot --storage-driver overlay "$@"; }
+
+phase BASE
+for name in $names; do
+    [ -n "$(b images -q "$name" 2>/dev/null || :)" ] && continue
+    echo "torpor: making the local base for $name"
+    container=$(b from scratch)
+    b add -q "$container" /base.tar / >/dev/null
+    b config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin $(cat /buildhost/environment) "$container"
+    b commit -q --rm "$container" "$name" >/dev/null
+done
+for name in $names; do
+    if grep -qiE "^[[:space:]]*FROM[^#]*$name" /ctx/Dockerfile; then
+        echo "torpor: $name is the local base (Debian, with a dnf that calls apt): no container registry is asked for it"
+    fi
+done
+
+phase CONTAINER
+never=--pull-never
+[ "$pull" = pull ] && never=--pull
+b bud $never --layers --isolation chroot --network host --volume /buildhost:/run/buildhost:ro,rbind --tag "$tag" /ctx 2>&1
+
+phase DISK
+b inspect --type image "$tag" > /out/config.json
+container=$(b from --pull-never "$tag")
+root=$(b mount "$container")
+[ -n "$root" ] && [ "$root" != / ] || exit 70
+rmdir "$root/run/buildhost" 2>/dev/null || :
+printf '127.0.0.1 localhost\n::1 localhost\n' > "$root/etc/hosts"
+du -sb -x "$root" | cut -f1 > /out/code_bytes
+truncate -s "$bytes" /out/disk.raw
+mkfs.ext4 -q -F -d "$root" -E lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0 /out/disk.raw
+b umount "$container" >/dev/null
+b rm "$container" >/dev/null
+phase DONE

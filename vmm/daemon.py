@@ -1,0 +1,355 @@
+"""The vmm daemon: the only process besides the supervisor that is root. It parses nothing from a guest or a network.
+
+Calls come from control and, for sockets, from edges (gateway/messages.py). All are idempotent by session and incarnation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from gateway import messages as m
+from gateway.config import Settings
+from gateway.rpc import Connection, Reply, Server, Service
+
+from . import disks, probe
+from .builds import Builder, BuildSettings
+from .cgroups import Cgroups
+from .driver import DiskFull, Machine, StateLost, VmmError
+from .network import Link, Network
+from .qemu.driver import Assets, QemuDriver
+from .standbys import Standbys
+
+log = structlog.get_logger()
+
+_DRAIN_SECONDS = 0.05
+_HOUSEKEEPING_SECONDS = 60
+_PREPARE_TRIES = 2
+
+
+@dataclass
+class _Held:
+    """A session whose hypervisor is here."""
+
+    machine: Machine
+    link: Link
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    expected: bool = False  # its end was asked for
+
+
+class Vmm:
+    def __init__(self, settings: Settings, info: m.HostInfo, cgroups: Cgroups) -> None:
+        self._settings = settings
+        self._info = info
+        self._cgroups = cgroups
+        runtime = settings.runtime
+        assets = Assets(settings.cache / "qemu-root", settings.cache / "kernel/vmlinuz", settings.cache / "initrd")
+        self.network = Network(runtime / "netns")
+        self.driver = QemuDriver(assets, runtime / "vms", cgroups, self.network, settings.users.machines)
+        self.standbys = Standbys(self.driver, settings.standbys.per_image)
+        self.builder = Builder(
+            settings.root / "builds", runtime / "build-netns", cgroups,
+            BuildSettings(settings.cache / "base.tar", tuple(settings.images.base_names), settings.images.pull, settings.users.builder),
+        )  # fmt: skip
+        self._sessions: dict[str, _Held] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._controls: set[Connection] = set()
+
+    async def start(self) -> None:
+        """Takes running microVMs over from an earlier daemon, then clears away what nobody needs."""
+        self._settings.images_dir.mkdir(parents=True, exist_ok=True)
+        self._settings.sessions_dir.mkdir(parents=True, exist_ok=True)
+        self._cgroups.start()
+        for record in self.driver.records():
+            machine = await self.driver.adopt(record)
+            if machine is None:
+                continue
+            if not record.session:
+                await machine.kill()
+                continue
+            self._hold(record.session, machine, Link(self._settings.runtime / "netns" / record.link))
+        self.network.start({held.link.path for held in self._sessions.values()}, self._settings.standbys.links)
+        self.builder.start()
+        for leftover in self._settings.images_dir.glob(".*"):
+            if leftover.name[1:] not in {held.machine.record.image for held in self._sessions.values()}:
+                shutil.rmtree(leftover, ignore_errors=True)
+        self._spawn(self._housekeeping())
+
+    async def close(self) -> None:
+        """Leaves the microVMs running; they are taken over at the next start."""
+        for task in list(self._tasks):
+            task.cancel()
+        await self.standbys.close()
+        await self.network.close()
+
+    def connected(self, connection: Connection) -> None:
+        if connection.uid == self._settings.users.control:
+            self._controls.add(connection)
+            connection.closed.add_done_callback(lambda _: self._controls.discard(connection))
+
+    # ---- host ----
+
+    async def rpc_host_info(self, connection: Connection, body: None) -> m.HostInfo:
+        return self._info
+
+    async def rpc_usage(self, connection: Connection, body: None) -> m.Usage:
+        running = [self._cgroups.memory_bytes(held.machine.record.vm) for held in self._sessions.values()]
+        expected = self._settings.limits.growth_mib << 20
+        return m.Usage(
+            memory_available=probe.memory_available_bytes(),
+            disk_free=disks.free_bytes(self._settings.root),
+            expected_growth=max(expected, sum(running) // len(running)) if running else expected,
+        )
+
+    async def rpc_state(self, connection: Connection, body: None) -> m.HostState:
+        snapshots: dict[str, int] = {}
+        for directory in self._settings.sessions_dir.iterdir():
+            for snapshot in directory.glob("snapshot-*"):
+                snapshots[directory.name] = int(snapshot.name.removeprefix("snapshot-"))
+        return m.HostState(
+            sessions=[self._state(name, held) for name, held in self._sessions.items()],
+            snapshots=snapshots,
+            images=[path.name for path in self._settings.images_dir.iterdir() if (path / "manifest.json").exists()],
+            builds=self.builder.names,
+        )
+
+    def _state(self, name: str, held: _Held) -> m.SessionState:
+        record = held.machine.record
+        return m.SessionState(
+            name, record.incarnation, record.phase,
+            self._cgroups.memory_bytes(record.vm), self._cgroups.cpu_seconds(record.vm),
+        )  # fmt: skip
+
+    # ---- images ----
+
+    async def rpc_build(self, connection: Connection, body: m.BuildRequest) -> Reply:
+        """Answers at once, with the log and the phases to read."""
+        return Reply(None, list(self.builder.begin(body, self._making(body.image))))
+
+    async def rpc_build_result(self, connection: Connection, body: m.BuildName) -> m.BuildResult:
+        return await self.builder.result(body.build)
+
+    async def rpc_build_cancel(self, connection: Connection, body: m.BuildName) -> None:
+        await self.builder.cancel(body.build)
+
+    async def rpc_boot(self, connection: Connection, body: m.BootRequest) -> Reply:
+        """Boots an image's machine; the descriptor is the agent's channel."""
+        image = self._making(body.image)
+        link = await self.network.take()
+        console = os.open(image / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            machine = await self.driver.boot(image, body.shape, link, console)
+        except BaseException:
+            await self.network.release(link)
+            raise
+        finally:
+            os.close(console)
+        machine.record.session = body.session
+        machine.save_record()
+        self._hold(body.session, machine, link)
+        return Reply(None, [await machine.agent()])
+
+    async def rpc_seal(self, connection: Connection, body: m.SealRequest) -> m.Sealed:
+        """Stores the booted machine as the image; it exists from the moment of one rename."""
+        held = self._held(body.session, 0)
+        making, target = self._making(body.image), self._settings.images_dir / body.image
+        held.expected = True
+        assert hasattr(held.machine, "image_memory")
+        manifest = await self.driver.seal(held.machine, making)  # type: ignore[arg-type]
+        await self._let_go(body.session, held)
+        making.rename(target)
+        disks.sync_directory(target.parent)
+        self.standbys.want(target)
+        code = int((target / "code_bytes").read_text(encoding="ascii"))
+        return m.Sealed(manifest.memory_bytes, disks.stored_bytes(target / "disk.raw"), code)
+
+    async def rpc_image_delete(self, connection: Connection, body: m.ImageName) -> None:
+        image = self._settings.images_dir / body.image
+        await self.standbys.drop(image)
+        await self.driver.forget_image(body.image)
+        for path in (image, self._making(body.image)):
+            await asyncio.to_thread(shutil.rmtree, path, True)
+
+    def _making(self, image: str) -> Path:
+        return self._settings.images_dir / f".{image}"
+
+    # ---- sessions ----
+
+    async def rpc_prepare(self, connection: Connection, body: m.PrepareRequest) -> None:
+        held = self._sessions.get(body.session)
+        if held is not None:
+            if held.machine.record.incarnation == body.incarnation:
+                return
+            raise VmmError(f"session {body.session} is held by incarnation {held.machine.record.incarnation}")
+        image = self._settings.images_dir / body.image
+        directory = self._settings.sessions_dir / body.session
+        overlay = directory / "overlay.qcow2"
+        if body.from_snapshot:
+            snapshot = next(directory.glob("snapshot-*"), None)
+            if snapshot is None or not overlay.exists():
+                raise StateLost(f"session {body.session} has no snapshot on this host")
+        else:
+            snapshot = image
+            directory.mkdir(exist_ok=True)
+            try:
+                disks.copy_overlay(image / "overlay.qcow2", overlay)
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise DiskFull(f"no room for session {body.session}: free some, or move --root") from error
+                raise StateLost(f"image {body.image} is not there: {error}") from error
+        await self._prepare(body, image, snapshot, overlay)
+
+    async def _prepare(self, body: m.PrepareRequest, image: Path, snapshot: Path, overlay: Path) -> None:
+        """A try that fails costs a standby; the files are untouched until the guest runs, so one more may follow."""
+        for attempt in range(1, _PREPARE_TRIES + 1):
+            link = await self.network.take()
+            machine: Machine | None = None
+            try:
+                machine = await self.standbys.take(image)
+                machine.record.session, machine.record.incarnation = body.session, body.incarnation
+                await machine.prepare(snapshot, overlay, link)
+                self._hold(body.session, machine, link)
+                return
+            except (VmmError, asyncio.CancelledError) as error:
+                if machine is not None:
+                    await machine.kill()
+                await self.network.release(link)
+                if attempt == _PREPARE_TRIES or isinstance(error, asyncio.CancelledError):
+                    raise
+                log.warning("prepare.retry", session=body.session, error=str(error))
+
+    async def rpc_start(self, connection: Connection, body: m.StartRequest) -> Reply:
+        """Lets a prepared session run. From here on its snapshot is void, so it is removed."""
+        held = self._held(body.session, body.incarnation)
+        async with held.lock:
+            if held.machine.record.phase == "running":
+                return Reply(None, [await held.machine.agent()])
+            channel = await held.machine.resume(body.wake)
+        self._spawn(self._forget_snapshots(body.session))
+        return Reply(None, [channel])
+
+    async def rpc_agent(self, connection: Connection, body: m.SessionRef) -> Reply:
+        held = self._held(body.session, body.incarnation)
+        return Reply(None, [await held.machine.agent()])
+
+    async def rpc_sockets(self, connection: Connection, body: m.SocketsRequest) -> Reply:
+        held = self._held(body.session, body.incarnation)
+        return Reply(None, [sock.detach() for sock in await self.network.sockets(held.link, max(1, min(body.count, 32)))])
+
+    async def rpc_suspend(self, connection: Connection, body: m.SessionRef) -> m.Suspended:
+        """Stops the guest and makes its snapshot durable; it stays stopped until kill or unpause."""
+        held = self._held(body.session, body.incarnation)
+        async with held.lock:
+            started = time.monotonic()
+            directory = self._settings.sessions_dir / body.session
+            target, work = directory / f"snapshot-{body.incarnation}", directory / "snapshot.new"
+            await self.network.drained(held.link, _DRAIN_SECONDS)
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            try:
+                stored = await held.machine.save(work)
+            except VmmError:
+                shutil.rmtree(work, ignore_errors=True)
+                with contextlib.suppress(Exception):
+                    await held.machine.unpause()
+                raise
+            overlay = directory / "overlay.qcow2"
+            with overlay.open("rb") as file:
+                os.fsync(file.fileno())
+            shutil.rmtree(target, ignore_errors=True)
+            work.rename(target)
+            disks.sync_directory(directory)
+            return m.Suspended(
+                stored, (target / "devices.state").stat().st_size, disks.stored_bytes(overlay), time.monotonic() - started
+            )
+
+    async def rpc_unpause(self, connection: Connection, body: m.SessionRef) -> None:
+        """Calls a suspend off: the guest runs on, its snapshot is void."""
+        held = self._held(body.session, body.incarnation)
+        async with held.lock:
+            await self._forget_snapshots(body.session)
+            await held.machine.unpause()
+
+    async def rpc_kill(self, connection: Connection, body: m.SessionRef) -> None:
+        held = self._sessions.get(body.session)
+        if held is not None and held.machine.record.incarnation == body.incarnation:
+            held.expected = True
+            await held.machine.kill()
+            await self._let_go(body.session, held)
+
+    async def rpc_forget(self, connection: Connection, body: m.SessionRef) -> None:
+        """Ends whatever is left of a session and removes its files."""
+        held = self._sessions.get(body.session)
+        if held is not None:
+            held.expected = True
+            await held.machine.kill()
+            await self._let_go(body.session, held)
+        await asyncio.to_thread(shutil.rmtree, self._settings.sessions_dir / body.session, True)
+
+    # ---- inside ----
+
+    def _held(self, session: str, incarnation: int) -> _Held:
+        held = self._sessions.get(session)
+        if held is None or held.machine.record.incarnation != incarnation:
+            raise StateLost(f"session {session} has no hypervisor of incarnation {incarnation}")
+        return held
+
+    def _hold(self, session: str, machine: Machine, link: Link) -> None:
+        held = _Held(machine, link)
+        self._sessions[session] = held
+        self._spawn(self._watch(session, held))
+
+    async def _watch(self, session: str, held: _Held) -> None:
+        await held.machine.wait()
+        if held.expected:
+            return
+        log.warning("hypervisor.ended", session=session, vm=held.machine.record.vm)
+        await self._let_go(session, held)
+        ended = m.Ended(session, held.machine.record.incarnation, "The hypervisor of the MicroVM stopped unexpectedly.")
+        for control in self._controls:
+            control.notify("ended", ended)
+
+    async def _let_go(self, session: str, held: _Held) -> None:
+        if self._sessions.get(session) is held:
+            del self._sessions[session]
+            await self.network.release(held.link)
+
+    async def _forget_snapshots(self, session: str) -> None:
+        for path in (self._settings.sessions_dir / session).glob("snapshot-*"):
+            await asyncio.to_thread(shutil.rmtree, path, True)
+
+    async def _housekeeping(self) -> None:
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_SECONDS)
+            await self.standbys.drop_unused()
+
+    def _spawn(self, work: object) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def serve(settings: Settings, ready: object) -> None:
+    """Runs until SIGTERM. `ready` is called once the socket answers."""
+    cgroups = Cgroups(settings.name, settings.root)
+    info = await asyncio.to_thread(probe.host_info, settings.accelerator, cgroups)
+    vmm = Vmm(settings, info, cgroups)
+    await vmm.start()
+    server = Server(settings.vmm_socket, Service(vmm), {0, settings.users.control, settings.users.edge})
+    server.on_connect = vmm.connected
+    log.info("vmm.ready", accelerator=info.accelerator, note=info.accelerator_note)
+    ready()  # type: ignore[operator]
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    await stop.wait()
+    server.close()
+    await vmm.close()

@@ -1,0 +1,58 @@
+"""Disks: an image's raw base, the layer that its boot wrote, and one overlay per session.
+
+    disk.raw (the container's files, ext4)  <-  boot.qcow2 (what booting wrote)  <-  overlay.qcow2 (one session)
+
+The first two are read-only for ever. The backing names inside the files are never followed: the hypervisor is given
+every file as a descriptor and told what lies under what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from pathlib import Path
+
+_DEADLINE_SECONDS = 20
+
+
+async def create_overlay(path: Path, size_bytes: int) -> None:
+    """An empty overlay (mode 0600). Raises OSError with qemu-img's words."""
+    process = await asyncio.create_subprocess_exec(
+        "qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", str(path), str(size_bytes),
+        stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(_DEADLINE_SECONDS):
+            _, errors = await process.communicate()
+    except BaseException:
+        process.kill()
+        raise
+    if process.returncode:
+        raise OSError(f"qemu-img create {path}: {errors.decode(errors='replace').strip()}")
+    path.chmod(0o600)
+
+
+def copy_overlay(template: Path, target: Path) -> None:
+    """A fresh overlay from an empty one: some 200 KB, quicker than starting qemu-img."""
+    shutil.copyfile(template, target)
+    target.chmod(0o600)
+
+
+def stored_bytes(path: Path) -> int:
+    """What a sparse file really takes on the disk."""
+    return os.stat(path).st_blocks * 512
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames inside a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def free_bytes(path: Path) -> int:
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize

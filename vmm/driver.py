@@ -1,0 +1,87 @@
+"""What every hypervisor driver can do, and the values that pass between it and the daemon.
+
+A *snapshot* is a directory: device state, memory diff, overlay (vmm/memory.py, vmm/disks.py). An *image* is a directory
+under `images/` with the full memory, the disks and the device state of the machine that all its clones start from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from gateway.messages import Shape
+
+from .network import Link
+
+__all__ = ["DiskFull", "Driver", "Machine", "Process", "Shape", "StateLost", "VmmError"]
+
+
+class VmmError(Exception):
+    """Something on the host failed; the text says what, where and what to do."""
+
+
+class DiskFull(VmmError):
+    """A file could not be written for want of room."""
+
+
+class StateLost(VmmError):
+    """A session's hypervisor ended, or its snapshot cannot be read."""
+
+
+class Process(msgspec.Struct):
+    """One hypervisor process, as recorded in its directory so that a restarted daemon finds it again."""
+
+    vm: str
+    pid: int
+    started: int
+    image: str
+    uid: int
+    session: str = ""
+    incarnation: int = 0
+    link: str = ""
+    phase: str = "standby"  # standby, prepared, running, stopped, ended
+
+
+class Machine(Protocol):
+    """A hypervisor process that holds, or is about to hold, one session."""
+
+    record: Process
+
+    async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
+        """Gives a standby the session's disk, network, changed pages and device state. It does not run yet."""
+
+    async def resume(self, wake: bytes) -> int:
+        """Writes the wake message, lets the guest run, returns a connected descriptor of the agent's channel."""
+
+    async def agent(self) -> int:
+        """The agent's channel of a running guest, for a control that restarted."""
+
+    async def save(self, directory: Path) -> int:
+        """Stops the guest; writes device state and changed pages into `directory`, synced. Returns the diff's bytes."""
+
+    async def unpause(self) -> None:
+        """Lets a guest that was stopped for a snapshot run on."""
+
+    async def kill(self) -> None:
+        """Ends the process and waits until it is gone."""
+
+    async def wait(self) -> None:
+        """Returns when the process has ended, however it did."""
+
+
+class Driver(Protocol):
+    """One hypervisor. Implementations: vmm.qemu, vmm.firecracker."""
+
+    async def standby(self, image: Path) -> Machine:
+        """A process that waits for a session of this image."""
+
+    async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> Machine:
+        """Boots an image's machine for the first time, from its disk."""
+
+    async def seal(self, machine: Machine, image: Path) -> None:
+        """Stops a booted machine and stores memory and device state as the image that clones start from."""
+
+    async def adopt(self, record: Process) -> Machine | None:
+        """Finds a process that another daemon started; None when it is gone."""

@@ -1,0 +1,195 @@
+/* Boot: modules, disk, network; then the loop that serves the channel, the application's output and its end. */
+#define _GNU_SOURCE
+#include "guest.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+void say(const char *format, ...)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_BOOTTIME, &now);
+    char line[512];
+    int used = snprintf(line, sizeof line, "init %ld.%03ld: ", (long)now.tv_sec, now.tv_nsec / 1000000);
+    va_list arguments;
+    va_start(arguments, format);
+    used += vsnprintf(line + used, sizeof line - (size_t)used - 2, format, arguments);
+    va_end(arguments);
+    if (used > (int)sizeof line - 2) used = sizeof line - 2;
+    line[used++] = '\n';
+    (void)!write(2, line, (size_t)used);
+}
+
+void must(int result, const char *what)
+{
+    if (result >= 0) return;
+    say("%s: %s", what, strerror(errno));
+    sync();
+    reboot(RB_POWER_OFF);
+    _exit(1);
+}
+
+void put(const char *path, const char *text)
+{
+    int file = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    if (file < 0) { say("%s: %s", path, strerror(errno)); return; }
+    (void)!write(file, text, strlen(text));
+    close(file);
+}
+
+static void load_modules(const char *list)
+{
+    FILE *file = fopen(list, "re");
+    char name[256];
+    while (file && fgets(name, sizeof name, file)) {
+        name[strcspn(name, "\n")] = 0;
+        int module = open(name, O_RDONLY | O_CLOEXEC);
+        if (module < 0) { say("%s: %s", name, strerror(errno)); continue; }
+        if (syscall(SYS_finit_module, module, "", 0) < 0 && errno != EEXIST) say("%s: %s", name, strerror(errno));
+        close(module);
+        unlink(name); /* the initramfs is memory, and memory is in every snapshot */
+    }
+    if (file) fclose(file);
+}
+
+static void make(const char *path, mode_t mode)
+{
+    if (mkdir(path, mode) == 0) chmod(path, mode);
+}
+
+/* The image's disk becomes the root; nothing of ours is on it. */
+static void enter_disk(void)
+{
+    for (int i = 0; i < 1000 && access("/dev/vda", F_OK); i++) usleep(5000);
+    must(mount("/dev/vda", "/root", "ext4", MS_NOATIME, ""), "mount /dev/vda");
+    make("/root/dev", 0755); make("/root/proc", 0755); make("/root/sys", 0755);
+    make("/root/tmp", 01777); make("/root/run", 0755); make("/root/etc", 0755);
+    must(mount("/dev", "/root/dev", NULL, MS_MOVE, NULL), "move /dev");
+    must(chdir("/root"), "chdir");
+    must(mount(".", "/", NULL, MS_MOVE, NULL), "move root");
+    must(chroot("."), "chroot");
+    must(chdir("/"), "chdir");
+    must(mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "proc");
+    must(mount("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "sysfs");
+    must(mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755"), "run");
+}
+
+static void name_host(void)
+{
+    (void)!sethostname("localhost", 9);
+    put("/etc/hosts", "127.0.0.1 localhost\n::1 localhost ip6-localhost\n");
+    put("/etc/resolv.conf", "nameserver 127.0.0.1\n");
+}
+
+static void handle(uint8_t type, const uint8_t *payload, uint32_t length)
+{
+    switch (type) {
+    case FRAME_HELLO: {
+        struct { uint64_t nonce; uint32_t state; int32_t code; } answer = {0, app_state, app_code};
+        if (length != 8) return;
+        memcpy(&answer.nonce, payload, 8);
+        port_send(FRAME_IS_HELLO, 0, &answer, sizeof answer);
+        return;
+    }
+    case FRAME_WAKE: {
+        struct wake wake;
+        if (length != sizeof wake) return;
+        memcpy(&wake, payload, sizeof wake);
+        wake_up(&wake);
+        port_send(FRAME_WOKEN, 0, &wake.nonce, 8);
+        return;
+    }
+    case FRAME_CONFIG:
+        app_configure(payload, length);
+        return;
+    case FRAME_START:
+        if (app_state == APP_NONE && app_start() < 0) app_exited(127 << 8);
+        return;
+    }
+}
+
+static void forward(int *from, uint16_t channel)
+{
+    uint8_t buffer[FRAME_MAX_OUT];
+    ssize_t got = read(*from, buffer, sizeof buffer);
+    if (got > 0) port_send(FRAME_OUTPUT, channel, buffer, (uint32_t)got);
+    else if (got == 0 || (errno != EAGAIN && errno != EINTR)) { close(*from); *from = -1; }
+}
+
+static void reap(void)
+{
+    int status;
+    pid_t done;
+    while ((done = waitpid(-1, &status, WNOHANG)) > 0) {
+        if (done != app_pid) continue;
+        /* What it wrote last comes before the news of its end. */
+        for (int i = 0; i < 64 && app_output >= 0; i++) forward(&app_output, 1);
+        for (int i = 0; i < 64 && app_errors >= 0; i++) forward(&app_errors, 2);
+        app_exited(status);
+    }
+}
+
+static void serve(int port, int signals)
+{
+    /* While no host end is connected poll() would answer POLLHUP at once, for ever: then the port is left out, and
+       SIGIO, which the driver sends when a host connects, is waited for instead. */
+    int hung_up = 0;
+    for (;;) {
+        struct pollfd fds[4] = {
+            {signals, POLLIN, 0},
+            {hung_up ? -1 : port, (short)(POLLIN | (port_wants_write() ? POLLOUT : 0)), 0},
+            {app_output, POLLIN, 0},
+            {app_errors, POLLIN, 0},
+        };
+        if (poll(fds, 4, -1) < 0) continue;
+        if (fds[0].revents) {
+            struct signalfd_siginfo info[8];
+            (void)!read(signals, info, sizeof info);
+            hung_up = 0;
+            reap();
+        }
+        if (fds[1].revents & POLLIN) port_read(handle);
+        if (fds[1].revents & POLLHUP) hung_up = 1;
+        if (fds[2].revents) forward(&app_output, 1);
+        if (fds[3].revents) forward(&app_errors, 2);
+        port_flush();
+    }
+}
+
+int main(void)
+{
+    make("/proc", 0755); make("/sys", 0755); make("/dev", 0755); make("/root", 0755);
+    must(mount("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=755"), "devtmpfs");
+    int console = open("/dev/console", O_RDWR);
+    if (console >= 0) { dup2(console, 0); dup2(console, 1); dup2(console, 2); if (console > 2) close(console); }
+    load_modules("/modules.list");
+    enter_disk();
+    name_host();
+    network_up();
+    gate_open();
+
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGCHLD);
+    sigaddset(&set, SIGIO);
+    sigprocmask(SIG_BLOCK, &set, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    int signals = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC), port;
+    must(signals, "signalfd");
+    while ((port = port_open()) < 0) usleep(5000);
+    say("ready");
+    serve(port, signals);
+}

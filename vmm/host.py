@@ -1,0 +1,182 @@
+"""System calls that Python 3.11 does not wrap: namespaces, mounts, pidfds, pagemap scans."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import struct
+from collections.abc import Sequence
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWNET = 0x40000000
+MS_BIND = 4096
+MS_PRIVATE = 1 << 18
+MS_REC = 16384
+MNT_DETACH = 2
+_SYS_PIDFD_GETFD = 438
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def setns(descriptor: int, kind: int) -> None:
+    """Moves the calling thread into a namespace (setns(2))."""
+    _check(_libc.setns(descriptor, kind), "setns")
+
+
+def unshare(flags: int) -> None:
+    """Gives the calling thread namespaces of its own (unshare(2))."""
+    _check(_libc.unshare(flags), "unshare")
+
+
+def mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    encoded = [None if part is None else part.encode() for part in (source, target, kind, data)]
+    _check(
+        _libc.mount(encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3]), f"mount {target}"
+    )
+
+
+def umount(target: str) -> None:
+    _check(_libc.umount2(target.encode(), MNT_DETACH), f"umount {target}")
+
+
+def pidfd_getfd(pid: int, number: int) -> int:
+    """A duplicate of descriptor `number` of process `pid` (pidfd_getfd(2))."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        return _check(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0), "pidfd_getfd")
+    finally:
+        os.close(pidfd)
+
+
+def become_subreaper() -> None:
+    """Orphans below this process are given to it, so that they can be waited for (prctl(2))."""
+    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
+
+
+def start_time(pid: int) -> int | None:
+    """The process's start in clock ticks since boot: with the pid, it names one process for ever. None if gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+# ---- pages that a process changed in a private file mapping (PAGEMAP_SCAN, Linux 6.7) ----
+
+_PAGEMAP_SCAN = 0xC0606610
+_PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 4, 8, 16
+_REGIONS = 1 << 14
+PAGE = 4096
+
+
+class _ScanArgument(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "size flags start end walk_end vec vec_len max_pages "
+            "category_inverted category_mask category_anyof_mask return_mask"
+        ).split()
+    ]
+
+
+def private_pages(pid: int, start: int, end: int) -> list[tuple[int, int]]:
+    """Runs (first page, page after the last) of [start, end) that are the process's own, not the file's.
+
+    Source: Documentation/admin-guide/mm/pagemap.rst. `walk_end` may be stale when the walk is complete (6.18), so fewer
+    regions than fit mean the end. Kernels without PAGEMAP_SCAN are read through pagemap.
+    """
+    descriptor = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
+    try:
+        vector = (ctypes.c_uint64 * (3 * _REGIONS))()
+        runs: list[tuple[int, int]] = []
+        current = start
+        while current < end:
+            argument = _ScanArgument(
+                96, 0, current, end, 0, ctypes.addressof(vector), _REGIONS, 0,
+                _PAGE_IS_FILE, _PAGE_IS_FILE, _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED, _PAGE_IS_FILE,
+            )  # fmt: skip
+            count = _libc.ioctl(descriptor, ctypes.c_ulong(_PAGEMAP_SCAN), ctypes.byref(argument))
+            if count < 0:
+                return _private_pages_by_pagemap(descriptor, start, end)
+            for i in range(0, 3 * count, 3):
+                first, last = (vector[i] - start) // PAGE, (vector[i + 1] - start) // PAGE
+                if runs and runs[-1][1] == first:
+                    runs[-1] = (runs[-1][0], last)
+                else:
+                    runs.append((first, last))
+            if count < _REGIONS:
+                break
+            current = max(argument.walk_end, vector[3 * count - 2])
+        return runs
+    finally:
+        os.close(descriptor)
+
+
+def _private_pages_by_pagemap(descriptor: int, start: int, end: int) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    page, chunk = 0, 1 << 16
+    total = (end - start) // PAGE
+    while page < total:
+        data = os.pread(descriptor, min(chunk, total - page) * 8, (start // PAGE + page) * 8)
+        for (entry,) in struct.iter_unpack("<Q", data):
+            if entry >> 62 and not entry >> 61 & 1:
+                if runs and runs[-1][1] == page:
+                    runs[-1] = (runs[-1][0], page + 1)
+                else:
+                    runs.append((page, page + 1))
+            page += 1
+    return runs
+
+
+class _IoVec(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+
+
+_libc.process_vm_writev.restype = ctypes.c_ssize_t
+_IOV_MAX = 1024
+
+
+def write_memory(pid: int, source: int, ranges: Sequence[tuple[int, int]]) -> None:
+    """Copies bytes that lie one after another at address `source` of this process to (address, length) ranges of another."""
+    for at in range(0, len(ranges), _IOV_MAX):
+        part = ranges[at : at + _IOV_MAX]
+        total = sum(length for _, length in part)
+        remote = (_IoVec * len(part))(*part)
+        local = (_IoVec * 1)((source, total))
+        done = _check(
+            _libc.process_vm_writev(
+                pid, local, ctypes.c_ulong(1), remote, ctypes.c_ulong(len(part)), ctypes.c_ulong(0)
+            ),
+            "process_vm_writev",
+        )
+        if done != total:
+            raise OSError(f"process_vm_writev: {done} of {total} bytes")
+        source += total
+
+
+TUNSETIFF = 0x400454CA
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+
+
+def open_tap(name: str) -> int:
+    """Opens an existing persistent tap of the calling thread's network namespace."""
+    descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(
+            descriptor, TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR)
+        )
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

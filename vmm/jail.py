@@ -1,0 +1,74 @@
+"""The jail of a hypervisor: its own user, no capabilities, no new privileges, namespaces of its own, a read-only root.
+
+The root holds QEMU, its libraries and firmware and nothing else; it is made once per host by `make_root`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+_PROGRAMS = ("/usr/bin/qemu-system-x86_64", "/usr/bin/setpriv", "/usr/bin/umount")
+_DATA = (
+    "/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so",
+    "/usr/share/seabios/bios-256k.bin",
+    "/usr/share/qemu/kvmvapic.bin",
+    "/usr/share/qemu/linuxboot_dma.bin",
+)
+
+# $1 the root; then files of cgroups up to "--"; then the command. The root directory's bind is private to this process.
+_ENTER = """\
+set -e
+root=$1; shift
+while [ "$1" != -- ]; do echo $$ > "$1"; shift; done; shift
+mount --make-rprivate /
+mount --bind "$root" "$root"
+mount -o remount,bind,ro,nosuid,nodev "$root"
+mount --bind /dev/null "$root/dev/null"
+if [ -n "$TORPOR_KVM" ]; then mount --bind /dev/kvm "$root/dev/kvm"; fi
+unset TORPOR_KVM
+mount -t proc -o nosuid,nodev,noexec,hidepid=2,subset=pid proc "$root/proc"
+cd "$root"
+pivot_root . .
+/usr/bin/umount -l .
+exec "$@"
+"""
+
+
+def make_root(target: Path) -> None:
+    """Copies what QEMU needs to `target`, renamed into place when complete."""
+    if (target / "complete").exists():
+        return
+    work = target.with_name(target.name + ".new")
+    shutil.rmtree(work, ignore_errors=True)
+    files = {path for path in (*_PROGRAMS, *_DATA) if os.path.exists(path)}
+    for program in _PROGRAMS:
+        listing = subprocess.run(["ldd", program], check=True, capture_output=True, text=True, timeout=20).stdout
+        files.update(word for line in listing.splitlines() for word in line.split() if word.startswith("/"))
+    for directory in ("proc", "dev", "usr/lib", "usr/bin"):
+        (work / directory).mkdir(parents=True, exist_ok=True)
+    for link in ("lib", "lib64", "bin", "sbin"):
+        if os.path.islink(f"/{link}"):
+            (work / link).symlink_to(os.readlink(f"/{link}"))
+    for file in sorted(files):
+        copy = work / os.path.realpath(os.path.dirname(file)).lstrip("/") / os.path.basename(file)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    (work / "dev/null").touch()
+    (work / "dev/kvm").touch()
+    (work / "complete").touch()
+    shutil.rmtree(target, ignore_errors=True)
+    work.rename(target)
+
+
+def command(root: Path, cgroup_files: Sequence[Path], uid: int, inner: Sequence[str]) -> list[str]:
+    """The prefix that jails `inner` as user `uid`. Its life is tied to the `unshare` parent, not to whoever starts it."""
+    return [
+        "unshare", "-m", "-n", "-p", "-i", "-u", "--fork", "--kill-child",
+        "/bin/sh", "-c", _ENTER, "sh", str(root), *map(str, cgroup_files), "--",
+        "/usr/bin/setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--inh-caps=-all",
+        "--bounding-set=-all", "--no-new-privs", "--pdeathsig=KILL", *inner,
+    ]  # fmt: skip

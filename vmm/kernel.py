@@ -1,0 +1,102 @@
+"""The guest's kernel and initramfs: Debian's cloud kernel, fetched by apt, and an archive with init and its modules."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+# In the order in which they load; dependencies are resolved by modprobe.
+MODULES = (
+    "virtio_pci virtio_net virtio_blk virtio_console "
+    "crc32c-intel libcrc32c nfnetlink nf_tables nf_conntrack nf_nat nft_chain_nat nft_nat nft_ct tcp_diag"
+).split()
+_PACKAGE_DEADLINE_SECONDS = 300
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+
+
+class AssetError(Exception):
+    """Something that is made once per host could not be made; the text says what to do."""
+
+
+def _run(*command: str, cwd: Path | None = None, deadline: float = 120) -> str:
+    try:
+        done = subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=deadline)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired, OSError) as error:
+        words = getattr(error, "stderr", None) or str(error)
+        raise AssetError(f"{' '.join(command[:4])}: {str(words).strip()[-400:]}") from error
+    return done.stdout
+
+
+def kernel_package() -> str:
+    """The concrete kernel package behind Debian's meta-package for virtual machines."""
+    meta = f"linux-image-cloud-{_ARCHITECTURES[os.uname().machine]}"
+    lines = _run("apt-cache", "depends", meta).splitlines()
+    names = [line.split("Depends:")[1].strip() for line in lines if "Depends: linux-image" in line]
+    if not names:
+        raise AssetError(f"apt knows no {meta}: run apt-get update")
+    return names[0]
+
+
+def fetch_kernel(target: Path) -> None:
+    """Unpacks the kernel package into `target` (vmlinuz, modules, release)."""
+    if (target / "complete").exists():
+        return
+    work = target.with_name(target.name + ".new")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    _run("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", kernel_package(), cwd=work, deadline=_PACKAGE_DEADLINE_SECONDS)
+    package = next(work.glob("*.deb"))
+    _run("dpkg-deb", "-x", str(package), str(work))
+    package.unlink()
+    kernel = next((work / "boot").glob("vmlinuz-*"))
+    release = kernel.name.removeprefix("vmlinuz-")
+    kernel.rename(work / "vmlinuz")
+    (work / "release").write_text(release, encoding="ascii")
+    _run("depmod", "-b", str(work), release)
+    (work / "complete").touch()
+    shutil.rmtree(target, ignore_errors=True)
+    work.rename(target)
+
+
+def module_files(kernel: Path) -> list[Path]:
+    """The modules to load, dependencies first."""
+    release = (kernel / "release").read_text(encoding="ascii")
+    files: list[Path] = []
+    for module in MODULES:
+        listing = _run("modprobe", "-d", str(kernel), "-S", release, "--show-depends", module)
+        for line in listing.splitlines():
+            words = line.split()
+            if words[:1] == ["insmod"] and Path(words[1]) not in files:
+                files.append(Path(words[1]))
+    return files
+
+
+def _cpio(entries: list[tuple[str, int, bytes]]) -> bytes:
+    """A newc archive (kernel: Documentation/driver-api/early-userspace/buffer-format.rst)."""
+    out = bytearray()
+    for number, (name, mode, data) in enumerate([*entries, ("TRAILER!!!", 0, b"")], 1):
+        fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
+        out += b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
+        out += b"\0" * (-len(out) % 4) + data
+        out += b"\0" * (-len(out) % 4)
+    return bytes(out)
+
+
+def make_initrd(kernel: Path, init: Path, target: Path) -> None:
+    """Writes the initramfs: /init, the modules, and the list that /init reads."""
+    files = module_files(kernel)
+    entries: list[tuple[str, int, bytes]] = [("dev", 0o040755, b""), ("init", 0o100755, init.read_bytes()), ("m", 0o040755, b"")]
+    entries += [(f"m/{file.name}", 0o100644, file.read_bytes()) for file in files]
+    entries.append(("modules.list", 0o100644, "".join(f"/m/{file.name}\n" for file in files).encode()))
+    temporary = target.with_name(target.name + ".new")
+    temporary.write_bytes(gzip.compress(_cpio(entries), 1))
+    temporary.rename(target)
+
+
+def make_init(target: Path) -> Path:
+    """Compiles the guest's init into `target`; make(1) decides whether there is anything to do."""
+    _run("make", "-s", "-C", str(Path(__file__).parent / "guest"), f"OUT={target}")
+    return target / "init"

@@ -1,0 +1,200 @@
+"""Guest memory: the image's, shared by its clones as one sealed memfd, and what a clone changed, as a sparse diff.
+
+A diff is two files: `memory.runs` (pairs of 64-bit page numbers: first, after the last) and `memory.pages` (those pages,
+one run after another). Pages of zeros are not stored in an image's file: they stay holes.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import ctypes
+import fcntl
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import host
+
+PAGE = host.PAGE
+_CHUNK = 4 << 20
+_F_ADD_SEALS, _SEALS = 1033, 1 | 2 | 4 | 8  # F_SEAL_SEAL, SHRINK, GROW, WRITE
+_FILL_DEADLINE_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """Where the guest's memory lies in a hypervisor's address space."""
+
+    pid: int
+    start: int
+    end: int
+
+
+def memfd_name(image: str) -> str:
+    return f"torpor-{image}"
+
+
+def find_mapping(pid: int, image: str) -> Mapping:
+    """Raises LookupError when the process has no such mapping."""
+    marker = f"/memfd:{memfd_name(image)}"
+    found = []
+    with open(f"/proc/{pid}/maps", encoding="utf-8") as maps:
+        for line in maps:
+            if marker in line:
+                start, end = line.split(" ", 1)[0].split("-")
+                found.append((int(start, 16), int(end, 16)))
+    if not found:
+        raise LookupError(f"process {pid} maps no memory of image {image}")
+    return Mapping(pid, found[0][0], found[-1][1])
+
+
+def new_memory(image: str, size_bytes: int) -> int:
+    """An empty memfd for a guest that boots: shared, so that what the guest writes is in it."""
+    descriptor = os.memfd_create(memfd_name(image), os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, size_bytes)
+    return descriptor
+
+
+def store_memory(descriptor: int, target: Path) -> int:
+    """Writes a guest's memory to a sparse file, without its zero pages; returns the bytes stored."""
+    size = os.fstat(descriptor).st_size
+    zeros, stored = bytes(PAGE), 0
+    with target.open("wb") as file, mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
+        os.ftruncate(file.fileno(), size)
+        for at, end in data_segments(descriptor):
+            while at < end:
+                run = at
+                while at < end and at - run < _CHUNK and memory[at : at + PAGE] != zeros:
+                    at += PAGE
+                if at > run:
+                    os.pwrite(file.fileno(), memory[run:at], run)
+                    stored += at - run
+                else:
+                    at += PAGE
+        os.fsync(file.fileno())
+    return stored
+
+
+def data_segments(descriptor: int) -> Iterator[tuple[int, int]]:
+    """The parts of a sparse file that hold data: (start, end) in bytes."""
+    end = 0
+    while True:
+        try:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError:
+            return
+        end = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield start, end
+
+
+def fill(source: Path, descriptor: int) -> None:
+    """Copies the data of a sparse file into a memfd, in order, holes kept, then seals it."""
+    with source.open("rb") as file:
+        for start, end in data_segments(file.fileno()):
+            os.lseek(descriptor, start, os.SEEK_SET)
+            while start < end:
+                start += os.sendfile(descriptor, file.fileno(), start, min(end - start, _CHUNK))
+    fcntl.fcntl(descriptor, _F_ADD_SEALS, _SEALS)
+
+
+async def load_image_memory(image: str, source: Path, disk: list[Path], cgroup_files: list[Path]) -> int:
+    """The image's memory as a sealed memfd. A helper process fills it, in the image's cgroup: pages are charged to
+    whoever touches them first, and clones must not pay for what they share."""
+    descriptor = new_memory(image, source.stat().st_size)
+    helper = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "vmm.memory", str(source), str(descriptor), *map(str, disk), "--", *map(str, cgroup_files),
+        pass_fds=[descriptor], stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(_FILL_DEADLINE_SECONDS):
+            _, errors = await helper.communicate()
+    except BaseException:
+        helper.kill()
+        os.close(descriptor)
+        raise
+    if helper.returncode:
+        os.close(descriptor)
+        raise OSError(f"memory of image {image} from {source}: {errors.decode(errors='replace').strip()[-300:]}")
+    return descriptor
+
+
+def adopt_image_memory(image: str, pids: list[int]) -> int | None:
+    """The image's memfd, taken from a process that has it open (a clone outlives this daemon)."""
+    marker = f"/memfd:{memfd_name(image)}"
+    for pid in pids:
+        try:
+            for entry in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{entry}").startswith(marker):
+                    return os.open(f"/proc/{pid}/fd/{entry}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            continue
+    return None
+
+
+def save_diff(mapping: Mapping, directory: Path) -> int:
+    """Stores the pages that are the process's own; the process must be stopped. Returns their bytes. Syncs."""
+    runs = host.private_pages(mapping.pid, mapping.start, mapping.end)
+    source = os.open(f"/proc/{mapping.pid}/mem", os.O_RDONLY)
+    total = 0
+    try:
+        with (directory / "memory.pages").open("wb", buffering=0) as pages:
+            for first, after in runs:
+                at, end = mapping.start + first * PAGE, mapping.start + after * PAGE
+                while at < end:
+                    data = os.pread(source, min(end - at, _CHUNK), at)
+                    written = 0
+                    while written < len(data):
+                        written += pages.write(data[written:])
+                    at += len(data)
+                    total += len(data)
+            os.fsync(pages.fileno())
+    finally:
+        os.close(source)
+    with (directory / "memory.runs").open("wb") as index:
+        index.write(struct.pack(f"<{2 * len(runs)}Q", *(number for run in runs for number in run)))
+        index.flush()
+        os.fsync(index.fileno())
+    return total
+
+
+def load_diff(mapping: Mapping, directory: Path) -> None:
+    """Puts stored pages into a hypervisor that has not run yet. Raises ValueError when the two files do not fit."""
+    numbers = array.array("Q", (directory / "memory.runs").read_bytes())
+    runs = list(zip(numbers[::2], numbers[1::2], strict=True))
+    length = sum(after - first for first, after in runs) * PAGE
+    with (directory / "memory.pages").open("rb") as pages:
+        if os.fstat(pages.fileno()).st_size != length:
+            raise ValueError(f"{directory}: memory.pages has not the {length} bytes that memory.runs names")
+        if not length:
+            return
+        with mmap.mmap(pages.fileno(), length, mmap.MAP_PRIVATE | mmap.MAP_POPULATE, mmap.PROT_READ | mmap.PROT_WRITE) as data:
+            view = ctypes.c_char.from_buffer(data)
+            try:
+                host.write_memory(
+                    mapping.pid,
+                    ctypes.addressof(view),
+                    [(mapping.start + first * PAGE, (after - first) * PAGE) for first, after in runs],
+                )
+            finally:
+                del view
+
+
+def _main() -> None:
+    source, descriptor, *rest = sys.argv[1:]
+    split = rest.index("--")
+    for file in rest[split + 1 :]:
+        Path(file).write_text(str(os.getpid()), encoding="ascii")
+    fill(Path(source), int(descriptor))
+    for disk in rest[:split]:
+        with open(disk, "rb") as file:
+            for start, end in data_segments(file.fileno()):
+                os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,192 @@
+"""One network namespace and one persistent tap per session: made ahead, used by one session, never by another.
+
+All guests look alike (same address, same MAC), so nothing of a link may pass from one tenant to the next. The host's side
+has the same fixed MAC everywhere, because the guest's ARP cache is part of its snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from . import host
+
+HOST_ADDRESS = "169.254.77.1"
+GUEST_ADDRESS = "169.254.77.2"
+HOST_MAC = "02:fc:00:00:00:01"
+GUEST_MAC = "02:fc:00:00:00:02"
+TAP = "tap0"
+
+_SETUP = f"""\
+link set lo up
+tuntap add dev {TAP} mode tap vnet_hdr
+link set {TAP} address {HOST_MAC}
+link set {TAP} addrgenmode none
+addr add {HOST_ADDRESS}/30 dev {TAP}
+link set {TAP} up
+neigh replace {GUEST_ADDRESS} lladdr {GUEST_MAC} dev {TAP} nud permanent
+"""
+_DEADLINE_SECONDS = 20
+T = TypeVar("T")
+
+
+def run_batch(commands: str) -> None:
+    """Runs ip(8) commands in the calling thread's namespace. Raises OSError with its words."""
+    done = subprocess.run(["ip", "-batch", "-"], input=commands.encode(), capture_output=True, timeout=_DEADLINE_SECONDS)
+    if done.returncode:
+        raise OSError(f"ip: {done.stderr.decode(errors='replace').strip()}")
+
+
+def make_namespace(path: Path, setup: Callable[[], None]) -> None:
+    """A network namespace pinned at `path`, with `setup` run inside it; nothing is left when that fails."""
+    path.touch(mode=0o600)
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            host.unshare(host.CLONE_NEWNET)
+            host.mount("/proc/thread-self/ns/net", str(path), None, host.MS_BIND)
+            setup()
+        except BaseException as error:
+            failure.append(error)
+
+    # A thread that ends with its namespace: a pool's thread would have to find its way back.
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
+    if failure:
+        destroy_namespace(path)
+        raise failure[0]
+
+
+def destroy_namespace(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        host.umount(str(path))
+    path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A session's network: the namespace, pinned by a bind mount at `path`, with the tap in it."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+class Network:
+    """Makes, opens and destroys links under `directory`; namespace work happens on one thread of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._thread = ThreadPoolExecutor(1, "netns")
+        self._ready: deque[Link] = deque()
+        self._wanted = 0
+        self._filling: asyncio.Task[None] | None = None
+        self._count = 0
+
+    def start(self, keep: set[Path], wanted: int) -> None:
+        """Destroys links that no session in `keep` uses, then keeps `wanted` of them ready."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in self._directory.iterdir():
+            if path not in keep:
+                destroy_namespace(path)
+            with contextlib.suppress(ValueError):
+                self._count = max(self._count, int(path.name))
+        self._wanted = wanted
+        self._refill()
+
+    async def take(self) -> Link:
+        link = self._ready.popleft() if self._ready else await self._call(self._create)
+        self._refill()
+        return link
+
+    async def release(self, link: Link) -> None:
+        """Destroys the link; its tap goes with the last descriptor of the namespace."""
+        await self._call(lambda: destroy_namespace(link.path))
+
+    async def close(self) -> None:
+        if self._filling:
+            self._wanted = 0
+            await self._filling
+        while self._ready:
+            await self.release(self._ready.popleft())
+        self._thread.shutdown()
+
+    async def tap(self, link: Link) -> int:
+        return await self._call(lambda: self._inside(link, lambda: host.open_tap(TAP)))
+
+    async def sockets(self, link: Link, count: int) -> list[socket.socket]:
+        """Unconnected TCP sockets that live in the session's namespace: whoever holds one can reach that guest only."""
+
+        def make() -> list[socket.socket]:
+            made = []
+            for _ in range(count):
+                one = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                made.append(one)
+            return made
+
+        return await self._call(lambda: self._inside(link, make))
+
+    async def drained(self, link: Link, seconds: float) -> bool:
+        """Whether, within `seconds`, the guest acknowledged everything that the host's sockets had sent and closed."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while not await self._call(lambda: self._inside(link, _nothing_unacknowledged)):
+            if asyncio.get_running_loop().time() > deadline:
+                return False
+            await asyncio.sleep(0.002)
+        return True
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _refill(self) -> None:
+        if len(self._ready) < self._wanted and (self._filling is None or self._filling.done()):
+            self._filling = asyncio.get_running_loop().create_task(self._fill())
+
+    async def _fill(self) -> None:
+        while len(self._ready) < self._wanted:
+            self._ready.append(await self._call(self._create))
+
+    def _create(self) -> Link:
+        self._count += 1
+        path = self._directory / f"{self._count:06d}"
+        make_namespace(path, lambda: run_batch(_SETUP))
+        return Link(path)
+
+    def _inside(self, link: Link, work: Callable[[], T]) -> T:
+        inside = os.open(link.path, os.O_RDONLY | os.O_CLOEXEC)
+        outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            host.setns(inside, host.CLONE_NEWNET)
+            try:
+                return work()
+            finally:
+                host.setns(outside, host.CLONE_NEWNET)
+        finally:
+            os.close(inside)
+            os.close(outside)
+
+
+def _nothing_unacknowledged() -> bool:
+    with open("/proc/thread-self/net/tcp", encoding="ascii") as table:
+        next(table)
+        for line in table:
+            # sl local remote st tx_queue:rx_queue …: 04 FIN_WAIT1, 0B CLOSING, 09 LAST_ACK wait for an acknowledgement
+            fields = line.split()
+            if fields[3] in ("04", "09", "0B") or (fields[3] != "0A" and int(fields[4].split(":")[0], 16)):
+                return False
+    return True

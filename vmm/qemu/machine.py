@@ -1,0 +1,84 @@
+"""The machine's topology as QEMU's command line: fixed when the image is made, equal for image, standby and session.
+
+Everything a guest is given comes as a descriptor; the process can open nothing by name but what its jail holds. There is
+no balloon and no free-page reporting: in a clone they would punch holes into the image's memory (docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from ..driver import Shape
+from ..network import GUEST_MAC
+
+BINARY = "/usr/bin/qemu-system-x86_64"
+AGENT_PORT = "torpor.agent"
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+KERNEL_LINE = "console=ttyS0 quiet loglevel=3 reboot=t panic=-1 mitigations=off random.trust_cpu=on"
+MACHINE = "q35,smm=off,vmport=off,sata=off,smbus=off,usb=off,graphics=off,memory-backend=m,suppress-vmdesc=on"
+ROOT_PORT = ["-device", "pcie-root-port,id=rp,addr=0x6,chassis=1,slot=1"]
+NIC = {"driver": "virtio-net-pci", "netdev": "n0", "id": "vn0", "bus": "rp", "addr": "0x0", "mac": GUEST_MAC, "romfile": ""}
+
+
+@dataclass
+class Command:
+    """A command line and the descriptors it names; `descriptors` must be inherited by the process."""
+
+    arguments: list[str]
+    descriptors: list[int] = field(default_factory=list)
+
+
+def _common(shape: Shape, memory: int, share: bool, qmp: int, agent: int) -> list[str]:
+    accelerator = ["-accel", "kvm", "-cpu", "host"] if shape.accelerator == "kvm" else ["-accel", "tcg,tb-size=64", "-cpu", "max"]
+    return [
+        BINARY, "-M", MACHINE, *accelerator, "-m", str(shape.memory_mib), "-smp", str(shape.vcpus),
+        "-object", f"memory-backend-file,id=m,size={shape.memory_mib}M,mem-path=/proc/self/fd/{memory},share={'on' if share else 'off'}",
+        "-nodefaults", "-no-user-config", "-nographic", "-sandbox", SANDBOX,
+        "-global", "migration.send-configuration=off",
+        "-chardev", f"socket,id=q,fd={qmp},server=on,wait=off", "-mon", "chardev=q,mode=control",
+        "-chardev", f"socket,id=c0,fd={agent},server=on,wait=off",
+        "-device", "virtio-serial-pci,id=vs0,addr=0x7",
+        "-device", f"virtserialport,bus=vs0.0,nr=1,chardev=c0,name={AGENT_PORT}",
+    ]  # fmt: skip
+
+
+def _block(**node: object) -> list[str]:
+    return ["-blockdev", json.dumps({name.replace("_", "-"): value for name, value in node.items()})]
+
+
+def _file(set_id: int, read_only: bool) -> dict[str, object]:
+    return {"driver": "file", "filename": f"/dev/fdset/{set_id}", "read-only": read_only}
+
+
+def boot(
+    shape: Shape, memory: int, base: int, overlay: int, kernel: int, initrd: int, tap: int, qmp: int, agent: int, console: int
+) -> Command:
+    """The image's machine on its first boot: kernel given, memory shared, NIC there from the start."""
+    arguments = [
+        *_common(shape, memory, True, qmp, agent),
+        "-kernel", f"/proc/self/fd/{kernel}", "-initrd", f"/proc/self/fd/{initrd}", "-append", KERNEL_LINE,
+        "-add-fd", f"fd={base},set=1", "-add-fd", f"fd={overlay},set=2", "-add-fd", f"fd={console},set=3",
+        *_block(driver="raw", node_name="base", read_only=True, file=_file(1, True)),
+        *_block(driver="qcow2", node_name="d0", file=_file(2, False), backing="base"),
+        "-device", "virtio-blk-pci,id=vd0,addr=0x4,drive=d0",
+        *ROOT_PORT,
+        "-netdev", f"tap,fd={tap},id=n0", "-device", json.dumps(NIC),
+        "-chardev", "file,id=s0,path=/dev/fdset/3,append=on", "-serial", "chardev:s0",
+    ]  # fmt: skip
+    return Command(arguments, [memory, base, overlay, kernel, initrd, tap, qmp, agent, console])
+
+
+def standby(shape: Shape, memory: int, base: int, boot_layer: int, qmp: int, agent: int) -> Command:
+    """The same machine, waiting for a session: a placeholder disk of the same size, no NIC yet, nothing to boot."""
+    arguments = [
+        *_common(shape, memory, False, qmp, agent),
+        "-add-fd", f"fd={base},set=1", "-add-fd", f"fd={boot_layer},set=2",
+        *_block(driver="raw", node_name="base", read_only=True, file=_file(1, True)),
+        *_block(driver="qcow2", node_name="img", read_only=True, file=_file(2, True), backing="base"),
+        *_block(driver="null-co", node_name="d0", size=shape.disk_bytes),
+        "-device", "virtio-blk-pci,id=vd0,addr=0x4,drive=d0",
+        *ROOT_PORT,
+        "-serial", "null", "-S", "-incoming", "defer",
+    ]  # fmt: skip
+    return Command(arguments, [memory, base, boot_layer, qmp, agent])

@@ -1,0 +1,216 @@
+"""One jailed QEMU process: starting it, finding it again, and what a session's life asks of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import socket
+import struct
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+
+from .. import host, memory
+from ..disks import sync_directory
+from ..driver import DiskFull, Process, StateLost, VmmError
+from ..network import Link, Network
+from .machine import NIC
+from .qmp import Qmp, QmpError
+
+RECORD = "process.json"
+DEVICES = "devices.state"
+_WALL_CLOCK_AT = 12  # behind the frame's header (vmm/guest/guest.h)
+_KILL_SECONDS = 10
+_LOAD_SECONDS = 30
+_OVERLAY_SET, _STATE_SET = 10, 11
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening socket for the hypervisor to accept on, so that a restarted daemon can connect again."""
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind(str(path))
+    sock.listen(4)
+    return sock
+
+
+class QemuMachine:
+    """Implements vmm.driver.Machine. `remove` undoes what was made for the process (cgroup, directory)."""
+
+    def __init__(self, record: Process, directory: Path, network: Network, remove: Callable[[], Awaitable[None]]) -> None:
+        self.record = record
+        self.image_memory: int | None = None  # of a machine that boots: what will be the image's memory
+        self._directory = directory
+        self._network = network
+        self._remove = remove
+        self._qmp: Qmp | None = None
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pidfd = os.pidfd_open(record.pid)
+        self._mapping: memory.Mapping | None = None
+        asyncio.get_running_loop().add_reader(self._pidfd, self._gone)
+
+    async def connect(self) -> None:
+        """Raises QmpError."""
+        self._qmp = await Qmp.connect(self._directory / "qmp.sock")
+
+    @property
+    def qmp(self) -> Qmp:
+        if self._qmp is None:
+            raise StateLost(f"hypervisor {self.record.vm} is not connected")
+        return self._qmp
+
+    def save_record(self) -> None:
+        target = self._directory / RECORD
+        temporary = target.with_suffix(".new")
+        temporary.write_bytes(msgspec.json.encode(self.record))
+        temporary.rename(target)
+
+    async def status(self) -> str:
+        answer = await self.qmp.run("query-status")
+        return str(answer["status"])
+
+    async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
+        qmp = self.qmp
+        self.record.link = link.name
+        self.save_record()
+        try:
+            tap = await self._network.tap(link)
+            await self._give("getfd", tap, fdname="tap")
+            disk = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
+            qmp.send("netdev_add", type="tap", id="n0", fd="tap")
+            qmp.send("device_add", **NIC)
+            await self._give("add-fd", disk, fdset_id=_OVERLAY_SET)
+            qmp.send(
+                "blockdev-add", driver="qcow2", node_name="d1", backing="img",
+                file={"driver": "file", "filename": f"/dev/fdset/{_OVERLAY_SET}", "node-name": "d1f"},
+            )  # fmt: skip
+            qmp.send("qom-set", path="/machine/peripheral/vd0", property="drive", value="d1")
+            removed = qmp.send("blockdev-del", node_name="d0")
+            if (snapshot / "memory.runs").exists():
+                await asyncio.to_thread(memory.load_diff, self.mapping(), snapshot)
+            await removed
+            state = os.open(snapshot / DEVICES, os.O_RDONLY | os.O_CLOEXEC)
+            await self._give("getfd", state, fdname="state")
+            await qmp.run("migrate-incoming", uri="fd:state")
+            await self._loaded()
+        except (QmpError, OSError, ValueError, LookupError) as error:
+            raise StateLost(f"session {self.record.session} could not be loaded from {snapshot}: {error}") from error
+        self.record.phase = "prepared"
+        self.save_record()
+
+    async def _loaded(self) -> None:
+        deadline = time.monotonic() + _LOAD_SECONDS
+        while (status := await self.status()) == "inmigrate":
+            if time.monotonic() > deadline:
+                raise QmpError(f"device state not loaded in {_LOAD_SECONDS} s")
+        if status not in ("paused", "prelaunch", "postmigrate"):
+            raise QmpError(f"unexpected status {status} after the load")
+
+    async def resume(self, wake: bytes) -> int:
+        channel = await self.agent()
+        try:
+            self.record.phase = "running"
+            self.save_record()
+            stamped = bytearray(wake)
+            struct.pack_into("<Q", stamped, _WALL_CLOCK_AT, time.time_ns())
+            os.write(channel, stamped)
+            await self.qmp.run("cont")
+        except (QmpError, OSError) as error:
+            os.close(channel)
+            raise StateLost(f"session {self.record.session} could not be started: {error}") from error
+        return channel
+
+    async def agent(self) -> int:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.setblocking(False)
+        try:
+            async with asyncio.timeout(5):
+                await asyncio.get_running_loop().sock_connect(sock, str(self._directory / "agent.sock"))
+        except (OSError, TimeoutError) as error:
+            sock.close()
+            raise StateLost(f"session {self.record.session}: agent channel: {error}") from error
+        return sock.detach()
+
+    async def save(self, directory: Path) -> int:
+        try:
+            await self.qmp.run("stop")
+            self.record.phase = "stopped"
+            self.save_record()
+            await self.save_devices(directory)
+            return await asyncio.to_thread(memory.save_diff, self.mapping(), directory)
+        except (QmpError, OSError, LookupError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(f"no room for the snapshot in {directory}: free some, or move --root") from error
+            raise VmmError(f"session {self.record.session} could not be saved: {error}") from error
+
+    async def save_devices(self, directory: Path) -> None:
+        path = directory / DEVICES
+        state = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        copy = os.dup(state)
+        try:
+            await self._give("add-fd", state, fdset_id=_STATE_SET)
+            await self.qmp.run("xen-save-devices-state", filename=f"/dev/fdset/{_STATE_SET}")
+            await self.qmp.run("remove-fd", fdset_id=_STATE_SET)
+            os.fsync(copy)
+        finally:
+            os.close(copy)
+        sync_directory(directory)
+
+    async def unpause(self) -> None:
+        await self.qmp.run("cont")
+        self.record.phase = "running"
+        self.save_record()
+
+    async def stop(self) -> None:
+        await self.qmp.run("stop")
+
+    async def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.record.pid, signal.SIGKILL)
+        async with asyncio.timeout(_KILL_SECONDS):
+            await self.wait()
+
+    async def wait(self) -> None:
+        await asyncio.shield(self._ended)
+
+    async def _give(self, command: str, descriptor: int, **arguments: object) -> None:
+        try:
+            await self.qmp.run(command, [descriptor], **arguments)
+        finally:
+            os.close(descriptor)
+
+    def mapping(self) -> memory.Mapping:
+        if self._mapping is None:
+            self._mapping = memory.find_mapping(self.record.pid, self.record.image)
+        return self._mapping
+
+    def _gone(self) -> None:
+        self.record.phase = "ended"
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        asyncio.get_running_loop().create_task(self._clean())
+
+    async def _clean(self) -> None:
+        if self._qmp is not None:
+            self._qmp.close()
+        if self.image_memory is not None:
+            os.close(self.image_memory)
+            self.image_memory = None
+        await self._remove()
+        self._ended.set_result(None)
+
+
+def child_of(pid: int) -> int | None:
+    """The one child of a process, None while there is none."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()[0])
+    return None
+
+
+def is_alive(record: Process) -> bool:
+    return host.start_time(record.pid) == record.started
