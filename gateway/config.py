@@ -22,6 +22,7 @@ class ConfigError(Exception):
 class Edge(BaseModel):
     """The endpoint proxy."""
 
+    addresses: list[str] = Field(["127.0.0.1", "::1"], description="where endpoints are served")
     port: int = Field(0, ge=0, le=65535, description="0: 443, else 8443, else the next free port; kept for the instance")
     workers: int = Field(0, ge=0, le=256, description="0: one per processor")
     held_requests: int = Field(2048, ge=1, description="per session and worker; a request beyond is answered 429")

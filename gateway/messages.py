@@ -215,6 +215,7 @@ class DrainRequest(msgspec.Struct):
     session: str
     incarnation: int
     seconds: float
+    cut: bool
 
 
 class Activity(msgspec.Struct):

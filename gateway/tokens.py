@@ -106,7 +106,7 @@ class Minter:
 
     def rotate(self) -> None:
         now = self._now()
-        replaced = [newer.created for newer in self._keys[1:]] + [now]
+        replaced = [*(newer.created for newer in self._keys[1:]), now][: len(self._keys)]
         self._keys = [key for key, at in zip(self._keys, replaced, strict=True) if now - at < LONGEST_SECONDS]
         self._keys.append(_Key(str(uuid.uuid4()), now, secrets.token_bytes(32), Ed25519PrivateKey.generate().private_bytes_raw()))
         temporary = self._path.with_suffix(".new")

@@ -2,6 +2,7 @@
 # instance's build directory (store, runroot), $4 the context, $5 the output directory, $6 the host's settings for RUN steps,
 # $7 the base archive, $8 the script; then files of cgroups up to "--"; the rest are the script's arguments.
 set -eu
+umask 022
 root=$1 id=$2 store=$3 context=$4 out=$5 settings=$6 base=$7 script=$8
 shift 8
 while [ "$1" != -- ]; do echo $$ > "$1"; shift; done; shift

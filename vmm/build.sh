@@ -1,6 +1,7 @@
 # Runs inside the build's jail as root of its user namespace. $1 the local base's names (space separated), $2 the image's
 # tag, $3 the disk's bytes, $4 "pull" or "never", $5 the descriptor that takes the phases' names, one a line.
 set -eu
+umask 022
 names=$1 tag=$2 bytes=$3 pull=$4
 phase() { echo "$1" >&"$phases"; }
 phases=$5

@@ -61,6 +61,7 @@ class Vmm:
             BuildSettings(settings.cache / "base.tar", tuple(settings.images.base_names), settings.images.pull, settings.users.builder),
         )  # fmt: skip
         self._sessions: dict[str, _Held] = {}
+        self._preparing: dict[str, asyncio.Task[object]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._controls: set[Connection] = set()
 
@@ -206,7 +207,13 @@ class Vmm:
                 if error.errno == errno.ENOSPC:
                     raise DiskFull(f"no room for session {body.session}: free some, or move --root") from error
                 raise StateLost(f"image {body.image} is not there: {error}") from error
-        await self._prepare(body, image, snapshot, overlay)
+        task = asyncio.current_task()
+        assert task is not None
+        self._preparing[body.session] = task
+        try:
+            await self._prepare(body, image, snapshot, overlay)
+        finally:
+            del self._preparing[body.session]
 
     async def _prepare(self, body: m.PrepareRequest, image: Path, snapshot: Path, overlay: Path) -> None:
         """A try that fails costs a standby; the files are untouched until the guest runs, so one more may follow."""
@@ -287,7 +294,11 @@ class Vmm:
             await self._let_go(body.session, held)
 
     async def rpc_forget(self, connection: Connection, body: m.SessionRef) -> None:
-        """Ends whatever is left of a session and removes its files."""
+        """Ends whatever is left of a session, or under way for it, and removes its files."""
+        preparing = self._preparing.get(body.session)
+        if preparing is not None:
+            preparing.cancel()
+            await asyncio.wait([preparing])
         held = self._sessions.get(body.session)
         if held is not None:
             held.expected = True
@@ -341,7 +352,7 @@ class Vmm:
 async def serve(settings: Settings, ready: object) -> None:
     """Runs until SIGTERM. `ready` is called once the socket answers."""
     cgroups = Cgroups(settings.name, settings.root)
-    info = await asyncio.to_thread(probe.host_info, settings.accelerator, cgroups)
+    info = await asyncio.to_thread(probe.host_info, settings.accelerator, cgroups, settings.cache)
     vmm = Vmm(settings, info, cgroups)
     await vmm.start()
     server = Server(settings.vmm_socket, Service(vmm), {0, settings.users.control, settings.users.edge})

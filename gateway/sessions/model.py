@@ -19,7 +19,7 @@ class IdlePolicy(msgspec.Struct):
     auto_resume: bool
 
 
-class Hooks(msgspec.Struct):
+class Hooks(msgspec.Struct, frozen=True):
     """Which lifecycle hooks an image version has, and how long each may take in seconds (service reference, 5)."""
 
     port: int = 9000

@@ -1,0 +1,246 @@
+"""The operations on microVMs (service reference, 1.3, 1.4, 2 and 3.3)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import Any
+
+import msgspec
+
+from gateway.images.pipeline import read_hooks
+from gateway.sessions.host import RpcError
+from gateway.sessions.lifecycle import SUCCESS
+from gateway.sessions.logs import default_group, default_stream
+from gateway.sessions.model import IdlePolicy, Session, Version
+from gateway.sessions.states import Action, Event, State
+from gateway.tokens import ALL_PORTS, LONGEST_SECONDS
+
+from .errors import Conflict, InsufficientCapacity, NotFound, QuotaExceeded, Throttling, Validation
+from .service import Service, check_image_arn, reply
+
+_MAX_DURATION = 28_800
+_VM_MEMBERS = (
+    "microvmId", "state", "endpoint", "imageArn", "imageVersion", "executionRoleArn", "idlePolicy",
+    "maximumDurationInSeconds", "startedAt", "terminatedAt", "stateReason", "terminationReasonCode",
+    "ingressNetworkConnectors", "egressNetworkConnectors",
+)  # fmt: skip
+_INGRESS = ("HTTP_INGRESS", "SHELL_INGRESS", "ALL_INGRESS", "NO_INGRESS")
+
+
+class Microvms:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._store = service.store
+        self._running: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._promised = 0  # launches admitted whose memory does not show yet
+
+    # ---- RunMicrovm ----
+
+    async def run_microvm(self, call: dict[str, Any]) -> dict[str, Any]:
+        token = call.pop("clientToken", None)
+        if token is None:
+            return await self._run(call)
+        name = f"run:{token}"
+        parameters = msgspec.json.encode(call, order="sorted").decode()
+        known = self._store.client_tokens.get(name)
+        if known is None and name in self._running:
+            await asyncio.wait([self._running[name]])
+            known = self._store.client_tokens.get(name)
+        if known is not None:
+            if known[0] != parameters:
+                raise Conflict("The client token was used before with other parameters.")
+            return msgspec.json.decode(known[1])  # type: ignore[no-any-return]
+        future = self._running[name] = asyncio.get_running_loop().create_future()
+        try:
+            return await self._run(call, (name, parameters))
+        finally:
+            future.set_result({})
+            del self._running[name]
+
+    async def _run(self, call: dict[str, Any], token: tuple[str, str] | None = None) -> dict[str, Any]:
+        version = self._version(call)
+        session = self._session(call, version)
+        self._check_quota(session)
+        await self._admit()
+        store, lifecycle = self._store, self._service.lifecycle
+        store.put_session(session)
+        store.add_event(session.id, "run", "", session.state.value)
+        answer = self._describe(session)
+        if token is not None:
+            store.put_client_token(*token, msgspec.json.encode(answer).decode())
+        await store.commit()
+        lifecycle.routes.publish(session)
+        lifecycle.watch_lifetime(session)
+        lifecycle.run(session, self._service.actions.launch(session))
+        return answer
+
+    def _version(self, call: dict[str, Any]) -> Version:
+        arn = check_image_arn(call["imageIdentifier"], "Malformed ARN - doesn't start with 'arn:'")
+        image = self._store.images.get(arn)
+        wanted = call.get("imageVersion")
+        version = None
+        if image is not None and image.state in ("CREATED", "UPDATED", "UPDATING", "UPDATE_FAILED"):
+            version = image.find(wanted) if wanted else image.latest_active
+        if version is None or not version.is_runnable:
+            raise NotFound(f"No active version found for MicroVM image {arn}{f' and version {wanted}' if wanted else ''}")
+        return version
+
+    def _session(self, call: dict[str, Any], version: Version) -> Session:
+        service, settings = self._service, self._service.settings
+        hooks = read_hooks(version.request)
+        if call.get("runHookPayload") is not None and hooks.timeout("run") is None:
+            raise Validation("The run hook must be enabled in the MicroVM image to pass the run hook payload")
+        policy = call.get("idlePolicy")
+        if policy is not None and policy["maxIdleDurationSeconds"] > _MAX_DURATION:
+            raise Validation(f"maxIdleDurationSeconds must be at most {_MAX_DURATION}")
+        ingress = service.check_connectors(call.get("ingressNetworkConnectors") or [], _INGRESS)
+        egress = service.check_connectors(call.get("egressNetworkConnectors") or [], ("INTERNET_EGRESS",))
+        if len(egress) > 1:
+            raise Validation("Only one egress network connector can be provided")
+        name, now = version.image_arn.rpartition(":")[2], time.time()
+        session = Session(
+            id=f"microvm-{uuid.uuid4()}",
+            endpoint=f"{uuid.uuid4()}.lambda-microvm.{settings.region}.{settings.domain}",
+            image_arn=version.image_arn, image_version=version.version, image=version.key,
+            minimum_mib=version.shape.baseline_mib if version.shape else 0,
+            started_at=now, max_duration=call.get("maximumDurationInSeconds") or _MAX_DURATION,
+            execution_role=call.get("executionRoleArn"),
+            idle_policy=None if policy is None else IdlePolicy(
+                policy["maxIdleDurationSeconds"], policy["suspendedDurationSeconds"], policy["autoResumeEnabled"]
+            ),
+            ingress=ingress or [service.managed_connector("HTTP_INGRESS")],
+            egress=egress or list(version.request.get("egressNetworkConnectors") or []),
+            hooks=hooks, run_hook_payload=call.get("runHookPayload"),
+            accelerator=version.shape.accelerator if version.shape else "tcg",
+        )  # fmt: skip
+        logging = call.get("logging") or {}
+        if session.execution_role is not None and "disabled" not in logging:
+            target = logging.get("cloudWatch") or {}
+            session.log_group = target.get("logGroup") or default_group(name)
+            session.log_stream = target.get("logStream") or default_stream(version.version, session.id, now)
+        return session
+
+    def _check_quota(self, session: Session) -> None:
+        limit = self._service.settings.limits.memory_mib
+        held = sum(s.minimum_mib for s in self._store.sessions.values() if not s.state.is_over)
+        if limit and held + session.minimum_mib > limit:
+            raise QuotaExceeded("The base maximum allocated memory limit has been reached for this account.")
+
+    async def _has_room(self) -> bool:
+        """Whether the host's real memory and disk have room for one more; sizes are never added up."""
+        limits = self._service.settings.limits
+        usage = await self._service.host.usage()
+        free = usage.memory_available - (limits.reserve_mib << 20) - self._promised * usage.expected_growth
+        return free >= usage.expected_growth and usage.disk_free >= limits.disk_reserve_mib << 20
+
+    async def _admit(self) -> None:
+        try:
+            room = await self._has_room()
+        except RpcError as error:
+            raise InsufficientCapacity(f"The host cannot launch MicroVMs now: {error}") from error
+        if not room:
+            raise InsufficientCapacity("The host has no room for another MicroVM: terminate or suspend some, and try again.")
+        self._promised += 1
+        asyncio.get_running_loop().call_later(2.0, self._kept)
+
+    def _kept(self) -> None:
+        self._promised -= 1
+
+    # ---- reads ----
+
+    def _find(self, call: dict[str, Any]) -> Session:
+        session = self._store.sessions.get(call["microvmIdentifier"])
+        if session is None:
+            raise NotFound(f"MicroVM not found: {call['microvmIdentifier']}")
+        return session
+
+    def _describe(self, session: Session) -> dict[str, Any]:
+        policy = session.idle_policy
+        return reply(
+            _VM_MEMBERS,
+            {
+                "microvmId": session.id,
+                "state": session.state.public,
+                "endpoint": self._service.endpoint_text(session.endpoint),
+                "imageArn": session.image_arn,
+                "imageVersion": session.image_version,
+                "executionRoleArn": session.execution_role,
+                "idlePolicy": policy and {
+                    "maxIdleDurationSeconds": policy.max_idle,
+                    "suspendedDurationSeconds": policy.suspended,
+                    "autoResumeEnabled": policy.auto_resume,
+                },
+                "maximumDurationInSeconds": session.max_duration,
+                "startedAt": round(session.started_at, 3),
+                "terminatedAt": session.terminated_at and round(session.terminated_at, 3),
+                "stateReason": session.reason,
+                "ingressNetworkConnectors": session.ingress,
+                "egressNetworkConnectors": session.egress,
+            },
+        )  # fmt: skip
+
+    async def get_microvm(self, call: dict[str, Any]) -> dict[str, Any]:
+        return self._describe(self._find(call))
+
+    async def list_microvms(self, call: dict[str, Any]) -> dict[str, Any]:
+        arn, version = call.get("imageIdentifier"), call.get("imageVersion")
+        page, token = self._service.pager.page("microvms", list(self._store.sessions.values()), lambda s: [s.started_at, s.id], call)
+        items = [
+            {
+                "microvmId": s.id, "state": s.state.public, "imageArn": s.image_arn,
+                "imageVersion": s.image_version, "startedAt": round(s.started_at, 3),
+            }
+            for s in page
+            if (arn is None or s.image_arn == arn) and (version is None or s.image_version == version)
+        ]  # fmt: skip
+        return {"items": items, "nextToken": token}
+
+    # ---- transitions ----
+
+    async def suspend_microvm(self, call: dict[str, Any]) -> dict[str, Any]:
+        return await self._fire(self._find(call), Event.SUSPEND)
+
+    async def resume_microvm(self, call: dict[str, Any]) -> dict[str, Any]:
+        session = self._find(call)
+        if session.state is State.SUSPENDED and not await self._has_room():
+            raise Throttling("The host has no room to resume the MicroVM now: try again.", retry_after=5)
+        return await self._fire(session, Event.RESUME)
+
+    async def terminate_microvm(self, call: dict[str, Any]) -> dict[str, Any]:
+        return await self._fire(self._find(call), Event.TERMINATE)
+
+    async def _fire(self, session: Session, event: Event) -> dict[str, Any]:
+        action = await self._service.lifecycle.fire(session, event, SUCCESS if event is Event.TERMINATE else "")
+        if action is Action.CONFLICT:
+            raise Conflict(f"The MicroVM {session.id} is {session.state.public}: wait until it is RUNNING.")
+        if action is Action.REFUSE:
+            raise Validation(f"The MicroVM {session.id} has been terminated and its state cannot be changed.")
+        return {}
+
+    # ---- tokens ----
+
+    async def create_microvm_auth_token(self, call: dict[str, Any]) -> dict[str, Any]:
+        session = self._find(call)
+        minutes = call["expirationInMinutes"]
+        if minutes * 60 > LONGEST_SECONDS:
+            raise Validation(f"ExpirationMinutes {minutes} exceeded max allowed of {LONGEST_SECONDS // 60}.")
+        if session.state.is_over:
+            raise Validation(f"The MicroVM {session.id} has been terminated and its state cannot be changed.")
+        ports = [port for entry in call["allowedPorts"] for port in _ports(entry)]
+        token = self._service.minter.mint(session.id, ports, minutes * 60)
+        return {"authToken": {"X-aws-proxy-auth": token}}
+
+
+def _ports(entry: dict[str, Any]) -> list[tuple[int, int]]:
+    if "port" in entry:
+        return [(entry["port"], entry["port"])]
+    if "range" in entry:
+        first, last = entry["range"]["startPort"], entry["range"]["endPort"]
+        if first > last:
+            raise Validation(f"startPort {first} is greater than endPort {last}")
+        return [(first, last)]
+    if "allPorts" in entry:
+        return list(ALL_PORTS)
+    raise Validation("Each entry of allowedPorts must have one of port, range, allPorts")

@@ -1,0 +1,186 @@
+"""The API as botocore's service model has it: routes, input constraints, output members. Nothing of it is typed in here.
+
+Constraint texts are in the service's recorded format (reference, 1.4), several joined with "; ".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from urllib.parse import parse_qsl, unquote
+
+import botocore.loaders
+from botocore.model import ListShape, MapShape, OperationModel, ServiceModel, Shape, StructureShape
+
+from .errors import Validation
+
+SERVICE = "lambda-microvms"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation: its model, and where it is on the wire."""
+
+    model: OperationModel
+    method: str
+    pattern: re.Pattern[str]
+    names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.model.name)
+
+    @property
+    def status(self) -> int:
+        return int(self.model.http.get("responseCode", 200))
+
+    @cached_property
+    def input(self) -> StructureShape | None:
+        return self.model.input_shape  # type: ignore[return-value]
+
+    @cached_property
+    def output_members(self) -> tuple[str, ...]:
+        return tuple(self.model.output_shape.members) if self.model.output_shape else ()
+
+
+class Model:
+    def __init__(self) -> None:
+        description = botocore.loaders.Loader().load_service_model(SERVICE, "service-2")
+        self.service = ServiceModel(description, SERVICE)
+        self.operations = [self._operation(self.service.operation_model(name)) for name in self.service.operation_names]
+
+    def _operation(self, model: OperationModel) -> Operation:
+        uri = str(model.http["requestUri"]).split("?")[0]
+        names = tuple(re.findall(r"{([^}+]+)\+?}", uri))
+        pattern = "".join(
+            f"(?P<{part[1:-1]}>[^/]+)" if part.startswith("{") else re.escape(part) for part in re.split(r"({[^}]+})", uri)
+        )
+        return Operation(model, str(model.http["method"]), re.compile(pattern + r"/?\Z"), names)
+
+    def find(self, method: str, raw_path: str) -> tuple[Operation, dict[str, str]] | None:
+        """The operation of a request line and its path members, decoded."""
+        for operation in self.operations:
+            if operation.method == method and (match := operation.pattern.match(raw_path)):
+                return operation, {name: unquote(match[name]) for name in operation.names}
+        return None
+
+    def shape(self, name: str) -> Shape:
+        return self.service.shape_for(name)
+
+
+def parse_input(operation: Operation, path: dict[str, str], query: str, body: Any) -> dict[str, Any]:
+    """The operation's input from where the model puts each member; unknown members are ignored. Raises Validation."""
+    if operation.input is None:
+        return {}
+    if body is not None and not isinstance(body, dict):
+        raise Validation("The request body must be a JSON object.")
+    queries = parse_qsl(query, keep_blank_values=True)
+    given: dict[str, Any] = {}
+    for name, shape in operation.input.members.items():
+        location = shape.serialization.get("location")
+        wire = shape.serialization.get("name", name)
+        if location == "uri":
+            given[name] = path[wire]
+        elif location == "querystring":
+            values = [value for key, value in queries if key == wire]
+            if values:
+                given[name] = values if isinstance(shape, ListShape) else _from_query(shape, values[-1], name)
+        elif body is not None and body.get(wire) is not None:
+            given[name] = body[wire]
+    problems: list[str] = []
+    result = _check_structure(operation.input, given, "", problems)
+    if problems:
+        noun = "error" if len(problems) == 1 else "errors"
+        raise Validation(f"{len(problems)} validation {noun} detected: {'; '.join(problems)}")
+    return result
+
+
+def _from_query(shape: Shape, text: str, name: str) -> Any:
+    if shape.type_name in ("integer", "long"):
+        try:
+            return int(text)
+        except ValueError:
+            raise Validation(f"1 validation error detected: Value '{text}' at '{name}' must be a number") from None
+    return text
+
+
+def _fails(problems: list[str], value: Any, path: str, constraint: str) -> None:
+    shown = "null" if value is None else f"'{_shown(value)}'"
+    problems.append(f"Value {shown} at '{path}' failed to satisfy constraint: Member must {constraint}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_shown, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}={_shown(item)}" for name, item in value.items()) + "}"
+    return str(value)
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "long": (int,), "boolean": (bool,), "structure": (dict,), "list": (list,),
+    "map": (dict,), "timestamp": (int, float, str), "double": (int, float), "float": (int, float),
+}  # fmt: skip
+
+
+def _check(shape: Shape, value: Any, path: str, problems: list[str]) -> Any:
+    kinds = _TYPES[shape.type_name]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise Validation(f"Value at '{path}' is of the wrong type: expected {shape.type_name}")
+    if isinstance(shape, StructureShape):
+        return _check_structure(shape, value, path, problems)
+    if isinstance(shape, ListShape):
+        _check_size(shape, len(value), value, path, problems)
+        return [_check(shape.member, item, f"{path}.{at + 1}.member", problems) for at, item in enumerate(value)]
+    if isinstance(shape, MapShape):
+        _check_size(shape, len(value), value, path, problems)
+        checked = {}
+        for key, item in value.items():
+            _check(shape.key, key, f"{path}.key", problems)
+            checked[key] = _check(shape.value, item, f"{path}.{key}.member", problems)
+        return checked
+    if shape.type_name == "string":
+        _check_string(shape, value, path, problems)
+    elif shape.type_name in ("integer", "long"):
+        low, high = shape.metadata.get("min"), shape.metadata.get("max")
+        if low is not None and value < low:
+            _fails(problems, value, path, f"have value greater than or equal to {low}")
+        if high is not None and value > high:
+            _fails(problems, value, path, f"have value less than or equal to {high}")
+    return value
+
+
+def _check_size(shape: Shape, length: int, value: Any, path: str, problems: list[str]) -> None:
+    low, high = shape.metadata.get("min"), shape.metadata.get("max")
+    if low is not None and length < low:
+        _fails(problems, value, path, f"have length greater than or equal to {low}")
+    if high is not None and length > high:
+        _fails(problems, value, path, f"have length less than or equal to {high}")
+
+
+def _check_string(shape: Shape, value: str, path: str, problems: list[str]) -> None:
+    _check_size(shape, len(value), value, path, problems)
+    pattern, enum = shape.metadata.get("pattern"), getattr(shape, "enum", None)
+    if pattern is not None and not re.fullmatch(pattern, value):
+        _fails(problems, value, path, f"satisfy regular expression pattern: {pattern}")
+    if enum and value not in enum:
+        _fails(problems, value, path, f"satisfy enum value set: [{', '.join(enum)}]")
+
+
+def _check_structure(shape: StructureShape, value: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    prefix = f"{path}." if path else ""
+    for name, member in shape.members.items():
+        item = value.get(name)
+        if item is None:
+            if name in shape.required_members:
+                _fails(problems, None, prefix + name, "not be null")
+            continue
+        result[name] = _check(member, item, prefix + name, problems)
+    if shape.metadata.get("union") and len(result) > 1:
+        raise Validation(f"Value at '{path}' must have exactly one of its members set: {', '.join(shape.members)}")
+    return result

@@ -1,0 +1,128 @@
+"""serve, env, doctor, version: the commands for the host."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gateway import config, instance, listeners
+from gateway.observe import log
+
+from .output import console, errors, fail, show_json, show_table
+
+Root = Annotated[Path | None, typer.Option("--root", help="The instance's directory.")]
+Name = Annotated[str | None, typer.Option("--name", help="The instance's name.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_PROGRAMS = {
+    "qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils", "buildah": "buildah", "mmdebstrap": "mmdebstrap",
+    "slirp4netns": "slirp4netns", "musl-gcc": "musl-tools", "mkfs.ext4": "e2fsprogs", "nft": "nftables", "ip": "iproute2",
+    "newuidmap": "uidmap", "unshare": "util-linux", "setpriv": "util-linux",
+}  # fmt: skip
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(serve)
+    app.command()(env)
+    app.command()(doctor)
+    app.command()(version)
+    app.command()(assets)
+
+
+def serve(root: Root = None, name: Name = None) -> None:
+    """Run the service until it is told to stop.
+
+    Example: torpor serve --root /var/lib/torpor
+    """
+    from gateway import supervisor
+    from vmm.assets import AssetError, make
+
+    if os.geteuid() != 0:
+        fail("serve needs root: it makes network namespaces, mounts and users' processes", 2)
+    settings = config.load(root=root, name=name)
+    log.configure("torpor")
+    try:
+        make(settings.cache, lambda text: errors.print(f"torpor: {text}"))
+    except AssetError as error:
+        fail(str(error))
+
+    def announce(started: config.Settings) -> None:
+        console.print(f"torpor: serving API http://{started.api.address}:{started.api.port}, endpoints on port {started.edge.port}")
+        for variable, value in instance.environment(started).items():
+            console.print(f"export {variable}={value}", soft_wrap=True)
+
+    asyncio.run(supervisor.serve(settings, announce))
+
+
+def env(root: Root = None, name: Name = None) -> None:
+    """Print the exports that make aws, boto3, curl and torpor work with this instance.
+
+    Example: eval "$(torpor env)"
+    """
+    settings = config.load(root=root, name=name)
+    for variable, value in instance.environment(settings).items():
+        print(f"export {variable}={value}")
+
+
+def assets() -> None:
+    """Make what the host needs once: guest kernel, initramfs, hypervisors' root, local base image.
+
+    Example: torpor assets
+    """
+    from vmm.assets import AssetError, make
+
+    try:
+        make(config.load().cache, lambda text: errors.print(f"torpor: {text}"))
+    except AssetError as error:
+        fail(str(error))
+
+
+def doctor(root: Root = None, name: Name = None, as_json: Json = False) -> None:
+    """Check the host: programs, acceleration, control groups, room, ports.
+
+    Example: torpor doctor
+    """
+    from vmm import cgroups, disks, probe
+
+    settings = config.load(root=root, name=name)
+    rows: list[tuple[str, bool, str]] = []
+    for program, package in _PROGRAMS.items():
+        found = shutil.which(program)
+        rows.append((program, found is not None, found or f"missing: apt-get install {package}"))
+    place = settings.root if settings.root.exists() else Path("/")
+    info = probe.host_info(settings.accelerator, cgroups.Cgroups(settings.name, place), settings.cache)
+    rows.append(("acceleration", True, f"{info.accelerator}: {info.accelerator_note}"))
+    rows.append(("guest peak", True, f"capped at {info.memory_cap_mib} MiB and {info.vcpus_cap} virtual CPUs by this host"))
+    missing = ", ".join(info.controllers_missing)
+    rows.append(("control groups", not missing, f"missing: {missing}" if missing else "memory, cpu, io and pids are limited"))
+    for what in ("kernel/complete", "initrd", "qemu-root/complete", "base.tar"):
+        there = (settings.cache / what).exists()
+        rows.append((f"asset {what.split('/')[0]}", there, str(settings.cache) if there else "missing: run `torpor assets`"))
+    free = disks.free_bytes(place) >> 20
+    rows.append(("disk", free > settings.limits.disk_reserve_mib, f"{free} MiB free below {place}"))
+    free = probe.memory_available_bytes() >> 20
+    rows.append(("memory", free > settings.limits.reserve_mib, f"{free} MiB available, {settings.limits.reserve_mib} MiB kept back"))
+    kept = settings.root / "edge-port"
+    if kept.exists():
+        port = int(kept.read_text(encoding="ascii"))
+        rows.append(("edge port", True, f"{port}, held by {listeners.holder(port)}"))
+    if as_json:
+        show_json([{"check": check, "ok": ok, "text": text} for check, ok, text in rows])
+    else:
+        show_table(("", "check", ""), [("[green]ok[/]" if ok else "[red]no[/]", check, text) for check, ok, text in rows])
+    if not all(ok for _, ok, _ in rows):
+        raise typer.Exit(1)
+
+
+def version(as_json: Json = False) -> None:
+    """Print the version.
+
+    Example: torpor version
+    """
+    number = importlib.metadata.version("torpor")
+    show_json({"version": number}) if as_json else print(number)

@@ -1,0 +1,137 @@
+"""build, images, rmi: the commands for images."""
+
+from __future__ import annotations
+
+import io
+import time
+import zipfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import botocore.exceptions
+import typer
+
+from gateway.sessions.logs import build_stream, default_group
+
+from .client import all_images, client, image_arn, role_arn, session
+from .output import console, errors, fail, mib, show_json, show_table
+
+_BUCKET = "torpor-artifacts"
+_POLL_SECONDS = 0.3
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(build)
+    app.command()(images)
+    app.command()(rmi)
+
+
+def pack(source: Path) -> bytes:
+    """A directory as a zip, or a zip as it is."""
+    if source.is_file():
+        return source.read_bytes()
+    if not (source / "Dockerfile").is_file():
+        fail(f"{source} has no Dockerfile", 2)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(source.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                archive.write(path, path.relative_to(source))
+    return out.getvalue()
+
+
+def build(
+    source: Annotated[Path, typer.Argument(exists=True, help="A directory with a Dockerfile, or a zip of one.")],
+    name: Annotated[str | None, typer.Option("--name", "-n", help="The image's name; the directory's by default.")] = None,
+    memory: Annotated[int, typer.Option("--memory", "-m", help="Minimum memory in MiB: 512, 1024, 2048, 4096 or 8192.")] = 2048,
+    as_json: Json = False,
+) -> None:
+    """Build an image: upload, create or update, follow the log until it is ready.
+
+    Example: torpor build config/examples/flask --name flask --memory 512
+    """
+    name = name or source.resolve().stem
+    store, api = session().client("s3"), client()
+    try:
+        store.head_bucket(Bucket=_BUCKET)
+    except botocore.exceptions.ClientError:
+        store.create_bucket(Bucket=_BUCKET)
+    key = f"{name}/{int(time.time() * 1000)}.zip"
+    store.put_object(Bucket=_BUCKET, Key=key, Body=pack(source))
+    base = f"arn:aws:lambda:{session().region_name}:aws:microvm-image:al2023-1"
+    request = {
+        "baseImageArn": base, "buildRoleArn": role_arn("torpor-build"), "codeArtifact": {"uri": f"s3://{_BUCKET}/{key}"},
+        "resources": [{"minimumMemoryInMiB": memory}],
+    }  # fmt: skip
+    known = {image["name"]: image for image in all_images()}
+    if name in known:
+        made = api.update_microvm_image(imageIdentifier=known[name]["imageArn"], **request)
+    else:
+        made = api.create_microvm_image(name=name, **request)
+    result = follow(api, name, made["imageArn"], made["imageVersion"], quiet=as_json)
+    if as_json:
+        show_json(result)
+    if result["buildState"] != "SUCCESSFUL":
+        fail(f"the build failed: {result.get('stateReason')}", 1)
+
+
+def follow(api: Any, name: str, arn: str, version: str, quiet: bool) -> dict[str, Any]:
+    """Prints the build's log as it comes; returns the build when it is over."""
+    builds = api.list_microvm_image_builds(imageIdentifier=arn, imageVersion=version)["items"]
+    identifier, started = builds[0]["buildId"], time.monotonic()
+    logs, token = session().client("logs"), None
+    with errors.status("building", spinner="dots") as status:
+        while True:
+            state = api.get_microvm_image_build(imageIdentifier=arn, imageVersion=version, buildId=identifier)
+            image = api.get_microvm_image(imageIdentifier=arn)
+            token = _print_new(logs, name, version, identifier, token, quiet)
+            status.update(f"building {name} {version}: {time.monotonic() - started:.0f} s")
+            if state["buildState"] in ("SUCCESSFUL", "FAILED") and image["state"] not in ("CREATING", "UPDATING"):
+                break
+            time.sleep(_POLL_SECONDS)
+    _print_new(logs, name, version, identifier, token, quiet)
+    if not quiet and state["buildState"] == "SUCCESSFUL":
+        sizes = state.get("snapshotBuild") or {}
+        console.print(
+            f"built {arn} version {version} in {time.monotonic() - started:.1f} s: memory {mib(sizes.get('memorySnapshotSizeInBytes'))}, "
+            f"code {mib(sizes.get('codeInstallSizeInBytes'))}, disk {mib(sizes.get('diskSnapshotSizeInBytes'))}", soft_wrap=True
+        )
+    return dict(state, **{"ResponseMetadata": None})
+
+
+def _print_new(logs: Any, name: str, version: str, build_id: str, token: str | None, quiet: bool) -> str | None:
+    arguments = {"nextToken": token} if token else {}
+    try:
+        page = logs.get_log_events(
+            logGroupName=default_group(name), logStreamName=build_stream(version, build_id), startFromHead=True, **arguments
+        )
+    except botocore.exceptions.ClientError:
+        return token
+    if not quiet:
+        for event in page["events"]:
+            print(event["message"], flush=True)
+    return str(page["nextForwardToken"])
+
+
+def images(as_json: Json = False) -> None:
+    """List the images.
+
+    Example: torpor images --json
+    """
+    found = all_images()
+    if as_json:
+        show_json(found)
+        return
+    show_table(
+        ("NAME", "STATE", "ACTIVE", "CREATED", "ARN"),
+        [(i["name"], i["state"], i.get("latestActiveImageVersion"), i["createdAt"].strftime("%F %T"), i["imageArn"]) for i in found],
+    )
+
+
+def rmi(image: Annotated[str, typer.Argument(help="Name or ARN.")]) -> None:
+    """Delete an image with all its versions.
+
+    Example: torpor rmi flask
+    """
+    client().delete_microvm_image(imageIdentifier=image_arn(image))

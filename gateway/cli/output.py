@@ -1,0 +1,37 @@
+"""What the commands print: tables for people, JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def fail(text: str, code: int = 1) -> NoReturn:
+    errors.print(f"[bold red]torpor:[/] {text}", soft_wrap=True)
+    sys.exit(code)
+
+
+def show_json(value: Any) -> None:
+    """Timestamps as ISO 8601."""
+    print(json.dumps(value, indent=2, default=lambda item: item.isoformat() if hasattr(item, "isoformat") else str(item)))
+
+
+def show_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    console.print(table)
+
+
+def mib(value: int | None) -> str:
+    return "" if value is None else f"{value / (1 << 20):.1f} MiB"

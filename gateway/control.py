@@ -1,0 +1,193 @@
+"""Control: the only writer of state. The API, the lifecycle, image builds, the keys; no privileges.
+
+`python -m gateway.control`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import signal
+from pathlib import Path
+
+import structlog
+from aiohttp import web
+
+from . import messages as m
+from . import process
+from .api.images import Images
+from .api.logs import Logs
+from .api.microvms import Microvms
+from .api.model import Model
+from .api.paging import Pager
+from .api.server import ApiServer
+from .api.service import Service as ApiService
+from .config import Settings
+from .images.pipeline import Job, Pipeline
+from .images.registry import Registry
+from .observe import metrics
+from .rpc import Client, Connection, Server, Service
+from .sessions.actions import Actions
+from .sessions.host import Host
+from .sessions.lifecycle import Lifecycle
+from .sessions.logs import LogStore
+from .sessions.routes import Routes
+from .sessions.states import Event, State
+from .sessions.store import Store
+from .tokens import Minter
+
+log = structlog.get_logger()
+
+_KEY_CHECK_SECONDS = 3600
+_STOP_SECONDS = 60.0
+
+
+class Control:
+    """Also the service that edges and vmm call."""
+
+    def __init__(self, settings: Settings) -> None:
+        directory = settings.control_dir
+        self.settings = settings
+        self.store = Store(directory / "torpor.db")
+        self.minter = Minter(directory / "keys.json")
+        self.routes = Routes()
+        self.routes.keys = self.minter.verifiers()
+        self.logs = LogStore(directory / "logs")
+        self.vmm = Client(settings.vmm_socket, Service(self))
+        self.host = Host(self.vmm)
+        self.lifecycle = Lifecycle(settings, self.store, self.host, self.routes, self.logs)
+        self.actions = Actions(self.lifecycle)
+        self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds)
+        self.credentials = self._access_keys()
+        first = next(iter(self.credentials.items()))
+        self.registry.pipeline = Pipeline(settings, self.host, first, self._phase)
+
+    def _access_keys(self) -> dict[str, str]:
+        """Access key to secret, as the supervisor wrote them."""
+        keys: dict[str, str] = json.loads((self.settings.control_dir / "access-keys.json").read_text(encoding="utf-8"))
+        return keys
+
+    def _phase(self, job: Job) -> None:
+        self.store.put_image(job.image)
+        self.store.add_event(job.image.arn, "build", job.version.version, job.build.phase)
+        self.lifecycle.spawn(self.store.commit())
+
+    # ---- start ----
+
+    async def recover(self) -> None:
+        """Compares the store with the host; nothing is served before routes are known."""
+        await self.store.open()
+        for session in self.store.sessions.values():
+            self.routes.publish(session)
+        state = await self.host.state()
+        for session in list(self.store.sessions.values()):
+            if session.state is State.TERMINATED:
+                self.lifecycle.ended(session)
+                continue
+            self.lifecycle.watch_lifetime(session)
+            if session.state is State.SUSPENDED and state.snapshots.get(session.id) == session.incarnation and not session.suspended_by == "stop":
+                self.lifecycle.rested(session)
+            else:
+                self.lifecycle.run(session, self.actions.settle(session, state))
+        known = {session.id for session in self.store.sessions.values()}
+        for held in state.sessions:
+            if held.session not in known:
+                await self.host.forget(held.session)
+        for orphan in set(state.snapshots) - known:
+            await self.host.forget(orphan)
+        await self.registry.recover(set(state.images))
+
+    async def suspend_all(self) -> None:
+        """Before the service stops: every running session is suspended, and resumed at the next start."""
+        for session in list(self.store.sessions.values()):
+            if session.state is State.RUNNING:
+                session.suspended_by = "stop"
+                await self.lifecycle.fire(session, Event.SUSPEND)
+        try:
+            async with asyncio.timeout(_STOP_SECONDS):
+                await self.lifecycle.quiet()
+        except TimeoutError:
+            log.warning("stop.sessions_left_running")
+
+    # ---- what edges and vmm call ----
+
+    async def rpc_hello(self, connection: Connection, body: m.Hello) -> m.Table:
+        connection.closed.add_done_callback(lambda _: self.lifecycle.worker_left(body.worker))
+        return self.routes.add_worker(connection, body.worker)
+
+    async def rpc_lookup(self, connection: Connection, body: m.LookupRequest) -> m.Route | None:
+        return self.routes.find(body.endpoint)
+
+    async def rpc_resume(self, connection: Connection, body: m.ResumeRequest) -> None:
+        session = self.store.sessions.get(body.session)
+        if session is not None and session.incarnation == body.incarnation:
+            await self.lifecycle.request(session)
+
+    async def rpc_activity(self, connection: Connection, body: m.Activity) -> None:
+        self.lifecycle.activity(self.routes.worker_name(connection), body)
+
+    async def rpc_ended(self, connection: Connection, body: m.Ended) -> None:
+        self.lifecycle.hypervisor_ended(body)
+
+    async def rotate_keys(self) -> None:
+        while True:
+            await asyncio.sleep(_KEY_CHECK_SECONDS)
+            if self.minter.rotate_if_due():
+                self.routes.publish_keys(self.minter.verifiers())
+
+
+def api_application(control: Control, architecture: str, endpoint_port: int) -> web.Application:
+    settings = control.settings
+    service = ApiService(
+        settings, control.store, control.lifecycle, control.actions, control.registry, control.host, control.minter,
+        Pager(_pager_key(settings.control_dir / "pager.key")), endpoint_port,
+    )  # fmt: skip
+    targets: list[object] = [Microvms(service), Images(service, architecture)]
+    server = ApiServer(Model(), targets, Logs(control.logs), control.credentials, settings.region, settings.api.clock_skew_seconds)
+    return server.application
+
+
+def _pager_key(path: Path) -> bytes:
+    if not path.exists():
+        path.write_bytes(secrets.token_bytes(32))
+    return path.read_bytes()
+
+
+async def main(settings: Settings) -> None:
+    control = Control(settings)
+    await control.recover()
+    sockets = process.inherited()
+    info = await control.host.info()
+    runners = []
+    for purpose, application in (
+        ("api", api_application(control, info.architecture, settings.edge.port)),
+        ("metrics", metrics.application(lambda: [session.state for session in control.store.sessions.values()])),
+    ):
+        runner = web.AppRunner(application, access_log=None, keepalive_timeout=75)
+        await runner.setup()
+        for sock in sockets.get(purpose, []):
+            await web.SockSite(runner, sock, backlog=1024).start()
+        runners.append(runner)
+    edges = Server(settings.control_socket, Service(control), {0, settings.users.edge})
+    rotation = asyncio.get_running_loop().create_task(control.rotate_keys())
+    process.ready()
+    log.info("control.ready", sessions=len(control.store.sessions), images=len(control.store.images))
+    stop, suspend = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGUSR1, lambda: (suspend.set(), stop.set()))
+    await stop.wait()
+    for runner in runners:
+        await runner.cleanup()
+    if suspend.is_set():
+        await control.suspend_all()
+    rotation.cancel()
+    edges.close()
+    await control.registry.close()
+    await control.lifecycle.close()
+    await control.store.close()
+
+
+if __name__ == "__main__":
+    process.run("control", main)

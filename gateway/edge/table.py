@@ -1,0 +1,101 @@
+"""A worker's routes and its accounts of activity: what control told it, and what it tells control."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gateway.messages import Activity, Route, RouteChange, Table
+
+_NONE: frozenset[object] = frozenset()
+
+
+class Account:
+    """Activity of one session at this worker. `count` grows with every byte or request that counts; `waiting` requests
+    wait for the head of their final response."""
+
+    __slots__ = ("count", "last", "reported", "reported_waiting", "waiting")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.waiting = 0
+        self.last = 0.0
+        self.reported = 0
+        self.reported_waiting = 0
+
+
+class RouteEntry:
+    """A route with what this worker keeps for it."""
+
+    __slots__ = ("account", "opened_at", "route")
+
+    def __init__(self, route: Route, account: Account, opened_at: float) -> None:
+        self.route = route
+        self.account = account
+        self.opened_at = opened_at
+
+
+class RouteTable:
+    """Routes by host name. `on_change(old, new)` hears of each change after it was made; `old` may be None."""
+
+    def __init__(self, clock: Callable[[], float], on_change: Callable[[Route | None, Route], None]) -> None:
+        self._clock = clock
+        self._on_change = on_change
+        self._entries: dict[str, RouteEntry] = {}
+        self._accounts: dict[str, Account] = {}
+        self.number = -1
+        self.get = self._entries.get  # the hot path's lookup
+
+    def replace(self, table: Table) -> None:
+        """Takes the whole table, as after each connection to control."""
+        self.number = table.number
+        known = {route.endpoint for route in table.routes}
+        for endpoint in [name for name in self._entries if name not in known]:
+            self._apply(Route(endpoint, "", 0, "refuse"))
+        for route in table.routes:
+            self._apply(route)
+
+    def change(self, change: RouteChange) -> None:
+        if change.number > self.number:
+            self.number = change.number
+            self._apply(change.route)
+
+    def add(self, route: Route) -> None:
+        """A route that was looked up."""
+        if route.endpoint not in self._entries:
+            self._apply(route)
+
+    def account(self, session: str) -> Account:
+        account = self._accounts.get(session)
+        if account is None:
+            account = self._accounts[session] = Account()
+        return account
+
+    def _apply(self, route: Route) -> None:
+        entry = self._entries.get(route.endpoint)
+        old = entry.route if entry is not None else None
+        if old == route:
+            return
+        if not route.session:
+            self._entries.pop(route.endpoint, None)
+            if old is not None:
+                self._accounts.pop(old.session, None)
+        elif entry is None:
+            self._entries[route.endpoint] = RouteEntry(route, self.account(route.session), self._clock())
+        else:
+            if route.gate == "open" and (old is None or old.gate != "open"):
+                entry.opened_at = self._clock()
+            entry.route = route
+        self._on_change(old, route)
+
+    def report(self) -> Activity | None:
+        """What changed since the last report."""
+        now = self._clock()
+        changed: dict[str, tuple[int, float, int]] = {}
+        for session, account in self._accounts.items():
+            if account.count != account.reported or account.waiting != account.reported_waiting:
+                changed[session] = (account.count, now - account.last, account.waiting)
+                account.reported, account.reported_waiting = account.count, account.waiting
+        return Activity(changed) if changed else None
+
+    def __len__(self) -> int:
+        return len(self._entries)

@@ -1,0 +1,224 @@
+"""An edge worker: one process, one loop, its own listeners. It has no privileges and no key that signs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from gateway import messages as m
+from gateway.config import Edge
+from gateway.rpc import Client as RpcClient
+from gateway.rpc import Connection, RpcError, Service
+from gateway.tokens import Checker
+
+from .client import Client
+from .hold import Holds
+from .memo import Admitted, Memo
+from .table import RouteTable
+from .upstream import Upstream
+
+log = structlog.get_logger()
+
+_REPORT_SECONDS = 0.25
+_SWEEP_SECONDS = 1.0
+_MEMO_ENTRIES = 4096
+_MISS_SECONDS = 1.0
+_MISSES_MAX = 10_000
+_HANDSHAKE_SECONDS = 10.0
+
+
+class Worker:
+    def __init__(self, name: str, settings: Edge, control: Path, vmm: Path) -> None:
+        loop = asyncio.get_running_loop()
+        self.name = name
+        self.settings = settings
+        self.time = loop.time
+        self.wall = time.time
+        self.clients: set[Client] = set()
+        self.memo: Memo[bytes, Admitted] = Memo(_MEMO_ENTRIES)
+        self.checker = Checker([])
+        self.table = RouteTable(loop.time, self._route_changed)
+        self.holds = Holds(settings, self._ask_for)
+        self.is_draining = False
+        self._endpoints: dict[str, str] = {}  # by session
+        self._misses: dict[str, float] = {}
+        self._lookups: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._id_prefix = os.urandom(10).hex()
+        self._id_count = 0
+        self._ready = asyncio.Event()
+        self._servers: list[asyncio.Server] = []
+        self.upstream = Upstream(self, RpcClient(vmm), settings)
+        self._control = RpcClient(control, Service(self), self._connected)
+
+    # ---- serving ----
+
+    async def serve(self, sockets: list[socket.socket], context: ssl.SSLContext | None) -> None:
+        """Accepts once the first table is here."""
+        await self._ready.wait()
+        loop = asyncio.get_running_loop()
+        extra: dict[str, Any] = {"ssl_handshake_timeout": _HANDSHAKE_SECONDS} if context is not None else {}
+        for sock in sockets:
+            server = await loop.create_server(lambda: Client(self), sock=sock, ssl=context, backlog=4096, **extra)
+            self._servers.append(server)
+        self.spawn(self._report())
+        self.spawn(self._sweep())
+        log.info("edge.ready", worker=self.name, routes=len(self.table))
+
+    async def drain(self) -> None:
+        """Stops accepting; finishes what is under way. Idle connections may still bring a request: it is answered with
+        Connection: close, so that no client sends into a closed connection."""
+        self.is_draining = True
+        for server in self._servers:
+            server.close()
+        deadline = self.time() + self.settings.drain_seconds
+        quiet_until = self.time() + min(2.0, self.settings.drain_seconds)
+        while self.clients and self.time() < deadline:
+            if self.time() > quiet_until:
+                for client in [one for one in self.clients if one.is_idle]:
+                    client.close_idle()
+            await asyncio.sleep(0.05)
+        await self._send_report()
+        self._control.close()
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("edge.task_failed", exc_info=task.exception())
+
+    def request_id(self) -> bytes:
+        """A UUID's form: random for the worker, counted for the request."""
+        self._id_count += 1
+        digits = f"{self._id_prefix}{self._id_count:012x}"
+        return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{digits[20:]}".encode("ascii")
+
+    # ---- control ----
+
+    async def _connected(self, connection: Connection) -> None:
+        table = await connection.call("hello", m.Hello(self.name), m.Table)
+        self.checker = Checker(table.keys)
+        self.memo.clear()
+        self.table.replace(table)
+        self._ready.set()
+        self.holds.ask_again(self._route_of_session)
+
+    async def rpc_route(self, connection: Connection, body: m.RouteChange) -> None:
+        self.table.change(body)
+
+    async def rpc_keys(self, connection: Connection, body: list[m.Verifier]) -> None:
+        self.checker = Checker(body)
+
+    async def rpc_gate(self, connection: Connection, body: m.GateRequest) -> m.GateAnswer:
+        self.table.change(body.change)
+        account = self.table.account(body.change.route.session)
+        return m.GateAnswer(account.count, account.waiting)
+
+    async def rpc_drain(self, connection: Connection, body: m.DrainRequest) -> None:
+        account = self.table.account(body.session)
+        deadline = self.time() + body.seconds
+        while account.waiting and self.time() < deadline:
+            await asyncio.sleep(0.005)
+        if body.cut or account.waiting:
+            self.upstream.end(body.session, body.incarnation)
+
+    def _ask_for(self, route: m.Route) -> None:
+        self._control.notify("resume", m.ResumeRequest(route.session, route.incarnation))
+
+    def _route_of_session(self, session: str) -> m.Route | None:
+        entry = self.table.get(self._endpoints.get(session, ""))
+        return entry.route if entry is not None else None
+
+    def _route_changed(self, old: m.Route | None, new: m.Route) -> None:
+        session = new.session or (old.session if old is not None else "")
+        if new.session:
+            self._endpoints[session] = new.endpoint
+        else:
+            self._endpoints.pop(session, None)
+        if old is not None and (old.incarnation != new.incarnation or new.gate == "refuse"):
+            self.upstream.end(old.session, old.incarnation)
+        if new.gate == "open":
+            self.upstream.prefetch(new)
+        self.holds.changed(session)
+
+    async def lookup(self, host: str) -> None:
+        """Asks control for a host that is not in the table; misses are remembered for a second."""
+        now = self.time()
+        if self._misses.get(host, 0.0) > now:
+            return
+        task = self._lookups.get(host)
+        if task is None:
+            task = self._lookups[host] = self.spawn(self._look_up(host))
+        await asyncio.shield(task)
+
+    async def _look_up(self, host: str) -> None:
+        try:
+            route = await self._control.call("lookup", m.LookupRequest(host), m.Route | None, timeout=2.0)
+        except RpcError:
+            return
+        finally:
+            self._lookups.pop(host, None)
+        if route is not None:
+            self.table.add(route)
+            return
+        if len(self._misses) >= _MISSES_MAX:
+            self._misses.clear()
+        self._misses[host] = self.time() + _MISS_SECONDS
+
+    # ---- in the background ----
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(_REPORT_SECONDS)
+            await self._send_report()
+
+    async def _send_report(self) -> None:
+        connection = self._control.connection
+        if connection is not None and (report := self.table.report()) is not None:
+            connection.notify("activity", report)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            now = self.time()
+            for client in list(self.clients):
+                client.sweep(now)
+            self.upstream.sweep(now)
+
+
+def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
+    """TLS 1.2 and 1.3, HTTP/1.1."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key)
+    context.set_alpn_protocols(["http/1.1"])
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    with contextlib.suppress(AttributeError):
+        context.num_tickets = 1
+    return context
+
+
+async def run(name: str, settings: Edge, control: Path, vmm: Path, sockets: list[socket.socket], context: ssl.SSLContext, ready: Any) -> None:
+    """Until SIGTERM, then drains."""
+    worker = Worker(name, settings, control, vmm)
+    await worker.serve(sockets, context)
+    ready()
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    await stop.wait()
+    await worker.drain()

@@ -1,0 +1,123 @@
+"""Artifacts: fetched from S3 to a file, unpacked by an unprivileged process, their Dockerfile looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from gateway.config import Settings
+
+_URI = re.compile(r"^s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.+)$")
+_UNPACK_SECONDS = 180
+_CHUNK = 1 << 20
+_TRANSPORT = re.compile(
+    r"^\s*FROM\s+(?:--\S+\s+)*(?:oci|oci-archive|dir|docker-archive|docker-daemon|containers-storage|ostree|sif|tarball):", re.I | re.M
+)
+
+
+class BuildFailed(Exception):
+    """A build ends here; `code` and text are what its stateReason says."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(f"{code}: {text}" if code else text)
+        self.code = code
+
+
+def parse_uri(uri: str) -> tuple[str, str] | None:
+    """Bucket and key of an S3 URI, None when it is none."""
+    match = _URI.match(uri)
+    return (match[1], match[2]) if match else None
+
+
+def _failure(error: ClientError, bucket: str, key: str) -> BuildFailed:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if code == "NoSuchBucket":
+        return BuildFailed("S3_NO_SUCH_BUCKET", f"the bucket {bucket} does not exist")
+    if code in ("NoSuchKey", "404", "NoSuchVersion"):
+        return BuildFailed("S3_NO_SUCH_KEY", f"the bucket {bucket} has no object {key}")
+    if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "301") or status == 301:
+        return BuildFailed("S3_CROSS_REGION_ACCESS_DENIED", f"the bucket {bucket} is in another region")
+    if code == "InvalidObjectState":
+        return BuildFailed("S3_INVALID_OBJECT", f"s3://{bucket}/{key} is archived and cannot be read")
+    if status in (401, 403):
+        return BuildFailed("S3_ACCESS_DENIED", f"s3://{bucket}/{key} may not be read with the build role ({code})")
+    return BuildFailed("INTERNAL_PLATFORM_ERROR", f"s3://{bucket}/{key}: {error}")
+
+
+def _client(settings: Settings, credentials: tuple[str, str]) -> Any:
+    endpoint = settings.object_store.endpoint
+    if not endpoint and settings.object_store.embedded:
+        endpoint = f"http://127.0.0.1:{settings.object_store.port}"
+    return boto3.client(
+        "s3", region_name=settings.region, endpoint_url=endpoint or None,
+        aws_access_key_id=credentials[0], aws_secret_access_key=credentials[1],
+        config=Config(connect_timeout=5, read_timeout=30, retries={"max_attempts": 3}, s3={"addressing_style": "path"}),
+    )  # fmt: skip
+
+
+def fetch(settings: Settings, credentials: tuple[str, str], uri: str, target: Path) -> int:
+    """Streams the artifact into a file; returns its bytes. Blocking. Raises BuildFailed."""
+    parsed = parse_uri(uri)
+    if parsed is None:
+        raise BuildFailed("S3_INVALID_OBJECT", f"{uri} is not of the form s3://<bucket>/<key>")
+    bucket, key = parsed
+    size = 0
+    try:
+        body = _client(settings, credentials).get_object(Bucket=bucket, Key=key)["Body"]
+        with target.open("wb") as file:
+            for chunk in body.iter_chunks(_CHUNK):
+                size += len(chunk)
+                if size > settings.images.archive_bytes:
+                    raise BuildFailed("S3_INVALID_OBJECT", f"{uri} is larger than {settings.images.archive_bytes} bytes")
+                file.write(chunk)
+    except ClientError as error:
+        raise _failure(error, bucket, key) from error
+    except BotoCoreError as error:
+        raise BuildFailed("INTERNAL_PLATFORM_ERROR", f"the object store cannot be reached: {error}") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise BuildFailed("DISK_STORAGE_FULL", f"no room for {uri} on the host") from error
+        raise
+    return size
+
+
+async def unpack(settings: Settings, archive: Path, target: Path) -> None:
+    """Raises BuildFailed; the target may then hold parts, and is the caller's to remove."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(mode=0o755, parents=True)
+    limits = settings.images
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway.images.unpack", str(archive), str(target),
+        str(limits.unpacked_bytes), str(limits.unpacked_entries), str(limits.ratio),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(_UNPACK_SECONDS):
+            out, errors = await process.communicate()
+    except TimeoutError as error:
+        process.kill()
+        raise BuildFailed("ARCHIVE_INVALID", f"the artifact was not unpacked in {_UNPACK_SECONDS} s") from error
+    try:
+        answer = json.loads(out)
+    except ValueError as error:
+        raise BuildFailed("ARCHIVE_INVALID", f"the artifact could not be unpacked: {errors.decode(errors='replace')[-200:]}") from error
+    if answer["code"]:
+        raise BuildFailed(answer["code"], answer["text"])
+    check_dockerfile(target / "Dockerfile")
+
+
+def check_dockerfile(path: Path) -> None:
+    """Refuses what would take a base image from a file or a local store instead of a registry. Raises BuildFailed."""
+    if _TRANSPORT.search(path.read_text(encoding="utf-8", errors="replace")):
+        raise BuildFailed("CONTAINER_BUILD_FAILED", "FROM names a transport (oci-archive:, dir:, ...): only image names are taken")

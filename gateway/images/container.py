@@ -1,0 +1,54 @@
+"""From a container image's configuration to what the guest's agent starts (OCI image-spec, config.md)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+LENT_PREFIX = "/run/buildhost"  # where vmm lends the host's settings to RUN steps; nothing may still point there
+
+
+class ContainerError(Exception):
+    """The container image cannot be started; the text says why."""
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """The runtime part of `buildah inspect --type image`, without what was lent to the build."""
+    config = dict(json.loads(text)["OCIv1"].get("config") or {})
+    config["Env"] = [entry for entry in config.get("Env") or [] if not entry.partition("=")[2].startswith(LENT_PREFIX)]
+    if not (config.get("Entrypoint") or config.get("Cmd")):
+        raise ContainerError("the Dockerfile sets neither ENTRYPOINT nor CMD: there is nothing to start")
+    return config
+
+
+def exposed_ports(config: dict[str, Any]) -> list[int]:
+    ports = []
+    for entry in config.get("ExposedPorts") or {}:
+        number, _, protocol = entry.partition("/")
+        if number.isdigit() and protocol in ("", "tcp"):
+            ports.append(int(number))
+    return sorted(ports)
+
+
+def agent_entries(
+    config: dict[str, Any], variables: dict[str, str], reserved: dict[str, str], all_capabilities: bool
+) -> list[tuple[str, str]]:
+    """The agent's configuration. The image's variables win over the container's, ours over both."""
+    environment = dict(entry.partition("=")[::2] for entry in config["Env"])
+    environment |= variables | reserved
+    entries = [("arg", word) for word in [*(config.get("Entrypoint") or []), *(config.get("Cmd") or [])]]
+    entries += [("env", f"{name}={value}") for name, value in environment.items()]
+    entries += [("user", config.get("User") or ""), ("dir", config.get("WorkingDir") or "/")]
+    if all_capabilities:
+        entries.append(("capabilities", "all"))
+    return entries
+
+
+def reserved_variables(arn: str, name: str, version: str, region: str) -> dict[str, str]:
+    """Set by the service in every microVM (service reference, section 6)."""
+    return {
+        "AWS_LAMBDA_MICROVM_IMAGE_ARN": arn,
+        "AWS_LAMBDA_MICROVM_IMAGE_NAME": name,
+        "AWS_LAMBDA_MICROVM_IMAGE_VERSION": version,
+        "AWS_REGION": region,
+    }

@@ -1,0 +1,304 @@
+"""The build of one image version: fetch, unpack, container, disk, boot, ready, snapshot, validate.
+
+Every step either succeeds or raises BuildFailed with the code that the build then shows. Nothing of a failed build stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from gateway.config import Settings
+from gateway.messages import BuildRequest, HostInfo, Shape
+from gateway.sessions import hooks
+from gateway.sessions.agent import Agent, AgentError, start_frames, wake_frame
+from gateway.sessions.host import Host, RpcError, RpcLost
+from gateway.sessions.logs import LineWriter
+from gateway.sessions.model import Build, Hooks, Image, Version
+
+from . import artifact
+from .artifact import BuildFailed
+from .container import ContainerError, agent_entries, exposed_ports, parse_config, reserved_variables
+
+log = structlog.get_logger()
+
+DISK_GIB = {512: 8, 1024: 8, 2048: 8, 4096: 16, 8192: 32}  # reference, section 4
+_PEAK = 4  # the guest sees four times the size that was asked for
+_BOOT_SECONDS = 60.0
+_ROOM_BYTES = 1 << 30
+_QUIET_STEP_SECONDS = 0.5
+_QUIET_SHARE = 0.15  # of one processor: an application below it has finished starting
+_CONTAINER_TRIES = 2  # vmm may be restarted under a build
+
+
+def machine_shape(minimum_mib: int, info: HostInfo) -> Shape:
+    """The service's peak for a size, capped by the host (reference, section 4)."""
+    return Shape(
+        memory_mib=min(minimum_mib * _PEAK, info.memory_cap_mib),
+        vcpus=max(1, min(minimum_mib * _PEAK // 2048, info.vcpus_cap)),
+        disk_bytes=DISK_GIB[minimum_mib] << 30,
+        accelerator=info.accelerator,
+        baseline_mib=minimum_mib,
+    )
+
+
+def read_hooks(request: dict[str, object]) -> Hooks:
+    """The enabled hooks of a version, with their timeouts; runtime hooks default to 1 s, image hooks to 60 s."""
+    given = request.get("hooks")
+    if not isinstance(given, dict):
+        return Hooks()
+    enabled: dict[str, int] = {}
+    for group, default in (("microvmImageHooks", 60), ("microvmHooks", 1)):
+        settings = given.get(group) or {}
+        for name in ("ready", "validate", "run", "resume", "suspend", "terminate"):
+            if settings.get(name) == "ENABLED":
+                enabled[name] = int(settings.get(f"{name}TimeoutInSeconds") or default)
+    return Hooks(int(given.get("port") or 9000), enabled)
+
+
+@dataclass
+class Job:
+    """A build under way."""
+
+    image: Image
+    version: Version
+    build: Build
+    log: LineWriter
+    exit_code: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def session(self) -> str:
+        return f"build-{self.build.id}"
+
+    def say(self, text: str) -> None:
+        self.log.feed(0, f"torpor: {text}\n".encode())
+
+
+class Pipeline:
+    def __init__(self, settings: Settings, host: Host, credentials: tuple[str, str], on_phase: Callable[[Job], None]) -> None:
+        self._settings = settings
+        self._host = host
+        self._credentials = credentials
+        self._on_phase = on_phase
+
+    async def run(self, job: Job) -> None:
+        """Raises BuildFailed. On return the image exists on the host and the job's version and build are filled in."""
+        try:
+            await self._run(job)
+        except (RpcError, AgentError) as error:
+            code = "DISK_STORAGE_FULL" if isinstance(error, RpcError) and error.kind == "DiskFull" else "INTERNAL_PLATFORM_ERROR"
+            raise BuildFailed(code, str(error)) from error
+        finally:
+            job.log.flush()
+
+    async def clean(self, job: Job, keep_image: bool) -> None:
+        """Removes what a build leaves behind, however it ended."""
+        shutil.rmtree(self._work(job), ignore_errors=True)
+        for attempt in range(20):
+            try:
+                await self._host.build_cancel(job.build.id)
+                for session in (job.session, f"validate-{job.build.id}"):
+                    await self._host.forget(session)
+                if not keep_image:
+                    await self._host.image_delete(job.version.key)
+                return
+            except RpcLost:
+                await asyncio.sleep(0.25 * (attempt + 1))
+
+    async def delete(self, key: str) -> None:
+        """Removes an image version from the host; asked again while vmm is away."""
+        while True:
+            try:
+                await self._host.image_delete(key)
+                return
+            except RpcLost:
+                await asyncio.sleep(0.5)
+
+    async def _run(self, job: Job) -> None:
+        info = await self._host.info()
+        usage = await self._host.usage()
+        minimum = int(job.version.request["resources"][0]["minimumMemoryInMiB"])
+        shape = machine_shape(minimum, info)
+        job.version.shape = shape
+        if usage.disk_free < (self._settings.limits.disk_reserve_mib << 20) + _ROOM_BYTES:
+            raise BuildFailed("DISK_STORAGE_FULL", "the host has no room for another image: free some, or move --root")
+        await self._fetch(job)
+        config = await self._container(job, shape)
+        await self._boot(job, shape, config)
+        self._phase(job, "SNAPSHOT")
+        sealed = await self._host.seal(job.session, job.version.key)
+        job.build.memory_bytes, job.build.disk_bytes, job.build.code_bytes = sealed.memory_bytes, sealed.disk_bytes, sealed.code_bytes
+        job.version.config = config
+        await self._validate(job)
+        self._phase(job, "DONE")
+
+    def _phase(self, job: Job, name: str) -> None:
+        job.build.phase = name
+        self._on_phase(job)
+
+    def _work(self, job: Job) -> Path:
+        return self._settings.control_dir / "builds" / job.build.id
+
+    async def _fetch(self, job: Job) -> None:
+        self._phase(job, "FETCH")
+        work = self._work(job)
+        work.mkdir(parents=True, exist_ok=True)
+        uri = str(job.version.request["codeArtifact"]["uri"])
+        size = await asyncio.to_thread(artifact.fetch, self._settings, self._credentials, uri, work / "artifact.zip")
+        job.say(f"fetched {uri}, {size} bytes")
+        await artifact.unpack(self._settings, work / "artifact.zip", work / "context")
+
+    async def _container(self, job: Job, shape: Shape) -> dict[str, object]:
+        context = self._work(job) / "context"
+        request = BuildRequest(job.build.id, job.version.key, str(context), shape.disk_bytes, {})
+        full = _Watch(b"No space left on device")
+        for attempt in range(1, _CONTAINER_TRIES + 1):
+            try:
+                output, phases = await self._host.build(request)
+                _, _, result = await asyncio.gather(
+                    _read(output, lambda data: (job.log.feed(0, data), full.feed(data))),
+                    _read(phases, lambda data: self._phase(job, data.decode("ascii", "replace").split()[-1])),
+                    self._host.build_result(job.build.id),
+                )
+                break
+            except RpcLost:
+                if attempt == _CONTAINER_TRIES:
+                    raise
+                job.say("the host daemon was restarted; building again")
+        if result.status:
+            if result.disk_full or full.seen:
+                raise BuildFailed("DISK_STORAGE_FULL", "the disk was full during the container build")
+            what = "ran out of memory" if result.out_of_memory else "failed"
+            raise BuildFailed("CONTAINER_BUILD_FAILED", f"The container image build {what}.")
+        try:
+            return parse_config(result.config)
+        except ContainerError as error:
+            raise BuildFailed("CONTAINER_BUILD_FAILED", str(error)) from error
+
+    async def _boot(self, job: Job, shape: Shape, config: dict[str, object]) -> None:
+        self._phase(job, "BOOT")
+        agent = Agent(await self._host.boot(job.session, job.version.key, shape), job.log.feed, job.exit_code.set_result)
+        try:
+            await agent.hello(_BOOT_SECONDS)
+            request = job.version.request
+            reserved = reserved_variables(job.image.arn, job.image.name, job.version.version, self._settings.region)
+            capabilities = "ALL" in (request.get("additionalOsCapabilities") or [])
+            for frame in start_frames(agent_entries(config, request.get("environmentVariables") or {}, reserved, capabilities)):
+                agent.send(frame)
+            self._phase(job, "READY")
+            await self._until_exit(job, self._ready(job, config))
+        finally:
+            agent.close()
+
+    async def _until_exit(self, job: Job, work: object) -> None:
+        """Runs `work` unless the application ends first."""
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        try:
+            await asyncio.wait([task, job.exit_code], return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise BuildFailed("", f"Container Stopped with Exit Code: {job.exit_code.result()}")
+            await task
+        finally:
+            task.cancel()
+
+    async def _ready(self, job: Job, config: dict[str, object]) -> None:
+        enabled = read_hooks(job.version.request)
+        seconds = enabled.timeout("ready")
+        if seconds is not None:
+            await self._hook(job, "ready", job.session, 0, enabled, seconds)
+            return
+        ports = exposed_ports(config)
+        deadline = time.monotonic() + self._settings.images.start_seconds
+        if ports:
+            while not await self._listens(job.session, ports):
+                if time.monotonic() > deadline:
+                    job.say(f"nothing listens on EXPOSEd port {', '.join(map(str, ports))}: the snapshot is taken all the same")
+                    break
+                await asyncio.sleep(0.1)
+        await self._quiet(job, deadline)
+
+    async def _listens(self, session: str, ports: list[int]) -> bool:
+        for port in ports:
+            sock = await self._host.socket(session, 0)
+            try:
+                async with asyncio.timeout(1):
+                    await asyncio.get_running_loop().sock_connect(sock, (hooks.GUEST_ADDRESS, port))
+                return True
+            except (OSError, TimeoutError):
+                continue
+            finally:
+                sock.close()
+        return False
+
+    async def _quiet(self, job: Job, deadline: float) -> None:
+        """Without a ready hook, a guest whose processors rest has finished starting."""
+        settle = time.monotonic() + self._settings.images.settle_seconds
+        used = -1.0
+        while time.monotonic() < max(deadline, settle):
+            state = await self._host.state()
+            now = next((one.cpu_seconds for one in state.sessions if one.session == job.session), 0.0)
+            if used >= 0 and now - used < _QUIET_STEP_SECONDS * _QUIET_SHARE and time.monotonic() >= settle:
+                return
+            used = now
+            await asyncio.sleep(_QUIET_STEP_SECONDS)
+
+    async def _hook(self, job: Job, name: str, session: str, incarnation: int, enabled: Hooks, seconds: int) -> None:
+        try:
+            await hooks.poll(lambda: self._host.socket(session, incarnation), name, enabled.port, seconds, job.build.id)
+        except hooks.HookError as error:
+            raise BuildFailed("", hooks.image_reason(name, error, seconds)) from error
+
+    async def _validate(self, job: Job) -> None:
+        """A throw-away clone of the snapshot answers the validate hook."""
+        enabled = read_hooks(job.version.request)
+        seconds = enabled.timeout("validate")
+        if seconds is None:
+            return
+        self._phase(job, "VALIDATE")
+        session = f"validate-{job.build.id}"
+        await self._host.prepare(session, 1, job.version.key, False)
+        nonce = secrets.randbits(63)
+        agent = Agent(await self._host.start(session, 1, wake_frame(nonce)), job.log.feed, lambda code: None)
+        woken = agent.expect(nonce)
+        try:
+            async with asyncio.timeout(_BOOT_SECONDS):
+                await woken
+            await self._hook(job, "validate", session, 1, enabled, seconds)
+        except TimeoutError as error:
+            raise BuildFailed("INTERNAL_PLATFORM_ERROR", "the snapshot's clone did not answer") from error
+        finally:
+            agent.close()
+            await self._host.forget(session)
+
+
+class _Watch:
+    """Notices a text in a stream."""
+
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+        self._tail = b""
+        self.seen = False
+
+    def feed(self, data: bytes) -> None:
+        self.seen = self.seen or self._text in self._tail + data
+        self._tail = (self._tail + data)[-len(self._text) :]
+
+
+async def _read(descriptor: int, take: Callable[[bytes], object]) -> None:
+    """Reads a pipe to its end."""
+    reader = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb"))
+    try:
+        while data := await reader.read(65536):
+            take(data)
+    finally:
+        transport.close()

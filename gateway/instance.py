@@ -1,0 +1,154 @@
+"""An instance's files: directories and their owners, certificates, access keys, and the AWS profile that points at it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import secrets
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from .config import ConfigError, Settings
+
+_CA_DAYS, _LEAF_DAYS, _RENEW_DAYS = 3650, 397, 30
+
+
+def prepare(settings: Settings) -> None:
+    """Makes what is missing. Raises ConfigError when the unprivileged processes could not reach their files."""
+    users = settings.users
+    for path in (settings.root, settings.runtime):
+        path.mkdir(parents=True, exist_ok=True)
+        check_reachable(path)
+        path.chmod(0o711)
+    for path, owner, mode in (
+        (settings.images_dir, 0, 0o700), (settings.sessions_dir, 0, 0o700), (settings.root / "builds", 0, 0o700),
+        (settings.control_dir, users.control, 0o700), (settings.tls_dir, 0, 0o755), (settings.aws_dir, 0, 0o700),
+        (settings.root / "store", users.store, 0o700),
+    ):  # fmt: skip
+        path.mkdir(exist_ok=True)
+        os.chown(path, owner, owner)
+        path.chmod(mode)
+    # Sockets are made here by control (and by vmm, which is root).
+    os.chown(settings.runtime, users.control, users.control)
+    make_certificates(settings)
+    keys = make_access_keys(settings)
+    write_aws_profile(settings, *next(iter(keys.items())))
+
+
+def check_reachable(path: Path) -> None:
+    """Every directory above must let others pass, because edge and control are nobody there."""
+    for parent in (path, *path.resolve().parents):
+        if parent != path and not parent.stat().st_mode & 0o001:
+            raise ConfigError(f"{path} lies below {parent}, which other users may not enter: choose another --root")
+
+
+def _write(path: Path, data: bytes, owner: int, mode: int) -> None:
+    temporary = path.with_name(path.name + ".new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+    os.chown(temporary, owner, owner)
+    temporary.rename(path)
+
+
+def make_access_keys(settings: Settings) -> dict[str, str]:
+    path = settings.control_dir / "access-keys.json"
+    if not path.exists():
+        keys = {"AKIA" + "".join(secrets.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") for _ in range(16)): secrets.token_urlsafe(30)}
+        _write(path, json.dumps(keys).encode(), settings.users.control, 0o600)
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def write_aws_profile(settings: Settings, key: str, secret: str) -> None:
+    """`AWS_CONFIG_FILE` and `AWS_SHARED_CREDENTIALS_FILE` of this instance; nobody's own files are touched."""
+    api = f"http://{settings.api.address}:{settings.api.port}"
+    store = settings.object_store.endpoint or f"http://127.0.0.1:{settings.object_store.port}"
+    config = (
+        f"[default]\nregion = {settings.region}\noutput = json\ncli_pager =\nservices = torpor\n\n"
+        f"[services torpor]\nlambda_microvms =\n  endpoint_url = {api}\nlambda_core =\n  endpoint_url = {api}\n"
+        f"cloudwatch_logs =\n  endpoint_url = {api}\ns3 =\n  endpoint_url = {store}\n  addressing_style = path\n"
+    )
+    _write(settings.aws_dir / "config", config.encode(), 0, 0o600)
+    credentials = f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"
+    _write(settings.aws_dir / "credentials", credentials.encode(), 0, 0o600)
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The variables that make aws, boto3, curl and torpor work with this instance."""
+    return {
+        "AWS_CONFIG_FILE": str(settings.aws_dir / "config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(settings.aws_dir / "credentials"),
+        "CURL_CA_BUNDLE": str(settings.tls_dir / "bundle.crt"),
+    }
+
+
+# ---- certificates ----
+
+
+def wildcard(settings: Settings) -> str:
+    return f"*.lambda-microvm.{settings.region}.{settings.domain}"
+
+
+def make_certificates(settings: Settings) -> None:
+    """A certificate authority for this instance, and a certificate for its endpoints, renewed before it expires."""
+    directory = settings.tls_dir
+    ca_path, ca_key_path = directory / "ca.crt", directory / "ca.key"
+    if not (ca_path.exists() and ca_key_path.exists()):
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Torpor development CA ({settings.name})")])
+        certificate = _builder(name, name, key.public_key(), _CA_DAYS).add_extension(
+            x509.BasicConstraints(ca=True, path_length=0), critical=True
+        ).add_extension(
+            x509.KeyUsage(True, False, False, False, False, True, True, False, False), critical=True
+        ).add_extension(
+            x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+        ).sign(key, hashes.SHA256())  # fmt: skip
+        _write(ca_key_path, _private(key), 0, 0o600)
+        _write(ca_path, certificate.public_bytes(serialization.Encoding.PEM), 0, 0o644)
+    _make_leaf(settings, x509.load_pem_x509_certificate(ca_path.read_bytes()), ca_key_path)
+    # For clients that take one bundle only: the system's authorities and ours.
+    system = Path("/etc/ssl/certs/ca-certificates.crt")
+    _write(directory / "bundle.crt", (system.read_bytes() if system.exists() else b"") + ca_path.read_bytes(), 0, 0o644)
+
+
+def _make_leaf(settings: Settings, ca: x509.Certificate, ca_key_path: Path) -> None:
+    path, key_path, names = settings.tls_dir / "edge.crt", settings.tls_dir / "edge.key", [wildcard(settings)]
+    if path.exists() and key_path.exists():
+        known = x509.load_pem_x509_certificate(path.read_bytes())
+        left = known.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+        alternatives = known.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        if left.days > _RENEW_DAYS and alternatives.get_values_for_type(x509.DNSName) == names:
+            return
+    ca_key = serialization.load_pem_private_key(ca_key_path.read_bytes(), None)
+    assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
+    certificate = _builder(subject, ca.subject, key.public_key(), _LEAF_DAYS).add_extension(
+        x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=False
+    ).add_extension(
+        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
+    ).add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
+    ).sign(ca_key, hashes.SHA256())  # fmt: skip
+    _write(key_path, _private(key), settings.users.edge, 0o600)
+    _write(path, certificate.public_bytes(serialization.Encoding.PEM), 0, 0o644)
+
+
+def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(now + datetime.timedelta(days=days))
+    )  # fmt: skip
+
+
+def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )

@@ -1,0 +1,98 @@
+"""The instance's listening sockets: opened by the supervisor, as root, and kept open all its life."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+from .config import ConfigError, Settings
+
+_CHOICES = (443, 8443)
+_SEARCH = range(8444, 8544)
+
+
+def listen(address: str, port: int, purpose: str) -> socket.socket:
+    """Raises ConfigError that names the port's holder."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if purpose == "edge":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((address, port))
+        sock.listen(4096)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"{address} port {port} ({purpose}) is taken by {holder(port)}: end it, or set {purpose}.port") from error
+        raise ConfigError(f"{address} port {port} ({purpose}): {error.strerror}") from error
+    return sock
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
+            sock.bind(("::1", 0))
+        return True
+    except OSError:
+        return False
+
+
+def _is_free(addresses: list[str], port: int) -> bool:
+    """Without SO_REUSEPORT, so that another instance's listeners count as taken."""
+    for address in addresses:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if ":" in address:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                sock.bind((address, port))
+            except OSError:
+                return False
+    return True
+
+
+def choose_edge_port(settings: Settings, in_use: bool) -> int:
+    """The instance's port: as set, or chosen once and kept. `in_use` says that our own workers still hold it."""
+    kept = settings.root / "edge-port"
+    addresses = edge_addresses(settings)
+    port = settings.edge.port or (int(kept.read_text(encoding="ascii")) if kept.exists() else 0)
+    if port:
+        if not in_use and not _is_free(addresses, port):
+            raise ConfigError(f"port {port} (edge) is taken by {holder(port)}: end it, or set edge.port")
+    else:
+        port = next((one for one in (*_CHOICES, *_SEARCH) if _is_free(addresses, one)), 0)
+        if not port:
+            raise ConfigError("no free port for the edge from 443, 8443 to 8543: set edge.port")
+    kept.write_text(str(port), encoding="ascii")
+    return port
+
+
+def edge_addresses(settings: Settings) -> list[str]:
+    return [address for address in settings.edge.addresses if ":" not in address or has_ipv6()]
+
+
+def holder(port: int) -> str:
+    """Which process listens on a port, in words."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            lines = Path(table).read_text(encoding="ascii").splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                inodes.add(f"socket:[{fields[9]}]")
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(os.readlink(fd) in inodes for fd in (process / "fd").iterdir()):
+                name = (process / "comm").read_text(encoding="utf-8").strip()
+                return f"{name} (process {process.name})"
+        except OSError:
+            continue
+    return "another process"

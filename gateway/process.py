@@ -1,0 +1,44 @@
+"""What every process of an instance does at its start: settings, logs, inherited sockets, the word that it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import uvloop
+
+from .config import Settings
+from .observe import log
+
+SETTINGS_VARIABLE = "TORPOR_PROCESS_SETTINGS"
+SOCKETS_VARIABLE = "TORPOR_PROCESS_SOCKETS"
+READY_VARIABLE = "TORPOR_PROCESS_READY"
+
+
+def inherited() -> dict[str, list[socket.socket]]:
+    """The listening sockets that the supervisor opened, by purpose."""
+    numbers: dict[str, list[int]] = json.loads(os.environ.get(SOCKETS_VARIABLE, "{}"))
+    return {purpose: [socket.socket(fileno=number) for number in fds] for purpose, fds in numbers.items()}
+
+
+def ready() -> None:
+    """Tells the supervisor that this process serves."""
+    number = os.environ.pop(READY_VARIABLE, "")
+    if number:
+        os.write(int(number), b"1")
+        os.close(int(number))
+
+
+def run(name: str, main: Callable[[Settings], Coroutine[Any, Any, None]]) -> None:
+    log.configure(name)
+    faulthandler.register(signal.SIGUSR2)  # a stack trace on standard error, for a process that seems stuck
+    settings = Settings.model_validate_json(os.environ.pop(SETTINGS_VARIABLE))
+    os.umask(0o022)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main(settings))

@@ -1,0 +1,298 @@
+"""What the table's actions do: launch, save, rest, wake, destroy. Each ends by firing what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+
+from gateway.messages import HostState
+
+from . import hooks
+from .agent import Agent, AgentError, wake_frame
+from .host import RpcError, RpcLost
+from .lifecycle import Lifecycle, Live
+from .logs import LineWriter
+from .model import Session
+from .states import Action, Event, State
+from .store import StoreError
+
+log = structlog.get_logger()
+
+_WOKEN_SECONDS = 30.0  # a loaded host and an emulated guest; usually some 20 ms
+_DESTROY_RETRY_SECONDS = 0.5
+_AWAY_RETRY_SECONDS = 0.2
+_AWAY_TRIES = 100
+T = TypeVar("T")
+
+
+class Actions:
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        self._lifecycle = lifecycle
+        self._host = lifecycle.host
+        self._settings = lifecycle.settings
+        self._routes = lifecycle.routes
+        # A herd on few cores is served best a few at a time (docs/architecture.md).
+        self._turn = asyncio.Semaphore(2 * (os.cpu_count() or 1))
+        lifecycle.actions = self.carry_out
+
+    async def carry_out(self, session: Session, action: Action, event: Event, detail: str) -> None:
+        if action is Action.SAVE:
+            await self.save(session, event)
+        elif action is Action.REST:
+            await self.rest(session)
+        elif action is Action.WAKE:
+            await self.wake(session, event)
+        elif action is Action.DESTROY:
+            await self.destroy(session, event)
+
+    # ---- launch and wake ----
+
+    async def launch(self, session: Session) -> None:
+        """From the image to RUNNING. Not started yet: incarnation 0 is stored until the guest is about to run."""
+        fire = self._lifecycle.fire
+        try:
+            async with self._turn:
+                await self._patiently(lambda: self._host.prepare(session.id, 1, session.image, False))
+                await self._begin(session, Event.STARTED)
+                await self._start(session)
+            await self.run_hook(session)
+        except hooks.HookError as error:
+            await fire(session, Event.FAILED, hooks.runtime_reason("run", error))
+        except (RpcError, AgentError, StoreError) as error:
+            await fire(session, Event.FAILED, f"The MicroVM could not be launched: {error}")
+        else:
+            await fire(session, Event.STARTED)
+
+    async def run_hook(self, session: Session) -> None:
+        payload = {"microvmId": session.id, "runHookPayload": session.run_hook_payload}
+        await self._hook(session, "run", payload)
+
+    async def wake(self, session: Session, event: Event) -> None:
+        """From the snapshot to RUNNING. Until `_begin` the snapshot is good and a failure leads back to SUSPENDED."""
+        fire = self._lifecycle.fire
+        try:
+            async with self._turn:
+                await self._host.prepare(session.id, session.incarnation + 1, session.image, True)
+                await self._begin(session, event)
+                await self._start(session)
+            await self._hook(session, "resume")
+        except hooks.HookError as error:
+            await fire(session, Event.FAILED, hooks.runtime_reason("resume", error))
+        except (RpcError, AgentError, StoreError) as error:
+            await self._not_woken(session, event, error)
+        else:
+            await fire(session, Event.RESUMED)
+
+    async def _not_woken(self, session: Session, event: Event, error: Exception) -> None:
+        begun = self._lifecycle.live(session).agent is not None
+        if isinstance(error, RpcError) and error.kind == "StateLost" or begun:
+            await self._lifecycle.fire(session, Event.LOST, f"The MicroVM could not be resumed: {error}")
+            return
+        log.warning("resume.failed", session=session.id, error=str(error))
+        await self._lifecycle.fire(session, Event.NOT_RESUMED, str(error))
+        if event is Event.REQUEST:
+            self._lifecycle.retry_later(session)
+
+    async def _begin(self, session: Session, event: Event) -> None:
+        """Stores that the next incarnation runs, before it does."""
+        session.incarnation += 1
+        self._lifecycle.record(session, event, State.SUSPENDED if session.incarnation > 1 else State.PENDING, "started")
+        try:
+            await self._lifecycle.store.commit()
+        except StoreError:
+            session.incarnation -= 1
+            raise
+
+    async def _start(self, session: Session) -> None:
+        nonce = secrets.randbits(63)
+        agent = self.attach(session, await self._host.start(session.id, session.incarnation, wake_frame(nonce)))
+        woken = agent.expect(nonce)
+        try:
+            async with asyncio.timeout(_WOKEN_SECONDS):
+                await woken
+        except TimeoutError as error:
+            raise AgentError(f"the guest did not answer in {_WOKEN_SECONDS:g} s after it was restored") from error
+
+    def attach(self, session: Session, descriptor: int) -> Agent:
+        """Reads a running guest's agent: its output goes to the logs, its end ends the session."""
+        live = self._lifecycle.live(session)
+        if live.agent is not None:
+            live.agent.close()
+        writer = None
+        if session.log_group is not None and session.log_stream is not None:
+            writer = LineWriter(self._lifecycle.logs, session.log_group, session.log_stream)
+        live.agent = Agent(
+            descriptor,
+            writer.feed if writer is not None else lambda channel, data: None,
+            lambda code: self._lifecycle.exited(session, code),
+        )
+        if writer is not None:
+            live.agent.closed.add_done_callback(lambda _: writer.flush())
+        return live.agent
+
+    async def _hook(self, session: Session, name: str, payload: object = None) -> None:
+        seconds = session.hooks.timeout(name)
+        if seconds is not None:
+            await hooks.call(
+                lambda: self._host.socket(session.id, session.incarnation),
+                name, session.hooks.port, seconds, str(uuid.uuid4()), payload,
+            )  # fmt: skip
+
+    # ---- save and rest ----
+
+    async def save(self, session: Session, event: Event) -> None:
+        """Gate, drain, hook, cut, snapshot. An idle suspend is called off by activity until the hook is sent."""
+        live = self._lifecycle.live(session)
+        idle = event is Event.IDLE
+        fire = self._lifecycle.fire
+        known = dict(live.counts)
+        answers, complete = await self._routes.close_gate(session, self._settings.suspend.gate_seconds)
+        if idle:
+            moved = any(answer.waiting or answer.count != known.get(worker, 0) for worker, answer in answers.items())
+            if moved or not complete or self._wanted(live):
+                await self._call_off(session, live)
+                return
+        else:
+            await self._routes.drain(session, self._settings.suspend.drain_seconds, cut=False)
+        try:
+            await self._hook(session, "suspend")
+            if idle and session.hooks.timeout("suspend") is None and self._wanted(live):
+                await self._call_off(session, live)
+                return
+            await self._routes.drain(session, 0, cut=True)
+            saved = await self._host.suspend(session.id, session.incarnation)
+        except hooks.HookError as error:
+            await fire(session, Event.FAILED, hooks.runtime_reason("suspend", error))
+        except RpcError as error:
+            await self._not_saved(session, error)
+        else:
+            session.suspended_at = self._lifecycle.clock()
+            if session.suspended_by != "stop" or idle:
+                session.suspended_by = "idle" if idle else "api"
+            session.snapshot_bytes = saved.memory_bytes + saved.state_bytes + saved.disk_bytes
+            await fire(session, Event.SAVED)
+
+    def _wanted(self, live: Live) -> bool:
+        return Event.REQUEST in live.deferred or Event.RESUME in live.deferred
+
+    async def _call_off(self, session: Session, live: Live) -> None:
+        live.deferred = [event for event in live.deferred if event not in (Event.REQUEST, Event.RESUME)]
+        await self._lifecycle.fire(session, Event.CALLED_OFF)
+
+    async def _not_saved(self, session: Session, error: RpcError) -> None:
+        log.warning("suspend.failed", session=session.id, error=str(error))
+        if error.kind == "StateLost":
+            await self._lifecycle.fire(session, Event.LOST, f"The MicroVM could not be suspended: {error}")
+            return
+        if isinstance(error, RpcLost):
+            # vmm is away; whether the snapshot was made is seen when it is back.
+            await self.settle(session)
+            return
+        live = self._lifecycle.live(session)
+        live.deferred = [e for e in live.deferred if e not in (Event.REQUEST, Event.RESUME)]
+        await self._lifecycle.fire(session, Event.NOT_SAVED, str(error))
+
+    async def rest(self, session: Session) -> None:
+        await self._patiently(lambda: self._host.kill(session.id, session.incarnation))
+        policy = session.idle_policy
+        if policy is not None and session.suspended_by == "idle" and policy.suspended == 0:
+            await self._lifecycle.fire(session, Event.WINDOW_OVER, "MicroVM exceeded maximum lifetime.")
+            return
+        self._lifecycle.rested(session)
+
+    # ---- destroy ----
+
+    async def destroy(self, session: Session, event: Event) -> None:
+        """The terminate hook where the guest still runs, then everything of the session goes; never given up."""
+        live = self._lifecycle.live(session)
+        if live.agent is not None and event in (Event.TERMINATE, Event.EXPIRED):
+            await self._routes.drain(session, 0, cut=True)
+            with contextlib.suppress(hooks.HookError, RpcError):
+                await self._hook(session, "terminate")
+        while True:
+            try:
+                await self._host.forget(session.id)
+                break
+            except RpcError as error:
+                log.warning("destroy.retry", session=session.id, error=str(error))
+                await asyncio.sleep(_DESTROY_RETRY_SECONDS)
+        await self._lifecycle.fire(session, Event.CLEANED)
+
+    # ---- after a restart ----
+
+    async def settle(self, session: Session, state: HostState | None = None) -> None:
+        """Compares a session with what the host has of it, and goes on from there."""
+        if state is None:
+            state = await self._patiently(self._host.state)
+        held = next((one for one in state.sessions if one.session == session.id), None)
+        saved = state.snapshots.get(session.id)
+        fire = self._lifecycle.fire
+        if session.state is State.PENDING and session.incarnation == 0:
+            if held is not None:
+                await self._host.forget(session.id)
+            await self.launch(session)
+        elif session.state is State.TERMINATING:
+            await self.destroy(session, Event.LOST)
+        elif session.state is State.SUSPENDED:
+            if held is not None:
+                await self._host.kill(session.id, held.incarnation)
+            if saved != session.incarnation:
+                await fire(session, Event.LOST, "The snapshot of the MicroVM is not on this host any more.")
+            elif session.suspended_by == "stop":  # by our own stop: as it was before
+                session.suspended_by = "api"
+                await fire(session, Event.RESUME)
+            else:
+                self._lifecycle.rested(session)
+        elif session.state is State.SUSPENDING and saved == session.incarnation and (held is None or held.phase == "stopped"):
+            session.suspended_at = self._lifecycle.clock()
+            session.suspended_by = session.suspended_by or "api"
+            await fire(session, Event.SAVED)
+        elif held is None or held.incarnation != session.incarnation:
+            await fire(session, Event.LOST, "The MicroVM was lost when its host stopped.")
+        else:
+            await self._take_over(session, held.phase)
+
+    async def _take_over(self, session: Session, phase: str) -> None:
+        """A guest that went on while control was away."""
+        fire = self._lifecycle.fire
+        try:
+            if phase == "prepared":
+                await self._start(session)
+            else:
+                if phase == "stopped":
+                    await self._host.unpause(session.id, session.incarnation)
+                agent = self.attach(session, await self._host.agent(session.id, session.incarnation))
+                state, code = await agent.hello(_WOKEN_SECONDS)
+                if state == 2:
+                    self._lifecycle.exited(session, code)
+                    return
+            if session.state is State.PENDING:
+                await self.run_hook(session)
+                await fire(session, Event.STARTED)
+            elif session.state is State.RESUMING:
+                await self._hook(session, "resume")
+                await fire(session, Event.RESUMED)
+            elif session.state is State.SUSPENDING:
+                await fire(session, Event.CALLED_OFF)
+            else:
+                self._lifecycle.adopted(session)
+        except hooks.HookError as error:
+            await fire(session, Event.FAILED, hooks.runtime_reason("run" if session.state is State.PENDING else "resume", error))
+        except (RpcError, AgentError) as error:
+            await fire(session, Event.LOST, f"The MicroVM could not be taken over: {error}")
+
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Asks again while vmm is away: it restarts, and every call is idempotent."""
+        for _ in range(_AWAY_TRIES):
+            try:
+                return await call()
+            except RpcLost:
+                await asyncio.sleep(_AWAY_RETRY_SECONDS)
+        raise RpcLost("vmm did not come back")

@@ -1,0 +1,83 @@
+"""What control asks of vmm: its calls, typed, with their deadlines. The only place that knows them."""
+
+from __future__ import annotations
+
+import socket
+
+from gateway import messages as m
+from gateway.rpc import Client, RpcError, RpcLost
+
+_PREPARE_SECONDS = 60.0
+_SUSPEND_SECONDS = 120.0
+_BUILD_SECONDS = 2000.0
+_BOOT_SECONDS = 60.0
+_SEAL_SECONDS = 180.0
+_DELETE_SECONDS = 60.0
+
+__all__ = ["Host", "RpcError", "RpcLost"]
+
+
+class Host:
+    """Raises RpcError with the host's words (kind: StateLost, DiskFull, VmmError), RpcLost when vmm is away."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def info(self) -> m.HostInfo:
+        return await self._client.call("host_info", None, m.HostInfo)  # type: ignore[no-any-return]
+
+    async def usage(self) -> m.Usage:
+        return await self._client.call("usage", None, m.Usage)  # type: ignore[no-any-return]
+
+    async def state(self) -> m.HostState:
+        return await self._client.call("state", None, m.HostState)  # type: ignore[no-any-return]
+
+    async def prepare(self, session: str, incarnation: int, image: str, from_snapshot: bool) -> None:
+        await self._client.call("prepare", m.PrepareRequest(session, incarnation, image, from_snapshot), timeout=_PREPARE_SECONDS)
+
+    async def start(self, session: str, incarnation: int, wake: bytes) -> int:
+        """Lets a prepared session run; returns the agent's channel."""
+        return await self._descriptor("start", m.StartRequest(session, incarnation, wake))
+
+    async def agent(self, session: str, incarnation: int) -> int:
+        return await self._descriptor("agent", m.SessionRef(session, incarnation))
+
+    async def socket(self, session: str, incarnation: int) -> socket.socket:
+        """An unconnected, non-blocking TCP socket inside the session's network."""
+        return socket.socket(fileno=await self._descriptor("sockets", m.SocketsRequest(session, incarnation, 1)))
+
+    async def suspend(self, session: str, incarnation: int) -> m.Suspended:
+        return await self._client.call("suspend", m.SessionRef(session, incarnation), m.Suspended, timeout=_SUSPEND_SECONDS)  # type: ignore[no-any-return]
+
+    async def unpause(self, session: str, incarnation: int) -> None:
+        await self._client.call("unpause", m.SessionRef(session, incarnation))
+
+    async def kill(self, session: str, incarnation: int) -> None:
+        await self._client.call("kill", m.SessionRef(session, incarnation), timeout=_DELETE_SECONDS)
+
+    async def forget(self, session: str) -> None:
+        await self._client.call("forget", m.SessionRef(session, 0), timeout=_DELETE_SECONDS)
+
+    async def build(self, request: m.BuildRequest) -> tuple[int, int]:
+        """Starts a container build; returns the log and the phases to read."""
+        _, (log, phases) = await self._client.call_with_descriptors("build", request, timeout=_BOOT_SECONDS)
+        return log, phases
+
+    async def build_result(self, build: str) -> m.BuildResult:
+        return await self._client.call("build_result", m.BuildName(build), m.BuildResult, timeout=_BUILD_SECONDS)  # type: ignore[no-any-return]
+
+    async def build_cancel(self, build: str) -> None:
+        await self._client.call("build_cancel", m.BuildName(build), timeout=_DELETE_SECONDS)
+
+    async def boot(self, session: str, image: str, shape: m.Shape) -> int:
+        return await self._descriptor("boot", m.BootRequest(session, image, shape), _BOOT_SECONDS)
+
+    async def seal(self, session: str, image: str) -> m.Sealed:
+        return await self._client.call("seal", m.SealRequest(session, image), m.Sealed, timeout=_SEAL_SECONDS)  # type: ignore[no-any-return]
+
+    async def image_delete(self, image: str) -> None:
+        await self._client.call("image_delete", m.ImageName(image), timeout=_DELETE_SECONDS)
+
+    async def _descriptor(self, method: str, body: object, timeout: float = 30.0) -> int:
+        _, descriptors = await self._client.call_with_descriptors(method, body, timeout=timeout)
+        return int(descriptors[0])

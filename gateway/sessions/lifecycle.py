@@ -1,0 +1,293 @@
+"""Sessions in motion: events meet the table (states.py), are stored, and only then acted on.
+
+One task per session that is in transition, none for a session at rest. What the tasks do is in actions.py; here is who
+may start them, the deadlines, and what the edges report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine, Hashable
+from typing import Any
+
+import structlog
+
+from gateway.config import Settings
+from gateway.messages import Activity, Ended
+
+from .agent import Agent
+from .deadlines import Deadlines
+from .host import Host
+from .logs import LogStore
+from .model import Session
+from .routes import Routes
+from .states import Action, Event, State, step
+from .store import Store
+
+log = structlog.get_logger()
+
+MAX_LIFETIME = "MicroVM exceeded maximum lifetime."
+SUCCESS = "Success."
+_IDLE, _WINDOW, _LIFETIME, _RETRY, _PURGE = "idle", "window", "lifetime", "retry", "purge"
+_TERMINATED_KEPT_SECONDS = 3600.0  # reference: at least 20 minutes
+_RETRY_SECONDS = 1.0
+
+
+class Live:
+    """What is known of a session that is not worth storing."""
+
+    def __init__(self, now: float) -> None:
+        self.agent: Agent | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.deferred: list[Event] = []
+        self.counts: dict[str, int] = {}  # by worker, as last reported
+        self.waiting: dict[str, int] = {}
+        self.last_active = now
+
+
+class Lifecycle:
+    """`actions` makes the coroutine that carries an action out; given late, because it needs the lifecycle."""
+
+    def __init__(
+        self, settings: Settings, store: Store, host: Host, routes: Routes, logs: LogStore,
+        clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self.settings = settings
+        self.store = store
+        self.host = host
+        self.routes = routes
+        self.logs = logs
+        self.clock = clock
+        self.actions: Callable[[Session, Action, Event, str], Coroutine[Any, Any, None]]
+        self._loop = asyncio.get_running_loop()
+        self._live: dict[str, Live] = {}
+        self._deadlines = Deadlines(self._loop, self._due)
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # ---- events ----
+
+    async def fire(self, session: Session, event: Event, detail: str = "") -> Action:
+        """Applies an event. Returns when the new state is durable; its action has then been started.
+
+        Raises IllegalTransition, StoreError.
+        """
+        old = session.state
+        new, action = step(old, event)
+        if action is Action.DEFER:
+            self.live(session).deferred.append(event)
+        if new is old:
+            return action
+        session.state = new
+        if new is State.TERMINATING:
+            session.reason = detail or session.reason
+        if new is State.TERMINATED:
+            session.terminated_at = self.clock()
+        log.info("session", id=session.id, on=event.value, old=old.value, new=new.value, detail=detail)
+        # A resume is stored when its snapshot has been loaded and the guest is about to run: until then the snapshot is
+        # good, and a crash must find the session SUSPENDED.
+        if new is not State.RESUMING and not (old is State.RESUMING and new is State.SUSPENDED):
+            self.record(session, event, old, detail)
+            await self.store.commit()
+        if session.state is new:
+            if new is not State.SUSPENDING:  # whose gate is closed, and answers counted, by its action
+                self.routes.publish(session)
+            self._act(session, action, event, detail)
+        return action
+
+    def record(self, session: Session, event: Event, old: State, detail: str = "") -> None:
+        self.store.put_session(session)
+        self.store.add_event(session.id, event.value, old.value, session.state.value, session.incarnation, detail)
+
+    def _act(self, session: Session, action: Action, event: Event, detail: str) -> None:
+        live = self.live(session)
+        if action is Action.OPEN:
+            self._opened(session, live)
+        elif action in (Action.SAVE, Action.REST, Action.WAKE, Action.DESTROY):
+            self._deadlines.clear((_IDLE, session.id))
+            if action is Action.DESTROY:
+                self._stop_task(live)
+                self._deadlines.clear((_WINDOW, session.id))
+                self._deadlines.clear((_LIFETIME, session.id))
+            self.run(session, self.actions(session, action, event, detail))
+        if session.state is State.TERMINATED:
+            self.ended(session)
+
+    def run(self, session: Session, work: Coroutine[Any, Any, None]) -> None:
+        """Starts the session's one task."""
+        live = self.live(session)
+        live.task = self.spawn(work)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("lifecycle.task_failed", error=repr(task.exception()), exc_info=task.exception())
+
+    def _stop_task(self, live: Live) -> None:
+        if live.task is not None and live.task is not asyncio.current_task():
+            live.task.cancel()
+
+    def live(self, session: Session) -> Live:
+        live = self._live.get(session.id)
+        if live is None:
+            live = self._live[session.id] = Live(self._loop.time())
+        return live
+
+    def post(self, session: Session, event: Event, detail: str = "") -> None:
+        """Fires without waiting: for what happens by itself."""
+        self.spawn(self.fire(session, event, detail))
+
+    # ---- arriving in a state ----
+
+    def _opened(self, session: Session, live: Live) -> None:
+        live.last_active = self._loop.time()
+        self._watch_idle(session, live.last_active)
+        deferred, live.deferred = live.deferred, []
+        for event in (Event.TERMINATE, Event.EXPIRED, Event.SUSPEND):
+            if event in deferred:
+                self.post(session, event, reason_of(event))
+                return
+
+    def adopted(self, session: Session) -> None:
+        """A session that ran on while control was away: as active now."""
+        self.routes.publish(session)
+        self._opened(session, self.live(session))
+
+    def rested(self, session: Session) -> None:
+        """Called when a suspended session's hypervisor is gone: deferred events, then the window."""
+        live = self.live(session)
+        deferred, live.deferred = live.deferred, []
+        self._close_agent(live)
+        if Event.TERMINATE in deferred or Event.EXPIRED in deferred:
+            event = Event.TERMINATE if Event.TERMINATE in deferred else Event.EXPIRED
+            self.post(session, event, reason_of(event))
+        elif Event.RESUME in deferred or (Event.REQUEST in deferred and session.resumes_on_request):
+            self.post(session, Event.RESUME if Event.RESUME in deferred else Event.REQUEST)
+        else:
+            self._watch_window(session)
+            if not live.deferred and live.task is asyncio.current_task():
+                self._live.pop(session.id, None)
+
+    def _watch_idle(self, session: Session, since: float) -> None:
+        if session.idle_policy is not None:
+            self._deadlines.set((_IDLE, session.id), since + session.idle_policy.max_idle)
+
+    def _watch_window(self, session: Session) -> None:
+        policy = session.idle_policy
+        if policy is not None and session.suspended_by == "idle" and session.suspended_at is not None:
+            self._at((_WINDOW, session.id), session.suspended_at + policy.suspended)
+
+    def watch_lifetime(self, session: Session) -> None:
+        self._at((_LIFETIME, session.id), session.expires_at)
+
+    def retry_later(self, session: Session) -> None:
+        """A resume could not be made now; what is held is tried again until the edges give up."""
+        self._deadlines.set((_RETRY, session.id), self._loop.time() + _RETRY_SECONDS)
+
+    def _at(self, key: Hashable, wall: float) -> None:
+        self._deadlines.set(key, self._loop.time() + max(0.0, wall - self.clock()))
+
+    def ended(self, session: Session) -> None:
+        """A terminated session stays listed for a while, then its row goes."""
+        live = self._live.pop(session.id, None)
+        if live is not None:
+            self._close_agent(live)
+        self._at((_PURGE, session.id), (session.terminated_at or self.clock()) + _TERMINATED_KEPT_SECONDS)
+
+    def _close_agent(self, live: Live) -> None:
+        if live.agent is not None:
+            live.agent.close()
+            live.agent = None
+
+    # ---- deadlines ----
+
+    def _due(self, key: Hashable) -> None:
+        kind, name = key  # type: ignore[misc]
+        session = self.store.sessions.get(name)
+        if session is None:
+            return
+        if kind == _IDLE:
+            self._idle_due(session)
+        elif kind == _WINDOW:
+            self.post(session, Event.WINDOW_OVER, MAX_LIFETIME)
+        elif kind == _LIFETIME:
+            self.post(session, Event.EXPIRED, MAX_LIFETIME)
+        elif kind == _RETRY and session.state is State.SUSPENDED and session.resumes_on_request:
+            self.post(session, Event.REQUEST)
+        elif kind == _PURGE:
+            self.routes.remove(session)
+            self.store.drop_session(session.id)
+            self.spawn(self.store.commit())
+
+    def _idle_due(self, session: Session) -> None:
+        live = self.live(session)
+        if session.state is not State.RUNNING or session.idle_policy is None:
+            return
+        if any(live.waiting.values()):
+            live.last_active = self._loop.time()
+        if self._loop.time() - live.last_active + 0.001 < session.idle_policy.max_idle:
+            self._watch_idle(session, live.last_active)
+        else:
+            self.post(session, Event.IDLE)
+
+    # ---- what the edges and the host report ----
+
+    def activity(self, worker: str, report: Activity) -> None:
+        now = self._loop.time()
+        for name, (count, ago, waiting) in report.sessions.items():
+            session = self.store.sessions.get(name)
+            if session is None or session.state.is_over:
+                continue
+            live = self.live(session)
+            live.counts[worker] = count
+            live.waiting[worker] = waiting
+            live.last_active = max(live.last_active, now - ago)
+
+    def worker_left(self, worker: str) -> None:
+        """What it did not report counts as activity now."""
+        now = self._loop.time()
+        for live in self._live.values():
+            if live.counts.pop(worker, None) is not None or live.waiting.pop(worker, 0):
+                live.last_active = now
+
+    async def request(self, session: Session) -> None:
+        """A request is held for this session."""
+        if session.state is State.SUSPENDED and not session.resumes_on_request:
+            return
+        if session.state is State.SUSPENDING and Event.REQUEST in self.live(session).deferred:
+            return
+        await self.fire(session, Event.REQUEST)
+
+    def hypervisor_ended(self, ended: Ended) -> None:
+        session = self.store.sessions.get(ended.session)
+        if session is not None and session.incarnation == ended.incarnation:
+            self.post(session, Event.LOST, ended.reason)
+
+    def exited(self, session: Session, code: int) -> None:
+        self.post(session, Event.EXITED, f"Container Stopped with Exit Code: {code}")
+
+    # ---- ends ----
+
+    async def quiet(self) -> None:
+        """Waits until no session is in transition."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.quiet()
+        for live in self._live.values():
+            self._close_agent(live)
+
+
+def reason_of(event: Event) -> str:
+    return SUCCESS if event is Event.TERMINATE else MAX_LIFETIME if event is Event.EXPIRED else ""

@@ -1,0 +1,120 @@
+"""Control's side of routing: a numbered log of changes, sent to every worker; gates closed and counted.
+
+A worker takes the whole table, then changes in order; it serves only after its first table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from gateway.messages import DrainRequest, GateAnswer, GateRequest, Route, RouteChange, Table, Verifier
+from gateway.rpc import Connection, RpcError
+
+from .model import Session
+from .states import State
+
+log = structlog.get_logger()
+
+OPEN, HOLD, REFUSE = "open", "hold", "refuse"
+_DRAIN_MARGIN_SECONDS = 2.0
+
+
+def gate(session: Session) -> str:
+    """What a request to this session meets."""
+    if session.state is State.RUNNING:
+        return OPEN
+    if session.state in (State.PENDING, State.RESUMING, State.SUSPENDING):
+        return HOLD
+    if session.state is State.SUSPENDED and session.resumes_on_request:
+        return HOLD
+    return REFUSE
+
+
+def route_of(session: Session) -> Route:
+    return Route(session.endpoint, session.id, session.incarnation, gate(session))
+
+
+class Routes:
+    def __init__(self) -> None:
+        self._number = 0
+        self._routes: dict[str, Route] = {}
+        self._workers: dict[Connection, str] = {}
+        self.keys: list[Verifier] = []
+
+    def table(self) -> Table:
+        return Table(self._number, list(self._routes.values()), self.keys)
+
+    def add_worker(self, connection: Connection, name: str) -> Table:
+        self._workers[connection] = name
+        connection.closed.add_done_callback(lambda _: self._workers.pop(connection, None))
+        return self.table()
+
+    def worker_name(self, connection: Connection) -> str:
+        return self._workers.get(connection, "")
+
+    def find(self, endpoint: str) -> Route | None:
+        return self._routes.get(endpoint)
+
+    def publish(self, session: Session) -> None:
+        route = route_of(session)
+        if self._routes.get(session.endpoint) != route:
+            self._routes[session.endpoint] = route
+            self._broadcast(route)
+
+    def remove(self, session: Session) -> None:
+        if self._routes.pop(session.endpoint, None) is not None:
+            self._broadcast(Route(session.endpoint, "", 0, REFUSE))
+
+    def publish_keys(self, keys: list[Verifier]) -> None:
+        self.keys = keys
+        for connection in self._workers:
+            connection.notify("keys", keys)
+
+    def _change(self, route: Route) -> RouteChange:
+        self._number += 1
+        return RouteChange(self._number, route)
+
+    def _broadcast(self, route: Route) -> None:
+        change = self._change(route)
+        for connection in self._workers:
+            connection.notify("route", change)
+
+    async def close_gate(self, session: Session, seconds: float) -> tuple[dict[str, GateAnswer], bool]:
+        """Closes the session's gate everywhere; answers by worker, and whether all were there to answer.
+
+        A worker that is silent for `seconds` is disconnected: what it knows of activity is unknown.
+        """
+        route = Route(session.endpoint, session.id, session.incarnation, HOLD)
+        self._routes[session.endpoint] = route
+        request = GateRequest(self._change(route))
+        complete = True
+
+        async def ask(connection: Connection, name: str) -> tuple[str, GateAnswer] | None:
+            try:
+                return name, await connection.call("gate", request, GateAnswer, timeout=seconds)
+            except RpcError:
+                log.warning("gate.silent", worker=name)
+                connection.close()
+                return None
+
+        answers: dict[str, GateAnswer] = {}
+        for answer in await asyncio.gather(*(ask(*item) for item in list(self._workers.items()))):
+            if answer is None:
+                complete = False
+            else:
+                answers[answer[0]] = answer[1]
+        return answers, complete
+
+    async def drain(self, session: Session, seconds: float, cut: bool) -> None:
+        """Waits until no request of the session waits for its head, then, if asked, cuts every connection to it."""
+        request = DrainRequest(session.id, session.incarnation, seconds, cut)
+
+        async def ask(connection: Connection) -> None:
+            try:
+                await connection.call("drain", request, timeout=seconds + _DRAIN_MARGIN_SECONDS)
+            except RpcError:
+                connection.close()
+
+        await asyncio.gather(*(ask(connection) for connection in list(self._workers)))
