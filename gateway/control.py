@@ -86,7 +86,11 @@ class Control:
                 self.lifecycle.ended(session)
                 continue
             self.lifecycle.watch_lifetime(session)
-            if session.state is State.SUSPENDED and state.snapshots.get(session.id) == session.incarnation and not session.suspended_by == "stop":
+            if (
+                session.state is State.SUSPENDED
+                and state.snapshots.get(session.id) == session.incarnation
+                and session.suspended_by != "stop"
+            ):
                 self.lifecycle.rested(session)
             else:
                 self.lifecycle.run(session, self.actions.settle(session, state))
@@ -176,7 +180,12 @@ async def main(settings: Settings) -> None:
     stop, suspend = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGUSR1, lambda: (suspend.set(), stop.set()))
+
+    def suspend_and_stop() -> None:
+        suspend.set()
+        stop.set()
+
+    loop.add_signal_handler(signal.SIGUSR1, suspend_and_stop)
     await stop.wait()
     for runner in runners:
         await runner.cleanup()

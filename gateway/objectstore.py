@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from moto.server import DomainDispatcherApplication, create_backend_app
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 from . import process

@@ -104,7 +104,8 @@ class Connection:
         self, method: str, body: Any = None, kind: type[T] | Any = None, timeout: float = 10.0, descriptors: list[int] | None = None
     ) -> T:
         """Raises RpcError as the other side said, RpcLost when it is gone or silent for `timeout` seconds."""
-        return (await self.call_with_descriptors(method, body, kind, timeout, descriptors))[0]
+        answer: T = (await self.call_with_descriptors(method, body, kind, timeout, descriptors))[0]
+        return answer
 
     async def call_with_descriptors(
         self, method: str, body: Any = None, kind: Any = None, timeout: float = 10.0, descriptors: list[int] | None = None
@@ -311,7 +312,9 @@ class Client:
     def connection(self) -> Connection | None:
         return self._connection if self._up.is_set() else None
 
-    async def call(self, method: str, body: Any = None, kind: Any = None, timeout: float = 10.0, descriptors: list[int] | None = None) -> Any:
+    async def call(
+        self, method: str, body: Any = None, kind: Any = None, timeout: float = 10.0, descriptors: list[int] | None = None
+    ) -> Any:
         return (await self.call_with_descriptors(method, body, kind, timeout, descriptors))[0]
 
     async def call_with_descriptors(

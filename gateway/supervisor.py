@@ -96,7 +96,11 @@ class Supervisor:
             recorded = json.loads(self._state.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return {name: entry for name, entry in recorded.items() if entry["started"] is not None and host.start_time(entry["pid"]) == entry["started"]}
+        return {
+            name: entry
+            for name, entry in recorded.items()
+            if entry["started"] is not None and host.start_time(entry["pid"]) == entry["started"]
+        }
 
     def _adopt_sockets(self, old: dict[str, dict[str, object]]) -> dict[str, list[list[socket.socket]]]:
         """Listening sockets of living processes: closing the last holder of one would reset what is queued in it."""

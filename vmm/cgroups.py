@@ -37,9 +37,9 @@ class Cgroups:
         """`storage` lies on the disk whose bandwidth is limited."""
         self._name = f"torpor-{instance}"
         self._disk = disk_number(storage)
-        self.unified = (ROOT / "cgroup.controllers").exists() and "memory" in (
-            ROOT / "cgroup.controllers"
-        ).read_text(encoding="ascii").split()
+        self.unified = (ROOT / "cgroup.controllers").exists() and "memory" in (ROOT / "cgroup.controllers").read_text(
+            encoding="ascii"
+        ).split()
         if self.unified:
             self._bases = {"": ROOT / self._name}
         else:
@@ -71,9 +71,9 @@ class Cgroups:
             (base / name).mkdir(exist_ok=True)
         if limits is not None:
             for controller, file, value in self._settings(limits):
-                base = self._bases.get("" if self.unified else controller)
-                if base is not None and (base / name / file).exists():
-                    (base / name / file).write_text(value, encoding="ascii")
+                where = self._bases.get("" if self.unified else controller)
+                if where is not None and (where / name / file).exists():
+                    (where / name / file).write_text(value, encoding="ascii")
 
     def _settings(self, limits: Limits) -> list[tuple[str, str, str]]:
         period = 100_000
@@ -92,11 +92,7 @@ class Cgroups:
             ("cpu", "cpu.cfs_quota_us", str(quota)),
             ("cpu", "cpu.shares", str(max(2, limits.weight * 1024 // 100))),
             ("pids", "pids.max", str(limits.pids)),
-            *(
-                ("blkio", f"blkio.throttle.{way}_bps_device", f"{self._disk} {bps}")
-                for way in ("read", "write")
-                if self._disk
-            ),
+            *(("blkio", f"blkio.throttle.{way}_bps_device", f"{self._disk} {bps}") for way in ("read", "write") if self._disk),
         ]
 
     def joins(self, name: str) -> list[Path]:

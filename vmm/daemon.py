@@ -164,14 +164,12 @@ class Vmm:
         held = self._held(body.session, 0)
         making, target = self._making(body.image), self._settings.images_dir / body.image
         held.expected = True
-        assert hasattr(held.machine, "image_memory")
-        manifest = await self.driver.seal(held.machine, making)  # type: ignore[arg-type]
+        sealed = await self.driver.seal(held.machine, making)
         await self._let_go(body.session, held)
         making.rename(target)
         disks.sync_directory(target.parent)
         self.standbys.want(target)
-        code = int((target / "code_bytes").read_text(encoding="ascii"))
-        return m.Sealed(manifest.memory_bytes, disks.stored_bytes(target / "disk.raw"), code)
+        return sealed
 
     async def rpc_image_delete(self, connection: Connection, body: m.ImageName) -> None:
         image = self._settings.images_dir / body.image
@@ -275,9 +273,7 @@ class Vmm:
             shutil.rmtree(target, ignore_errors=True)
             work.rename(target)
             disks.sync_directory(directory)
-            return m.Suspended(
-                stored, (target / "devices.state").stat().st_size, disks.stored_bytes(overlay), time.monotonic() - started
-            )
+            return m.Suspended(stored, (target / "devices.state").stat().st_size, disks.stored_bytes(overlay), time.monotonic() - started)
 
     async def rpc_unpause(self, connection: Connection, body: m.SessionRef) -> None:
         """Calls a suspend off: the guest runs on, its snapshot is void."""

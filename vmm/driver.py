@@ -11,11 +11,11 @@ from typing import Protocol
 
 import msgspec
 
-from gateway.messages import Shape
+from gateway.messages import Sealed, Shape
 
 from .network import Link
 
-__all__ = ["DiskFull", "Driver", "Machine", "Process", "Shape", "StateLost", "VmmError"]
+__all__ = ["DiskFull", "Driver", "Machine", "Process", "Sealed", "Shape", "StateLost", "VmmError"]
 
 
 class VmmError(Exception):
@@ -80,7 +80,7 @@ class Driver(Protocol):
     async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> Machine:
         """Boots an image's machine for the first time, from its disk."""
 
-    async def seal(self, machine: Machine, image: Path) -> None:
+    async def seal(self, machine: Machine, image: Path) -> Sealed:
         """Stops a booted machine and stores memory and device state as the image that clones start from."""
 
     async def adopt(self, record: Process) -> Machine | None:

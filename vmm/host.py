@@ -39,9 +39,7 @@ def unshare(flags: int) -> None:
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
     encoded = [None if part is None else part.encode() for part in (source, target, kind, data)]
-    _check(
-        _libc.mount(encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3]), f"mount {target}"
-    )
+    _check(_libc.mount(encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3]), f"mount {target}")
 
 
 def umount(target: str) -> None:
@@ -81,13 +79,13 @@ PAGE = 4096
 
 
 class _ScanArgument(ctypes.Structure):
-    _fields_ = [
+    _fields_ = tuple(
         (name, ctypes.c_uint64)
         for name in (
-            "size flags start end walk_end vec vec_len max_pages "
-            "category_inverted category_mask category_anyof_mask return_mask"
-        ).split()
-    ]
+            *("size", "flags", "start", "end", "walk_end", "vec", "vec_len", "max_pages"),
+            *("category_inverted", "category_mask", "category_anyof_mask", "return_mask"),
+        )
+    )
 
 
 def private_pages(pid: int, start: int, end: int) -> list[tuple[int, int]]:
@@ -149,15 +147,13 @@ _IOV_MAX = 1024
 
 def write_memory(pid: int, source: int, ranges: Sequence[tuple[int, int]]) -> None:
     """Copies bytes that lie one after another at address `source` of this process to (address, length) ranges of another."""
-    for at in range(0, len(ranges), _IOV_MAX):
-        part = ranges[at : at + _IOV_MAX]
+    for first in range(0, len(ranges), _IOV_MAX):
+        part = ranges[first : first + _IOV_MAX]
         total = sum(length for _, length in part)
-        remote = (_IoVec * len(part))(*part)
-        local = (_IoVec * 1)((source, total))
+        remote = (_IoVec * len(part))(*(_IoVec(at, length) for at, length in part))
+        local = (_IoVec * 1)(_IoVec(source, total))
         done = _check(
-            _libc.process_vm_writev(
-                pid, local, ctypes.c_ulong(1), remote, ctypes.c_ulong(len(part)), ctypes.c_ulong(0)
-            ),
+            _libc.process_vm_writev(pid, local, ctypes.c_ulong(1), remote, ctypes.c_ulong(len(part)), ctypes.c_ulong(0)),
             "process_vm_writev",
         )
         if done != total:
@@ -173,9 +169,7 @@ def open_tap(name: str) -> int:
     """Opens an existing persistent tap of the calling thread's network namespace."""
     descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        fcntl.ioctl(
-            descriptor, TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR)
-        )
+        fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
     except OSError:
         os.close(descriptor)
         raise

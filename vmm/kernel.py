@@ -10,9 +10,10 @@ from pathlib import Path
 
 # In the order in which they load; dependencies are resolved by modprobe.
 MODULES = (
-    "virtio_pci virtio_net virtio_blk virtio_console "
-    "crc32c-intel libcrc32c nfnetlink nf_tables nf_conntrack nf_nat nft_chain_nat nft_nat nft_ct tcp_diag"
-).split()
+    *("virtio_pci", "virtio_net", "virtio_blk", "virtio_console"),
+    *("crc32c-intel", "libcrc32c", "nfnetlink", "nf_tables", "nf_conntrack", "nf_nat"),
+    *("nft_chain_nat", "nft_nat", "nft_ct", "tcp_diag"),
+)
 _PACKAGE_DEADLINE_SECONDS = 300
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 

@@ -48,9 +48,7 @@ def prepare(directory: Path) -> None:
     for _, target in mounts:
         (directory / target).mkdir(parents=True, exist_ok=True)
     (directory / "mounts").write_text("".join(f"{source} {target}\n" for source, target in mounts), encoding="utf-8")
-    (directory / "environment").write_text(
-        " ".join(f"--env {name}={value}" for name, value in environment.items()), encoding="utf-8"
-    )
+    (directory / "environment").write_text(" ".join(f"--env {name}={value}" for name, value in environment.items()), encoding="utf-8")
 
 
 def _pip_settings(mounts: list[tuple[str, str]]) -> str:
@@ -77,13 +75,9 @@ def _translate(word: str, mounts: list[tuple[str, str]]) -> str:
     # An index of links may point beside itself: its parent comes along.
     if source.endswith("/simple"):
         source = source.removesuffix("/simple")
-    for known, target in mounts:
-        if known == source:
-            break
-    else:
-        target = f"indexes/{len(mounts)}"
-        if os.path.isdir(source):
-            mounts.append((source, target))
+    target = next((place for known, place in mounts if known == source), f"indexes/{len(mounts)}")
+    if (source, target) not in mounts and os.path.isdir(source):
+        mounts.append((source, target))
     return word.replace(source, f"{MOUNT}/{target}")
 
 

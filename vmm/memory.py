@@ -187,8 +187,8 @@ def load_diff(mapping: Mapping, directory: Path) -> None:
 def _main() -> None:
     source, descriptor, *rest = sys.argv[1:]
     split = rest.index("--")
-    for file in rest[split + 1 :]:
-        Path(file).write_text(str(os.getpid()), encoding="ascii")
+    for member in rest[split + 1 :]:
+        Path(member).write_text(str(os.getpid()), encoding="ascii")
     fill(Path(source), int(descriptor))
     for disk in rest[:split]:
         with open(disk, "rb") as file:

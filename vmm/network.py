@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 def run_batch(commands: str) -> None:
     """Runs ip(8) commands in the calling thread's namespace. Raises OSError with its words."""
-    done = subprocess.run(["ip", "-batch", "-"], input=commands.encode(), capture_output=True, timeout=_DEADLINE_SECONDS)
+    done = subprocess.run(["ip", "-batch", "-"], check=False, input=commands.encode(), capture_output=True, timeout=_DEADLINE_SECONDS)
     if done.returncode:
         raise OSError(f"ip: {done.stderr.decode(errors='replace').strip()}")
 

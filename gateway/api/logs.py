@@ -57,7 +57,7 @@ class Logs:
         wanted = call.get("logStreamNames")
         first, last = int(call.get("startTime") or 0), int(call.get("endTime") or 1 << 62)
         pattern, limit = str(call.get("filterPattern") or "").strip('"'), int(call.get("limit") or 10_000)
-        found = []
+        found: list[dict[str, Any]] = []
         for stream in self._store.streams(group):
             if wanted is not None and stream not in wanted:
                 continue
@@ -69,5 +69,5 @@ class Logs:
                 for at, e in enumerate(events)
                 if first <= e.t < last and pattern in e.m
             ]
-        found.sort(key=lambda event: event["timestamp"])
+        found.sort(key=lambda event: int(event["timestamp"]))
         return {"events": found[:limit], "searchedLogStreams": []}

@@ -38,7 +38,7 @@ class Operation:
 
     @cached_property
     def input(self) -> StructureShape | None:
-        return self.model.input_shape  # type: ignore[return-value]
+        return self.model.input_shape
 
     @cached_property
     def output_members(self) -> tuple[str, ...]:
@@ -54,9 +54,7 @@ class Model:
     def _operation(self, model: OperationModel) -> Operation:
         uri = str(model.http["requestUri"]).split("?")[0]
         names = tuple(re.findall(r"{([^}+]+)\+?}", uri))
-        pattern = "".join(
-            f"(?P<{part[1:-1]}>[^/]+)" if part.startswith("{") else re.escape(part) for part in re.split(r"({[^}]+})", uri)
-        )
+        pattern = "".join(f"(?P<{part[1:-1]}>[^/]+)" if part.startswith("{") else re.escape(part) for part in re.split(r"({[^}]+})", uri))
         return Operation(model, str(model.http["method"]), re.compile(pattern + r"/?\Z"), names)
 
     def find(self, method: str, raw_path: str) -> tuple[Operation, dict[str, str]] | None:
@@ -127,9 +125,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def _check(shape: Shape, value: Any, path: str, problems: list[str]) -> Any:
+def _has_type(shape: Shape, value: Any) -> bool:
     kinds = _TYPES[shape.type_name]
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    return isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+
+
+def _check(shape: Shape, value: Any, path: str, problems: list[str]) -> Any:
+    if not _has_type(shape, value):
         raise Validation(f"Value at '{path}' is of the wrong type: expected {shape.type_name}")
     if isinstance(shape, StructureShape):
         return _check_structure(shape, value, path, problems)

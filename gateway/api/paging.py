@@ -23,9 +23,7 @@ class Pager:
     def __init__(self, key: bytes) -> None:
         self._key = key
 
-    def page(
-        self, what: str, items: Sequence[T], key: Callable[[T], list[Any]], call: dict[str, Any]
-    ) -> tuple[list[T], str | None]:
+    def page(self, what: str, items: Sequence[T], key: Callable[[T], list[Any]], call: dict[str, Any]) -> tuple[list[T], str | None]:
         """One page of items sorted by `key`, and the token of the next. Raises Validation for a bad token."""
         limit = call.get("maxResults") or _DEFAULT_PAGE
         ordered = sorted(items, key=key)

@@ -29,9 +29,7 @@ Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 class ApiServer:
     """`targets` have a coroutine for each operation they serve, named as boto3 names it."""
 
-    def __init__(
-        self, model: Model, targets: list[object], logs: Logs, secrets: dict[str, str], region: str, skew_seconds: int
-    ) -> None:
+    def __init__(self, model: Model, targets: list[object], logs: Logs, secrets: dict[str, str], region: str, skew_seconds: int) -> None:
         self._model = model
         self._logs = logs
         self._secrets = secrets
@@ -71,9 +69,7 @@ class ApiServer:
         headers = {"x-amzn-requestid": request_id, "x-amzn-errortype": error.kind}
         if error.retry_after is not None:
             headers["Retry-After"] = str(error.retry_after)
-        return web.Response(
-            status=error.status, body=json.dumps(error.body()).encode(), content_type="application/json", headers=headers
-        )
+        return web.Response(status=error.status, body=json.dumps(error.body()).encode(), content_type="application/json", headers=headers)
 
     async def _answer(self, request: web.Request) -> tuple[int, dict[str, Any] | None]:
         path, _, query = request.raw_path.partition("?")

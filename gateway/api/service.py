@@ -42,7 +42,9 @@ class Service:
 
     def check_connectors(self, given: list[str], kinds: tuple[str, ...]) -> list[str]:
         """Only managed connectors exist here. Raises Validation in the recorded words."""
-        known = {self.managed_connector(name): name for name in ("HTTP_INGRESS", "SHELL_INGRESS", "ALL_INGRESS", "NO_INGRESS", "INTERNET_EGRESS")}
+        known = {
+            self.managed_connector(name): name for name in ("HTTP_INGRESS", "SHELL_INGRESS", "ALL_INGRESS", "NO_INGRESS", "INTERNET_EGRESS")
+        }
         for arn in given:
             if not arn.startswith("arn:"):
                 raise Validation("Malformed network connector ARN")

@@ -50,8 +50,10 @@ def role_arn(name: str) -> str:
 
 
 def bundle() -> str:
-    """The certificates that endpoints are checked with: CURL_CA_BUNDLE, or the instance's."""
-    return os.environ.get("CURL_CA_BUNDLE") or str(settings().tls_dir / "bundle.crt")
+    """The certificates that endpoints are checked with: those beside the instance's AWS profile, else CURL_CA_BUNDLE."""
+    session()
+    beside = Path(os.environ["AWS_CONFIG_FILE"]).parents[1] / "tls/bundle.crt"
+    return str(beside) if beside.is_file() else os.environ.get("CURL_CA_BUNDLE", "/etc/ssl/certs/ca-certificates.crt")
 
 
 def resolve(text: str) -> str:

@@ -95,7 +95,8 @@ def follow(api: Any, name: str, arn: str, version: str, quiet: bool) -> dict[str
         sizes = state.get("snapshotBuild") or {}
         console.print(
             f"built {arn} version {version} in {time.monotonic() - started:.1f} s: memory {mib(sizes.get('memorySnapshotSizeInBytes'))}, "
-            f"code {mib(sizes.get('codeInstallSizeInBytes'))}, disk {mib(sizes.get('diskSnapshotSizeInBytes'))}", soft_wrap=True
+            f"code {mib(sizes.get('codeInstallSizeInBytes'))}, disk {mib(sizes.get('diskSnapshotSizeInBytes'))}",
+            soft_wrap=True,
         )
     return dict(state, **{"ResponseMetadata": None})
 

@@ -81,7 +81,7 @@ def ps(all_states: Annotated[bool, typer.Option("--all", "-a", help="Terminated 
         [
             (
                 d["microvmId"], d["state"], f"{d['imageArn'].rpartition(':')[2]} {d['imageVersion']}",
-                d["startedAt"].strftime("%F %T"), d["endpoint"], d.get("stateReason"),
+                d["startedAt"].strftime("%F %T"), d["endpoint"], d.get("stateReason") or "",
             )
             for d in details
         ],
@@ -125,7 +125,9 @@ def token(
             print(f"X-aws-proxy-port: {port[0]}")
 
 
-def curl(context: typer.Context, microvm: Id, path: Annotated[str, typer.Argument(help="The request's path.")] = "/", port: Port = 8080) -> None:
+def curl(
+    context: typer.Context, microvm: Id, path: Annotated[str, typer.Argument(help="The request's path.")] = "/", port: Port = 8080
+) -> None:
     """Call a microVM with curl: token, port and certificates are filled in, further options are curl's.
 
     Example: torpor curl 3f2a / -p 5000 -i

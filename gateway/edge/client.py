@@ -85,9 +85,9 @@ class Client(asyncio.Protocol):
                 self.pause_reading()
 
     def eof_received(self) -> bool:
-        if self._state == _TUNNEL and self.origin is not None and self.origin.transport is not None:
-            if self.origin.transport.can_write_eof():
-                self.origin.transport.write_eof()
+        origin = self.origin.transport if self.origin is not None else None
+        if self._state == _TUNNEL and origin is not None and origin.can_write_eof():
+            origin.write_eof()
         return False
 
     def connection_lost(self, error: Exception | None) -> None:

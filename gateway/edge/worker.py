@@ -111,7 +111,7 @@ class Worker:
     # ---- control ----
 
     async def _connected(self, connection: Connection) -> None:
-        table = await connection.call("hello", m.Hello(self.name), m.Table)
+        table: m.Table = await connection.call("hello", m.Hello(self.name), m.Table)
         self.checker = Checker(table.keys)
         self.memo.clear()
         self.table.replace(table)
@@ -213,7 +213,9 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
     return context
 
 
-async def run(name: str, settings: Edge, control: Path, vmm: Path, sockets: list[socket.socket], context: ssl.SSLContext, ready: Any) -> None:
+async def run(
+    name: str, settings: Edge, control: Path, vmm: Path, sockets: list[socket.socket], context: ssl.SSLContext, ready: Any
+) -> None:
     """Until SIGTERM, then drains."""
     worker = Worker(name, settings, control, vmm)
     await worker.serve(sockets, context)

@@ -164,7 +164,7 @@ class Pipeline:
             try:
                 output, phases = await self._host.build(request)
                 _, _, result = await asyncio.gather(
-                    _read(output, lambda data: (job.log.feed(0, data), full.feed(data))),
+                    _read(output, _both(lambda data: job.log.feed(0, data), full.feed)),
                     _read(phases, lambda data: self._phase(job, data.decode("ascii", "replace").split()[-1])),
                     self._host.build_result(job.build.id),
                 )
@@ -292,7 +292,15 @@ class _Watch:
         self._tail = (self._tail + data)[-len(self._text) :]
 
 
-async def _read(descriptor: int, take: Callable[[bytes], object]) -> None:
+def _both(*takers: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    def take(data: bytes) -> None:
+        for taker in takers:
+            taker(data)
+
+    return take
+
+
+async def _read(descriptor: int, take: Callable[[bytes], None]) -> None:
     """Reads a pipe to its end."""
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()

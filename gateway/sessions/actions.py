@@ -92,7 +92,7 @@ class Actions:
 
     async def _not_woken(self, session: Session, event: Event, error: Exception) -> None:
         begun = self._lifecycle.live(session).agent is not None
-        if isinstance(error, RpcError) and error.kind == "StateLost" or begun:
+        if (isinstance(error, RpcError) and error.kind == "StateLost") or begun:
             await self._lifecycle.fire(session, Event.LOST, f"The MicroVM could not be resumed: {error}")
             return
         log.warning("resume.failed", session=session.id, error=str(error))

@@ -209,7 +209,8 @@ class Lifecycle:
     # ---- deadlines ----
 
     def _due(self, key: Hashable) -> None:
-        kind, name = key  # type: ignore[misc]
+        assert isinstance(key, tuple)
+        kind, name = key
         session = self.store.sessions.get(name)
         if session is None:
             return

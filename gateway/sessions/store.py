@@ -132,7 +132,7 @@ class Store:
             batch, self._pending = self._pending, []
             waiters, self._waiters = self._waiters, []
             try:
-                await self.db._execute(self._transaction, batch)
+                await self.db._execute(self._transaction, batch)  # type: ignore[no-untyped-call]
             except sqlite3.Error as error:
                 # Kept, so that memory and disk agree again as soon as the disk can be written.
                 self._pending = batch + self._pending

@@ -9,6 +9,7 @@ import itertools
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,10 @@ import msgspec
 
 from .. import disks, host, jail, memory
 from ..cgroups import Cgroups, Limits
-from ..driver import DiskFull, Process, Shape, StateLost, VmmError
+from ..driver import DiskFull, Machine, Process, Sealed, Shape, StateLost, VmmError
 from ..network import Link, Network
 from . import machine as topology
-from .process import DEVICES, RECORD, QemuMachine, child_of, is_alive, listen
+from .process import RECORD, QemuMachine, child_of, is_alive, listen
 from .qmp import QmpError
 
 MANIFEST = "manifest.json"
@@ -57,6 +58,7 @@ class QemuDriver:
         self._memories: dict[str, asyncio.Task[int]] = {}
         self._machines: set[QemuMachine] = set()
         self._numbers = itertools.count(1)
+        self._shapes: dict[str, Shape] = {}  # by vm
 
     def manifest(self, image: Path) -> Manifest:
         """Raises StateLost when the image is not whole."""
@@ -104,8 +106,8 @@ class QemuDriver:
         machine.save_record()
         return machine
 
-    async def seal(self, machine: QemuMachine, image: Path) -> Manifest:
-        assert machine.image_memory is not None
+    async def seal(self, machine: Machine, image: Path) -> Sealed:
+        assert isinstance(machine, QemuMachine) and machine.image_memory is not None
         shape = self._shapes[machine.record.vm]
         try:
             await machine.stop()
@@ -128,7 +130,7 @@ class QemuDriver:
             os.fsync(file.fileno())
         temporary.rename(image / MANIFEST)
         disks.sync_directory(image)
-        return manifest
+        return Sealed(stored, disks.stored_bytes(image / "disk.raw"), int((image / "code_bytes").read_text(encoding="ascii")))
 
     async def adopt(self, record: Process) -> QemuMachine | None:
         directory = self._directory / record.vm
@@ -188,9 +190,7 @@ class QemuDriver:
             image.name, image / "memory.raw", [image / "disk.raw", image / "boot.qcow2"], self._cgroups.joins(group)
         )
 
-    _shapes: dict[str, Shape] = {}
-
-    async def _spawn(self, image: str, shape: Shape, compose: object) -> QemuMachine:
+    async def _spawn(self, image: str, shape: Shape, compose: Callable[[int, int], topology.Command]) -> QemuMachine:
         vm = f"{next(self._numbers)}-{secrets.token_hex(4)}"
         directory = self._directory / vm
         directory.mkdir(mode=0o700, parents=True)
@@ -199,7 +199,7 @@ class QemuDriver:
         self._shapes[vm] = shape
         qmp, agent = listen(directory / "qmp.sock"), listen(directory / "agent.sock")
         try:
-            command: topology.Command = compose(qmp.fileno(), agent.fileno())  # type: ignore[operator]
+            command = compose(qmp.fileno(), agent.fileno())
             process = await asyncio.create_subprocess_exec(
                 *jail.command(self._assets.jail_root, self._cgroups.joins(vm), uid, command.arguments),
                 pass_fds=command.descriptors, start_new_session=True,

@@ -83,7 +83,7 @@ class QemuMachine:
             await self._give("getfd", tap, fdname="tap")
             disk = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
             qmp.send("netdev_add", type="tap", id="n0", fd="tap")
-            qmp.send("device_add", **NIC)
+            qmp.send("device_add", (), **NIC)
             await self._give("add-fd", disk, fdset_id=_OVERLAY_SET)
             qmp.send(
                 "blockdev-add", driver="qcow2", node_name="d1", backing="img",

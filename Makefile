@@ -1,0 +1,71 @@
+# Torpor. `make demo` and `make test` set up what they need on a bare Debian 12 (as root) and then do their work.
+
+PACKAGES = python3 python3-venv gcc make musl-tools linux-libc-dev qemu-system-x86 qemu-utils buildah uidmap slirp4netns \
+	mmdebstrap e2fsprogs nftables iproute2 kmod util-linux curl ca-certificates libnss-myhostname
+BENCH_PACKAGES = nginx-light haproxy nghttp2-client wrk
+VENV = .venv
+PY = $(VENV)/bin/python
+export TORPOR_CACHE ?= /var/cache/torpor
+
+.PHONY: help setup deps assets demo serve test test-long check lint types unit bench-lifecycle bench-edge bench-packages lock clean
+
+help: ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup: deps assets ## install packages and Python libraries, make kernel, initramfs and base image
+
+# Asking dpkg is quick; apt is called only for what is missing. policy-rc.d keeps packages from starting services.
+deps: $(VENV)/ready
+$(VENV)/ready: requirements.lock pyproject.toml
+	@missing=""; for package in $(PACKAGES); do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
+	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; apt-get -q update >/dev/null && \
+	DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
+	@echo "setup: Python libraries into $(VENV)"
+	@/usr/bin/python3 -m venv $(VENV)
+	@$(VENV)/bin/pip install -q --disable-pip-version-check -r requirements.lock 2>&1 | grep -v '^WARNING: Location' || :
+	@$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e . 2>&1 | grep -v '^WARNING: Location' || :
+	@$(VENV)/bin/torpor version >/dev/null
+	@touch $@
+
+assets: deps
+	@$(VENV)/bin/torpor assets
+
+demo: setup ## the walk-through, on real microVMs (IDLE=1: let the idle policy suspend)
+	@$(PY) config/demo.py
+
+serve: setup ## run the service for yourself; prints the exports for another shell
+	@$(VENV)/bin/torpor serve
+
+test: setup check ## every test but the long ones
+	@$(PY) -m pytest -q -m "vm and not long" tests
+
+test-long: setup ## every test
+	@$(PY) -m pytest -q tests
+
+check: deps lint types unit ## lint, types, unit tests: under a minute
+
+lint:
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check -q .
+
+types:
+	@$(VENV)/bin/mypy
+
+unit:
+	@$(PY) -m pytest -q -m "not vm and not long" tests
+
+bench-lifecycle: setup ## launch, suspend, resume, beside the bare hypervisor
+	@$(PY) benchmarks/lifecycle.py
+
+bench-edge: setup bench-packages ## the endpoint proxy, beside nginx, haproxy and aiohttp
+	@$(PY) benchmarks/edge.py
+
+bench-packages:
+	@missing=""; for package in $(BENCH_PACKAGES); do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
+	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; apt-get -q update >/dev/null; \
+	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
+
+lock: ## write requirements.lock from pyproject.toml
+	@$(VENV)/bin/pip freeze --exclude-editable --exclude torpor | grep -v '^-e' > requirements.lock
+
+clean: ## remove the virtual environment and caches of tools
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
