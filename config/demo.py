@@ -24,7 +24,8 @@ from vmm.cgroups import Cgroups
 
 REPO = Path(__file__).resolve().parents[1]
 BIN = Path(sys.prefix) / "bin"
-ROOT, RUN, NAME = Path("/var/lib/torpor-demo"), Path("/run/torpor"), "demo"
+ROOT = Path(os.environ.get("TORPOR_DEMO_ROOT", "/var/lib/torpor-demo"))
+RUN, NAME = Path("/run/torpor"), "demo"
 BUCKET, IMAGE, PORT = "demo-artifacts", "flask-demo", "5000"
 ACCOUNT = "123456789012"
 LAUNCHES = 5
@@ -331,7 +332,7 @@ def main() -> int:
         process.send_signal(signal.SIGTERM)
         check(process.wait(SERVE_SECONDS) == 0, "torpor serve did not end well")
         process = None
-        left = leftovers(640_000, ports)
+        left = leftovers(int(os.environ.get("TORPOR_USERS__FIRST", 640_000)), ports)
         for line in left:
             console.print(f"   [red]left: {line}[/]")
         check(not left, "something was left behind")

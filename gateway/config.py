@@ -25,6 +25,7 @@ class Edge(BaseModel):
     addresses: list[str] = Field(["127.0.0.1", "::1"], description="where endpoints are served")
     port: int = Field(0, ge=0, le=65535, description="0: 443, else 8443, else the next free port; kept for the instance")
     workers: int = Field(0, ge=0, le=256, description="0: one per processor")
+    connect_wait_seconds: float = Field(3.0, ge=0, description="a suspend waits this long for workers that are reconnecting")
     held_requests: int = Field(2048, ge=1, description="per session and worker; a request beyond is answered 429")
     held_bytes: int = Field(16 << 20, ge=65536, description="of request bodies read while held, per session and worker")
     hold_seconds: float = Field(30.0, gt=0, description="how long a request waits for its session; then 502")
@@ -36,6 +37,11 @@ class Edge(BaseModel):
     origin_idle_seconds: float = Field(20.0, gt=0, description="an idle connection to an application is kept this long")
     drain_seconds: float = Field(30.0, ge=0, description="a worker that is replaced finishes what it has within this time")
     server_timing: bool = Field(True, description="say in Server-Timing what a held request waited for")
+
+
+    @property
+    def worker_count(self) -> int:
+        return self.workers or os.cpu_count() or 1
 
 
 class Api(BaseModel):
@@ -53,6 +59,8 @@ class ObjectStore(BaseModel):
     embedded: bool = Field(True, description="run moto's S3 server beside the service, for demos and tests")
     port: int = Field(4702, ge=0, le=65535)
     endpoint: str = Field("", description="another S3 endpoint; empty: the embedded one, or AWS itself")
+    access_key: str = Field("", description="for another endpoint than the embedded one")
+    secret_key: str = Field("", description="for another endpoint than the embedded one")
 
 
 class Images(BaseModel):

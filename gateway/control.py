@@ -51,7 +51,7 @@ class Control:
         self.settings = settings
         self.store = Store(directory / "torpor.db")
         self.minter = Minter(directory / "keys.json")
-        self.routes = Routes()
+        self.routes = Routes(settings.edge.worker_count, settings.edge.connect_wait_seconds)
         self.routes.keys = self.minter.verifiers()
         self.logs = LogStore(directory / "logs")
         self.vmm = Client(settings.vmm_socket, Service(self))
@@ -60,8 +60,9 @@ class Control:
         self.actions = Actions(self.lifecycle)
         self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds)
         self.credentials = self._access_keys()
-        first = next(iter(self.credentials.items()))
-        self.registry.pipeline = Pipeline(settings, self.host, first, self._phase)
+        store = settings.object_store
+        artifacts = (store.access_key, store.secret_key) if store.access_key else next(iter(self.credentials.items()))
+        self.registry.pipeline = Pipeline(settings, self.host, artifacts, self._phase)
 
     def _access_keys(self) -> dict[str, str]:
         """Access key to secret, as the supervisor wrote them."""
@@ -148,7 +149,7 @@ def api_application(control: Control, architecture: str, endpoint_port: int) -> 
         Pager(_pager_key(settings.control_dir / "pager.key")), endpoint_port,
     )  # fmt: skip
     targets: list[object] = [Microvms(service), Images(service, architecture)]
-    server = ApiServer(Model(), targets, Logs(control.logs), control.credentials, settings.region, settings.api.clock_skew_seconds)
+    server = ApiServer(Model(settings.limits.min_idle_seconds), targets, Logs(control.logs), control.credentials, settings.region, settings.api.clock_skew_seconds)
     return server.application
 
 

@@ -158,12 +158,14 @@ class SocketsRequest(msgspec.Struct):
 
 
 class Route(msgspec.Struct, frozen=True):
-    """Where an endpoint's requests go. `gate`: open, hold (resume or wait), refuse (502)."""
+    """Where an endpoint's requests go. `gate`: open, hold (resume or wait), refuse (502). `is_live`: the incarnation's
+    hypervisor is there; when it is not, nothing may stay connected to it."""
 
     endpoint: str
     session: str
     incarnation: int
     gate: str
+    is_live: bool = True
 
 
 class Verifier(msgspec.Struct):

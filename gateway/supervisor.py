@@ -129,7 +129,7 @@ class Supervisor:
             "metrics": one("metrics", settings.api.address, settings.api.metrics_port),
         }
         self._children.append(Child("control", [*python, "gateway.control"], users.control, control))
-        for slot in range(settings.edge.workers or os.cpu_count() or 1):
+        for slot in range(settings.edge.worker_count):
             adopted = sockets.get("edge")
             mine = adopted.pop() if adopted else [
                 listeners.listen(address, settings.edge.port, "edge") for address in listeners.edge_addresses(settings)
@@ -175,9 +175,7 @@ class Supervisor:
         """Starts a process and waits for its word. Raises ConfigError when it does not come at the first start."""
         ready_out, ready_in = os.pipe()
         numbers = {purpose: [sock.fileno() for sock in socks] for purpose, socks in child.sockets.items()}
-        environment = {
-            key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "TZ") or key.startswith(("AWS_", "SSL_"))
-        }  # fmt: skip
+        environment = {key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "TZ", "SSL_CERT_FILE")}
         environment |= {
             SETTINGS_VARIABLE: self._settings.model_dump_json(), SOCKETS_VARIABLE: json.dumps(numbers),
             READY_VARIABLE: str(ready_in), "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/nonexistent",

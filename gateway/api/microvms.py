@@ -15,6 +15,7 @@ from gateway.sessions.lifecycle import SUCCESS
 from gateway.sessions.logs import default_group, default_stream
 from gateway.sessions.model import IdlePolicy, Session, Version
 from gateway.sessions.states import Action, Event, State
+from gateway.sessions.store import StoreError
 from gateway.tokens import ALL_PORTS, LONGEST_SECONDS
 
 from .errors import Conflict, InsufficientCapacity, NotFound, QuotaExceeded, Throttling, Validation
@@ -70,7 +71,13 @@ class Microvms:
         answer = self._describe(session)
         if token is not None:
             store.put_client_token(*token, msgspec.json.encode(answer).decode())
-        await store.commit()
+        try:
+            await store.commit()
+        except StoreError:
+            store.sessions.pop(session.id, None)
+            if token is not None:
+                store.client_tokens.pop(token[0], None)
+            raise
         lifecycle.routes.publish(session)
         lifecycle.watch_lifetime(session)
         lifecycle.run(session, self._service.actions.launch(session))

@@ -46,8 +46,10 @@ class Operation:
 
 
 class Model:
-    def __init__(self) -> None:
+    def __init__(self, min_idle_seconds: int = 60) -> None:
+        """`min_idle_seconds` replaces the model's bound: a host's owner may allow shorter idle times."""
         description = botocore.loaders.Loader().load_service_model(SERVICE, "service-2")
+        description["shapes"]["IdlePolicyMaxIdleDurationSecondsInteger"]["min"] = min_idle_seconds
         self.service = ServiceModel(description, SERVICE)
         self.operations = [self._operation(self.service.operation_model(name)) for name in self.service.operation_names]
 

@@ -150,7 +150,7 @@ class Worker:
             self._endpoints[session] = new.endpoint
         else:
             self._endpoints.pop(session, None)
-        if old is not None and (old.incarnation != new.incarnation or new.gate == "refuse"):
+        if old is not None and (old.incarnation != new.incarnation or not new.is_live):
             self.upstream.end(old.session, old.incarnation)
         if new.gate == "open":
             self.upstream.prefetch(new)

@@ -12,7 +12,7 @@ import structlog
 
 from gateway.sessions.logs import LineWriter, LogStore, build_stream, default_group
 from gateway.sessions.model import Build, Image, Version
-from gateway.sessions.store import Store
+from gateway.sessions.store import Store, StoreError
 
 from .artifact import BuildFailed
 from .pipeline import Job, Pipeline
@@ -54,8 +54,16 @@ class Registry:
         version = Version(image.arn, number, request, now, now, "IN_PROGRESS", key=f"{image.id}-{number}")
         version.build = Build(str(uuid.uuid4()), "IN_PROGRESS", now)
         image.versions.append(version)
+        old = image.state
         self._set_state(image, state)
-        await self._store.commit()
+        try:
+            await self._store.commit()
+        except StoreError:
+            image.versions.remove(version)
+            image.state = old
+            if not image.versions:
+                self._store.images.pop(image.arn, None)
+            raise
         self._start(image.arn, self._build(image, version))
         return version
 

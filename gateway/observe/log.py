@@ -11,6 +11,7 @@ import structlog
 def configure(process: str) -> None:
     """Every line carries the process's name, the time in UTC, and the event's fields."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # garbage on a port is no news
     render = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[

@@ -76,23 +76,26 @@ class Actions:
 
     async def wake(self, session: Session, event: Event) -> None:
         """From the snapshot to RUNNING. Until `_begin` the snapshot is good and a failure leads back to SUSPENDED."""
-        fire = self._lifecycle.fire
+        fire, begun = self._lifecycle.fire, False
+        resting = self._lifecycle.live(session).resting
+        if resting is not None:
+            await asyncio.wait([resting])
         try:
             async with self._turn:
                 await self._host.prepare(session.id, session.incarnation + 1, session.image, True)
                 await self._begin(session, event)
+                begun = True
                 await self._start(session)
             await self._hook(session, "resume")
         except hooks.HookError as error:
             await fire(session, Event.FAILED, hooks.runtime_reason("resume", error))
         except (RpcError, AgentError, StoreError) as error:
-            await self._not_woken(session, event, error)
+            await self._not_woken(session, event, error, begun)
         else:
             await fire(session, Event.RESUMED)
 
-    async def _not_woken(self, session: Session, event: Event, error: Exception) -> None:
-        begun = self._lifecycle.live(session).agent is not None
-        if (isinstance(error, RpcError) and error.kind == "StateLost") or begun:
+    async def _not_woken(self, session: Session, event: Event, error: Exception, begun: bool) -> None:
+        if begun or (isinstance(error, RpcError) and error.kind == "StateLost"):
             await self._lifecycle.fire(session, Event.LOST, f"The MicroVM could not be resumed: {error}")
             return
         log.warning("resume.failed", session=session.id, error=str(error))

@@ -23,8 +23,8 @@ from .host import Host
 from .logs import LogStore
 from .model import Session
 from .routes import Routes
-from .states import Action, Event, State, step
-from .store import Store
+from .states import CALLS, Action, Event, State, step
+from .store import Store, StoreError
 
 log = structlog.get_logger()
 
@@ -39,8 +39,10 @@ class Live:
     """What is known of a session that is not worth storing."""
 
     def __init__(self, now: float) -> None:
+        self.lock = asyncio.Lock()
         self.agent: Agent | None = None
         self.task: asyncio.Task[None] | None = None
+        self.resting: asyncio.Task[None] | None = None  # ends the hypervisor of a session that was just saved
         self.deferred: list[Event] = []
         self.counts: dict[str, int] = {}  # by worker, as last reported
         self.waiting: dict[str, int] = {}
@@ -71,14 +73,20 @@ class Lifecycle:
     async def fire(self, session: Session, event: Event, detail: str = "") -> Action:
         """Applies an event. Returns when the new state is durable; its action has then been started.
 
-        Raises IllegalTransition, StoreError.
+        One at a time for each session: an event that comes while another is being stored meets the state that follows, and
+        finds that state's action started. Raises IllegalTransition, StoreError.
         """
-        old = session.state
-        new, action = step(old, event)
-        if action is Action.DEFER:
-            self.live(session).deferred.append(event)
-        if new is old:
+        async with self.live(session).lock:
+            old = session.state
+            new, action = step(old, event)
+            if action is Action.DEFER:
+                self.live(session).deferred.append(event)
+            if new is not old:
+                await self._enter(session, new, old, event, detail)
+                self._act(session, action, event, detail)
             return action
+
+    async def _enter(self, session: Session, new: State, old: State, event: Event, detail: str) -> None:
         session.state = new
         if new is State.TERMINATING:
             session.reason = detail or session.reason
@@ -88,13 +96,23 @@ class Lifecycle:
         # A resume is stored when its snapshot has been loaded and the guest is about to run: until then the snapshot is
         # good, and a crash must find the session SUSPENDED.
         if new is not State.RESUMING and not (old is State.RESUMING and new is State.SUSPENDED):
+            await self._store(session, event, old, detail)
+        if new is not State.SUSPENDING:  # whose gate is closed, and answers counted, by its action
+            self.routes.publish(session)
+
+    async def _store(self, session: Session, event: Event, old: State, detail: str) -> None:
+        """A call that cannot be stored is taken back and refused; what has happened is stored as soon as that works."""
+        while True:
             self.record(session, event, old, detail)
-            await self.store.commit()
-        if session.state is new:
-            if new is not State.SUSPENDING:  # whose gate is closed, and answers counted, by its action
-                self.routes.publish(session)
-            self._act(session, action, event, detail)
-        return action
+            try:
+                await self.store.commit()
+                return
+            except StoreError as error:
+                if event in CALLS:
+                    session.state = old
+                    raise
+                log.error("store.retry", id=session.id, error=str(error))
+                await asyncio.sleep(_RETRY_SECONDS)
 
     def record(self, session: Session, event: Event, old: State, detail: str = "") -> None:
         self.store.put_session(session)
@@ -111,6 +129,7 @@ class Lifecycle:
                 self._deadlines.clear((_WINDOW, session.id))
                 self._deadlines.clear((_LIFETIME, session.id))
             self.run(session, self.actions(session, action, event, detail))
+            live.resting = live.task if action is Action.REST else live.resting
         if session.state is State.TERMINATED:
             self.ended(session)
 
@@ -163,8 +182,11 @@ class Lifecycle:
     def rested(self, session: Session) -> None:
         """Called when a suspended session's hypervisor is gone: deferred events, then the window."""
         live = self.live(session)
-        deferred, live.deferred = live.deferred, []
+        live.resting = None
         self._close_agent(live)
+        if session.state is not State.SUSPENDED:  # a request came meanwhile, and waits for this
+            return
+        deferred, live.deferred = live.deferred, []
         if Event.TERMINATE in deferred or Event.EXPIRED in deferred:
             event = Event.TERMINATE if Event.TERMINATE in deferred else Event.EXPIRED
             self.post(session, event, reason_of(event))
@@ -172,7 +194,7 @@ class Lifecycle:
             self.post(session, Event.RESUME if Event.RESUME in deferred else Event.REQUEST)
         else:
             self._watch_window(session)
-            if not live.deferred and live.task is asyncio.current_task():
+            if live.task is asyncio.current_task() and not live.lock.locked():
                 self._live.pop(session.id, None)
 
     def _watch_idle(self, session: Session, since: float) -> None:

@@ -33,11 +33,18 @@ def gate(session: Session) -> str:
 
 
 def route_of(session: Session) -> Route:
-    return Route(session.endpoint, session.id, session.incarnation, gate(session))
+    is_live = session.state in (State.PENDING, State.RUNNING, State.SUSPENDING)
+    return Route(session.endpoint, session.id, session.incarnation, gate(session), is_live)
 
 
 class Routes:
-    def __init__(self) -> None:
+    """`expected` workers must be connected before a gate counts as closed: one that lost its connection, or us, goes on
+    serving what it knows."""
+
+    def __init__(self, expected: int, wait_seconds: float) -> None:
+        self._expected = expected
+        self._wait_seconds = wait_seconds
+        self._joined = asyncio.Event()
         self._number = 0
         self._routes: dict[str, Route] = {}
         self._workers: dict[Connection, str] = {}
@@ -48,6 +55,7 @@ class Routes:
 
     def add_worker(self, connection: Connection, name: str) -> Table:
         self._workers[connection] = name
+        self._joined.set()
         connection.closed.add_done_callback(lambda _: self._workers.pop(connection, None))
         return self.table()
 
@@ -82,14 +90,14 @@ class Routes:
             connection.notify("route", change)
 
     async def close_gate(self, session: Session, seconds: float) -> tuple[dict[str, GateAnswer], bool]:
-        """Closes the session's gate everywhere; answers by worker, and whether all were there to answer.
+        """Closes the session's gate everywhere; answers by worker, and whether all were there to answer in time.
 
         A worker that is silent for `seconds` is disconnected: what it knows of activity is unknown.
         """
+        complete = await self._all_connected()
         route = Route(session.endpoint, session.id, session.incarnation, HOLD)
         self._routes[session.endpoint] = route
         request = GateRequest(self._change(route))
-        complete = True
 
         async def ask(connection: Connection, name: str) -> tuple[str, GateAnswer] | None:
             try:
@@ -106,6 +114,17 @@ class Routes:
             else:
                 answers[answer[0]] = answer[1]
         return answers, complete
+
+    async def _all_connected(self) -> bool:
+        try:
+            async with asyncio.timeout(self._wait_seconds):
+                while len(self._workers) < self._expected:
+                    self._joined.clear()
+                    await self._joined.wait()
+        except TimeoutError:
+            log.warning("gate.workers_missing", connected=len(self._workers), expected=self._expected)
+            return False
+        return True
 
     async def drain(self, session: Session, seconds: float, cut: bool) -> None:
         """Waits until no request of the session waits for its head, then, if asked, cuts every connection to it."""

@@ -131,6 +131,8 @@ TABLE: dict[tuple[State, Event], tuple[State, Action]] = {
     (_S.TERMINATED, _E.TERMINATE): (_S.TERMINATED, _A.NONE),
 }
 
+CALLS = frozenset({_E.SUSPEND, _E.RESUME, _E.TERMINATE})
+
 # What may still come when a session is over or has moved on, and then means nothing.
 LATE = frozenset({_E.IDLE, _E.WINDOW_OVER, _E.EXPIRED, _E.REQUEST, _E.EXITED, _E.LOST, _E.FAILED, _E.STARTED, _E.SAVED,
                   _E.CALLED_OFF, _E.NOT_SAVED, _E.RESUMED, _E.NOT_RESUMED, _E.CLEANED})  # fmt: skip

@@ -134,11 +134,10 @@ class Store:
             try:
                 await self.db._execute(self._transaction, batch)  # type: ignore[no-untyped-call]
             except sqlite3.Error as error:
-                # Kept, so that memory and disk agree again as soon as the disk can be written.
-                self._pending = batch + self._pending
+                # Nothing of it was written; who waits takes its change back, or makes it again.
                 for waiter in waiters:
                     waiter.set_exception(StoreError(f"{self._path}: {error}"))
-                return
+                continue
             for waiter in waiters:
                 waiter.set_result(None)
 

@@ -222,12 +222,14 @@ class QemuDriver:
                 self._machines.add(machine)
                 machine.save_record()
                 await machine.connect()
-        except (TimeoutError, QmpError, VmmError, OSError) as error:
+        except BaseException as error:
             reason = self._why(directory)
             with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await self._remove(record)
-            raise VmmError(f"the hypervisor of image {image} did not start: {reason or error}") from error
+                process.kill()  # and with it, by --kill-child, what runs inside
+            await asyncio.shield(self._remove(record))
+            if isinstance(error, TimeoutError | QmpError | VmmError | OSError):
+                raise VmmError(f"the hypervisor of image {image} did not start: {reason or error}") from error
+            raise
         return machine
 
     def _why(self, directory: Path) -> str:

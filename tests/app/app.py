@@ -1,0 +1,171 @@
+"""The application in the tests' microVMs: small, asyncio, no packages. It counts, so that tests can see what was lost."""
+
+import asyncio
+import base64
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import struct
+import time
+from urllib.parse import parse_qs, urlsplit
+
+STATE = {"counter": 0, "ticks": 0, "hooks": [], "mono": time.monotonic()}
+FILE = "/tmp/lines"
+GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+HOOK_STATUS = {}
+outbound = None
+
+
+async def tick():
+    while True:
+        await asyncio.sleep(0.1)
+        STATE["ticks"] += 1
+
+
+def facts(peer):
+    with open("/proc/self/status") as file:
+        status = dict(line.rstrip().split(":\t", 1) for line in file if ":\t" in line)
+    return {
+        "counter": STATE["counter"], "ticks": STATE["ticks"], "pid": os.getpid(), "uid": os.getuid(), "time": time.time(),
+        "mono": time.monotonic(), "random": os.urandom(8).hex(), "peer": peer[0], "env": dict(os.environ),
+        "lines": sum(1 for _ in open(FILE)) if os.path.exists(FILE) else 0, "cap_eff": status["CapEff"], "cpus": os.cpu_count(),
+        "host": socket.gethostname(), "python_random": random.random(), "hooks": STATE["hooks"],
+    }  # fmt: skip
+
+
+async def read_head(reader):
+    head = await reader.readuntil(b"\r\n\r\n")
+    line, *lines = head.decode("latin-1").split("\r\n")[:-2]
+    return line, {name.lower(): value.strip() for name, _, value in (one.partition(":") for one in lines)}
+
+
+async def read_body(reader, fields):
+    if fields.get("transfer-encoding", "").lower() == "chunked":
+        body = b""
+        while size := int((await reader.readline()).split(b";")[0], 16):
+            body += await reader.readexactly(size)
+            await reader.readline()
+        while (await reader.readline()).strip():
+            pass
+        return body
+    return await reader.readexactly(int(fields.get("content-length", 0)))
+
+
+def answer(status, body, extra=""):
+    kind = "application/json" if isinstance(body, dict) else "text/plain"
+    data = json.dumps(body).encode() if isinstance(body, dict) else body
+    return f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n{extra}\r\n".encode() + data
+
+
+async def websocket(reader, writer, fields):
+    accept = base64.b64encode(hashlib.sha1(fields["sec-websocket-key"].encode() + GUID).digest()).decode()
+    offered = [one.strip() for one in fields.get("sec-websocket-protocol", "").split(",") if one.strip()]
+    chosen = f"Sec-WebSocket-Protocol: {offered[0]}\r\n" if offered else ""
+    writer.write(f"HTTP/1.1 101 X\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {accept}\r\n{chosen}\r\n".encode())
+    while True:
+        first, second = await reader.readexactly(2)
+        length = second & 127
+        if length == 126:
+            (length,) = struct.unpack(">H", await reader.readexactly(2))
+        mask = await reader.readexactly(4)
+        data = bytes(b ^ mask[i % 4] for i, b in enumerate(await reader.readexactly(length)))
+        if first & 15 == 8:
+            writer.write(bytes([0x88, len(data)]) + data)
+            return
+        STATE["counter"] += 1
+        writer.write(bytes([0x80 | first & 15]) + (bytes([length]) if length < 126 else struct.pack(">BH", 126, length)) + data)
+
+
+async def serve(reader, writer):
+    peer = writer.get_extra_info("peername")
+    try:
+        while True:
+            line, fields = await read_head(reader)
+            method, target, _ = line.split(" ")
+            url = urlsplit(target)
+            query = {name: values[0] for name, values in parse_qs(url.query).items()}
+            if fields.get("upgrade", "").lower() == "websocket":
+                await websocket(reader, writer, fields)
+                return
+            if fields.get("expect", "").lower() == "100-continue":
+                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            if url.path == "/early":
+                writer.write(answer(413, b"too much", "Connection: close\r\n"))
+                return
+            body = await read_body(reader, fields)
+            await respond(method, url.path, query, fields, body, writer, peer)
+            await writer.drain()
+            if fields.get("connection", "").lower() == "close":
+                return
+    except (asyncio.IncompleteReadError, ConnectionError):
+        pass
+    finally:
+        writer.close()
+
+
+async def respond(method, path, query, fields, body, writer, peer):
+    if path == "/":
+        STATE["counter"] += 1
+        with open(FILE, "a") as file:
+            file.write("line\n")
+        print("visit", STATE["counter"], flush=True)
+        writer.write(answer(200, facts(peer)))
+    elif path == "/state":
+        writer.write(answer(200, facts(peer)))
+    elif path == "/fields":
+        writer.write(answer(200, {"fields": fields, "method": method, "body": len(body)}))
+    elif path == "/echo":
+        STATE["counter"] += 1
+        writer.write(answer(200, body))
+    elif path == "/slow":
+        await asyncio.sleep(float(query["s"]))
+        STATE["counter"] += 1
+        writer.write(answer(200, b"slow"))
+    elif path == "/stream":
+        writer.write(b"HTTP/1.1 200 X\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nTrailer: X-End\r\n\r\n")
+        for number in range(int(query["n"])):
+            data = f"data: {number}\n\n".encode()
+            writer.write(b"%x\r\n%b\r\n" % (len(data), data))
+            await writer.drain()
+            await asyncio.sleep(float(query.get("s", 0)))
+        writer.write(b"0\r\nX-End: yes\r\n\r\n")
+    elif path == "/big":
+        size = int(query["n"])
+        writer.write(f"HTTP/1.1 200 X\r\nContent-Length: {size}\r\n\r\n".encode())
+        for at in range(0, size, 65536):
+            writer.write(b"x" * min(65536, size - at))
+            await writer.drain()
+    elif path == "/empty":
+        writer.write(b"HTTP/1.1 204 X\r\n\r\n")
+    elif path == "/exit":
+        writer.write(answer(200, b"bye"))
+        await writer.drain()
+        os.kill(os.getpid(), signal.SIGKILL) if query.get("kill") else os._exit(int(query.get("code", 0)))
+    elif path == "/dirty":
+        STATE["dirty"] = os.urandom(1 << 20) * int(query["mib"])
+        writer.write(answer(200, b"dirty"))
+    elif path == "/hook-status":
+        HOOK_STATUS.update({name: int(value) for name, value in query.items()})
+        writer.write(answer(200, b"ok"))
+    elif path.startswith("/aws/lambda-microvms/runtime/v1/"):
+        name = path.rpartition("/")[2]
+        STATE["hooks"].append([name, body.decode(), fields.get("host", ""), peer[0]])
+        status = HOOK_STATUS.get(name, int(os.environ.get(f"HOOK_{name.upper()}", 200)))
+        writer.write(answer(status, b"hook", "Connection: close\r\n"))
+    else:
+        writer.write(answer(404, b"no such path"))
+
+
+async def main():
+    asyncio.create_task(tick())
+    await asyncio.start_server(serve, "0.0.0.0", int(os.environ.get("APP_PORT", 8080)))
+    await asyncio.start_server(serve, "127.0.0.1", 7001)
+    await asyncio.start_server(serve, "0.0.0.0", 9000)
+    print("serving", os.environ["GREETING"], flush=True)
+    await asyncio.Event().wait()
+
+
+asyncio.run(main())

@@ -1,0 +1,78 @@
+"""Fixtures by stage: `instance` (a service), `app` (its image, built once), `vm` (a running microVM of it)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import host_state  # noqa: E402
+from service import Instance, app_files  # noqa: E402
+
+HOOKS = {
+    "port": 9000,
+    "microvmImageHooks": {"ready": "ENABLED", "readyTimeoutInSeconds": 60},
+    "microvmHooks": {
+        "run": "ENABLED", "runTimeoutInSeconds": 10, "resume": "ENABLED", "resumeTimeoutInSeconds": 10,
+        "suspend": "ENABLED", "suspendTimeoutInSeconds": 10, "terminate": "ENABLED", "terminateTimeoutInSeconds": 10,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def host_before(request: pytest.FixtureRequest) -> Iterator[dict[str, set[str]]]:
+    """Torn down last of all: the host is then as it was."""
+    before = host_state.snapshot()
+    yield before
+    if os.geteuid() == 0:
+        left = host_state.left(before, host_state.snapshot())
+        assert not left, f"left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def instance(host_before: dict[str, set[str]]) -> Iterator[Instance]:
+    one = Instance("test", 700_000, IMAGES__START_SECONDS="20", EDGE__HOLD_SECONDS="30")
+    try:
+        one.start()
+        yield one
+    finally:
+        if one.process is not None:
+            one.stop()
+        log = one.log.read_text()
+        one.remove()
+    assert "Traceback" not in log, log[-4000:]
+
+
+@pytest.fixture(scope="session")
+def app(instance: Instance) -> str:
+    """The test application's image, without hooks."""
+    arn = instance.create("app", instance.upload(app_files()))
+    build = instance.built(arn)
+    assert build["buildState"] == "SUCCESSFUL", build
+    return arn
+
+
+@pytest.fixture(scope="session")
+def hooked(instance: Instance, app: str) -> str:
+    """The same with every runtime hook and the ready hook."""
+    arn = instance.create("hooked", instance.upload(app_files(), "hooked.zip"), hooks=HOOKS, environmentVariables={"COLOUR": "blue"})
+    build = instance.built(arn)
+    assert build["buildState"] == "SUCCESSFUL", build
+    return arn
+
+
+@pytest.fixture
+def vm(instance: Instance, app: str) -> Iterator[dict[str, Any]]:
+    """A running microVM that wakes on requests and is never idle for long enough to sleep by itself."""
+    policy = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
+    made = instance.launch(app, idlePolicy=policy, executionRoleArn="arn:aws:iam::123456789012:role/test")
+    made["token"] = instance.token(made["microvmId"])
+    yield made
+    if instance.process is not None:
+        instance.terminate(made["microvmId"])

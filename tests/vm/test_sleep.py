@@ -1,0 +1,172 @@
+"""Herds at a sleeping microVM, races with its suspend, and what keeps it awake."""
+
+from __future__ import annotations
+
+import random
+import ssl
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from service import Instance, until
+from websockets.sync.client import connect
+from wire import Endpoint, get
+
+pytestmark = pytest.mark.vm
+SHORT_IDLE = {"maxIdleDurationSeconds": 2, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
+
+
+def ca(instance: Instance) -> Path:
+    return instance.root / "tls/ca.crt"
+
+
+def events(instance: Instance, identifier: str) -> list[tuple[str, str, str]]:
+    import sqlite3
+
+    with sqlite3.connect(f"file:{instance.root}/control/torpor.db?mode=ro", uri=True) as db:
+        return db.execute("SELECT event, old, new FROM events WHERE subject = ? ORDER BY number", (identifier,)).fetchall()
+
+
+def asleep(instance: Instance, vm: dict[str, Any]) -> None:
+    instance.client().suspend_microvm(microvmIdentifier=vm["microvmId"])
+    instance.state(vm["microvmId"], "SUSPENDED")
+
+
+def test_hundred_requests_wake_it_once_and_all_are_answered(instance: Instance, vm: dict[str, Any]) -> None:
+    asleep(instance, vm)
+    start = threading.Barrier(100)
+
+    def one(_: int) -> int:
+        start.wait()
+        return get(vm["endpoint"], ca(instance), vm["token"]).json()["counter"]
+
+    with ThreadPoolExecutor(100) as pool:
+        counters = list(pool.map(one, range(100)))
+    assert sorted(counters) == list(range(1, 101))
+    assert [event for event, _, _ in events(instance, vm["microvmId"])].count("resumed") == 1
+
+
+@pytest.mark.parametrize("rounds", [200])
+def test_suspends_that_race_with_requests_lose_none(instance: Instance, vm: dict[str, Any], rounds: int) -> None:
+    """One POST of each round starts within a few milliseconds of a suspend: all are answered, none is done twice."""
+    api, chance = instance.client(), random.Random(4)
+    with ThreadPoolExecutor(2) as pool:
+        for number in range(rounds):
+            delay = chance.uniform(0, 0.06)
+
+            def call(delay: float = delay, number: int = number) -> Any:
+                time.sleep(delay)
+                one = Endpoint(vm["endpoint"], ca(instance))
+                one.request("/echo", vm["token"], "POST", f"round {number}".encode())
+                answer = one.answer()
+                one.close()
+                return answer
+
+            answered = pool.submit(call)
+            api.suspend_microvm(microvmIdentifier=vm["microvmId"])
+            answer = answered.result()
+            assert (answer.status, answer.body) == (200, f"round {number}".encode())
+            # The request may have been answered before the gate closed; either way the next round starts awake.
+            if number % 20 == 0:
+                assert get(vm["endpoint"], ca(instance), vm["token"], "/state").json()["counter"] == number + 1
+            api.resume_microvm(microvmIdentifier=vm["microvmId"])
+            instance.state(vm["microvmId"], "RUNNING")
+    assert get(vm["endpoint"], ca(instance), vm["token"], "/state").json()["counter"] == rounds
+    assert len([1 for event, _, _ in events(instance, vm["microvmId"]) if event == "saved"]) > rounds // 2
+
+
+def test_idle_microvm_falls_asleep_and_the_next_request_wakes_it(instance: Instance, app: str) -> None:
+    vm = instance.launch(app, idlePolicy=SHORT_IDLE)
+    token = instance.token(vm["microvmId"])
+    try:
+        assert get(vm["endpoint"], ca(instance), token).json()["counter"] == 1
+        started = time.monotonic()
+        instance.state(vm["microvmId"], "SUSPENDED", seconds=15)
+        assert time.monotonic() - started > 1.5
+        assert get(vm["endpoint"], ca(instance), token).json()["counter"] == 2
+    finally:
+        instance.terminate(vm["microvmId"])
+
+
+def test_websocket_with_traffic_keeps_it_awake_and_a_silent_one_does_not(instance: Instance, app: str) -> None:
+    vm = instance.launch(app, idlePolicy=SHORT_IDLE)
+    token = instance.token(vm["microvmId"])
+    context = ssl.create_default_context(cafile=str(ca(instance)))
+    offered = ["lambda-microvms", f"lambda-microvms.authentication.{token}", "lambda-microvms.port.8080"]
+    try:
+        with connect(f"wss://{vm['endpoint']}/ws", ssl=context, subprotocols=offered) as socket:
+            assert socket.subprotocol == "lambda-microvms"
+            until_ = time.monotonic() + 3 * SHORT_IDLE["maxIdleDurationSeconds"]
+            while time.monotonic() < until_:
+                socket.send("tick")
+                assert socket.recv(timeout=5) == "tick"
+                assert instance.describe(vm["microvmId"])["state"] == "RUNNING"
+                time.sleep(1)  # the message's own rhythm, not a wait for a state
+            assert "suspend" not in {event for event, _, _ in events(instance, vm["microvmId"])}
+            instance.state(vm["microvmId"], "SUSPENDED", seconds=20)
+    finally:
+        instance.terminate(vm["microvmId"])
+
+
+def test_request_under_way_keeps_it_awake(instance: Instance, app: str) -> None:
+    vm = instance.launch(app, idlePolicy=SHORT_IDLE)
+    token = instance.token(vm["microvmId"])
+    try:
+        assert get(vm["endpoint"], ca(instance), token, "/slow?s=6").body == b"slow"
+        assert not [1 for event, _, _ in events(instance, vm["microvmId"]) if event == "saved"]
+    finally:
+        instance.terminate(vm["microvmId"])
+
+
+def test_without_auto_resume_a_sleeping_microvm_stays_asleep(instance: Instance, app: str) -> None:
+    vm = instance.launch(app, idlePolicy=SHORT_IDLE | {"autoResumeEnabled": False})
+    token = instance.token(vm["microvmId"])
+    try:
+        asleep(instance, vm)
+        answer = get(vm["endpoint"], ca(instance), token)
+        assert (answer.status, answer.body) == (502, b"")
+        assert instance.describe(vm["microvmId"])["state"] == "SUSPENDED"
+        instance.client().resume_microvm(microvmIdentifier=vm["microvmId"])
+        instance.state(vm["microvmId"], "RUNNING")
+        assert get(vm["endpoint"], ca(instance), token).status == 200
+    finally:
+        instance.terminate(vm["microvmId"])
+
+
+def test_suspended_window_and_lifetime_end_it(instance: Instance, app: str) -> None:
+    short = instance.launch(app, maximumDurationInSeconds=4)
+    window = instance.launch(app, idlePolicy=SHORT_IDLE | {"maxIdleDurationSeconds": 1, "suspendedDurationSeconds": 1})
+    for vm in (short, window):
+        ended = instance.state(vm["microvmId"], "TERMINATED", seconds=20)
+        assert ended["stateReason"] == "MicroVM exceeded maximum lifetime."
+    assert "saved" in {event for event, _, _ in events(instance, window["microvmId"])}
+
+
+def test_client_that_leaves_while_held_is_forgotten(instance: Instance, vm: dict[str, Any]) -> None:
+    asleep(instance, vm)
+    one = Endpoint(vm["endpoint"], ca(instance))
+    one.request("/", vm["token"])
+    one.close()
+    instance.state(vm["microvmId"], "RUNNING")
+    # Its request was never sent: nobody would have read the answer.
+    assert get(vm["endpoint"], ca(instance), vm["token"], "/state").json()["counter"] in (0, 1)
+
+
+def test_five_asleep_wake_at_once(instance: Instance, app: str) -> None:
+    policy = SHORT_IDLE | {"maxIdleDurationSeconds": 3600}
+    vms = [instance.client().run_microvm(imageIdentifier=app, idlePolicy=policy) for _ in range(5)]
+    try:
+        for vm in vms:
+            instance.state(vm["microvmId"], "RUNNING")
+            vm["token"] = instance.token(vm["microvmId"])
+        for vm in vms:
+            asleep(instance, vm)
+        until(lambda: not set(instance.hypervisors()) & {vm["microvmId"] for vm in vms})
+        with ThreadPoolExecutor(5) as pool:
+            counters = list(pool.map(lambda vm: get(vm["endpoint"], ca(instance), vm["token"]).json()["counter"], vms))
+        assert counters == [1] * 5
+    finally:
+        instance.terminate(*(vm["microvmId"] for vm in vms))
