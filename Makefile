@@ -21,9 +21,9 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; apt-get -q update >/dev/null && \
 	DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 	@echo "setup: Python libraries into $(VENV)"
-	@/usr/bin/python3 -m venv $(VENV)
-	@$(VENV)/bin/pip install -q --disable-pip-version-check -r requirements.lock 2>&1 | grep -v '^WARNING: Location' || :
-	@$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e . 2>&1 | grep -v '^WARNING: Location' || :
+	@/usr/bin/python3 -m venv --clear $(VENV)
+	@$(VENV)/bin/pip install -qq --disable-pip-version-check -r requirements.lock
+	@$(VENV)/bin/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@$(VENV)/bin/torpor version >/dev/null
 	@touch $@
 
@@ -65,7 +65,7 @@ bench-packages:
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
 lock: ## write requirements.lock from pyproject.toml
-	@$(VENV)/bin/pip freeze --exclude-editable --exclude torpor | grep -v '^-e' > requirements.lock
+	@$(VENV)/bin/pip freeze --all --exclude-editable --exclude torpor --exclude pip > requirements.lock
 
 clean: ## remove the virtual environment and caches of tools
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -332,7 +332,7 @@ def main() -> int:
         process.send_signal(signal.SIGTERM)
         check(process.wait(SERVE_SECONDS) == 0, "torpor serve did not end well")
         process = None
-        left = leftovers(int(os.environ.get("TORPOR_USERS__FIRST", 640_000)), ports)
+        left = leftovers(int(os.environ.get("TORPOR_USERS__FIRST", "640000")), ports)
         for line in left:
             console.print(f"   [red]left: {line}[/]")
         check(not left, "something was left behind")

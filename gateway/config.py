@@ -38,7 +38,6 @@ class Edge(BaseModel):
     drain_seconds: float = Field(30.0, ge=0, description="a worker that is replaced finishes what it has within this time")
     server_timing: bool = Field(True, description="say in Server-Timing what a held request waited for")
 
-
     @property
     def worker_count(self) -> int:
         return self.workers or os.cpu_count() or 1

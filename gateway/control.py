@@ -149,7 +149,14 @@ def api_application(control: Control, architecture: str, endpoint_port: int) -> 
         Pager(_pager_key(settings.control_dir / "pager.key")), endpoint_port,
     )  # fmt: skip
     targets: list[object] = [Microvms(service), Images(service, architecture)]
-    server = ApiServer(Model(settings.limits.min_idle_seconds), targets, Logs(control.logs), control.credentials, settings.region, settings.api.clock_skew_seconds)
+    server = ApiServer(
+        Model(settings.limits.min_idle_seconds),
+        targets,
+        Logs(control.logs),
+        control.credentials,
+        settings.region,
+        settings.api.clock_skew_seconds,
+    )
     return server.application
 
 

@@ -12,8 +12,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import host_state  # noqa: E402
-from service import Instance, app_files  # noqa: E402
+import host_state
+from service import Instance, app_files
 
 HOOKS = {
     "port": 9000,

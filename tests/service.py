@@ -150,9 +150,7 @@ class Instance:
     def create(self, name: str, uri: str, **request: Any) -> str:
         """Starts a build; returns the image's ARN."""
         request.setdefault("resources", [{"minimumMemoryInMiB": 512}])
-        made = self.client().create_microvm_image(
-            name=name, baseImageArn=BASE, buildRoleArn=ROLE, codeArtifact={"uri": uri}, **request
-        )
+        made = self.client().create_microvm_image(name=name, baseImageArn=BASE, buildRoleArn=ROLE, codeArtifact={"uri": uri}, **request)
         return str(made["imageArn"])
 
     def built(self, arn: str, version: str = "1.0", seconds: float = 120) -> dict[str, Any]:

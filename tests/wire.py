@@ -51,7 +51,7 @@ class Endpoint:
                 raise EOFError("closed")
             status = int(line.split()[1])
             fields: dict[str, str] = {}
-            while (text := self._file.readline().decode("latin-1").strip()):
+            while text := self._file.readline().decode("latin-1").strip():
                 name, _, value = text.partition(":")
                 fields[name.lower()] = value.strip()
             if status >= 200 or status == 101:

@@ -259,20 +259,22 @@ class Vmm:
             target, work = directory / f"snapshot-{body.incarnation}", directory / "snapshot.new"
             await self.network.drained(held.link, _DRAIN_SECONDS)
             shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            try:
-                stored = await held.machine.save(work)
-            except VmmError:
-                shutil.rmtree(work, ignore_errors=True)
-                with contextlib.suppress(Exception):
-                    await held.machine.unpause()
-                raise
             overlay = directory / "overlay.qcow2"
-            with overlay.open("rb") as file:
-                os.fsync(file.fileno())
-            shutil.rmtree(target, ignore_errors=True)
-            work.rename(target)
-            disks.sync_directory(directory)
+            try:
+                work.mkdir()
+                stored = await held.machine.save(work)
+                with overlay.open("rb") as file:
+                    os.fsync(file.fileno())
+                shutil.rmtree(target, ignore_errors=True)
+                work.rename(target)
+                disks.sync_directory(directory)
+            except (VmmError, OSError) as error:
+                shutil.rmtree(work, ignore_errors=True)
+                with contextlib.suppress(VmmError):
+                    await held.machine.unpause()
+                if isinstance(error, OSError):
+                    raise DiskFull(f"session {body.session} could not be saved: {error}") from error
+                raise
             return m.Suspended(stored, (target / "devices.state").stat().st_size, disks.stored_bytes(overlay), time.monotonic() - started)
 
     async def rpc_unpause(self, connection: Connection, body: m.SessionRef) -> None:

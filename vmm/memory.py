@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import asyncio
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import host
+from . import disks, host
 
 PAGE = host.PAGE
 _CHUNK = 4 << 20
@@ -137,8 +138,13 @@ def adopt_image_memory(image: str, pids: list[int]) -> int | None:
 
 
 def save_diff(mapping: Mapping, directory: Path) -> int:
-    """Stores the pages that are the process's own; the process must be stopped. Returns their bytes. Syncs."""
+    """Stores the pages that are the process's own; the process must be stopped. Returns their bytes. Syncs.
+
+    Raises OSError (ENOSPC) before it writes where they would only fit into what the file system keeps for root.
+    """
     runs = host.private_pages(mapping.pid, mapping.start, mapping.end)
+    if sum(after - first for first, after in runs) * PAGE > disks.free_bytes(directory):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
     source = os.open(f"/proc/{mapping.pid}/mem", os.O_RDONLY)
     total = 0
     try:

@@ -50,7 +50,7 @@ class RouteTable:
         self.number = table.number
         known = {route.endpoint for route in table.routes}
         for endpoint in [name for name in self._entries if name not in known]:
-            self._apply(Route(endpoint, "", 0, "refuse"))
+            self._apply(Route(endpoint, "", 0, "refuse", is_live=False))
         for route in table.routes:
             self._apply(route)
 

@@ -73,7 +73,7 @@ class Routes:
 
     def remove(self, session: Session) -> None:
         if self._routes.pop(session.endpoint, None) is not None:
-            self._broadcast(Route(session.endpoint, "", 0, REFUSE))
+            self._broadcast(Route(session.endpoint, "", 0, REFUSE, is_live=False))
 
     def publish_keys(self, keys: list[Verifier]) -> None:
         self.keys = keys

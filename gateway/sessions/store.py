@@ -15,8 +15,11 @@ from typing import Any
 
 import aiosqlite
 import msgspec
+import structlog
 
 from .model import Image, Session
+
+log = structlog.get_logger()
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, state TEXT NOT NULL, body BLOB NOT NULL) WITHOUT ROWID;
@@ -25,9 +28,12 @@ CREATE TABLE IF NOT EXISTS events (
     number INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, subject TEXT NOT NULL, event TEXT NOT NULL,
     old TEXT NOT NULL, new TEXT NOT NULL, incarnation INTEGER NOT NULL, detail TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS events_subject ON events (subject, number);
+CREATE TABLE IF NOT EXISTS room (filling BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS client_tokens (
     token TEXT PRIMARY KEY, at REAL NOT NULL, parameters TEXT NOT NULL, reply TEXT NOT NULL) WITHOUT ROWID;
 """
+# Kept in the log and in the database, so that transitions can still be stored when the disk is full.
+_ROOM_BYTES = 8 << 20
 
 
 class StoreError(Exception):
@@ -67,6 +73,7 @@ class Store:
         await self.db.execute("PRAGMA journal_mode=WAL")
         await self.db.execute("PRAGMA synchronous=FULL")
         await self.db.executescript(_SCHEMA)
+        await self._make_room()
         session, image = msgspec.msgpack.Decoder(Session), msgspec.msgpack.Decoder(Image)
         for (body,) in await self.db.execute_fetchall("SELECT body FROM sessions"):
             one = session.decode(body)
@@ -76,6 +83,15 @@ class Store:
             self.images[made.arn] = made
         for token, parameters, reply in await self.db.execute_fetchall("SELECT token, parameters, reply FROM client_tokens"):
             self.client_tokens[token] = (parameters, reply)
+
+    async def _make_room(self) -> None:
+        """Grows both files by writing filler and freeing it: SQLite gives neither the log's length nor free pages back."""
+        try:
+            await self.db.execute("INSERT INTO room VALUES (zeroblob(?))", (_ROOM_BYTES,))
+            await self.db.execute_fetchall("PRAGMA wal_checkpoint(RESTART)")
+        except sqlite3.OperationalError as error:
+            log.warning("store.no_room", path=str(self._path), error=str(error))
+        await self.db.execute("DELETE FROM room")
 
     async def close(self) -> None:
         if self._writer is not None:

@@ -153,7 +153,7 @@ async def respond(method, path, query, fields, body, writer, peer):
     elif path.startswith("/aws/lambda-microvms/runtime/v1/"):
         name = path.rpartition("/")[2]
         STATE["hooks"].append([name, body.decode(), fields.get("host", ""), peer[0]])
-        status = HOOK_STATUS.get(name, int(os.environ.get(f"HOOK_{name.upper()}", 200)))
+        status = HOOK_STATUS.get(name, int(os.environ.get(f"HOOK_{name.upper()}", "200")))
         writer.write(answer(status, b"hook", "Connection: close\r\n"))
     else:
         writer.write(answer(404, b"no such path"))
@@ -161,7 +161,7 @@ async def respond(method, path, query, fields, body, writer, peer):
 
 async def main():
     asyncio.create_task(tick())
-    await asyncio.start_server(serve, "0.0.0.0", int(os.environ.get("APP_PORT", 8080)))
+    await asyncio.start_server(serve, "0.0.0.0", int(os.environ.get("APP_PORT", "8080")))
     await asyncio.start_server(serve, "127.0.0.1", 7001)
     await asyncio.start_server(serve, "0.0.0.0", 9000)
     print("serving", os.environ["GREETING"], flush=True)

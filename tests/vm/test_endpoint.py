@@ -41,7 +41,15 @@ def test_keep_alive_and_pipelining(shared: dict[str, Any], ca: Path) -> None:
 
 def test_what_is_stripped_and_added(shared: dict[str, Any], ca: Path) -> None:
     answer = get(
-        shared["endpoint"], ca, shared["token"], "/fields", X_aws_proxy_port="8080", X_aws_proxy_other="1", Traceparent="00-1", Connection="x-gone", X_gone="1"
+        shared["endpoint"],
+        ca,
+        shared["token"],
+        "/fields",
+        X_aws_proxy_port="8080",
+        X_aws_proxy_other="1",
+        Traceparent="00-1",
+        Connection="x-gone",
+        X_gone="1",
     )
     fields = answer.json()["fields"]
     assert not [name for name in fields if name.startswith("x-aws-proxy-") or name.startswith("x-forwarded")]
@@ -86,7 +94,12 @@ def test_expect_and_early_response(shared: dict[str, Any], ca: Path) -> None:
     assert b"100 Continue" in one.sock.recv(1000)
     one.send(b"abc")
     assert one.answer().body == b"abc"
-    one.send(head.replace("/echo", "/early").replace("Content-Length: 3", "Content-Length: 100000000").replace("Expect: 100-continue\r\n", "").encode())
+    one.send(
+        head.replace("/echo", "/early")
+        .replace("Content-Length: 3", "Content-Length: 100000000")
+        .replace("Expect: 100-continue\r\n", "")
+        .encode()
+    )
     assert one.answer().status == 413
     one.close()
 
@@ -140,7 +153,12 @@ def test_garbage_plain_http_and_half_a_handshake_harm_nobody(instance: Instance,
     ports = [instance.edge_port, int(instance.environment["TORPOR_API__PORT"]), int(instance.environment["TORPOR_API__METRICS_PORT"])]
     held = []
     for port in ports:
-        for data in (b"\x00\xff" * 400, b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/1.1\r\nHost: x\r\nX: \x01\r\n\r\n"):
+        for data in (
+            b"\x00\xff" * 400,
+            b"GET / HTTP/1.0\r\n\r\n",
+            b"\x16\x03\x01\x02\x00\x01\x00",
+            b"GET / HTTP/1.1\r\nHost: x\r\nX: \x01\r\n\r\n",
+        ):
             one = socket.create_connection(("127.0.0.1", port), 5)
             one.sendall(data)
             held.append(one)
@@ -170,9 +188,10 @@ def test_tls_versions(instance: Instance, shared: dict[str, Any], ca: Path) -> N
     for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
         context = ssl.create_default_context(cafile=str(ca))
         context.minimum_version = context.maximum_version = version
-        with socket.create_connection(("127.0.0.1", instance.edge_port), 5) as raw:
-            with context.wrap_socket(raw, server_hostname=shared["endpoint"].partition(":")[0]) as one:
-                assert one.version() == version.name.replace("_", ".")
+        name = shared["endpoint"].partition(":")[0]
+        raw = socket.create_connection(("127.0.0.1", instance.edge_port), 5)
+        with raw, context.wrap_socket(raw, server_hostname=name) as one:
+            assert one.version() == version.name.replace("_", ".")
     if socket.has_ipv6:
         with socket.create_connection(("::1", instance.edge_port), 5):
             pass

@@ -1,6 +1,6 @@
 """kill -9 of every process, at any moment; a host that restarts; disks that are full. Nothing is lost but what was in flight."""
 
-from __future__ import annotations
+from __future__ import contextlib
 
 import os
 import signal
@@ -71,7 +71,13 @@ def test_killed_in_the_middle_of_suspend_and_resume(instance: Instance, vm: dict
         time.sleep(delay)
         os.kill(old, signal.SIGKILL)
         until(lambda old=old: instance.pid_of(victim) != old)
-        state = until(lambda: instance.describe(vm["microvmId"]) if instance.describe(vm["microvmId"])["state"] in ("RUNNING", "SUSPENDED", "TERMINATED") else None)
+        state = until(
+            lambda: (
+                instance.describe(vm["microvmId"])
+                if instance.describe(vm["microvmId"])["state"] in ("RUNNING", "SUSPENDED", "TERMINATED")
+                else None
+            )
+        )
         # From `cont` until the guest has answered there is nothing to go back to: only then may a kill cost the session.
         assert state["state"] != "TERMINATED", state
     assert retried(instance, vm, "/").json()["counter"] == 2
@@ -177,10 +183,8 @@ def test_host_restart_keeps_sleepers_and_reports_the_others(second: Instance) ->
     os.kill(second.process.pid, signal.SIGKILL)
     second.process.wait()
     for pid in everything(second):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     second.start()
     assert second.state(awake["microvmId"], "TERMINATED")["stateReason"] == "The MicroVM was lost when its host stopped."
     assert retried(second, asleep, "/").json()["counter"] == 2

@@ -126,7 +126,9 @@ def test_command_line_from_end_to_end(instance: Instance, app: str) -> None:
 def test_the_demo_runs_and_leaves_nothing(instance: Instance) -> None:
     """make demo's own script, with its own instance: it checks state and leftovers itself."""
     root = Path("/var/tmp/torpor-demo-test")
-    environment = {key: value for key, value in instance.environment.items() if not key.startswith(("AWS_", "TORPOR_")) or key == "TORPOR_CACHE"}
+    environment = {
+        key: value for key, value in instance.environment.items() if not key.startswith(("AWS_", "TORPOR_")) or key == "TORPOR_CACHE"
+    }
     environment |= {"TORPOR_DEMO_ROOT": str(root), "TORPOR_USERS__FIRST": "1700000"}
     done = subprocess.run(
         [sys.executable, "config/demo.py"], env=environment, capture_output=True, text=True, timeout=240, check=False,

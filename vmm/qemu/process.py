@@ -12,6 +12,7 @@ import struct
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -28,6 +29,8 @@ _WALL_CLOCK_AT = 12  # behind the frame's header (vmm/guest/guest.h)
 _KILL_SECONDS = 10
 _LOAD_SECONDS = 30
 _OVERLAY_SET, _STATE_SET = 10, 11
+_STARVED = "io-error"
+_STARVED_RETRY_SECONDS = 1
 
 
 def listen(path: Path) -> socket.socket:
@@ -52,11 +55,15 @@ class QemuMachine:
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pidfd = os.pidfd_open(record.pid)
         self._mapping: memory.Mapping | None = None
+        self._starving: asyncio.Task[None] | None = None
         asyncio.get_running_loop().add_reader(self._pidfd, self._gone)
 
     async def connect(self) -> None:
         """Raises QmpError."""
         self._qmp = await Qmp.connect(self._directory / "qmp.sock")
+        self._qmp.on_event = self._event
+        if await self.status() == _STARVED:
+            self._starve()
 
     @property
     def qmp(self) -> Qmp:
@@ -136,10 +143,27 @@ class QemuMachine:
             raise StateLost(f"session {self.record.session}: agent channel: {error}") from error
         return sock.detach()
 
+    def _event(self, message: dict[str, Any]) -> None:
+        if message["event"] == "BLOCK_IO_ERROR" and message["data"].get("action") == "stop":
+            self._starve()
+
+    def _starve(self) -> None:
+        if self._starving is None or self._starving.done():
+            self._starving = asyncio.get_running_loop().create_task(self._retry_io())
+
+    async def _retry_io(self) -> None:
+        """QEMU stops a guest whose disk cannot grow (werror=enospc, its default). It goes on when there is room again."""
+        with contextlib.suppress(QmpError):
+            while True:
+                await asyncio.sleep(_STARVED_RETRY_SECONDS)
+                if self.record.phase != "running" or await self.status() != _STARVED:
+                    return
+                await self.qmp.run("cont")
+
     async def save(self, directory: Path) -> int:
         try:
-            await self.qmp.run("stop")
             self.record.phase = "stopped"
+            await self.qmp.run("stop")
             self.save_record()
             await self.save_devices(directory)
             return await asyncio.to_thread(memory.save_diff, self.mapping(), directory)
@@ -162,7 +186,10 @@ class QemuMachine:
         sync_directory(directory)
 
     async def unpause(self) -> None:
-        await self.qmp.run("cont")
+        try:
+            await self.qmp.run("cont")
+        except QmpError as error:
+            raise VmmError(f"session {self.record.session} does not run on: {error}") from error
         self.record.phase = "running"
         self.save_record()
 

@@ -1,0 +1,93 @@
+"""Lifecycle hooks on real microVMs: delivery, order, and what a failure does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from service import Instance
+from wire import get
+
+pytestmark = pytest.mark.vm
+POLICY = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
+
+
+def call(instance: Instance, vm: dict[str, Any], path: str = "/state") -> Any:
+    return get(vm["endpoint"], Path(instance.root / "tls/ca.crt"), vm["token"], path)
+
+
+def launch(instance: Instance, arn: str, **request: Any) -> dict[str, Any]:
+    made = instance.launch(arn, idlePolicy=POLICY, **request)
+    made["token"] = instance.token(made["microvmId"])
+    return made
+
+
+def test_hooks_in_order_with_the_payload(instance: Instance, hooked: str) -> None:
+    vm = launch(instance, hooked, runHookPayload='{"tenant": "ä"}')
+    instance.client().suspend_microvm(microvmIdentifier=vm["microvmId"])
+    instance.state(vm["microvmId"], "SUSPENDED")
+    facts = call(instance, vm).json()
+    names = [name for name, *_ in facts["hooks"]]
+    assert [name for name in names if name != "ready"] == ["run", "suspend", "resume"] and names[0] == "ready"
+    _, body, host, peer = next(hook for hook in facts["hooks"] if hook[0] == "run")
+    assert json.loads(body) == {"microvmId": vm["microvmId"], "runHookPayload": '{"tenant": "ä"}'}
+    assert (host, peer) == ("localhost:9000", "127.0.0.1")
+    assert facts["env"]["COLOUR"] == "blue"
+    instance.terminate(vm["microvmId"])
+
+
+@pytest.mark.parametrize(
+    ("hook", "status", "reason"),
+    [
+        (
+            "suspend",
+            500,
+            "Suspend lifecycle hook returned HTTP status 500. Please check your hook endpoint and application logs for more details.",
+        ),
+        (
+            "resume",
+            404,
+            "Resume lifecycle hook returned HTTP status 404. Please check your hook endpoint and application logs for more details.",
+        ),
+    ],
+)
+def test_hook_that_fails_terminates(instance: Instance, hooked: str, hook: str, status: int, reason: str) -> None:
+    vm = launch(instance, hooked)
+    assert call(instance, vm, f"/hook-status?{hook}={status}").status == 200
+    instance.client().suspend_microvm(microvmIdentifier=vm["microvmId"])
+    if hook == "resume":
+        instance.state(vm["microvmId"], "SUSPENDED")
+        assert call(instance, vm).status == 502
+    assert instance.state(vm["microvmId"], "TERMINATED")["stateReason"] == reason
+
+
+def test_run_hook_that_refuses(instance: Instance, app: str) -> None:
+    from conftest import HOOKS
+    from service import app_files
+
+    arn = instance.create("refuses", instance.upload(app_files(), "refuses.zip"), hooks=HOOKS, environmentVariables={"HOOK_RUN": "400"})
+    assert instance.built(arn)["buildState"] == "SUCCESSFUL"
+    vm = instance.client().run_microvm(imageIdentifier=arn)
+    ended = instance.state(vm["microvmId"], "TERMINATED")
+    assert ended["stateReason"].startswith("Run lifecycle hook returned HTTP status 400. Please check")
+    instance.client().delete_microvm_image(imageIdentifier=arn)
+
+
+def test_validate_hook_runs_in_a_throw_away_clone(instance: Instance, app: str) -> None:
+    from service import app_files
+
+    hooks = {"port": 9000, "microvmImageHooks": {"ready": "ENABLED", "validate": "ENABLED", "validateTimeoutInSeconds": 20}}
+    arn = instance.create("validated", instance.upload(app_files(), "validated.zip"), hooks=hooks)
+    assert instance.built(arn)["buildState"] == "SUCCESSFUL"
+    vm = launch(instance, arn)
+    assert "validate" not in [name for name, *_ in call(instance, vm).json()["hooks"]]
+    instance.terminate(vm["microvmId"])
+    instance.client().delete_microvm_image(imageIdentifier=arn)
+    bad = instance.create(
+        "invalid", instance.upload(app_files(), "validated.zip"), hooks=hooks, environmentVariables={"HOOK_VALIDATE": "500"}
+    )
+    build = instance.built(bad)
+    assert build["stateReason"] == "Validate hook check failed: the application returned a server error (HTTP 5xx) response"
+    instance.client().delete_microvm_image(imageIdentifier=bad)

@@ -1,0 +1,125 @@
+"""Isolation: what a Dockerfile could reach as plain root it must not reach here; and what a hypervisor is allowed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from service import Instance, until
+
+pytestmark = pytest.mark.vm
+FROM = "FROM public.ecr.aws/lambda/microvms:al2023-minimal"
+SECRET = Path("/root/torpor-secret-of-the-host")
+
+
+@pytest.fixture(autouse=True)
+def secret() -> Any:
+    SECRET.write_text("host-secret-6f1d")
+    yield
+    SECRET.unlink()
+
+
+def built(instance: Instance, name: str, files: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The build and its log."""
+    arn = instance.create(name, instance.upload(files, f"{name}.zip"))
+    build = instance.built(arn)
+    events = instance.client("logs").get_log_events(
+        logGroupName=f"/aws/lambda-microvms/{name}", logStreamName=f"build/1.0/{build['buildId']}", startFromHead=True
+    )["events"]
+    instance.client().delete_microvm_image(imageIdentifier=arn)
+    until(lambda: arn not in [item["imageArn"] for item in instance.client().list_microvm_images()["items"]])
+    return build, "\n".join(event["message"] for event in events)
+
+
+ESCAPES = {
+    "mount-from-link": f"{FROM} AS evil\nRUN ln -s / /out\n{FROM}\nRUN --mount=type=bind,from=evil,source=/out,target=/mnt ls -R /mnt/root; cat /mnt/root/torpor-secret-of-the-host",
+    "mount-cache-id": f"{FROM}\nRUN --mount=type=cache,id=../../../../../../../../root,target=/mnt ls -la /mnt; cat /mnt/torpor-secret-of-the-host",
+    "look-around": f"{FROM}\nRUN cat /proc/1/root/root/torpor-secret-of-the-host; cat /proc/*/root/root/torpor-secret-of-the-host; cat /store/../root/torpor-secret-of-the-host; ls /old /out /store",
+    "devices": f"{FROM}\nRUN head -c1 /dev/kvm; head -c1 /dev/loop0; mknod /tmp/vda b 254 0 && head -c1 /tmp/vda && echo REACHED-A-DEVICE",
+    "signal": f"{FROM}\nRUN kill -0 1 2>/dev/null; for p in $(ls /proc | grep '^[0-9]'); do tr '\\\\0' ' ' </proc/$p/cmdline; done; mount -t proc proc /mnt 2>&1; ls /mnt",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_dockerfile_cannot_reach_the_host(instance: Instance, name: str) -> None:
+    dockerfile = ESCAPES[name] + ' || true\nCMD ["sh", "-c", "exit 1"]\n'
+    _, log = built(instance, f"escape-{name}", {"Dockerfile": dockerfile})
+    shown = "\n".join(line for line in log.splitlines() if not line.startswith("STEP"))
+    assert "host-secret-6f1d" not in shown and "REACHED-A-DEVICE" not in shown
+    assert "torpor-secret-of-the-host\n" not in shown
+    assert "torpor serve" not in shown and "gateway.control" not in shown
+
+
+def test_build_reaches_mirrors_but_no_service_of_the_host(instance: Instance) -> None:
+    """The API listens on the host's loopback; 10.0.2.2 is the host as slirp shows it."""
+    port = instance.environment["TORPOR_API__PORT"]
+    program = (
+        "import socket\\n"
+        f"for host, port in (('127.0.0.1', {port}), ('10.0.2.2', {port}), ('169.254.169.254', 80), ('10.255.255.53', 53)):\\n"
+        "    try:\\n        socket.create_connection((host, port), 2); print('REACHED', host)\\n"
+        "    except OSError as error:\\n        print('closed', host, error)\\n"
+    )
+    dockerfile = f'{FROM}\nRUN dnf install -y python3 && dnf clean all\nRUN printf "{program}" > /p.py && python3 /p.py\nCMD ["sh", "-c", "exit 1"]\n'
+    _, log = built(instance, "reach", {"Dockerfile": dockerfile})
+    shown = "\n".join(line for line in log.splitlines() if not line.startswith("STEP"))
+    assert "closed 127.0.0.1" in shown and "REACHED" not in shown
+
+
+def test_nothing_lent_to_a_build_stays_in_its_disk(instance: Instance, app: str) -> None:
+    """Mirrors' names, proxies, certificates and pip's settings are in no file, name or variable of the image."""
+    lent = (instance.root / "builds/settings").read_text if False else None
+    assert lent is None
+    settings = instance.root / "builds/settings"
+    words = set(re.findall(r"https?://[^\s\"']+", (settings / "apt/host.sources").read_text() + (settings / "pip.conf").read_text()))
+    hosts = {re.sub(r"https?://([^/:]+).*", r"\1", word) for word in words}
+    image = next(path for path in (instance.root / "images").iterdir() if (path / "manifest.json").exists())
+    dump = subprocess.run(["debugfs", "-R", "ls -p /run/buildhost", str(image / "disk.raw")], capture_output=True, text=True, check=False)
+    assert "File not found" in dump.stderr
+    for path in ("/etc/apt/sources.list.d/host.sources", "/etc/pip.conf", "/root/.config/pip/pip.conf", "/etc/apt/apt.conf.d/99mmdebstrap"):
+        shown = subprocess.run(["debugfs", "-R", f"stat {path}", str(image / "disk.raw")], capture_output=True, text=True, check=False)
+        assert "File not found" in shown.stderr, path
+    for needle in [f"{host}/" for host in hosts if host not in ("pypi.org", "deb.debian.org")] + ["/run/buildhost"]:
+        for file in ("disk.raw", "boot.qcow2", "memory.raw"):
+            found = subprocess.run(["grep", "-c", "-a", "-F", needle, str(image / file)], capture_output=True, text=True, check=False)
+            assert found.stdout.strip() == "0", (needle, file)
+
+
+def test_hypervisor_runs_as_a_nobody_of_its_own(instance: Instance, app: str) -> None:
+    vms = [instance.launch(app) for _ in range(2)]
+    users = set()
+    for vm in vms:
+        record = instance.hypervisors()[vm["microvmId"]]
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{record['pid']}/status").read_text().splitlines() if ":\t" in line)
+        users.add(status["Uid"])
+        assert len(set(status["Uid"].split())) == 1 and int(status["Uid"].split()[0]) >= instance.first_uid
+        assert status["CapEff"] == status["CapBnd"] == status["CapPrm"] == "0000000000000000"
+        assert status["NoNewPrivs"].strip() == "1" and status["Seccomp"].strip() == "2"
+        root = subprocess.run(["ls", f"/proc/{record['pid']}/root/"], capture_output=True, text=True, check=True).stdout.split()
+        assert "root" not in root and "var" not in root and "work" not in root
+        for group in ("memory", "pids"):
+            assert f"torpor-{instance.name}/" in Path(f"/proc/{record['pid']}/cgroup").read_text(), group
+        assert not Path(f"/proc/{record['pid']}/net/dev").read_text().count("tap0")
+    assert len(users) == 2
+    instance.terminate(*(vm["microvmId"] for vm in vms))
+
+
+def test_unprivileged_processes_are_unprivileged(instance: Instance) -> None:
+    for name, user in (("edge-0", 0), ("edge-1", 0), ("control", 1)):
+        status = Path(f"/proc/{instance.pid_of(name)}/status").read_text()
+        assert f"Uid:\t{instance.first_uid + user}\t" in status
+        assert "CapEff:\t0000000000000000" in status and "NoNewPrivs:\t1" in status
+
+
+def test_microvm_has_no_way_out(instance: Instance, app: str) -> None:
+    """Until egress is built: no route leads further than the host's end of the link, and nothing listens there."""
+    vm = instance.launch(app)
+    pid = instance.hypervisors()[vm["microvmId"]]["pid"]
+    link = instance.run / instance.name / "netns" / instance.hypervisors()[vm["microvmId"]]["link"]
+    routes = subprocess.run(["nsenter", f"--net={link}", "ip", "-o", "route"], capture_output=True, text=True, check=True).stdout
+    assert routes.strip().splitlines() and all("169.254.77.0/30" in line for line in routes.strip().splitlines())
+    listening = subprocess.run(["nsenter", f"--net={link}", "ss", "-ltnH"], capture_output=True, text=True, check=True).stdout
+    assert not listening.strip() and pid
+    instance.terminate(vm["microvmId"])
