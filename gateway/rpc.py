@@ -321,6 +321,8 @@ class Client:
         self, method: str, body: Any = None, kind: Any = None, timeout: float = 10.0, descriptors: list[int] | None = None
     ) -> tuple[Any, list[int]]:
         """Waits for the connection, within the timeout, when it is down. Raises RpcError, RpcLost."""
+        if self._connection is not None and self._connection.closed.done():
+            self._up.clear()  # the task that connects again has not run yet
         try:
             async with asyncio.timeout(timeout):
                 await self._up.wait()

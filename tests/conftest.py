@@ -25,7 +25,7 @@ HOOKS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def host_before(request: pytest.FixtureRequest) -> Iterator[dict[str, set[str]]]:
     """Torn down last of all: the host is then as it was."""
     before = host_state.snapshot()

@@ -15,6 +15,8 @@ def snapshot() -> dict[str, set[str]]:
             fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
         except OSError:
             continue
+        if fields["State"].startswith("Z"):  # over, and not ours to reap
+            continue
         uid = int(fields["Uid"].split()[0])
         name = fields["Name"].strip()
         if uid in TEST_UIDS or name in ("qemu-system-x86", "slirp4netns", "buildah", "torpor"):

@@ -142,7 +142,7 @@ def parse_request(line: bytes, block: bytes, most: int) -> RequestHead:
             target = b"/" + target
         fields = [f for f in fields if f[0] != b"host"]
         fields.insert(0, (b"host", b"Host", authority))
-    head = RequestHead(method, target, minor, _authority(authority))
+    head = RequestHead(method, target, minor, _authority(authority) if authority or minor else "")
     head.framing, head.length = _framing(fields, minor)
     _read_fields(head, fields, minor)
     head.is_memorable = memorable and head.framing == NO_BODY and not head.expects and head.upgrade is None and target != b"*"

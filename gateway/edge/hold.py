@@ -36,13 +36,14 @@ class Holds:
 
     async def wait(self, route: Route, seconds: float, size: int) -> None:
         """Returns when the route has changed. Raises HoldFull, TimeoutError."""
-        line = self._lines.setdefault(route.session, _Line())
+        line = self._lines.get(route.session) or _Line()
         if (
             len(line.waiters) >= self._settings.held_requests
             or line.held_bytes + size > self._settings.held_bytes
             or self._total >= 4 * self._settings.held_requests
         ):
             raise HoldFull(route.session)
+        self._lines[route.session] = line
         if line.asked != (route.incarnation, route.gate):
             line.asked = (route.incarnation, route.gate)
             self._ask(route)

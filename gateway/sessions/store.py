@@ -166,5 +166,6 @@ class Store:
                 connection.execute(statement, values)
             connection.execute("COMMIT")
         except BaseException:
-            connection.execute("ROLLBACK")
+            if connection.in_transaction:  # SQLite has rolled back by itself where the disk is full
+                connection.execute("ROLLBACK")
             raise

@@ -216,10 +216,10 @@ def test_full_disk_during_build_launch_and_suspend(cramped: Instance) -> None:
     cramped.state(vm["microvmId"], "SUSPENDED")
     assert get(vm["endpoint"], ca, token, "/").json()["counter"] == 1
     # Launch: an error, and no orphan.
-    filler = fill(cramped, 0)
-    with pytest.raises(api.exceptions.ClientError):
-        made = api.run_microvm(imageIdentifier=arn)
-        cramped.state(made["microvmId"], "RUNNING")
+    filler = fill(cramped, 64)
+    made = api.run_microvm(imageIdentifier=arn)
+    reason = cramped.state(made["microvmId"], "TERMINATED")["stateReason"]
+    assert reason.startswith("The MicroVM could not be launched: no room for session")
     filler.unlink()
     until(lambda: set(cramped.hypervisors()) == {vm["microvmId"]})
     assert get(vm["endpoint"], ca, token, "/").json()["counter"] == 2

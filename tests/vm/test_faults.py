@@ -1,7 +1,8 @@
 """kill -9 of every process, at any moment; a host that restarts; disks that are full. Nothing is lost but what was in flight."""
 
-from __future__ import contextlib
+from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading

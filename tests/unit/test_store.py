@@ -1,0 +1,94 @@
+"""The store: what was committed is there again, whoever was killed; what could not be written is reported."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gateway.sessions.model import Image, Session
+from gateway.sessions.states import State
+from gateway.sessions.store import Store, StoreError
+
+
+def session(name: str = "s1") -> Session:
+    return Session(name, f"{name}.host", "arn", "1.0", "key", 512, 10.0, 60)
+
+
+@pytest.fixture
+async def store(tmp_path: Path):  # type: ignore[no-untyped-def]
+    one = Store(tmp_path / "state.db")
+    await one.open()
+    yield one
+    await one.close()
+
+
+async def test_survives_without_a_clean_close(store: Store, tmp_path: Path) -> None:
+    one = session()
+    store.put_session(one)
+    store.put_image(Image("i", "arn:i", "name", 1.0, 1.0))
+    store.put_client_token("token", "parameters", "reply")
+    store.add_event("s1", "started", "PENDING", "RUNNING", 1, "why")
+    await store.commit()
+    for path in tmp_path.glob("state.db*"):  # as a kill -9 leaves them
+        shutil.copy(path, tmp_path / f"copy-{path.name}")
+    again = Store(tmp_path / "copy-state.db")
+    await again.open()
+    assert again.sessions == {"s1": one} and list(again.images) == ["arn:i"] and again.client_tokens == {"token": ("parameters", "reply")}
+    events = await again.events("s1")
+    assert [(row.event, row.old, row.new, row.incarnation, row.detail) for row in events] == [("started", "PENDING", "RUNNING", 1, "why")]
+    await again.close()
+
+
+async def test_nothing_is_there_before_commit(store: Store, tmp_path: Path) -> None:
+    store.put_session(session())
+    reader = Store(tmp_path / "state.db")
+    await reader.open()
+    assert reader.sessions == {}
+    await reader.close()
+
+
+async def test_drop(store: Store, tmp_path: Path) -> None:
+    store.put_session(session("a"))
+    store.put_session(session("b"))
+    await store.commit()
+    store.drop_session("a")
+    await store.commit()
+    await store.close()
+    again = Store(tmp_path / "state.db")
+    await again.open()
+    assert list(again.sessions) == ["b"]
+    await again.close()
+    await store.open()
+
+
+async def test_many_commits_are_few_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    transactions = []
+    original = store._transaction
+    monkeypatch.setattr(store, "_transaction", lambda batch: (transactions.append(len(batch)), original(batch)))
+
+    async def change(number: int) -> None:
+        store.put_session(session(f"s{number}"))
+        await store.commit()
+
+    await asyncio.gather(*(change(number) for number in range(200)))
+    assert sum(transactions) == 200 and len(transactions) < 10
+
+
+async def test_a_failed_write_is_an_error_and_the_next_succeeds(store: Store) -> None:
+    await store.db.execute("PRAGMA max_page_count=1")
+    (free,) = next(iter(await store.db.execute_fetchall("PRAGMA freelist_count")))
+    assert free > 1000  # the room kept for a full disk
+    big = session("big")
+    big.run_hook_payload = "x" * (16 << 20)
+    store.put_session(big)
+    with pytest.raises(StoreError, match="full"):
+        await store.commit()
+    small = session("small")
+    small.state = State.RUNNING
+    store.put_session(small)
+    await store.commit()
+    rows = list(await store.db.execute_fetchall("SELECT id, state FROM sessions"))
+    assert rows == [("small", "RUNNING")]

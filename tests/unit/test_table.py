@@ -1,0 +1,67 @@
+"""A worker's routes: changes in order, whole tables, and what is reported."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.edge.table import RouteTable
+from gateway.messages import Route, RouteChange, Table
+
+
+def made() -> tuple[RouteTable, list[tuple[Route | None, Route]]]:
+    changes: list[tuple[Route | None, Route]] = []
+    return RouteTable(lambda: 7.0, lambda old, new: changes.append((old, new))), changes
+
+
+def test_older_changes_are_ignored() -> None:
+    table, changes = made()
+    table.replace(Table(5, [Route("h", "s", 1, "open")], []))
+    table.change(RouteChange(5, Route("h", "s", 1, "refuse")))
+    assert table.get("h").route.gate == "open" and len(changes) == 1  # type: ignore[union-attr]
+    table.change(RouteChange(6, Route("h", "s", 1, "hold")))
+    assert table.get("h").route.gate == "hold"  # type: ignore[union-attr]
+
+
+def test_removal_says_that_nothing_lives() -> None:
+    table, changes = made()
+    table.replace(Table(1, [Route("h", "s", 1, "open")], []))
+    table.replace(Table(2, [], []))
+    assert table.get("h") is None and changes[-1][1].is_live is False
+
+
+def test_looked_up_routes_do_not_replace_known_ones() -> None:
+    table, _ = made()
+    table.change(RouteChange(1, Route("h", "s", 2, "open")))
+    table.add(Route("h", "s", 1, "hold"))
+    assert table.get("h").route.incarnation == 2  # type: ignore[union-attr]
+
+
+def test_reports_only_what_changed() -> None:
+    table, _ = made()
+    account = table.account("s")
+    assert table.report() is None
+    account.count, account.waiting, account.last = 3, 1, 5.0
+    report = table.report()
+    assert report is not None and report.sessions == {"s": (3, 2.0, 1)}
+    assert table.report() is None
+    account.waiting = 0
+    assert table.report() is not None
+
+
+ROUTES = st.builds(
+    Route, st.sampled_from("abc"), st.sampled_from(["", "s", "t"]), st.integers(0, 3), st.sampled_from(["open", "hold", "refuse"])
+)
+
+
+@given(st.lists(ROUTES, max_size=30))
+def test_changes_one_by_one_equal_the_whole_table(routes: list[Route]) -> None:
+    one, heard = made()
+    expected: dict[str, Route] = {}
+    for number, route in enumerate(routes):
+        one.change(RouteChange(number, route))
+        expected[route.endpoint] = route
+        if not route.session:
+            del expected[route.endpoint]
+    assert {name: entry.route for name in "abc" if (entry := one.get(name)) is not None} == expected
+    assert all(old != new for old, new in heard)
