@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote
 
 import botocore.loaders
+import regex
 from botocore.model import ListShape, MapShape, OperationModel, ServiceModel, Shape, StructureShape
 
 from .errors import Validation
@@ -169,7 +170,7 @@ def _check_size(shape: Shape, length: int, value: Any, path: str, problems: list
 def _check_string(shape: Shape, value: str, path: str, problems: list[str]) -> None:
     _check_size(shape, len(value), value, path, problems)
     pattern, enum = shape.metadata.get("pattern"), getattr(shape, "enum", None)
-    if pattern is not None and not re.fullmatch(pattern, value):
+    if pattern is not None and not regex.fullmatch(pattern, value):
         _fails(problems, value, path, f"satisfy regular expression pattern: {pattern}")
     if enum and value not in enum:
         _fails(problems, value, path, f"satisfy enum value set: [{', '.join(enum)}]")

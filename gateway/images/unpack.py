@@ -7,18 +7,26 @@ is empty on success.
 
 from __future__ import annotations
 
+import errno
 import json
+import lzma
 import os
 import resource
 import stat
+import struct
 import sys
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 DOCKERFILE = "Dockerfile"
 _CHUNK = 1 << 20
 _NAME_MAX, _PATH_MAX, _DEPTH_MAX = 255, 1024, 64
 _LOCAL_HEADER = b"PK\x03\x04"
+_BROKEN = (
+    zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, lzma.LZMAError,
+    NotImplementedError, EOFError, OverflowError, RuntimeError, ValueError,
+)  # fmt: skip
 
 
 class ArchiveError(Exception):
@@ -69,10 +77,14 @@ def unpack(archive: Path, target: Path, max_bytes: int, max_entries: int, max_ra
             if claimed > max_bytes or claimed > max(packed, 1 << 16) * max_ratio:
                 raise ArchiveError(f"the artifact's {packed} bytes claim to unpack to {claimed}: too many")
             _write_all(source, entries, target, min(max_bytes, max(packed, 1 << 16) * max_ratio))
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, OverflowError, RuntimeError) as error:
-        raise ArchiveError(f"the artifact cannot be read as a zip file: {error}") from error
     except UnicodeError as error:
         raise ArchiveError("an entry's name is not text") from error
+    except _BROKEN as error:
+        raise ArchiveError(f"the artifact cannot be read as a zip file: {error}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a seek to where no file can have anything
+            raise
+        raise ArchiveError("the artifact cannot be read as a zip file: an offset is wrong") from error
     if not (target / DOCKERFILE).is_file():
         raise ArchiveError("the artifact has no Dockerfile at its root", "ARCHIVE_DOCKERFILE_NOT_FOUND")
 

@@ -1,0 +1,169 @@
+"""A real worker on loopback, with a control and a vmm that a test scripts, and an application that it writes itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from gateway import messages as m
+from gateway.config import Edge
+from gateway.edge import client, upstream
+from gateway.edge.worker import Worker
+from gateway.rpc import Connection, Reply, RpcError, Server, Service
+from gateway.tokens import Minter
+
+HOST = "one.lambda-microvm.us-east-1.localhost"
+Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+class Control:
+    def __init__(self, minter: Minter) -> None:
+        self.minter = minter
+        self.number = 1
+        self.routes = {HOST: m.Route(HOST, "s1", 1, "open")}
+        self.hidden: dict[str, m.Route] = {}
+        self.resumed: list[m.ResumeRequest] = []
+        self.lookups: list[str] = []
+        self.on_resume: Callable[[], None] = lambda: None
+        self.connections: list[Connection] = []
+
+    async def rpc_hello(self, connection: Connection, body: m.Hello) -> m.Table:
+        self.connections.append(connection)
+        return m.Table(self.number, list(self.routes.values()), self.minter.verifiers())
+
+    async def rpc_lookup(self, connection: Connection, body: m.LookupRequest) -> m.Route | None:
+        self.lookups.append(body.endpoint)
+        return self.hidden.get(body.endpoint)
+
+    async def rpc_resume(self, connection: Connection, body: m.ResumeRequest) -> None:
+        self.resumed.append(body)
+        self.on_resume()
+
+    async def rpc_activity(self, connection: Connection, body: m.Activity) -> None:
+        pass
+
+    def change(self, gate: str, incarnation: int = 1, session: str = "s1") -> None:
+        self.number += 1
+        for connection in self.connections:
+            connection.notify("route", m.RouteChange(self.number, m.Route(HOST, session, incarnation, gate)))
+
+
+class StateLost(Exception):
+    pass
+
+
+class Vmm:
+    """Gives sockets that can reach anything on loopback: the application."""
+
+    def __init__(self) -> None:
+        self.gone: set[int] = set()
+
+    async def rpc_sockets(self, connection: Connection, body: m.SocketsRequest) -> Reply:
+        if body.incarnation in self.gone:
+            raise StateLost("no such incarnation")
+        return Reply(None, [socket.socket().detach() for _ in range(body.count)])
+
+
+class Rig:
+    def __init__(self, directory: Path, monkeypatch: Any) -> None:
+        self.directory = directory
+        monkeypatch.setattr(upstream, "GUEST_ADDRESS", "127.0.0.1")
+        monkeypatch.setattr(client, "_LINGER_SECONDS", 0.05)
+        self.now = 1_800_000_000.0
+        self.minter = Minter(directory / "keys", lambda: self.now)
+        self.control = Control(self.minter)
+        self.vmm = Vmm()
+        self.connects = 0
+        self.received = b""  # everything that the application got
+        self.script: Script = self.answer_all
+
+    async def start(self, **settings: Any) -> None:
+        users = {os.getuid()}
+        self.servers = [
+            Server(self.directory / "c", Service(self.control), users), Server(self.directory / "v", Service(self.vmm), users),
+        ]  # fmt: skip
+        self.worker = Worker("edge-0", Edge.model_validate(settings), self.directory / "c", self.directory / "v")
+        self.worker.wall = lambda: self.now
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port = listener.getsockname()[1]
+        self.application = await asyncio.start_server(self._application, "127.0.0.1", 0)
+        self.app_port = self.application.sockets[0].getsockname()[1]
+        await self.worker.serve([listener], None)
+        self.token = self.minter.mint("s1", [(1, 65535)], 600)
+
+    async def stop(self) -> None:
+        for task in list(self.worker._tasks):
+            task.cancel()
+        for server in self.worker._servers:
+            server.close()
+        for one in list(self.worker.clients):
+            one._close()
+        self.worker._control.close()
+        self.worker.upstream._vmm.close()
+        self.worker.upstream.end("s1", 1)
+        self.worker.upstream.end("s1", 2)
+        self.application.close()
+        for rpc in self.servers:
+            rpc.close()
+
+    async def _application(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connects += 1
+        try:
+            await self.script(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def head(self, reader: asyncio.StreamReader) -> bytes:
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.received += head
+        return head
+
+    async def answer_all(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Echoes request targets, for ever."""
+        while True:
+            target = (await self.head(reader)).split(b" ")[1]
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(target), target))
+
+    # ---- a client ----
+
+    async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", self.port)
+
+    def request(self, target: str = "/", *fields: str, method: str = "GET", token: str | None = None, host: str = HOST) -> bytes:
+        lines = [
+            f"{method} {target} HTTP/1.1",
+            f"Host: {host}",
+            f"X-aws-proxy-port: {self.app_port}",
+            f"X-aws-proxy-auth: {token or self.token}",
+        ]
+        return "\r\n".join([*lines, *fields, "", ""]).encode()
+
+    async def ask(self, data: bytes, answers: int = 1) -> list[tuple[int, dict[str, str], bytes]]:
+        """Sends bytes on a fresh connection and reads this many answers."""
+        reader, writer = await self.open()
+        writer.write(data)
+        got = [await response(reader) for _ in range(answers)]
+        writer.close()
+        return got
+
+
+async def response(reader: asyncio.StreamReader, no_body: bool = False) -> tuple[int, dict[str, str], bytes]:
+    async with asyncio.timeout(5):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        line, *rest = head.strip().split("\r\n")
+        status = int(line.split(" ")[1])
+        fields = {name.lower(): value for name, _, value in (one.partition(": ") for one in rest)}
+        body = b""
+        if "content-length" in fields and not no_body and status >= 200:
+            body = await reader.readexactly(int(fields["content-length"]))
+        return status, fields, body
+
+
+__all__ = ["HOST", "OK", "Rig", "RpcError", "response"]

@@ -1,0 +1,62 @@
+"""Who may import whom (docs/architecture.md): the edge knows no images and no API, vmm nothing of sessions."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from gateway.images.container import LENT_PREFIX
+from vmm.lending import MOUNT
+
+REPO = Path(__file__).resolve().parents[2]
+
+# Package to what of the project it may import, besides itself.
+ALLOWED = {
+    "gateway.edge": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc", "gateway.tokens", "gateway.listeners"},
+    "gateway.sessions": {"gateway.config", "gateway.messages", "gateway.rpc"},
+    "gateway.images": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions"},
+    "gateway.observe": {"gateway.config", "gateway.sessions.states"},
+    "vmm": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc"},
+    "gateway.cli": {"gateway.config", "gateway.instance", "gateway.supervisor", "vmm.assets", "vmm.probe", "vmm.cgroups", "gateway.sessions.logs"},
+}  # fmt: skip
+
+
+def imports(file: Path, package: str) -> set[str]:
+    """Absolute names of the project's modules that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")
+            prefix = ".".join(base[: len(base) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (prefix, node.module) if part)
+            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+    return {name for name in found if name.split(".")[0] in ("gateway", "vmm")}
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports(package: str) -> None:
+    for file in (REPO / package.replace(".", "/")).rglob("*.py"):
+        own = ".".join(file.relative_to(REPO).parent.parts)
+        for name in imports(file, own):
+            if name in ("gateway", "vmm") or name.startswith(package):
+                continue
+            assert any(name == allowed or name.startswith(f"{allowed}.") for allowed in ALLOWED[package]), f"{file.name} imports {name}"
+
+
+def test_the_edge_holds_nothing_that_signs() -> None:
+    for file in (REPO / "gateway/edge").glob("*.py"):
+        assert "Minter" not in file.read_text(encoding="utf-8"), file
+
+
+def test_where_lent_settings_lie_is_said_the_same_in_both_halves() -> None:
+    assert LENT_PREFIX == MOUNT
+
+
+def test_no_module_is_too_large() -> None:
+    sizes = {file: len(file.read_text(encoding="utf-8").splitlines()) for top in ("gateway", "vmm") for file in (REPO / top).rglob("*.py")}
+    assert not {str(file): size for file, size in sizes.items() if size > 500}
+    assert sorted(sizes.values())[len(sizes) // 2] < 200

@@ -1,0 +1,303 @@
+"""Sessions in motion against a host that a test scripts: what is stored before what is done, deadlines, calls that meet."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway import messages as m
+from gateway.config import Settings
+from gateway.rpc import RpcError, RpcLost
+from gateway.sessions.actions import Actions
+from gateway.sessions.agent import frame
+from gateway.sessions.lifecycle import Lifecycle
+from gateway.sessions.logs import LogStore
+from gateway.sessions.model import IdlePolicy, Session
+from gateway.sessions.routes import Routes
+from gateway.sessions.states import Action, Event, State
+from gateway.sessions.store import Store
+
+_WOKEN = 0x82
+
+
+class ScriptedHost:
+    """Does what vmm does, without machines. `fail[call]` raises instead; `calls` says what was asked, with the stored state."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.fail: dict[str, list[Exception]] = {}
+        self.held: dict[str, m.SessionState] = {}
+        self.snapshots: dict[str, int] = {}
+        self.stored: dict[str, str] = {}
+        self.guests: list[socket.socket] = []
+        self.block: dict[str, asyncio.Event] = {}
+
+    async def _call(self, name: str, session: str) -> None:
+        self.calls.append(f"{name} {self.stored.get(session, '-')}")
+        if name in self.block:
+            await self.block[name].wait()
+        if self.fail.get(name):
+            raise self.fail[name].pop(0)
+
+    async def prepare(self, session: str, incarnation: int, image: str, from_snapshot: bool) -> None:
+        await self._call("prepare", session)
+        self.held[session] = m.SessionState(session, incarnation, "prepared", 0, 0.0)
+
+    async def start(self, session: str, incarnation: int, wake: bytes) -> int:
+        await self._call("start", session)
+        self.held[session].phase = "running"
+        ours, guest = socket.socketpair()
+        self.guests.append(guest)
+        guest.sendall(woken(wake))
+        return ours.detach()
+
+    async def suspend(self, session: str, incarnation: int) -> m.Suspended:
+        await self._call("suspend", session)
+        self.held[session].phase = "stopped"
+        self.snapshots[session] = incarnation
+        return m.Suspended(10, 20, 30, 0.01)
+
+    async def kill(self, session: str, incarnation: int) -> None:
+        await self._call("kill", session)
+        self.held.pop(session, None)
+
+    async def forget(self, session: str) -> None:
+        await self._call("forget", session)
+        self.held.pop(session, None)
+        self.snapshots.pop(session, None)
+
+    async def state(self) -> m.HostState:
+        return m.HostState(list(self.held.values()), self.snapshots, [], [])
+
+
+def woken(wake: bytes) -> bytes:
+    """The agent's answer to a wake frame: its nonce back."""
+    (nonce,) = struct.unpack_from("<Q", wake, 12 + 8)
+    return frame(_WOKEN, struct.pack("<Q", nonce))
+
+
+class NoWorkers(Routes):
+    """Routes without edges: gates close at once."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 0.1)
+
+
+class Rig:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.wall = 1_000_000.0
+
+    async def start(self) -> None:
+        self.host = ScriptedHost()
+        self.store = Store(self.directory / "state.db")
+        await self.store.open()
+        settings = Settings(root=self.directory)
+        self.lifecycle = Lifecycle(settings, self.store, self.host, NoWorkers(), LogStore(self.directory / "logs"), lambda: self.wall)  # type: ignore[arg-type]
+        self.actions = Actions(self.lifecycle)
+        transaction = self.store._transaction
+
+        def seen(batch: Any) -> None:
+            transaction(batch)
+            self.host.stored |= {values[0]: str(values[1]) for statement, values in batch if "INTO sessions" in statement}
+
+        self.store._transaction = seen  # type: ignore[method-assign]
+
+    async def stop(self) -> None:
+        await self.lifecycle.close()
+        await self.store.close()
+        for guest in self.host.guests:
+            guest.close()
+
+    def session(self, **changes: Any) -> Session:
+        one = Session("s1", "h1", "arn", "1.0", "image", 512, self.wall, 3600, **changes)
+        self.store.put_session(one)
+        return one
+
+    async def launched(self, **changes: Any) -> Session:
+        one = self.session(**changes)
+        self.lifecycle.run(one, self.actions.launch(one))
+        await self.reach(one, State.RUNNING)
+        return one
+
+    async def reach(self, session: Session, state: State) -> None:
+        async with asyncio.timeout(5):
+            while session.state is not state:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    one = Rig(tmp_path)
+    await one.start()
+    yield one
+    await one.stop()
+
+
+POLICY = IdlePolicy(60, 60, True)
+
+
+async def test_each_step_is_stored_before_it_is_done(rig: Rig) -> None:
+    one = await rig.launched()
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.SUSPENDED)
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.reach(one, State.RUNNING)
+    await rig.lifecycle.fire(one, Event.TERMINATE, "Success.")
+    await rig.reach(one, State.TERMINATED)
+    assert rig.host.calls == [
+        "prepare -", "start PENDING", "suspend SUSPENDING", "kill SUSPENDED",
+        "prepare SUSPENDED", "start RESUMING", "forget TERMINATING",
+    ]  # fmt: skip
+    events = [(row.event, row.new) for row in await rig.store.events("s1")]
+    assert events == [
+        ("started", "PENDING"), ("started", "RUNNING"), ("suspend", "SUSPENDING"), ("saved", "SUSPENDED"),
+        ("resume", "RESUMING"), ("resumed", "RUNNING"), ("terminate", "TERMINATING"), ("cleaned", "TERMINATED"),
+    ]  # fmt: skip
+    assert (one.incarnation, one.reason, one.snapshot_bytes) == (2, "Success.", 60)
+
+
+async def test_a_snapshot_that_cannot_be_made_leaves_it_running(rig: Rig) -> None:
+    one = await rig.launched()
+    rig.host.fail["suspend"] = [RpcError("DiskFull", "no room")]
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.RUNNING)
+    assert [row.event for row in await rig.store.events("s1")][-1] == "not_saved"
+
+
+async def test_a_resume_that_cannot_be_prepared_keeps_the_snapshot(rig: Rig) -> None:
+    one = await rig.launched()
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.SUSPENDED)
+    rig.host.fail["prepare"] = [RpcError("VmmError", "no memory")]
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.reach(one, State.SUSPENDED)
+    assert rig.host.stored["s1"] == "SUSPENDED" and one.incarnation == 1
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.reach(one, State.RUNNING)
+    assert one.incarnation == 2
+
+
+async def test_a_lost_snapshot_ends_it_with_a_reason(rig: Rig) -> None:
+    one = await rig.launched()
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.SUSPENDED)
+    rig.host.fail["prepare"] = [RpcError("StateLost", "torn")]
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.reach(one, State.TERMINATED)
+    assert one.reason == "The MicroVM could not be resumed: torn"
+
+
+async def test_vmm_that_is_away_is_waited_for(rig: Rig) -> None:
+    rig.host.fail["prepare"] = [RpcLost("away"), RpcLost("away")]
+    await rig.launched()
+    assert rig.host.calls.count("prepare -") == 3
+
+
+async def test_terminate_and_resume_that_come_during_a_suspend_wait_for_it(rig: Rig) -> None:
+    one = await rig.launched()
+    rig.host.block["suspend"] = asyncio.Event()
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    for event in (Event.RESUME, Event.TERMINATE):
+        assert await rig.lifecycle.fire(one, event) is Action.DEFER
+    rig.host.block["suspend"].set()
+    await rig.reach(one, State.TERMINATED)
+    assert one.reason == "Success."
+
+
+async def test_a_hundred_requests_are_one_resume(rig: Rig) -> None:
+    one = await rig.launched(idle_policy=POLICY)
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.SUSPENDED)
+    await asyncio.gather(*(rig.lifecycle.request(one) for _ in range(100)))
+    await rig.reach(one, State.RUNNING)
+    assert rig.host.calls.count("prepare SUSPENDED") == 1 and one.incarnation == 2
+
+
+async def test_request_during_a_suspend_wakes_it_after(rig: Rig) -> None:
+    one = await rig.launched(idle_policy=POLICY)
+    rig.host.block["suspend"] = asyncio.Event()
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await asyncio.sleep(0.01)
+    await rig.lifecycle.request(one)
+    rig.host.block["suspend"].set()
+    await rig.reach(one, State.RUNNING)
+    assert one.incarnation == 2
+
+
+async def test_without_auto_resume_requests_do_not_wake_it(rig: Rig) -> None:
+    one = await rig.launched(idle_policy=IdlePolicy(60, 60, False))
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.SUSPENDED)
+    await rig.lifecycle.request(one)
+    assert one.state is State.SUSPENDED
+
+
+async def test_a_guest_that_ends_by_itself_is_over(rig: Rig) -> None:
+    one = await rig.launched()
+    rig.lifecycle.exited(one, 3)
+    await rig.reach(one, State.TERMINATED)
+    assert one.reason == "Container Stopped with Exit Code: 3" and rig.host.calls[-1] == "forget TERMINATING"
+
+
+async def test_an_old_hypervisors_end_means_nothing(rig: Rig) -> None:
+    one = await rig.launched()
+    rig.lifecycle.hypervisor_ended(m.Ended("s1", 0, "old"))
+    rig.lifecycle.hypervisor_ended(m.Ended("s2", 1, "unknown"))
+    await asyncio.sleep(0.01)
+    assert one.state is State.RUNNING
+
+
+async def test_a_call_that_cannot_be_stored_is_refused_and_changes_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sqlite3
+
+    from gateway.sessions.store import StoreError
+
+    one = await rig.launched()
+
+    def full(batch: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.store, "_transaction", full)
+        with pytest.raises(StoreError):
+            await rig.lifecycle.fire(one, Event.SUSPEND)
+    assert one.state is State.RUNNING and "suspend SUSPENDING" not in rig.host.calls
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.SUSPENDED)
+
+
+@pytest.mark.parametrize(
+    ("state", "phase", "snapshot", "expected"),
+    [
+        (State.RUNNING, None, None, State.TERMINATED),
+        (State.SUSPENDED, None, 1, State.SUSPENDED),
+        (State.SUSPENDED, None, None, State.TERMINATED),
+        (State.SUSPENDING, "stopped", 1, State.SUSPENDED),
+        (State.SUSPENDING, None, 1, State.SUSPENDED),
+        (State.RESUMING, None, None, State.TERMINATED),
+        (State.PENDING, None, None, State.TERMINATED),
+        (State.TERMINATING, None, None, State.TERMINATED),
+    ],
+)
+async def test_after_a_crash(rig: Rig, state: State, phase: str | None, snapshot: int | None, expected: State) -> None:
+    one = rig.session(state=state, incarnation=1, suspended_by="api")
+    await rig.store.commit()
+    if phase is not None:
+        rig.host.held["s1"] = m.SessionState("s1", 1, phase, 0, 0.0)
+    if snapshot is not None:
+        rig.host.snapshots["s1"] = snapshot
+    await rig.actions.settle(one)
+    await rig.reach(one, expected)
+
+
+def test_descriptors_do_not_leak() -> None:
+    assert len(os.listdir("/proc/self/fd")) < 200
