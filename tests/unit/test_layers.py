@@ -19,7 +19,7 @@ ALLOWED = {
     "gateway.images": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions"},
     "gateway.observe": {"gateway.config", "gateway.sessions.states"},
     "vmm": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc"},
-    "gateway.cli": {"gateway.config", "gateway.instance", "gateway.supervisor", "vmm.assets", "vmm.probe", "vmm.cgroups", "gateway.sessions.logs"},
+    "gateway.cli": {"gateway.config", "gateway.instance", "gateway.supervisor", "vmm.assets", "vmm.probe", "vmm.cgroups", "vmm.disks", "gateway.listeners", "gateway.process", "gateway.sessions.logs", "gateway.observe"},
 }  # fmt: skip
 
 
