@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+# The same examples in every run; HYPOTHESIS_PROFILE=explore looks for new ones.
+_QUIET = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("repeat", derandomize=True, **_QUIET)
+hypothesis.settings.register_profile("explore", max_examples=2000, **_QUIET)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 sys.path.insert(0, str(Path(__file__).parent))
 

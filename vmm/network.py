@@ -27,7 +27,7 @@ HOST_MAC = "02:fc:00:00:00:01"
 GUEST_MAC = "02:fc:00:00:00:02"
 TAP = "tap0"
 
-_SETUP = f"""\
+SETUP = f"""\
 link set lo up
 tuntap add dev {TAP} mode tap vnet_hdr
 link set {TAP} address {HOST_MAC}
@@ -164,7 +164,7 @@ class Network:
     def _create(self) -> Link:
         self._count += 1
         path = self._directory / f"{self._count:06d}"
-        make_namespace(path, lambda: run_batch(_SETUP))
+        make_namespace(path, lambda: run_batch(SETUP))
         return Link(path)
 
     def _inside(self, link: Link, work: Callable[[], T]) -> T:
