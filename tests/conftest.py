@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import host_state
 import hypothesis
 import pytest
+from service import Instance, app_files
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore looks for new ones.
 _QUIET = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
@@ -17,10 +17,6 @@ hypothesis.settings.register_profile("repeat", derandomize=True, **_QUIET)
 hypothesis.settings.register_profile("explore", max_examples=2000, **_QUIET)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import host_state
-from service import Instance, app_files
 
 HOOKS = {
     "port": 9000,
