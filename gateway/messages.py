@@ -113,7 +113,7 @@ class Suspended(msgspec.Struct):
 
 
 class SessionState(msgspec.Struct):
-    """One hypervisor that holds a session. `phase`: prepared, running, stopped."""
+    """One hypervisor that holds a session. `phase`: prepared, starting, running, stopped."""
 
     session: str
     incarnation: int

@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 _READY_SECONDS = 60.0
 _STOP_SECONDS = 90.0
-_BACKOFF_FIRST, _BACKOFF_MOST = 0.05, 5.0
+_BACKOFF_FIRST, _BACKOFF_MOST = 0.05, 1.0  # longer would keep held requests past their deadline
 _CODE = Path(__file__).resolve().parents[1]
 
 

@@ -74,7 +74,7 @@ class Vmm:
             machine = await self.driver.adopt(record)
             if machine is None:
                 continue
-            if not record.session:
+            if not record.session or record.phase == "standby":  # waiting, or half prepared
                 await machine.kill()
                 continue
             self._hold(record.session, machine, Link(self._settings.runtime / "netns" / record.link))

@@ -41,7 +41,7 @@ class Process(msgspec.Struct):
     session: str = ""
     incarnation: int = 0
     link: str = ""
-    phase: str = "standby"  # standby, prepared, running, stopped, ended
+    phase: str = "standby"  # standby, prepared, starting, running, stopped, ended
 
 
 class Machine(Protocol):

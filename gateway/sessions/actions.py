@@ -56,16 +56,20 @@ class Actions:
 
     async def launch(self, session: Session) -> None:
         """From the image to RUNNING. Not started yet: incarnation 0 is stored until the guest is about to run."""
-        fire = self._lifecycle.fire
+        fire, begun = self._lifecycle.fire, False
         try:
             async with self._turn:
                 await self._patiently(lambda: self._host.prepare(session.id, 1, session.image, False))
                 await self._begin(session, Event.STARTED)
+                begun = True
                 await self._start(session)
             await self.run_hook(session)
         except hooks.HookError as error:
             await fire(session, Event.FAILED, hooks.runtime_reason("run", error))
         except (RpcError, AgentError, StoreError) as error:
+            if begun and isinstance(error, RpcLost):
+                await self.settle(session)
+                return
             await fire(session, Event.FAILED, f"The MicroVM could not be launched: {error}")
         else:
             await fire(session, Event.STARTED)
@@ -82,7 +86,7 @@ class Actions:
             await asyncio.wait([resting])
         try:
             async with self._turn:
-                await self._host.prepare(session.id, session.incarnation + 1, session.image, True)
+                await self._patiently(lambda: self._host.prepare(session.id, session.incarnation + 1, session.image, True))
                 await self._begin(session, event)
                 begun = True
                 await self._start(session)
@@ -95,6 +99,9 @@ class Actions:
             await fire(session, Event.RESUMED)
 
     async def _not_woken(self, session: Session, event: Event, error: Exception, begun: bool) -> None:
+        if begun and isinstance(error, RpcLost):  # vmm is away; whether the guest runs is seen when it is back
+            await self.settle(session)
+            return
         if begun or (isinstance(error, RpcError) and error.kind == "StateLost"):
             await self._lifecycle.fire(session, Event.LOST, f"The MicroVM could not be resumed: {error}")
             return

@@ -301,3 +301,19 @@ async def test_after_a_crash(rig: Rig, state: State, phase: str | None, snapshot
 
 def test_descriptors_do_not_leak() -> None:
     assert len(os.listdir("/proc/self/fd")) < 200
+
+
+@pytest.mark.parametrize("is_launch", [True, False])
+async def test_vmm_that_dies_while_a_guest_starts_costs_nothing(rig: Rig, is_launch: bool) -> None:
+    """Whether the guest runs is seen when vmm is back; here it was prepared and not started."""
+    if is_launch:
+        rig.host.fail["start"] = [RpcLost("away")]
+        one = await rig.launched()
+    else:
+        one = await rig.launched()
+        await rig.lifecycle.fire(one, Event.SUSPEND)
+        await rig.reach(one, State.SUSPENDED)
+        rig.host.fail["start"] = [RpcLost("away")]
+        await rig.lifecycle.fire(one, Event.RESUME)
+        await rig.reach(one, State.RUNNING)
+    assert one.incarnation == (1 if is_launch else 2) and rig.host.held["s1"].phase == "running"

@@ -96,7 +96,9 @@ def test_nothing_lent_to_a_build_stays_in_its_disk(instance: Instance, app: str)
     settings = instance.root / "builds/settings"
     words = set(re.findall(r"https?://[^\s\"']+", (settings / "apt/host.sources").read_text() + (settings / "pip.conf").read_text()))
     hosts = {re.sub(r"https?://([^/:]+).*", r"\1", word) for word in words}
-    image = next(path for path in (instance.root / "images").iterdir() if (path / "manifest.json").exists())
+    vm = instance.launch(app)
+    image = instance.root / "images" / instance.hypervisors()[vm["microvmId"]]["image"]
+    instance.terminate(vm["microvmId"])
     dump = subprocess.run(["debugfs", "-R", "ls -p /run/buildhost", str(image / "disk.raw")], capture_output=True, text=True, check=False)
     assert "File not found" in dump.stderr
     for path in ("/etc/apt/sources.list.d/host.sources", "/etc/pip.conf", "/root/.config/pip/pip.conf", "/etc/apt/apt.conf.d/99mmdebstrap"):

@@ -86,7 +86,7 @@ def test_clone_cannot_change_its_images_memory(instance: Instance, app: str, vm:
     maps = [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "memfd:torpor-" in line]
     assert maps and all(line.split()[1] == "rw-p" for line in maps)
     fds = [fd for fd in Path(f"/proc/{pid}/fd").iterdir() if "memfd:torpor-" in os.readlink(fd)]
-    stored = next((instance.root / "images").glob("*/memory.raw"))
+    stored = instance.root / "images" / instance.hypervisors()[vm["microvmId"]]["image"] / "memory.raw"
     assert get(vm["endpoint"], bundle(instance), vm["token"], "/dirty?mib=64").status == 200
     with fds[0].open("rb") as memory, stored.open("rb") as image:
         assert os.fstat(memory.fileno()).st_size == os.fstat(image.fileno()).st_size

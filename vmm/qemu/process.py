@@ -62,8 +62,18 @@ class QemuMachine:
         """Raises QmpError."""
         self._qmp = await Qmp.connect(self._directory / "qmp.sock")
         self._qmp.on_event = self._event
-        if await self.status() == _STARVED:
+        status = await self.status()
+        if status == _STARVED:
             self._starve()
+        self._correct_phase(is_running=status in ("running", _STARVED))
+
+    def _correct_phase(self, is_running: bool) -> None:
+        """A daemon that died between a command and its record left a question; the hypervisor has the answer."""
+        phase = self.record.phase
+        if phase == "starting":
+            self.record.phase = "running" if is_running else "prepared"
+        elif phase in ("running", "stopped"):
+            self.record.phase = "running" if is_running else "stopped"
 
     @property
     def qmp(self) -> Qmp:
@@ -121,12 +131,14 @@ class QemuMachine:
     async def resume(self, wake: bytes) -> int:
         channel = await self.agent()
         try:
-            self.record.phase = "running"
+            self.record.phase = "starting"
             self.save_record()
             stamped = bytearray(wake)
             struct.pack_into("<Q", stamped, _WALL_CLOCK_AT, time.time_ns())
             os.write(channel, stamped)
             await self.qmp.run("cont")
+            self.record.phase = "running"
+            self.save_record()
         except (QmpError, OSError) as error:
             os.close(channel)
             raise StateLost(f"session {self.record.session} could not be started: {error}") from error

@@ -1,0 +1,27 @@
+"""One edge worker of ours for bench-edge: the real worker; its control and vmm are the benchmark's, its guest is loopback."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import uvloop
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gateway.config import Edge
+from gateway.edge import upstream
+from gateway.edge.worker import run, server_context
+
+
+def main() -> None:
+    port, certificate, key, control, vmm = sys.argv[1:]
+    upstream.GUEST_ADDRESS = "127.0.0.1"
+    listener = socket.create_server(("127.0.0.1", int(port)), backlog=4096)
+    context = server_context(Path(certificate), Path(key))
+    uvloop.run(run("edge-0", Edge(), Path(control), Path(vmm), [listener], context, lambda: None))
+
+
+if __name__ == "__main__":
+    main()

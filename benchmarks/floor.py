@@ -1,0 +1,139 @@
+"""The floor: the same hypervisor, guest and snapshot driven by a script. No jail, no control group, no service, no TLS."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from gateway.sessions.agent import frame, wake_frame
+from vmm import host, memory, network
+from vmm.disks import sync_directory
+from vmm.qemu import machine
+from vmm.qemu.driver import Manifest
+
+_WOKEN = 0x82
+
+
+class Floor:
+    """One restored microVM after another, each from a process that waits, as the service's do."""
+
+    def __init__(self, image: Path, snapshot: Path, overlay: Path, directory: Path) -> None:
+        self.image, self.snapshot, self.overlay, self.directory = image, snapshot, overlay, directory
+        self.shape = msgspec.json.decode((image / "manifest.json").read_bytes(), type=Manifest).shape
+        self.memory = memory.new_memory(image.name, (image / "memory.raw").stat().st_size)
+        memory.fill(image / "memory.raw", self.memory)
+
+    def standby(self) -> None:
+        """Everything that the service has ready before a request comes: the process, the link, a copy of the disk."""
+        self.work = self.directory / secrets.token_hex(4)
+        self.work.mkdir()
+        shutil.copy(self.overlay, self.work / "overlay")
+        network.make_namespace(self.work / "netns", lambda: network.run_batch(network.SETUP))
+        sockets = [self._listen(name) for name in ("qmp", "agent")]
+        files = [os.open(self.image / name, os.O_RDONLY) for name in ("disk.raw", "boot.qcow2")]
+        command = machine.standby(self.shape, self.memory, *files, *(sock.fileno() for sock in sockets))
+        self.process = subprocess.Popen(command.arguments, pass_fds=command.descriptors, stdin=subprocess.DEVNULL)
+        self.qmp = self._connect("qmp")
+        self.replies = self.qmp.makefile("rb")
+        self.replies.readline()
+        self._run("qmp_capabilities")
+
+    def restore(self, is_launch: bool) -> float:
+        """Loads a state, runs it, waits for its agent and for the first byte of an answer; the seconds it took."""
+        started = time.perf_counter()
+        source = self.image if is_launch else self.snapshot
+        self._run("getfd", [self._inside(lambda: host.open_tap(network.TAP))], fdname="tap")
+        self._run("netdev_add", type="tap", id="n0", fd="tap")
+        self._run("device_add", **machine.NIC)
+        self._run("add-fd", [os.open(self.work / "overlay", os.O_RDWR)], **{"fdset-id": 10})
+        node = {"driver": "file", "filename": "/dev/fdset/10", "node-name": "d1f"}
+        self._run("blockdev-add", **{"driver": "qcow2", "node-name": "d1", "backing": "img", "file": node})
+        self._run("qom-set", path="/machine/peripheral/vd0", property="drive", value="d1")
+        self._run("blockdev-del", **{"node-name": "d0"})
+        if not is_launch:
+            memory.load_diff(memory.find_mapping(self.process.pid, self.image.name), source)
+        self._run("getfd", [os.open(source / "devices.state", os.O_RDONLY)], fdname="state")
+        self._run("migrate-incoming", uri="fd:state")
+        while self._run("query-status")["status"] == "inmigrate":
+            pass
+        agent, nonce = self._connect("agent"), secrets.randbits(63)
+        wake = bytearray(wake_frame(nonce))
+        struct.pack_into("<Q", wake, 12, time.time_ns())
+        agent.sendall(wake)
+        self._run("cont")
+        answer, wanted = b"", frame(_WOKEN, struct.pack("<Q", nonce))
+        while wanted not in answer:
+            answer += agent.recv(65536)
+        guest = self._inside(socket.socket)
+        guest.connect((network.GUEST_ADDRESS, 8080))
+        guest.sendall(b"GET /state HTTP/1.1\r\nHost: floor\r\n\r\n")
+        guest.recv(1)
+        return time.perf_counter() - started
+
+    def suspend(self) -> float:
+        """Stops the guest and makes its state durable; the seconds it took."""
+        started = time.perf_counter()
+        target = self.work / "snapshot"
+        target.mkdir()
+        self._run("stop")
+        state = os.open(target / "devices.state", os.O_WRONLY | os.O_CREAT)
+        self._run("add-fd", [os.dup(state)], **{"fdset-id": 11})
+        self._run("xen-save-devices-state", filename="/dev/fdset/11")
+        os.fsync(state)
+        memory.save_diff(memory.find_mapping(self.process.pid, self.image.name), target)
+        with (self.work / "overlay").open("rb") as overlay:
+            os.fsync(overlay.fileno())
+        sync_directory(target)
+        return time.perf_counter() - started
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        network.destroy_namespace(self.work / "netns")
+        shutil.rmtree(self.work)
+
+    def _listen(self, name: str) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(str(self.work / name))
+        sock.listen(1)
+        return sock
+
+    def _connect(self, name: str) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(str(self.work / name))
+        return sock
+
+    def _run(self, command: str, descriptors: list[int] | None = None, **arguments: Any) -> Any:
+        message = json.dumps({"execute": command, "arguments": arguments}).encode()
+        socket.send_fds(self.qmp, [message], descriptors or [])
+        for descriptor in descriptors or []:
+            os.close(descriptor)
+        while "return" not in (reply := json.loads(self.replies.readline())):
+            if "error" in reply:
+                raise RuntimeError(f"{command}: {reply['error']['desc']}")
+        return reply["return"]
+
+    def _inside(self, work: Callable[[], Any]) -> Any:
+        made: list[Any] = []
+
+        def enter() -> None:
+            with (self.work / "netns").open() as namespace:
+                host.setns(namespace.fileno(), host.CLONE_NEWNET)
+            made.append(work())
+
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+        return made[0]
