@@ -53,21 +53,27 @@ def instance(host_before: dict[str, set[str]]) -> Iterator[Instance]:
 
 
 @pytest.fixture(scope="session")
-def app(instance: Instance) -> str:
-    """The test application's image, without hooks."""
-    arn = instance.create("app", instance.upload(app_files()))
-    build = instance.built(arn)
-    assert build["buildState"] == "SUCCESSFUL", build
-    return arn
+def builds(instance: Instance) -> dict[str, str]:
+    """Both shared images' builds, under way together."""
+    plain = instance.create("app", instance.upload(app_files()))
+    hooked = instance.create("hooked", instance.upload(app_files(), "hooked.zip"), hooks=HOOKS, environmentVariables={"COLOUR": "blue"})
+    return {"app": plain, "hooked": hooked}
 
 
 @pytest.fixture(scope="session")
-def hooked(instance: Instance, app: str) -> str:
-    """The same with every runtime hook and the ready hook."""
-    arn = instance.create("hooked", instance.upload(app_files(), "hooked.zip"), hooks=HOOKS, environmentVariables={"COLOUR": "blue"})
-    build = instance.built(arn)
+def app(instance: Instance, builds: dict[str, str]) -> str:
+    """The test application's image, without hooks."""
+    build = instance.built(builds["app"])
     assert build["buildState"] == "SUCCESSFUL", build
-    return arn
+    return builds["app"]
+
+
+@pytest.fixture(scope="session")
+def hooked(instance: Instance, app: str, builds: dict[str, str]) -> str:
+    """The same with every runtime hook and the ready hook."""
+    build = instance.built(builds["hooked"])
+    assert build["buildState"] == "SUCCESSFUL", build
+    return builds["hooked"]
 
 
 @pytest.fixture

@@ -35,7 +35,6 @@ class Microvms:
         self._service = service
         self._store = service.store
         self._running: dict[str, asyncio.Future[dict[str, Any]]] = {}
-        self._promised = 0  # launches admitted whose memory does not show yet
 
     # ---- RunMicrovm ----
 
@@ -135,25 +134,13 @@ class Microvms:
         if limit and held + session.minimum_mib > limit:
             raise QuotaExceeded("The base maximum allocated memory limit has been reached for this account.")
 
-    async def _has_room(self) -> bool:
-        """Whether the host's real memory and disk have room for one more; sizes are never added up."""
-        limits = self._service.settings.limits
-        usage = await self._service.host.usage()
-        free = usage.memory_available - (limits.reserve_mib << 20) - self._promised * usage.expected_growth
-        return free >= usage.expected_growth and usage.disk_free >= limits.disk_reserve_mib << 20
-
     async def _admit(self) -> None:
         try:
-            room = await self._has_room()
+            has_room = await self._service.lifecycle.room.take()
         except RpcError as error:
             raise InsufficientCapacity(f"The host cannot launch MicroVMs now: {error}") from error
-        if not room:
+        if not has_room:
             raise InsufficientCapacity("The host has no room for another MicroVM: terminate or suspend some, and try again.")
-        self._promised += 1
-        asyncio.get_running_loop().call_later(2.0, self._kept)
-
-    def _kept(self) -> None:
-        self._promised -= 1
 
     # ---- reads ----
 
@@ -211,7 +198,7 @@ class Microvms:
 
     async def resume_microvm(self, call: dict[str, Any]) -> dict[str, Any]:
         session = self._find(call)
-        if session.state is State.SUSPENDED and not await self._has_room():
+        if session.state is State.SUSPENDED and not await self._service.lifecycle.room.take():
             raise Throttling("The host has no room to resume the MicroVM now: try again.", retry_after=5)
         return await self._fire(session, Event.RESUME)
 

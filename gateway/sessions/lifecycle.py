@@ -19,9 +19,10 @@ from gateway.messages import Activity, Ended
 
 from .agent import Agent
 from .deadlines import Deadlines
-from .host import Host
+from .host import Host, RpcError
 from .logs import LogStore
 from .model import Session
+from .room import Room
 from .routes import Routes
 from .states import CALLS, Action, Event, State, step
 from .store import Store, StoreError
@@ -59,6 +60,7 @@ class Lifecycle:
         self.settings = settings
         self.store = store
         self.host = host
+        self.room = Room(host, settings.limits)
         self.routes = routes
         self.logs = logs
         self.clock = clock
@@ -190,8 +192,10 @@ class Lifecycle:
         if Event.TERMINATE in deferred or Event.EXPIRED in deferred:
             event = Event.TERMINATE if Event.TERMINATE in deferred else Event.EXPIRED
             self.post(session, event, reason_of(event))
-        elif Event.RESUME in deferred or (Event.REQUEST in deferred and session.resumes_on_request):
-            self.post(session, Event.RESUME if Event.RESUME in deferred else Event.REQUEST)
+        elif Event.RESUME in deferred:
+            self.post(session, Event.RESUME)
+        elif Event.REQUEST in deferred and session.resumes_on_request:
+            self.spawn(self.request(session))
         else:
             self._watch_window(session)
             if live.task is asyncio.current_task() and not live.lock.locked():
@@ -242,8 +246,8 @@ class Lifecycle:
             self.post(session, Event.WINDOW_OVER, MAX_LIFETIME)
         elif kind == _LIFETIME:
             self.post(session, Event.EXPIRED, MAX_LIFETIME)
-        elif kind == _RETRY and session.state is State.SUSPENDED and session.resumes_on_request:
-            self.post(session, Event.REQUEST)
+        elif kind == _RETRY and session.state is State.SUSPENDED:
+            self.spawn(self.request(session))
         elif kind == _PURGE:
             self.routes.remove(session)
             self.store.drop_session(session.id)
@@ -286,7 +290,19 @@ class Lifecycle:
             return
         if session.state is State.SUSPENDING and Event.REQUEST in self.live(session).deferred:
             return
+        if session.state is State.SUSPENDED and not await self._has_room(session):
+            self.retry_later(session)
+            return
         await self.fire(session, Event.REQUEST)
+
+    async def _has_room(self, session: Session) -> bool:
+        try:
+            if await self.room.take():
+                return True
+            log.warning("resume.no_room", id=session.id)
+        except RpcError as error:
+            log.warning("resume.host_away", id=session.id, error=str(error))
+        return False
 
     def hypervisor_ended(self, ended: Ended) -> None:
         session = self.store.sessions.get(ended.session)

@@ -38,6 +38,7 @@ class ScriptedHost:
         self.stored: dict[str, str] = {}
         self.guests: list[socket.socket] = []
         self.block: dict[str, asyncio.Event] = {}
+        self.memory_available = 64 << 30
 
     async def _call(self, name: str, session: str) -> None:
         self.calls.append(f"{name} {self.stored.get(session, '-')}")
@@ -72,6 +73,9 @@ class ScriptedHost:
         await self._call("forget", session)
         self.held.pop(session, None)
         self.snapshots.pop(session, None)
+
+    async def usage(self) -> m.Usage:
+        return m.Usage(self.memory_available, 1 << 40, 96 << 20)
 
     async def state(self) -> m.HostState:
         return m.HostState(list(self.held.values()), self.snapshots, [], [])
@@ -317,3 +321,24 @@ async def test_vmm_that_dies_while_a_guest_starts_costs_nothing(rig: Rig, is_lau
         await rig.lifecycle.fire(one, Event.RESUME)
         await rig.reach(one, State.RUNNING)
     assert one.incarnation == (1 if is_launch else 2) and rig.host.held["s1"].phase == "running"
+
+
+async def test_a_full_host_resumes_nothing_until_there_is_room(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request stays held (its worker answers 502 at the deadline); it is tried again by itself."""
+    from gateway.sessions import lifecycle
+
+    monkeypatch.setattr(lifecycle, "_RETRY_SECONDS", 0.02)
+    one = await rig.launched(idle_policy=POLICY)
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.SUSPENDED)
+    rig.host.memory_available = 1 << 30
+    await rig.lifecycle.request(one)
+    await asyncio.sleep(0.1)
+    assert one.state is State.SUSPENDED and "prepare SUSPENDED" not in rig.host.calls
+    rig.host.memory_available = 64 << 30
+    await rig.reach(one, State.RUNNING)
+
+
+async def test_what_was_just_admitted_counts(rig: Rig) -> None:
+    rig.host.memory_available = (1024 + 3 * 96 + 50) << 20  # the reserve, and room for three
+    assert [await rig.lifecycle.room.take() for _ in range(5)] == [True, True, True, False, False]

@@ -86,15 +86,17 @@ def test_artifacts_that_are_not_there(instance: Instance, uri: str, reason: str)
 
 
 def test_ready_hook_that_is_never_reached(instance: Instance, app: str) -> None:
-    hooks = {"port": 9100, "microvmImageHooks": {"ready": "ENABLED", "readyTimeoutInSeconds": 8}}
-    arn = instance.create("never-ready", instance.upload(app_files()), hooks=hooks)
-    assert instance.built(arn)["stateReason"] == "Ready hook invocation timed out after PT8S"
-    instance.client().delete_microvm_image(imageIdentifier=arn)
-    hooks = {"port": 9000, "microvmImageHooks": {"ready": "ENABLED", "readyTimeoutInSeconds": 60}}
-    arn = instance.create("not-ready", instance.upload(app_files()), hooks=hooks, environmentVariables={"HOOK_READY": "500"})
+    image = {"ready": "ENABLED", "readyTimeoutInSeconds": 3}
+    silent = instance.create("never-ready", instance.upload(app_files()), hooks={"port": 9100, "microvmImageHooks": image})
+    image = {"ready": "ENABLED", "readyTimeoutInSeconds": 60}
+    refusing = instance.create(
+        "not-ready", "s3://artifacts/app.zip", hooks={"port": 9000, "microvmImageHooks": image}, environmentVariables={"HOOK_READY": "500"}
+    )
+    assert instance.built(silent)["stateReason"] == "Ready hook invocation timed out after PT3S"
     reason = "Ready hook check failed: the application returned a server error (HTTP 5xx) response"
-    assert instance.built(arn)["stateReason"] == reason
-    instance.client().delete_microvm_image(imageIdentifier=arn)
+    assert instance.built(refusing)["stateReason"] == reason
+    for arn in (silent, refusing):
+        instance.client().delete_microvm_image(imageIdentifier=arn)
 
 
 def test_requests_that_the_api_refuses(instance: Instance, app: str) -> None:
@@ -118,6 +120,27 @@ def test_requests_that_the_api_refuses(instance: Instance, app: str) -> None:
         api.create_microvm_image(name="x y", buildRoleArn=ROLE, codeArtifact={"uri": "s3://b/k"})
     with pytest.raises(api.exceptions.ValidationException, match=r"No managed MicroVM Image with arn .* and version 999 is available"):
         api.create_microvm_image(name="x", baseImageArn=BASE, baseImageVersion="999", buildRoleArn=ROLE, codeArtifact={"uri": "s3://b/k"})
+
+
+def test_signatures_are_checked(instance: Instance, app: str) -> None:
+    import boto3
+    import requests
+
+    url = f"http://127.0.0.1:{instance.environment['TORPOR_API__PORT']}"
+    good = instance.client()._request_signer._credentials
+    for key, secret, code in (
+        (good.access_key, "wrong", "InvalidSignatureException"),
+        ("AKIAOTHER", good.secret_key, "UnrecognizedClientException"),
+    ):
+        client = boto3.client(
+            "lambda-microvms", region_name="us-east-1", endpoint_url=url, aws_access_key_id=key, aws_secret_access_key=secret
+        )
+        with pytest.raises(client.exceptions.ClientError) as refused:
+            client.list_microvms()
+        assert (refused.value.response["Error"]["Code"], refused.value.response["ResponseMetadata"]["HTTPStatusCode"]) == (code, 403)
+    assert requests.get(f"{url}/2025-09-09/microvms", timeout=5).status_code == 403
+    unknown = requests.get(f"{url}/2025-09-09/nothing", timeout=5)
+    assert (unknown.status_code, unknown.text) == (404, "Not Found")
 
 
 def test_client_tokens_make_run_idempotent(instance: Instance, app: str) -> None:

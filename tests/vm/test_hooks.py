@@ -80,14 +80,12 @@ def test_validate_hook_runs_in_a_throw_away_clone(instance: Instance, app: str) 
 
     hooks = {"port": 9000, "microvmImageHooks": {"ready": "ENABLED", "validate": "ENABLED", "validateTimeoutInSeconds": 20}}
     arn = instance.create("validated", instance.upload(app_files(), "validated.zip"), hooks=hooks)
+    bad = instance.create("invalid", "s3://artifacts/validated.zip", hooks=hooks, environmentVariables={"HOOK_VALIDATE": "500"})
     assert instance.built(arn)["buildState"] == "SUCCESSFUL"
     vm = launch(instance, arn)
     assert "validate" not in [name for name, *_ in call(instance, vm).json()["hooks"]]
     instance.terminate(vm["microvmId"])
-    instance.client().delete_microvm_image(imageIdentifier=arn)
-    bad = instance.create(
-        "invalid", instance.upload(app_files(), "validated.zip"), hooks=hooks, environmentVariables={"HOOK_VALIDATE": "500"}
-    )
     build = instance.built(bad)
     assert build["stateReason"] == "Validate hook check failed: the application returned a server error (HTTP 5xx) response"
-    instance.client().delete_microvm_image(imageIdentifier=bad)
+    for image in (arn, bad):
+        instance.client().delete_microvm_image(imageIdentifier=image)

@@ -1,0 +1,45 @@
+"""The command line as scripts see it: exit codes, one clear line for an error, completion."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TORPOR = Path(sys.prefix) / "bin/torpor"
+
+
+def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TORPOR_", "AWS_"))} | variables
+    return subprocess.run([str(TORPOR), *words], capture_output=True, text=True, env=environment, timeout=30, check=False)
+
+
+def test_version() -> None:
+    assert run("version").stdout.strip() and run("version", "--json").stdout.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "code", "text"),
+    [
+        (("ps",), {"TORPOR_ROOT": "/nonexistent"}, 1, "torpor: no instance at /nonexistent: start one with `torpor serve`"),
+        (("env",), {"TORPOR_EDGE__WORKERS": "x"}, 1, "torpor: edge.workers: Input should be a valid integer"),
+        (("env",), {"TORPOR_NAME": "Not A Name"}, 1, "torpor: name: String should match pattern"),
+    ],
+)
+def test_errors_are_one_line(words: tuple[str, ...], variables: dict[str, str], code: int, text: str) -> None:
+    done = run(*words, **variables)
+    assert done.returncode == code and done.stderr.startswith(text) and done.stderr.count("\n") == 1 and not done.stdout
+
+
+@pytest.mark.parametrize("words", [("token",), ("nonsense",), ("run", "--nonsense")])
+def test_wrong_use_is_two(words: tuple[str, ...]) -> None:
+    assert run(*words).returncode == 2
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("torpor su", "suspend"), ("torpor tok", "token"), ("torpor run --im", "")])
+def test_completion(typed: str, offered: str) -> None:
+    done = run(_TORPOR_COMPLETE="complete_bash", COMP_WORDS=typed, COMP_CWORD=str(typed.count(" ")))
+    assert offered in done.stdout.split() or not offered
