@@ -33,9 +33,17 @@ class Edge(BaseModel):
     head_bytes: int = Field(32 << 10, ge=1024, description="of a request's or response's head; beyond: 431 or 502")
     head_fields: int = Field(200, ge=16, description="of a head's fields; beyond: 431 or 502")
     head_seconds: float = Field(20.0, gt=0, description="to receive a whole head, from its first byte; then 408")
-    idle_seconds: float = Field(300.0, gt=0, description="an idle client connection is kept this long")
+    body_seconds: float = Field(60.0, gt=0, description="a request's body may stand still this long; then 408")
+    idle_seconds: float = Field(300.0, gt=0, description="an idle client connection, or one that reads nothing, is kept this long")
     origin_idle_seconds: float = Field(20.0, gt=0, description="an idle connection to an application is kept this long")
     drain_seconds: float = Field(30.0, ge=0, description="a worker that is replaced finishes what it has within this time")
+    access_log: str = Field("", description="a file for one JSON line a request; empty: none")
+    limits: str = Field(
+        "none", pattern="^(none|aws|custom)$", description="of each endpoint: none, the service's by size, or the next three"
+    )
+    limit_connections: int = Field(1024, ge=1, description="custom: connections to one microVM")
+    limit_requests_per_second: int = Field(10_000, ge=1, description="custom: requests a second to one microVM; beyond: 429")
+    limit_bytes_per_second: int = Field(1 << 30, ge=1024, description="custom: bytes a second of one microVM; beyond: slower")
     server_timing: bool = Field(True, description="say in Server-Timing what a held request waited for")
 
     @property

@@ -1,10 +1,10 @@
-"""Finds the end of a chunked body while it passes through unchanged (RFC 9112, 7.1)."""
+"""Chunked bodies (RFC 9112, 7.1): the end found while they pass through unchanged, or taken apart for another protocol."""
 
 from __future__ import annotations
 
 import re
 
-from .head import Malformed
+from .head import Malformed, Trailers
 
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\Z")
 _TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\Z")
@@ -17,9 +17,10 @@ _AT_SIZE, _IN_DATA, _AFTER_DATA, _IN_TRAILERS, _DONE = range(5)
 class ChunkedBody:
     """Feed it bytes in any cut; it says how many belong to the body, and when the body is complete."""
 
-    __slots__ = ("_left", "_line", "_state", "_trailers")
+    __slots__ = ("_left", "_line", "_state", "_trailers", "trailers")
 
     def __init__(self) -> None:
+        self.trailers: Trailers = []
         self._state = _AT_SIZE
         self._left = 0
         self._line = b""  # of a size or trailer line whose end has not come yet
@@ -29,13 +30,15 @@ class ChunkedBody:
     def is_complete(self) -> bool:
         return self._state == _DONE
 
-    def feed(self, data: bytes) -> int:
-        """The number of leading bytes of `data` that are the body's. Raises Malformed."""
+    def feed(self, data: bytes, content: list[bytes] | None = None) -> int:
+        """The number of leading bytes of `data` that are the body's; what they carry goes to `content`. Raises Malformed."""
         at, end = 0, len(data)
         while at < end and self._state != _DONE:
             if self._state == _IN_DATA:
                 step = min(self._left, end - at)
                 self._left -= step
+                if content is not None:
+                    content.append(data[at : at + step])
                 at += step
                 if not self._left:
                     self._state = _AFTER_DATA
@@ -75,3 +78,12 @@ class ChunkedBody:
         self._trailers += len(line)
         if not _TRAILER.match(line) or self._trailers > _TRAILERS_MAX_BYTES:
             raise Malformed("malformed or oversized trailer")
+        name, _, value = line.partition(b":")
+        self.trailers.append((name.lower(), value.strip(b" \t")))
+
+
+def encode_end(trailers: Trailers | None) -> bytes:
+    """The last chunk, and the trailers."""
+    if not trailers:
+        return b"0\r\n\r\n"
+    return b"0\r\n" + b"".join(b"%b: %b\r\n" % one for one in trailers) + b"\r\n"

@@ -1,7 +1,7 @@
-"""Heads of HTTP/1.1 messages: strict parsing, and what of them goes on to the origin.
+"""Heads of messages: strict parsing, and what of them goes on to the other side.
 
 RFC 9110 and 9112 as an intermediary must read them: anything that another parser could read differently is refused.
-Parsing is pure; what is parsed is remembered by `memo.py`.
+Parsing is pure; what is parsed is remembered by `memo.py`. Heads of HTTP/2 are read by `head2.py` into the same forms.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ _UNLISTABLE = frozenset((b"host", b"content-length", b"transfer-encoding", b"cac
 
 NO_BODY, FIXED, CHUNKED, UNTIL_CLOSE = range(4)
 Fields = list[tuple[bytes, bytes, bytes]]  # name in lower case, name as sent, value
+Trailers = list[tuple[bytes, bytes]]  # name in lower case, value
+# Fields that say how a message is framed or routed: a trailer may not bring them (RFC 9110, 6.5.1).
+_NOT_IN_TRAILERS = _HOP_BY_HOP | {b"content-length", b"transfer-encoding", b"host", b"trailer", b"authorization", b"content-type"}
 
 
 class Malformed(Exception):
@@ -48,7 +51,7 @@ class RequestHead:
     host: str  # lower case, without port
     framing: int = NO_BODY
     length: int = 0
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     port: bytes | None = None
     subprotocol_auth: bool = False
     marker_offered: bool = False
@@ -57,12 +60,25 @@ class RequestHead:
     expects: bool = False
     keep_alive: bool = True
     is_memorable: bool = True
+    te_trailers: bool = False
+    websocket_key: bytes = b""  # of the handshake that we make for a client of HTTP/2
     block: bytes = b""
+
+    @property
+    def wants_h2(self) -> bool:
+        """The application is to be spoken to in HTTP/2 without asking first."""
+        return self.force_h2 and self.upgrade is None
+
+    @property
+    def is_safe(self) -> bool:
+        """RFC 9110, 9.2.1, without a body."""
+        return self.method in (b"GET", b"HEAD", b"OPTIONS") and self.framing == NO_BODY
 
 
 @dataclass(slots=True)
 class ResponseHead:
-    """A response's head. `block` is its field block without hop-by-hop fields."""
+    """A response's head. `block` is its field block without hop-by-hop fields; `hpack` the same for HTTP/2, made when it is
+    first wanted."""
 
     status: int
     framing: int
@@ -72,6 +88,20 @@ class ResponseHead:
     block: bytes
     upgrade: bytes | None = None
     names: frozenset[bytes] = field(default_factory=frozenset)
+    hpack: bytes = b""
+
+
+def split_block(block: bytes) -> list[tuple[bytes, bytes]]:
+    """The fields of a block that was checked: names in lower case."""
+    fields = []
+    for line in block.split(b"\r\n")[1:]:
+        name, _, value = line.partition(b":")
+        fields.append((name.lower(), value.strip(b" \t")))
+    return fields
+
+
+def allowed_trailers(trailers: Trailers) -> Trailers:
+    return [one for one in trailers if one[0] not in _NOT_IN_TRAILERS and not one[0].startswith(_PROXY_PREFIX)]
 
 
 def split_fields(block: bytes, most: int) -> Fields:
@@ -114,7 +144,8 @@ def _listed(fields: Fields) -> tuple[frozenset[bytes], bool, bool, bool]:
     return drop, b"close" in options, b"keep-alive" in options, b"upgrade" in options
 
 
-def _authority(value: bytes) -> str:
+def host_of(value: bytes) -> str:
+    """The host of an authority, in lower case. Raises Malformed."""
     if not _HOST.match(value):
         raise Malformed("malformed Host")
     host = value if value.endswith(b"]") else value.rpartition(b":")[0] if b":" in value else value
@@ -142,14 +173,15 @@ def parse_request(line: bytes, block: bytes, most: int) -> RequestHead:
             target = b"/" + target
         fields = [f for f in fields if f[0] != b"host"]
         fields.insert(0, (b"host", b"Host", authority))
-    head = RequestHead(method, target, minor, _authority(authority) if authority or minor else "")
+    head = RequestHead(method, target, minor, host_of(authority) if authority or minor else "")
     head.framing, head.length = _framing(fields, minor)
-    _read_fields(head, fields, minor)
+    read_fields(head, fields, minor)
     head.is_memorable = memorable and head.framing == NO_BODY and not head.expects and head.upgrade is None and target != b"*"
     return head
 
 
-def _read_fields(head: RequestHead, fields: Fields, minor: int) -> None:
+def read_fields(head: RequestHead, fields: Fields, minor: int) -> None:
+    """Takes out what is ours or of the connection; the rest becomes `head.block`. Raises Malformed."""
     drop, close, keep, upgrade = _listed(fields)
     head.keep_alive = not close and (minor == 1 or keep)
     kept: list[bytes] = []
@@ -161,6 +193,8 @@ def _read_fields(head: RequestHead, fields: Fields, minor: int) -> None:
             head.upgrade = value
         elif name == b"expect":
             head.expects = True
+        elif name == b"te":
+            head.te_trailers = b"trailers" in _tokens(value)
         if name in _HOP_BY_HOP or name in drop:
             continue
         if name == b"sec-websocket-protocol":
@@ -171,8 +205,6 @@ def _read_fields(head: RequestHead, fields: Fields, minor: int) -> None:
         kept.append(sent + b": " + value)
     if head.upgrade is not None:
         kept += [b"Connection: upgrade", b"Upgrade: " + head.upgrade]
-    elif minor == 0:
-        kept.append(b"Connection: close")
     head.block = b"\r\n" + b"\r\n".join(kept) if kept else b""
 
 

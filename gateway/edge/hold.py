@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from gateway.config import Edge
 from gateway.messages import Route
@@ -14,12 +16,22 @@ class HoldFull(Exception):
     """Too many requests, or too many bytes, are held for this session or in total."""
 
 
+class Held(Protocol):
+    """What is held. `held_for` is the session while it is, and `held_bytes`, read meanwhile, are then reported to `grow`."""
+
+    held_for: str | None
+
+    @property
+    def held_bytes(self) -> int: ...
+
+
 class _Line:
     """The requests held for one session, in order of arrival."""
 
-    __slots__ = ("asked", "held_bytes", "waiters")
+    __slots__ = ("asked", "asked_at", "held_bytes", "waiters")
 
     def __init__(self) -> None:
+        self.asked_at = 0.0
         self.waiters: deque[asyncio.Future[None]] = deque()
         self.held_bytes = 0
         self.asked: tuple[int, str] | None = None
@@ -34,8 +46,10 @@ class Holds:
         self._lines: dict[str, _Line] = {}
         self._total = 0
 
-    async def wait(self, route: Route, seconds: float, size: int) -> None:
-        """Returns when the route has changed. Raises HoldFull, TimeoutError."""
+    async def wait(self, route: Route, seconds: float, request: Held) -> float:
+        """Returns when the route has changed; the seconds since its change was asked for. Raises HoldFull, TimeoutError."""
+        size = request.held_bytes
+        loop = asyncio.get_running_loop()
         line = self._lines.get(route.session) or _Line()
         if (
             len(line.waiters) >= self._settings.held_requests
@@ -46,21 +60,32 @@ class Holds:
         self._lines[route.session] = line
         if line.asked != (route.incarnation, route.gate):
             line.asked = (route.incarnation, route.gate)
+            line.asked_at = loop.time()
             self._ask(route)
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter: asyncio.Future[None] = loop.create_future()
         line.waiters.append(waiter)
         line.held_bytes += size
         self._total += 1
+        request.held_for = route.session
         try:
             async with asyncio.timeout(seconds):
                 await waiter
+            return loop.time() - line.asked_at
         finally:
+            request.held_for = None
             self._total -= 1
-            line.held_bytes -= size
+            line.held_bytes -= request.held_bytes
             if not waiter.done() or waiter.cancelled():
-                line.waiters.remove(waiter)
+                with contextlib.suppress(ValueError):  # the route changed while its client left
+                    line.waiters.remove(waiter)
             if not line.waiters and self._lines.get(route.session) is line:
                 del self._lines[route.session]
+
+    def grow(self, session: str, size: int) -> bool:
+        """More of a held request's body was read; False when that is enough."""
+        line = self._lines[session]
+        line.held_bytes += size
+        return line.held_bytes < self._settings.held_bytes
 
     def changed(self, session: str) -> None:
         """The session's route is another now: everyone decides anew, oldest first."""

@@ -1,8 +1,9 @@
 """What was parsed and verified once: clients repeat their fields to the byte.
 
-The key is the raw field block. An entry is used only for HTTP/1.1 requests in origin form (an absolute form would override
-Host), never for those with a body, Expect or Upgrade, and only while the token has not expired, the key set is the one it was
-verified with, and the route is the very one it was admitted to: anything less would be a way around the token.
+The key is the raw field block; whole heads that repeat are remembered on top of it. An entry is used only for HTTP/1.1
+requests in origin form, or HTTP/2's (an absolute form would override Host), never for those with a body, Expect or Upgrade, and only while
+the token has not expired, the key set is the one it was verified with, and the route is the very one it was admitted to:
+anything less would be a way around the token.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ class Admitted:
     account: Account
     block: bytes
     keep_alive: bool
+
+
+@dataclass(slots=True)
+class Repeated:
+    """A whole head that was seen before: its admission, and what it becomes for the application."""
+
+    memo: Admitted
+    rewritten: bytes
+    is_head: bool
 
 
 class Memo(Generic[K, V]):

@@ -1,135 +1,197 @@
-"""A connection to an application: it carries one exchange at a time, and its responses back to a client."""
+"""A connection of HTTP/1.1 to an application: it carries one exchange at a time, and its responses back to a client."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from typing import TYPE_CHECKING, cast
 
-from .chunked import ChunkedBody
-from .head import CHUNKED, FIXED, NO_BODY, UNTIL_CLOSE, Malformed, ResponseHead, parse_response
+from .chunked import ChunkedBody, encode_end
+from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, allowed_trailers, parse_response
 from .memo import Memo
 
 if TYPE_CHECKING:
-    from .client import Client
+    from .exchange import Exchange
     from .upstream import Key, Upstream
     from .worker import Worker
 
 _AT_HEAD, _IN_FIXED, _IN_CHUNKED, _TO_CLOSE, _TUNNEL = range(5)
 _MEMO_HEAD_MAX_BYTES = 2048
-_BUFFER_HIGH_BYTES = 512 << 10
+BUFFER_HIGH_BYTES = 512 << 10
 
 _responses: Memo[bytes, ResponseHead] = Memo(2048)
 
 
 class Origin(asyncio.Protocol):
     __slots__ = (
-        "_body", "_buffer", "_left", "_state", "_upstream", "_worker", "client", "idle_since", "is_head", "is_paused", "key",
-        "transport", "unclean",
+        "_body", "_buffer", "_encodes", "_left", "_request", "_state", "_upstream", "_worker", "exchange", "idle_since", "is_head",
+        "is_paused", "key", "seen", "transport", "unclean",
     )  # fmt: skip
+
+    takes_raw = True
 
     def __init__(self, worker: Worker, upstream: Upstream, key: Key) -> None:
         self._worker = worker
         self._upstream = upstream
         self.key = key
         self.transport: asyncio.Transport | None = None
-        self.client: Client | None = None
+        self.exchange: Exchange | None = None
         self.idle_since = 0.0
         self.is_head = False  # the request's method is HEAD
         self.is_paused = False
         self.unclean = False  # not to be used again
+        self.seen = False  # the application has answered on this connection: it speaks HTTP
         self._state = _AT_HEAD
         self._left = 0
         self._buffer = b""
         self._body: ChunkedBody | None = None
+        self._encodes = False  # the request's body comes plain and goes on in chunks
 
     # ---- asyncio ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self.transport.set_write_buffer_limits(high=_BUFFER_HIGH_BYTES)
+        self.transport.set_write_buffer_limits(high=BUFFER_HIGH_BYTES)
 
     def data_received(self, data: bytes) -> None:
-        client = self.client
-        if client is None:
+        exchange = self.exchange
+        if exchange is None:
             self.close()  # nobody asked
             return
         state = self._state
         if state == _AT_HEAD:
-            self._head(client, data)
+            self._head(exchange, data)
             return
-        client.account.count += 1
-        client.account.last = self._worker.time()
+        account = exchange.account
+        account.count += 1
+        account.last = self._worker.time()
         if state == _IN_FIXED:
-            self._fixed(client, data)
+            self._fixed(exchange, data)
         elif state == _IN_CHUNKED:
-            self._chunked(client, data)
+            self._chunked(exchange, data)
         else:
-            client.write(data)
+            exchange.response_data(data)
 
     def eof_received(self) -> bool:
-        if self._state == _TUNNEL and self.client is not None:
-            self.client.tunnel_half_closed()
+        if self._state == _TUNNEL and self.exchange is not None:
+            self.exchange.tunnel_half_closed()
             return True
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
         self.transport = None
-        self._upstream.forget(self)
-        client, self.client = self.client, None
-        if client is None:
+        self.forgotten()
+        exchange, self.exchange = self.exchange, None
+        if exchange is None:
             return
         if self._state == _TO_CLOSE and error is None:
-            client.response_done(reusable=False)
+            exchange.response_done()
         elif self._state == _TUNNEL:
-            client.finish_tunnel()
+            exchange.cut()
+        elif self._state == _AT_HEAD and not self._buffer and self._over_tls(exchange):
+            return
         else:
-            client.origin_failed(head_sent=self._state != _AT_HEAD)
+            exchange.origin_failed(head_sent=self._state != _AT_HEAD)
 
     def pause_writing(self) -> None:
         self.is_paused = True
-        if self.client is not None:
-            self.client.pause_reading()
+        if self.exchange is not None:
+            self.exchange.pause_reading()
 
     def resume_writing(self) -> None:
         self.is_paused = False
-        if self.client is not None:
-            self.client.resume_reading()
+        if self.exchange is not None:
+            self.exchange.resume_reading()
 
-    # ---- used by the client's side ----
+    # ---- used by the exchange ----
 
     @property
     def is_closing(self) -> bool:
         return self.transport is None or self.transport.is_closing()
 
-    def begin(self, client: Client, is_head: bool) -> None:
-        """Takes an exchange; what it writes comes from the client's side."""
-        self.client = client
+    @property
+    def is_quiet(self) -> bool:
+        """Nothing has come on it that the loop has not seen yet, an end above all."""
+        assert self.transport is not None
+        try:
+            with socket.socket(fileno=os.dup(self.transport.get_extra_info("socket").fileno())) as own:
+                own.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def begin(self, exchange: Exchange, is_head: bool) -> None:
+        """Takes an exchange whose head, without a body, its caller writes."""
+        self.exchange = exchange
         self.is_head = is_head
         self._state = _AT_HEAD
         self._buffer = b""
+
+    def open(self, exchange: Exchange, head: RequestHead) -> None:
+        self.begin(exchange, head.method == b"HEAD")
+        self._encodes = head.framing == CHUNKED and not exchange.is_raw
+        if self.is_paused:
+            exchange.pause_reading()
+        if self.transport is not None:
+            self.transport.write(
+                b"%b %b HTTP/1.1%b\r\nx-amzn-requestid: %b\r\n\r\n" % (head.method, head.target, head.block, exchange.request_id)
+            )
+
+    def send(self, data: bytes) -> None:
+        if self.transport is not None:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._encodes else data)
+
+    def finish(self, trailers: Trailers | None) -> None:
+        if self._state == _TUNNEL:
+            if self.transport is not None and self.transport.can_write_eof():
+                self.transport.write_eof()
+        elif self._encodes and self.transport is not None:
+            self.transport.write(encode_end(trailers))
+
+    def pause(self) -> None:
+        if self.transport is not None:
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def abandon(self) -> None:
+        self.exchange = None
+        self.unclean = True
+        if self.transport is not None:
+            self.transport.abort()
 
     def close(self) -> None:
         if self.transport is not None:
             self.transport.close()
 
+    def forgotten(self) -> None:
+        self._upstream.forget(self)
+
     def cut(self) -> None:
         """Ends the connection because its incarnation ends; the exchange on it, if any, fails."""
+        self.unclean = True
+        exchange, self.exchange = self.exchange, None
         if self.transport is not None:
             self.transport.abort()
-        else:
-            self.unclean = True
+        if exchange is not None:
+            exchange.cut()
 
     # ---- the response ----
 
-    def _head(self, client: Client, data: bytes) -> None:
+    def _head(self, exchange: Exchange, data: bytes) -> None:
         if self._buffer:
             data = self._buffer + data
             self._buffer = b""
         while True:
             end = data.find(b"\r\n\r\n")
             if end < 0:
-                if len(data) > self._worker.settings.head_bytes:
-                    self._refuse(client)
+                if len(data) > self._worker.settings.head_bytes or data[:5] != b"HTTP/"[: len(data)]:
+                    self._refuse(exchange, data)
                     return
                 self._buffer = data
                 return
@@ -139,15 +201,16 @@ class Origin(asyncio.Protocol):
                 try:
                     head = self._parse(raw)
                 except Malformed:
-                    self._refuse(client)
+                    self._refuse(exchange, data)
                     return
             data = data[end + 4 :]
             if head.status >= 200 or head.status == 101:
                 break
-            client.interim(head)
+            exchange.interim(head)
             if not data:
                 return
-        self._final(client, head, data)
+        self.seen = True
+        self._final(exchange, head, data)
 
     def _parse(self, raw: bytes) -> ResponseHead:
         at = raw.find(b"\r\n")
@@ -157,79 +220,95 @@ class Origin(asyncio.Protocol):
             _responses.put(raw, head)
         return head
 
-    def _refuse(self, client: Client) -> None:
-        """What the application said is not HTTP: the client is told 502."""
-        self.client = None
-        client.origin_failed(head_sent=False)
-        self.cut()
+    def _refuse(self, exchange: Exchange, data: bytes) -> None:
+        """What the application said cannot be taken. If it is not HTTP at all it is perhaps TLS; otherwise this is a 502."""
+        self.exchange = None
+        self.unclean = True
+        if data.startswith(b"HTTP/") or not self._over_tls(exchange):
+            exchange.origin_failed(head_sent=False)
+        if self.transport is not None:
+            self.transport.abort()
 
-    def _final(self, client: Client, head: ResponseHead, data: bytes) -> None:
+    def _over_tls(self, exchange: Exchange) -> bool:
+        return not self.seen and self._upstream.try_tls(self.key, exchange)
+
+    def _final(self, exchange: Exchange, head: ResponseHead, data: bytes) -> None:
         if head.status == 101:
-            self._switch(client, head, data)
+            self._switch(exchange, head, data)
             return
         self.unclean = not head.keep_alive
         framing = head.framing
         if framing == FIXED and len(data) == head.length:  # the usual answer: all of it came in one read
-            client.response_head(head, data)
-            self._finish(client)
+            self._finish(exchange, head, data)
         elif framing == NO_BODY:
             self.unclean = self.unclean or bool(data)
-            client.response_head(head, b"")
-            self._finish(client)
+            self._finish(exchange, head, b"")
         elif framing == FIXED:
             self._state, self._left = _IN_FIXED, head.length
-            client.response_head(head, b"")
-            self._fixed(client, data)
+            exchange.response_head(head)
+            self._fixed(exchange, data)
         elif framing == CHUNKED:
             self._state, self._body = _IN_CHUNKED, ChunkedBody()
-            client.response_head(head, b"")
+            exchange.response_head(head)
             if data:
-                self._chunked(client, data)
+                self._chunked(exchange, data)
         else:
-            assert framing == UNTIL_CLOSE
             self._state = _TO_CLOSE
-            client.response_head(head, data)
+            exchange.response_head(head)
+            if data:
+                exchange.response_data(data)
 
-    def _switch(self, client: Client, head: ResponseHead, data: bytes) -> None:
-        if head.upgrade is None or not client.wants_upgrade:
-            self._refuse(client)
+    def _switch(self, exchange: Exchange, head: ResponseHead, data: bytes) -> None:
+        if head.upgrade is None or exchange.head is None or exchange.head.upgrade is None:
+            self._refuse(exchange, b"HTTP/")
             return
         self._state = _TUNNEL
-        client.switch(head, data)
+        self._encodes = False
+        exchange.switch(head, data)
 
-    def _fixed(self, client: Client, data: bytes) -> None:
+    def _fixed(self, exchange: Exchange, data: bytes) -> None:
         extra = len(data) - self._left
         if extra > 0:
             data = data[: self._left]
             self.unclean = True
         self._left -= len(data)
         if data:
-            client.write(data)
+            exchange.response_data(data)
         if not self._left:
-            self._finish(client)
+            self._finish(exchange)
 
-    def _chunked(self, client: Client, data: bytes) -> None:
-        assert self._body is not None
+    def _chunked(self, exchange: Exchange, data: bytes) -> None:
+        body = self._body
+        assert body is not None
+        content: list[bytes] | None = None if exchange.is_raw else []
         try:
-            used = self._body.feed(data)
+            used = body.feed(data, content)
         except Malformed:
-            self.client = None
-            client.origin_failed(head_sent=True)
+            self.exchange = None
+            exchange.origin_failed(head_sent=True)
             self.cut()
             return
-        client.write(data if used == len(data) else data[:used])
-        if self._body.is_complete:
+        if content is None:
+            exchange.response_data(data if used == len(data) else data[:used])
+        elif content:
+            exchange.response_data(b"".join(content))
+        if body.is_complete:
             self.unclean = self.unclean or used < len(data)
             self._body = None
-            self._finish(client)
+            self._finish(exchange, trailers=allowed_trailers(body.trailers))
 
-    def _finish(self, client: Client) -> None:
-        self.client = None
+    def _finish(self, exchange: Exchange, head: ResponseHead | None = None, body: bytes = b"", trailers: Trailers | None = None) -> None:
+        """The response is complete; `head` is there when all of it came at once. A connection on which a request's body is
+        still under way cannot be used again: its rest would be read as the next request."""
+        if self.exchange is not exchange:  # cut short meanwhile
+            return
+        self.exchange = None
         self._state = _AT_HEAD
-        reusable = not self.unclean
-        if self.transport is not None and client.is_reading_paused_by_origin:
-            client.resume_reading()
-        client.response_done(reusable)
+        reusable = not self.unclean and exchange.request_complete
+        if head is not None:
+            exchange.response_whole(head, body)
+        else:
+            exchange.response_done(trailers)
         if reusable and not self.unclean:
             self._upstream.give_back(self)
         else:

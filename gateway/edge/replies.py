@@ -9,18 +9,27 @@ _REASONS = {
     500: b"Internal Server Error", 501: b"Not Implemented", 502: b"Bad Gateway",
 }  # fmt: skip
 
+HTTP1, HTTP2 = range(2)  # what an exchange is carried by
+
 UNAVAILABLE = Refuse(502)
 TOO_MANY = Refuse(429, b"Too many requests are waiting for this MicroVM")
+LIMITED = Refuse(429, b"The rate limit of this MicroVM is exceeded")
+
+
+def fields(refusal: Refuse) -> list[tuple[bytes, bytes]]:
+    """Besides the request's id."""
+    found = [(b"cache-control", b"private, no-store"), (b"content-length", b"%d" % len(refusal.body))]
+    if refusal.body:
+        found.append((b"content-type", b"text/plain"))
+    if refusal.status == 429:
+        found.append((b"retry-after", b"1"))
+    return found
 
 
 def make(refusal: Refuse, request_id: bytes, keep_alive: bool, head_only: bool) -> bytes:
-    """The whole response."""
-    fields = b"\r\nx-amzn-requestid: %b\r\ncache-control: private, no-store\r\nContent-Length: %d" % (request_id, len(refusal.body))
-    if refusal.body:
-        fields += b"\r\nContent-Type: text/plain"
-    if refusal.status == 429:
-        fields += b"\r\nRetry-After: 1"
+    """The whole response in HTTP/1.1."""
+    head = [b"HTTP/1.1 %d %b\r\nx-amzn-requestid: %b" % (refusal.status, _REASONS.get(refusal.status, b"Error"), request_id)]
+    head += [b"%b: %b" % one for one in fields(refusal)]
     if not keep_alive:
-        fields += b"\r\nConnection: close"
-    body = b"" if head_only else refusal.body
-    return b"HTTP/1.1 %d %b%b\r\n\r\n%b" % (refusal.status, _REASONS.get(refusal.status, b"Error"), fields, body)
+        head.append(b"Connection: close")
+    return b"\r\n".join(head) + b"\r\n\r\n" + (b"" if head_only else refusal.body)

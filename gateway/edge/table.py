@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from gateway.messages import Activity, Route, RouteChange, Table
 
+from .limits import Limiter
+
 _NONE: frozenset[object] = frozenset()
 
 
@@ -26,9 +28,10 @@ class Account:
 class RouteEntry:
     """A route with what this worker keeps for it."""
 
-    __slots__ = ("account", "opened_at", "route")
+    __slots__ = ("account", "limiter", "opened_at", "route")
 
     def __init__(self, route: Route, account: Account, opened_at: float) -> None:
+        self.limiter: Limiter | None = None
         self.route = route
         self.account = account
         self.opened_at = opened_at

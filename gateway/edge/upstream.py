@@ -11,22 +11,34 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from gateway.config import Edge
 from gateway.messages import Route, SocketsRequest
 from gateway.rpc import Client, RpcError
 
 if TYPE_CHECKING:
+    from .exchange import Exchange, OriginSide
+    from .head import RequestHead
     from .origin import Origin
+    from .origin2 import Http2Origin
     from .worker import Worker
 
 GUEST_ADDRESS = "169.254.77.2"
 _STOCK = 8
 _MOST = 256  # connections to one port of one session; more requests wait in line
+# What an application gets at once after a resume. More follows with each answer, and with time for those that answer late:
+# a listen queue of the usual 100 or 128 must not overflow, because a lost SYN costs a second.
+_FIRST = 64
+_RAMP, _RAMP_SECONDS = 16, 0.1
 _RETRY_SECONDS = 0.02
 _SYN_SECONDS = 10.0
+_FRESH_SECONDS = 0.5  # idle for longer, a connection may have been closed by the application just now: it is looked at
+_TLS_SECONDS = 3.0  # for a handshake with an application, which may be emulated; one that has no TLS may just be silent
+_H2_SECONDS = 5.0  # an application that was said to speak HTTP/2 sends its SETTINGS within this
+_H2_MOST = 16
 Key = tuple[str, int, int]  # session, incarnation, port
 
 
@@ -41,12 +53,31 @@ class SessionGone(Exception):
 class Pool:
     """Connections of one (session, incarnation, port)."""
 
-    __slots__ = ("idle", "open", "waiters")
+    __slots__ = ("allowed", "idle", "making", "multiplexed", "open", "ramping", "tls", "waiters")
 
     def __init__(self) -> None:
         self.idle: list[Origin] = []
         self.open: set[Origin] = set()
+        self.multiplexed: list[Http2Origin] = []
         self.waiters: deque[asyncio.Future[None]] = deque()
+        self.allowed = _FIRST
+        self.ramping = False
+        self.making = False  # a connection of HTTP/2, which will serve many: they wait for it
+        self.tls: bool | None = None  # whether the port speaks TLS; None: not known yet
+
+
+class _ByAlpn(asyncio.Protocol):
+    """Makes the protocol that the TLS handshake agreed on."""
+
+    def __init__(self, upstream: Upstream, key: Key, pool: Pool) -> None:
+        self._upstream, self._key, self._pool = upstream, key, pool
+        self.made: Origin | Http2Origin | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        tls = transport.get_extra_info("ssl_object")
+        self.made = self._upstream.new(self._key, self._pool, tls is not None and tls.selected_alpn_protocol() == "h2", b"https")
+        cast(asyncio.Transport, transport).set_protocol(self.made)
+        self.made.connection_made(transport)
 
 
 class Upstream:
@@ -58,14 +89,16 @@ class Upstream:
         self._pools: dict[Key, Pool] = {}
         self._stock: dict[tuple[str, int], deque[int]] = {}
         self._fetching: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._contexts = {alpn: _client_context(list(alpn)) for alpn in (("h2", "http/1.1"), ("http/1.1",))}
 
     def take_idle(self, key: Key) -> Origin | None:
         """A clean connection that waits, if there is one: the fast path."""
         pool = self._pools.get(key)
         while pool is not None and pool.idle:
             origin = pool.idle.pop()
-            if not origin.is_closing:
+            if not origin.is_closing and (self._loop.time() - origin.idle_since < _FRESH_SECONDS or origin.is_quiet):
                 return origin
+            origin.close()
         return None
 
     def give_back(self, origin: Origin) -> None:
@@ -76,7 +109,10 @@ class Upstream:
             return
         origin.idle_since = self._loop.time()
         pool.idle.append(origin)
-        self._wake(pool)
+        if pool.allowed < _MOST:
+            pool.allowed += 1
+        if pool.waiters:
+            self._wake(pool)
 
     def forget(self, origin: Origin) -> None:
         """A connection that closed."""
@@ -88,50 +124,175 @@ class Upstream:
             pool.idle.remove(origin)
         self._wake(pool)
 
-    async def connect(self, route: Route, port: int, opened_at: float) -> Origin:
-        """A connection for one exchange. Raises ConnectFailed, SessionGone."""
+    def forget_multiplexed(self, origin: Http2Origin) -> None:
+        pool = self._pools.get(origin.key)
+        if pool is not None:
+            with contextlib.suppress(ValueError):
+                pool.multiplexed.remove(origin)
+            self._wake(pool)
+
+    def freed(self, origin: Http2Origin) -> None:
+        """A stream of it ended."""
+        pool = self._pools.get(origin.key)
+        if pool is not None and pool.waiters:
+            self._wake(pool)
+
+    # ---- connecting ----
+
+    async def connect(self, route: Route, port: int, opened_at: float, head: RequestHead) -> OriginSide:
+        """A connection, or stream, for one exchange. Raises ConnectFailed, SessionGone."""
         key = (route.session, route.incarnation, port)
         pool = self._pools.get(key)
         if pool is None:
             pool = self._pools[key] = Pool()
-        while len(pool.open) >= _MOST:
-            waiter: asyncio.Future[None] = self._loop.create_future()
-            pool.waiters.append(waiter)
-            await waiter
-            origin = self.take_idle(key)
-            if origin is not None:
-                return origin
-        # A freshly resumed or launched application may not listen yet; one that has been up for a while is just down.
-        until = opened_at + self._settings.connect_seconds
+        while True:
+            ready = self._ready(pool, key, head)
+            if ready is not None:
+                return ready
+            if len(pool.open) < pool.allowed and len(pool.multiplexed) < _H2_MOST and not (head.wants_h2 and pool.making):
+                break
+            await self._turn(pool)
+            if self._pools.get(key) is not pool:
+                raise ConnectFailed("the MicroVM was suspended")
+        pool.making = pool.making or head.wants_h2
+        try:
+            return await self._connect_patiently(key, pool, head, opened_at + self._settings.connect_seconds)
+        finally:
+            if head.wants_h2:
+                pool.making = False
+                for _ in range(len(pool.waiters)):
+                    self._wake(pool)
+
+    async def _connect_patiently(self, key: Key, pool: Pool, head: RequestHead, until: float) -> OriginSide:
+        """A freshly resumed or launched application may not listen yet; one that has been up for a while is just down."""
         while True:
             try:
-                return await self._connect_once(key, pool)
+                return await self._ready_for_one(await self._connect_once(key, pool, head), pool)
             except ConnectionRefusedError as error:
                 if self._loop.time() > until:
-                    raise ConnectFailed(f"nothing listens on port {port}") from error
+                    raise ConnectFailed(f"nothing listens on port {key[2]}") from error
                 await asyncio.sleep(_RETRY_SECONDS)
-            except (OSError, TimeoutError) as error:
+            except (OSError, TimeoutError, ssl.SSLError) as error:
                 raise ConnectFailed(str(error) or "no answer") from error
 
-    async def _connect_once(self, key: Key, pool: Pool) -> Origin:
-        from .origin import Origin
+    def _ready(self, pool: Pool, key: Key, head: RequestHead) -> OriginSide | None:
+        if head.wants_h2 or (pool.multiplexed and head.upgrade is None):
+            for one in pool.multiplexed:
+                if one.has_room and one.ready.done():
+                    return one.new_stream()
+        return None if head.wants_h2 else self.take_idle(key)
 
+    async def _turn(self, pool: Pool) -> None:
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        pool.waiters.append(waiter)
+        if not pool.ramping and pool.allowed < _MOST:
+            pool.ramping = True
+            self._loop.call_later(_RAMP_SECONDS, self._ramp, pool)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                self._wake(pool)  # it was this one's turn: the next in line takes it
+            raise
+
+    def _ramp(self, pool: Pool) -> None:
+        pool.ramping = False
+        pool.allowed = min(_MOST, pool.allowed + _RAMP)
+        for _ in range(_RAMP):
+            self._wake(pool)
+        if pool.waiters and pool.allowed < _MOST:
+            pool.ramping = True
+            self._loop.call_later(_RAMP_SECONDS, self._ramp, pool)
+
+    async def _connect_once(self, key: Key, pool: Pool, head: RequestHead) -> Origin | Http2Origin:
         sock = socket.socket(fileno=await self._socket(key[:2]))
         sock.setblocking(False)
-        reserved = Origin(self._worker, self, key)
-        pool.open.add(reserved)
+        reserved = self.new(key, pool, head.wants_h2, b"http") if not pool.tls else _ByAlpn(self, key, pool)
         try:
             async with asyncio.timeout(_SYN_SECONDS):
                 await self._loop.sock_connect(sock, (GUEST_ADDRESS, key[2]))
-                await self._loop.create_connection(lambda: reserved, sock=sock)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if isinstance(reserved, _ByAlpn):
+                    context = self._contexts[("http/1.1",) if head.upgrade is not None else ("h2", "http/1.1")]
+                    await self._loop.create_connection(
+                        lambda: reserved,
+                        sock=sock,
+                        ssl=context,
+                        server_hostname=head.host or "localhost",
+                        ssl_handshake_timeout=_TLS_SECONDS,
+                    )
+                else:
+                    await self._loop.create_connection(lambda: reserved, sock=sock)
         except BaseException:
             sock.close()
-            self.forget(reserved)
+            self._unreserve(reserved)
             raise
+        made = reserved.made if isinstance(reserved, _ByAlpn) else reserved
+        assert made is not None
         if key not in self._pools:  # the incarnation ended meanwhile
-            reserved.close()
+            made.cut()
             raise ConnectFailed("the MicroVM was suspended")
-        return reserved
+        return made
+
+    def new(self, key: Key, pool: Pool, http2: bool, scheme: bytes) -> Origin | Http2Origin:
+        """Counts as open from now on."""
+        from .origin import Origin
+        from .origin2 import Http2Origin
+
+        if http2:
+            multiplexed = Http2Origin(self._worker, self, key, scheme)
+            pool.multiplexed.append(multiplexed)
+            return multiplexed
+        origin = Origin(self._worker, self, key)
+        origin.seen = bool(pool.tls)
+        pool.open.add(origin)
+        return origin
+
+    def _unreserve(self, reserved: Origin | Http2Origin | _ByAlpn) -> None:
+        made = reserved.made if isinstance(reserved, _ByAlpn) else reserved
+        if made is not None:
+            made.forgotten()
+
+    async def _ready_for_one(self, origin: Origin | Http2Origin, pool: Pool) -> OriginSide:
+        """A new connection; of HTTP/2, its first stream."""
+        from .origin2 import Http2Origin
+
+        if not isinstance(origin, Http2Origin):
+            return origin
+        try:
+            async with asyncio.timeout(_H2_SECONDS):
+                if await asyncio.shield(origin.ready):
+                    return origin.new_stream()
+        except TimeoutError:
+            pass
+        origin.cut()
+        origin.forgotten()
+        raise ConnectFailed("the application does not speak HTTP/2")
+
+    def try_tls(self, key: Key, exchange: Exchange) -> bool:
+        """The port's first answer was not HTTP. Once for a port and incarnation, and only for a safe request, TLS is tried:
+        a handshake that succeeds shows that the application never took the request for one."""
+        pool, head = self._pools.get(key), exchange.head
+        if pool is None or pool.tls is not None or head is None or not head.is_safe or exchange.response_started:
+            return False
+        exchange.origin = None
+        pool.tls = True  # nobody else tries meanwhile
+        exchange.run(self._over_tls(key, pool, head, exchange))
+        return True
+
+    async def _over_tls(self, key: Key, pool: Pool, head: RequestHead, exchange: Exchange) -> None:
+        try:
+            origin = await self._ready_for_one(await self._connect_once(key, pool, head), pool)
+        except (OSError, TimeoutError, ssl.SSLError, ConnectFailed):
+            pool.tls = False
+            exchange.origin_failed(head_sent=False)
+        except BaseException:
+            pool.tls = None
+            raise
+        else:
+            exchange.begin_again(origin)
+
+    # ---- sockets ----
 
     async def _socket(self, session: tuple[str, int]) -> int:
         while True:
@@ -163,12 +324,16 @@ class Upstream:
             task = self._fetching[session] = self._loop.create_task(self._fetch(session))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
+    # ---- ends ----
+
     def end(self, session: str, incarnation: int) -> None:
         """Closes everything of an incarnation that ends."""
         for key in [key for key in self._pools if key[:2] == (session, incarnation)]:
             pool = self._pools.pop(key)
             for origin in list(pool.open):
                 origin.cut()
+            for multiplexed in list(pool.multiplexed):
+                multiplexed.cut()
             for waiter in pool.waiters:
                 if not waiter.done():
                     waiter.set_result(None)
@@ -180,6 +345,9 @@ class Upstream:
         for pool in self._pools.values():
             for origin in [one for one in pool.idle if now - one.idle_since > self._settings.origin_idle_seconds]:
                 origin.close()
+            for multiplexed in list(pool.multiplexed):
+                if not multiplexed.streams and now - multiplexed.idle_since > self._settings.origin_idle_seconds:
+                    multiplexed.retire()
 
     def _wake(self, pool: Pool) -> None:
         while pool.waiters:
@@ -189,8 +357,19 @@ class Upstream:
                 return
 
     def statistics(self) -> dict[str, int]:
+        pools = self._pools.values()
         return {
-            "open": sum(len(pool.open) for pool in self._pools.values()),
-            "idle": sum(len(pool.idle) for pool in self._pools.values()),
+            "open": sum(len(pool.open) for pool in pools),
+            "idle": sum(len(pool.idle) for pool in pools),
+            "multiplexed": sum(len(pool.multiplexed) for pool in pools),
             "stock": sum(len(stock) for stock in self._stock.values()),
         }
+
+
+def _client_context(alpn: list[str]) -> ssl.SSLContext:
+    """To a guest over its own link: its certificate proves nothing that the link does not, so it is not checked."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(alpn)
+    return context

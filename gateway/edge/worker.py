@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import ssl
 import time
+import uuid
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,24 @@ from gateway.rpc import Client as RpcClient
 from gateway.rpc import Connection, RpcError, Service
 from gateway.tokens import Checker
 
-from .client import Client
+from .access import PROTOCOLS, AccessLog
+from .exchange import Exchange
 from .hold import Holds
-from .memo import Admitted, Memo
+from .http1 import Http1
+from .http2 import Http2
+from .http2 import Key as FieldsKey
+from .memo import Admitted, Memo, Repeated
 from .table import RouteTable
+from .tls import TlsServer
 from .upstream import Upstream
 
 log = structlog.get_logger()
 
 _REPORT_SECONDS = 0.25
 _SWEEP_SECONDS = 1.0
-_MEMO_ENTRIES = 4096
+_MEMO_ENTRIES = 2048
 _MISS_SECONDS = 1.0
 _MISSES_MAX = 10_000
-_HANDSHAKE_SECONDS = 10.0
 
 
 class Worker:
@@ -44,8 +48,12 @@ class Worker:
         self.settings = settings
         self.time = loop.time
         self.wall = time.time
-        self.clients: set[Client] = set()
+        self.clients: set[Http1 | Http2] = set()
         self.memo: Memo[bytes, Admitted] = Memo(_MEMO_ENTRIES)
+        self.repeated: Memo[bytes, Repeated] = Memo(_MEMO_ENTRIES)
+        self.streams: Memo[FieldsKey, Repeated] = Memo(_MEMO_ENTRIES)
+        self.access = AccessLog(Path(settings.access_log)) if settings.access_log else None
+        self.answers = [[0] * 10 for _ in PROTOCOLS]  # by protocol and first digit of the status
         self.checker = Checker([])
         self.table = RouteTable(loop.time, self._route_changed)
         self.holds = Holds(settings, self._ask_for)
@@ -54,7 +62,7 @@ class Worker:
         self._misses: dict[str, float] = {}
         self._lookups: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._id_prefix = os.urandom(10).hex()
+        self._id_prefix = f"{uuid.uuid4()}"[:24].encode("ascii")
         self._id_count = 0
         self._ready = asyncio.Event()
         self._servers: list[asyncio.Server] = []
@@ -67,13 +75,24 @@ class Worker:
         """Accepts once the first table is here."""
         await self._ready.wait()
         loop = asyncio.get_running_loop()
-        extra: dict[str, Any] = {"ssl_handshake_timeout": _HANDSHAKE_SECONDS} if context is not None else {}
         for sock in sockets:
-            server = await loop.create_server(lambda: Client(self), sock=sock, ssl=context, backlog=4096, **extra)
+            server = await loop.create_server(lambda: self._accept(context), sock=sock, backlog=4096)
             self._servers.append(server)
         self.spawn(self._report())
         self.spawn(self._sweep())
         log.info("edge.ready", worker=self.name, routes=len(self.table))
+
+    def _accept(self, context: ssl.SSLContext | None) -> asyncio.BaseProtocol:
+        return TlsServer(context, self._application) if context is not None else self._application(None)
+
+    def _application(self, protocol: str | None) -> Http1 | Http2:
+        return Http2(self) if protocol == "h2" else Http1(self)
+
+    def count(self, exchange: Exchange, closed_by: str = "") -> None:
+        """An exchange has ended."""
+        self.answers[exchange.protocol][exchange.status // 100] += 1
+        if self.access is not None:
+            self.access.add(exchange, self.wall(), self.time(), closed_by)
 
     async def drain(self) -> None:
         """Stops accepting; finishes what is under way. Idle connections may still bring a request: it is answered with
@@ -81,11 +100,18 @@ class Worker:
         self.is_draining = True
         for server in self._servers:
             server.close()
+        for client in list(self.clients):
+            client.begin_drain()
         deadline = self.time() + self.settings.drain_seconds
         quiet_until = self.time() + min(2.0, self.settings.drain_seconds)
+        press_at = self.time() + self.settings.drain_seconds / 2
         while self.clients and self.time() < deadline:
+            if self.time() > press_at:
+                press_at = deadline
+                for client in list(self.clients):
+                    client.press_drain()
             if self.time() > quiet_until:
-                for client in [one for one in self.clients if one.is_idle]:
+                for client in [one for one in self.clients if one.is_quiet]:
                     client.close_idle()
             await asyncio.sleep(0.05)
         await self._send_report()
@@ -105,8 +131,7 @@ class Worker:
     def request_id(self) -> bytes:
         """A UUID's form: random for the worker, counted for the request."""
         self._id_count += 1
-        digits = f"{self._id_prefix}{self._id_count:012x}"
-        return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{digits[20:]}".encode("ascii")
+        return b"%b%012x" % (self._id_prefix, self._id_count)
 
     # ---- control ----
 
@@ -114,6 +139,8 @@ class Worker:
         table: m.Table = await connection.call("hello", m.Hello(self.name), m.Table)
         self.checker = Checker(table.keys)
         self.memo.clear()
+        self.repeated.clear()
+        self.streams.clear()
         self.table.replace(table)
         self._ready.set()
         self.holds.ask_again(self._route_of_session)
@@ -202,11 +229,11 @@ class Worker:
 
 
 def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    """TLS 1.2 and 1.3, HTTP/1.1."""
+    """TLS 1.2 and 1.3; HTTP/2 where the client can."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols(["h2", "http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
     with contextlib.suppress(AttributeError):
         context.num_tickets = 1

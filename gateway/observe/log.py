@@ -12,7 +12,12 @@ def configure(process: str) -> None:
     """Every line carries the process's name, the time in UTC, and the event's fields."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # garbage on a port is no news
-    render = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    # Tracebacks without local variables: those hold tokens.
+    render = (
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if sys.stderr.isatty()
+        else structlog.processors.JSONRenderer()
+    )
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

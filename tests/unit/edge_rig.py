@@ -11,7 +11,7 @@ from typing import Any
 
 from gateway import messages as m
 from gateway.config import Edge
-from gateway.edge import client, upstream
+from gateway.edge import http1, upstream
 from gateway.edge.worker import Worker
 from gateway.rpc import Connection, Reply, RpcError, Server, Service
 from gateway.tokens import Minter
@@ -47,10 +47,10 @@ class Control:
     async def rpc_activity(self, connection: Connection, body: m.Activity) -> None:
         pass
 
-    def change(self, gate: str, incarnation: int = 1, session: str = "s1") -> None:
+    def change(self, gate: str, incarnation: int = 1, session: str = "s1", is_live: bool = True) -> None:
         self.number += 1
         for connection in self.connections:
-            connection.notify("route", m.RouteChange(self.number, m.Route(HOST, session, incarnation, gate)))
+            connection.notify("route", m.RouteChange(self.number, m.Route(HOST, session, incarnation, gate, is_live)))
 
 
 class StateLost(Exception):
@@ -69,11 +69,28 @@ class Vmm:
         return Reply(None, [socket.socket().detach() for _ in range(body.count)])
 
 
+class Either(asyncio.Protocol):
+    """What ALPN does, by the first bytes."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: Any = transport
+
+    def data_received(self, data: bytes) -> None:
+        inner = self.worker._application("h2" if data.startswith(b"PRI") else None)
+        self.transport.set_protocol(inner)
+        inner.connection_made(self.transport)
+        inner.data_received(data)
+
+
 class Rig:
     def __init__(self, directory: Path, monkeypatch: Any) -> None:
         self.directory = directory
         monkeypatch.setattr(upstream, "GUEST_ADDRESS", "127.0.0.1")
-        monkeypatch.setattr(client, "_LINGER_SECONDS", 0.05)
+        monkeypatch.setattr(http1, "_LINGER_SECONDS", 0.05)
+        monkeypatch.setattr(upstream, "_TLS_SECONDS", 0.2)
         self.now = 1_800_000_000.0
         self.minter = Minter(directory / "keys", lambda: self.now)
         self.control = Control(self.minter)
@@ -82,13 +99,16 @@ class Rig:
         self.received = b""  # everything that the application got
         self.script: Script = self.answer_all
 
-    async def start(self, **settings: Any) -> None:
+    async def start(self, http2: bool = False, **settings: Any) -> None:
+        """`http2` says what ALPN would."""
         users = {os.getuid()}
         self.servers = [
             Server(self.directory / "c", Service(self.control), users), Server(self.directory / "v", Service(self.vmm), users),
         ]  # fmt: skip
         self.worker = Worker("edge-0", Edge.model_validate(settings), self.directory / "c", self.directory / "v")
         self.worker.wall = lambda: self.now
+        if http2:
+            self.worker._accept = lambda context: Either(self.worker)  # type: ignore[method-assign,assignment]
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         self.application = await asyncio.start_server(self._application, "127.0.0.1", 0)
@@ -102,7 +122,7 @@ class Rig:
         for server in self.worker._servers:
             server.close()
         for one in list(self.worker.clients):
-            one._close()
+            one.transport.abort() if one.transport else None
         self.worker._control.close()
         self.worker.upstream._vmm.close()
         self.worker.upstream.end("s1", 1)

@@ -14,6 +14,12 @@ from gateway.messages import Route
 ROUTE = Route("h", "s1", 3, "hold")
 
 
+class Request:
+    def __init__(self, held_bytes: int) -> None:
+        self.held_bytes = held_bytes
+        self.held_for: str | None = None
+
+
 def made(**settings: int) -> tuple[Holds, list[Route]]:
     asked: list[Route] = []
     return Holds(Edge.model_validate(settings), asked.append), asked
@@ -24,7 +30,7 @@ async def test_one_question_for_a_hundred() -> None:
     order: list[int] = []
 
     async def wait(number: int) -> None:
-        await holds.wait(ROUTE, 5, 0)
+        await holds.wait(ROUTE, 5, Request(0))
         order.append(number)
 
     tasks = [asyncio.create_task(wait(number)) for number in range(100)]
@@ -37,10 +43,10 @@ async def test_one_question_for_a_hundred() -> None:
 
 async def test_a_changed_route_is_asked_about_again() -> None:
     holds, asked = made()
-    first = asyncio.create_task(holds.wait(ROUTE, 5, 0))
+    first = asyncio.create_task(holds.wait(ROUTE, 5, Request(0)))
     await asyncio.sleep(0)
     holds.changed("s1")
-    second = asyncio.create_task(holds.wait(Route("h", "s1", 4, "hold"), 5, 0))
+    second = asyncio.create_task(holds.wait(Route("h", "s1", 4, "hold"), 5, Request(0)))
     await asyncio.sleep(0)
     assert [route.incarnation for route in asked] == [3, 4]
     holds.changed("s1")
@@ -49,7 +55,7 @@ async def test_a_changed_route_is_asked_about_again() -> None:
 
 async def test_asked_again_when_control_is_back() -> None:
     holds, asked = made()
-    task = asyncio.create_task(holds.wait(ROUTE, 5, 0))
+    task = asyncio.create_task(holds.wait(ROUTE, 5, Request(0)))
     await asyncio.sleep(0)
     holds.ask_again(lambda session: ROUTE)
     assert asked == [ROUTE, ROUTE]
@@ -59,16 +65,16 @@ async def test_asked_again_when_control_is_back() -> None:
 
 async def test_bounds() -> None:
     holds, _ = made(held_requests=2, held_bytes=65536)
-    tasks = [asyncio.create_task(holds.wait(ROUTE, 5, 0)) for _ in range(2)]
+    tasks = [asyncio.create_task(holds.wait(ROUTE, 5, Request(0))) for _ in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(HoldFull):
-        await holds.wait(ROUTE, 5, 0)
+        await holds.wait(ROUTE, 5, Request(0))
     with pytest.raises(HoldFull):
-        await holds.wait(Route("h2", "s2", 1, "hold"), 5, 65537)
-    others = [asyncio.create_task(holds.wait(Route(f"o{n}", f"o{n}", 1, "hold"), 5, 0)) for n in range(6)]
+        await holds.wait(Route("h2", "s2", 1, "hold"), 5, Request(65537))
+    others = [asyncio.create_task(holds.wait(Route(f"o{n}", f"o{n}", 1, "hold"), 5, Request(0))) for n in range(6)]
     await asyncio.sleep(0)
     with pytest.raises(HoldFull):  # four times the bound of one session, in total
-        await holds.wait(Route("h3", "s3", 1, "hold"), 5, 0)
+        await holds.wait(Route("h3", "s3", 1, "hold"), 5, Request(0))
     for task in (*tasks, *others):
         task.cancel()
     await asyncio.gather(*tasks, *others, return_exceptions=True)
@@ -78,8 +84,8 @@ async def test_bounds() -> None:
 async def test_deadline_and_leaving_clients_leave_nothing() -> None:
     holds, _ = made()
     with pytest.raises(TimeoutError):
-        await holds.wait(ROUTE, 0.001, 10)
-    task = asyncio.create_task(holds.wait(ROUTE, 5, 10))
+        await holds.wait(ROUTE, 0.001, Request(10))
+    task = asyncio.create_task(holds.wait(ROUTE, 5, Request(10)))
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,345 @@
+"""One request and its answer, whichever protocol carries them: admitted, held, forwarded, answered.
+
+A connection of HTTP/1.1 is one exchange after another (http1.py), a stream of HTTP/2 is one (http2.py). What a request may do
+is decided here; how it is read and answered, there. What has to wait (a session that sleeps, a connect, a host that is not
+known yet) is a coroutine, `_slow`, of which an exchange has at most one; everything else happens inside `data_received`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from . import replies
+from .admission import Forward, Hold, Lookup, Refuse, admit, check_token
+from .head import RequestHead, ResponseHead
+from .hold import HoldFull
+from .memo import Admitted
+from .table import Account, RouteEntry
+from .upstream import ConnectFailed, SessionGone
+
+if TYPE_CHECKING:
+    from .head import Trailers
+    from .origin import Origin
+    from .worker import Worker
+
+_STALE_SECONDS = 0.1
+NOBODY = Account()
+
+
+class OriginSide(Protocol):
+    """What an exchange needs of the connection, or stream, to its application."""
+
+    takes_raw: bool  # bodies may come in HTTP/1.1's own framing
+
+    @property
+    def is_paused(self) -> bool: ...
+
+    def open(self, exchange: Exchange, head: RequestHead) -> None:
+        """Sends the request's head."""
+
+    def send(self, data: bytes) -> None:
+        """Sends a piece of the request's body (or of a tunnel)."""
+
+    def finish(self, trailers: Trailers | None) -> None:
+        """The request's body, or the client's half of a tunnel, is complete."""
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+
+    def abandon(self) -> None:
+        """The exchange is over before its end: the application must not be waited for."""
+
+
+class Exchange:
+    """Origins call the methods under "the answer"; a protocol implements them."""
+
+    __slots__ = (
+        "_held_since",
+        "_task",
+        "_timing",
+        "_waiting",
+        "account",
+        "began",
+        "first_byte",
+        "head",
+        "held_for",
+        "held_seconds",
+        "origin",
+        "request_id",
+        "response_started",
+        "sent",
+        "status",
+        "worker",
+    )  # fmt: skip
+
+    protocol: ClassVar[int] = replies.HTTP1
+    is_raw: bool = True  # the answer's body may come in HTTP/1.1's own framing
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.head: RequestHead | None = None
+        self.origin: OriginSide | None = None
+        self.account = NOBODY
+        self.request_id = b""
+        self.response_started = False
+        self.status = 0
+        self.sent = 0  # bytes of bodies towards the client
+        self.began = 0.0
+        self.first_byte = 0.0
+        self._waiting = False
+        self._task: asyncio.Task[None] | None = None
+        self._timing = ""
+        self._held_since = self.held_seconds = 0.0
+        self.held_for: str | None = None
+
+    # ---- the answer: implemented by a protocol, called by origins ----
+
+    @property
+    def request_complete(self) -> bool:
+        """All of the request has been read, and sent on if there is an origin."""
+        raise AssertionError
+
+    def interim(self, head: ResponseHead) -> None:
+        """A 1xx response."""
+
+    def response_head(self, head: ResponseHead) -> None: ...
+
+    def response_data(self, data: bytes) -> None: ...
+
+    def response_done(self, trailers: Trailers | None = None) -> None:
+        """The response is complete."""
+
+    def response_whole(self, head: ResponseHead, body: bytes) -> None:
+        """The usual answer: head and all of the body at once."""
+        self.response_head(head)
+        if body:
+            self.response_data(body)
+        self.response_done()
+
+    def origin_failed(self, head_sent: bool) -> None:
+        """The application went away, or what it said cannot be understood."""
+
+    def cut(self) -> None:
+        """The incarnation ends, and with it a stream or tunnel that is open; the client is told so where it can be."""
+        self.origin_failed(head_sent=self.response_started)
+
+    def switch(self, head: ResponseHead, data: bytes) -> None:
+        """101: from here on bytes go both ways as they are; `data` came with the head."""
+
+    def tunnel_half_closed(self) -> None:
+        """The application has nothing more to say."""
+
+    def pause_reading(self) -> None:
+        """The origin takes no more for now."""
+
+    def resume_reading(self) -> None: ...
+
+    def refuse(self, refusal: Refuse) -> None:
+        """Answers without the application."""
+
+    # ---- implemented by a protocol, called from here ----
+
+    @property
+    def peer(self) -> str:
+        """The client's address, for the access log."""
+        raise AssertionError
+
+    def remember(self, memo: Admitted) -> None:
+        """Keeps an admission for requests with the same fields."""
+
+    def send_ahead(self) -> None:
+        """The origin is there: sends it what was read of the body meanwhile."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the body, read while there is no origin."""
+        return 0
+
+    # ---- the fast path ----
+
+    def admitted(self, memo: Admitted) -> Origin | None:
+        """A connection for a remembered request, where what was remembered still holds."""
+        worker = self.worker
+        entry = worker.table.get(memo.host)
+        if entry is None or entry.route is not memo.route or memo.checker is not worker.checker or memo.expires <= worker.wall():
+            return None
+        if entry.limiter is not None:
+            return None
+        return worker.upstream.take_idle(memo.key)
+
+    def forward_now(self, origin: Origin, rewritten: bytes, is_head: bool, account: Account, now: float) -> None:
+        """An admitted request without a body, on a connection that waits."""
+        self.account = account
+        account.count += 1
+        account.waiting += 1
+        account.last = self.began = now
+        self._waiting = True
+        self.response_started = False
+        self.head = None
+        self.origin = origin
+        self._timing = ""
+        self._held_since = self.held_seconds = 0.0
+        self.sent = 0
+        self.request_id = request_id = self.worker.request_id()
+        origin.begin(self, is_head)
+        assert origin.transport is not None
+        origin.transport.write(b"%b%b\r\n\r\n" % (rewritten, request_id))
+
+    # ---- what was parsed ----
+
+    def decide(self, head: RequestHead, now: float) -> None:
+        """At once where that is possible."""
+        worker = self.worker
+        self.head = head
+        self.began = now
+        self.response_started = False
+        self.sent = 0
+        self._timing = ""
+        self._held_since = self.held_seconds = 0.0
+        self.request_id = worker.request_id()
+        wall = worker.wall()
+        grant = check_token(head, worker.checker, wall)
+        entry = worker.table.get(head.host)
+        decision = admit(head, grant, entry.route if entry else None, False, wall)
+        if isinstance(decision, Refuse):
+            self.refuse(decision)
+        elif isinstance(decision, Forward) and entry is not None and not isinstance(grant, Refuse):
+            self._forward(decision.port, entry, head, grant.expires)
+        else:
+            self.run(self._slow(head))
+
+    def _forward(self, port: int, entry: RouteEntry, head: RequestHead, expires: float) -> None:
+        route = entry.route
+        if entry.limiter is not None and not entry.limiter.take():
+            self.refuse(replies.LIMITED)
+            return
+        key = (route.session, route.incarnation, port)
+        if head.is_memorable and not head.wants_h2:
+            self.remember(Admitted(head.host, route, self.worker.checker, expires, key, entry.account, head.block, head.keep_alive))
+        origin = None if head.wants_h2 else self.worker.upstream.take_idle(key)
+        if origin is None:
+            self.run(self._slow(head))
+        else:
+            self._start(origin, entry)
+
+    # ---- what has to wait ----
+
+    async def _slow(self, head: RequestHead) -> None:
+        """Decides again after each wait, because everything may have changed meanwhile."""
+        worker = self.worker
+        deadline = worker.time() + worker.settings.hold_seconds
+        is_known = False
+        try:
+            while True:
+                entry = worker.table.get(head.host)
+                # A token is checked when the request opens: one that expires while its request is held is still good.
+                wall = 0.0 if self._held_since else worker.wall()
+                grant = check_token(head, worker.checker, wall)
+                decision = admit(head, grant, entry.route if entry else None, is_known, wall)
+                if isinstance(decision, Lookup):
+                    await worker.lookup(head.host)
+                    is_known = True
+                elif isinstance(decision, Refuse) or entry is None:
+                    self.refuse(decision if isinstance(decision, Refuse) else replies.UNAVAILABLE)
+                    return
+                elif isinstance(decision, Hold):
+                    await self._wait(entry, deadline)
+                elif await self._connect(entry, decision.port, head, deadline):
+                    return
+        except HoldFull:
+            self.refuse(replies.TOO_MANY)
+        except (TimeoutError, ConnectFailed, SessionGone):
+            self.refuse(replies.UNAVAILABLE)
+        finally:
+            self._task = None
+
+    async def _wait(self, entry: RouteEntry, deadline: float) -> None:
+        worker = self.worker
+        now = worker.time()
+        self._held_since = self._held_since or now
+        entry.account.count += 1
+        entry.account.last = now
+        resume = await worker.holds.wait(entry.route, max(0.0, deadline - now), self)
+        self.held_seconds = worker.time() - self._held_since
+        self._timing = f"hold;dur={self.held_seconds * 1000:.1f}, resume;dur={resume * 1000:.1f}"
+
+    async def _connect(self, entry: RouteEntry, port: int, head: RequestHead, deadline: float) -> bool:
+        """Connects and starts the exchange; False when the route changed meanwhile and must be looked at again."""
+        worker, route = self.worker, entry.route
+        self._enter(entry.account)
+        started = worker.time()
+        try:
+            origin = await worker.upstream.connect(route, port, entry.opened_at, head)
+        except SessionGone:
+            # vmm knows more than our table: control will tell us, or has to be asked again.
+            self._answered()
+            if worker.time() > deadline:
+                raise
+            await asyncio.sleep(_STALE_SECONDS)
+            return False
+        except ConnectFailed:
+            self._answered()
+            current = worker.table.get(route.endpoint)
+            if current is None or current.route is route:
+                raise
+            return False
+        if self._held_since:
+            self._timing += f", connect;dur={(worker.time() - started) * 1000:.1f}"
+        self._start(origin, entry)
+        return True
+
+    # ---- forwarding ----
+
+    def _enter(self, account: Account) -> None:
+        self.account = account
+        account.count += 1
+        account.last = self.worker.time()
+        if not self._waiting:
+            account.waiting += 1
+            self._waiting = True
+
+    def _answered(self) -> None:
+        if self._waiting:
+            self._waiting = False
+            account = self.account
+            account.waiting -= 1
+            account.count += 1
+            account.last = self.worker.time()
+
+    def _start(self, origin: OriginSide, entry: RouteEntry) -> None:
+        """Sends the head, and whatever of the body is here, to the application."""
+        head = self.head
+        assert head is not None
+        self._enter(entry.account)
+        self.origin = origin
+        origin.open(self, head)
+        self.send_ahead()
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """The exchange's one task; it ends with the exchange."""
+        self._task = self.worker.spawn(work)
+
+    def begin_again(self, origin: OriginSide) -> None:
+        """The same request to the same application in another way: it never saw the first as one."""
+        self._task = None
+        assert self.head is not None
+        self.origin = origin
+        origin.open(self, self.head)
+        self.send_ahead()
+
+    def leave(self) -> None:
+        """The client is gone, or its stream: whatever waits or runs for it ends."""
+        if self._task is not None:
+            self._task.cancel()
+        self._answered()
+        origin, self.origin = self.origin, None
+        if origin is not None:
+            origin.abandon()
+
+
+def peer_of(transport: asyncio.BaseTransport | None) -> str:
+    """The other end's address, without its port."""
+    name = transport.get_extra_info("peername") if transport is not None else None
+    return str(name[0]) if isinstance(name, tuple) else ""

@@ -1,0 +1,64 @@
+"""What an HTTP/2 connection keeps of a stream, and what it lets its peer do for nothing (RFC 9113, 5.2 and 10.5)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+FLOW_SLOTS = (
+    "_grown_at", "_owed", "number", "queue", "queue_end", "receive_window", "receive_size", "received_end", "send_window",
+    "source_paused", "taken",
+)  # fmt: skip
+
+STREAM_WINDOW = 64 << 10
+STREAM_WINDOW_MOST = 8 << 20
+
+
+class Flow:
+    """A stream's flow control and what waits to be sent on it. Its slots are FLOW_SLOTS, in the classes that have others too."""
+
+    if not TYPE_CHECKING:
+        __slots__ = ()
+    number: int
+    send_window: int
+    receive_window: int
+    receive_size: int
+    queue: bytearray
+    queue_end: bytes | None  # what is sent after the queue: b"" ends the stream with its last data, else a trailers' block
+    received_end: bool
+    taken: bool  # what is received goes on at once, so it is credited at once
+    source_paused: bool
+    _owed: int
+    _grown_at: float
+
+    def open_flow(self, number: int, send_window: int, now: float) -> None:
+        self.number = number
+        self.send_window = send_window
+        self.receive_window = self.receive_size = STREAM_WINDOW
+        self.queue = _NO_QUEUE
+        self.queue_end = None
+        self.received_end = self.source_paused = False
+        self.taken = True
+        self._owed = 0
+        self._grown_at = now
+
+    def pause_source(self) -> None:
+        """Too much waits to be sent: whoever produces it should stop."""
+
+    def resume_source(self) -> None: ...
+
+
+_NO_QUEUE = bytearray()  # shared: replaced before it is written to
+
+
+class Budget:
+    """What a peer may do for nothing: a burst, refilled with time."""
+
+    __slots__ = ("_at", "_left", "_most", "_rate")
+
+    def __init__(self, most: float, rate: float) -> None:
+        self._most, self._rate, self._left, self._at = most, rate, most, 0.0
+
+    def spend(self, now: float) -> bool:
+        self._left = min(self._most, self._left + (now - self._at) * self._rate) - 1
+        self._at = now
+        return self._left > 0

@@ -1,0 +1,150 @@
+"""HTTP/2's frames and codes (RFC 9113, 4, 6 and 7), and the HPACK codec behind two calls (RFC 7541)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import Protocol
+
+from jh2._hazmat import Decoder as _Decoder
+from jh2._hazmat import HPACKError, OversizedHeaderListError
+
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
+END_STREAM = ACK = 0x1
+END_HEADERS = 0x4
+PADDED = 0x8
+PRIORITISED = 0x20
+
+HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE = range(1, 7)
+ENABLE_CONNECT_PROTOCOL = 8  # RFC 8441, 3
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+FRAME_BYTES = 16384
+WINDOW_BYTES = 65535
+WINDOW_MAX_BYTES = 2**31 - 1
+_HEAD = struct.Struct(">BHBBL")
+_SETTING = struct.Struct(">HL")
+
+Field = tuple[bytes, bytes, bool]  # name, value, "never indexed"
+
+
+class Code(IntEnum):
+    """Error codes (RFC 9113, 7)."""
+
+    NO_ERROR = 0
+    PROTOCOL_ERROR = 1
+    INTERNAL_ERROR = 2
+    FLOW_CONTROL_ERROR = 3
+    SETTINGS_TIMEOUT = 4
+    STREAM_CLOSED = 5
+    FRAME_SIZE_ERROR = 6
+    REFUSED_STREAM = 7
+    CANCEL = 8
+    COMPRESSION_ERROR = 9
+    CONNECT_ERROR = 10
+    ENHANCE_YOUR_CALM = 11
+    INADEQUATE_SECURITY = 12
+    HTTP_1_1_REQUIRED = 13
+
+
+class Fatal(Exception):
+    """The connection cannot go on (RFC 9113, 5.4.1)."""
+
+    def __init__(self, code: Code, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class StreamBroken(Exception):
+    """One stream cannot go on (RFC 9113, 5.4.2)."""
+
+    def __init__(self, stream: int, code: Code, text: str) -> None:
+        super().__init__(text)
+        self.stream = stream
+        self.code = code
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    length = len(payload)
+    return _HEAD.pack(length >> 16, length & 0xFFFF, kind, flags, stream) + payload
+
+
+def settings(values: dict[int, int]) -> bytes:
+    return frame(SETTINGS, 0, 0, b"".join(_SETTING.pack(*one) for one in values.items()))
+
+
+def window_update(stream: int, size: int) -> bytes:
+    return frame(WINDOW_UPDATE, 0, stream, size.to_bytes(4, "big"))
+
+
+def rst_stream(stream: int, code: Code) -> bytes:
+    return frame(RST_STREAM, 0, stream, code.to_bytes(4, "big"))
+
+
+def goaway(last: int, code: Code, text: str = "") -> bytes:
+    return frame(GOAWAY, 0, 0, last.to_bytes(4, "big") + code.to_bytes(4, "big") + text.encode())
+
+
+def headers(stream: int, block: bytes, end_stream: bool) -> bytes:
+    """HEADERS, and CONTINUATION where the block is longer than a frame."""
+    end = END_STREAM if end_stream else 0
+    if len(block) <= FRAME_BYTES:
+        return frame(HEADERS, end | END_HEADERS, stream, block)
+    pieces = [block[at : at + FRAME_BYTES] for at in range(0, len(block), FRAME_BYTES)]
+    middle = b"".join(frame(CONTINUATION, 0, stream, piece) for piece in pieces[1:-1])
+    return frame(HEADERS, end, stream, pieces[0]) + middle + frame(CONTINUATION, END_HEADERS, stream, pieces[-1])
+
+
+# ---- HPACK ----
+
+
+class FieldDecoder(Protocol):
+    def decode(self, data: bytes, raw: bool | None = None) -> list[Field]: ...
+
+
+def new_decoder(list_bytes: int) -> FieldDecoder:
+    """One for each connection: it holds the dynamic table. jh2's is a private module, so its version is pinned, and the
+    tests compare it with another implementation."""
+    decoder: FieldDecoder = _Decoder(list_bytes)
+    return decoder
+
+
+def decode(decoder: FieldDecoder, block: bytes) -> list[Field]:
+    """Raises Fatal: after an error the table is not the peer's any more."""
+    try:
+        return decoder.decode(block, True)
+    except OversizedHeaderListError as error:
+        raise Fatal(Code.ENHANCE_YOUR_CALM, "field list too large") from error
+    except HPACKError as error:
+        raise Fatal(Code.COMPRESSION_ERROR, "field block cannot be decoded") from error
+
+
+def _integer(value: int, first: int, bits: int) -> bytes:
+    """RFC 7541, 5.1."""
+    most = (1 << bits) - 1
+    if value < most:
+        return bytes((first | value,))
+    out = bytearray((first | most,))
+    value -= most
+    while value >= 128:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def encode(fields: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Literals without indexing (RFC 7541, 6.2.2): no table is touched, so the result depends on the fields alone and can be
+    kept for every connection."""
+    out = []
+    for name, value in fields:
+        out += [b"\0", _integer(len(name), 0, 7), name, _integer(len(value), 0, 7), value]
+    return b"".join(out)
+
+
+_STATUS = {200: b"\x88", 204: b"\x89", 206: b"\x8a", 304: b"\x8b", 400: b"\x8c", 404: b"\x8d", 500: b"\x8e"}
+
+
+def encode_status(status: int) -> bytes:
+    return _STATUS.get(status) or b"\x08\x03%d" % status

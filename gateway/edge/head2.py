@@ -1,0 +1,182 @@
+"""Heads of HTTP/2 messages, read into the same forms as those of HTTP/1.1 (RFC 9113, 8; RFC 8441)."""
+
+from __future__ import annotations
+
+import re
+
+from . import frames, websocket
+from .frames import Field
+from .head import (
+    CHUNKED,
+    FIXED,
+    NO_BODY,
+    Fields,
+    Malformed,
+    RequestHead,
+    ResponseHead,
+    Trailers,
+    host_of,
+    read_fields,
+    split_block,
+)
+
+_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+\Z").match
+# RFC 9113, 8.2.1: no control characters, no white space around; values are joined by line feeds to be looked at together.
+_BAD_VALUE = re.compile(rb"[^\t\x20-\x7e\x80-\xff\n]|(?:\A|\n)[\t ]|[\t ](?:\n|\Z)").search
+_BAD_PSEUDO = re.compile(rb"[^\x21-\x7e\x80-\xff]").search
+_METHOD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+\Z").match
+_DIGITS = re.compile(rb"[0-9]{1,18}\Z").match
+_STATUS = re.compile(rb"[1-9][0-9][0-9]\Z").match
+_OF_CONNECTION = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"))
+_REQUEST_PSEUDO = frozenset((b":method", b":scheme", b":path", b":authority", b":protocol"))
+_FIELD_OVERHEAD = 32  # of each field, in what SETTINGS_MAX_HEADER_LIST_SIZE counts (RFC 9113, 6.5.2)
+
+_known_names: dict[bytes, bool] = {}
+
+
+def list_size(fields: list[Field]) -> int:
+    return sum(len(name) + len(value) + _FIELD_OVERHEAD for name, value, _ in fields)
+
+
+def _check(fields: list[Field], pseudo: frozenset[bytes]) -> tuple[dict[bytes, bytes], list[tuple[bytes, bytes]]]:
+    """Splits pseudo-header fields from the others. Raises Malformed."""
+    special: dict[bytes, bytes] = {}
+    rest: list[tuple[bytes, bytes]] = []
+    for name, value, _ in fields:
+        if name[:1] == b":":
+            if rest or name in special or name not in pseudo or _BAD_PSEUDO(value):
+                raise Malformed("malformed pseudo-header field")
+            special[name] = value
+            continue
+        good = _known_names.get(name)
+        if good is None:
+            good = _NAME(name) is not None and name not in _OF_CONNECTION
+            if len(_known_names) < 4096:
+                _known_names[name] = good
+        if not good or (name == b"te" and value.lower() != b"trailers"):
+            raise Malformed("malformed field")
+        rest.append((name, value))
+    joined = b"\n".join([value for _, value in rest])
+    if _BAD_VALUE(joined) or joined.count(b"\n") != max(len(rest) - 1, 0):
+        raise Malformed("malformed field value")
+    return special, rest
+
+
+def parse_request(fields: list[Field], end: bool, most: int) -> RequestHead:
+    """`end` says that no body follows. Raises Malformed: the stream is broken, or with status 431 answered."""
+    special, rest = _check(fields, _REQUEST_PSEUDO)
+    if len(rest) > most:
+        raise Malformed("too many fields", 431)
+    method, path, protocol = special.get(b":method", b""), special.get(b":path", b""), special.get(b":protocol")
+    if not _METHOD(method) or (method == b"CONNECT") != (protocol is not None):
+        raise Malformed("malformed or unsupported method")
+    if special.get(b":scheme") not in (b"https", b"http") or not (path.startswith(b"/") or (path == b"*" and method == b"OPTIONS")):
+        raise Malformed("malformed scheme or path")
+    authority, plain = _one_host(special.get(b":authority"), rest)
+    head = RequestHead(method, path, 1, host_of(authority))
+    read_fields(head, plain, 1)
+    _frame(head, plain, end)
+    if protocol is not None:
+        _extended_connect(head, protocol, plain)
+    elif head.framing == CHUNKED:
+        head.block += b"\r\ntransfer-encoding: chunked"
+    head.keep_alive = True
+    head.is_memorable = end and protocol is None and not head.expects and path != b"*"
+    return head
+
+
+def _one_host(authority: bytes | None, rest: list[tuple[bytes, bytes]]) -> tuple[bytes, Fields]:
+    """RFC 9113, 8.3.1: :authority and Host must not differ. Cookies may come in pieces (8.2.3)."""
+    cookies: list[bytes] = []
+    plain: Fields = []
+    for name, value in rest:
+        if name == b"host":
+            if authority is None:
+                authority = value
+            elif authority.lower() != value.lower():
+                raise Malformed("Host and :authority differ")
+        elif name == b"cookie":
+            cookies.append(value)
+        else:
+            plain.append((name, name, value))
+    if authority is None:
+        raise Malformed("no authority")
+    plain.insert(0, (b"host", b"Host", authority))
+    if cookies:
+        plain.append((b"cookie", b"cookie", b"; ".join(cookies)))
+    return authority, plain
+
+
+def _frame(head: RequestHead, fields: Fields, end: bool) -> None:
+    lengths = [value for name, _, value in fields if name == b"content-length"]
+    if lengths and (len(lengths) > 1 or not _DIGITS(lengths[0])):
+        raise Malformed("malformed or repeated Content-Length")
+    if end:
+        if lengths and int(lengths[0]):
+            raise Malformed("Content-Length without content")
+        head.framing = FIXED if lengths else NO_BODY
+    elif lengths:
+        head.framing, head.length = FIXED, int(lengths[0])
+    else:
+        head.framing = CHUNKED
+
+
+def _extended_connect(head: RequestHead, protocol: bytes, fields: Fields) -> None:
+    """RFC 8441: to the application it is the usual upgrade."""
+    if protocol != b"websocket":
+        raise Malformed("unsupported :protocol", 501)
+    key = websocket.new_key()
+    head.method, head.framing, head.length = b"GET", NO_BODY, 0
+    head.upgrade, head.websocket_key = b"websocket", key
+    head.block += b"\r\nConnection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: " + key
+    if not any(name == b"sec-websocket-version" for name, _, _ in fields):
+        head.block += b"\r\nSec-WebSocket-Version: 13"
+
+
+def parse_response(fields: list[Field], end: bool, most: int, is_head: bool) -> ResponseHead:
+    """An application's answer. Raises Malformed, which its client sees as 502."""
+    special, rest = _check(fields, frozenset((b":status",)))
+    if not _STATUS(special.get(b":status", b"")) or len(rest) > most:
+        raise Malformed("malformed response", 502)
+    status = int(special[b":status"])
+    lengths = [value for name, value in rest if name == b"content-length"]
+    if status == 101 or len(lengths) > 1 or (lengths and not _DIGITS(lengths[0])):
+        raise Malformed("malformed response", 502)
+    block = b"".join(b"\r\n%b: %b" % one for one in rest)
+    framing, length = NO_BODY, 0
+    if not (status < 200 or status in (204, 304) or is_head or (end and not lengths)):
+        framing, length = (FIXED, int(lengths[0])) if lengths else (CHUNKED, 0)
+        if framing == CHUNKED:
+            block += b"\r\nTransfer-Encoding: chunked"
+    elif end and status >= 200 and status not in (204, 304) and not is_head:
+        framing, block = FIXED, block + b"\r\nContent-Length: 0"
+    return ResponseHead(status, framing, length, True, b"HTTP/1.1 %d " % status, block, None, frozenset(name for name, _ in rest))
+
+
+def parse_trailers(fields: list[Field]) -> Trailers:
+    """Raises Malformed."""
+    return _check(fields, frozenset())[1]
+
+
+_NOT_IN_H2 = _OF_CONNECTION | {b"sec-websocket-accept"}
+
+
+def response_block(head: ResponseHead) -> bytes:
+    """Status and fields for a client of HTTP/2, kept with the head. 101 is 200 there (RFC 8441, 5)."""
+    if not head.hpack:
+        drop = _NOT_IN_H2 | {b"content-length"} if head.status == 304 else _NOT_IN_H2  # which clients take for a broken promise
+        fields = [one for one in split_block(head.block) if one[0] not in drop]
+        head.hpack = frames.encode_status(200 if head.status == 101 else head.status) + frames.encode(fields)
+    return head.hpack
+
+
+def request_block(head: RequestHead, request_id: bytes, scheme: bytes) -> bytes:
+    """A request's field block for an application that speaks HTTP/2."""
+    fields = [(b":method", head.method), (b":scheme", scheme), (b":path", head.target)]
+    plain = split_block(head.block)
+    fields += [(b":authority", value) for name, value in plain if name == b"host"]
+    fields += [one for one in plain if one[0] not in _OF_CONNECTION and one[0] != b"host"]
+    if head.te_trailers:
+        fields.append((b"te", b"trailers"))
+    fields.append((b"x-amzn-requestid", request_id))
+    return frames.encode(fields)

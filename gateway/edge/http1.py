@@ -1,0 +1,436 @@
+"""A client's HTTP/1.1 connection: requests in order, each admitted, forwarded and answered; tunnels after an upgrade."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING, cast
+
+from . import replies
+from .admission import Refuse
+from .chunked import ChunkedBody
+from .exchange import Exchange, peer_of
+from .head import CHUNKED, FIXED, MARKER, NO_BODY, UNTIL_CLOSE, Malformed, ResponseHead, Trailers, parse_request
+from .memo import Admitted, Repeated
+from .websocket import GOING_AWAY, FrameCounter
+
+if TYPE_CHECKING:
+    from .worker import Worker
+
+_AT_HEAD, _IN_BODY, _WAITING, _TUNNEL, _ENDING = range(5)
+_FAST_LINE = re.compile(rb"(?:GET|POST|PUT|DELETE|HEAD|OPTIONS|PATCH) /[\x21-\x7e\x80-\xff]* HTTP/1\.1\Z").match
+_AHEAD_MAX_BYTES = 64 << 10  # read beyond the request under way, or while it is held
+_BUFFER_HIGH_BYTES = 512 << 10
+_LINGER_SECONDS = 1.0
+
+
+class Http1(Exchange, asyncio.Protocol):
+    __slots__ = (
+        "_ahead", "_block", "_body", "_buffer", "_frames", "_keep", "_left", "_no_more", "_paused", "_state", "_stuck_since",
+        "is_raw", "touched", "transport",
+    )  # fmt: skip
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self.transport: asyncio.Transport | None = None
+        self.touched = worker.time()
+        self.is_raw = True
+        self._state = _AT_HEAD
+        self._buffer = b""  # of a head that is not complete
+        self._ahead = b""  # read, but not looked at yet: the next requests, or a body whose origin is not there yet
+        self._paused = False
+        self._no_more = False  # the client has closed its half
+        self._stuck_since = 0.0  # the client reads nothing, since
+        # the request under way
+        self._keep = True
+        self._left = 0
+        self._block = b""
+        self._body: ChunkedBody | None = None
+        self._frames: FrameCounter | None = None
+
+    # ---- asyncio ----
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=_BUFFER_HIGH_BYTES)
+        self.worker.clients.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        state = self._state
+        if state == _AT_HEAD:
+            self._on_head(data)
+        elif state == _TUNNEL:
+            account = self.account
+            account.count += 1
+            account.last = self.touched = self.worker.time()
+            if self.origin is not None:
+                self.origin.send(data)
+        elif state == _IN_BODY:
+            self._on_body(data)
+        elif state == _WAITING:
+            self._keep_ahead(data)
+
+    def close_notified(self) -> None:
+        """TLS: the client sends nothing more, and may still read. What it asked for completely is answered."""
+        self._no_more = True
+        if self._state == _TUNNEL and self.origin is not None:
+            self.origin.finish(None)
+        elif self._state in (_AT_HEAD, _IN_BODY) and not self._ahead:
+            self._close()
+
+    def eof_received(self) -> bool:
+        """TCP: the client is gone, or has closed its half. Nothing is begun for it any more; what runs is answered."""
+        if self.origin is None or self._state == _IN_BODY:
+            return False
+        self.close_notified()
+        return True
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.worker.clients.discard(self)
+        self.transport = None
+        self._state = _ENDING
+        self.leave()
+
+    def pause_writing(self) -> None:
+        self._stuck_since = self.worker.time()
+        if self.origin is not None:
+            self.origin.pause()
+
+    def resume_writing(self) -> None:
+        self._stuck_since = 0.0
+        if self.origin is not None:
+            self.origin.resume()
+
+    # ---- the head ----
+
+    def _on_head(self, data: bytes) -> None:
+        worker = self.worker
+        if self._buffer:
+            data = self._buffer + data
+            self._buffer = b""
+        else:
+            self.touched = worker.time()
+            if data[:1] in b"\r\n":
+                data = data.lstrip(b"\r\n")  # RFC 9112, 2.2: an empty line before a request is ignored
+        end = data.find(b"\r\n\r\n")
+        if end < 0 or end > worker.settings.head_bytes:
+            self._incomplete(data)
+            return
+        self.touched = now = worker.time()
+        raw = data[:end]
+        again = worker.repeated.get(raw)
+        if again is not None and (origin := self.admitted(again.memo)) is not None:
+            self._state = _WAITING
+            self._keep = again.memo.keep_alive
+            self.forward_now(origin, again.rewritten, again.is_head, again.memo.account, now)
+            if len(data) > end + 4:
+                self._ahead = data[end + 4 :]
+            return
+        at = raw.find(b"\r\n")
+        line, block = (raw, b"") if at < 0 else (raw[:at], raw[at:])
+        memo = worker.memo.get(block)
+        if memo is not None and _FAST_LINE(line) and (origin := self.admitted(memo)) is not None:
+            self._state = _WAITING
+            self._keep = memo.keep_alive
+            again = Repeated(memo, b"%b%b\r\nx-amzn-requestid: " % (line, memo.block), line.startswith(b"HEAD "))
+            worker.repeated.put(raw, again)
+            self.forward_now(origin, again.rewritten, again.is_head, memo.account, now)
+            if len(data) > end + 4:
+                self._ahead = data[end + 4 :]
+            return
+        self._parsed(line, block, data[end + 4 :], now)
+
+    def _incomplete(self, data: bytes) -> None:
+        if len(data) > self.worker.settings.head_bytes:
+            self._fail(431, b"Request header fields too large")
+        elif data:
+            self._buffer = data
+
+    def _parsed(self, line: bytes, block: bytes, rest: bytes, now: float) -> None:
+        try:
+            head = parse_request(line, block, self.worker.settings.head_fields)
+        except Malformed as error:
+            self._fail(error.status, str(error).encode())
+            return
+        self._keep = head.keep_alive = head.keep_alive and head.minor == 1
+        self.is_raw = head.minor == 1
+        self._left = head.length
+        self._body = ChunkedBody() if head.framing == CHUNKED else None
+        self._state = _WAITING if head.framing == NO_BODY or (head.framing == FIXED and not head.length) else _IN_BODY
+        self._ahead = b""
+        self._block = block
+        self.decide(head, now)
+        if rest:
+            self.data_received(rest)
+
+    @property
+    def peer(self) -> str:
+        return peer_of(self.transport)
+
+    def remember(self, memo: Admitted) -> None:
+        self.worker.memo.put(self._block, memo)
+
+    # ---- the body ----
+
+    @property
+    def request_complete(self) -> bool:
+        return self._state != _IN_BODY
+
+    @property
+    def held_bytes(self) -> int:
+        return len(self._ahead)
+
+    def _keep_ahead(self, data: bytes) -> None:
+        self._ahead += data
+        enough = len(self._ahead) > _AHEAD_MAX_BYTES
+        if self.held_for is not None and not self.worker.holds.grow(self.held_for, len(data)):
+            enough = True
+        if enough:
+            self.pause_reading()
+
+    def send_ahead(self) -> None:
+        if self._state == _IN_BODY:
+            ahead, self._ahead = self._ahead, b""
+            if ahead:
+                self._on_body(ahead)
+            if self.origin is not None and not self.origin.is_paused:
+                self.resume_reading()
+
+    def _on_body(self, data: bytes) -> None:
+        """Body bytes: on to the origin, or kept, within a bound, until there is one."""
+        self.touched = self.account.last = self.worker.time()
+        origin = self.origin
+        if origin is None:
+            self._keep_ahead(data)
+            return
+        content: list[bytes] | None = None
+        if self._body is not None:
+            if not origin.takes_raw:
+                content = []
+            try:
+                used = self._body.feed(data, content)
+            except Malformed as error:
+                self._fail(error.status, str(error).encode())
+                return
+            complete = self._body.is_complete
+        else:
+            used = min(self._left, len(data))
+            self._left -= used
+            complete = not self._left
+        self.account.count += 1
+        if complete:
+            self._state = _WAITING
+            self._ahead = data[used:]
+        if content is None:
+            origin.send(data if used == len(data) else data[:used])
+        elif content:
+            origin.send(b"".join(content))
+        if complete:
+            origin.finish(self._body.trailers if self._body is not None else None)
+
+    # ---- the answer ----
+
+    def interim(self, head: ResponseHead) -> None:
+        """Clients of HTTP/1.0 do not know them."""
+        if self.transport is not None and self.is_raw:
+            self.transport.write(head.status_line + head.block + b"\r\n\r\n")
+
+    def response_whole(self, head: ResponseHead, body: bytes) -> None:
+        self.sent = len(body)
+        self._head_out(head, body)
+        self.response_done()
+
+    def response_head(self, head: ResponseHead) -> None:
+        self._head_out(head, b"")
+
+    def _head_out(self, head: ResponseHead, body: bytes) -> None:
+        self._answered()
+        self.response_started = True
+        self.status = head.status
+        worker = self.worker
+        if head.framing == UNTIL_CLOSE or self._state == _IN_BODY or worker.is_draining or (head.framing == CHUNKED and not self.is_raw):
+            self._keep = False
+        extra = b"" if self._keep else b"\r\nConnection: close"
+        if self._timing and worker.settings.server_timing:
+            extra += b"\r\nServer-Timing: " + self._timing.encode("ascii")
+        block = head.block
+        if head.framing == CHUNKED and not self.is_raw:
+            block = b"".join(b"\r\n" + line for line in block.split(b"\r\n")[1:] if not line.lower().startswith(b"transfer-encoding:"))
+        if worker.access is not None:
+            self.first_byte = worker.time()
+        if self.transport is not None:
+            self.transport.write(b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n%b" % (head.status_line, self.request_id, extra, block, body))
+
+    def response_data(self, data: bytes) -> None:
+        self.sent += len(data)
+        self.touched = self.worker.time()
+        if self.transport is not None:
+            self.transport.write(data)
+        if self._frames is not None:
+            self._frames.feed(data)
+
+    def response_done(self, trailers: Trailers | None = None) -> None:
+        """The response is complete. An upload that still runs ends with it: its rest has no reader."""
+        self.origin = None
+        self.worker.count(self)
+        if self._state == _IN_BODY:
+            self._linger()
+        elif not self._keep or (self._no_more and not self._ahead):
+            self._close()
+        else:
+            self._next_request()
+
+    def _next_request(self) -> None:
+        self._state = _AT_HEAD
+        if self._paused:
+            self.resume_reading()
+        if self._ahead:
+            ahead, self._ahead = self._ahead, b""
+            # Not at once: a long pipeline must neither recurse nor keep the loop from others.
+            asyncio.get_running_loop().call_soon(self._next, ahead)
+            self._state = _WAITING
+
+    def _next(self, ahead: bytes) -> None:
+        if self.transport is None or self._state != _WAITING:
+            return
+        data, self._ahead = ahead + self._ahead, b""
+        self._state = _AT_HEAD
+        self._on_head(data)
+        if self._no_more and self._state == _AT_HEAD:  # half a request, whose other half will not come
+            self._close()
+
+    def origin_failed(self, head_sent: bool) -> None:
+        """Before the answer's head this is a 502; after it, the client must see that it is cut short."""
+        self.origin = None
+        self._answered()
+        if head_sent or self.response_started:
+            self.worker.count(self, "origin")
+            if self.transport is not None:
+                self.transport.abort()
+        else:
+            self.refuse(replies.UNAVAILABLE)
+
+    # ---- tunnels ----
+
+    def switch(self, head: ResponseHead, data: bytes) -> None:
+        """Bytes that came early belong to the tunnel."""
+        self._answered()
+        self.response_started = True
+        self.status = 101
+        request = self.head
+        assert request is not None and head.upgrade is not None
+        extra = b"\r\nConnection: upgrade\r\nUpgrade: " + head.upgrade
+        if request.subprotocol_auth and b"sec-websocket-protocol" not in head.names:
+            extra += b"\r\nSec-WebSocket-Protocol: " + MARKER
+        if self._timing and self.worker.settings.server_timing:
+            extra += b"\r\nServer-Timing: " + self._timing.encode("ascii")
+        if head.upgrade.lower() == b"websocket":
+            self._frames = FrameCounter()
+        if self.transport is not None:
+            self.transport.write(b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n" % (head.status_line, self.request_id, extra, head.block))
+        if data:
+            self.response_data(data)
+        self._state = _TUNNEL
+        ahead, self._ahead = self._ahead, b""
+        if ahead:
+            self.data_received(ahead)
+        if self._paused:
+            self.resume_reading()
+
+    def tunnel_half_closed(self) -> None:
+        if self.transport is not None and self.transport.can_write_eof():
+            self.transport.write_eof()
+            if self._no_more:
+                self._close()
+        else:
+            self._close()
+
+    def cut(self) -> None:
+        if self._state != _TUNNEL:
+            self.origin_failed(head_sent=self.response_started)
+            return
+        self.origin = None
+        self.worker.count(self, "origin")
+        if self._frames is not None and self._frames.at_boundary and self.transport is not None:
+            self.transport.write(GOING_AWAY)
+            self._linger()
+        else:
+            self._close()
+
+    # ---- answers of our own, and ends ----
+
+    def refuse(self, refusal: Refuse) -> None:
+        """The connection stays usable where the request's end is known."""
+        self._answered()
+        if self.transport is None:
+            return
+        self.status = refusal.status
+        in_body = self._state == _IN_BODY
+        self._keep = self._keep and not in_body and not self.worker.is_draining
+        head_only = self.head is not None and self.head.method == b"HEAD"
+        self.transport.write(replies.make(refusal, self.request_id, self._keep, head_only))
+        self.response_done()
+
+    def _fail(self, status: int, body: bytes) -> None:
+        """What follows cannot be understood: say so, and close."""
+        origin, self.origin = self.origin, None
+        if origin is not None:
+            origin.abandon()
+        elif self._task is not None:
+            self._task.cancel()
+        self._answered()
+        self.status = status
+        if self.transport is not None and not self.response_started:
+            self.transport.write(replies.make(Refuse(status, body), self.worker.request_id(), False, False))
+        self.worker.count(self, "client")
+        self._linger()
+
+    def _linger(self) -> None:
+        """Closes a little later, reading meanwhile: data that comes into a closed socket would reset the answer away."""
+        self._state = _ENDING
+        if self._paused:
+            self.resume_reading()
+        asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._close)
+
+    def _close(self) -> None:
+        self._state = _ENDING
+        if self.transport is not None:
+            self.transport.close()
+
+    def pause_reading(self) -> None:
+        if not self._paused and self.transport is not None:
+            self._paused = True
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._paused and self.transport is not None and not self.transport.is_closing():
+            self._paused = False
+            self.transport.resume_reading()
+
+    # ---- the sweeper ----
+
+    def sweep(self, now: float) -> None:
+        """Called about once a second."""
+        settings, quiet = self.worker.settings, now - self.touched
+        if self._stuck_since and now - self._stuck_since > settings.idle_seconds:
+            if self.transport is not None:
+                self.transport.abort()  # it reads nothing of what it asked for
+        elif self._state == _AT_HEAD:
+            if self._buffer and quiet > settings.head_seconds:
+                self._fail(408, b"The request's head did not come in time")
+            elif not self._buffer and quiet > settings.idle_seconds:
+                self._close()
+        elif self._state == _IN_BODY and self.origin is not None and quiet > settings.body_seconds and not self._paused:
+            self._fail(408, b"The request's body did not come in time")
+
+    @property
+    def is_quiet(self) -> bool:
+        return self._state == _AT_HEAD and not self._buffer
+
+    def begin_drain(self) -> None:
+        """The answer under way, or the next, says that it is the last."""
+
+    def press_drain(self) -> None: ...
+
+    def close_idle(self) -> None:
+        self._close()

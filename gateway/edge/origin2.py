@@ -1,0 +1,271 @@
+"""A connection of HTTP/2 to an application: gRPC servers, and what else is spoken to with prior knowledge (RFC 9113, 3.3)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from . import frames as f
+from . import head2, multiplex
+from .chunked import encode_end
+from .flow import FLOW_SLOTS, Flow
+from .frames import Code, StreamBroken
+from .head import CHUNKED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, allowed_trailers
+from .multiplex import Multiplex
+
+if TYPE_CHECKING:
+    from .exchange import Exchange
+    from .upstream import Key, Upstream
+    from .worker import Worker
+
+_STREAMS_MOST = 100  # until the application says how many it takes
+_LIST_BYTES = 128 << 10
+_NUMBER_MOST = 2**30  # numbers cannot be used again: a connection ends before they do
+
+
+class OriginStream(Flow):
+    """One exchange on the connection."""
+
+    __slots__ = ("_chunks", "_head", "_left", "connection", "exchange", "is_head", *FLOW_SLOTS)
+
+    takes_raw = False
+
+    def __init__(self, connection: Http2Origin, number: int) -> None:
+        self.connection = connection
+        self.exchange: Exchange | None = None
+        self.is_head = False
+        self.open_flow(number, connection.initial_window, connection.time())
+        self._head: ResponseHead | None = None
+        self._chunks = False
+        self._left = -1
+
+    # ---- used by the exchange ----
+
+    @property
+    def is_paused(self) -> bool:
+        return self.source_paused
+
+    def open(self, exchange: Exchange, head: RequestHead) -> None:
+        self.exchange = exchange
+        self.is_head = head.method == b"HEAD"
+        block = head2.request_block(head, exchange.request_id, self.connection.scheme)
+        bodyless = head.framing == NO_BODY or (exchange.request_complete and head.framing != CHUNKED and not head.length)
+        self.connection.put(f.headers(self.number, block, bodyless))
+        if bodyless:
+            self.connection.sent_end(self)
+
+    def send(self, data: bytes) -> None:
+        if self.number in self.connection.streams:
+            self.connection.send_data(self, data, False)
+
+    def finish(self, trailers: Trailers | None) -> None:
+        if self.number not in self.connection.streams or self.queue_end is not None:
+            return
+        if trailers:
+            self.connection.send_trailers(self, f.encode(allowed_trailers(trailers)))
+        else:
+            self.connection.send_data(self, b"", True)
+
+    def pause(self) -> None:
+        self.taken = False
+
+    def resume(self) -> None:
+        self.taken = True
+        if self.number in self.connection.streams:
+            self.connection.credit(self)
+
+    def abandon(self) -> None:
+        self.exchange = None
+        self.connection.reset(self, Code.CANCEL)
+        self.connection.freed()
+
+    def pause_source(self) -> None:
+        if self.exchange is not None:
+            self.exchange.pause_reading()
+
+    def resume_source(self) -> None:
+        if self.exchange is not None:
+            self.exchange.resume_reading()
+
+    # ---- the answer ----
+
+    def headers(self, block: list[f.Field], end: bool) -> None:
+        exchange = self.exchange
+        if exchange is None:
+            return
+        if self._head is not None:
+            self._over(allowed_trailers(head2.parse_trailers(block)), end)
+            return
+        head = head2.parse_response(block, end, self.connection.worker.settings.head_fields, self.is_head)
+        if head.status < 200:
+            if end:
+                raise Malformed("an interim response ended the stream", 502)
+            exchange.interim(head)
+            return
+        self._head = head
+        self._chunks = head.framing == CHUNKED and exchange.is_raw
+        self._left = head.length if head.framing not in (CHUNKED, NO_BODY) else -1
+        exchange.response_head(head)
+        if end:
+            self._over(None, True)
+
+    def data(self, data: bytes, end: bool) -> None:
+        exchange = self.exchange
+        if exchange is None:
+            return
+        if self._head is None:
+            raise Malformed("data before the head", 502)
+        account = exchange.account
+        account.count += 1
+        account.last = self.connection.time()
+        if self._left >= 0:
+            self._left -= len(data)
+            if self._left < 0 or (end and self._left):
+                raise Malformed("not the length that was said", 502)
+        if data:
+            exchange.response_data(b"%x\r\n%b\r\n" % (len(data), data) if self._chunks else data)
+        if end:
+            self._over(None, True)
+
+    def _over(self, trailers: Trailers | None, end: bool) -> None:
+        exchange = self.exchange
+        if not end or exchange is None:
+            raise Malformed("trailers must end the stream", 502)
+        self.exchange = None
+        if self._chunks:
+            exchange.response_data(encode_end(trailers))
+        exchange.response_done(trailers)
+        self.connection.answered(self)
+
+    def failed(self) -> None:
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None:
+            exchange.origin_failed(head_sent=self._head is not None)
+
+
+class Http2Origin(Multiplex):
+    __slots__ = ("_most", "_upstream", "idle_since", "key", "ready", "scheme", "worker")
+
+    def __init__(self, worker: Worker, upstream: Upstream, key: Key, scheme: bytes = b"http") -> None:
+        super().__init__(worker.time, _LIST_BYTES)
+        self.worker = worker
+        self._upstream = upstream
+        self.key = key
+        self.scheme = scheme
+        self.idle_since = worker.time()
+        self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()  # the application speaks HTTP/2, or not
+        self._most = _STREAMS_MOST
+        self.last_number = -1
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.put(f.PREFACE + f.settings({f.ENABLE_PUSH: 0}) + f.window_update(0, multiplex.CONNECTION_WINDOW - f.WINDOW_BYTES))
+        self._receive_window = multiplex.CONNECTION_WINDOW
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.transport = None
+        self.goaway_sent = True
+        if not self.ready.done():
+            self.ready.set_result(False)
+        self.forgotten()
+        streams, self.streams = self.streams, {}
+        for stream in streams.values():
+            stream.failed()
+
+    # ---- streams ----
+
+    @property
+    def has_room(self) -> bool:
+        return not self.goaway_sent and self.transport is not None and len(self.streams) < self._most and self.last_number < _NUMBER_MOST
+
+    def new_stream(self) -> OriginStream:
+        self.last_number += 2
+        stream = self.streams[self.last_number] = OriginStream(self, self.last_number)
+        return stream
+
+    def is_idle(self, number: int) -> bool:
+        return not number & 1 or number > self.last_number
+
+    def on_settings(self) -> None:
+        if not self.ready.done():
+            self.ready.set_result(True)
+        self.freed()
+
+    def peer_setting(self, name: int, value: int) -> None:
+        if name == f.MAX_CONCURRENT_STREAMS:
+            self._most = min(value, 1000)
+
+    def on_headers(self, number: int, block: bytes, end: bool) -> None:
+        fields = f.decode(self._decoder, block)
+        stream = self.streams.get(number)
+        if stream is None or stream.received_end:
+            self.closed_stream(number, stream)
+            return
+        stream.received_end = end
+        try:
+            stream.headers(fields, end)
+        except Malformed as error:
+            raise StreamBroken(number, Code.PROTOCOL_ERROR, str(error)) from error
+
+    def on_data(self, stream: OriginStream, data: bytes, end: bool) -> None:
+        try:
+            stream.data(data, end)
+        except Malformed as error:
+            raise StreamBroken(stream.number, Code.PROTOCOL_ERROR, str(error)) from error
+
+    def on_reset(self, stream: OriginStream, code: int) -> None:
+        """NO_ERROR after an answer only says that the rest of the request is not wanted."""
+        stream.failed()
+        self.freed()
+
+    def on_goaway(self, last: int, code: int) -> None:
+        """Streams beyond the last were not looked at."""
+        self.goaway_sent = True
+        for stream in [one for one in self.streams.values() if one.number > last]:
+            self.drop(stream)
+            stream.failed()
+        self._maybe_end()
+
+    def answered(self, stream: OriginStream) -> None:
+        """The answer is complete; where the request is not, nobody reads its rest."""
+        self.idle_since = self.time()
+        if stream.queue_end is not None and not stream.queue:
+            self.drop(stream)
+        else:
+            self.reset(stream, Code.CANCEL)
+        self.freed()
+
+    def sent_end(self, stream: OriginStream) -> None:
+        stream.queue_end = b""
+        if stream.received_end:
+            self.drop(stream)
+            self.freed()
+
+    def freed(self) -> None:
+        self._upstream.freed(self)
+        self._maybe_end()
+
+    def _maybe_end(self) -> None:
+        if self.goaway_sent and not self.streams:
+            self.end()
+
+    def forgotten(self) -> None:
+        self._upstream.forget_multiplexed(self)
+
+    def retire(self) -> None:
+        """Idle for long: no more streams."""
+        self.goaway_sent = True
+        self.put(f.goaway(0, Code.NO_ERROR))
+        self.flush()
+        self._maybe_end()
+
+    def cut(self) -> None:
+        """The incarnation ends."""
+        self.goaway_sent = True
+        streams, self.streams = self.streams, {}
+        if self.transport is not None:
+            self.transport.abort()
+        for stream in streams.values():
+            exchange, stream.exchange = stream.exchange, None
+            if exchange is not None:
+                exchange.cut()

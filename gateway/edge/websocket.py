@@ -1,0 +1,74 @@
+"""WebSocket where an intermediary must know of it (RFC 6455): frame boundaries, the closing frame, the handshake's key."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+
+# A close frame of a server with status 1001, going away (RFC 6455, 7.4.1).
+GOING_AWAY = b"\x88\x02\x03\xe9"
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+
+
+class FrameCounter:
+    """Follows a server's frames as they pass, without touching payload: it knows where one ends and the next begins.
+
+    Extensions change payloads and reserved bits, never a frame's length. A close frame ends what may be said: after it
+    there is no boundary any more.
+    """
+
+    __slots__ = ("_closed", "_head", "_left")
+
+    def __init__(self) -> None:
+        self._head = b""  # of a frame whose length is not known yet
+        self._left = 0  # of the frame's payload
+        self._closed = False
+
+    @property
+    def at_boundary(self) -> bool:
+        return not self._left and not self._head and not self._closed
+
+    def feed(self, data: bytes) -> None:
+        at, end = 0, len(data)
+        while at < end:
+            if self._left:
+                step = min(self._left, end - at)
+                self._left -= step
+                at += step
+                continue
+            head = self._head + data[at : at + 14 - len(self._head)]
+            size = _head_size(head)
+            if size > len(head):
+                self._head = head
+                return
+            at += size - len(self._head)
+            self._head = b""
+            self._left = _payload_size(head)
+            if head[0] & 15 == 8:
+                self._closed = True
+
+
+def _head_size(head: bytes) -> int:
+    """Bytes of a frame's head; more than there are where that is not known yet."""
+    if len(head) < 2:
+        return 2
+    length = head[1] & 127
+    return 2 + (2 if length == 126 else 8 if length == 127 else 0) + (4 if head[1] & 128 else 0)
+
+
+def _payload_size(head: bytes) -> int:
+    length = head[1] & 127
+    if length == 126:
+        return int.from_bytes(head[2:4], "big")
+    return int.from_bytes(head[2:10], "big") if length == 127 else length
+
+
+def new_key() -> bytes:
+    """Sec-WebSocket-Key of a handshake that we make for a client of HTTP/2, which has none (RFC 8441, 5)."""
+    return base64.b64encode(os.urandom(16))
+
+
+def accept_of(key: bytes) -> bytes:
+    """Sec-WebSocket-Accept that answers a key (RFC 6455, 4.2.2)."""
+    return base64.b64encode(hashlib.sha1(key + _GUID, usedforsecurity=False).digest())

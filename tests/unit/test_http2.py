@@ -1,0 +1,368 @@
+"""HTTP/2 through a real worker: h2's state machine judges what we say; the application speaks HTTP/1.1 or HTTP/2."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import h2.events
+import pytest
+from edge_rig import HOST, OK, Rig
+from h2_client import Fields, Judge, Raw
+
+from gateway.edge import frames as f
+from gateway.edge.websocket import accept_of
+
+
+@pytest.fixture
+async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
+    one = Rig(tmp_path, monkeypatch)
+    await one.start(http2=True, head_seconds=0.5, idle_seconds=5, hold_seconds=5, connect_seconds=0.2)
+    yield one
+    await one.stop()
+
+
+def fields(rig: Rig, path: str = "/", method: str = "GET", *more: tuple[str, str], host: str = HOST) -> Fields:
+    return [
+        (":method", method), (":scheme", "https"), (":path", path), (":authority", host),
+        ("x-aws-proxy-auth", rig.token), ("x-aws-proxy-port", str(rig.app_port)), *more,
+    ]  # fmt: skip
+
+
+async def judge(rig: Rig) -> Judge:
+    return Judge(*await rig.open())
+
+
+async def test_streams_share_a_connection_and_are_answered_each(rig: Rig) -> None:
+    client = await judge(rig)
+    numbers = [client.ask(fields(rig, f"/{n}")) for n in range(60)]
+    for n, number in enumerate(numbers):
+        answer = await client.answer(number)
+        assert (answer.status, answer.body) == (200, b"/%d" % n)
+        assert len(answer.fields["x-amzn-requestid"]) == 36
+    assert len({answer.fields["x-amzn-requestid"] for answer in client.answers.values()}) == 60
+    assert rig.token.encode() not in rig.received and b"x-aws-proxy" not in rig.received.lower()
+    assert b"\r\nHost: " + HOST.encode() in rig.received
+
+
+async def test_same_fields_again_take_the_fast_path_until_the_token_ends(rig: Rig) -> None:
+    client = await judge(rig)
+    for _ in range(4):
+        assert (await client.answer(client.ask(fields(rig)))).status == 200
+    assert rig.connects == 1 and len(rig.worker.streams)
+    rig.now += 601
+    answer = await client.answer(client.ask(fields(rig)))
+    assert (answer.status, answer.body) == (403, b"Token authentication failed")
+    assert answer.fields["cache-control"] == "private, no-store"
+
+
+async def test_body_with_and_without_length_and_trailers_both_ways(rig: Rig) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await rig.head(reader)
+        if b"chunked" in head.lower():
+            rig.received += await reader.readuntil(b"0\r\n")
+            rig.received += await reader.readuntil(b"\r\n\r\n")
+        else:
+            rig.received += await reader.readexactly(5)
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n2\r\nde\r\n0\r\nX-Sum: 5\r\nHost: evil\r\n\r\n")
+        await script(reader, writer)
+
+    rig.script = script
+    client = await judge(rig)
+    answer = await client.answer(client.ask(fields(rig, "/", "POST", ("content-length", "5")), b"hello"))
+    assert (answer.body, answer.trailers) == (b"abcde", {"x-sum": "5"})
+    assert b"hello" in rig.received and "transfer-encoding" not in answer.fields
+    number = client.ask(fields(rig, "/", "POST"), b"hel", end=False)
+    client.h2.send_data(number, b"lo")
+    client.h2.send_headers(number, [("x-check", "1")], end_stream=True)
+    client.flush()
+    assert (await client.answer(number)).body == b"abcde"
+    assert b"3\r\nhel\r\n" in rig.received and b"x-check: 1\r\n\r\n" in rig.received
+
+
+async def test_large_bodies_both_ways_with_small_windows(rig: Rig) -> None:
+    size = 3_000_000
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        await reader.readexactly(size)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+        writer.write(b"y" * size)
+
+    rig.script = script
+    client = await judge(rig)
+    number = client.ask(fields(rig, "/", "PUT", ("content-length", str(size))), end=False)
+    left = size
+    while left:
+        step = min(left, client.h2.local_flow_control_window(number), client.h2.max_outbound_frame_size)
+        if step:
+            client.h2.send_data(number, b"x" * step, end_stream=step == left)
+            client.flush()
+            left -= step
+        else:
+            await client.turn()
+    answer = await client.answer(number)
+    assert answer.body == b"y" * size
+
+
+async def test_a_reader_that_stops_stops_only_its_own_stream(rig: Rig) -> None:
+    sent = 0
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        if b"/big" not in await rig.head(reader):
+            writer.write(OK)
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+        while sent < 100_000_000:
+            writer.write(b"x" * 50_000)
+            await writer.drain()
+            sent += 50_000
+
+    rig.script = script
+    client = await judge(rig)
+    client.auto_credit = False
+    client.h2.increment_flow_control_window(1 << 24)
+    client.flush()
+    client.ask(fields(rig, "/big"))
+    while sum(isinstance(one, h2.events.DataReceived) for one in client.events) < 3:
+        await client.turn()
+    assert (await client.answer(client.ask(fields(rig, "/small")))).body == b"ok"
+    last = -1
+    while sent != last:
+        last = sent
+        await asyncio.sleep(0.1)
+    assert sent < 20_000_000
+
+
+async def test_reset_by_the_client_leaves_nothing(rig: Rig) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        assert await reader.read() == b""
+
+    rig.script = script
+    client = await judge(rig)
+    number = client.ask(fields(rig))
+    while not rig.received:
+        await asyncio.sleep(0.001)
+    client.h2.reset_stream(number)
+    client.flush()
+    while rig.worker.upstream.statistics()["open"]:
+        await asyncio.sleep(0.001)
+    assert rig.worker.table.account("s1").waiting == 0
+
+
+async def test_early_answer_ends_the_upload_without_losing_the_answer(rig: Rig) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")
+        await reader.read()
+
+    rig.script = script
+    client = await judge(rig)
+    number = client.ask(fields(rig, "/", "PUT"), b"x" * 1000, end=False)
+    answer = await client.answer(number)
+    assert (answer.status, answer.body) == (413, b"big")
+    while answer.reset is None:
+        await client.turn()
+    assert answer.reset == f.Code.NO_ERROR
+    rig.script = rig.answer_all
+    assert (await client.answer(client.ask(fields(rig, "/next")))).body == b"/next"
+    assert rig.connects == 2  # a connection with half a request on it is not used again
+
+
+async def test_interim_responses_and_answers_without_bodies(rig: Rig) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await rig.head(reader):
+            if head.startswith(b"HEAD"):
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            elif b"/204" in head:
+                writer.write(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n")
+            else:
+                writer.write(b"HTTP/1.1 304 Not Modified\r\nETag: x\r\nContent-Length: 50\r\n\r\n")
+
+    rig.script = script
+    client = await judge(rig)
+    answer = await client.answer(client.ask(fields(rig, "/", "HEAD")))
+    assert (answer.status, answer.body, answer.fields["content-length"]) == (200, b"", "1000")
+    answer = await client.answer(client.ask(fields(rig, "/204")))
+    assert (answer.status, answer.interim) == (204, [{":status": "103", "link": "</a>"}])
+    assert (await client.answer(client.ask(fields(rig, "/304")))).status == 304
+
+
+async def test_application_that_breaks_off(rig: Rig) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if b"/late" in await rig.head(reader):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nabc")
+
+    rig.script = script
+    client = await judge(rig)
+    assert (await client.answer(client.ask(fields(rig, "/", "POST"), b"x"))).status == 502
+    answer = await client.answer(client.ask(fields(rig, "/late")))
+    assert answer.reset == f.Code.INTERNAL_ERROR and not answer.ended
+
+
+async def test_held_streams_resume_once_and_bodies_wait_within_their_window(rig: Rig) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await rig.head(reader):
+            if b"POST" in head:
+                await reader.readexactly(100_000)
+            writer.write(OK)
+
+    rig.script = script
+    rig.control.change("hold")
+    await asyncio.sleep(0.01)
+    client = await judge(rig)
+    numbers = [client.ask(fields(rig, f"/{n}")) for n in range(20)]
+    upload = client.ask(fields(rig, "/up", "POST", ("content-length", "100000")), b"x" * 16_000, end=False)
+    while not rig.control.resumed:
+        await asyncio.sleep(0.001)
+    assert len(rig.control.resumed) == 1
+    rig.control.change("open", incarnation=2)
+    left = 84_000
+    while left:
+        step = min(left, client.h2.local_flow_control_window(upload), 16_384)
+        if step:
+            client.h2.send_data(upload, b"x" * step, end_stream=step == left)
+            client.flush()
+            left -= step
+        else:
+            await client.turn()
+    for number in (*numbers, upload):
+        answer = await client.answer(number)
+        assert answer.status == 200 and answer.fields["server-timing"].startswith("hold;dur=")
+
+
+async def test_websocket_by_extended_connect(rig: Rig) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await rig.head(reader)
+        key = head.lower().partition(b"sec-websocket-key: ")[2].partition(b"\r\n")[0]
+        key = rig.received[rig.received.lower().find(b"sec-websocket-key: ") + 19 :].partition(b"\r\n")[0]
+        writer.write(
+            b"HTTP/1.1 101 Switching\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: %b\r\n\r\n\x82\x05early"
+            % accept_of(key)
+        )
+        while data := await reader.read(100):
+            writer.write(data)
+        writer.write(b"\x82\x03end")
+
+    rig.script = script
+    client = await judge(rig)
+    while not client.h2.remote_settings.get(f.ENABLE_CONNECT_PROTOCOL):
+        await client.turn()
+    offered = f"lambda-microvms, lambda-microvms.authentication.{rig.token}, lambda-microvms.port.{rig.app_port}"
+    number = client.h2.get_next_available_stream_id()
+    from h2_client import Answer
+
+    client.answers[number] = Answer()
+    client.h2.send_headers(
+        number,
+        [(":method", "CONNECT"), (":protocol", "websocket"), (":scheme", "https"), (":path", "/ws"), (":authority", HOST),
+         ("sec-websocket-version", "13"), ("sec-websocket-protocol", offered)],
+    )  # fmt: skip
+    client.h2.send_data(number, b"\x82\x81\0\0\0\0a")
+    client.flush()
+    answer = client.answers[number]
+    while len(answer.body) < 14:
+        await client.turn()
+    assert answer.status == 200 and answer.fields["sec-websocket-protocol"] == "lambda-microvms"
+    assert "sec-websocket-accept" not in answer.fields and answer.body == b"\x82\x05early\x82\x81\0\0\0\0a"
+    client.h2.end_stream(number)
+    client.flush()
+    assert (await client.answer(number)).body.endswith(b"\x82\x03end")
+    assert b"GET /ws HTTP/1.1" in rig.received and rig.token.encode() not in rig.received
+
+
+async def test_suspend_cuts_streams_with_goaway_and_1001(rig: Rig) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+        await reader.read()
+
+    rig.script = script
+    client = await judge(rig)
+    number = client.ask(fields(rig))
+    while not client.answers[number].body:
+        await client.turn()
+    rig.control.change("hold", is_live=False)
+    answer = await client.answer(number)
+    assert answer.reset == f.Code.CANCEL
+    while not any(isinstance(one, h2.events.ConnectionTerminated) for one in client.events):
+        await client.turn()
+
+
+async def test_drain_loses_no_stream(rig: Rig) -> None:
+    client = await judge(rig)
+    assert (await client.answer(client.ask(fields(rig)))).status == 200
+    drained = asyncio.create_task(rig.worker.drain())
+    number = client.ask(fields(rig, "/on-its-way"))
+    assert (await client.answer(number)).body == b"/on-its-way"
+    while await client.turn():
+        pass
+    last = [one for one in client.events if isinstance(one, h2.events.ConnectionTerminated)]
+    assert len(last) >= 1 and all(one.error_code == 0 for one in last)
+    await drained
+
+
+async def test_http2_application(rig: Rig) -> None:
+    """Forced by X-aws-proxy-force-h2: prior knowledge, many streams on one connection, trailers, interim answers."""
+    import h2.config
+    import h2.connection
+
+    seen: list[dict[str, str]] = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="latin-1"))
+        server.initiate_connection()
+        writer.write(server.data_to_send())
+        bodies: dict[int, bytes] = {}
+        while data := await reader.read(65536):
+            for event in server.receive_data(data):
+                if isinstance(event, h2.events.RequestReceived):
+                    seen.append(dict(event.headers))
+                    bodies[event.stream_id] = b""
+                elif isinstance(event, h2.events.DataReceived):
+                    bodies[event.stream_id] += event.data
+                    server.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                elif isinstance(event, h2.events.StreamEnded):
+                    server.send_headers(event.stream_id, [(":status", "103"), ("link", "</a>")])
+                    server.send_headers(event.stream_id, [(":status", "200"), ("content-type", "application/grpc")])
+                    server.send_data(event.stream_id, bodies[event.stream_id][:16_000])
+                    server.send_headers(event.stream_id, [("grpc-status", "0"), ("grpc-message", "fine")], end_stream=True)
+            writer.write(server.data_to_send())
+
+    rig.script = script
+    client = await judge(rig)
+    forced = ("x-aws-proxy-force-h2", "true")
+    numbers = [client.ask(fields(rig, f"/{n}", "POST", forced, ("te", "trailers")), b"%d" % n * 100) for n in range(30)]
+    for n, number in enumerate(numbers):
+        answer = await client.answer(number)
+        assert answer.body == b"%d" % n * 100 and answer.trailers == {"grpc-status": "0", "grpc-message": "fine"}
+        assert answer.interim == [{":status": "103", "link": "</a>"}]
+    assert rig.connects <= 2 and all(one["te"] == "trailers" and one[":authority"] == HOST for one in seen)
+    assert not any(name.startswith("x-aws-proxy") for one in seen for name in one)
+    # The same application for a client of HTTP/1.1: chunked, with trailers.
+    reader, writer = await rig.open()
+    writer.write(rig.request("/one", "X-aws-proxy-force-h2: true", "Transfer-Encoding: chunked", method="POST") + b"3\r\nabc\r\n0\r\n\r\n")
+    text = await asyncio.wait_for(reader.readuntil(b"fine\r\n\r\n"), 5)
+    assert b"HTTP/1.1 200 \r\n" in text and b"3\r\nabc\r\n0\r\ngrpc-status: 0\r\n" in text
+    writer.close()
+
+
+async def test_force_h2_against_http1_is_a_502(rig: Rig) -> None:
+    client = await judge(rig)
+    answer = await client.answer(client.ask(fields(rig, "/", "GET", ("x-aws-proxy-force-h2", "true"))))
+    assert (answer.status, answer.body) == (502, b"")
+
+
+async def test_push_of_rapid_resets_ends_the_connection(rig: Rig) -> None:
+    rig.control.change("hold")
+    await asyncio.sleep(0.01)
+    raw = Raw(*await rig.open())
+    block = f.encode([(name.encode(), value.encode()) for name, value in fields(rig)])
+    for number in range(1, 1001, 2):
+        raw.send(f.headers(number, block, True), f.rst_stream(number, f.Code.CANCEL))
+    assert await raw.outcome() == "goaway ENHANCE_YOUR_CALM"
+    while rig.worker.holds.statistics()["requests"]:
+        await asyncio.sleep(0.001)
