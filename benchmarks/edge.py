@@ -1,22 +1,18 @@
-"""`make bench-edge`: the endpoint proxy beside nginx, haproxy and aiohttp, all over TLS to the same nginx as the application.
+"""`make bench-edge`: the endpoint proxy beside nginx, haproxy and aiohttp, over TLS, before the same application.
 
-One worker each, keep-alive, 32 connections, a browser's fields and the token in every request. nginx and haproxy check no
-token. Rounds are interleaved; medians are printed. On few cores the load and the application take part of the processor,
-so `…_cpu` (the proxy's own processor time per request) is the figure to trust.
+One worker each; rounds are interleaved, medians are printed. `nginx` checks the token by `map`, `nginx_auth_request` asks a
+token service, `nginx_plain` and haproxy check nothing. On few cores the load and the application take their part of the
+processor, so `cpu_per_request_…` is the figure to trust.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
-import shutil
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -24,7 +20,10 @@ import msgspec
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests/unit")]
 
-from edge_rig import HOST, Control, Vmm  # noqa: E402
+import loads  # noqa: E402
+import peers  # noqa: E402
+from edge_rig import Control, Vmm  # noqa: E402
+from peers import Peer, Site  # noqa: E402
 from report import figure, note  # noqa: E402
 
 from gateway.config import Settings  # noqa: E402
@@ -32,164 +31,130 @@ from gateway.instance import make_certificates  # noqa: E402
 from gateway.rpc import Server, Service  # noqa: E402
 from gateway.tokens import Minter  # noqa: E402
 
-ROUNDS, SECONDS, CONNECTIONS = int(os.environ.get("ROUNDS", "7")), int(os.environ.get("SECONDS", "4")), 32
-TICKS = os.sysconf("SC_CLK_TCK")
-FIELDS = {
-    "User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0", "Accept": "text/html,*/*;q=0.8",
-    "Accept-Language": "en-GB,en;q=0.5", "Accept-Encoding": "gzip, deflate, br", "Cache-Control": "no-cache", "Pragma": "no-cache",
-    "Sec-Fetch-Dest": "document", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Site": "none", "Cookie": "session=0123456789abcdef",
-}  # fmt: skip
-
-NGINX = """\
-daemon off; worker_processes 1; pid {work}/{name}.pid; error_log {work}/{name}.log;
-events {{ worker_connections 4096; }}
-http {{
-  access_log off; keepalive_requests 1000000000;
-  client_body_temp_path {work}/{name}-body; proxy_temp_path {work}/{name}-proxy; fastcgi_temp_path {work}/f; uwsgi_temp_path {work}/u;
-  scgi_temp_path {work}/s;
-  {body}
-}}
-"""
-ORIGIN = "server {{ listen 127.0.0.1:{origin} backlog=4096; location / {{ return 200 'hello'; }} }}"
-PROXY = """\
-upstream app {{ server 127.0.0.1:{origin}; keepalive 64; keepalive_requests 1000000000; }}
-  server {{
-    listen 127.0.0.1:{port} ssl backlog=4096; ssl_certificate {certificate}; ssl_certificate_key {key};
-    ssl_protocols TLSv1.2 TLSv1.3;
-    location / {{ proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection ""; }}
-  }}"""
-HAPROXY = """\
-global
-  nbthread 1
-  maxconn 4096
-defaults
-  mode http
-  timeout client 60s
-  timeout server 60s
-  timeout connect 5s
-  http-reuse always
-frontend tls
-  bind 127.0.0.1:{port} ssl crt {pem} ssl-min-ver TLSv1.2
-  default_backend app
-backend app
-  server app 127.0.0.1:{origin} pool-max-conn 64
-"""
+ROUNDS, SECONDS = int(os.environ.get("ROUNDS", "3")), int(os.environ.get("SECONDS", "4"))
+ONLY = os.environ.get("ONLY", "")  # names of rows, separated by commas
+GIB = 1 << 30
+Measured = dict[str, float]  # suffix to value
+Row = Callable[[Peer], Measured]
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def rows(site: Site) -> dict[str, tuple[list[str], str, Row]]:
+    """Name to (peers, unit, how one peer is measured once)."""
+
+    def h1(browser: bool) -> Row:
+        def measure(peer: Peer) -> Measured:
+            seen = loads.keepalive(peer, site, SECONDS, 32, browser)
+            return {"": seen.rate, "_p50": seen.p50_ms, "_p99": seen.p99_ms, "_cpu": seen.cpu_us}
+
+        return measure
+
+    def h2(peer: Peer) -> Measured:
+        seen = loads.multiplexed(peer, site, SECONDS, 8, 16)
+        return {"": seen.rate, "_cpu": seen.cpu_us}
+
+    def own(mode: str, connections: int) -> Row:
+        def measure(peer: Peer) -> Measured:
+            seen, _ = loads.own(mode, peer, site, SECONDS, connections)
+            return {"": seen.rate, "_cpu": seen.cpu_us}
+
+        return measure
+
+    def transfer(upload: bool) -> Row:
+        def measure(peer: Peer) -> Measured:
+            seen = loads.transfer(peer, site, GIB, upload)
+            return {"": seen.rate, "_cpu": seen.cpu_us}
+
+        return measure
+
+    everybody = ["nginx", "nginx_auth_request", "nginx_plain", "haproxy", "aiohttp"]
+    return {
+        "h1_tls_keepalive": (everybody, "req/s", h1(False)),
+        "h1_tls_browser_fields": (["nginx", "haproxy"], "req/s", h1(True)),
+        "h2_tls": (["nginx", "haproxy"], "req/s", h2),
+        "tls_handshakes": (["nginx"], "1/s", own("full", 16)),
+        "tls_resumed_handshakes": (["nginx"], "1/s", own("resumed", 16)),
+        "ws_messages": (["nginx", "haproxy"], "1/s", own("websocket", 100)),
+        "download_1gib": (["nginx"], "MB/s", transfer(False)),
+        "upload_1gib": (["nginx"], "MB/s", transfer(True)),
+    }
 
 
-class Peer:
-    """A proxy process; `worker` is the process whose time counts."""
-
-    def __init__(self, name: str, port: int, command: list[str], work: Path) -> None:
-        self.name, self.port = name, port
-        self.process = subprocess.Popen(command, stdout=(work / f"{name}.out").open("wb"), stderr=subprocess.STDOUT)
-        self.rates: list[float] = []
-        self.p50: list[float] = []
-        self.p99: list[float] = []
-        self.cpu: list[float] = []
-
-    @property
-    def worker(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(children[0]) if self.name == "nginx_plain" else self.process.pid
-
-    def ticks(self) -> int:
-        fields = Path(f"/proc/{self.worker}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + 15
-        while socket.socket().connect_ex(("127.0.0.1", self.port)):
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{self.name} did not start")
-            time.sleep(0.05)
-
-    def load(self, token: str, port: int) -> None:
-        headers = FIELDS | {"Host": HOST, "X-aws-proxy-auth": token, "X-aws-proxy-port": str(port)}
-        words = [part for name, value in headers.items() for part in ("-H", f"{name}: {value}")]
-        before = self.ticks()
-        out = subprocess.run(
-            ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{SECONDS}s", "--latency", *words, f"https://127.0.0.1:{self.port}/"],
-            capture_output=True, text=True, check=True, timeout=SECONDS + 30,
-        ).stdout  # fmt: skip
-        used = (self.ticks() - before) / TICKS
-        if "Non-2xx" in out or "Socket errors" in out:
-            raise RuntimeError(f"{self.name}: {out}")
-        count = int(re.search(r"(\d+) requests in", out)[1])  # type: ignore[index]
-        self.rates.append(float(re.search(r"Requests/sec:\s+([\d.]+)", out)[1]))  # type: ignore[index]
-        self.p50.append(milliseconds(out, "50%"))
-        self.p99.append(milliseconds(out, "99%"))
-        self.cpu.append(used / count * 1e6)
+def measure(name: str, row: Row, running: dict[str, Peer], names: list[str]) -> dict[str, Measured]:
+    """Medians by peer."""
+    seen: dict[str, list[Measured]] = {one: [] for one in ("ours", *names)}
+    for number in range(ROUNDS + 1):
+        for one, results in seen.items():
+            result = row(running[one])
+            if number:  # the first round warmed up
+                results.append(result)
+                note(f"{name}, round {number}: {one} {result}")
+    return {one: {key: statistics.median(r[key] for r in results) for key in results[0]} for one, results in seen.items()}
 
 
-def milliseconds(text: str, row: str) -> float:
-    match = re.search(rf"{row}\s+([\d.]+)(us|ms|s)", text)
-    assert match is not None, text
-    return float(match[1]) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[match[2]]
+def show(name: str, unit: str, medians: dict[str, Measured]) -> None:
+    ours = medians.pop("ours")
+    for suffix, value in ours.items():
+        what = {"_p50": "ms", "_p99": "ms", "_cpu": "us"}.get(suffix, unit)
+        for peer, theirs in medians.items():
+            figure(name + suffix, value, what, peer, theirs[suffix])
+    cpu = {"h1_tls_keepalive": "cpu_per_request_h1", "h2_tls": "cpu_per_request_h2"}.get(name)
+    if cpu:
+        for peer, theirs in medians.items():
+            figure(cpu, ours["_cpu"], "us", peer, theirs["_cpu"])
+
+
+def latency(site: Site, running: dict[str, Peer]) -> None:
+    """An open loop at 2,000 a second, what comes on top of the application alone."""
+    names = ["ours", "nginx", "haproxy"]
+    added: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for number in range(ROUNDS + 1):
+        _, direct = loads.own("direct", running["application"], site, SECONDS, 32, 2000)
+        for name in names:
+            _, through = loads.own("open", running[name], site, SECONDS, 32, 2000)
+            if number:
+                added[name].append((through[0] - direct[0], through[1] - direct[1]))
+                note(f"added latency, round {number}: {name} {added[name][-1]}, direct {direct}")
+    for place, suffix in enumerate(("p50", "p99")):
+        medians = {name: statistics.median(one[place] for one in values) for name, values in added.items()}
+        for peer in names[1:]:
+            figure(f"added_latency_{suffix}", medians["ours"], "us", peer, medians[peer])
+
+
+def idle(site: Site, running: dict[str, Peer]) -> None:
+    sizes = {name: loads.idle_bytes(running[name], site, 5000) for name in ("ours", "nginx", "haproxy")}
+    for peer in ("nginx", "haproxy"):
+        figure("idle_connection_bytes", sizes["ours"], "bytes", peer, sizes[peer])
 
 
 async def compare(work: Path) -> None:
     settings = Settings(root=work)
     settings.tls_dir.mkdir()
     make_certificates(settings)
-    certificate, key = settings.tls_dir / "edge.crt", settings.tls_dir / "edge.key"
-    (work / "server.pem").write_bytes(certificate.read_bytes() + key.read_bytes())
     minter = Minter(work / "keys")
     (work / "verifiers").write_bytes(msgspec.json.encode(minter.verifiers()))
     users = {os.getuid()}
     servers = [Server(work / "c", Service(Control(minter)), users), Server(work / "v", Service(Vmm()), users)]
-    origin = free_port()
-    ports = {name: free_port() for name in ("ours", "nginx_plain", "haproxy", "aiohttp")}
-    values = {"work": work, "origin": origin, "certificate": certificate, "key": key, "pem": work / "server.pem"}
-    configurations = {
-        "origin.conf": NGINX.format(name="origin", body=ORIGIN.format(**values), **values),
-        "nginx_plain.conf": NGINX.format(name="nginx_plain", body=PROXY.format(port=ports["nginx_plain"], **values), **values),
-        "haproxy.conf": HAPROXY.format(port=ports["haproxy"], **values),
-    }
-    for name, text in configurations.items():
-        (work / name).write_text(text)
-        note(f"--- {name}\n{text}")
-    nginx, haproxy = (shutil.which(name, path="/usr/sbin:/usr/bin") or name for name in ("nginx", "haproxy"))
-    application = Peer("application", origin, [nginx, "-c", str(work / "origin.conf")], work)
-    ours = [sys.executable, HERE / "edge_worker.py", ports["ours"], certificate, key, work / "c", work / "v"]
-    theirs = [sys.executable, HERE / "aiohttp_proxy.py", ports["aiohttp"], certificate, key, work / "verifiers", origin]
-    peers = [
-        Peer("ours", ports["ours"], list(map(str, ours)), work),
-        Peer("nginx_plain", ports["nginx_plain"], [nginx, "-c", str(work / "nginx_plain.conf")], work),
-        Peer("haproxy", ports["haproxy"], [haproxy, "-db", "-f", str(work / "haproxy.conf")], work),
-        Peer("aiohttp", ports["aiohttp"], list(map(str, theirs)), work),
-    ]  # fmt: skip
+    token = minter.mint("s1", [(1, 65535)], 3600)
+    site = Site(work, settings.tls_dir / "edge.crt", settings.tls_dir / "edge.key", token, peers.free_port())
+    await asyncio.to_thread(peers.compile_tools, work)
+    running = await asyncio.to_thread(peers.start, site)
     try:
-        for peer in (application, *peers):
-            await asyncio.to_thread(peer.wait)
-        token = minter.mint("s1", [(1, 65535)], 3600)
-        for number in range(ROUNDS + 1):
-            if number == 1:
-                for peer in peers:  # the first round warmed up
-                    peer.rates, peer.p50, peer.p99, peer.cpu = [], [], [], []
-            for peer in peers:
-                await asyncio.to_thread(peer.load, token, origin)
-                note(f"round {number}: {peer.name} {peer.rates[-1]:.0f}/s, {peer.cpu[-1]:.1f} us")
+        await asyncio.to_thread(everything, site, running)
     finally:
-        for peer in (*peers, application):
-            peer.process.terminate()
-            peer.process.wait(10)
+        peers.stop(running)
         for server in servers:
             server.close()
-    show(peers)
 
 
-def show(peers: list[Peer]) -> None:
-    ours, *others = peers
-    for other in others:
-        for suffix, unit, what in (("", "req/s", "rates"), ("_p50", "ms", "p50"), ("_p99", "ms", "p99"), ("_cpu", "us", "cpu")):
-            value, peer = (statistics.median(getattr(one, what)) for one in (ours, other))
-            figure(f"h1_tls_keepalive{suffix}", value, unit, other.name, peer)
+def everything(site: Site, running: dict[str, Peer]) -> None:
+    wanted = set(filter(None, ONLY.split(",")))
+    if not wanted or "idle_connection_bytes" in wanted:
+        idle(site, running)  # first: a proxy that has worked has memory to spare
+    for name, (names, unit, row) in rows(site).items():
+        if not wanted or name in wanted:
+            show(name, unit, measure(name, row, running, names))
+    if not wanted or "added_latency" in wanted:
+        latency(site, running)
 
 
 def main() -> None:
