@@ -48,7 +48,7 @@ AUTH = """location = /_check {{ internal; proxy_pass http://app/; proxy_pass_req
 HAPROXY = """\
 global
   nbthread 1
-  maxconn 16000
+  maxconn 8000
   tune.bufsize 65536
 defaults
   mode http
