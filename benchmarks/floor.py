@@ -17,7 +17,8 @@ from typing import Any
 
 import msgspec
 
-from gateway.sessions.agent import frame, wake_frame
+from gateway.sessions.agent import wake_frame
+from gateway.sessions.frame import frame
 from vmm import host, memory, network
 from vmm.disks import sync_directory
 from vmm.qemu import machine

@@ -52,9 +52,7 @@ def keepalive(peer: Peer, site: Site, seconds: int, connections: int, browser: b
     """wrk: HTTP/1.1, each connection asks again when it has its answer."""
     found = {"Host": HOST, **fields(site, browser)}
     before = peer.seconds()
-    out = _run(
-        ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", *_words(found), f"https://127.0.0.1:{peer.port}/"], seconds
-    )
+    out = _run(["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", *_words(found), f"https://127.0.0.1:{peer.port}/"], seconds)
     used = peer.seconds() - before
     if "Non-2xx" in out or "Socket errors" in out:
         raise LoadFailed(f"{peer.name}: {out}")

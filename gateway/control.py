@@ -27,8 +27,9 @@ from .config import Settings
 from .images.pipeline import Job, Pipeline
 from .images.registry import Registry
 from .observe import metrics
-from .rpc import Client, Connection, Server, Service
+from .rpc import Client, Connection, Reply, Server, Service
 from .sessions.actions import Actions
+from .sessions.agent import AgentError
 from .sessions.host import Host
 from .sessions.lifecycle import Lifecycle
 from .sessions.logs import LogStore
@@ -128,6 +129,13 @@ class Control:
         session = self.store.sessions.get(body.session)
         if session is not None and session.incarnation == body.incarnation:
             await self.lifecycle.request(session)
+
+    async def rpc_shell(self, connection: Connection, body: m.ShellRequest) -> Reply:
+        """Raises ShellsFull, AgentError."""
+        session = self.store.sessions.get(body.session)
+        if session is None or session.incarnation != body.incarnation:
+            raise AgentError("the MicroVM is not running")
+        return Reply(None, [self.lifecycle.agent(session).shells.open(body.columns, body.rows).detach()])
 
     async def rpc_activity(self, connection: Connection, body: m.Activity) -> None:
         self.lifecycle.activity(self.routes.worker_name(connection), body)

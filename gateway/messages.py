@@ -226,6 +226,15 @@ class Activity(msgspec.Struct):
     sessions: dict[str, tuple[int, float, int]]
 
 
+class ShellRequest(msgspec.Struct):
+    """edge -> control: a shell in a running session; the answer is a descriptor (gateway/sessions/shells.py)."""
+
+    session: str
+    incarnation: int
+    columns: int
+    rows: int
+
+
 class LookupRequest(msgspec.Struct):
     endpoint: str
 

@@ -16,7 +16,7 @@ from gateway.sessions.logs import default_group, default_stream
 from gateway.sessions.model import IdlePolicy, Session, Version
 from gateway.sessions.states import Action, Event, State
 from gateway.sessions.store import StoreError
-from gateway.tokens import ALL_PORTS, LONGEST_SECONDS
+from gateway.tokens import ALL_PORTS, LONGEST_SECONDS, SHELL
 
 from .errors import Conflict, InsufficientCapacity, NotFound, QuotaExceeded, Throttling, Validation
 from .service import Service, check_image_arn, reply
@@ -217,14 +217,30 @@ class Microvms:
 
     async def create_microvm_auth_token(self, call: dict[str, Any]) -> dict[str, Any]:
         session = self._find(call)
-        minutes = call["expirationInMinutes"]
+        minutes = self._minutes(call, session)
+        ports = [port for entry in call["allowedPorts"] for port in _ports(entry)]
+        token = self._service.minter.mint(session.id, ports, minutes * 60)
+        return {"authToken": {"X-aws-proxy-auth": token}}
+
+    async def create_microvm_shell_auth_token(self, call: dict[str, Any]) -> dict[str, Any]:
+        session = self._find(call)
+        minutes = self._minutes(call, session)
+        names = {arn.rpartition(":")[2] for arn in session.ingress}
+        if "ALL_INGRESS" in names and len(names) > 1:
+            raise Validation(
+                "ALL_INGRESS cannot be combined with other ingress network connectors; use HTTP_INGRESS and/or SHELL_INGRESS instead"
+            )
+        if not names & {"SHELL_INGRESS", "ALL_INGRESS"}:
+            raise Validation("Shell access requires SHELL_INGRESS network connector to be configured on the MicroVM.")
+        return {"authToken": {"X-aws-proxy-auth": self._service.minter.mint(session.id, [], minutes * 60, SHELL)}}
+
+    def _minutes(self, call: dict[str, Any], session: Session) -> int:
+        minutes = int(call["expirationInMinutes"])
         if minutes * 60 > LONGEST_SECONDS:
             raise Validation(f"ExpirationMinutes {minutes} exceeded max allowed of {LONGEST_SECONDS // 60}.")
         if session.state.is_over:
             raise Validation(f"The MicroVM {session.id} has been terminated and its state cannot be changed.")
-        ports = [port for entry in call["allowedPorts"] for port in _ports(entry)]
-        token = self._service.minter.mint(session.id, ports, minutes * 60)
-        return {"authToken": {"X-aws-proxy-auth": token}}
+        return minutes
 
 
 def _ports(entry: dict[str, Any]) -> list[tuple[int, int]]:

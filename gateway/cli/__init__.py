@@ -9,7 +9,7 @@ import typer
 
 from gateway.config import ConfigError
 
-from . import host, images, microvms
+from . import host, images, microvms, shell
 from .output import fail
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 host.register(app)
 images.register(app)
 microvms.register(app)
+shell.register(app)
 
 _CODES = {"ResourceNotFoundException": 3, "AccessDeniedException": 4, "ThrottlingException": 4, "ServiceQuotaExceededException": 4}
 

@@ -84,3 +84,8 @@ def _all(operation: str) -> list[dict[str, Any]]:
         if not page.get("nextToken"):
             return items
         arguments = {"nextToken": page["nextToken"]}
+
+
+def connector_arn(name: str) -> str:
+    """A managed network connector's ARN."""
+    return f"arn:aws:lambda:{session().region_name}:aws:network-connector:aws-network-connector:{name}"

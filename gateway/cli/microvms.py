@@ -11,7 +11,7 @@ import typer
 
 from gateway.sessions.logs import default_group, default_stream
 
-from .client import all_microvms, bundle, client, image_arn, resolve, role_arn, session
+from .client import all_microvms, bundle, client, connector_arn, image_arn, resolve, role_arn, session
 from .output import fail, show_json, show_table
 
 _POLL_SECONDS = 0.05
@@ -33,6 +33,7 @@ def run(
     suspended: Annotated[int, typer.Option(help="Terminate after this many seconds asleep.")] = 28_800,
     auto_resume: Annotated[bool, typer.Option(help="Let a request wake it.")] = True,
     payload: Annotated[str | None, typer.Option(help="What the run hook is given.")] = None,
+    shell: Annotated[bool, typer.Option(help="Let `torpor shell` in (SHELL_INGRESS).")] = False,
     wait: Annotated[bool, typer.Option(help="Return when it is RUNNING.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -49,6 +50,8 @@ def run(
         }  # fmt: skip
     if payload is not None:
         request["runHookPayload"] = payload
+    if shell:
+        request["ingressNetworkConnectors"] = [connector_arn(name) for name in ("HTTP_INGRESS", "SHELL_INGRESS")]
     api = client()
     made = api.run_microvm(**request)
     while wait and made["state"] == "PENDING":

@@ -15,6 +15,7 @@ from gateway.tokens import SHELL, Checker, Grant, MalformedToken, TokenError
 from .head import RequestHead
 
 DEFAULT_PORT = 8080
+SHELL_PORT = 0  # in place of a port: the microVM's shell
 _PORT = re.compile(rb"[0-9]{1,5}\Z")
 
 MISSING = b"Request missing authentication"
@@ -84,12 +85,13 @@ def admit(head: RequestHead, grant: Grant | Refuse, route: Route | None, is_know
         return BAD_TOKEN if is_known else Lookup()
     if grant.session != route.session:
         return BAD_TOKEN
-    port = check_port(head)
+    port = check_port(head) if grant.kind != SHELL else SHELL_PORT
     if isinstance(port, Refuse):
         return port
     if grant.kind == SHELL:
-        return Refuse(502)
-    if not grant.allows(port):
+        if head.upgrade is None or head.upgrade.lower() != b"websocket":
+            return Refuse(502)
+    elif not grant.allows(port):
         return Refuse(403, PORT_DENIED)
     if route.gate == "open":
         return Forward(port)

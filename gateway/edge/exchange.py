@@ -12,7 +12,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from . import replies
-from .admission import Forward, Hold, Lookup, Refuse, admit, check_token
+from .admission import SHELL_PORT, Forward, Hold, Lookup, Refuse, admit, check_token
 from .head import RequestHead, ResponseHead
 from .hold import HoldFull
 from .memo import Admitted
@@ -131,6 +131,9 @@ class Exchange:
     def tunnel_half_closed(self) -> None:
         """The application has nothing more to say."""
 
+    def response_over(self) -> None:
+        """A tunnel is over, in both directions."""
+
     def pause_reading(self) -> None:
         """The origin takes no more for now."""
 
@@ -218,7 +221,7 @@ class Exchange:
         key = (route.session, route.incarnation, port)
         if head.is_memorable and not head.wants_h2:
             self.remember(Admitted(head.host, route, self.worker.checker, expires, key, entry.account, head.block, head.keep_alive))
-        origin = None if head.wants_h2 else self.worker.upstream.take_idle(key)
+        origin = None if head.wants_h2 or port == SHELL_PORT else self.worker.upstream.take_idle(key)
         if origin is None:
             self.run(self._slow(head))
         else:
@@ -271,7 +274,10 @@ class Exchange:
         self._enter(entry.account)
         started = worker.time()
         try:
-            origin = await worker.upstream.connect(route, port, entry.opened_at, head)
+            if port == SHELL_PORT:
+                origin: OriginSide = await worker.upstream.shell(route)
+            else:
+                origin = await worker.upstream.connect(route, port, entry.opened_at, head)
         except SessionGone:
             # vmm knows more than our table: control will tell us, or has to be asked again.
             self._answered()

@@ -345,6 +345,11 @@ class Http1(Exchange, asyncio.Protocol):
         else:
             self._close()
 
+    def response_over(self) -> None:
+        self.origin = None
+        self.worker.count(self)
+        self._linger()
+
     def cut(self) -> None:
         if self._state != _TUNNEL:
             self.origin_failed(head_sent=self.response_started)

@@ -243,6 +243,9 @@ class Request(Exchange, Flow):
         if self.number in self.connection.streams:
             self.connection.send_data(self, b"", True)
 
+    def response_over(self) -> None:
+        self.response_done()
+
     def cut(self) -> None:
         """The client learns that this connection is no good for the session any more, and of a WebSocket why."""
         if not self.response_started:

@@ -16,7 +16,7 @@ from collections import deque
 from typing import TYPE_CHECKING, cast
 
 from gateway.config import Edge
-from gateway.messages import Route, SocketsRequest
+from gateway.messages import Route, ShellRequest, SocketsRequest
 from gateway.rpc import Client, RpcError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .head import RequestHead
     from .origin import Origin
     from .origin2 import Http2Origin
+    from .shell import ShellOrigin
     from .worker import Worker
 
 GUEST_ADDRESS = "169.254.77.2"
@@ -34,6 +35,7 @@ _MOST = 256  # connections to one port of one session; more requests wait in lin
 _FIRST = 64
 _RAMP, _RAMP_SECONDS = 16, 0.1
 _RETRY_SECONDS = 0.02
+_COLUMNS, _ROWS = 80, 24  # of a shell, until its client says
 _SYN_SECONDS = 10.0
 _FRESH_SECONDS = 0.5  # idle for longer, a connection may have been closed by the application just now: it is looked at
 _TLS_SECONDS = 3.0  # for a handshake with an application, which may be emulated; one that has no TLS may just be silent
@@ -89,6 +91,7 @@ class Upstream:
         self._pools: dict[Key, Pool] = {}
         self._stock: dict[tuple[str, int], deque[int]] = {}
         self._fetching: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._shells: dict[tuple[str, int], set[ShellOrigin]] = {}
         self._contexts = {alpn: _client_context(list(alpn)) for alpn in (("h2", "http/1.1"), ("http/1.1",))}
 
     def take_idle(self, key: Key) -> Origin | None:
@@ -292,6 +295,22 @@ class Upstream:
         else:
             exchange.begin_again(origin)
 
+    async def shell(self, route: Route) -> ShellOrigin:
+        """A new shell in the session. Raises ConnectFailed."""
+        from .shell import ShellOrigin
+
+        session = (route.session, route.incarnation)
+        try:
+            request = ShellRequest(*session, _COLUMNS, _ROWS)
+            _, (descriptor,) = await self._worker.control.call_with_descriptors("shell", request, timeout=5.0)
+        except RpcError as error:
+            raise ConnectFailed(str(error)) from error
+        origin = ShellOrigin(socket.socket(fileno=descriptor))
+        shells = self._shells.setdefault(session, set())
+        shells -= {one for one in shells if one.is_over}
+        shells.add(origin)
+        return origin
+
     # ---- sockets ----
 
     async def _socket(self, session: tuple[str, int]) -> int:
@@ -337,6 +356,8 @@ class Upstream:
             for waiter in pool.waiters:
                 if not waiter.done():
                     waiter.set_result(None)
+        for shell in self._shells.pop((session, incarnation), ()):
+            shell.cut()
         for descriptor in self._stock.pop((session, incarnation), ()):
             os.close(descriptor)
 

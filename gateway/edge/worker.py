@@ -67,7 +67,7 @@ class Worker:
         self._ready = asyncio.Event()
         self._servers: list[asyncio.Server] = []
         self.upstream = Upstream(self, RpcClient(vmm), settings)
-        self._control = RpcClient(control, Service(self), self._connected)
+        self.control = RpcClient(control, Service(self), self._connected)
 
     # ---- serving ----
 
@@ -115,7 +115,7 @@ class Worker:
                     client.close_idle()
             await asyncio.sleep(0.05)
         await self._send_report()
-        self._control.close()
+        self.control.close()
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
@@ -165,7 +165,7 @@ class Worker:
             self.upstream.end(body.session, body.incarnation)
 
     def _ask_for(self, route: m.Route) -> None:
-        self._control.notify("resume", m.ResumeRequest(route.session, route.incarnation))
+        self.control.notify("resume", m.ResumeRequest(route.session, route.incarnation))
 
     def _route_of_session(self, session: str) -> m.Route | None:
         entry = self.table.get(self._endpoints.get(session, ""))
@@ -195,7 +195,7 @@ class Worker:
 
     async def _look_up(self, host: str) -> None:
         try:
-            route = await self._control.call("lookup", m.LookupRequest(host), m.Route | None, timeout=2.0)
+            route = await self.control.call("lookup", m.LookupRequest(host), m.Route | None, timeout=2.0)
         except RpcError:
             return
         finally:
@@ -215,7 +215,7 @@ class Worker:
             await self._send_report()
 
     async def _send_report(self) -> None:
-        connection = self._control.connection
+        connection = self.control.connection
         if connection is not None and (report := self.table.report()) is not None:
             connection.notify("activity", report)
 

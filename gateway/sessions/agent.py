@@ -8,23 +8,20 @@ import secrets
 import struct
 from collections.abc import Callable, Iterable
 
-_HEADER = struct.Struct("<IBBHI")
-_MAGIC = 0x52505254
-_MAGIC_BYTES = struct.pack("<I", _MAGIC)
+from .frame import HEADER, MAGIC, MAGIC_BYTES, frame
+from .shells import Shells
+
 _HELLO, _WAKE, _CONFIG, _START = 0x01, 0x02, 0x03, 0x04
 _IS_HELLO, _WOKEN, _OUTPUT, _EXIT = 0x81, 0x82, 0x83, 0x84
+_SHELL_OUTPUT, _SHELL_TAKEN, _SHELL_EXIT = 0x85, 0x86, 0x87
 _FRAME_MAX_IN = 4096
 _FRAME_MAX_OUT = 16384
 _BUDGET_BYTES = 65536  # read per session and loop turn, so that a chatty guest starves nobody
-_RESYNC = b"\0" * (_FRAME_MAX_IN + _HEADER.size)
+_RESYNC = b"\0" * (_FRAME_MAX_IN + HEADER.size)
 
 
 class AgentError(Exception):
     """The agent did not answer in time, or its channel closed."""
-
-
-def frame(kind: int, payload: bytes = b"") -> bytes:
-    return _HEADER.pack(_MAGIC, kind, 0, 0, len(payload)) + payload
 
 
 def wake_frame(nonce: int) -> bytes:
@@ -51,6 +48,7 @@ class Agent:
         self._synced = False
         self._nonces: dict[int, asyncio.Future[bytes]] = {}
         self._out = bytearray()
+        self.shells = Shells(self.send)
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self._loop.add_reader(descriptor, self._readable)
 
@@ -87,6 +85,7 @@ class Agent:
         self._loop.remove_writer(self._descriptor)
         os.close(self._descriptor)
         self.closed.set_result(None)
+        self.shells.close()
         for future in self._nonces.values():
             if not future.done():
                 future.set_exception(AgentError("the agent's channel closed"))
@@ -122,18 +121,18 @@ class Agent:
     def _parse(self) -> None:
         """Skips what is not a frame: the first bytes of a new channel may be the rest of an old one."""
         at, end = 0, len(self._buffer)
-        while end - at >= _HEADER.size:
-            magic, kind, _, channel, length = _HEADER.unpack_from(self._buffer, at)
-            if magic != _MAGIC or length > _FRAME_MAX_OUT:
-                found = self._buffer.find(_MAGIC_BYTES, at + 1)
+        while end - at >= HEADER.size:
+            magic, kind, _, channel, length = HEADER.unpack_from(self._buffer, at)
+            if magic != MAGIC or length > _FRAME_MAX_OUT:
+                found = self._buffer.find(MAGIC_BYTES, at + 1)
                 at = found if found >= 0 else max(at, end - 3)
                 if found < 0:
                     break
                 continue
-            if end - at < _HEADER.size + length:
+            if end - at < HEADER.size + length:
                 break
-            payload = bytes(self._buffer[at + _HEADER.size : at + _HEADER.size + length])
-            at += _HEADER.size + length
+            payload = bytes(self._buffer[at + HEADER.size : at + HEADER.size + length])
+            at += HEADER.size + length
             self._frame(kind, channel, payload)
         del self._buffer[:at]
 
@@ -146,3 +145,9 @@ class Agent:
             self._on_output(channel, payload)
         elif kind == _EXIT and len(payload) == 4:
             self._on_exit(struct.unpack("<i", payload)[0])
+        elif kind == _SHELL_OUTPUT:
+            self.shells.output(channel, payload)
+        elif kind == _SHELL_TAKEN and len(payload) == 4:
+            self.shells.taken(channel, struct.unpack("<I", payload)[0])
+        elif kind == _SHELL_EXIT and len(payload) == 4:
+            self.shells.exited(channel, struct.unpack("<i", payload)[0])

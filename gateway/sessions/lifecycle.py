@@ -17,7 +17,7 @@ import structlog
 from gateway.config import Settings
 from gateway.messages import Activity, Ended
 
-from .agent import Agent
+from .agent import Agent, AgentError
 from .deadlines import Deadlines
 from .host import Host, RpcError
 from .logs import LogStore
@@ -160,6 +160,13 @@ class Lifecycle:
         if live is None:
             live = self._live[session.id] = Live(self._loop.time())
         return live
+
+    def agent(self, session: Session) -> Agent:
+        """A running session's. Raises AgentError."""
+        agent = self.live(session).agent if session.state is State.RUNNING else None
+        if agent is None:
+            raise AgentError("the MicroVM is not running")
+        return agent
 
     def post(self, session: Session, event: Event, detail: str = "") -> None:
         """Fires without waiting: for what happens by itself."""

@@ -123,7 +123,7 @@ class Rig:
             server.close()
         for one in list(self.worker.clients):
             one.transport.abort() if one.transport else None
-        self.worker._control.close()
+        self.worker.control.close()
         self.worker.upstream._vmm.close()
         self.worker.upstream.end("s1", 1)
         self.worker.upstream.end("s1", 2)

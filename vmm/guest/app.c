@@ -146,6 +146,24 @@ static void run(int output, int errors)
     _exit(errno == ENOENT ? 127 : 126);
 }
 
+void app_exec_shell(void)
+{
+    static char *const bash[] = {"bash", "--norc", "--noprofile", "-i", NULL}, *const sh[] = {"sh", "-i", NULL};
+    if (!all_capabilities)
+        for (int c = 0; c <= LAST_CAPABILITY; c++)
+            if (!(DEFAULT_CAPABILITIES >> c & 1)) prctl(PR_CAPBSET_DROP, c, 0, 0, 0);
+    clearenv();
+    for (char **e = environment; *e; e++) putenv(*e);
+    setenv("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", 0);
+    setenv("HOME", "/root", 0);
+    setenv("TERM", "xterm", 1);
+    setenv("PS1", "\xce\xbb $ ", 1);
+    if (chdir(directory)) (void)!chdir("/");
+    execvp("bash", bash);
+    execvp("sh", sh);
+    say("shell: no bash and no sh: %s", strerror(errno));
+}
+
 int app_start(void)
 {
     if (!argument_count) { say("the image has neither ENTRYPOINT nor CMD"); return -1; }

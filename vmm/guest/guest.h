@@ -2,6 +2,7 @@
 #ifndef TORPOR_GUEST_H
 #define TORPOR_GUEST_H
 
+#include <poll.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -17,10 +18,18 @@ enum frame_type {
     FRAME_WAKE = 0x02,   /* host: struct wake */
     FRAME_CONFIG = 0x03, /* host: a piece of the application's configuration, "key=value\0" entries */
     FRAME_START = 0x04,  /* host: start the application */
+    FRAME_SHELL_OPEN = 0x05,   /* host: u16 columns, u16 rows; the shell's number is the frame's channel, here and below */
+    FRAME_SHELL_INPUT = 0x06,  /* host: what was typed; at most SHELL_WINDOW bytes that were not taken */
+    FRAME_SHELL_RESIZE = 0x07, /* host: u16 columns, u16 rows */
+    FRAME_SHELL_CREDIT = 0x08, /* host: u32 bytes of output that may be sent */
+    FRAME_SHELL_CLOSE = 0x09,  /* host: hang up */
     FRAME_IS_HELLO = 0x81, /* u64 nonce, u32 application state, i32 exit code */
     FRAME_WOKEN = 0x82,    /* u64 nonce */
     FRAME_OUTPUT = 0x83,   /* channel 1 standard output, 2 standard error */
     FRAME_EXIT = 0x84,     /* i32 exit code */
+    FRAME_SHELL_OUTPUT = 0x85,
+    FRAME_SHELL_TAKEN = 0x86, /* u32 bytes of input that the terminal took */
+    FRAME_SHELL_EXIT = 0x87,  /* i32 exit code, as a shell writes it */
 };
 
 struct frame {
@@ -39,7 +48,7 @@ struct wake {
     uint8_t entropy[64];
 } __attribute__((packed));
 
-typedef void frame_handler(uint8_t type, const uint8_t *payload, uint32_t length);
+typedef void frame_handler(uint8_t type, uint16_t channel, const uint8_t *payload, uint32_t length);
 
 int port_open(void); /* descriptor, or -1 until the port is there */
 void port_read(frame_handler *handler);
@@ -55,10 +64,24 @@ enum app_state { APP_NONE = 0, APP_RUNNING = 1, APP_EXITED = 2 };
 void app_configure(const uint8_t *entries, uint32_t length);
 int app_start(void); /* 0, or -1 with a line on standard error */
 void app_exited(int status);
+void app_exec_shell(void); /* inside the container already: environment, directory, rights, exec; returns on failure */
 extern pid_t app_pid;
 extern int app_output, app_errors; /* the ends that we read, or -1 */
 extern uint32_t app_state;
 extern int32_t app_code;
+
+/* ---- shells ---- */
+
+#define SHELLS_MAX 16
+
+void shell_open(uint16_t id, uint16_t columns, uint16_t rows);
+void shell_resize(uint16_t id, uint16_t columns, uint16_t rows);
+void shell_credit(uint16_t id, uint32_t bytes);
+void shell_input(uint16_t id, const uint8_t *data, uint32_t length);
+void shell_close(uint16_t id);
+void shell_poll(struct pollfd *fds); /* SHELLS_MAX of them */
+void shell_ready(const struct pollfd *fds);
+int shell_reaped(pid_t pid, int status); /* whether it was one */
 
 /* ---- after a restore, and the network ---- */
 

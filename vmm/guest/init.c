@@ -94,8 +94,11 @@ static void name_host(void)
     put("/etc/resolv.conf", "nameserver 127.0.0.1\n");
 }
 
-static void handle(uint8_t type, const uint8_t *payload, uint32_t length)
+static uint16_t two(const uint8_t *bytes) { return (uint16_t)(bytes[0] | bytes[1] << 8); }
+
+static void handle(uint8_t type, uint16_t channel, const uint8_t *payload, uint32_t length)
 {
+    uint32_t credit;
     switch (type) {
     case FRAME_HELLO: {
         struct { uint64_t nonce; uint32_t state; int32_t code; } answer = {0, app_state, app_code};
@@ -118,6 +121,23 @@ static void handle(uint8_t type, const uint8_t *payload, uint32_t length)
     case FRAME_START:
         if (app_state == APP_NONE && app_start() < 0) app_exited(127 << 8);
         return;
+    case FRAME_SHELL_OPEN:
+        if (length == 4) shell_open(channel, two(payload), two(payload + 2));
+        return;
+    case FRAME_SHELL_RESIZE:
+        if (length == 4) shell_resize(channel, two(payload), two(payload + 2));
+        return;
+    case FRAME_SHELL_INPUT:
+        shell_input(channel, payload, length);
+        return;
+    case FRAME_SHELL_CREDIT:
+        if (length != sizeof credit) return;
+        memcpy(&credit, payload, sizeof credit);
+        shell_credit(channel, credit);
+        return;
+    case FRAME_SHELL_CLOSE:
+        shell_close(channel);
+        return;
     }
 }
 
@@ -134,7 +154,7 @@ static void reap(void)
     int status;
     pid_t done;
     while ((done = waitpid(-1, &status, WNOHANG)) > 0) {
-        if (done != app_pid) continue;
+        if (done != app_pid) { shell_reaped(done, status); continue; }
         /* What it wrote last comes before the news of its end. */
         for (int i = 0; i < 64 && app_output >= 0; i++) forward(&app_output, 1);
         for (int i = 0; i < 64 && app_errors >= 0; i++) forward(&app_errors, 2);
@@ -148,13 +168,14 @@ static void serve(int port, int signals)
        SIGIO, which the driver sends when a host connects, is waited for instead. */
     int hung_up = 0;
     for (;;) {
-        struct pollfd fds[4] = {
+        struct pollfd fds[4 + SHELLS_MAX] = {
             {signals, POLLIN, 0},
             {hung_up ? -1 : port, (short)(POLLIN | (port_wants_write() ? POLLOUT : 0)), 0},
             {app_output, POLLIN, 0},
             {app_errors, POLLIN, 0},
         };
-        if (poll(fds, 4, -1) < 0) continue;
+        shell_poll(fds + 4);
+        if (poll(fds, 4 + SHELLS_MAX, -1) < 0) continue;
         if (fds[0].revents) {
             struct signalfd_siginfo info[8];
             (void)!read(signals, info, sizeof info);
@@ -165,6 +186,7 @@ static void serve(int port, int signals)
         if (fds[1].revents & POLLHUP) hung_up = 1;
         if (fds[2].revents) forward(&app_output, 1);
         if (fds[3].revents) forward(&app_errors, 2);
+        shell_ready(fds + 4);
         port_flush();
     }
 }

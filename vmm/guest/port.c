@@ -91,7 +91,7 @@ static size_t take(frame_handler *handler)
         memcpy(&frame, in + at, sizeof frame);
         if (frame.magic != FRAME_MAGIC || frame.length > FRAME_MAX_IN) { at++; continue; }
         if (in_used - at < sizeof frame + frame.length) break;
-        handler(frame.type, in + at + sizeof frame, frame.length);
+        handler(frame.type, frame.channel, in + at + sizeof frame, frame.length);
         at += sizeof frame + frame.length;
     }
     return at;

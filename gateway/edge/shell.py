@@ -1,0 +1,192 @@
+"""A shell as an application: it answers the WebSocket's handshake, and carries a PTY in its frames (service reference, 3.6).
+
+The server speaks first, in text: {"type": "session_init"}. Binary frames are the PTY's bytes both ways; {"type": "resize",
+"cols", "rows"} from the client sets its size; any other text is typed. The end is a close with 1000 `shell exited`; clients
+that send `X-torpor-exit-code: 1` are told the code in text before it, which is ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import uuid
+from typing import TYPE_CHECKING
+
+import msgspec
+from websockets.frames import Frame, Opcode
+from websockets.protocol import Protocol, Side, State
+
+from .head import NO_BODY, RequestHead, ResponseHead, Trailers, split_block
+from .websocket import accept_of
+
+if TYPE_CHECKING:
+    from .exchange import Exchange
+
+_TYPED_MAX_BYTES = 4096
+_MESSAGE_BYTES = 65536
+_SHELL_EXITED, _GOING_AWAY = 1000, 1001
+
+
+class _Resize(msgspec.Struct, tag_field="type", tag="resize"):
+    cols: int
+    rows: int
+
+
+class ShellOrigin:
+    """`sock` is the edge's end of gateway/sessions/shells.py."""
+
+    takes_raw = False
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._loop = asyncio.get_running_loop()
+        self._exchange: Exchange | None = None
+        self._frames = Protocol(Side.SERVER, state=State.OPEN, max_size=1 << 20)
+        self._typed = bytearray()
+        self._tells_code = False
+
+    @property
+    def is_paused(self) -> bool:
+        return bool(self._typed)
+
+    # ---- what the exchange calls ----
+
+    def open(self, exchange: Exchange, head: RequestHead) -> None:
+        self._exchange = exchange
+        fields = dict(split_block(head.block))
+        self._tells_code = fields.get(b"x-torpor-exit-code") == b"1"
+        key = fields.get(b"sec-websocket-key")
+        if key is None or fields.get(b"sec-websocket-version") != b"13":
+            self._close()
+            exchange.origin_failed(head_sent=False)
+            return
+        block = b"\r\nSec-WebSocket-Accept: " + accept_of(key)
+        line = b"HTTP/1.1 101 Switching Protocols"
+        exchange.switch(ResponseHead(101, NO_BODY, 0, True, line, block, b"websocket", frozenset((b"sec-websocket-accept",))), b"")
+        self._frames.send_text(msgspec.json.encode({"type": "session_init", "session_id": str(uuid.uuid4())}))
+        self._flush()
+        self.resume()
+
+    def send(self, data: bytes) -> None:
+        """The client's frames."""
+        self._frames.receive_data(data)  # of a mistake it says so itself, in a closing frame
+        for event in self._frames.events_received():
+            assert isinstance(event, Frame)
+            if event.opcode is Opcode.TEXT:
+                self._text(bytes(event.data))
+            elif event.opcode in (Opcode.BINARY, Opcode.CONT):
+                self._type(bytes(event.data))
+        self._flush()
+
+    def finish(self, trailers: Trailers | None) -> None:
+        self._frames.receive_eof()
+        self._flush()
+        self._close()
+
+    def pause(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket.fileno())
+
+    def resume(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.add_reader(self._socket.fileno(), self._readable)
+
+    def abandon(self) -> None:
+        self._exchange = None
+        self._close()
+
+    def cut(self) -> None:
+        """The incarnation ends."""
+        exchange, self._exchange = self._exchange, None
+        self._close()
+        if exchange is not None:
+            exchange.cut()
+
+    @property
+    def is_over(self) -> bool:
+        return self._socket.fileno() < 0
+
+    # ---- typing ----
+
+    def _text(self, data: bytes) -> None:
+        try:
+            size = msgspec.json.decode(data, type=_Resize)
+            message = b"r" + struct.pack("<HH", min(max(size.cols, 1), 1000), min(max(size.rows, 1), 1000))
+        except msgspec.DecodeError:
+            self._type(data)
+            return
+        self._write(message)
+
+    def _type(self, data: bytes) -> None:
+        self._typed += data
+        self._typable()
+
+    def _typable(self) -> None:
+        """Stops the client while the terminal takes nothing."""
+        exchange = self._exchange
+        while self._typed and self._socket.fileno() >= 0:
+            if not self._write(b"i" + bytes(self._typed[:_TYPED_MAX_BYTES])):
+                self._loop.add_writer(self._socket.fileno(), self._typable)
+                if exchange is not None:
+                    exchange.pause_reading()
+                return
+            del self._typed[:_TYPED_MAX_BYTES]
+        if self._socket.fileno() >= 0:
+            self._loop.remove_writer(self._socket.fileno())
+        if exchange is not None:
+            exchange.resume_reading()
+
+    def _write(self, message: bytes) -> bool:
+        try:
+            self._socket.send(message)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # its end comes by the reader
+        return True
+
+    # ---- output ----
+
+    def _readable(self) -> None:
+        try:
+            message = self._socket.recv(_MESSAGE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            message = b""
+        kind, payload = message[:1], message[1:]
+        if kind == b"o":
+            exchange = self._exchange
+            if exchange is not None:
+                exchange.account.count += 1
+                exchange.account.last = self._loop.time()
+            self._frames.send_binary(payload)
+        elif kind == b"x":
+            if self._tells_code:
+                self._frames.send_text(msgspec.json.encode({"type": "exit", "code": struct.unpack("<i", payload)[0]}))
+            self._frames.send_close(_SHELL_EXITED, "shell exited")
+            self._close()
+        elif not message:
+            self._frames.send_close(_GOING_AWAY)
+            self._close()
+        self._flush()
+
+    def _flush(self) -> None:
+        exchange = self._exchange
+        if exchange is None:
+            return
+        for data in self._frames.data_to_send():
+            if data:
+                exchange.response_data(bytes(data))
+            else:
+                self._exchange = None
+                self._close()
+                exchange.response_over()
+                return
+
+    def _close(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket.fileno())
+            self._loop.remove_writer(self._socket.fileno())
+            self._socket.close()
