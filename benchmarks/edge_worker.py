@@ -12,15 +12,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gateway.config import Edge
 from gateway.edge import upstream
-from gateway.edge.worker import run, server_context
+from gateway.edge.certificates import Certificates
+from gateway.edge.worker import run
 
 
 def main() -> None:
-    port, certificate, key, control, vmm = sys.argv[1:]
+    port, certificate, _, control, vmm = sys.argv[1:]
     upstream.GUEST_ADDRESS = "127.0.0.1"
     listener = socket.create_server(("127.0.0.1", int(port)), backlog=4096)
-    context = server_context(Path(certificate), Path(key))
-    uvloop.run(run("edge-0", Edge(), Path(control), Path(vmm), [listener], context, lambda: None))
+    sockets = {"edge": [listener]}
+    uvloop.run(run("edge-0", Edge(), Path(control), Path(vmm), sockets, Certificates(Path(certificate).parent), lambda: None))
 
 
 if __name__ == "__main__":

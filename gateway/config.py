@@ -37,6 +37,11 @@ class Edge(BaseModel):
     idle_seconds: float = Field(300.0, gt=0, description="an idle client connection, or one that reads nothing, is kept this long")
     origin_idle_seconds: float = Field(20.0, gt=0, description="an idle connection to an application is kept this long")
     drain_seconds: float = Field(30.0, ge=0, description="a worker that is replaced finishes what it has within this time")
+    proxy_protocol_from: list[str] = Field([], description="networks of load balancers, which send a PROXY header of version 2")
+    redirect_port: int = Field(0, ge=0, le=65535, description="answer plain HTTP on this port with a redirect to HTTPS; 0: no")
+    certificate: str = Field("", description="a PEM chain; with `key` instead of the development authority's; kept up with")
+    key: str = Field("", description="the certificate's private key, PEM; root only: workers get a copy")
+    ocsp: str = Field("", description="an OCSP answer (DER) to staple; kept up with")
     access_log: str = Field("", description="a file for one JSON line a request; empty: none")
     limits: str = Field(
         "none", pattern="^(none|aws|custom)$", description="of each endpoint: none, the service's by size, or the next three"

@@ -58,6 +58,8 @@ class Control:
         self.vmm = Client(settings.vmm_socket, Service(self))
         self.host = Host(self.vmm)
         self.lifecycle = Lifecycle(settings, self.store, self.host, self.routes, self.logs)
+        self.lifecycle.on_transition = metrics.transition
+        self.lifecycle.on_action = metrics.action_took
         self.actions = Actions(self.lifecycle)
         self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds)
         self.credentials = self._access_keys()
@@ -119,8 +121,12 @@ class Control:
     # ---- what edges and vmm call ----
 
     async def rpc_hello(self, connection: Connection, body: m.Hello) -> m.Table:
-        connection.closed.add_done_callback(lambda _: self.lifecycle.worker_left(body.worker))
+        connection.closed.add_done_callback(lambda _: self._worker_left(body.worker))
         return self.routes.add_worker(connection, body.worker)
+
+    def _worker_left(self, worker: str) -> None:
+        self.lifecycle.worker_left(worker)
+        metrics.edge_left(worker)
 
     async def rpc_lookup(self, connection: Connection, body: m.LookupRequest) -> m.Route | None:
         return self.routes.find(body.endpoint)
@@ -129,6 +135,9 @@ class Control:
         session = self.store.sessions.get(body.session)
         if session is not None and session.incarnation == body.incarnation:
             await self.lifecycle.request(session)
+
+    async def rpc_counters(self, connection: Connection, body: m.Counters) -> None:
+        metrics.edge_counted(self.routes.worker_name(connection), body)
 
     async def rpc_shell(self, connection: Connection, body: m.ShellRequest) -> Reply:
         """Raises ShellsFull, AgentError."""

@@ -166,6 +166,7 @@ class Route(msgspec.Struct, frozen=True):
     incarnation: int
     gate: str
     is_live: bool = True
+    baseline_mib: int = 0  # the size that was asked for, which bounds connections and rates where a profile does
 
 
 class Verifier(msgspec.Struct):
@@ -224,6 +225,16 @@ class Activity(msgspec.Struct):
     """edge -> control, in batches: session to (count, seconds since its last activity, waiting requests)."""
 
     sessions: dict[str, tuple[int, float, int]]
+
+
+class Counters(msgspec.Struct):
+    """edge -> control: what a worker counted since it started, for the metrics. `answers`: by protocol, then by the status's
+    first digit."""
+
+    answers: dict[str, list[int]]
+    clients: int
+    held: int
+    origins: dict[str, int]
 
 
 class ShellRequest(msgspec.Struct):

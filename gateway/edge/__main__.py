@@ -9,14 +9,13 @@ from gateway import process
 from gateway.config import Settings
 
 from . import worker
+from .certificates import Certificates
 
 
 async def main(settings: Settings) -> None:
-    context = worker.server_context(settings.tls_dir / "edge.crt", settings.tls_dir / "edge.key")
-    sockets = process.inherited()["edge"]
-    await worker.run(
-        f"edge-{sys.argv[1]}-{os.getpid()}", settings.edge, settings.control_socket, settings.vmm_socket, sockets, context, process.ready
-    )
+    name = f"edge-{sys.argv[1]}-{os.getpid()}"
+    sockets, certificates = process.inherited(), Certificates(settings.tls_dir)
+    await worker.run(name, settings.edge, settings.control_socket, settings.vmm_socket, sockets, certificates, process.ready)
 
 
 process.run(f"edge-{sys.argv[1]}", main)

@@ -21,6 +21,7 @@ from .upstream import ConnectFailed, SessionGone
 
 if TYPE_CHECKING:
     from .head import Trailers
+    from .limits import Limiter
     from .origin import Origin
     from .worker import Worker
 
@@ -56,22 +57,8 @@ class Exchange:
     """Origins call the methods under "the answer"; a protocol implements them."""
 
     __slots__ = (
-        "_held_since",
-        "_task",
-        "_timing",
-        "_waiting",
-        "account",
-        "began",
-        "first_byte",
-        "head",
-        "held_for",
-        "held_seconds",
-        "origin",
-        "request_id",
-        "response_started",
-        "sent",
-        "status",
-        "worker",
+        "_held_since", "_limiter", "_task", "_throttled", "_timing", "_waiting", "account", "began", "first_byte", "head",
+        "held_for", "held_seconds", "origin", "request_id", "response_started", "sent", "status", "worker",
     )  # fmt: skip
 
     protocol: ClassVar[int] = replies.HTTP1
@@ -90,6 +77,8 @@ class Exchange:
         self.first_byte = 0.0
         self._waiting = False
         self._task: asyncio.Task[None] | None = None
+        self._limiter: Limiter | None = None
+        self._throttled = False
         self._timing = ""
         self._held_since = self.held_seconds = 0.0
         self.held_for: str | None = None
@@ -208,6 +197,8 @@ class Exchange:
         decision = admit(head, grant, entry.route if entry else None, False, wall)
         if isinstance(decision, Refuse):
             self.refuse(decision)
+        elif entry is not None and entry.limiter is not None and self._is_over(entry.route.session, entry.limiter):
+            self.refuse(replies.LIMITED)
         elif isinstance(decision, Forward) and entry is not None and not isinstance(grant, Refuse):
             self._forward(decision.port, entry, head, grant.expires)
         else:
@@ -215,9 +206,6 @@ class Exchange:
 
     def _forward(self, port: int, entry: RouteEntry, head: RequestHead, expires: float) -> None:
         route = entry.route
-        if entry.limiter is not None and not entry.limiter.take():
-            self.refuse(replies.LIMITED)
-            return
         key = (route.session, route.incarnation, port)
         if head.is_memorable and not head.wants_h2:
             self.remember(Admitted(head.host, route, self.worker.checker, expires, key, entry.account, head.block, head.keep_alive))
@@ -226,6 +214,43 @@ class Exchange:
             self.run(self._slow(head))
         else:
             self._start(origin, entry)
+
+    # ---- limits ----
+
+    @property
+    def joined(self) -> dict[str, Limiter]:
+        """The sessions that this connection counts for."""
+        raise AssertionError
+
+    def _is_over(self, session: str, limiter: Limiter) -> bool:
+        self._limiter = limiter
+        if session not in self.joined:
+            if not limiter.join():
+                return True
+            self.joined[session] = limiter
+        return not limiter.take()
+
+    def throttle(self, size: int) -> None:
+        """Bytes of a body passed: where they are too many a second, both sides wait."""
+        delay = self._limiter.spend(size) if self._limiter is not None else 0.0
+        if delay and not self._throttled and self.origin is not None:
+            self._throttled = True
+            self.origin.pause()
+            self.pause_reading()
+            asyncio.get_running_loop().call_later(delay, self._unthrottle)
+
+    def _unthrottle(self) -> None:
+        self._throttled = False
+        if self.origin is not None:
+            if not self.is_stuck:
+                self.origin.resume()
+            if not self.origin.is_paused:
+                self.resume_reading()
+
+    @property
+    def is_stuck(self) -> bool:
+        """The client takes nothing at the moment."""
+        return False
 
     # ---- what has to wait ----
 

@@ -15,6 +15,7 @@ from .memo import Admitted, Repeated
 from .websocket import GOING_AWAY, FrameCounter
 
 if TYPE_CHECKING:
+    from .limits import Limiter
     from .worker import Worker
 
 _AT_HEAD, _IN_BODY, _WAITING, _TUNNEL, _ENDING = range(5)
@@ -22,12 +23,13 @@ _FAST_LINE = re.compile(rb"(?:GET|POST|PUT|DELETE|HEAD|OPTIONS|PATCH) /[\x21-\x7
 _AHEAD_MAX_BYTES = 64 << 10  # read beyond the request under way, or while it is held
 _BUFFER_HIGH_BYTES = 512 << 10
 _LINGER_SECONDS = 1.0
+_NONE: dict[str, Limiter] = {}  # shared: replaced before it is written to
 
 
 class Http1(Exchange, asyncio.Protocol):
     __slots__ = (
-        "_ahead", "_block", "_body", "_buffer", "_frames", "_keep", "_left", "_no_more", "_paused", "_state", "_stuck_since",
-        "is_raw", "touched", "transport",
+        "_ahead", "_block", "_body", "_buffer", "_frames", "_joined", "_keep", "_left", "_no_more", "_paused", "_state",
+        "_stuck_since", "is_raw", "touched", "transport",
     )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
@@ -42,6 +44,7 @@ class Http1(Exchange, asyncio.Protocol):
         self._no_more = False  # the client has closed its half
         self._stuck_since = 0.0  # the client reads nothing, since
         # the request under way
+        self._joined: dict[str, Limiter] = _NONE
         self._keep = True
         self._left = 0
         self._block = b""
@@ -90,6 +93,8 @@ class Http1(Exchange, asyncio.Protocol):
         self.transport = None
         self._state = _ENDING
         self.leave()
+        for limiter in self._joined.values():
+            limiter.leave()
 
     def pause_writing(self) -> None:
         self._stuck_since = self.worker.time()
@@ -164,6 +169,12 @@ class Http1(Exchange, asyncio.Protocol):
             self.data_received(rest)
 
     @property
+    def joined(self) -> dict[str, Limiter]:
+        if self._joined is _NONE:
+            self._joined = {}
+        return self._joined
+
+    @property
     def peer(self) -> str:
         return peer_of(self.transport)
 
@@ -218,6 +229,8 @@ class Http1(Exchange, asyncio.Protocol):
             self._left -= used
             complete = not self._left
         self.account.count += 1
+        if self._limiter is not None:
+            self.throttle(used)
         if complete:
             self._state = _WAITING
             self._ahead = data[used:]
@@ -261,8 +274,14 @@ class Http1(Exchange, asyncio.Protocol):
         if self.transport is not None:
             self.transport.write(b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n%b" % (head.status_line, self.request_id, extra, block, body))
 
+    @property
+    def is_stuck(self) -> bool:
+        return self._stuck_since > 0
+
     def response_data(self, data: bytes) -> None:
         self.sent += len(data)
+        if self._limiter is not None:
+            self.throttle(len(data))
         self.touched = self.worker.time()
         if self.transport is not None:
             self.transport.write(data)

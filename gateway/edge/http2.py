@@ -17,6 +17,7 @@ from .multiplex import Multiplex
 from .websocket import GOING_AWAY, FrameCounter, accept_of
 
 if TYPE_CHECKING:
+    from .limits import Limiter
     from .worker import Worker
 
 _STREAMS_MOST = 128
@@ -47,6 +48,10 @@ class Request(Exchange, Flow):
         self._key: Key = ()
 
     # ---- the request ----
+
+    @property
+    def joined(self) -> dict[str, Limiter]:
+        return self.connection.joined
 
     @property
     def peer(self) -> str:
@@ -82,6 +87,8 @@ class Request(Exchange, Flow):
                     self.worker.holds.grow(self.held_for, len(data))
             return
         if data:
+            if self._limiter is not None:
+                self.throttle(len(data))
             self.origin.send(data)
         if end:
             self.origin.finish(None)
@@ -156,8 +163,14 @@ class Request(Exchange, Flow):
         if self.number in self.connection.streams:
             self.connection.put(f.headers(self.number, self._fields(head), False))
 
+    @property
+    def is_stuck(self) -> bool:
+        return self.source_paused
+
     def response_data(self, data: bytes) -> None:
         self.sent += len(data)
+        if self._limiter is not None:
+            self.throttle(len(data))
         if self._frames is not None:
             self._frames.feed(data)
         if self.number in self.connection.streams:
@@ -263,7 +276,7 @@ class Request(Exchange, Flow):
 class Http2(Multiplex):
     """The connection. `clients` of the worker hold it until it is closed."""
 
-    __slots__ = ("_blocks", "draining", "opened", "touched", "worker", "write_stuck_since")
+    __slots__ = ("_blocks", "draining", "joined", "opened", "touched", "worker", "write_stuck_since")
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker.time, _LIST_SLACK * worker.settings.head_bytes)
@@ -273,6 +286,7 @@ class Http2(Multiplex):
         self._blocks: dict[bytes, Repeated] = {}  # blocks of indexed fields only, as this connection's table has them
         self._buffer = b""
         self.draining = False
+        self.joined: dict[str, Limiter] = {}
         self.opened = False  # the preface is here
 
     # ---- asyncio ----
@@ -324,6 +338,8 @@ class Http2(Multiplex):
         streams, self.streams = self.streams, {}
         for stream in streams.values():
             stream.leave()
+        for limiter in self.joined.values():
+            limiter.leave()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from gateway.config import Edge
 from gateway.messages import Activity, Route, RouteChange, Table
 
-from .limits import Limiter
+from .limits import Limiter, bounds_of
 
 _NONE: frozenset[object] = frozenset()
 
@@ -40,8 +41,9 @@ class RouteEntry:
 class RouteTable:
     """Routes by host name. `on_change(old, new)` hears of each change after it was made; `old` may be None."""
 
-    def __init__(self, clock: Callable[[], float], on_change: Callable[[Route | None, Route], None]) -> None:
+    def __init__(self, clock: Callable[[], float], on_change: Callable[[Route | None, Route], None], settings: Edge | None = None) -> None:
         self._clock = clock
+        self._settings = settings or Edge()
         self._on_change = on_change
         self._entries: dict[str, RouteEntry] = {}
         self._accounts: dict[str, Account] = {}
@@ -83,7 +85,10 @@ class RouteTable:
             if old is not None:
                 self._accounts.pop(old.session, None)
         elif entry is None:
-            self._entries[route.endpoint] = RouteEntry(route, self.account(route.session), self._clock())
+            entry = self._entries[route.endpoint] = RouteEntry(route, self.account(route.session), self._clock())
+            bounds = bounds_of(self._settings, route.baseline_mib)
+            if bounds is not None:
+                entry.limiter = Limiter(bounds, self._clock)
         else:
             if route.gate == "open" and (old is None or old.gate != "open"):
                 entry.opened_at = self._clock()

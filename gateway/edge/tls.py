@@ -44,10 +44,12 @@ class TlsServer(asyncio.BufferedProtocol):
 
     __slots__ = (
         "_app", "_closing", "_factory", "_incoming", "_outgoing", "_paused", "_raw_read", "_raw_write", "_timer", "_tls", "_unread",
-        "transport",
+        "peer", "transport",
     )  # fmt: skip
 
-    def __init__(self, context: ssl.SSLContext, factory: Factory) -> None:
+    def __init__(self, context: ssl.SSLContext, factory: Factory, peer: str | None = None) -> None:
+        """`peer` is the client's address where a load balancer has said it."""
+        self.peer = peer
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
@@ -226,4 +228,6 @@ class TlsServer(asyncio.BufferedProtocol):
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         if name == "ssl_object":
             return self._tls
+        if name == "peername" and self.peer is not None:
+            return (self.peer, 0)
         return default if self.transport is None else self.transport.get_extra_info(name, default)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import ipaddress
 import signal
 import socket
-import ssl
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from gateway.rpc import Connection, RpcError, Service
 from gateway.tokens import Checker
 
 from .access import PROTOCOLS, AccessLog
+from .certificates import Certificates
+from .doors import ProxyDoor, RedirectDoor
 from .exchange import Exchange
 from .hold import Holds
 from .http1 import Http1
@@ -53,9 +54,10 @@ class Worker:
         self.repeated: Memo[bytes, Repeated] = Memo(_MEMO_ENTRIES)
         self.streams: Memo[FieldsKey, Repeated] = Memo(_MEMO_ENTRIES)
         self.access = AccessLog(Path(settings.access_log)) if settings.access_log else None
+        self._counted: list[list[int]] = []
         self.answers = [[0] * 10 for _ in PROTOCOLS]  # by protocol and first digit of the status
         self.checker = Checker([])
-        self.table = RouteTable(loop.time, self._route_changed)
+        self.table = RouteTable(loop.time, self._route_changed, settings)
         self.holds = Holds(settings, self._ask_for)
         self.is_draining = False
         self._endpoints: dict[str, str] = {}  # by session
@@ -64,6 +66,8 @@ class Worker:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._id_prefix = f"{uuid.uuid4()}"[:24].encode("ascii")
         self._id_count = 0
+        self._certificates: Certificates | None = None
+        self._balancers = [ipaddress.ip_network(one) for one in settings.proxy_protocol_from]
         self._ready = asyncio.Event()
         self._servers: list[asyncio.Server] = []
         self.upstream = Upstream(self, RpcClient(vmm), settings)
@@ -71,19 +75,36 @@ class Worker:
 
     # ---- serving ----
 
-    async def serve(self, sockets: list[socket.socket], context: ssl.SSLContext | None) -> None:
-        """Accepts once the first table is here."""
+    async def serve(self, sockets: list[socket.socket], certificates: Certificates | None, redirects: Sequence[socket.socket] = ()) -> None:
+        """Accepts once the first table is here. Without certificates it serves plain HTTP/1.1, as tests want it."""
         await self._ready.wait()
-        loop = asyncio.get_running_loop()
+        self._certificates = certificates
         for sock in sockets:
-            server = await loop.create_server(lambda: self._accept(context), sock=sock, backlog=4096)
-            self._servers.append(server)
+            await self._listen(sock, self._accept)
+        for sock in redirects:
+            await self._listen(sock, lambda: RedirectDoor(self.settings.port))
         self.spawn(self._report())
         self.spawn(self._sweep())
         log.info("edge.ready", worker=self.name, routes=len(self.table))
 
-    def _accept(self, context: ssl.SSLContext | None) -> asyncio.BaseProtocol:
-        return TlsServer(context, self._application) if context is not None else self._application(None)
+    async def _listen(self, sock: socket.socket, factory: Callable[[], asyncio.BaseProtocol]) -> None:
+        loop = asyncio.get_running_loop()
+        if sock.family == socket.AF_UNIX:
+            server = await loop.create_unix_server(factory, sock=sock, backlog=4096)
+        else:
+            server = await loop.create_server(factory, sock=sock, backlog=4096)
+        self._servers.append(server)
+
+    def _accept(self) -> asyncio.BaseProtocol:
+        if self._certificates is None:
+            return self._application(None)
+        if self._balancers:
+            return ProxyDoor(self._balancers, self._behind)
+        return TlsServer(self._certificates.context, self._application)
+
+    def _behind(self, peer: str | None) -> TlsServer:
+        assert self._certificates is not None
+        return TlsServer(self._certificates.context, self._application, peer)
 
     def _application(self, protocol: str | None) -> Http1 | Http2:
         return Http2(self) if protocol == "h2" else Http1(self)
@@ -216,8 +237,15 @@ class Worker:
 
     async def _send_report(self) -> None:
         connection = self.control.connection
-        if connection is not None and (report := self.table.report()) is not None:
+        if connection is None:
+            return
+        if (report := self.table.report()) is not None:
             connection.notify("activity", report)
+        if self.answers != self._counted:
+            self._counted = [list(one) for one in self.answers]
+            held = self.holds.statistics()["requests"]
+            answers = dict(zip(PROTOCOLS, self._counted, strict=True))
+            connection.notify("counters", m.Counters(answers, len(self.clients), held, self.upstream.statistics()))
 
     async def _sweep(self) -> None:
         while True:
@@ -226,28 +254,22 @@ class Worker:
             for client in list(self.clients):
                 client.sweep(now)
             self.upstream.sweep(now)
-
-
-def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    """TLS 1.2 and 1.3; HTTP/2 where the client can."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certificate, key)
-    context.set_alpn_protocols(["h2", "http/1.1"])
-    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
-    with contextlib.suppress(AttributeError):
-        context.num_tickets = 1
-    return context
+            if self._certificates is not None:
+                self._certificates.refresh()
 
 
 async def run(
-    name: str, settings: Edge, control: Path, vmm: Path, sockets: list[socket.socket], context: ssl.SSLContext, ready: Any
+    name: str, settings: Edge, control: Path, vmm: Path, sockets: dict[str, list[socket.socket]], certificates: Certificates, ready: Any
 ) -> None:
-    """Until SIGTERM, then drains."""
+    """Until SIGTERM, then drains. SIGUSR1 opens the access log again."""
     worker = Worker(name, settings, control, vmm)
-    await worker.serve(sockets, context)
+    await worker.serve(sockets["edge"], certificates, sockets.get("redirect", ()))
     ready()
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    if worker.access is not None:
+        loop.add_signal_handler(signal.SIGUSR1, worker.access.reopen)
     await stop.wait()
     await worker.drain()
+    if worker.access is not None:
+        worker.access.close()

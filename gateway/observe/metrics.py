@@ -5,7 +5,8 @@ from __future__ import annotations
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from gateway.sessions.states import State
+from gateway.messages import Counters
+from gateway.sessions.states import Event, State
 
 registry = CollectorRegistry()
 sessions = Gauge("torpor_sessions", "Sessions by state.", ["state"], registry=registry)
@@ -14,6 +15,42 @@ seconds = Histogram(
     "torpor_action_seconds", "What launches, suspends and resumes take.", ["action"], registry=registry,
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )  # fmt: skip
+edge_answers = Counter("torpor_edge_answers", "Requests answered at endpoints.", ["protocol", "status"], registry=registry)
+edge_now = Gauge(
+    "torpor_edge", "At the edge's workers now: clients, held requests, connections to applications.", ["what"], registry=registry
+)
+_counted: dict[str, Counters] = {}  # by worker, as last reported: a worker's own counts only grow
+
+
+def transition(event: Event) -> None:
+    transitions.labels(event.value).inc()
+
+
+def action_took(action: str, taken: float) -> None:
+    seconds.labels(action).observe(taken)
+
+
+def edge_counted(worker: str, counters: Counters) -> None:
+    """Labels are bounded: protocol, and the status's first digit."""
+    before = _counted.get(worker)
+    for protocol, answers in counters.answers.items():
+        known = before.answers[protocol] if before is not None else [0] * len(answers)
+        for digit, (now, then) in enumerate(zip(answers, known, strict=True)):
+            if now > then:
+                edge_answers.labels(protocol, f"{digit}xx").inc(now - then)
+    _counted[worker] = counters
+
+
+def edge_left(worker: str) -> None:
+    _counted.pop(worker, None)
+
+
+def _edge_sums() -> dict[str, int]:
+    sums = {"clients": sum(one.clients for one in _counted.values()), "held": sum(one.held for one in _counted.values())}
+    for one in _counted.values():
+        for name, count in one.origins.items():
+            sums[f"origins_{name}"] = sums.get(f"origins_{name}", 0) + count
+    return sums
 
 
 def application(states: object) -> web.Application:
@@ -25,6 +62,8 @@ def application(states: object) -> web.Application:
             counts[state] += 1
         for state, count in counts.items():
             sessions.labels(state.value).set(count)
+        for what, count in _edge_sums().items():
+            edge_now.labels(what).set(count)
         return web.Response(body=generate_latest(registry), content_type="text/plain", charset="utf-8")
 
     made = web.Application()

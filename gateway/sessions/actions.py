@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -43,6 +44,13 @@ class Actions:
         lifecycle.actions = self.carry_out
 
     async def carry_out(self, session: Session, action: Action, event: Event, detail: str) -> None:
+        started = time.monotonic()
+        try:
+            await self._carry_out(session, action, event)
+        finally:
+            self._lifecycle.on_action(action.value, time.monotonic() - started)
+
+    async def _carry_out(self, session: Session, action: Action, event: Event) -> None:
         if action is Action.SAVE:
             await self.save(session, event)
         elif action is Action.REST:

@@ -64,6 +64,8 @@ class Lifecycle:
         self.routes = routes
         self.logs = logs
         self.clock = clock
+        self.on_transition: Callable[[Event], None] = lambda event: None
+        self.on_action: Callable[[str, float], None] = lambda name, seconds: None
         self.actions: Callable[[Session, Action, Event, str], Coroutine[Any, Any, None]]
         self._loop = asyncio.get_running_loop()
         self._live: dict[str, Live] = {}
@@ -94,6 +96,7 @@ class Lifecycle:
             session.reason = detail or session.reason
         if new is State.TERMINATED:
             session.terminated_at = self.clock()
+        self.on_transition(event)
         log.info("session", id=session.id, on=event.value, old=old.value, new=new.value, detail=detail)
         # A resume is stored when its snapshot has been loaded and the guest is about to run: until then the snapshot is
         # good, and a crash must find the session SUSPENDED.

@@ -34,7 +34,7 @@ def gate(session: Session) -> str:
 
 def route_of(session: Session) -> Route:
     is_live = session.state in (State.PENDING, State.RUNNING, State.SUSPENDING)
-    return Route(session.endpoint, session.id, session.incarnation, gate(session), is_live)
+    return Route(session.endpoint, session.id, session.incarnation, gate(session), is_live, session.minimum_mib)
 
 
 class Routes:
@@ -95,7 +95,7 @@ class Routes:
         A worker that is silent for `seconds` is disconnected: what it knows of activity is unknown.
         """
         complete = await self._all_connected()
-        route = Route(session.endpoint, session.id, session.incarnation, HOLD)
+        route = Route(session.endpoint, session.id, session.incarnation, HOLD, baseline_mib=session.minimum_mib)
         self._routes[session.endpoint] = route
         request = GateRequest(self._change(route))
 

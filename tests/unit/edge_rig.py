@@ -47,6 +47,9 @@ class Control:
     async def rpc_activity(self, connection: Connection, body: m.Activity) -> None:
         pass
 
+    async def rpc_counters(self, connection: Connection, body: m.Counters) -> None:
+        self.counters = body
+
     def change(self, gate: str, incarnation: int = 1, session: str = "s1", is_live: bool = True) -> None:
         self.number += 1
         for connection in self.connections:
@@ -108,7 +111,7 @@ class Rig:
         self.worker = Worker("edge-0", Edge.model_validate(settings), self.directory / "c", self.directory / "v")
         self.worker.wall = lambda: self.now
         if http2:
-            self.worker._accept = lambda context: Either(self.worker)  # type: ignore[method-assign,assignment]
+            self.worker._accept = lambda: Either(self.worker)  # type: ignore[method-assign,assignment]
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         self.application = await asyncio.start_server(self._application, "127.0.0.1", 0)

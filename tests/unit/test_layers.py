@@ -17,7 +17,7 @@ ALLOWED = {
     "gateway.edge": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc", "gateway.tokens", "gateway.listeners"},
     "gateway.sessions": {"gateway.config", "gateway.messages", "gateway.rpc"},
     "gateway.images": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions"},
-    "gateway.observe": {"gateway.config", "gateway.sessions.states"},
+    "gateway.observe": {"gateway.config", "gateway.messages", "gateway.sessions.states"},
     "vmm": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc"},
     "gateway.cli": {"gateway.config", "gateway.instance", "gateway.supervisor", "vmm.assets", "vmm.probe", "vmm.cgroups", "vmm.disks", "gateway.listeners", "gateway.process", "gateway.sessions.logs", "gateway.observe"},
 }  # fmt: skip
