@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import secrets
+import time
 from pathlib import Path
 
 from cryptography import x509
@@ -15,6 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .config import ConfigError, Settings
 
+_TICKETS_SECONDS = 12 * 3600
 _CA_DAYS, _LEAF_DAYS, _RENEW_DAYS = 3650, 397, 30
 
 
@@ -36,6 +38,7 @@ def prepare(settings: Settings) -> None:
     # Sockets are made here by control (and by vmm, which is root).
     os.chown(settings.runtime, users.control, users.control)
     make_certificates(settings)
+    update_certificates(settings)
     keys = make_access_keys(settings)
     write_aws_profile(settings, *next(iter(keys.items())))
 
@@ -110,7 +113,8 @@ def make_certificates(settings: Settings) -> None:
         ).sign(key, hashes.SHA256())  # fmt: skip
         _write(ca_key_path, _private(key), 0, 0o600)
         _write(ca_path, certificate.public_bytes(serialization.Encoding.PEM), 0, 0o644)
-    _make_leaf(settings, x509.load_pem_x509_certificate(ca_path.read_bytes()), ca_key_path)
+    if not settings.edge.certificate:
+        _make_leaf(settings, x509.load_pem_x509_certificate(ca_path.read_bytes()), ca_key_path)
     # For clients that take one bundle only: the system's authorities and ours.
     system = Path("/etc/ssl/certs/ca-certificates.crt")
     _write(directory / "bundle.crt", (system.read_bytes() if system.exists() else b"") + ca_path.read_bytes(), 0, 0o644)
@@ -146,6 +150,41 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicK
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(now + datetime.timedelta(days=days))
     )  # fmt: skip
+
+
+def update_certificates(settings: Settings) -> None:
+    """Copies what the settings name to where workers read it, where it is another; a new ticket key when the old one is old.
+
+    Raises ConfigError for a certificate and key that do not belong together.
+    """
+    directory, edge = settings.tls_dir, settings.edge
+    if bool(edge.certificate) != bool(edge.key):
+        raise ConfigError("edge.certificate and edge.key go together: set both, or neither")
+    if edge.certificate:
+        chain, key = Path(edge.certificate).read_bytes(), Path(edge.key).read_bytes()
+        if not _is_same(directory / "edge.crt", chain) or not _is_same(directory / "edge.key", key):
+            _check_pair(edge.certificate, chain, key)
+            _write(directory / "edge.key", key, settings.users.edge, 0o600)
+            _write(directory / "edge.crt", chain, settings.users.edge, 0o644)
+    if edge.ocsp and not _is_same(directory / "edge.ocsp", answer := Path(edge.ocsp).read_bytes()):
+        _write(directory / "edge.ocsp", answer, settings.users.edge, 0o644)
+    tickets = directory / "tickets.key"
+    if not tickets.exists() or time.time() - tickets.stat().st_mtime > _TICKETS_SECONDS:
+        _write(tickets, secrets.token_bytes(80), settings.users.edge, 0o600)
+
+
+def _is_same(path: Path, data: bytes) -> bool:
+    return path.exists() and path.read_bytes() == data
+
+
+def _check_pair(name: str, chain: bytes, key: bytes) -> None:
+    try:
+        certificate = x509.load_pem_x509_certificates(chain)[0]
+        private = serialization.load_pem_private_key(key, None)
+    except (ValueError, IndexError, TypeError) as error:
+        raise ConfigError(f"edge.certificate {name}: not a PEM certificate with an unencrypted PEM key: {error}") from error
+    if certificate.public_key() != private.public_key():
+        raise ConfigError(f"edge.certificate {name} is not the certificate of edge.key")
 
 
 def _private(key: ec.EllipticCurvePrivateKey) -> bytes:

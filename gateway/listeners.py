@@ -11,10 +11,14 @@ from .config import ConfigError, Settings
 
 _CHOICES = (443, 8443)
 _SEARCH = range(8444, 8544)
+UNIX, SYSTEMD = "unix:", "systemd"  # in edge.addresses: a path, or what socket activation passes
+_SYSTEMD_FIRST = 3
 
 
 def listen(address: str, port: int, purpose: str) -> socket.socket:
     """Raises ConfigError that names the port's holder."""
+    if address.startswith(UNIX):
+        return _listen_unix(Path(address.removeprefix(UNIX)))
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -31,6 +35,36 @@ def listen(address: str, port: int, purpose: str) -> socket.socket:
             raise ConfigError(f"{address} port {port} ({purpose}) is taken by {holder(port)}: end it, or set {purpose}.port") from error
         raise ConfigError(f"{address} port {port} ({purpose}): {error.strerror}") from error
     return sock
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    """A socket that nobody listens on any more is replaced."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket():
+            if sock.connect_ex(str(path)) == 0:
+                raise ConfigError(f"{path} (edge) is taken by another process: end it, or set edge.addresses")
+            path.unlink()
+            sock.close()
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.bind(str(path))
+        path.chmod(0o666)
+        sock.listen(4096)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"{path} (edge): {error.strerror}") from error
+    return sock
+
+
+def from_systemd() -> list[socket.socket]:
+    """The sockets of socket activation (sd_listen_fds(3)). Raises ConfigError when there are none."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not os.environ.get("LISTEN_FDS", "").isdigit():
+        raise ConfigError("edge.addresses names systemd, but no sockets were passed: start torpor by its .socket unit")
+    return [socket.socket(fileno=os.dup(number)) for number in range(_SYSTEMD_FIRST, _SYSTEMD_FIRST + int(os.environ["LISTEN_FDS"]))]
+
+
+def is_inet(address: str) -> bool:
+    return address != SYSTEMD and not address.startswith(UNIX)
 
 
 def has_ipv6() -> bool:
@@ -59,7 +93,7 @@ def _is_free(addresses: list[str], port: int) -> bool:
 def choose_edge_port(settings: Settings, in_use: bool) -> int:
     """The instance's port: as set, or chosen once and kept. `in_use` says that our own workers still hold it."""
     kept = settings.root / "edge-port"
-    addresses = edge_addresses(settings)
+    addresses = [address for address in edge_addresses(settings) if is_inet(address)]
     port = settings.edge.port or (int(kept.read_text(encoding="ascii")) if kept.exists() else 0)
     if port:
         if not in_use and not _is_free(addresses, port):
@@ -73,7 +107,8 @@ def choose_edge_port(settings: Settings, in_use: bool) -> int:
 
 
 def edge_addresses(settings: Settings) -> list[str]:
-    return [address for address in settings.edge.addresses if ":" not in address or has_ipv6()]
+    """Without those of IPv6 where the host has none."""
+    return [one for one in settings.edge.addresses if not is_inet(one) or ":" not in one or has_ipv6()]
 
 
 def holder(port: int) -> str:

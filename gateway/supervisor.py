@@ -32,6 +32,7 @@ log = structlog.get_logger()
 
 _READY_SECONDS = 60.0
 _STOP_SECONDS = 90.0
+_CERTIFICATES_SECONDS = 30.0
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.05, 1.0  # longer would keep held requests past their deadline
 _CODE = Path(__file__).resolve().parents[1]
 
@@ -89,6 +90,8 @@ class Supervisor:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(f"instance {self._settings.name} is already served by another process") from error
+        os.truncate(self._lock, 0)
+        os.write(self._lock, str(os.getpid()).encode())  # for `torpor reload`
 
     def _living(self) -> dict[str, dict[str, object]]:
         """Processes of an earlier supervisor that still run, by name."""
@@ -129,12 +132,27 @@ class Supervisor:
             "metrics": one("metrics", settings.api.address, settings.api.metrics_port),
         }
         self._children.append(Child("control", [*python, "gateway.control"], users.control, control))
+        shared: list[socket.socket] = []  # sockets of which there is only one, whatever the number of workers
         for slot in range(settings.edge.worker_count):
-            adopted = sockets.get("edge")
-            mine = adopted.pop() if adopted else [
-                listeners.listen(address, settings.edge.port, "edge") for address in listeners.edge_addresses(settings)
-            ]  # fmt: skip
-            self._children.append(Child(f"edge-{slot}", [*python, "gateway.edge", str(slot)], users.edge, {"edge": mine}))
+            mine = {"edge": self._slot("edge", sockets, shared)}
+            if settings.edge.redirect_port:
+                mine["redirect"] = self._slot("redirect", sockets, shared)
+            self._children.append(Child(f"edge-{slot}", [*python, "gateway.edge", str(slot)], users.edge, mine))
+
+    def _slot(self, purpose: str, sockets: dict[str, list[list[socket.socket]]], shared: list[socket.socket]) -> list[socket.socket]:
+        """One worker's listeners: adopted from an earlier supervisor, or new."""
+        adopted, edge = sockets.get(purpose), self._settings.edge
+        if adopted:
+            return adopted.pop()
+        port = edge.port if purpose == "edge" else edge.redirect_port
+        addresses = listeners.edge_addresses(self._settings)
+        own = [listeners.listen(address, port, "edge") for address in addresses if listeners.is_inet(address)]
+        if purpose != "edge":
+            return own
+        if not shared:
+            shared += [listeners.listen(address, 0, "edge") for address in addresses if address.startswith(listeners.UNIX)]
+            shared += listeners.from_systemd() if listeners.SYSTEMD in addresses else []
+        return own + shared
 
     # ---- processes ----
 
@@ -250,6 +268,7 @@ class Supervisor:
 
     async def reload(self) -> None:
         """Replaces the edge workers one by one; no request is refused or cut."""
+        await asyncio.to_thread(instance.update_certificates, self._settings)
         for child in [one for one in self._children if one.name.startswith("edge")]:
             old = child.process
             await self._launch(child)
@@ -257,6 +276,16 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     old.terminate()
         log.info("reloaded")
+
+    async def keep_certificates(self) -> None:
+        """Workers load their files again when they change: ours keep up with the ones that the settings name, and the session
+        tickets' key is another one every so often."""
+        while True:
+            await asyncio.sleep(_CERTIFICATES_SECONDS)
+            try:
+                await asyncio.to_thread(instance.update_certificates, self._settings)
+            except (ConfigError, OSError, ValueError) as error:
+                log.error("tls.not_updated", error=str(error))
 
     async def stop(self) -> None:
         """Running sessions are suspended first; nothing stays behind but files in the instance's root."""
@@ -321,6 +350,8 @@ async def serve(settings: Settings, announce: Callable[[Settings], None]) -> Non
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(supervisor.reload()))
+    keeper = loop.create_task(supervisor.keep_certificates())
     announce(started)
     await stop.wait()
+    keeper.cancel()
     await supervisor.stop()

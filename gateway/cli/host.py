@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import json
 import os
 import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +23,8 @@ from .output import console, errors, fail, show_json, show_table
 Root = Annotated[Path | None, typer.Option("--root", help="The instance's directory.")]
 Name = Annotated[str | None, typer.Option("--name", help="The instance's name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_RELOAD_SECONDS = 60.0
+_SYSTEM_AUTHORITIES = Path("/usr/local/share/ca-certificates")
 _PROGRAMS = {
     "qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils", "buildah": "buildah", "mmdebstrap": "mmdebstrap",
     "slirp4netns": "slirp4netns", "musl-gcc": "musl-tools", "mkfs.ext4": "e2fsprogs", "nft": "nftables", "ip": "iproute2",
@@ -28,6 +34,8 @@ _PROGRAMS = {
 
 def register(app: typer.Typer) -> None:
     app.command()(serve)
+    app.command()(reload)
+    app.command()(trust)
     app.command()(env)
     app.command()(doctor)
     app.command()(version)
@@ -57,6 +65,53 @@ def serve(root: Root = None, name: Name = None) -> None:
             console.print(f"export {variable}={value}", soft_wrap=True)
 
     asyncio.run(supervisor.serve(settings, announce))
+
+
+def reload(root: Root = None, name: Name = None) -> None:
+    """Replace the edge's workers one by one, without a failed request: new certificates, new code.
+
+    Example: torpor reload
+    """
+    settings = config.load(root=root, name=name)
+    state = settings.runtime / "supervisor.json"
+    try:
+        supervisor = int((settings.runtime / "lock").read_text(encoding="ascii"))
+        before = _edge_processes(state)
+        os.kill(supervisor, signal.SIGHUP)
+    except (OSError, ValueError):
+        fail(f"instance {settings.name} is not served here: start it with `torpor serve`", 1)
+    deadline = time.monotonic() + _RELOAD_SECONDS
+    while _edge_processes(state) & before:
+        if time.monotonic() > deadline:
+            fail(f"workers were not replaced within {_RELOAD_SECONDS:g} s: the service's log says why", 1)
+        time.sleep(0.05)
+
+
+def _edge_processes(state: Path) -> set[int]:
+    found: dict[str, dict[str, int]] = json.loads(state.read_text(encoding="utf-8"))
+    return {entry["pid"] for child, entry in found.items() if child.startswith("edge")}
+
+
+def trust(root: Root = None, name: Name = None, remove: Annotated[bool, typer.Option(help="Take it out again.")] = False) -> None:
+    """Add this instance's development certificate authority to the system's, for browsers and other programs.
+
+    Example: torpor trust
+    """
+    settings = config.load(root=root, name=name)
+    authority, target = settings.tls_dir / "ca.crt", _SYSTEM_AUTHORITIES / f"torpor-{settings.name}.crt"
+    if os.geteuid() != 0:
+        fail("trust needs root: it changes the system's certificate authorities", 2)
+    if not remove and not authority.is_file():
+        fail(f"no instance at {settings.root}: start one with `torpor serve`, or name it with --root", 1)
+    if remove:
+        target.unlink(missing_ok=True)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(authority, target)
+    done = subprocess.run(["update-ca-certificates"], capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        fail(f"update-ca-certificates: {done.stderr.strip()}", 1)
+    errors.print(f"torpor: {target} {'removed' if remove else 'added'}; Firefox keeps a list of its own: import {authority} there")
 
 
 def env(root: Root = None, name: Name = None) -> None:

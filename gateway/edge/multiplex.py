@@ -28,9 +28,29 @@ BY_PEER, BY_US = 1, 2
 
 class Multiplex(asyncio.Protocol):
     __slots__ = (
-        "_block", "_block_frames", "_blocked", "_buffer", "_closed", "_control", "_credit", "_decoder", "_flush_due", "_growth", "_out",
-        "_peer_settled", "_receive_window", "_resets", "_write_paused", "frame_bytes", "goaway_sent", "initial_window", "last_number",
-        "send_window", "streams", "time", "transport",
+        "_block",
+        "_block_frames",
+        "_blocked",
+        "_buffer",
+        "_closed",
+        "_control",
+        "_credit",
+        "_decoder",
+        "_flush_due",
+        "_growth",
+        "_out",
+        "_peer_settled",
+        "_receive_window",
+        "_resets",
+        "frame_bytes",
+        "goaway_sent",
+        "initial_window",
+        "last_number",
+        "send_window",
+        "streams",
+        "time",
+        "transport",
+        "write_paused",
     )  # fmt: skip
 
     def __init__(self, time: Callable[[], float], list_bytes: int) -> None:
@@ -48,7 +68,7 @@ class Multiplex(asyncio.Protocol):
         self._block_frames = 0
         self._out: list[bytes] = []
         self._flush_due = False
-        self._write_paused = False
+        self.write_paused = False
         self._blocked: dict[Any, None] = {}  # streams with a queue, in the order of their turn
         self._receive_window = f.WINDOW_BYTES
         self._credit = 0
@@ -361,7 +381,7 @@ class Multiplex(asyncio.Protocol):
 
     def _emit(self, stream: Flow, data: bytes, end: bool) -> int:
         size, at = len(data), 0
-        window = 0 if self._write_paused else min(stream.send_window, self.send_window, size)
+        window = 0 if self.write_paused else min(stream.send_window, self.send_window, size)
         while at < window:
             stop = min(window, at + self.frame_bytes)
             self.put(f.frame(f.DATA, f.END_STREAM if end and stop == size else 0, stream.number, data[at:stop]))
@@ -373,7 +393,7 @@ class Multiplex(asyncio.Protocol):
     def _unblock(self) -> None:
         """A frame for each stream that waits, in turn, until the windows are used up."""
         turn = deque(self._blocked)
-        while turn and self.send_window > 0 and not self._write_paused:
+        while turn and self.send_window > 0 and not self.write_paused:
             stream = turn.popleft()
             step = min(len(stream.queue), stream.send_window, self.send_window, self.frame_bytes)
             if step <= 0 or stream not in self._blocked:
@@ -399,10 +419,10 @@ class Multiplex(asyncio.Protocol):
             self.sent_end(stream)
 
     def pause_writing(self) -> None:
-        self._write_paused = True
+        self.write_paused = True
 
     def resume_writing(self) -> None:
-        self._write_paused = False
+        self.write_paused = False
         self._unblock()
 
     # ---- ends ----

@@ -27,8 +27,8 @@ from .exchange import Exchange
 from .hold import Holds
 from .http1 import Http1
 from .http2 import Http2
-from .http2 import Key as FieldsKey
 from .memo import Admitted, Memo, Repeated
+from .stream import Key as FieldsKey
 from .table import RouteTable
 from .tls import TlsServer
 from .upstream import Upstream
