@@ -3,23 +3,26 @@
 PACKAGES = python3 python3-venv gcc make musl-tools linux-libc-dev qemu-system-x86 qemu-utils buildah uidmap slirp4netns \
 	mmdebstrap e2fsprogs nftables iproute2 kmod util-linux curl ca-certificates libnss-myhostname
 BENCH_PACKAGES = nginx-light haproxy nghttp2-client wrk hey libssl-dev
+CONFORMANCE_PACKAGES = nghttp2-client nodejs chromium openssl curl
 VENV = .venv
 PY = $(VENV)/bin/python
 export TORPOR_CACHE ?= /var/cache/torpor
 
-.PHONY: help setup deps assets demo serve test test-long check lint types unit bench-lifecycle bench-edge bench-packages lock clean
+# Asking dpkg is quick; apt is called only for what is missing. RUNLEVEL=1 keeps packages from starting services.
+install = missing=""; for package in $(1); do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
+	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; apt-get -q update >/dev/null && \
+	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
+
+.PHONY: help setup deps assets demo serve test test-long check lint types unit conformance conformance-packages bench-lifecycle bench-edge bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: deps assets ## install packages and Python libraries, make kernel, initramfs and base image
 
-# Asking dpkg is quick; apt is called only for what is missing. policy-rc.d keeps packages from starting services.
 deps: $(VENV)/ready
 $(VENV)/ready: requirements.lock pyproject.toml
-	@missing=""; for package in $(PACKAGES); do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
-	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; apt-get -q update >/dev/null && \
-	DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
+	@$(call install,$(PACKAGES))
 	@echo "setup: Python libraries into $(VENV)"
 	@/usr/bin/python3 -m venv --clear $(VENV)
 	@$(VENV)/bin/pip install -qq --disable-pip-version-check -r requirements.lock
@@ -37,10 +40,10 @@ serve: setup ## run the service for yourself; prints the exports for another she
 	@$(VENV)/bin/torpor serve
 
 test: setup check ## every test but the long ones
-	@$(PY) -m pytest -q -m "vm and not long" tests
+	@$(PY) -m pytest -q -m "vm and not long and not conformance" tests
 
 test-long: setup ## every test
-	@$(PY) -m pytest -q tests
+	@$(PY) -m pytest -q -m "not conformance" tests
 
 check: deps lint types unit ## lint, types, unit tests: under a minute
 
@@ -53,6 +56,12 @@ types:
 unit:
 	@$(PY) -m pytest -q -m "not vm and not long" tests
 
+conformance: setup conformance-packages ## every protocol and client against a real endpoint; writes docs/conformance.md
+	@CONFORMANCE_TABLE=docs/conformance.md $(PY) -m pytest -q -m conformance tests/conformance
+
+conformance-packages:
+	@$(call install,$(CONFORMANCE_PACKAGES))
+
 bench-lifecycle: setup ## launch, suspend, resume, beside the bare hypervisor
 	@$(PY) benchmarks/lifecycle.py
 
@@ -60,9 +69,7 @@ bench-edge: setup bench-packages ## the endpoint proxy, beside nginx, haproxy an
 	@$(PY) benchmarks/edge.py
 
 bench-packages:
-	@missing=""; for package in $(BENCH_PACKAGES); do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
-	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; apt-get -q update >/dev/null; \
-	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
+	@$(call install,$(BENCH_PACKAGES))
 
 lock: ## write requirements.lock from pyproject.toml
 	@$(VENV)/bin/pip freeze --all --exclude-editable --exclude torpor --exclude pip > requirements.lock

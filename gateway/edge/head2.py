@@ -150,7 +150,9 @@ def parse_response(fields: list[Field], end: bool, most: int, is_head: bool) -> 
             block += b"\r\nTransfer-Encoding: chunked"
     elif end and status >= 200 and status not in (204, 304) and not is_head:
         framing, block = FIXED, block + b"\r\nContent-Length: 0"
-    return ResponseHead(status, framing, length, True, b"HTTP/1.1 %d " % status, block, None, frozenset(name for name, _ in rest))
+    head = ResponseHead(status, framing, length, True, b"HTTP/1.1 %d " % status, block, None, frozenset(name for name, _ in rest))
+    head.hpack = frames.encode_status(status) + frames.encode(rest)  # as it came, without what HTTP/1.1 needs for its framing
+    return head
 
 
 def parse_trailers(fields: list[Field]) -> Trailers:

@@ -105,9 +105,12 @@ class OriginStream(Flow):
         self._head = head
         self._chunks = head.framing == CHUNKED and exchange.is_raw
         self._left = head.length if head.framing not in (CHUNKED, NO_BODY) else -1
-        exchange.response_head(head)
-        if end:
-            self._over(None, True)
+        if end:  # as gRPC says that a call failed at once: to its clients it must stay one frame
+            self.exchange = None
+            exchange.response_whole(head, b"")
+            self.connection.answered(self)
+        else:
+            exchange.response_head(head)
 
     def data(self, data: bytes, end: bool) -> None:
         exchange = self.exchange

@@ -127,7 +127,7 @@ class Request(Exchange, Flow):
 
     def response_whole(self, head: ResponseHead, body: bytes) -> None:
         connection, size = self.connection, len(body)
-        if not size or size > min(self.send_window, connection.send_window, connection.frame_bytes) or connection.write_paused:
+        if size > min(self.send_window, connection.send_window, connection.frame_bytes) or connection.write_paused:
             self.response_head(head)
             self.response_done(body=body)
             return
@@ -142,7 +142,8 @@ class Request(Exchange, Flow):
             return
         connection.send_window -= size
         self.send_window -= size
-        connection.put(f.headers(self.number, self._fields(head), False) + f.frame(f.DATA, f.END_STREAM, self.number, body))
+        data = f.frame(f.DATA, f.END_STREAM, self.number, body) if size else b""
+        connection.put(f.headers(self.number, self._fields(head), not size) + data)
         self.worker.count(self)
         connection.sent_end(self)
 

@@ -120,6 +120,11 @@ async def respond(method, path, query, fields, body, writer, peer):
     elif path == "/echo":
         STATE["counter"] += 1
         writer.write(answer(200, body))
+    elif path == "/page" and method == "PUT":
+        STATE["page"] = body
+        writer.write(answer(200, b"kept"))
+    elif path == "/page":
+        writer.write(answer(200, STATE["page"]).replace(b"text/plain", b"text/html", 1))
     elif path == "/slow":
         await asyncio.sleep(float(query["s"]))
         STATE["counter"] += 1
