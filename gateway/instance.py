@@ -35,6 +35,13 @@ def prepare(settings: Settings) -> None:
         path.mkdir(exist_ok=True)
         os.chown(path, owner, owner)
         path.chmod(mode)
+    if settings.edge.access_log:  # its place is the operator's; workers, who are nobody there, only write to it
+        log = Path(settings.edge.access_log)
+        try:
+            log.touch(0o640)
+            os.chown(log, users.edge, -1)
+        except OSError as error:
+            raise ConfigError(f"edge.access_log {log}: {error.strerror}") from error
     # Sockets are made here by control (and by vmm, which is root).
     os.chown(settings.runtime, users.control, users.control)
     make_certificates(settings)

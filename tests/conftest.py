@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import host_state
 import hypothesis
 import pytest
-from service import Instance, app_files
+from service import Instance, app_files, free_port
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore looks for new ones.
 _QUIET = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
@@ -41,6 +42,12 @@ def host_before(request: pytest.FixtureRequest) -> Iterator[dict[str, set[str]]]
 @pytest.fixture(scope="session")
 def instance(host_before: dict[str, set[str]]) -> Iterator[Instance]:
     one = Instance("test", 700_000, IMAGES__START_SECONDS="20", EDGE__HOLD_SECONDS="30")
+    log = one.directory / "access.log"
+    one.environment |= {
+        "TORPOR_EDGE__ACCESS_LOG": str(log), "TORPOR_EDGE__REDIRECT_PORT": str(free_port()),
+        "TORPOR_EDGE__ADDRESSES": json.dumps(["127.0.0.1", "::1", f"unix:{one.directory}/edge.sock"]),
+        "TORPOR_EDGE__PROXY_PROTOCOL_FROM": json.dumps(["127.0.0.9/32"]),
+    }  # fmt: skip
     try:
         one.start()
         yield one
