@@ -53,12 +53,11 @@ class AccessLog:
         if self._size > _BUFFER_MAX_BYTES:
             self.lost += 1
             return
-        head = exchange.head
+        host, method, target = _what(exchange)
         data = self._encode(
             Line(
                 wall, exchange.request_id.decode("ascii"), exchange.peer, PROTOCOLS[exchange.protocol],
-                head.host if head else "", head.method.decode("latin-1") if head else "",
-                head.target.partition(b"?")[0].decode("latin-1") if head else "", exchange.status, exchange.sent,
+                host, method.decode("latin-1"), target.partition(b"?")[0].decode("latin-1"), exchange.status, exchange.sent,
                 _ms(now - exchange.began), _ms(exchange.held_seconds), _ms(exchange.first_byte - exchange.began), closed_by,
             )
         )  # fmt: skip
@@ -85,6 +84,17 @@ class AccessLog:
     def close(self) -> None:
         self.flush()
         os.close(self._file)
+
+
+def _what(exchange: Exchange) -> tuple[str, bytes, bytes]:
+    """Host, method and target."""
+    head, again = exchange.head, exchange.again
+    if head is not None:
+        return head.host, head.method, head.target
+    if again is not None:
+        method, target, _ = again.rewritten.split(b" ", 2)
+        return again.memo.host, method, target
+    return "", b"", b""  # a head that could not be read
 
 
 def _ms(seconds: float) -> float:

@@ -15,7 +15,7 @@ from . import replies
 from .admission import SHELL_PORT, Forward, Hold, Lookup, Refuse, admit, check_token
 from .head import RequestHead, ResponseHead
 from .hold import HoldFull
-from .memo import Admitted
+from .memo import Admitted, Repeated
 from .table import Account, RouteEntry
 from .upstream import ConnectFailed, SessionGone
 
@@ -57,7 +57,7 @@ class Exchange:
     """Origins call the methods under "the answer"; a protocol implements them."""
 
     __slots__ = (
-        "_held_since", "_limiter", "_task", "_throttled", "_timing", "_waiting", "account", "began", "first_byte", "head",
+        "_held_since", "_limiter", "_task", "_throttled", "_timing", "_waiting", "account", "again", "began", "first_byte", "head",
         "held_for", "held_seconds", "origin", "request_id", "response_started", "sent", "status", "worker",
     )  # fmt: skip
 
@@ -69,6 +69,7 @@ class Exchange:
         self.head: RequestHead | None = None
         self.origin: OriginSide | None = None
         self.account = NOBODY
+        self.again: Repeated | None = None  # in place of a head, where the request is one that was seen before
         self.request_id = b""
         self.response_started = False
         self.status = 0
@@ -161,9 +162,10 @@ class Exchange:
             return None
         return worker.upstream.take_idle(memo.key)
 
-    def forward_now(self, origin: Origin, rewritten: bytes, is_head: bool, account: Account, now: float) -> None:
+    def forward_now(self, origin: Origin, again: Repeated, now: float) -> None:
         """An admitted request without a body, on a connection that waits."""
-        self.account = account
+        self.again = again
+        self.account = account = again.memo.account
         account.count += 1
         account.waiting += 1
         account.last = self.began = now
@@ -175,9 +177,9 @@ class Exchange:
         self._held_since = self.held_seconds = 0.0
         self.sent = 0
         self.request_id = request_id = self.worker.request_id()
-        origin.begin(self, is_head)
+        origin.begin(self, again.is_head)
         assert origin.transport is not None
-        origin.transport.write(b"%b%b\r\n\r\n" % (rewritten, request_id))
+        origin.transport.write(b"%b%b\r\n\r\n" % (again.rewritten, request_id))
 
     # ---- what was parsed ----
 
@@ -185,6 +187,7 @@ class Exchange:
         """At once where that is possible."""
         worker = self.worker
         self.head = head
+        self.again = None
         self.began = now
         self.response_started = False
         self.sent = 0

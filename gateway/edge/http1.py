@@ -127,7 +127,7 @@ class Http1(Exchange, asyncio.Protocol):
         if again is not None and (origin := self.admitted(again.memo)) is not None:
             self._state = _WAITING
             self._keep = again.memo.keep_alive
-            self.forward_now(origin, again.rewritten, again.is_head, again.memo.account, now)
+            self.forward_now(origin, again, now)
             if len(data) > end + 4:
                 self._ahead = data[end + 4 :]
             return
@@ -139,7 +139,7 @@ class Http1(Exchange, asyncio.Protocol):
             self._keep = memo.keep_alive
             again = Repeated(memo, b"%b%b\r\nx-amzn-requestid: " % (line, memo.block), line.startswith(b"HEAD "))
             worker.repeated.put(raw, again)
-            self.forward_now(origin, again.rewritten, again.is_head, memo.account, now)
+            self.forward_now(origin, again, now)
             if len(data) > end + 4:
                 self._ahead = data[end + 4 :]
             return
@@ -155,6 +155,7 @@ class Http1(Exchange, asyncio.Protocol):
         try:
             head = parse_request(line, block, self.worker.settings.head_fields)
         except Malformed as error:
+            self.head, self.again, self.began = None, None, now
             self._fail(error.status, str(error).encode())
             return
         self._keep = head.keep_alive = head.keep_alive and head.minor == 1

@@ -128,7 +128,7 @@ class Http2(Multiplex):
         request = self.streams[number] = Request(self, number, now)
         request.received_end = end
         if again is not None and not self.goaway_sent and (origin := request.admitted(again.memo)) is not None:
-            request.forward_now(origin, again.rewritten, again.is_head, again.memo.account, now)
+            request.forward_now(origin, again, now)
         else:
             self._parsed(request, key or tuple(f.decode(self._decoder, block)), end, now)
 

@@ -366,3 +366,56 @@ async def test_push_of_rapid_resets_ends_the_connection(rig: Rig) -> None:
     assert await raw.outcome() == "goaway ENHANCE_YOUR_CALM"
     while rig.worker.holds.statistics()["requests"]:
         await asyncio.sleep(0.001)
+
+
+async def test_windows_grow_with_use_so_that_one_stream_fills_a_long_link(rig: Rig) -> None:
+    """50 ms each way, by a relay: an upload would get 64 KiB a round trip if its window stayed what it was."""
+    size = 12_000_000
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        await reader.readexactly(size)
+        writer.write(OK)
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[float, bytes]]()
+
+        async def deliver() -> None:
+            while True:
+                due, data = await queue.get()
+                await asyncio.sleep(max(0.0, due - loop.time()))
+                writer.write(data)
+
+        task = asyncio.create_task(deliver())
+        while data := await reader.read(1 << 18):
+            queue.put_nowait((loop.time() + 0.05, data))
+        task.cancel()
+
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        to, back = await rig.open()
+        for pair in ((reader, back), (to, writer)):
+            tasks.add(asyncio.create_task(carry(*pair)))
+
+    rig.script = script
+    server = await asyncio.start_server(relay, "127.0.0.1", 0)
+    client = Judge(*await asyncio.open_connection("127.0.0.1", server.sockets[0].getsockname()[1]))
+    number = client.ask(fields(rig, "/", "PUT", ("content-length", str(size))), end=False)
+    left, widest = size, 0
+    while left:
+        window = client.h2.local_flow_control_window(number)
+        widest = max(widest, window)
+        step = min(left, window, 16_384)
+        if step:
+            client.h2.send_data(number, b"x" * step, end_stream=step == left)
+            client.flush()
+            left -= step
+        else:
+            await client.turn()
+    assert (await client.answer(number)).body == b"ok"
+    assert widest > 2_000_000  # 20 MB a second at this distance
+    server.close()
+    client.writer.close()
+    for task in tasks:
+        task.cancel()
