@@ -75,9 +75,9 @@ class Http2(Multiplex):
         self.eof_received()
 
     def eof_received(self) -> bool:
-        """Nothing more will come: what waits is forgotten, what runs is answered."""
+        """Nothing more will come: what waits, or has not come whole, is forgotten; what runs is answered."""
         for stream in list(self.streams.values()):
-            if stream.origin is None and not stream.response_started:
+            if not stream.received_end or (stream.origin is None and not stream.response_started):
                 self.drop(stream)
                 stream.leave()
         if not self.streams:

@@ -154,6 +154,19 @@ class Rig:
             target = (await self.head(reader)).split(b" ")[1]
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(target), target))
 
+    async def echo(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Echoes bodies, of either framing, for ever."""
+        while True:
+            head, body = (await self.head(reader)).lower(), b""
+            if b"transfer-encoding: chunked" in head:
+                while size := int(await reader.readuntil(b"\n"), 16):
+                    body += await reader.readexactly(size)
+                    await reader.readline()
+                await reader.readuntil(b"\r\n")
+            elif b"content-length: " in head:
+                body = await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
     # ---- a client ----
 
     async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
