@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from report import figure, note  # noqa: E402
 
 from gateway.config import Settings  # noqa: E402
 from gateway.instance import make_certificates  # noqa: E402
+from gateway.messages import Route  # noqa: E402
 from gateway.rpc import Server, Service  # noqa: E402
 from gateway.tokens import Minter  # noqa: E402
 
@@ -120,6 +122,18 @@ def latency(site: Site, running: dict[str, Peer]) -> None:
             figure(f"added_latency_{suffix}", medians["ours"], "us", peer, medians[peer])
 
 
+def routes(site: Site, running: dict[str, Peer]) -> None:
+    """Requests a second with 100,000 sessions in the routing table, against one."""
+    rates: dict[str, list[float]] = {"routes_100k": [], "ours": []}
+    for number in range(ROUNDS + 1):
+        for name, seen in rates.items():
+            one = loads.keepalive(running[name], site, SECONDS, 32, False)
+            if number:
+                seen.append(one.rate)
+                note(f"routes, round {number}: {name} {one}")
+    figure("routes_100k", statistics.median(rates["routes_100k"]), "req/s", "routes_1", statistics.median(rates["ours"]))
+
+
 def idle(site: Site, running: dict[str, Peer]) -> None:
     sizes = {name: loads.idle_bytes(running[name], site, 5000) for name in ("ours", "nginx", "haproxy")}
     for peer in ("nginx", "haproxy"):
@@ -134,6 +148,11 @@ async def compare(work: Path) -> None:
     (work / "verifiers").write_bytes(msgspec.json.encode(minter.verifiers()))
     users = {os.getuid()}
     servers = [Server(work / "c", Service(Control(minter)), users), Server(work / "v", Service(Vmm()), users)]
+    crowded = Control(minter)  # the same with 100,000 sessions more in the table
+    for number in range(100_000):
+        name = f"{uuid.UUID(int=number)}.lambda-microvm.us-east-1.localhost"
+        crowded.routes[name] = Route(name, f"microvm-{uuid.UUID(int=number)}", 1, "hold", is_live=False)
+    servers.append(Server(work / "c100k", Service(crowded), users))
     token = minter.mint("s1", [(1, 65535)], 3600)
     site = Site(work, settings.tls_dir / "edge.crt", settings.tls_dir / "edge.key", token, peers.free_port())
     await asyncio.to_thread(peers.compile_tools, work)
@@ -155,6 +174,8 @@ def everything(site: Site, running: dict[str, Peer]) -> None:
             show(name, unit, measure(name, row, running, names))
     if not wanted or "added_latency" in wanted:
         latency(site, running)
+    if not wanted or "routes_100k" in wanted:
+        routes(site, running)
 
 
 def main() -> None:

@@ -152,10 +152,11 @@ def start(site: Site) -> dict[str, Peer]:
     for name, text in texts.items():
         (work / f"{name}.conf").write_text(text)
         note(f"--- {name}\n{text.replace(site.token, 'TOKEN')}")
-    python, ours, theirs = sys.executable, free_port(), free_port()
+    python, ours, theirs, many = sys.executable, free_port(), free_port(), free_port()
     commands = {
         "application": (site.origin, [work / "origin", site.origin]),
         "ours": (ours, [python, HERE / "edge_worker.py", ours, site.certificate, site.key, work / "c", work / "v"]),
+        "routes_100k": (many, [python, HERE / "edge_worker.py", many, site.certificate, site.key, work / "c100k", work / "v"]),
         "aiohttp": (theirs, [python, HERE / "aiohttp_proxy.py", theirs, site.certificate, site.key, work / "verifiers", site.origin]),
         "haproxy": (ports["haproxy"], [program("haproxy"), "-db", "-f", work / "haproxy.conf"]),
     }

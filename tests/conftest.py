@@ -10,23 +10,13 @@ from typing import Any
 import host_state
 import hypothesis
 import pytest
-from service import Instance, app_files, free_port
+from service import HOOKS, Instance, app_files, free_port
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore looks for new ones.
 _QUIET = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("repeat", derandomize=True, **_QUIET)
 hypothesis.settings.register_profile("explore", max_examples=2000, **_QUIET)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
-
-
-HOOKS = {
-    "port": 9000,
-    "microvmImageHooks": {"ready": "ENABLED", "readyTimeoutInSeconds": 60},
-    "microvmHooks": {
-        "run": "ENABLED", "runTimeoutInSeconds": 10, "resume": "ENABLED", "resumeTimeoutInSeconds": 10,
-        "suspend": "ENABLED", "suspendTimeoutInSeconds": 10, "terminate": "ENABLED", "terminateTimeoutInSeconds": 10,
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -25,6 +26,15 @@ BIN = Path(sys.prefix) / "bin"
 BUCKET = "artifacts"
 ROLE = "arn:aws:iam::123456789012:role/test"
 BASE = "arn:aws:lambda:us-east-1:aws:microvm-image:al2023-1"
+
+HOOKS = {
+    "port": 9000,
+    "microvmImageHooks": {"ready": "ENABLED", "readyTimeoutInSeconds": 60},
+    "microvmHooks": {
+        "run": "ENABLED", "runTimeoutInSeconds": 10, "resume": "ENABLED", "resumeTimeoutInSeconds": 10,
+        "suspend": "ENABLED", "suspendTimeoutInSeconds": 10, "terminate": "ENABLED", "terminateTimeoutInSeconds": 10,
+    },
+}  # fmt: skip
 
 
 def free_port() -> int:
@@ -114,6 +124,23 @@ class Instance:
             if record["session"]:
                 found[record["session"]] = record
         return found
+
+    def inside(self, identifier: str, work: Callable[[], Any]) -> Any:
+        """Runs `work` in a microVM's network namespace: the direct way to its application."""
+        from vmm import host
+
+        link = self.hypervisors()[identifier]["link"]
+        made: list[Any] = []
+
+        def enter() -> None:
+            with (self.run / self.name / "netns" / link).open() as namespace:
+                host.setns(namespace.fileno(), host.CLONE_NEWNET)
+            made.append(work())
+
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+        return made[0]
 
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)

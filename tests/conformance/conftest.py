@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,24 +60,6 @@ def state(request: pytest.FixtureRequest, service: Instance, guest: dict[str, An
         service.client().suspend_microvm(microvmIdentifier=guest["microvmId"])
         service.state(guest["microvmId"], "SUSPENDED")
     return str(request.param)
-
-
-def inside(service: Instance, guest: dict[str, Any], work: Any) -> Any:
-    """Runs `work` in the microVM's network namespace: the direct way to its application."""
-    from vmm import host
-
-    link = service.hypervisors()[guest["microvmId"]]["link"]
-    made: list[Any] = []
-
-    def enter() -> None:
-        with (service.run / service.name / "netns" / link).open() as namespace:
-            host.setns(namespace.fileno(), host.CLONE_NEWNET)
-        made.append(work())
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    return made[0]
 
 
 # ---- the table ----

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import inside
 from service import Instance
 from wire import get
 
@@ -115,7 +114,7 @@ KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 
 
 def direct(service: Instance, guest: dict[str, Any]) -> socket.socket:
-    return inside(service, guest, lambda: socket.create_connection(("169.254.77.2", PORT), 10))
+    return service.inside(guest["microvmId"], lambda: socket.create_connection(("169.254.77.2", PORT), 10))
 
 
 def through(guest: dict[str, Any]) -> ssl.SSLSocket:

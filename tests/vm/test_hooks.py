@@ -64,8 +64,7 @@ def test_hook_that_fails_terminates(instance: Instance, hooked: str, hook: str, 
 
 
 def test_run_hook_that_refuses(instance: Instance, app: str) -> None:
-    from conftest import HOOKS
-    from service import app_files
+    from service import HOOKS, app_files
 
     arn = instance.create("refuses", instance.upload(app_files(), "refuses.zip"), hooks=HOOKS, environmentVariables={"HOOK_RUN": "400"})
     assert instance.built(arn)["buildState"] == "SUCCESSFUL"
