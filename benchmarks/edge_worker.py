@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ def main() -> None:
     upstream.GUEST_ADDRESS = "127.0.0.1"
     listener = socket.create_server(("127.0.0.1", int(port)), backlog=4096)
     sockets = {"edge": [listener]}
+    gc.freeze()  # as gateway/process.py does
+    gc.set_threshold(50_000, 20, 50)
     uvloop.run(run("edge-0", Edge(), Path(control), Path(vmm), sockets, Certificates(Path(certificate).parent), lambda: None))
 
 

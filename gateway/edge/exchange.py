@@ -152,7 +152,7 @@ class Exchange:
 
     # ---- the fast path ----
 
-    def admitted(self, memo: Admitted) -> Origin | None:
+    def admitted(self, memo: Admitted, now: float) -> Origin | None:
         """A connection for a remembered request, where what was remembered still holds."""
         worker = self.worker
         entry = worker.table.get(memo.host)
@@ -160,7 +160,7 @@ class Exchange:
             return None
         if entry.limiter is not None:
             return None
-        return worker.upstream.take_idle(memo.key)
+        return worker.upstream.take_idle(memo.key, now)
 
     def forward_now(self, origin: Origin, again: Repeated, now: float) -> None:
         """An admitted request without a body, on a connection that waits."""
@@ -212,7 +212,7 @@ class Exchange:
         key = (route.session, route.incarnation, port)
         if head.is_memorable and not head.wants_h2:
             self.remember(Admitted(head.host, route, self.worker.checker, expires, key, entry.account, head.block, head.keep_alive))
-        origin = None if head.wants_h2 or port == SHELL_PORT else self.worker.upstream.take_idle(key)
+        origin = None if head.wants_h2 or port == SHELL_PORT else self.worker.upstream.take_idle(key, self.began)
         if origin is None:
             self.run(self._slow(head))
         else:

@@ -124,7 +124,7 @@ class Http1(Exchange, asyncio.Protocol):
         self.touched = now = worker.time()
         raw = data[:end]
         again = worker.repeated.get(raw)
-        if again is not None and (origin := self.admitted(again.memo)) is not None:
+        if again is not None and (origin := self.admitted(again.memo, now)) is not None:
             self._state = _WAITING
             self._keep = again.memo.keep_alive
             self.forward_now(origin, again, now)
@@ -134,7 +134,7 @@ class Http1(Exchange, asyncio.Protocol):
         at = raw.find(b"\r\n")
         line, block = (raw, b"") if at < 0 else (raw[:at], raw[at:])
         memo = worker.memo.get(block)
-        if memo is not None and _FAST_LINE(line) and (origin := self.admitted(memo)) is not None:
+        if memo is not None and _FAST_LINE(line) and (origin := self.admitted(memo, now)) is not None:
             self._state = _WAITING
             self._keep = memo.keep_alive
             again = Repeated(memo, b"%b%b\r\nx-amzn-requestid: " % (line, memo.block), line.startswith(b"HEAD "))
@@ -251,7 +251,18 @@ class Http1(Exchange, asyncio.Protocol):
 
     def response_whole(self, head: ResponseHead, body: bytes) -> None:
         self.sent = len(body)
-        self._head_out(head, body)
+        worker = self.worker
+        if self._keep and self._state == _WAITING and self.is_raw and not worker.is_draining and not self._timing:
+            # The usual case, said once more without its questions.
+            self._answered()
+            self.response_started = True
+            self.status = head.status
+            if worker.access is not None:
+                self.first_byte = worker.time()
+            if self.transport is not None:
+                self.transport.write(b"%b\r\nx-amzn-requestid: %b%b\r\n\r\n%b" % (head.status_line, self.request_id, head.block, body))
+        else:
+            self._head_out(head, body)
         self.response_done()
 
     def response_head(self, head: ResponseHead) -> None:

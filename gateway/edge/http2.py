@@ -127,7 +127,7 @@ class Http2(Multiplex):
         now = self.touched
         request = self.streams[number] = Request(self, number, now)
         request.received_end = end
-        if again is not None and not self.goaway_sent and (origin := request.admitted(again.memo)) is not None:
+        if again is not None and not self.goaway_sent and (origin := request.admitted(again.memo, now)) is not None:
             request.forward_now(origin, again, now)
         else:
             self._parsed(request, key or tuple(f.decode(self._decoder, block)), end, now)

@@ -120,30 +120,37 @@ class TlsServer(asyncio.BufferedProtocol):
             self._read()
 
     def _read(self) -> None:
-        """Everything that has come, a record at a time, unless the application pauses meanwhile."""
-        read, incoming = self._raw_read, self._incoming
-        while not self._paused:
-            try:
-                data = read(_RECORD_BYTES)
-            except ssl.SSLWantReadError:
-                break
-            except ssl.SSLZeroReturnError:
-                data = b""
-            except (ssl.SSLError, OSError):
-                self._flush()  # the alert that says why
-                self.abort()
-                return
-            app = self._app
-            if app is None:
-                return
-            if not data:
-                app.close_notified()
-                break
-            app.data_received(data)
-            if not incoming.pending:  # a whole record is read at once, so OpenSSL keeps nothing back
-                break
-        else:
+        """Everything that has come, in one piece, unless the application has paused."""
+        app = self._app
+        if app is None:
+            return
+        if self._paused:
             self._unread = True
+            return
+        read, incoming = self._raw_read, self._incoming
+        records: list[bytes] = []
+        over = False
+        try:
+            while True:
+                data = read(_RECORD_BYTES)  # a whole record at a time, so OpenSSL keeps nothing back
+                if not data:
+                    over = True
+                    break
+                records.append(data)
+                if not incoming.pending:
+                    break
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            over = True
+        except (ssl.SSLError, OSError):
+            self._flush()  # the alert that says why
+            self.abort()
+            return
+        if records:
+            app.data_received(records[0] if len(records) == 1 else b"".join(records))
+        if over:
+            app.close_notified()
         if self._outgoing.pending:  # a key update's answer
             self._flush()
 

@@ -94,12 +94,12 @@ class Upstream:
         self._shells: dict[tuple[str, int], set[ShellOrigin]] = {}
         self._contexts = {alpn: _client_context(list(alpn)) for alpn in (("h2", "http/1.1"), ("http/1.1",))}
 
-    def take_idle(self, key: Key) -> Origin | None:
+    def take_idle(self, key: Key, now: float) -> Origin | None:
         """A clean connection that waits, if there is one: the fast path."""
         pool = self._pools.get(key)
         while pool is not None and pool.idle:
             origin = pool.idle.pop()
-            if not origin.is_closing and (self._loop.time() - origin.idle_since < _FRESH_SECONDS or origin.is_quiet):
+            if not origin.is_closing and (now - origin.idle_since < _FRESH_SECONDS or origin.is_quiet):
                 return origin
             origin.close()
         return None
@@ -183,7 +183,7 @@ class Upstream:
             for one in pool.multiplexed:
                 if one.has_room and one.ready.done():
                     return one.new_stream()
-        return None if head.wants_h2 else self.take_idle(key)
+        return None if head.wants_h2 else self.take_idle(key, self._loop.time())
 
     async def _turn(self, pool: Pool) -> None:
         waiter: asyncio.Future[None] = self._loop.create_future()
