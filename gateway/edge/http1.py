@@ -91,6 +91,9 @@ class Http1(Exchange, asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.worker.clients.discard(self)
         self.transport = None
+        if self._state in (_IN_BODY, _WAITING, _TUNNEL):  # the client left in the middle
+            self.status = self.status if self.response_started else 499
+            self.worker.count(self, "client")
         self._state = _ENDING
         self.leave()
         for limiter in self._joined.values():
@@ -163,11 +166,9 @@ class Http1(Exchange, asyncio.Protocol):
         self._left = head.length
         self._body = ChunkedBody() if head.framing == CHUNKED else None
         self._state = _WAITING if head.framing == NO_BODY or (head.framing == FIXED and not head.length) else _IN_BODY
-        self._ahead = b""
+        self._ahead = rest
         self._block = block
         self.decide(head, now)
-        if rest:
-            self.data_received(rest)
 
     @property
     def joined(self) -> dict[str, Limiter]:
@@ -336,6 +337,7 @@ class Http1(Exchange, asyncio.Protocol):
         self._answered()
         if head_sent or self.response_started:
             self.worker.count(self, "origin")
+            self._state = _ENDING
             if self.transport is not None:
                 self.transport.abort()
         else:

@@ -79,7 +79,7 @@ class Http2(Multiplex):
         for stream in list(self.streams.values()):
             if not stream.received_end or (stream.origin is None and not stream.response_started):
                 self.drop(stream)
-                stream.leave()
+                self._left(stream)
         if not self.streams:
             self.end()
         self.goaway_sent = True  # the last stream's end closes
@@ -90,7 +90,7 @@ class Http2(Multiplex):
         self.transport = None
         streams, self.streams = self.streams, {}
         for stream in streams.values():
-            stream.leave()
+            self._left(stream)
         for limiter in self.joined.values():
             limiter.leave()
 
@@ -177,10 +177,14 @@ class Http2(Multiplex):
         stream.body(data, end)
 
     def on_reset(self, stream: Request, code: int) -> None:
+        self._left(stream)
+        self._maybe_end()
+
+    def _left(self, stream: Request) -> None:
+        """The client gave it up."""
         stream.status = stream.status or 499
         self.worker.count(stream, "client")
         stream.leave()
-        self._maybe_end()
 
     def on_goaway(self, last: int, code: int) -> None:
         """The client opens no more streams."""

@@ -32,7 +32,8 @@ class FrameCounter:
     def feed(self, data: bytes) -> None:
         if not self._left and not self._head and len(data) > 3:  # the usual case: one whole frame
             length = data[1]
-            if len(data) == (4 + (data[2] << 8 | data[3]) if length == 126 else 2 + length) and data[0] & 15 != 8:
+            size = 2 + length if length < 126 else 4 + (data[2] << 8 | data[3]) if length == 126 else 0
+            if len(data) == size and data[0] & 15 != 8:
                 return
         at, end = 0, len(data)
         while at < end:

@@ -27,6 +27,11 @@ async def test_pipelined_requests_are_answered_in_order_on_one_connection(rig: R
     assert len({fields["x-amzn-requestid"] for _, fields, _ in answers}) == 50
 
 
+async def test_a_long_pipeline_of_refusals_is_answered_without_recursion(rig: Rig) -> None:
+    data = rig.request("/x", token="no") * 3000
+    assert {status for status, _, _ in await rig.ask(data, 3000)} == {403}
+
+
 async def test_token_never_reaches_the_application(rig: Rig) -> None:
     await rig.ask(rig.request() + rig.request(), 2)
     assert rig.token.encode() not in rig.received and b"x-aws-proxy" not in rig.received.lower()
