@@ -37,10 +37,18 @@ HOOKS = {
 }  # fmt: skip
 
 
+_handed_out: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Never the same twice in a run: what asked for one may not have bound it yet."""
+    while True:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = int(sock.getsockname()[1])
+        if port not in _handed_out:
+            _handed_out.add(port)
+            return port
 
 
 def until(check: Callable[[], Any], seconds: float = 60.0, pause: float = 0.02) -> Any:
