@@ -10,7 +10,7 @@ from typing import Any
 import host_state
 import hypothesis
 import pytest
-from service import HOOKS, Instance, app_files, free_port
+from service import HOOKS, Instance, app_files, free_port, served
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore looks for new ones.
 _QUIET = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
@@ -38,15 +38,8 @@ def instance(host_before: dict[str, set[str]]) -> Iterator[Instance]:
         "TORPOR_EDGE__ADDRESSES": json.dumps(["127.0.0.1", "::1", f"unix:{one.directory}/edge.sock"]),
         "TORPOR_EDGE__PROXY_PROTOCOL_FROM": json.dumps(["127.0.0.9/32"]),
     }  # fmt: skip
-    try:
-        one.start()
+    with served(one):
         yield one
-    finally:
-        if one.process is not None:
-            one.stop()
-        log = one.log.read_text()
-        one.remove()
-    assert "Traceback" not in log, log[-4000:]
 
 
 @pytest.fixture(scope="session")

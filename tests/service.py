@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -14,7 +15,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,20 @@ class Instance:
             self.client().terminate_microvm(microvmIdentifier=identifier)
         for identifier in identifiers:
             self.state(identifier, "TERMINATED")
+
+
+@contextlib.contextmanager
+def served(one: Instance) -> Iterator[Instance]:
+    """Started, then stopped and removed; its log must have no traceback."""
+    try:
+        one.start()
+        yield one
+    finally:
+        if one.process is not None:
+            one.stop()
+        log = one.log.read_text()
+        one.remove()
+    assert "Traceback" not in log, log[-4000:]
 
 
 def make_zip(files: dict[str, bytes | str]) -> bytes:

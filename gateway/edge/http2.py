@@ -250,9 +250,5 @@ class Http2(Multiplex):
     def is_quiet(self) -> bool:
         return not self.streams
 
-    @property
-    def is_tunnelling(self) -> bool:
-        return any(stream.frames is not None for stream in self.streams.values())
-
     def close_idle(self) -> None:
         self.go_away()

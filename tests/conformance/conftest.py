@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service import REPO, Instance
+from service import REPO, Instance, served
 
 HERE = Path(__file__).resolve().parent
 POLICY = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
@@ -29,15 +29,8 @@ def application() -> dict[str, bytes | str]:
 @pytest.fixture(scope="session")
 def service(host_before: dict[str, set[str]]) -> Iterator[Instance]:
     one = Instance("conform", 700_000 + 4 * 262_144, IMAGES__START_SECONDS="60")
-    try:
-        one.start()
+    with served(one):
         yield one
-    finally:
-        if one.process is not None:
-            one.stop()
-        log = one.log.read_text()
-        one.remove()
-    assert "Traceback" not in log, log[-4000:]
 
 
 @pytest.fixture(scope="session")
