@@ -73,6 +73,7 @@ class ObjectStore(BaseModel):
     endpoint: str = Field("", description="another S3 endpoint; empty: the embedded one, or AWS itself")
     access_key: str = Field("", description="for another endpoint than the embedded one")
     secret_key: str = Field("", description="for another endpoint than the embedded one")
+    addressing: str = Field("path", pattern="^(path|virtual|auto)$", description="how buckets are named to the endpoint")
 
 
 class Images(BaseModel):
@@ -93,10 +94,35 @@ class Limits(BaseModel):
     """What accounts and the host may be asked for."""
 
     min_idle_seconds: int = Field(60, ge=1, description="smallest maxIdleDurationSeconds (the service's: 60)")
-    memory_mib: int = Field(0, ge=0, description="an account's sum of minimum sizes, RUNNING and SUSPENDED; 0: no limit")
+    profile: str = Field("none", pattern="^(none|small|aws)$", description="an account's quotas: the service's, a new account's, or none")
+    memory_mib: int = Field(0, ge=0, description="an account's sum of minimum sizes, RUNNING and SUSPENDED; 0: the profile's")
     reserve_mib: int = Field(1024, ge=0, description="of the host's memory, never given to microVMs")
     growth_mib: int = Field(96, ge=1, description="private memory that a launched or resumed microVM is expected to need")
     disk_reserve_mib: int = Field(1024, ge=0, description="free disk below which nothing is launched")
+
+
+class Egress(BaseModel):
+    """The way out of microVMs (docs/security.md)."""
+
+    closed: bool = Field(False, description="no microVM gets a way out, whatever connector it names")
+    uplink: str = Field("", description="a network namespace's path through which the outside is reached; empty: the host's own")
+    pool: str = Field("100.64.0.0/16", description="addresses of the links to microVMs; must be free on the host")
+    resolvers: list[str] = Field([], description="DNS servers that microVMs' questions go to; empty: the host's")
+    subnets: dict[str, list[str]] = Field({}, description="what a connector's SubnetIds mean: subnet-… to networks")
+    security_groups: dict[str, list[str]] = Field({}, description="what SecurityGroupIds mean: sg-… to ports, as tcp:443 or udp:53-60")
+
+
+class Logs(BaseModel):
+    endpoint: str = Field("", description="a CloudWatch Logs endpoint to which events are sent too; empty: kept here only")
+    retention_days: int = Field(0, ge=0, description="streams silent for longer go; 0: kept for ever")
+
+
+class Credentials(BaseModel):
+    """Credentials for what runs inside microVMs."""
+
+    sts_endpoint: str = Field("", description="an STS endpoint whose AssumeRole gives them; empty: our own issuer")
+    access_key: str = Field("", description="for the STS endpoint")
+    secret_key: str = Field("", description="for the STS endpoint")
 
 
 class Suspend(BaseModel):
@@ -153,6 +179,9 @@ class Settings(BaseSettings):
     object_store: ObjectStore = ObjectStore()
     images: Images = Images()
     limits: Limits = Limits()
+    egress: Egress = Egress()
+    logs: Logs = Logs()
+    credentials: Credentials = Credentials()
     suspend: Suspend = Suspend()
     standbys: Standbys = Standbys()
     users: Users = Users()

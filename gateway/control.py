@@ -16,17 +16,16 @@ from aiohttp import web
 
 from . import messages as m
 from . import process
-from .api.images import Images
-from .api.logs import Logs
-from .api.microvms import Microvms
-from .api.model import Model
+from .accounts.admin import Admin
+from .accounts.directory import Directory
+from .api import application
 from .api.paging import Pager
-from .api.server import ApiServer
 from .api.service import Service as ApiService
 from .config import Settings
 from .images.pipeline import Job, Pipeline
 from .images.registry import Registry
 from .observe import metrics
+from .observe.audit import AuditTrail
 from .rpc import Client, Connection, Reply, Server, Service
 from .sessions.actions import Actions
 from .sessions.agent import AgentError
@@ -55,6 +54,7 @@ class Control:
         self.routes = Routes(settings.edge.worker_count, settings.edge.connect_wait_seconds)
         self.routes.keys = self.minter.verifiers()
         self.logs = LogStore(directory / "logs")
+        self.audit = AuditTrail(directory / "audit")
         self.vmm = Client(settings.vmm_socket, Service(self))
         self.host = Host(self.vmm)
         self.lifecycle = Lifecycle(settings, self.store, self.host, self.routes, self.logs)
@@ -62,15 +62,23 @@ class Control:
         self.lifecycle.on_action = metrics.action_took
         self.actions = Actions(self.lifecycle)
         self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds)
-        self.credentials = self._access_keys()
+        root_keys = self._access_keys()
+        self.directory = Directory(self.store, settings.account, root_keys, _secret_file(directory / "sessions.key"))
         store = settings.object_store
-        artifacts = (store.access_key, store.secret_key) if store.access_key else next(iter(self.credentials.items()))
+        artifacts = (store.access_key, store.secret_key) if store.access_key else next(iter(root_keys.items()))
         self.registry.pipeline = Pipeline(settings, self.host, artifacts, self._phase)
 
     def _access_keys(self) -> dict[str, str]:
         """Access key to secret, as the supervisor wrote them."""
         keys: dict[str, str] = json.loads((self.settings.control_dir / "access-keys.json").read_text(encoding="utf-8"))
         return keys
+
+    def api(self) -> ApiService:
+        pager = Pager(_secret_file(self.settings.control_dir / "pager.key"))
+        return ApiService(
+            self.settings, self.store, self.lifecycle, self.actions, self.registry, self.host, self.minter, pager,
+            self.settings.edge.port,
+        )  # fmt: skip
 
     def _phase(self, job: Job) -> None:
         self.store.put_image(job.image)
@@ -159,25 +167,7 @@ class Control:
                 self.routes.publish_keys(self.minter.verifiers())
 
 
-def api_application(control: Control, architecture: str, endpoint_port: int) -> web.Application:
-    settings = control.settings
-    service = ApiService(
-        settings, control.store, control.lifecycle, control.actions, control.registry, control.host, control.minter,
-        Pager(_pager_key(settings.control_dir / "pager.key")), endpoint_port,
-    )  # fmt: skip
-    targets: list[object] = [Microvms(service), Images(service, architecture)]
-    server = ApiServer(
-        Model(settings.limits.min_idle_seconds),
-        targets,
-        Logs(control.logs),
-        control.credentials,
-        settings.region,
-        settings.api.clock_skew_seconds,
-    )
-    return server.application
-
-
-def _pager_key(path: Path) -> bytes:
+def _secret_file(path: Path) -> bytes:
     if not path.exists():
         path.write_bytes(secrets.token_bytes(32))
     return path.read_bytes()
@@ -189,16 +179,16 @@ async def main(settings: Settings) -> None:
     sockets = process.inherited()
     info = await control.host.info()
     runners = []
-    for purpose, application in (
-        ("api", api_application(control, info.architecture, settings.edge.port)),
+    for purpose, served in (
+        ("api", application.make(control.api(), control.directory, control.logs, control.audit, info.architecture)),
         ("metrics", metrics.application(lambda: [session.state for session in control.store.sessions.values()])),
     ):
-        runner = web.AppRunner(application, access_log=None, keepalive_timeout=75)
+        runner = web.AppRunner(served, access_log=None, keepalive_timeout=75)
         await runner.setup()
         for sock in sockets.get(purpose, []):
             await web.SockSite(runner, sock, backlog=1024).start()
         runners.append(runner)
-    edges = Server(settings.control_socket, Service(control), {0, settings.users.edge})
+    edges = Server(settings.control_socket, Service(control, Admin(settings, control.directory, control.store)), {0, settings.users.edge})
     rotation = asyncio.get_running_loop().create_task(control.rotate_keys())
     process.ready()
     log.info("control.ready", sessions=len(control.store.sessions), images=len(control.store.images))
@@ -221,6 +211,7 @@ async def main(settings: Settings) -> None:
     await control.registry.close()
     await control.lifecycle.close()
     await control.store.close()
+    control.audit.close()
 
 
 if __name__ == "__main__":

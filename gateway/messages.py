@@ -255,3 +255,54 @@ class ResumeRequest(msgspec.Struct):
 
     session: str
     incarnation: int
+
+
+# ---- root -> control: accounts (gateway/accounts/admin.py) ----
+
+
+class AccountName(msgspec.Struct):
+    """`account` is twelve digits; empty where one is to be made up."""
+
+    name: str
+    account: str
+
+
+class AccountFacts(msgspec.Struct):
+    account: str
+    name: str
+    created_at: float
+
+
+class KeyName(msgspec.Struct):
+    key: str
+
+
+class KeyRequest(msgspec.Struct):
+    """`policy` is IAM's JSON; empty: nothing is allowed."""
+
+    account: str
+    user: str
+    policy: str
+
+
+class KeyFacts(msgspec.Struct):
+    """`secret` is said once, to who made the key."""
+
+    key: str
+    secret: str
+    account: str
+    user: str
+    policy: str
+    created_at: float
+
+
+class RoleFacts(msgspec.Struct):
+    arn: str
+    policy: str
+
+
+class QuotaUse(msgspec.Struct):
+    account: str
+    what: str
+    used: int
+    limit: int

@@ -70,16 +70,17 @@ _decode_frame = msgspec.msgpack.Decoder(_Frame).decode
 
 
 class Service:
-    """The methods that one side offers: every public coroutine of `target` named `rpc_…`, called with
+    """The methods that one side offers: every public coroutine of the targets named `rpc_…`, called with
     (connection, body) or (connection, body, descriptors); the body's type is its annotation."""
 
-    def __init__(self, target: object) -> None:
+    def __init__(self, *targets: object) -> None:
         self.methods: dict[str, tuple[Handler, Any, bool]] = {}
-        for name in dir(target):
-            if name.startswith("rpc_"):
-                handler = getattr(target, name)
-                hints = get_type_hints(handler)
-                self.methods[name[4:]] = (handler, hints.get("body", Any), "descriptors" in hints)
+        for target in targets:
+            for name in dir(target):
+                if name.startswith("rpc_"):
+                    handler = getattr(target, name)
+                    hints = get_type_hints(handler)
+                    self.methods[name[4:]] = (handler, hints.get("body", Any), "descriptors" in hints)
 
 
 class Connection:

@@ -8,14 +8,17 @@ class ApiError(Exception):
 
     kind = "InternalServerException"
     status = 500
+    text_member = "message"
     members: tuple[str, ...] = ()
 
-    def __init__(self, message: str, retry_after: int | None = None) -> None:
+    def __init__(self, message: str, retry_after: int | None = None, status: int = 0, **details: str) -> None:
         super().__init__(message)
+        self.status = status or self.status
         self.retry_after = retry_after
+        self.details = details
 
     def body(self) -> dict[str, object]:
-        return {"message": str(self), **dict.fromkeys(self.members)}
+        return {self.text_member: str(self), **{name: self.details.get(name) for name in self.members}}
 
 
 class InternalServer(ApiError):
@@ -24,6 +27,12 @@ class InternalServer(ApiError):
 
 class Validation(ApiError):
     kind, status = "ValidationException", 400
+
+
+class Unserializable(ApiError):
+    """The body does not fit the model's types: recorded with a capital member, and no further detail."""
+
+    kind, status, text_member = "SerializationException", 400, "Message"
 
 
 class AccessDenied(ApiError):
@@ -62,3 +71,39 @@ class SignatureError(ApiError):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+# ---- Lambda Core and tags: `Type` says whose fault it was, absent members are left out ----
+
+
+class CoreError(ApiError):
+    status = 400
+    fault = "User"
+
+    def body(self) -> dict[str, object]:
+        return {"Type": self.fault, self.text_member: str(self)}
+
+
+class InvalidParameter(CoreError):
+    kind = "InvalidParameterValueException"
+
+
+class ResourceConflict(CoreError):
+    kind, status = "ResourceConflictException", 409
+
+
+class ConnectorLimit(CoreError):
+    kind = "NetworkConnectorLimitExceededException"
+
+
+class CoreNotFound(ApiError):
+    """Recorded: the capital member alone."""
+
+    kind, status, text_member = "ResourceNotFoundException", 404, "Message"
+
+
+class TooManyRequests(CoreError):
+    kind, status = "TooManyRequestsException", 429
+
+    def body(self) -> dict[str, object]:
+        return {**super().body(), "Reason": "CallerRateLimitExceeded"}

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
-
+from gateway.accounts.model import Caller
 from gateway.images.artifact import parse_uri
 from gateway.images.pipeline import DISK_GIB, read_hooks
-from gateway.sessions.model import Build, Image, Version
+from gateway.sessions.model import Build, Image, Session, Version
 
-from .errors import Conflict, NotFound, Validation
-from .service import Service, check_image_arn, reply
+from .client_tokens import Remember, TokenMismatch
+from .errors import Conflict, NotFound, QuotaExceeded, Validation
+from .service import EGRESS, Service, check_image_arn, reply
 
 _RESERVED = ("AWS_REGION", "AWS_LAMBDA_MICROVM_IMAGE_ARN", "AWS_LAMBDA_MICROVM_IMAGE_NAME", "AWS_LAMBDA_MICROVM_IMAGE_VERSION")
 _ECHO = (
     "baseImageArn", "baseImageVersion", "buildRoleArn", "description", "codeArtifact", "logging", "egressNetworkConnectors",
     "cpuConfigurations", "resources", "additionalOsCapabilities", "hooks", "environmentVariables",
 )  # fmt: skip
+_DEFAULT_MIB = 2048
 _ARN_TEXT = "Invalid ARN format: {}"
 _CHIPS = {"x86_64": ("X86_64", "INTEL", "1"), "aarch64": ("ARM_64", "GRAVITON", "4")}
 _BASE_VERSIONS = ("1", "0")
@@ -30,43 +32,92 @@ class Images:
         self._service = service
         self._store = service.store
         self._chip = _CHIPS[architecture]
-        self._creating = asyncio.Lock()
 
-    # ---- create and update ----
+    # ---- create, update, delete ----
 
-    async def create_microvm_image(self, call: dict[str, Any]) -> dict[str, Any]:
-        token = call.pop("clientToken", None)
-        parameters = msgspec.json.encode(call, order="sorted").decode()
-        async with self._creating:
-            known = self._store.client_tokens.get(f"image:{token}") if token else None
-            if known is not None and self._arn(call["name"]) in self._store.images:
-                if known[0] != parameters:
-                    raise Conflict("The client token was used before with other parameters.")
-                return msgspec.json.decode(known[1])  # type: ignore[no-any-return]
-            request = self._request(call)
-            arn = self._arn(call["name"])
-            if arn in self._store.images:
-                raise Validation(f"A MicroVM image with the name '{call['name']}' already exists in this account")
-            image, version = await self._service.registry.create(arn, call["name"], request, call.get("tags") or {})
-            answer = self._describe_made(image, version)
-            if token:
-                self._store.put_client_token(f"image:{token}", parameters, msgspec.json.encode(answer).decode())
-                await self._store.commit()
-            return answer
+    async def create_microvm_image(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        return await self._once(caller, "image", call, lambda remember: self._create(caller, call, remember))
 
-    async def update_microvm_image(self, call: dict[str, Any]) -> dict[str, Any]:
-        call.pop("clientToken", None)
+    async def _create(self, caller: Caller, call: dict[str, Any], remember: Remember) -> dict[str, Any]:
+        request = self._request(caller, call)
+        arn = self._service.image_arn(caller, call["name"])
+        if arn in self._store.images:
+            raise Validation(f"A MicroVM image with the name '{call['name']}' already exists in this account")
+        own = [image for image in self._store.images.values() if image.account == caller.account]
+        self._check_quota("images", len(own))
+        self._check_builds(own)
+        image, version = self._service.registry.create(arn, call["name"], request, call.get("tags") or {})
+        return await self._begin(image, version, remember)
+
+    async def update_microvm_image(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        return await self._once(caller, "image-update", call, lambda remember: self._update(caller, call, remember))
+
+    async def _update(self, caller: Caller, call: dict[str, Any], remember: Remember) -> dict[str, Any]:
         image = self._find(call)
+        self._check_idle(image)
+        request = self._request(caller, call)
+        self._check_quota("versions", len(image.versions))
+        self._check_builds([one for one in self._store.images.values() if one.account == caller.account])
+        return await self._begin(image, self._service.registry.update(image, request), remember)
+
+    async def _once(
+        self, caller: Caller, what: str, call: dict[str, Any], work: Callable[[Remember], Awaitable[dict[str, Any]]]
+    ) -> dict[str, Any]:  # fmt: skip
+        try:
+            return await self._service.client_tokens.once(caller.account, what, call.pop("clientToken", None), call, work)
+        except TokenMismatch:
+            raise Conflict("The client token was used before with other parameters.") from None
+
+    async def _begin(self, image: Image, version: Version, remember: Remember) -> dict[str, Any]:
+        answer = self._describe_made(image, version)
+        remember(answer)
+        await self._service.registry.begin(image, version)
+        return answer
+
+    def _check_idle(self, image: Image) -> None:
         if image.state in _BUSY:
             raise Conflict(f"MicroVM Image is already in state: {image.state}")
-        version = await self._service.registry.update(image, self._request(call))
-        return self._describe_made(image, version)
 
-    def _arn(self, name: str) -> str:
-        settings = self._service.settings
-        return f"arn:aws:lambda:{settings.region}:{settings.account}:microvm-image:{name}"
+    def _check_quota(self, what: str, have: int) -> None:
+        limit = getattr(self._service.quotas, what)
+        if limit and have >= limit:
+            raise QuotaExceeded(f"The maximum number of {what} has been reached for this account: {limit}.")
 
-    def _request(self, call: dict[str, Any]) -> dict[str, Any]:
+    def _check_builds(self, own: list[Image]) -> None:
+        limit = self._service.quotas.builds
+        if limit and sum(image.state in ("CREATING", "UPDATING") for image in own) >= limit:
+            raise QuotaExceeded("The maximum number of concurrent builds has been reached for this account.")
+
+    async def delete_microvm_image(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        image = self._find(call)
+        if image.state in _BUSY:
+            raise Validation(f"Cannot delete MicroVM image in its current state: {image.arn}")
+        self._check_unused(lambda session: session.image_arn == image.arn)
+        await self._service.registry.delete(image)
+        return {"imageIdentifier": image.arn, "state": "DELETING"}
+
+    async def delete_microvm_image_version(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        """A version whose build is under way may go too: the build is called off."""
+        image, version = self._find_version(call)
+        if len(image.versions) == 1:
+            raise Validation("This is the last version. Please delete the entire image")
+        if image.state in _BUSY and version.state not in ("PENDING", "IN_PROGRESS"):
+            raise Conflict(f"MicroVM Image is already in state: {image.state}")
+        self._check_unused(lambda session: session.image == version.key)
+        await self._service.registry.delete_version(image, version)
+        return {"imageIdentifier": image.arn, "imageVersion": version.version, "state": "DELETING"}
+
+    def _check_unused(self, uses: Callable[[Session], bool]) -> None:
+        if any(uses(session) and session.terminated_at is None for session in self._store.sessions.values()):
+            raise Validation("Cannot delete microvm image with running microvms.")
+
+    async def update_microvm_image_version(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        image, version = self._find_version(call)
+        self._check_idle(image)
+        await self._service.registry.set_status(image, version, call["status"])
+        return self._describe_version(image, version)
+
+    def _request(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         """What a version is made from, with the service's defaults. Raises Validation."""
         request = {name: call[name] for name in _ECHO if call.get(name) is not None}
         base, version = call["baseImageArn"], call.get("baseImageVersion")
@@ -76,16 +127,9 @@ class Images:
         request["baseImageVersion"] = f"{(version or '1').removesuffix('.0')}.0"
         if parse_uri(call["codeArtifact"].get("uri", "")) is None:
             raise Validation("CodeArtifact URI must be a valid S3 URI in the format: s3://<bucket>/<key>")
-        request.setdefault("resources", [{"minimumMemoryInMiB": 2048}])
-        size = request["resources"][0]["minimumMemoryInMiB"] if request["resources"] else 2048
-        if size not in DISK_GIB:
-            raise Validation(
-                f"The requested memory size of {size} MiB is not supported by base MicroVM image {base}. "
-                f"Supported memory sizes in MiB are: {list(DISK_GIB)}."
-            )
-        request["resources"] = [{"minimumMemoryInMiB": size}]
+        request["resources"] = [{"minimumMemoryInMiB": self._size(call, base)}]
         request["egressNetworkConnectors"] = self._service.check_connectors(
-            call.get("egressNetworkConnectors") or [self._service.managed_connector("INTERNET_EGRESS")], ("INTERNET_EGRESS",)
+            caller, call.get("egressNetworkConnectors") or [self._service.managed_connector("INTERNET_EGRESS")], EGRESS
         )
         for key in call.get("environmentVariables") or {}:
             if key in _RESERVED:
@@ -97,6 +141,16 @@ class Images:
                 "(run, resume, suspend, or terminate) is enabled."
             )
         return request
+
+    def _size(self, call: dict[str, Any], base: str) -> int:
+        resources = call.get("resources") or [{}]
+        size = int(resources[0].get("minimumMemoryInMiB") or _DEFAULT_MIB)
+        if size not in DISK_GIB:
+            raise Validation(
+                f"The requested memory size of {size} MiB is not supported by base MicroVM image {base}. "
+                f"Supported memory sizes in MiB are: {list(DISK_GIB)}."
+            )
+        return size
 
     # ---- forms ----
 
@@ -132,6 +186,7 @@ class Images:
             "status": version.status,
             "stateReason": None,
             "tags": None,
+            "versionStateTimeBucket": f"{version.state}#{time.strftime('%y%m%d%H', time.gmtime(version.updated_at))}",
             "createdAt": round(version.created_at, 3),
             "updatedAt": round(version.updated_at, 3),
         }
@@ -147,47 +202,71 @@ class Images:
     # ---- reads ----
 
     def _find(self, call: dict[str, Any]) -> Image:
-        arn = check_image_arn(call["imageIdentifier"], _ARN_TEXT)
+        arn = call["imageIdentifier"]
         image = self._store.images.get(arn)
         if image is None:
             raise NotFound(f"MicroVMImage not found for MicroVMImageID: {arn}")
         return image
 
     def _find_version(self, call: dict[str, Any]) -> tuple[Image, Version]:
-        image = self._store.images.get(check_image_arn(call["imageIdentifier"], _ARN_TEXT))
+        image = self._store.images.get(call["imageIdentifier"])
         version = image.find(call["imageVersion"]) if image is not None else None
         if image is None or version is None:
             raise NotFound(f"MicroVMImage not found for MicroVMImage: {call['imageIdentifier']}, Version: {call['imageVersion']}")
         return image, version
 
-    async def get_microvm_image(self, call: dict[str, Any]) -> dict[str, Any]:
+    async def get_microvm_image(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         image = self._find(call)
         return {**self._describe_image(image), "updatedAt": round(image.updated_at, 3), "tags": image.tags or None}
 
-    async def list_microvm_images(self, call: dict[str, Any]) -> dict[str, Any]:
-        page, token = self._service.pager.page("images", list(self._store.images.values()), lambda i: [i.created_at, i.id], call)
+    async def list_microvm_images(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        own = [image for image in self._store.images.values() if image.account == caller.account]
+        page, token = self._service.pager.page(f"images {caller.account}", own, lambda i: (i.created_at, i.id), call)
         wanted = call.get("nameFilter") or ""
         return {"items": [self._describe_image(image) for image in page if wanted in image.name], "nextToken": token}
 
-    async def get_microvm_image_version(self, call: dict[str, Any]) -> dict[str, Any]:
+    async def get_microvm_image_version(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         return self._describe_version(*self._find_version(call))
 
-    async def list_microvm_image_versions(self, call: dict[str, Any]) -> dict[str, Any]:
+    async def list_microvm_image_versions(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         image = self._find(call)
-        page, token = self._service.pager.page(image.arn, image.versions, lambda v: [-float(v.version)], call)
+        page, token = self._service.pager.page(image.arn, image.versions, lambda v: (-float(v.version),), call)
         return {"items": [self._describe_version(image, version) for version in page], "nextToken": token}
 
-    async def list_microvm_image_builds(self, call: dict[str, Any]) -> dict[str, Any]:
+    async def list_microvm_image_builds(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         _, version = self._find_version(call)
         builds = [version.build] if version.build is not None and self._matches(call) else []
-        page, token = self._service.pager.page(version.key, builds, lambda b: [-b.created_at, b.id], call)
+        page, token = self._service.pager.page(version.key, builds, lambda b: (-b.created_at, b.id), call)
         return {"items": [self._describe_build(version, build) for build in page], "nextToken": token}
 
     def _matches(self, call: dict[str, Any]) -> bool:
         wanted = (call.get("architecture"), call.get("chipset"), call.get("chipsetGeneration"))
         return all(want is None or want == have for want, have in zip(wanted, self._chip, strict=True))
 
-    async def get_microvm_image_build(self, call: dict[str, Any]) -> dict[str, Any]:
+    async def list_managed_microvm_images(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        at = self._based_at
+        base = {"imageArn": self._service.managed_base, "createdAt": at, "updatedAt": at}
+        page, token = self._service.pager.page("managed", [base], lambda item: (item["imageArn"],), call)
+        return {"items": page, "nextToken": token}
+
+    async def list_managed_microvm_image_versions(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        arn = check_image_arn(call["imageIdentifier"], _ARN_TEXT)
+        if arn != self._service.managed_base:
+            raise NotFound(f"MicroVMImage not found for MicroVMImageID: {arn}")
+        at = self._based_at
+        versions: list[dict[str, Any]] = [
+            {"imageArn": arn, "imageVersion": number, "status": "AVAILABLE", "createdAt": at, "updatedAt": at} for number in _BASE_VERSIONS
+        ]
+        page, token = self._service.pager.page("managed versions", versions, lambda v: (-int(v["imageVersion"]),), call)
+        return {"items": page, "nextToken": token}
+
+    @property
+    def _based_at(self) -> float:
+        """When the local base image was made."""
+        base = self._service.settings.cache / "base.tar"
+        return round(base.stat().st_mtime, 3) if base.exists() else 0.0
+
+    async def get_microvm_image_build(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         _, version = self._find_version(call)
         build = version.build
         if build is None or build.id != call["buildId"]:
@@ -200,14 +279,3 @@ class Images:
                 "diskSnapshotSizeInBytes": build.disk_bytes,
             }
         return answer
-
-    # ---- delete ----
-
-    async def delete_microvm_image(self, call: dict[str, Any]) -> dict[str, Any]:
-        image = self._find(call)
-        if image.state in _BUSY:
-            raise Validation(f"Cannot delete MicroVM image in its current state: {image.arn}")
-        if any(s.image_arn == image.arn and s.terminated_at is None for s in self._store.sessions.values()):
-            raise Validation("Cannot delete microvm image with running microvms.")
-        await self._service.registry.delete(image)
-        return {"imageIdentifier": image.arn, "state": "DELETING"}

@@ -1,73 +1,204 @@
-"""CloudWatch Logs' read calls, served from the embedded log store (Logs_20140328, JSON 1.1)."""
+"""CloudWatch Logs' read calls, served from the embedded log store (Logs_20140328, JSON 1.1).
+
+What `aws logs tail`, get-log-events and filter-log-events need. Groups are their account's.
+"""
 
 from __future__ import annotations
 
+import bisect
+import re
+from collections.abc import Callable
 from typing import Any
 
-from gateway.sessions.logs import LogStore
+from gateway.accounts.model import Caller
+from gateway.accounts.policy import Decision
+from gateway.sessions.logs import GROUP_PREFIX, LogEvent, LogStore
 
-from .errors import ApiError, Validation
+from .errors import AccessDenied, ApiError
 
 TARGET_PREFIX = "Logs_20140328."
+_ANNOUNCED_PREFIX = "/aws/lambda/microvms/"  # the announcement's spelling of the group's name: the same streams
+_MOST_EVENTS = 10_000
+_FOREVER = 1 << 62
 
 
-class _NotFound(ApiError):
+class LogsNotFound(ApiError):
     kind, status = "ResourceNotFoundException", 400
 
 
+class InvalidParameter(ApiError):
+    kind, status = "InvalidParameterException", 400
+
+
+class UnknownOperation(ApiError):
+    kind, status = "UnknownOperationException", 400
+
+
 class Logs:
-    def __init__(self, store: LogStore) -> None:
+    def __init__(self, store: LogStore, region: str) -> None:
         self._store = store
-
-    def _group(self, call: dict[str, Any]) -> str:
-        group = str(call.get("logGroupName") or call.get("logGroupIdentifier") or "")
-        if group not in self._store.groups():
-            raise _NotFound("The specified log group does not exist.")
-        return group
-
-    async def describe_log_groups(self, call: dict[str, Any]) -> dict[str, Any]:
-        prefix = str(call.get("logGroupNamePrefix") or "")
-        return {"logGroups": [{"logGroupName": name} for name in self._store.groups() if name.startswith(prefix)]}
-
-    async def describe_log_streams(self, call: dict[str, Any]) -> dict[str, Any]:
-        prefix = str(call.get("logStreamNamePrefix") or "")
-        names = self._store.streams(self._group(call))
-        if call.get("descending"):
-            names.reverse()
-        return {"logStreams": [{"logStreamName": name} for name in names if name.startswith(prefix)]}
-
-    async def get_log_events(self, call: dict[str, Any]) -> dict[str, Any]:
-        """Forward tokens are positions in the stream, so that a follower asks for what is new only."""
-        group, stream = self._group(call), str(call.get("logStreamName") or "")
-        if stream not in self._store.streams(group):
-            raise _NotFound("The specified log stream does not exist.")
-        token = str(call.get("nextToken") or "f/0")
-        if not token.startswith("f/") or not token[2:].isdigit():
-            raise Validation("The specified nextToken is invalid.")
-        events, after = self._store.read(group, stream, int(token[2:]), int(call.get("limit") or 10_000))
-        first, last = int(call.get("startTime") or 0), int(call.get("endTime") or 1 << 62)
-        return {
-            "events": [{"timestamp": e.t, "message": e.m, "ingestionTime": e.t} for e in events if first <= e.t < last],
-            "nextForwardToken": f"f/{after}",
-            "nextBackwardToken": "b/0",
+        self._region = region
+        self._handlers: dict[str, Callable[[str, dict[str, Any]], dict[str, Any]]] = {
+            "DescribeLogGroups": self._describe_log_groups,
+            "DescribeLogStreams": self._describe_log_streams,
+            "GetLogEvents": self._get_log_events,
+            "FilterLogEvents": self._filter_log_events,
         }
 
-    async def filter_log_events(self, call: dict[str, Any]) -> dict[str, Any]:
-        group = self._group(call)
-        wanted = call.get("logStreamNames")
-        first, last = int(call.get("startTime") or 0), int(call.get("endTime") or 1 << 62)
-        pattern, limit = str(call.get("filterPattern") or "").strip('"'), int(call.get("limit") or 10_000)
-        found: list[dict[str, Any]] = []
-        for stream in self._store.streams(group):
-            if wanted is not None and stream not in wanted:
-                continue
-            if not stream.startswith(str(call.get("logStreamNamePrefix") or "")):
-                continue
-            events, _ = self._store.read(group, stream)
-            found += [
-                {"logStreamName": stream, "timestamp": e.t, "message": e.m, "ingestionTime": e.t, "eventId": f"{stream}/{at}"}
-                for at, e in enumerate(events)
-                if first <= e.t < last and pattern in e.m
-            ]
-        found.sort(key=lambda event: int(event["timestamp"]))
-        return {"events": found[:limit], "searchedLogStreams": []}
+    async def answer(self, caller: Caller, name: str, call: dict[str, Any]) -> dict[str, Any]:
+        """Raises ApiError."""
+        handler = self._handlers.get(name)
+        if handler is None:
+            raise UnknownOperation(f"{name} is not served here: only {', '.join(self._handlers)}")
+        group = "*" if name == "DescribeLogGroups" else _text(call, "logGroupName") or _text(call, "logGroupIdentifier")
+        arn = self._arn(caller.account, group.rpartition("log-group:")[2])
+        if caller.policy.decide(f"logs:{name}", arn, caller.context()) is not Decision.ALLOW:
+            raise AccessDenied(f"User: {caller.arn} is not authorized to perform: logs:{name} on resource: {arn}")
+        return handler(caller.account, call)
+
+    def _arn(self, account: str, group: str) -> str:
+        return f"arn:aws:logs:{self._region}:{account}:log-group:{group}:*"
+
+    def _group(self, account: str, call: dict[str, Any]) -> str:
+        group = _text(call, "logGroupName") or _text(call, "logGroupIdentifier").rpartition("log-group:")[2].removesuffix(":*")
+        known = self._store.groups(account)
+        if group not in known and group.startswith(_ANNOUNCED_PREFIX):
+            group = GROUP_PREFIX + group.removeprefix(_ANNOUNCED_PREFIX)
+        if group not in known:
+            raise LogsNotFound("The specified log group does not exist.")
+        return group
+
+    # ---- groups and streams ----
+
+    def _describe_log_groups(self, account: str, call: dict[str, Any]) -> dict[str, Any]:
+        prefix, pattern = _text(call, "logGroupNamePrefix"), _text(call, "logGroupNamePattern")
+        names = [name for name in self._store.groups(account) if name.startswith(prefix) and pattern in name]
+        page, token = _page(names, lambda name: name, call, 50)
+        groups = []
+        for name in page:
+            streams = [self._store.facts(account, name, stream) for stream in self._store.streams(account, name)]
+            groups.append({
+                "logGroupName": name, "arn": self._arn(account, name), "storedBytes": sum(one.stored_bytes for one in streams),
+                "creationTime": min((one.first for one in streams), default=0), "metricFilterCount": 0,
+            })  # fmt: skip
+        return {"logGroups": groups, **token}
+
+    def _describe_log_streams(self, account: str, call: dict[str, Any]) -> dict[str, Any]:
+        group, prefix = self._group(account, call), _text(call, "logStreamNamePrefix")
+        by_time = call.get("orderBy") == "LastEventTime"
+        facts = {name: self._store.facts(account, group, name) for name in self._store.streams(account, group) if name.startswith(prefix)}
+        names = sorted(facts, key=lambda name: (facts[name].last, name) if by_time else (0, name), reverse=call.get("descending") is True)
+        places = {name: f"{at:09d}" for at, name in enumerate(names)}
+        page, token = _page(names, lambda name: places[name], call, 50)
+        streams = [
+            {
+                "logStreamName": name, "creationTime": facts[name].first, "firstEventTimestamp": facts[name].first,
+                "lastEventTimestamp": facts[name].last, "lastIngestionTime": facts[name].last, "storedBytes": facts[name].stored_bytes,
+                "arn": f"{self._arn(account, group)[:-1]}log-stream:{name}",
+            }
+            for name in page
+        ]  # fmt: skip
+        return {"logStreams": streams, **token}
+
+    # ---- events ----
+
+    def _get_log_events(self, account: str, call: dict[str, Any]) -> dict[str, Any]:
+        """Tokens are positions in the stream, so that a follower asks for what is new only."""
+        group, stream = self._group(account, call), _text(call, "logStreamName")
+        if stream not in self._store.streams(account, group):
+            raise LogsNotFound("The specified log stream does not exist.")
+        first, last = _span(call)
+        limit = _limit(call, _MOST_EVENTS)
+        way, position = _position(_text(call, "nextToken") or ("f/0" if call.get("startFromHead") is True else f"b/{_FOREVER}"))
+        start = position if way == "f" else 0
+        events = [(at, event) for at, event in self._store.events(account, group, stream, start) if first <= event.t < last]
+        events = [(at, event) for at, event in events if at < position][-limit:] if way == "b" else events[:limit]
+        after = events[-1][0] + 1 if events else min(position, self._store.facts(account, group, stream).stored_bytes)
+        return {
+            "events": [{"timestamp": event.t, "message": event.m, "ingestionTime": event.t} for _, event in events],
+            "nextForwardToken": f"f/{after}",
+            "nextBackwardToken": f"b/{events[0][0] if events else min(position, after)}",
+        }
+
+    def _filter_log_events(self, account: str, call: dict[str, Any]) -> dict[str, Any]:
+        group, matches = self._group(account, call), pattern(_text(call, "filterPattern"))
+        wanted, prefix = call.get("logStreamNames"), _text(call, "logStreamNamePrefix")
+        first, last = _span(call)
+        found: list[tuple[int, str, int, LogEvent]] = []
+        for stream in self._store.streams(account, group):
+            if stream.startswith(prefix) and (wanted is None or stream in wanted):
+                events = self._store.events(account, group, stream, 0)
+                found += [(e.t, stream, at, e) for at, e in events if first <= e.t < last and matches(e.m)]
+        found.sort(key=lambda one: one[:3])
+        page, token = _page(found, lambda one: f"{one[0]:015d}/{one[2]:012d}/{one[1]}", call, _MOST_EVENTS, sort=True)
+        return {
+            "events": [
+                {"logStreamName": stream, "timestamp": t, "message": event.m, "ingestionTime": t, "eventId": f"{t:014d}{at:012d}{stream}"}
+                for t, stream, at, event in page
+            ],
+            "searchedLogStreams": [],
+            **token,
+        }
+
+
+def _text(call: dict[str, Any], name: str) -> str:
+    value = call.get(name)
+    if value is not None and not isinstance(value, str):
+        raise InvalidParameter(f"{name} must be a string.")
+    return value or ""
+
+
+def _number(call: dict[str, Any], name: str, otherwise: int) -> int:
+    value = call.get(name)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise InvalidParameter(f"{name} must be a number that is not negative.")
+    return otherwise if value is None else value
+
+
+def _limit(call: dict[str, Any], most: int) -> int:
+    limit = _number(call, "limit", most)
+    if not 1 <= limit <= most:
+        raise InvalidParameter(f"limit must be between 1 and {most}.")
+    return limit
+
+
+def _span(call: dict[str, Any]) -> tuple[int, int]:
+    return _number(call, "startTime", 0), _number(call, "endTime", _FOREVER)
+
+
+def _position(token: str) -> tuple[str, int]:
+    match = re.fullmatch(r"([fb])/(\d{1,19})", token)
+    if match is None:
+        raise InvalidParameter("The specified nextToken is invalid.")
+    return match[1], int(match[2])
+
+
+def _page(
+    items: list[Any], key: Callable[[Any], str], call: dict[str, Any], most: int, sort: bool = False
+) -> tuple[list[Any], dict[str, str]]:
+    """One page and the member that names the next: tokens are the last item's key."""
+    if sort:
+        items = sorted(items, key=key)
+    after = _text(call, "nextToken")
+    first = bisect.bisect_right([key(item) for item in items], after) if after else 0
+    limit = _limit(call, most)
+    page = items[first : first + limit]
+    return page, ({"nextToken": key(page[-1])} if page and len(items) > first + limit else {})
+
+
+def pattern(text: str) -> Callable[[str], bool]:
+    """A filter pattern of terms: all of them, `-term` not, any of those with `?`; quotes keep spaces together.
+
+    Raises InvalidParameter for the JSON and space-delimited forms, which are not served.
+    """
+    if text.strip().startswith(("{", "[")):
+        raise InvalidParameter("Only filter patterns of terms are served here.")
+    terms = [(mark, quoted or plain) for mark, quoted, plain in re.findall(r'([-?]?)(?:"([^"]*)"|(\S+))', text)]
+    every = [term for mark, term in terms if mark == ""]
+    none = [term for mark, term in terms if mark == "-"]
+    some = [term for mark, term in terms if mark == "?"]
+    return lambda message: (
+        all(term in message for term in every)
+        and not any(term in message for term in none)
+        and (not some or any(term in message for term in some))
+    )

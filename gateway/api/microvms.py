@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from typing import Any
 
-import msgspec
-
+from gateway.accounts.model import Caller
 from gateway.images.pipeline import read_hooks
 from gateway.sessions.host import RpcError
 from gateway.sessions.lifecycle import SUCCESS
@@ -18,8 +16,9 @@ from gateway.sessions.states import Action, Event, State
 from gateway.sessions.store import StoreError
 from gateway.tokens import ALL_PORTS, LONGEST_SECONDS, SHELL
 
+from .client_tokens import Remember, TokenMismatch
 from .errors import Conflict, InsufficientCapacity, NotFound, QuotaExceeded, Throttling, Validation
-from .service import Service, check_image_arn, reply
+from .service import EGRESS, INGRESS, Service, reply
 
 _MAX_DURATION = 28_800
 _VM_MEMBERS = (
@@ -27,55 +26,38 @@ _VM_MEMBERS = (
     "maximumDurationInSeconds", "startedAt", "terminatedAt", "stateReason", "terminationReasonCode",
     "ingressNetworkConnectors", "egressNetworkConnectors",
 )  # fmt: skip
-_INGRESS = ("HTTP_INGRESS", "SHELL_INGRESS", "ALL_INGRESS", "NO_INGRESS")
 
 
 class Microvms:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._store = service.store
-        self._running: dict[str, asyncio.Future[dict[str, Any]]] = {}
 
     # ---- RunMicrovm ----
 
-    async def run_microvm(self, call: dict[str, Any]) -> dict[str, Any]:
+    async def run_microvm(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         token = call.pop("clientToken", None)
-        if token is None:
-            return await self._run(call)
-        name = f"run:{token}"
-        parameters = msgspec.json.encode(call, order="sorted").decode()
-        known = self._store.client_tokens.get(name)
-        if known is None and name in self._running:
-            await asyncio.wait([self._running[name]])
-            known = self._store.client_tokens.get(name)
-        if known is not None:
-            if known[0] != parameters:
-                raise Conflict("The client token was used before with other parameters.")
-            return msgspec.json.decode(known[1])  # type: ignore[no-any-return]
-        future = self._running[name] = asyncio.get_running_loop().create_future()
         try:
-            return await self._run(call, (name, parameters))
-        finally:
-            future.set_result({})
-            del self._running[name]
+            return await self._service.client_tokens.once(
+                caller.account, "run", token, call, lambda remember: self._run(caller, call, remember)
+            )
+        except TokenMismatch:
+            raise Conflict("The client token was used before with other parameters.") from None
 
-    async def _run(self, call: dict[str, Any], token: tuple[str, str] | None = None) -> dict[str, Any]:
+    async def _run(self, caller: Caller, call: dict[str, Any], remember: Remember) -> dict[str, Any]:
         version = self._version(call)
-        session = self._session(call, version)
+        session = self._session(caller, call, version)
         self._check_quota(session)
         await self._admit()
         store, lifecycle = self._store, self._service.lifecycle
         store.put_session(session)
         store.add_event(session.id, "run", "", session.state.value)
         answer = self._describe(session)
-        if token is not None:
-            store.put_client_token(*token, msgspec.json.encode(answer).decode())
+        remember(answer)
         try:
             await store.commit()
         except StoreError:
-            store.sessions.pop(session.id, None)
-            if token is not None:
-                store.client_tokens.pop(token[0], None)
+            store.forget_session(session)
             raise
         lifecycle.routes.publish(session)
         lifecycle.watch_lifetime(session)
@@ -83,7 +65,7 @@ class Microvms:
         return answer
 
     def _version(self, call: dict[str, Any]) -> Version:
-        arn = check_image_arn(call["imageIdentifier"], "Malformed ARN - doesn't start with 'arn:'")
+        arn = call["imageIdentifier"]
         image = self._store.images.get(arn)
         wanted = call.get("imageVersion")
         version = None
@@ -93,7 +75,7 @@ class Microvms:
             raise NotFound(f"No active version found for MicroVM image {arn}{f' and version {wanted}' if wanted else ''}")
         return version
 
-    def _session(self, call: dict[str, Any], version: Version) -> Session:
+    def _session(self, caller: Caller, call: dict[str, Any], version: Version) -> Session:
         service, settings = self._service, self._service.settings
         hooks = read_hooks(version.request)
         if call.get("runHookPayload") is not None and hooks.timeout("run") is None:
@@ -101,8 +83,8 @@ class Microvms:
         policy = call.get("idlePolicy")
         if policy is not None and policy["maxIdleDurationSeconds"] > _MAX_DURATION:
             raise Validation(f"maxIdleDurationSeconds must be at most {_MAX_DURATION}")
-        ingress = service.check_connectors(call.get("ingressNetworkConnectors") or [], _INGRESS)
-        egress = service.check_connectors(call.get("egressNetworkConnectors") or [], ("INTERNET_EGRESS",))
+        ingress = service.check_connectors(caller, call.get("ingressNetworkConnectors") or [], INGRESS)
+        egress = service.check_connectors(caller, call.get("egressNetworkConnectors") or [], EGRESS)
         if len(egress) > 1:
             raise Validation("Only one egress network connector can be provided")
         name, now = version.image_arn.rpartition(":")[2], time.time()
@@ -129,9 +111,11 @@ class Microvms:
         return session
 
     def _check_quota(self, session: Session) -> None:
-        limit = self._service.settings.limits.memory_mib
-        held = sum(s.minimum_mib for s in self._store.sessions.values() if not s.state.is_over)
-        if limit and held + session.minimum_mib > limit:
+        limit = self._service.settings.limits.memory_mib or self._service.quotas.memory_mib
+        if not limit:
+            return
+        live = (s for s in self._store.sessions_of(session.account) if not s.state.is_over)
+        if sum(s.minimum_mib for s in live) + session.minimum_mib > limit:
             raise QuotaExceeded("The base maximum allocated memory limit has been reached for this account.")
 
     async def _admit(self) -> None:
@@ -144,8 +128,8 @@ class Microvms:
 
     # ---- reads ----
 
-    def _find(self, call: dict[str, Any]) -> Session:
-        session = self._store.sessions.get(call["microvmIdentifier"])
+    def _find(self, caller: Caller, call: dict[str, Any]) -> Session:
+        session = self._service.session_of(caller, call["microvmIdentifier"])
         if session is None:
             raise NotFound(f"MicroVM not found: {call['microvmIdentifier']}")
         return session
@@ -175,35 +159,35 @@ class Microvms:
             },
         )  # fmt: skip
 
-    async def get_microvm(self, call: dict[str, Any]) -> dict[str, Any]:
-        return self._describe(self._find(call))
+    async def get_microvm(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        return self._describe(self._find(caller, call))
 
-    async def list_microvms(self, call: dict[str, Any]) -> dict[str, Any]:
+    async def list_microvms(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         arn, version = call.get("imageIdentifier"), call.get("imageVersion")
-        page, token = self._service.pager.page("microvms", list(self._store.sessions.values()), lambda s: [s.started_at, s.id], call)
+        page, token = self._service.pager.page_of_keys(f"microvms {caller.account}", self._store.order(caller.account), call)
         items = [
             {
                 "microvmId": s.id, "state": s.state.public, "imageArn": s.image_arn,
                 "imageVersion": s.image_version, "startedAt": round(s.started_at, 3),
             }
-            for s in page
+            for s in (self._store.sessions[name] for _, name in page)
             if (arn is None or s.image_arn == arn) and (version is None or s.image_version == version)
         ]  # fmt: skip
         return {"items": items, "nextToken": token}
 
     # ---- transitions ----
 
-    async def suspend_microvm(self, call: dict[str, Any]) -> dict[str, Any]:
-        return await self._fire(self._find(call), Event.SUSPEND)
+    async def suspend_microvm(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        return await self._fire(self._find(caller, call), Event.SUSPEND)
 
-    async def resume_microvm(self, call: dict[str, Any]) -> dict[str, Any]:
-        session = self._find(call)
+    async def resume_microvm(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        session = self._find(caller, call)
         if session.state is State.SUSPENDED and not await self._service.lifecycle.room.take():
             raise Throttling("The host has no room to resume the MicroVM now: try again.", retry_after=5)
         return await self._fire(session, Event.RESUME)
 
-    async def terminate_microvm(self, call: dict[str, Any]) -> dict[str, Any]:
-        return await self._fire(self._find(call), Event.TERMINATE)
+    async def terminate_microvm(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        return await self._fire(self._find(caller, call), Event.TERMINATE)
 
     async def _fire(self, session: Session, event: Event) -> dict[str, Any]:
         action = await self._service.lifecycle.fire(session, event, SUCCESS if event is Event.TERMINATE else "")
@@ -215,15 +199,15 @@ class Microvms:
 
     # ---- tokens ----
 
-    async def create_microvm_auth_token(self, call: dict[str, Any]) -> dict[str, Any]:
-        session = self._find(call)
+    async def create_microvm_auth_token(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        session = self._find(caller, call)
         minutes = self._minutes(call, session)
         ports = [port for entry in call["allowedPorts"] for port in _ports(entry)]
         token = self._service.minter.mint(session.id, ports, minutes * 60)
         return {"authToken": {"X-aws-proxy-auth": token}}
 
-    async def create_microvm_shell_auth_token(self, call: dict[str, Any]) -> dict[str, Any]:
-        session = self._find(call)
+    async def create_microvm_shell_auth_token(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        session = self._find(caller, call)
         minutes = self._minutes(call, session)
         names = {arn.rpartition(":")[2] for arn in session.ingress}
         if "ALL_INGRESS" in names and len(names) > 1:

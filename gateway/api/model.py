@@ -15,9 +15,10 @@ import botocore.loaders
 import regex
 from botocore.model import ListShape, MapShape, OperationModel, ServiceModel, Shape, StructureShape
 
-from .errors import Validation
+from .errors import Unserializable, Validation
 
 SERVICE = "lambda-microvms"
+CORE = "lambda-core"  # network connectors; its Runtime operations are in preview, and refused as the service does
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Operation:
     """One operation: its model, and where it is on the wire."""
 
     model: OperationModel
+    service: str
     method: str
     pattern: re.Pattern[str]
     names: tuple[str, ...]
@@ -32,6 +34,10 @@ class Operation:
     @property
     def name(self) -> str:
         return str(self.model.name)
+
+    @property
+    def is_offered(self) -> bool:
+        return self.service == SERVICE or "NetworkConnector" in self.name
 
     @property
     def status(self) -> int:
@@ -49,16 +55,13 @@ class Operation:
 class Model:
     def __init__(self, min_idle_seconds: int = 60) -> None:
         """`min_idle_seconds` replaces the model's bound: a host's owner may allow shorter idle times."""
-        description = botocore.loaders.Loader().load_service_model(SERVICE, "service-2")
-        description["shapes"]["IdlePolicyMaxIdleDurationSecondsInteger"]["min"] = min_idle_seconds
-        self.service = ServiceModel(description, SERVICE)
-        self.operations = [self._operation(self.service.operation_model(name)) for name in self.service.operation_names]
-
-    def _operation(self, model: OperationModel) -> Operation:
-        uri = str(model.http["requestUri"]).split("?")[0]
-        names = tuple(re.findall(r"{([^}+]+)\+?}", uri))
-        pattern = "".join(f"(?P<{part[1:-1]}>[^/]+)" if part.startswith("{") else re.escape(part) for part in re.split(r"({[^}]+})", uri))
-        return Operation(model, str(model.http["method"]), re.compile(pattern + r"/?\Z"), names)
+        self.operations: list[Operation] = []
+        for name in (SERVICE, CORE):
+            description = botocore.loaders.Loader().load_service_model(name, "service-2")
+            if name == SERVICE:
+                description["shapes"]["IdlePolicyMaxIdleDurationSecondsInteger"]["min"] = min_idle_seconds
+            service = ServiceModel(description, name)
+            self.operations += [_operation(name, service.operation_model(one)) for one in service.operation_names]
 
     def find(self, method: str, raw_path: str) -> tuple[Operation, dict[str, str]] | None:
         """The operation of a request line and its path members, decoded."""
@@ -67,8 +70,12 @@ class Model:
                 return operation, {name: unquote(match[name]) for name in operation.names}
         return None
 
-    def shape(self, name: str) -> Shape:
-        return self.service.shape_for(name)
+
+def _operation(service: str, model: OperationModel) -> Operation:
+    uri = str(model.http["requestUri"]).split("?")[0]
+    names = tuple(re.findall(r"{([^}+]+)\+?}", uri))
+    pattern = "".join(f"(?P<{part[1:-1]}>[^/]+)" if part.startswith("{") else re.escape(part) for part in re.split(r"({[^}]+})", uri))
+    return Operation(model, service, str(model.http["method"]), re.compile(pattern + r"/?\Z"), names)
 
 
 def parse_input(operation: Operation, path: dict[str, str], query: str, body: Any) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def parse_input(operation: Operation, path: dict[str, str], query: str, body: An
     if operation.input is None:
         return {}
     if body is not None and not isinstance(body, dict):
-        raise Validation("The request body must be a JSON object.")
+        raise Unserializable("Expected a JSON object")
     queries = parse_qsl(query, keep_blank_values=True)
     given: dict[str, Any] = {}
     for name, shape in operation.input.members.items():
@@ -92,10 +99,15 @@ def parse_input(operation: Operation, path: dict[str, str], query: str, body: An
             given[name] = body[wire]
     problems: list[str] = []
     result = _check_structure(operation.input, given, "", problems)
+    if operation.service == CORE:  # whose members are Capital, and whose texts are not
+        problems = [_PATH.sub(lambda match: re.sub(r"(?<![a-zA-Z])[A-Z]", lambda c: c[0].lower(), match[0]), one) for one in problems]
     if problems:
         noun = "error" if len(problems) == 1 else "errors"
         raise Validation(f"{len(problems)} validation {noun} detected: {'; '.join(problems)}")
     return result
+
+
+_PATH = re.compile(r"(?<= at ')[^']*(?=' failed)")
 
 
 def _from_query(shape: Shape, text: str, name: str) -> Any:
@@ -133,9 +145,16 @@ def _has_type(shape: Shape, value: Any) -> bool:
     return isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
 
 
+def _expected(shape: Shape) -> str:
+    """Recorded for the empty structure allPorts; the others after its manner."""
+    if isinstance(shape, StructureShape) and not shape.members:
+        return "Expected null"
+    return f"Expected {shape.type_name} or null"
+
+
 def _check(shape: Shape, value: Any, path: str, problems: list[str]) -> Any:
     if not _has_type(shape, value):
-        raise Validation(f"Value at '{path}' is of the wrong type: expected {shape.type_name}")
+        raise Unserializable(_expected(shape))
     if isinstance(shape, StructureShape):
         return _check_structure(shape, value, path, problems)
     if isinstance(shape, ListShape):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import bisect
 import hashlib
 import hmac
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,6 +16,7 @@ from .errors import Validation
 
 _DEFAULT_PAGE = 50
 T = TypeVar("T")
+Key = tuple[Any, ...]
 
 
 class Pager:
@@ -23,24 +25,28 @@ class Pager:
     def __init__(self, key: bytes) -> None:
         self._key = key
 
-    def page(self, what: str, items: Sequence[T], key: Callable[[T], list[Any]], call: dict[str, Any]) -> tuple[list[T], str | None]:
+    def page(self, what: str, items: Iterable[T], key: Callable[[T], Key], call: dict[str, Any]) -> tuple[list[T], str | None]:
         """One page of items sorted by `key`, and the token of the next. Raises Validation for a bad token."""
-        limit = call.get("maxResults") or _DEFAULT_PAGE
-        ordered = sorted(items, key=key)
-        if call.get("nextToken"):
-            after = self._open(what, call["nextToken"])
-            ordered = [item for item in ordered if key(item) > after]
-        page = ordered[:limit]
-        return page, (self._seal(what, key(page[-1])) if len(ordered) > limit else None)
+        by_key = {key(item): item for item in items}
+        page, token = self.page_of_keys(what, sorted(by_key), call)
+        return [by_key[one] for one in page], token
+
+    def page_of_keys(self, what: str, ordered: Sequence[Key], call: dict[str, Any]) -> tuple[list[Key], str | None]:
+        """The same for keys that are in order already: costs the page, not the list."""
+        limit = call.get("maxResults") or call.get("MaxItems") or _DEFAULT_PAGE
+        given = call.get("nextToken") or call.get("Marker")
+        first = bisect.bisect_right(ordered, self._open(what, given)) if given else 0
+        page = list(ordered[first : first + limit])
+        return page, (self._seal(what, page[-1]) if len(ordered) > first + limit else None)
 
     def _tag(self, text: bytes) -> bytes:
         return hmac.new(self._key, text, hashlib.sha256).digest()
 
-    def _seal(self, what: str, position: list[Any]) -> str:
+    def _seal(self, what: str, position: Key) -> str:
         text = msgspec.json.encode([what, position])
         return base64.urlsafe_b64encode(self._tag(text) + text).decode()
 
-    def _open(self, what: str, token: str) -> list[Any]:
+    def _open(self, what: str, token: str) -> Key:
         try:
             data = base64.urlsafe_b64decode(token.encode())
             tag, text = data[:32], data[32:]
@@ -51,4 +57,4 @@ class Pager:
                 raise ValueError
         except (ValueError, binascii.Error, msgspec.DecodeError):
             raise Validation("Invalid nextToken: use the one that the previous page gave.") from None
-        return position
+        return tuple(position)

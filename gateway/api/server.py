@@ -1,38 +1,76 @@
-"""The control plane's HTTP server: aiohttp, one handler; signature, route, constraints, operation, reply."""
+"""The control plane's HTTP server: one handler. A call's way: route, signature, rate, constraints, permission, operation,
+reply, audit."""
 
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 from aiohttp import web
 from botocore import xform_name
 
+from gateway.accounts.directory import Directory
+from gateway.accounts.model import Caller
+from gateway.accounts.quotas import RUN_CODE, Buckets
+from gateway.observe.audit import AuditTrail, redacted
 from gateway.sessions.states import IllegalTransition
 from gateway.sessions.store import StoreError
 
 from . import sigv4
-from .errors import ApiError, InternalServer, SignatureError, Validation
+from .errors import AccessDenied, ApiError, InternalServer, SignatureError, Throttling, TooManyRequests, Unserializable, Validation
 from .logs import TARGET_PREFIX, Logs
-from .model import Model, parse_input
+from .model import SERVICE, Model, Operation, parse_input
+from .permissions import Permissions
 
 log = structlog.get_logger()
 
+LOGS = "logs.amazonaws.com"
 _BODY_MAX_BYTES = 1 << 20
-Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+_NOT_FOUND = (
+    b"<html>\r\n<head><title>404 Not Found</title></head>\r\n<body>\r\n<center><h1>404 Not Found</h1></center>\r\n</body>\r\n</html>\r\n"
+)
+_COMPACT = json.JSONEncoder(separators=(",", ":"))
+Handler = Callable[[Caller, dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+class Unoffered(AccessDenied):
+    """The Runtime operations: the service's gateway refuses them without a word."""
+
+    def body(self) -> dict[str, object]:
+        return {"message": None}
+
+
+@dataclass
+class Exchange:
+    """One call on its way: what is known of it so far, for the audit trail."""
+
+    request: web.Request
+    id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    event: str = ""
+    source: str = "lambda.amazonaws.com"
+    caller: Caller | None = None
+    access_key: str = ""
+    call: dict[str, Any] | None = None
+    resources: list[str] = field(default_factory=list)
 
 
 class ApiServer:
     """`targets` have a coroutine for each operation they serve, named as boto3 names it."""
 
-    def __init__(self, model: Model, targets: list[object], logs: Logs, secrets: dict[str, str], region: str, skew_seconds: int) -> None:
+    def __init__(
+        self, model: Model, targets: list[object], logs: Logs, directory: Directory, permissions: Permissions, buckets: Buckets,
+        audit: AuditTrail, region: str, skew_seconds: int,
+    ) -> None:  # fmt: skip
         self._model = model
         self._logs = logs
-        self._secrets = secrets
+        self._directory = directory
+        self._permissions = permissions
+        self._buckets = buckets
+        self._audit = audit
         self._region = region
         self._skew_seconds = skew_seconds
         self._handlers: dict[str, Handler] = {}
@@ -45,58 +83,124 @@ class ApiServer:
         self.application.router.add_route("*", "/{path:.*}", self._handle)
 
     async def _handle(self, request: web.Request) -> web.Response:
-        request_id = str(uuid.uuid4())
+        exchange = Exchange(request)
         try:
-            status, body = await self._answer(request)
+            status, body = await self._answer(exchange)
         except ApiError as error:
-            return self._error(error, request_id)
+            return self._failed(exchange, error)
         except web.HTTPRequestEntityTooLarge:
-            return self._error(Validation(f"The request body is larger than {_BODY_MAX_BYTES} bytes."), request_id)
+            return self._failed(exchange, Validation(f"The request body is larger than {_BODY_MAX_BYTES} bytes.", status=413))
         except (StoreError, IllegalTransition) as error:
             log.error("api.failed", path=request.path, error=str(error))
-            return self._error(InternalServer(str(error), retry_after=1), request_id)
+            return self._failed(exchange, InternalServer(str(error), retry_after=1))
         except Exception:
             log.exception("api.failed", path=request.path)
-            return self._error(InternalServer("An internal error occurred; the service's log has the details."), request_id)
-        if body is None:
-            return web.Response(status=status, text="Not Found" if status == 404 else "", headers={"x-amzn-requestid": request_id})
-        return web.Response(
-            status=status, body=json.dumps(body, separators=(",", ":")).encode(), content_type="application/json",
-            headers={"x-amzn-requestid": request_id},
-        )  # fmt: skip
+            return self._failed(exchange, InternalServer("An internal error occurred; the service's log has the details."))
+        headers = {"x-amzn-requestid": exchange.id}
+        if status == 404:
+            return web.Response(status=404, body=_NOT_FOUND, content_type="text/html", headers=headers)
+        self._record(exchange, None, body)
+        if status == 204:
+            return web.Response(status=204, headers=headers)
+        return web.Response(status=status, body=_COMPACT.encode(body).encode(), content_type="application/json", headers=headers)
 
-    def _error(self, error: ApiError, request_id: str) -> web.Response:
-        headers = {"x-amzn-requestid": request_id, "x-amzn-errortype": error.kind}
+    def _failed(self, exchange: Exchange, error: ApiError) -> web.Response:
+        self._record(exchange, error, None)
+        headers = {"x-amzn-requestid": exchange.id, "x-amzn-errortype": error.kind}
         if error.retry_after is not None:
             headers["Retry-After"] = str(error.retry_after)
-        return web.Response(status=error.status, body=json.dumps(error.body()).encode(), content_type="application/json", headers=headers)
+        body = error.body() | ({"__type": error.kind} if exchange.source == LOGS else {})  # where JSON 1.1 has the type
+        return web.Response(status=error.status, body=_COMPACT.encode(body).encode(), content_type="application/json", headers=headers)
 
-    async def _answer(self, request: web.Request) -> tuple[int, dict[str, Any] | None]:
+    # ---- a call's way ----
+
+    async def _answer(self, exchange: Exchange) -> tuple[int, dict[str, Any] | None]:
+        request = exchange.request
         path, _, query = request.raw_path.partition("?")
         target = request.headers.get("X-Amz-Target", "")
         found = None if target else self._model.find(request.method, path)
         if found is None and not target.startswith(TARGET_PREFIX):
             return 404, None
-        body = await request.read()
-        self._check_signature(request, path, query, body)
-        content = _parse(body)
         if found is None:
-            name = re.sub(r"(?<!^)(?=[A-Z])", "_", target.removeprefix(TARGET_PREFIX)).lower()
-            handler = getattr(self._logs, name, None)
-            if handler is None:
-                raise SignatureError("UnknownOperationException", f"{target} is not served here")
-            return 200, await handler(content or {})
+            return 200, await self._answer_logs(exchange, path, query, target.removeprefix(TARGET_PREFIX))
         operation, members = found
-        call = parse_input(operation, members, query, content)
-        serve = self._handlers.get(operation.name)
-        if serve is None:
-            return 404, None
-        return operation.status, await serve(call)
+        exchange.event = operation.name
+        body = await request.read()
+        caller = exchange.caller = self._authenticate(exchange, path, query, body)
+        if not operation.is_offered:
+            raise Unoffered("")
+        self._throttle(caller, operation)
+        call = exchange.call = parse_input(operation, members, query, _parse(body))
+        exchange.resources = self._permissions.check(caller, operation.name, call)
+        return operation.status, await self._handlers[operation.name](caller, call)
 
-    def _check_signature(self, request: web.Request, path: str, query: str, body: bytes) -> None:
+    async def _answer_logs(self, exchange: Exchange, path: str, query: str, name: str) -> dict[str, Any]:
+        exchange.event, exchange.source = name, LOGS
+        body = await exchange.request.read()
+        caller = exchange.caller = self._authenticate(exchange, path, query, body)
+        call = exchange.call = _parse(body) or {}
+        if not isinstance(call, dict):
+            raise Unserializable("Expected a JSON object")
+        return await self._logs.answer(caller, name, call)
+
+    def _authenticate(self, exchange: Exchange, path: str, query: str, body: bytes) -> Caller:
+        request = exchange.request
         headers = {name.lower(): ",".join(request.headers.getall(name)) for name in request.headers}
         signed = sigv4.SignedRequest(request.method, path, query, headers, body)
-        sigv4.verify(signed, self._secrets, self._region, self._skew_seconds)
+        claimed = sigv4.parse(signed)
+        exchange.access_key = claimed.key
+        sigv4.verify(signed, claimed, self._directory.secret(claimed.key, claimed.token), self._region, self._skew_seconds)
+        if self._directory.is_expired(claimed.token):
+            raise SignatureError("ExpiredTokenException", "The security token included in the request is expired")
+        return self._directory.caller(
+            claimed.key, claimed.token, source=request.remote or "", user_agent=request.headers.get("User-Agent", ""),
+            secure=request.secure,
+        )  # fmt: skip
+
+    def _throttle(self, caller: Caller, operation: Operation) -> None:
+        wait = self._buckets.wait_seconds(caller.account, operation.name)
+        if not wait:
+            return
+        after = max(1, round(wait + 0.5))
+        if operation.service != SERVICE:
+            raise TooManyRequests("Rate exceeded", retry_after=after)
+        code = RUN_CODE if operation.name == "RunMicrovm" else ""
+        raise Throttling("Rate exceeded", after, serviceCode="lambda", quotaCode=code)
+
+    # ---- audit ----
+
+    def _record(self, exchange: Exchange, error: ApiError | None, reply: dict[str, Any] | None) -> None:
+        if not exchange.event:
+            return
+        reads = exchange.event.startswith(("Get", "List", "Describe", "Filter"))
+        caller = exchange.caller
+        self._audit.write(
+            exchange.event,
+            eventSource=exchange.source,
+            userIdentity=_identity(exchange.access_key, caller),
+            awsRegion=self._region,
+            sourceIPAddress=exchange.request.remote,
+            userAgent=exchange.request.headers.get("User-Agent"),
+            requestParameters=redacted(exchange.call),
+            responseElements=None if reads else redacted(reply),
+            **({"errorCode": error.kind, "errorMessage": str(error)} if error is not None else {}),
+            requestID=exchange.id,
+            eventID=str(uuid.uuid4()),
+            resources=[{"ARN": arn, "accountId": arn.split(":")[4], "type": _type(arn)} for arn in exchange.resources],
+            recipientAccountId=caller.account if caller is not None else None,
+        )
+
+
+def _identity(access_key: str, caller: Caller | None) -> dict[str, Any]:
+    if caller is None:  # whose signature was wrong, or missing
+        return {"type": "Unknown", "accessKeyId": access_key or None}
+    identity = {"type": caller.kind, "arn": caller.arn, "accountId": caller.account, "accessKeyId": caller.access_key}
+    return identity | ({"userName": caller.name} if caller.kind == "IAMUser" else {})
+
+
+def _type(arn: str) -> str:
+    kinds = {"microvm-image": "AWS::Lambda::MicrovmImage", "network-connector": "AWS::Lambda::NetworkConnector"}
+    return kinds.get(arn.split(":")[5].partition("/")[0], "AWS::IAM::Role")
 
 
 def _parse(body: bytes) -> Any:
@@ -104,5 +208,5 @@ def _parse(body: bytes) -> Any:
         return None
     try:
         return json.loads(body)
-    except ValueError as error:
-        raise Validation("The request body is not valid JSON.") from error
+    except (ValueError, RecursionError) as error:
+        raise Unserializable("The request body is not valid JSON") from error

@@ -1,4 +1,4 @@
-"""Checks AWS Signature Version 4, header form (AWS General Reference: "Signing AWS API requests")."""
+"""Checks AWS Signature Version 4, in the Authorization field or in the query (IAM User Guide: "Signing AWS API requests")."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import time
 from calendar import timegm
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, unquote
 
 from .errors import SignatureError
 
 _ALGORITHM = "AWS4-HMAC-SHA256"
-_AUTHORIZATION = re.compile(
-    r"AWS4-HMAC-SHA256\s+Credential=([^/,\s]+)/(\d{8})/([^/,\s]+)/([^/,\s]+)/aws4_request\s*,\s*"
-    r"SignedHeaders=([^,\s]+)\s*,\s*Signature=([0-9a-f]{64})\s*\Z"
-)
-_UNSIGNED = "UNSIGNED-PAYLOAD"
-_SERVICES = ("lambda", "logs")
+_AUTHORIZATION = re.compile(r"AWS4-HMAC-SHA256\s+Credential=([^,\s]+)\s*,\s*SignedHeaders=([^,\s]+)\s*,\s*Signature=([0-9a-f]{64})\s*\Z")
+_SCOPE = re.compile(r"([^/]+)/(\d{8})/([^/]+)/([^/]+)/aws4_request\Z")
+_SERVICES = ("lambda", "logs", "sts")
+_LONGEST_SECONDS = 604_800
+_PLAIN = "-_.~"
 _MISMATCH = (
     "The request signature we calculated does not match the signature you provided. Check your AWS Secret Access Key and "
     "signing method. Consult the service documentation for details."
 )
+_BAD_TOKEN = "The security token included in the request is invalid."
 
 
 @dataclass(frozen=True)
@@ -37,66 +37,134 @@ class SignedRequest:
     body: bytes
 
 
-def _hmac(key: bytes, text: str) -> bytes:
-    return hmac.new(key, text.encode(), hashlib.sha256).digest()
+@dataclass(frozen=True)
+class Signature:
+    """What a request says about its signature. `lives_seconds` is set in the query form only."""
+
+    key: str
+    day: str
+    region: str
+    service: str
+    signed: tuple[str, ...]
+    digest: str
+    stamp: str
+    token: str
+    lives_seconds: int | None = None
+
+
+def parse(request: SignedRequest) -> Signature:
+    """Raises SignatureError where there is no signature, or half of one."""
+    authorization = request.headers.get("authorization", "")
+    if authorization:
+        match = _AUTHORIZATION.match(authorization)
+        if match is None:
+            raise SignatureError("IncompleteSignatureException", "The Authorization header is not a complete AWS4-HMAC-SHA256 signature.")
+        stamp, token = request.headers.get("x-amz-date", ""), request.headers.get("x-amz-security-token", "")
+        return Signature(*_scope(match[1]), tuple(match[2].split(";")), match[3], stamp, token)
+    query = dict(parse_qsl(request.query, keep_blank_values=True))
+    if "X-Amz-Signature" not in query and "X-Amz-Algorithm" not in query:
+        raise SignatureError("MissingAuthenticationTokenException", "Missing Authentication Token")
+    return _from_query(query)
+
+
+def _scope(credential: str) -> tuple[str, str, str, str]:
+    scope = _SCOPE.match(credential)
+    if scope is None:
+        raise SignatureError(
+            "IncompleteSignatureException", "Credential must have the form <key>/<YYYYMMDD>/<region>/<service>/aws4_request."
+        )
+    return scope[1], scope[2], scope[3], scope[4]
+
+
+def _from_query(query: dict[str, str]) -> Signature:
+    names = ("X-Amz-Algorithm", "X-Amz-Credential", "X-Amz-Date", "X-Amz-SignedHeaders", "X-Amz-Signature", "X-Amz-Expires")
+    missing = [name for name in names if not query.get(name)]
+    if missing:
+        raise SignatureError("IncompleteSignatureException", f"AWS query-string parameters must include {', '.join(missing)}.")
+    lives = query["X-Amz-Expires"]
+    if query["X-Amz-Algorithm"] != _ALGORITHM or not (lives.isdigit() and len(lives) < 8 and 0 < int(lives) <= _LONGEST_SECONDS):
+        raise SignatureError(
+            "IncompleteSignatureException", f"X-Amz-Algorithm must be {_ALGORITHM}, X-Amz-Expires 1 to {_LONGEST_SECONDS} seconds."
+        )
+    return Signature(
+        *_scope(query["X-Amz-Credential"]), tuple(query["X-Amz-SignedHeaders"].split(";")), query["X-Amz-Signature"],
+        query["X-Amz-Date"], query.get("X-Amz-Security-Token", ""), int(lives),
+    )  # fmt: skip
 
 
 def canonical_query(query: str) -> str:
-    pairs = sorted(pair.partition("=")[::2] for pair in query.split("&") if pair)
-    return "&".join(f"{name}={value}" for name, value in pairs)
+    """Pairs encoded as RFC 3986 has it, sorted by name and then by value; the signature itself left out."""
+    pairs = (pair.partition("=")[::2] for pair in query.split("&") if pair)
+    encoded = sorted((quote(unquote(name), safe=_PLAIN), quote(unquote(value), safe=_PLAIN)) for name, value in pairs)
+    return "&".join(f"{name}={value}" for name, value in encoded if name != "X-Amz-Signature")
 
 
-def _canonical(request: SignedRequest, signed: list[str], payload_hash: str) -> str:
-    fields = "".join(f"{name}:{' '.join(request.headers.get(name, '').split())}\n" for name in signed)
-    return "\n".join(
-        [request.method, quote(request.path, safe="/~"), canonical_query(request.query), fields, ";".join(signed), payload_hash]
-    )
+def canonical_path(path: str) -> str:
+    """Dot segments and empty segments removed (RFC 3986, 5.2.4), then encoded: what was encoded is so twice."""
+    parts: list[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            parts = parts[:-1]
+        elif part not in ("", "."):
+            parts.append(part)
+    joined = "/" + "/".join(parts)
+    if parts and path.endswith(("/", "/.", "/..")):
+        joined += "/"
+    return quote(joined, safe="/-_.~")
+
+
+def canonical_request(request: SignedRequest, signed: tuple[str, ...], payload_hash: str) -> str:
+    fields = "".join(f"{name}:{','.join(' '.join(v.split()) for v in request.headers.get(name, '').split(','))}\n" for name in signed)
+    return "\n".join([request.method, canonical_path(request.path), canonical_query(request.query), fields, ";".join(signed), payload_hash])
+
+
+def digest(request: SignedRequest, claimed: Signature, secret: str, payload_hash: str) -> str:
+    """The signature that `secret` gives."""
+    key = f"AWS4{secret}".encode()
+    for part in (claimed.day, claimed.region, claimed.service, "aws4_request"):
+        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
+    canonical = hashlib.sha256(canonical_request(request, claimed.signed, payload_hash).encode()).hexdigest()
+    scope = f"{claimed.day}/{claimed.region}/{claimed.service}/aws4_request"
+    return hmac.new(key, f"{_ALGORITHM}\n{claimed.stamp}\n{scope}\n{canonical}".encode(), hashlib.sha256).hexdigest()
 
 
 def verify(
-    request: SignedRequest, secrets: Mapping[str, str], region: str, skew_seconds: int, clock: Callable[[], float] = time.time
-) -> str:
-    """The access key that signed. Raises SignatureError."""
-    authorization = request.headers.get("authorization", "")
-    if not authorization:
-        raise SignatureError("MissingAuthenticationTokenException", "Missing Authentication Token")
-    match = _AUTHORIZATION.match(authorization)
-    if match is None:
-        raise SignatureError("IncompleteSignatureException", "The Authorization header is not a complete AWS4-HMAC-SHA256 signature.")
-    key, day, scope_region, service, signed_list, signature = match.groups()
-    signed = signed_list.split(";")
-    secret = secrets.get(key)
+    request: SignedRequest, claimed: Signature, secret: str | None, region: str, skew_seconds: int,
+    clock: Callable[[], float] = time.time,
+) -> None:  # fmt: skip
+    """Raises SignatureError. `secret` is None where the key is not known. No operation here takes an unsigned payload, or
+    one signed in chunks: no input of the model is a stream."""
     if secret is None:
-        raise SignatureError("UnrecognizedClientException", "The security token included in the request is invalid.")
-    stamp = request.headers.get("x-amz-date", "")
-    _check_time(stamp, day, skew_seconds, clock())
-    if scope_region != region or service not in _SERVICES:
+        raise SignatureError("UnrecognizedClientException", _BAD_TOKEN)
+    _check_time(claimed, skew_seconds, clock())
+    if claimed.region != region or claimed.service not in _SERVICES:
         raise SignatureError(
             "InvalidSignatureException", f"Credential should be scoped to a valid region and service: {region}, {' or '.join(_SERVICES)}."
         )
-    if "host" not in signed or signed != sorted(signed):
+    if "host" not in claimed.signed or list(claimed.signed) != sorted(claimed.signed):
         raise SignatureError("InvalidSignatureException", "'Host' must be a 'SignedHeader' in the AWS Authorization.")
-    body_hash = hashlib.sha256(request.body).hexdigest()
-    declared = request.headers.get("x-amz-content-sha256", body_hash)
-    if declared not in (body_hash, _UNSIGNED):
+    unsigned = sorted(name for name in request.headers if name.startswith("x-amz-") and name not in claimed.signed)
+    if unsigned and claimed.lives_seconds is None and unsigned != ["x-amz-content-sha256"]:
+        raise SignatureError("InvalidSignatureException", f"'{unsigned[0]}' must be a 'SignedHeader' in the AWS Authorization.")
+    payload_hash = hashlib.sha256(request.body).hexdigest()
+    if request.headers.get("x-amz-content-sha256", payload_hash) != payload_hash:
         raise SignatureError("InvalidSignatureException", "The value of x-amz-content-sha256 is not the body's hash.")
-    signing = _hmac(_hmac(_hmac(_hmac(f"AWS4{secret}".encode(), day), scope_region), service), "aws4_request")
-    canonical = hashlib.sha256(_canonical(request, signed, declared).encode()).hexdigest()
-    expected = _hmac(signing, f"{_ALGORITHM}\n{stamp}\n{day}/{scope_region}/{service}/aws4_request\n{canonical}").hex()
-    if not hmac.compare_digest(expected, signature):
+    if not hmac.compare_digest(digest(request, claimed, secret, payload_hash), claimed.digest):
         raise SignatureError("InvalidSignatureException", _MISMATCH)
-    return key
 
 
-def _check_time(stamp: str, day: str, skew_seconds: int, now: float) -> None:
+def _check_time(claimed: Signature, skew_seconds: int, now: float) -> None:
+    stamp = claimed.stamp
     try:
         at = timegm(time.strptime(stamp, "%Y%m%dT%H%M%SZ"))
     except ValueError:
         raise SignatureError("IncompleteSignatureException", "X-Amz-Date is missing or not of the form YYYYMMDDTHHMMSSZ.") from None
-    if not stamp.startswith(day):
+    if not stamp.startswith(claimed.day):
         raise SignatureError("InvalidSignatureException", "Date in Credential scope does not match YYYYMMDD from X-Amz-Date.")
-    limit = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now - skew_seconds if at < now else now + skew_seconds))
-    if at < now - skew_seconds:
+    lives = skew_seconds if claimed.lives_seconds is None else claimed.lives_seconds
+    if at < now - lives:
+        limit = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now - lives))
         raise SignatureError("InvalidSignatureException", f"Signature expired: {stamp} is now earlier than {limit}")
     if at > now + skew_seconds:
+        limit = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now + skew_seconds))
         raise SignatureError("InvalidSignatureException", f"Signature not yet current: {stamp} is still later than {limit}")

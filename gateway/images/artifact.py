@@ -17,7 +17,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from gateway.config import Settings
 
-_URI = re.compile(r"^s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.+)$")
+_URI = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([^\x00-\x1f]+?)(?:\?versionId=([^\s?&]+))?")
 _UNPACK_SECONDS = 180
 _CHUNK = 1 << 20
 _TRANSPORT = re.compile(
@@ -33,10 +33,10 @@ class BuildFailed(Exception):
         self.code = code
 
 
-def parse_uri(uri: str) -> tuple[str, str] | None:
-    """Bucket and key of an S3 URI, None when it is none."""
-    match = _URI.match(uri)
-    return (match[1], match[2]) if match else None
+def parse_uri(uri: str) -> tuple[str, str, str | None] | None:
+    """Bucket, key and, where one is named (`?versionId=`), the object's version of an S3 URI; None when it is none."""
+    match = _URI.fullmatch(uri)
+    return (match[1], match[2], match[3]) if match else None
 
 
 def _failure(error: ClientError, bucket: str, key: str) -> BuildFailed:
@@ -59,10 +59,11 @@ def _client(settings: Settings, credentials: tuple[str, str]) -> Any:
     endpoint = settings.object_store.endpoint
     if not endpoint and settings.object_store.embedded:
         endpoint = f"http://127.0.0.1:{settings.object_store.port}"
+    styles: Any = {"addressing_style": settings.object_store.addressing}
     return boto3.client(
         "s3", region_name=settings.region, endpoint_url=endpoint or None,
         aws_access_key_id=credentials[0], aws_secret_access_key=credentials[1],
-        config=Config(connect_timeout=5, read_timeout=30, retries={"max_attempts": 3}, s3={"addressing_style": "path"}),
+        config=Config(connect_timeout=5, read_timeout=30, retries={"max_attempts": 3}, s3=styles),
     )  # fmt: skip
 
 
@@ -71,10 +72,10 @@ def fetch(settings: Settings, credentials: tuple[str, str], uri: str, target: Pa
     parsed = parse_uri(uri)
     if parsed is None:
         raise BuildFailed("S3_INVALID_OBJECT", f"{uri} is not of the form s3://<bucket>/<key>")
-    bucket, key = parsed
+    bucket, key, version = parsed
     size = 0
     try:
-        body = _client(settings, credentials).get_object(Bucket=bucket, Key=key)["Body"]
+        body = _client(settings, credentials).get_object(Bucket=bucket, Key=key, **({"VersionId": version} if version else {}))["Body"]
         with target.open("wb") as file:
             for chunk in body.iter_chunks(_CHUNK):
                 size += len(chunk)

@@ -12,7 +12,7 @@ import structlog
 
 from gateway.sessions.logs import LineWriter, LogStore, build_stream, default_group
 from gateway.sessions.model import Build, Image, Version
-from gateway.sessions.store import Store, StoreError
+from gateway.sessions.store import Store
 
 from .artifact import BuildFailed
 from .pipeline import Job, Pipeline
@@ -28,66 +28,112 @@ class Registry:
         self._logs = logs
         self._clock = clock
         self._slots = asyncio.Semaphore(concurrent)
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # by image version's key, or by ARN for what is about all of it
+        self._state_before: dict[str, str] = {}
         self.pipeline: Pipeline
 
     # ---- what calls ask ----
 
-    async def create(self, arn: str, name: str, request: dict[str, Any], tags: dict[str, str]) -> tuple[Image, Version]:
+    def create(self, arn: str, name: str, request: dict[str, Any], tags: dict[str, str]) -> tuple[Image, Version]:
+        """Puts a new image with its first version; `begin` stores it and starts the build."""
         now = self._clock()
         image = Image(str(uuid.uuid4()), arn, name, now, now, tags=tags)
-        return image, await self._add_version(image, request, "CREATING")
+        return image, self._add_version(image, request, "CREATING")
 
-    async def update(self, image: Image, request: dict[str, Any]) -> Version:
-        return await self._add_version(image, request, "UPDATING")
+    def update(self, image: Image, request: dict[str, Any]) -> Version:
+        return self._add_version(image, request, "UPDATING")
 
-    async def delete(self, image: Image) -> None:
-        self._set_state(image, "DELETING")
-        await self._store.commit()
-        self._start(image.arn, self._delete(image))
-
-    # ---- inside ----
-
-    async def _add_version(self, image: Image, request: dict[str, Any], state: str) -> Version:
-        now = self._clock()
-        number = f"{len(image.versions) + 1}.0"
-        version = Version(image.arn, number, request, now, now, "IN_PROGRESS", key=f"{image.id}-{number}")
-        version.build = Build(str(uuid.uuid4()), "IN_PROGRESS", now)
-        image.versions.append(version)
-        old = image.state
-        self._set_state(image, state)
+    async def begin(self, image: Image, version: Version) -> None:
+        """Raises StoreError; the version is then as if it had never been."""
         try:
             await self._store.commit()
-        except StoreError:
+        except BaseException:
             image.versions.remove(version)
-            image.state = old
+            image.state = self._state_before.pop(image.arn, image.state)
             if not image.versions:
                 self._store.images.pop(image.arn, None)
             raise
-        self._start(image.arn, self._build(image, version))
+        self._state_before.pop(image.arn, None)
+        self._start(version.key, self._build(image, version))
+
+    async def delete(self, image: Image) -> None:
+        before = image.state
+        self._set_state(image, "DELETING")
+        try:
+            await self._store.commit()
+        except BaseException:
+            image.state = before
+            raise
+        self._start(image.arn, self._delete(image))
+
+    async def delete_version(self, image: Image, version: Version) -> None:
+        """The image is UPDATING meanwhile. A build under way is called off."""
+        building = self._tasks.get(version.key)
+        after, before = self._settled(image, version), (version.state, image.state)
+        version.state = "DELETING"
+        self._set_state(image, "UPDATING")
+        try:
+            await self._store.commit()
+        except BaseException:
+            version.state, image.state = before
+            raise
+        if building is not None:
+            building.cancel()
+        self._start(version.key, self._delete_version(image, version, after, building))
+
+    async def set_status(self, image: Image, version: Version, status: str) -> None:
+        before, version.status, version.updated_at = version.status, status, self._clock()
+        self._store.put_image(image)
+        self._store.add_event(image.arn, "status", f"{version.version} {before}", status)
+        try:
+            await self._store.commit()
+        except BaseException:
+            version.status = before
+            raise
+
+    # ---- inside ----
+
+    def _add_version(self, image: Image, request: dict[str, Any], state: str) -> Version:
+        now = self._clock()
+        image.last_number += 1
+        number = f"{image.last_number}.0"
+        version = Version(image.arn, number, request, now, now, "PENDING", key=f"{image.id}-{number}")
+        version.build = Build(str(uuid.uuid4()), "PENDING", now)
+        image.versions.append(version)
+        self._state_before[image.arn] = image.state
+        self._set_state(image, state)
         return version
+
+    def _settled(self, image: Image, leaving: Version) -> str:
+        """The state of an image at rest without `leaving`: as its newest other version has it."""
+        rest = [version for version in image.versions if version is not leaving]
+        failed = rest[-1].state == "FAILED"
+        first = len(rest) == 1 and rest[-1].version == "1.0"
+        return ("CREATE_FAILED" if first else "UPDATE_FAILED") if failed else ("CREATED" if first else "UPDATED")
 
     def _set_state(self, image: Image, state: str) -> None:
         old, image.state, image.updated_at = image.state, state, self._clock()
         self._store.put_image(image)
         self._store.add_event(image.arn, "state", old, state)
 
-    def _start(self, arn: str, work: Any) -> None:
+    def _start(self, key: str, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks[arn] = task
-        task.add_done_callback(lambda done: self._done(arn, done))
+        self._tasks[key] = task
+        task.add_done_callback(lambda done: self._done(key, done))
 
-    def _done(self, arn: str, task: asyncio.Task[None]) -> None:
-        if self._tasks.get(arn) is task:
-            del self._tasks[arn]
+    def _done(self, key: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(key) is task:
+            del self._tasks[key]
         if not task.cancelled() and task.exception() is not None:
-            log.error("image.task_failed", image=arn, exc_info=task.exception())
+            log.error("image.task_failed", image=key, exc_info=task.exception())
 
     async def _build(self, image: Image, version: Version) -> None:
         assert version.build is not None
-        async with self._slots:
-            writer = LineWriter(self._logs, log_group(image, version), build_stream(version.version, version.build.id))
-            job = Job(image, version, version.build, writer)
+        async with self._slots:  # first come, first served
+            version.state = version.build.state = "IN_PROGRESS"
+            self._store.put_image(image)
+            await self._store.commit()
+            job = self._job(image, version, version.build, build_stream(version.version, version.build.id))
             reason: str | None = None
             try:
                 await self.pipeline.run(job)
@@ -113,6 +159,21 @@ class Registry:
         self._store.put_image(image)
         await self._store.commit()
 
+    async def _delete_version(
+        self, image: Image, version: Version, after: str, building: asyncio.Task[None] | None = None
+    ) -> None:  # fmt: skip
+        if building is not None:
+            await asyncio.wait([building])
+        if version.build is not None:
+            await self.pipeline.clean(self._job(image, version, version.build), keep_image=False)
+        await self.pipeline.delete(version.key)
+        image.versions.remove(version)
+        self._set_state(image, after)
+        await self._store.commit()
+
+    def _job(self, image: Image, version: Version, build: Build, stream: str = "recovery") -> Job:
+        return Job(image, version, build, LineWriter(self._logs, image.account, log_group(image, version), stream))
+
     async def _delete(self, image: Image) -> None:
         for version in image.versions:
             await self.pipeline.delete(version.key)
@@ -123,13 +184,18 @@ class Registry:
     # ---- after a restart ----
 
     async def recover(self, known: set[str]) -> None:
-        """Builds that were under way have failed; deletions go on; images that nobody knows go."""
+        """Builds that were under way have failed, those that waited wait again; deletions go on; images that nobody knows go."""
         for image in list(self._store.images.values()):
-            for version in image.versions:
-                if version.state in ("PENDING", "IN_PROGRESS") and version.build is not None:
-                    job = Job(image, version, version.build, LineWriter(self._logs, log_group(image, version), "recovery"))
-                    await self.pipeline.clean(job, keep_image=False)
+            for version in list(image.versions):
+                if version.build is None:
+                    continue
+                if version.state == "PENDING":
+                    self._start(version.key, self._build(image, version))
+                elif version.state == "IN_PROGRESS":
+                    await self.pipeline.clean(self._job(image, version, version.build), keep_image=False)
                     await self._built(image, version, INTERRUPTED)
+                elif version.state == "DELETING" and image.state != "DELETING":
+                    self._start(version.key, self._delete_version(image, version, self._settled(image, version)))
             if image.state == "DELETING":
                 self._start(image.arn, self._delete(image))
         wanted = {version.key for image in self._store.images.values() for version in image.versions}

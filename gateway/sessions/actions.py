@@ -145,7 +145,7 @@ class Actions:
             live.agent.close()
         writer = None
         if session.log_group is not None and session.log_stream is not None:
-            writer = LineWriter(self._lifecycle.logs, session.log_group, session.log_stream)
+            writer = LineWriter(self._lifecycle.logs, session.account, session.log_group, session.log_stream)
         live.agent = Agent(
             descriptor,
             writer.feed if writer is not None else lambda channel, data: None,

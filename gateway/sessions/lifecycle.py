@@ -260,7 +260,7 @@ class Lifecycle:
             self.spawn(self.request(session))
         elif kind == _PURGE:
             self.routes.remove(session)
-            self.store.drop_session(session.id)
+            self.store.drop_session(session)
             self.spawn(self.store.commit())
 
     def _idle_due(self, session: Session) -> None:

@@ -5,8 +5,12 @@ Default names follow the service (reference, 7): group /aws/lambda-microvms/<ima
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -15,6 +19,16 @@ import msgspec
 _LINE_MAX_BYTES = 256 << 10  # CloudWatch's bound of one event
 _STREAM_MAX_BYTES = 64 << 20  # then the older half goes: a guest must not fill the disk
 _SAFE = ""
+GROUP_PREFIX = "/aws/lambda-microvms/"
+
+
+@dataclass(frozen=True)
+class StreamFacts:
+    """Times in milliseconds since the epoch."""
+
+    first: int
+    last: int
+    stored_bytes: int
 
 
 class LogEvent(msgspec.Struct):
@@ -25,7 +39,7 @@ class LogEvent(msgspec.Struct):
 
 
 def default_group(image: str) -> str:
-    return f"/aws/lambda-microvms/{image}"
+    return GROUP_PREFIX + image
 
 
 def default_stream(version: str, microvm: str, at: float) -> str:
@@ -42,12 +56,15 @@ class LogStore:
         self._encode = msgspec.json.Encoder().encode
         self._decode = msgspec.json.Decoder(LogEvent).decode
 
-    def _path(self, group: str, stream: str) -> Path:
-        return self._directory / quote(group, safe=_SAFE) / f"{quote(stream, safe=_SAFE)}.jsonl"
+    def _path(self, account: str, group: str, stream: str) -> Path:
+        return self._group(account, group) / f"{quote(stream, safe=_SAFE)}.jsonl"
 
-    def append(self, group: str, stream: str, lines: list[str]) -> None:
+    def _group(self, account: str, group: str) -> Path:
+        return self._directory / account / quote(group, safe=_SAFE)
+
+    def append(self, account: str, group: str, stream: str, lines: list[str]) -> None:
         """Raises OSError when the disk is full; callers drop the lines then."""
-        path = self._path(group, stream)
+        path = self._path(account, group, stream)
         path.parent.mkdir(parents=True, exist_ok=True)
         now = int(time.time() * 1000)
         with path.open("ab") as file:
@@ -57,28 +74,56 @@ class LogStore:
             kept = path.read_bytes()[-_STREAM_MAX_BYTES // 2 :]
             path.write_bytes(kept[kept.find(b"\n") + 1 :])
 
-    def read(self, group: str, stream: str, offset: int = 0, limit: int = 10_000) -> tuple[list[LogEvent], int]:
+    def read(self, account: str, group: str, stream: str, offset: int = 0, limit: int = 10_000) -> tuple[list[LogEvent], int]:
         """Events from a byte offset on, and the offset after them. An unknown stream is empty."""
-        events: list[LogEvent] = []
-        try:
-            with self._path(group, stream).open("rb") as file:
-                file.seek(offset)
-                for line in file:
-                    if len(events) >= limit or not line.endswith(b"\n"):
-                        break
-                    offset += len(line)
-                    events.append(self._decode(line))
-        except (FileNotFoundError, msgspec.DecodeError):
-            pass
+        events = []
+        for _, event, end in itertools.islice(self._lines(account, group, stream, offset), limit):
+            offset = end
+            events.append(event)
         return events, offset
 
-    def groups(self) -> list[str]:
-        if not self._directory.is_dir():
-            return []
-        return sorted(unquote(path.name) for path in self._directory.iterdir())
+    def events(self, account: str, group: str, stream: str, offset: int) -> list[tuple[int, LogEvent]]:
+        """Every event from a byte offset on, or from the next that begins after it, with its offset."""
+        return [(start, event) for start, event, _ in self._lines(account, group, stream, offset)]
 
-    def streams(self, group: str) -> list[str]:
-        directory = self._directory / quote(group, safe=_SAFE)
+    def _lines(self, account: str, group: str, stream: str, offset: int) -> Iterator[tuple[int, LogEvent, int]]:
+        try:
+            with self._path(account, group, stream).open("rb") as file:
+                if offset:
+                    file.seek(offset - 1)
+                    offset += len(file.readline()) - 1
+                for line in file:
+                    if not line.endswith(b"\n"):  # half written
+                        return
+                    yield offset, self._decode(line), offset + len(line)
+                    offset += len(line)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return
+
+    def facts(self, account: str, group: str, stream: str) -> StreamFacts:
+        """First and last event's time, and the stored bytes; zeros for a stream that is not there."""
+        path = self._path(account, group, stream)
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                first = self._decode(file.readline() or b'{"t":0,"m":""}')
+                return StreamFacts(first.t, int(path.stat().st_mtime * 1000), size)
+        except (OSError, msgspec.DecodeError):
+            return StreamFacts(0, 0, 0)
+
+    def drop_older(self, seconds: float) -> int:
+        """Removes streams that nobody has written to for so long; how many."""
+        old = [path for path in self._directory.glob("*/*/*.jsonl") if path.stat().st_mtime < time.time() - seconds]
+        for path in old:
+            path.unlink(missing_ok=True)
+        return len(old)
+
+    def groups(self, account: str) -> list[str]:
+        directory = self._directory / account
+        return sorted(unquote(path.name) for path in directory.iterdir()) if directory.is_dir() else []
+
+    def streams(self, account: str, group: str) -> list[str]:
+        directory = self._group(account, group)
         if not directory.is_dir():
             return []
         paths = sorted(directory.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
@@ -91,9 +136,9 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 class LineWriter:
     """Cuts a byte stream into lines for one log stream."""
 
-    def __init__(self, store: LogStore, group: str, stream: str) -> None:
+    def __init__(self, store: LogStore, account: str, group: str, stream: str) -> None:
         self._store = store
-        self._group, self._stream = group, stream
+        self._name = (account, group, stream)
         self._rest: dict[int, bytes] = {}
         self.lost_lines = 0
 
@@ -116,6 +161,6 @@ class LineWriter:
     def _write(self, lines: list[bytes]) -> None:
         texts = [_ESCAPES.sub("", line.decode("utf-8", "replace").rstrip("\r")) for line in lines]
         try:
-            self._store.append(self._group, self._stream, texts)
+            self._store.append(*self._name, texts)
         except OSError:
             self.lost_lines += len(texts)

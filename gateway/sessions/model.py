@@ -11,6 +11,11 @@ from gateway.messages import Shape
 from .states import State
 
 
+def account_of(arn: str) -> str:
+    """The account of an ARN: its fifth part."""
+    return arn.split(":", 5)[4]
+
+
 class IdlePolicy(msgspec.Struct):
     """idlePolicy of RunMicrovm; seconds."""
 
@@ -57,6 +62,10 @@ class Session(msgspec.Struct):
     suspended_by: str = ""  # idle, api, stop
     snapshot_bytes: int = 0
     accelerator: str = "tcg"
+
+    @property
+    def account(self) -> str:
+        return account_of(self.image_arn)
 
     @property
     def expires_at(self) -> float:
@@ -112,6 +121,11 @@ class Image(msgspec.Struct):
     reason: str | None = None
     tags: dict[str, str] = {}
     versions: list[Version] = []
+    last_number: int = 0  # of a version: a number is never used again
+
+    @property
+    def account(self) -> str:
+        return account_of(self.arn)
 
     def find(self, version: str) -> Version | None:
         return next((v for v in self.versions if v.version == version), None)
@@ -123,3 +137,30 @@ class Image(msgspec.Struct):
     @property
     def latest_failed(self) -> Version | None:
         return next((v for v in reversed(self.versions) if v.state == "FAILED"), None)
+
+
+class Connector(msgspec.Struct):
+    """A network connector of the customer's: VPC_EGRESS, the only kind (Lambda Core, CreateNetworkConnector)."""
+
+    arn: str
+    id: str
+    name: str
+    configuration: dict[str, Any]
+    operator_role: str
+    state: str
+    modified_at: float
+    reason: str = "Initial creation"
+    reason_code: str | None = None
+    update_status: str | None = None
+    update_reason: str | None = None
+    version: int = 1
+    versions: list[tuple[int, float]] = []
+    tags: dict[str, str] = {}
+
+    @property
+    def account(self) -> str:
+        return account_of(self.arn)
+
+    @property
+    def egress(self) -> dict[str, Any]:
+        return self.configuration["VpcEgressConfiguration"]  # type: ignore[no-any-return]

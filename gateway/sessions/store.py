@@ -7,9 +7,10 @@ Everything is held in memory too; rows are what survives. What one turn of the l
 from __future__ import annotations
 
 import asyncio
+import bisect
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import aiosqlite
 import msgspec
 import structlog
 
-from .model import Image, Session
+from gateway.accounts.model import AccessKey, Account, Role
+
+from .model import Connector, Image, Session
 
 log = structlog.get_logger()
 
@@ -28,10 +31,14 @@ CREATE TABLE IF NOT EXISTS events (
     number INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, subject TEXT NOT NULL, event TEXT NOT NULL,
     old TEXT NOT NULL, new TEXT NOT NULL, incarnation INTEGER NOT NULL, detail TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS events_subject ON events (subject, number);
+CREATE TABLE IF NOT EXISTS records (kind TEXT NOT NULL, key TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (kind, key)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS room (filling BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS client_tokens (
     token TEXT PRIMARY KEY, at REAL NOT NULL, parameters TEXT NOT NULL, reply TEXT NOT NULL) WITHOUT ROWID;
 """
+# What has no table of its own: kind to type.
+_RECORDS: dict[str, type[msgspec.Struct]] = {"accounts": Account, "keys": AccessKey, "roles": Role, "connectors": Connector}
+_CLIENT_TOKENS_SECONDS = 24 * 3600  # our choice: the service says nothing
 # Kept in the log and in the database, so that transitions can still be stored when the disk is full.
 _ROOM_BYTES = 8 << 20
 
@@ -60,8 +67,26 @@ class Store:
         self._writer: asyncio.Task[None] | None = None
         self._db: aiosqlite.Connection | None = None
         self.sessions: dict[str, Session] = {}
+        self._order: dict[str, list[tuple[float, str]]] = {}  # by account: sessions by their start
         self.images: dict[str, Image] = {}
         self.client_tokens: dict[str, tuple[str, str]] = {}
+        self._records: dict[str, dict[str, Any]] = {kind: {} for kind in _RECORDS}
+
+    @property
+    def accounts(self) -> dict[str, Account]:
+        return self._records["accounts"]
+
+    @property
+    def keys(self) -> dict[str, AccessKey]:
+        return self._records["keys"]
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        return self._records["roles"]
+
+    @property
+    def connectors(self) -> dict[str, Connector]:
+        return self._records["connectors"]
 
     @property
     def db(self) -> aiosqlite.Connection:
@@ -78,9 +103,15 @@ class Store:
         for (body,) in await self.db.execute_fetchall("SELECT body FROM sessions"):
             one = session.decode(body)
             self.sessions[one.id] = one
+            self._order.setdefault(one.account, []).append((one.started_at, one.id))
+        for order in self._order.values():
+            order.sort()
         for (body,) in await self.db.execute_fetchall("SELECT body FROM images"):
             made = image.decode(body)
             self.images[made.arn] = made
+        for kind, key, body in await self.db.execute_fetchall("SELECT kind, key, body FROM records"):
+            self._records[kind][key] = msgspec.msgpack.decode(body, type=_RECORDS[kind])
+        await self.db.execute("DELETE FROM client_tokens WHERE at < ?", (time.time() - _CLIENT_TOKENS_SECONDS,))
         for token, parameters, reply in await self.db.execute_fetchall("SELECT token, parameters, reply FROM client_tokens"):
             self.client_tokens[token] = (parameters, reply)
 
@@ -99,12 +130,27 @@ class Store:
         await self.db.close()
 
     def put_session(self, session: Session) -> None:
-        self.sessions[session.id] = session
+        if session.id not in self.sessions:
+            self.sessions[session.id] = session
+            bisect.insort(self._order.setdefault(session.account, []), (session.started_at, session.id))
         self._add("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (session.id, session.state, msgspec.msgpack.encode(session)))
 
-    def drop_session(self, session: str) -> None:
-        self.sessions.pop(session, None)
-        self._add("DELETE FROM sessions WHERE id = ?", (session,))
+    def drop_session(self, session: Session) -> None:
+        self.forget_session(session)
+        self._add("DELETE FROM sessions WHERE id = ?", (session.id,))
+
+    def forget_session(self, session: Session) -> None:
+        """Out of memory only: of what could not be stored."""
+        if self.sessions.pop(session.id, None) is not None:
+            order = self._order[session.account]
+            del order[bisect.bisect_left(order, (session.started_at, session.id))]
+
+    def order(self, account: str) -> list[tuple[float, str]]:
+        """(started_at, id) of the account's sessions, in order."""
+        return self._order.get(account, [])
+
+    def sessions_of(self, account: str) -> Iterator[Session]:
+        return (self.sessions[name] for _, name in self.order(account))
 
     def put_image(self, image: Image) -> None:
         self.images[image.arn] = image
@@ -113,6 +159,15 @@ class Store:
     def drop_image(self, arn: str) -> None:
         self.images.pop(arn, None)
         self._add("DELETE FROM images WHERE arn = ?", (arn,))
+
+    def put(self, kind: str, key: str, record: msgspec.Struct) -> None:
+        """One record of `accounts`, `keys`, `roles` or `connectors`."""
+        self._records[kind][key] = record
+        self._add("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", (kind, key, msgspec.msgpack.encode(record)))
+
+    def drop(self, kind: str, key: str) -> None:
+        self._records[kind].pop(key, None)
+        self._add("DELETE FROM records WHERE kind = ? AND key = ?", (kind, key))
 
     def put_client_token(self, token: str, parameters: str, reply: str) -> None:
         self.client_tokens[token] = (parameters, reply)

@@ -15,7 +15,8 @@ REPO = Path(__file__).resolve().parents[2]
 # Package to what of the project it may import, besides itself.
 ALLOWED = {
     "gateway.edge": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc", "gateway.tokens", "gateway.listeners"},
-    "gateway.sessions": {"gateway.config", "gateway.messages", "gateway.rpc"},
+    "gateway.sessions": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.accounts.model"},
+    "gateway.accounts": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.store"},
     "gateway.images": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions"},
     "gateway.observe": {"gateway.config", "gateway.messages", "gateway.sessions.states"},
     "vmm": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc"},

@@ -4,87 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
-import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_host import ScriptedHost
 
 from gateway import messages as m
 from gateway.config import Settings
 from gateway.rpc import RpcError, RpcLost
 from gateway.sessions.actions import Actions
-from gateway.sessions.agent import frame
 from gateway.sessions.lifecycle import Lifecycle
 from gateway.sessions.logs import LogStore
 from gateway.sessions.model import IdlePolicy, Session
 from gateway.sessions.routes import Routes
 from gateway.sessions.states import Action, Event, State
 from gateway.sessions.store import Store
-
-_WOKEN = 0x82
-
-
-class ScriptedHost:
-    """Does what vmm does, without machines. `fail[call]` raises instead; `calls` says what was asked, with the stored state."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.fail: dict[str, list[Exception]] = {}
-        self.held: dict[str, m.SessionState] = {}
-        self.snapshots: dict[str, int] = {}
-        self.stored: dict[str, str] = {}
-        self.guests: list[socket.socket] = []
-        self.block: dict[str, asyncio.Event] = {}
-        self.memory_available = 64 << 30
-
-    async def _call(self, name: str, session: str) -> None:
-        self.calls.append(f"{name} {self.stored.get(session, '-')}")
-        if name in self.block:
-            await self.block[name].wait()
-        if self.fail.get(name):
-            raise self.fail[name].pop(0)
-
-    async def prepare(self, session: str, incarnation: int, image: str, from_snapshot: bool) -> None:
-        await self._call("prepare", session)
-        self.held[session] = m.SessionState(session, incarnation, "prepared", 0, 0.0)
-
-    async def start(self, session: str, incarnation: int, wake: bytes) -> int:
-        await self._call("start", session)
-        self.held[session].phase = "running"
-        ours, guest = socket.socketpair()
-        self.guests.append(guest)
-        guest.sendall(woken(wake))
-        return ours.detach()
-
-    async def suspend(self, session: str, incarnation: int) -> m.Suspended:
-        await self._call("suspend", session)
-        self.held[session].phase = "stopped"
-        self.snapshots[session] = incarnation
-        return m.Suspended(10, 20, 30, 0.01)
-
-    async def kill(self, session: str, incarnation: int) -> None:
-        await self._call("kill", session)
-        self.held.pop(session, None)
-
-    async def forget(self, session: str) -> None:
-        await self._call("forget", session)
-        self.held.pop(session, None)
-        self.snapshots.pop(session, None)
-
-    async def usage(self) -> m.Usage:
-        return m.Usage(self.memory_available, 1 << 40, 96 << 20)
-
-    async def state(self) -> m.HostState:
-        return m.HostState(list(self.held.values()), self.snapshots, [], [])
-
-
-def woken(wake: bytes) -> bytes:
-    """The agent's answer to a wake frame: its nonce back."""
-    (nonce,) = struct.unpack_from("<Q", wake, 12 + 8)
-    return frame(_WOKEN, struct.pack("<Q", nonce))
 
 
 class NoWorkers(Routes):
@@ -121,7 +57,7 @@ class Rig:
             guest.close()
 
     def session(self, **changes: Any) -> Session:
-        one = Session("s1", "h1", "arn", "1.0", "image", 512, self.wall, 3600, **changes)
+        one = Session("s1", "h1", "arn:aws:lambda:us-east-1:123456789012:microvm-image:a", "1.0", "image", 512, self.wall, 3600, **changes)
         self.store.put_session(one)
         return one
 

@@ -13,7 +13,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
 from gateway.api.errors import SignatureError
-from gateway.api.sigv4 import SignedRequest, verify
+from gateway.api.sigv4 import SignedRequest, parse, verify
 
 KEYS = {"AKIDEXAMPLE": "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"}
 ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a b/ü"
@@ -34,7 +34,9 @@ def signed(
 
 
 def check(request: SignedRequest, now: float) -> str:
-    return verify(request, KEYS, "us-east-1", 900, lambda: now)
+    claimed = parse(request)
+    verify(request, claimed, KEYS.get(claimed.key), "us-east-1", 900, lambda: now)
+    return claimed.key
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from gateway.sessions.store import Store, StoreError
 
 
 def session(name: str = "s1") -> Session:
-    return Session(name, f"{name}.host", "arn", "1.0", "key", 512, 10.0, 60)
+    return Session(name, f"{name}.host", "arn:aws:lambda:us-east-1:123456789012:microvm-image:a", "1.0", "key", 512, 10.0, 60)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ async def test_drop(store: Store, tmp_path: Path) -> None:
     store.put_session(session("a"))
     store.put_session(session("b"))
     await store.commit()
-    store.drop_session("a")
+    store.drop_session(store.sessions["a"])
     await store.commit()
     await store.close()
     again = Store(tmp_path / "state.db")

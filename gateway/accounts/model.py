@@ -1,0 +1,69 @@
+"""What is stored about accounts, and who a call comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from .policy import Policy
+
+ALL = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
+
+
+class Account(msgspec.Struct):
+    """`id` is twelve digits."""
+
+    id: str
+    name: str
+    created_at: float
+
+
+class AccessKey(msgspec.Struct):
+    """A user's key. `policy` is the user's, as IAM's JSON; without one nothing is allowed."""
+
+    id: str
+    secret: str
+    account: str
+    user: str
+    created_at: float
+    policy: dict[str, Any] | None = None
+
+
+class Role(msgspec.Struct):
+    """What a microVM with this role may ask of our own API. A role that is not stored may be passed and allows nothing."""
+
+    arn: str
+    policy: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A verified request's principal (CloudTrail's userIdentity): `kind` is Root, IAMUser or AssumedRole."""
+
+    account: str
+    arn: str
+    kind: str
+    access_key: str
+    policy: Policy
+    source: str = ""
+    user_agent: str = ""
+    secure: bool = False
+    extra: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.arn.rpartition("/")[2] if "/" in self.arn else self.account
+
+    def context(self) -> dict[str, list[str]]:
+        """The global condition keys that a request brings (IAM User Guide: AWS global condition context keys)."""
+        return {
+            "aws:sourceip": [self.source],
+            "aws:securetransport": ["true" if self.secure else "false"],
+            "aws:principalarn": [self.arn],
+            "aws:principalaccount": [self.account],
+            "aws:principaltype": [{"Root": "Account", "IAMUser": "User"}.get(self.kind, self.kind)],
+            "aws:username": [self.name] if self.kind == "IAMUser" else [],
+            "aws:useragent": [self.user_agent],
+        }

@@ -1,0 +1,229 @@
+"""IAM's policy language, evaluated: explicit deny wins, then allow, else nothing (IAM User Guide, "Policy evaluation logic").
+
+Pure: a parsed policy, an action, a resource and the request's condition keys in; a decision out.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import ipaddress
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+Context = Mapping[str, list[str]]
+
+
+class PolicyError(Exception):
+    """The document is no policy; the text says where and why."""
+
+
+class Decision(enum.Enum):
+    ALLOW = "allow"
+    IMPLICIT_DENY = "implicit"
+    EXPLICIT_DENY = "explicit"
+
+
+@functools.lru_cache(4096)
+def _pattern(text: str, fold: bool = False) -> re.Pattern[str]:
+    escaped = "".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in text)
+    return re.compile(escaped, re.S | (re.I if fold else 0))
+
+
+def _like(want: str, have: str) -> bool:
+    return _pattern(want).fullmatch(have) is not None
+
+
+def _arn_like(want: str, have: str) -> bool:
+    """Each of the six parts by itself: a star does not pass a colon before the last."""
+    wanted, had = want.split(":", 5), have.split(":", 5)
+    return len(wanted) == len(had) == 6 and all(_like(w, h) for w, h in zip(wanted, had, strict=True))
+
+
+def _in_network(want: str, have: str) -> bool:
+    try:
+        return ipaddress.ip_address(have) in ipaddress.ip_network(want, strict=False)
+    except ValueError:
+        return False
+
+
+def _number(compare: Callable[[float, float], bool]) -> Callable[[str, str], bool]:
+    def check(want: str, have: str) -> bool:
+        try:
+            return compare(float(have), float(want))
+        except ValueError:
+            return False
+
+    return check
+
+
+def _moment(text: str) -> float:
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    at = datetime.fromisoformat(text)
+    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+
+
+def _date(compare: Callable[[float, float], bool]) -> Callable[[str, str], bool]:
+    def check(want: str, have: str) -> bool:
+        try:
+            return compare(_moment(have), _moment(want))
+        except ValueError:
+            return False
+
+    return check
+
+
+_OPERATORS: dict[str, Callable[[str, str], bool]] = {
+    "StringEquals": str.__eq__,
+    "StringEqualsIgnoreCase": lambda want, have: want.casefold() == have.casefold(),
+    "StringLike": _like,
+    "ArnEquals": _arn_like,
+    "ArnLike": _arn_like,
+    "Bool": lambda want, have: want.lower() == have.lower(),
+    "IpAddress": _in_network,
+    "NumericEquals": _number(lambda have, want: have == want),
+    "NumericLessThan": _number(lambda have, want: have < want),
+    "NumericLessThanEquals": _number(lambda have, want: have <= want),
+    "NumericGreaterThan": _number(lambda have, want: have > want),
+    "NumericGreaterThanEquals": _number(lambda have, want: have >= want),
+    "DateEquals": _date(lambda have, want: have == want),
+    "DateLessThan": _date(lambda have, want: have < want),
+    "DateLessThanEquals": _date(lambda have, want: have <= want),
+    "DateGreaterThan": _date(lambda have, want: have > want),
+    "DateGreaterThanEquals": _date(lambda have, want: have >= want),
+}
+_NEGATED = {
+    "StringNotEquals": "StringEquals", "StringNotEqualsIgnoreCase": "StringEqualsIgnoreCase", "StringNotLike": "StringLike",
+    "ArnNotEquals": "ArnEquals", "ArnNotLike": "ArnLike", "NotIpAddress": "IpAddress", "NumericNotEquals": "NumericEquals",
+    "DateNotEquals": "DateEquals",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One line of a Condition block: `quantifier` is "", ForAnyValue or ForAllValues."""
+
+    operator: str
+    key: str
+    values: tuple[str, ...]
+    quantifier: str = ""
+    if_exists: bool = False
+
+    def holds(self, context: Context) -> bool:
+        given = context.get(self.key, [])
+        if self.operator == "Null":
+            return (not given) == (self.values[0].lower() == "true")
+        if not given:
+            return self.if_exists or self.quantifier == "ForAllValues" or self.operator in _NEGATED
+        negated = self.operator in _NEGATED
+        test = _OPERATORS[_NEGATED.get(self.operator, self.operator)]
+        wanted = [_expanded(value, context) for value in self.values]
+        matches = [any(test(want, have) for want in wanted) != negated for have in given]
+        return any(matches) if self.quantifier == "ForAnyValue" else all(matches)
+
+
+def _expanded(text: str, context: Context) -> str:
+    """Policy variables: ${aws:username}, ${aws:ResourceTag/owner}; ${*}, ${?} and ${$} stand for themselves."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in ("*", "?", "$"):
+            return name
+        given = context.get(_key(name), [])
+        return given[0] if given else match[0]
+
+    return re.sub(r"\$\{([^}]+)\}", value, text) if "${" in text else text
+
+
+def _key(text: str) -> str:
+    """Condition keys do not tell upper from lower case; the tag's name in one does."""
+    head, slash, tag = text.partition("/")
+    return head.lower() + slash + tag
+
+
+@dataclass(frozen=True)
+class Statement:
+    allows: bool
+    actions: tuple[str, ...]
+    but_actions: bool
+    resources: tuple[str, ...]
+    but_resources: bool
+    conditions: tuple[Condition, ...]
+
+    def applies(self, action: str, resource: str, context: Context) -> bool:
+        if any(_pattern(want, True).fullmatch(action) for want in self.actions) == self.but_actions:
+            return False
+        if any(_like(_expanded(want, context), resource) for want in self.resources) == self.but_resources:
+            return False
+        return all(condition.holds(context) for condition in self.conditions)
+
+
+@dataclass(frozen=True)
+class Policy:
+    statements: tuple[Statement, ...] = ()
+
+    def decide(self, action: str, resource: str, context: Context) -> Decision:
+        applying = [statement.allows for statement in self.statements if statement.applies(action, resource, context)]
+        if False in applying:
+            return Decision.EXPLICIT_DENY
+        return Decision.ALLOW if applying else Decision.IMPLICIT_DENY
+
+
+def parse(document: Any) -> Policy:
+    """Raises PolicyError: an element that is not known could have been meant as a restriction."""
+    if not isinstance(document, dict):
+        raise PolicyError("a policy is a JSON object with Version and Statement")
+    _only(document, {"Version", "Id", "Statement"}, "the policy")
+    if document.get("Version", "2012-10-17") not in ("2012-10-17", "2008-10-17"):
+        raise PolicyError("Version must be 2012-10-17")
+    statements = document.get("Statement", [])
+    statements = statements if isinstance(statements, list) else [statements]
+    return Policy(tuple(_statement(one, f"Statement {at}") for at, one in enumerate(statements, 1)))
+
+
+def _only(given: dict[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise PolicyError(f"{where} has an unknown element {unknown[0]}")
+
+
+def _strings(value: Any, where: str) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(one, str | int | float | bool) for one in values):
+        raise PolicyError(f"{where} must be a string or a list of strings")
+    return tuple(str(one).lower() if isinstance(one, bool) else str(one) for one in values)
+
+
+def _statement(given: Any, where: str) -> Statement:
+    if not isinstance(given, dict):
+        raise PolicyError(f"{where} must be an object")
+    _only(given, {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"}, where)
+    if given.get("Effect") not in ("Allow", "Deny"):
+        raise PolicyError(f"{where}: Effect must be Allow or Deny")
+    for name in ("Action", "Resource"):
+        if (name in given) == (f"Not{name}" in given):
+            raise PolicyError(f"{where} must have one of {name} and Not{name}")
+    conditions = given.get("Condition", {})
+    if not isinstance(conditions, dict):
+        raise PolicyError(f"{where}: Condition must be an object")
+    return Statement(
+        given["Effect"] == "Allow",
+        _strings(given.get("Action", given.get("NotAction")), f"{where}: Action"), "NotAction" in given,
+        _strings(given.get("Resource", given.get("NotResource")), f"{where}: Resource"), "NotResource" in given,
+        tuple(one for name, keys in conditions.items() for one in _conditions(name, keys, where)),
+    )  # fmt: skip
+
+
+def _conditions(name: str, keys: Any, where: str) -> list[Condition]:
+    quantifier, _, operator = name.rpartition(":")
+    if_exists = operator.endswith("IfExists")
+    operator = operator.removesuffix("IfExists")
+    if quantifier not in ("", "ForAnyValue", "ForAllValues") or not (operator in _OPERATORS or operator in _NEGATED or operator == "Null"):
+        raise PolicyError(f"{where}: the condition operator {name} is not known")
+    if not isinstance(keys, dict):
+        raise PolicyError(f"{where}: {name} must be an object of condition keys")
+    return [Condition(operator, _key(key), _strings(values, f"{where}: {key}"), quantifier, if_exists) for key, values in keys.items()]

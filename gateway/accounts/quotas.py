@@ -1,0 +1,62 @@
+"""Account quotas by profile: rates as token buckets, sizes as counts (service reference, 8: Lambda MicroVMs quotas).
+
+`none`, the default, leaves everything to what the host can hold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Profile:
+    """`rates`: calls a second by operation; 0 or absent: no limit. The burst is the rate."""
+
+    memory_mib: int = 0
+    images: int = 0
+    versions: int = 0
+    builds: int = 0
+    rates: dict[str, float] = field(default_factory=dict)
+    read_rate: float = 0
+
+
+PROFILES = {
+    "none": Profile(),
+    "aws": Profile(
+        400 * 1024, 100, 50, 5,
+        {"RunMicrovm": 5, "ResumeMicrovm": 5, "SuspendMicrovm": 2, "TerminateMicrovm": 10, "CreateMicrovmAuthToken": 50,
+         "CreateMicrovmShellAuthToken": 5}, 100,
+    ),
+    "small": Profile(
+        8 * 1024, 100, 50, 1,
+        {"RunMicrovm": 1, "ResumeMicrovm": 1, "SuspendMicrovm": 1, "TerminateMicrovm": 1, "CreateMicrovmAuthToken": 10,
+         "CreateMicrovmShellAuthToken": 1}, 20,
+    ),
+}  # fmt: skip
+
+MEMORY_CODE = "L-CD1C0CC4"
+RUN_CODE = "L-91B95582"
+
+
+class Buckets:
+    """One token bucket for each account and operation (reads share one)."""
+
+    def __init__(self, profile: Profile, clock: Callable[[], float] = time.monotonic) -> None:
+        self._profile = profile
+        self._clock = clock
+        self._levels: dict[tuple[str, str], tuple[float, float]] = {}
+
+    def wait_seconds(self, account: str, operation: str) -> float:
+        """Takes one token: 0.0, or how long until there is one."""
+        name = operation if operation in self._profile.rates else "reads" if operation.startswith(("Get", "List")) else ""
+        rate = self._profile.rates.get(name, self._profile.read_rate if name == "reads" else 0)
+        if not rate:
+            return 0.0
+        now = self._clock()
+        level, at = self._levels.get((account, name), (rate, now))
+        level = min(rate, level + (now - at) * rate)
+        taken = level >= 1
+        self._levels[account, name] = (level - 1 if taken else level, now)
+        return 0.0 if taken else (1 - level) / rate

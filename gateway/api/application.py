@@ -1,0 +1,30 @@
+"""The API put together: every target, and what a call passes on its way."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from gateway.accounts.directory import Directory
+from gateway.accounts.quotas import Buckets
+from gateway.observe.audit import AuditTrail
+from gateway.sessions.logs import LogStore
+
+from .connectors import Connectors
+from .images import Images
+from .logs import Logs
+from .microvms import Microvms
+from .model import Model
+from .permissions import Permissions
+from .server import ApiServer
+from .service import Service
+from .tags import Tags
+
+
+def make(service: Service, directory: Directory, logs: LogStore, audit: AuditTrail, architecture: str) -> web.Application:
+    settings = service.settings
+    targets: list[object] = [Microvms(service), Images(service, architecture), Connectors(service), Tags(service)]
+    server = ApiServer(
+        Model(settings.limits.min_idle_seconds), targets, Logs(logs, settings.region), directory, Permissions(service),
+        Buckets(service.quotas), audit, settings.region, settings.api.clock_skew_seconds,
+    )  # fmt: skip
+    return server.application

@@ -1,0 +1,85 @@
+"""The audit trail: one line of JSON a call, allowed or refused, in CloudTrail's record format (CloudTrail record contents, 1.11)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+log = structlog.get_logger()
+
+_FILE_BYTES = 64 << 20
+_FILES = 8
+_HIDDEN = "HIDDEN_DUE_TO_SECURITY_REASONS"
+_SECRETS = frozenset(
+    {"runHookPayload", "environmentVariables", "authToken", "clientToken", "ClientToken", "nextToken", "NextMarker", "Marker"}
+)
+# Calls on microVMs are data events, the rest are management events (service reference, 7).
+_DATA = frozenset(
+    {"RunMicrovm", "SuspendMicrovm", "ResumeMicrovm", "TerminateMicrovm", "CreateMicrovmAuthToken", "CreateMicrovmShellAuthToken"}
+)
+
+
+def redacted(value: Any) -> Any:
+    """A copy without secrets; what is long is cut."""
+    if isinstance(value, dict):
+        return {name: _HIDDEN if name in _SECRETS and item else redacted(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [redacted(item) for item in value[:100]]
+    return value[:1000] if isinstance(value, str) else copy.copy(value)
+
+
+def record(event: str, at: float, **parts: Any) -> dict[str, Any]:
+    """One record. `parts` are CloudTrail's own members; those that are None stay, as CloudTrail has them."""
+    is_data = event in _DATA
+    return {
+        "eventVersion": "1.11",
+        "eventTime": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)),
+        "eventName": event,
+        "readOnly": event.startswith(("Get", "List", "Describe", "Filter")),
+        "eventType": "AwsApiCall",
+        "managementEvent": not is_data,
+        "eventCategory": "Data" if is_data else "Management",
+        **parts,
+    }
+
+
+class AuditTrail:
+    """Appends to `audit.jsonl` in `directory`; a full file becomes audit.jsonl.1, the oldest goes."""
+
+    def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
+        self._path = directory / "audit.jsonl"
+        self._clock = clock
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("ab", buffering=0)
+        self._bytes = self._path.stat().st_size
+
+    def write(self, event: str, **parts: Any) -> None:
+        """A record that cannot be written is counted in the service's log, and the call goes on."""
+        line = json.dumps(record(event, self._clock(), **parts), separators=(",", ":"), default=str).encode() + b"\n"
+        try:
+            if self._bytes + len(line) > _FILE_BYTES:
+                self._rotate()
+            self._file.write(line)
+            self._bytes += len(line)
+        except OSError as error:
+            log.error("audit.lost", event=event, error=str(error))
+
+    def _rotate(self) -> None:
+        self._file.close()
+        for number in range(_FILES - 1, 0, -1):
+            old = self._path.with_name(f"{self._path.name}.{number}")
+            if old.exists():
+                os.replace(old, self._path.with_name(f"{self._path.name}.{number + 1}"))
+        os.replace(self._path, self._path.with_name(f"{self._path.name}.1"))
+        self._file = self._path.open("ab", buffering=0)
+        self._bytes = 0
+
+    def close(self) -> None:
+        self._file.close()

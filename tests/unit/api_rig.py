@@ -1,0 +1,216 @@
+"""The whole API over HTTP, for real clients, on a thread of its own; only the host and the build pipeline are scripted."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import boto3
+from aiohttp import web
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.config import Config
+from botocore.credentials import Credentials
+from scripted_host import ScriptedHost
+
+from gateway.accounts.directory import Directory
+from gateway.api import application
+from gateway.api.paging import Pager
+from gateway.api.service import Service
+from gateway.config import Settings
+from gateway.images.artifact import BuildFailed
+from gateway.images.pipeline import Job, machine_shape
+from gateway.images.registry import Registry
+from gateway.messages import HostInfo
+from gateway.observe.audit import AuditTrail
+from gateway.sessions.actions import Actions
+from gateway.sessions.lifecycle import Lifecycle
+from gateway.sessions.logs import LogStore
+from gateway.sessions.routes import Routes
+from gateway.sessions.store import Store
+from gateway.tokens import Minter
+
+ACCOUNT, OTHER = "123456789012", "210987654321"
+KEY, SECRET = "AKIAROOTROOTROOTROOT", "root-secret"
+REGION = "us-east-1"
+BASE = f"arn:aws:lambda:{REGION}:aws:microvm-image:al2023-1"
+ROLE = f"arn:aws:iam::{ACCOUNT}:role/build"
+HOOKS = {"port": 9000, "microvmImageHooks": {"ready": "ENABLED"}, "microvmHooks": {"run": "ENABLED"}}
+
+
+def image_arn(name: str, account: str = ACCOUNT) -> str:
+    return f"arn:aws:lambda:{REGION}:{account}:microvm-image:{name}"
+
+
+def connector(name: str) -> str:
+    return f"arn:aws:lambda:{REGION}:aws:network-connector:aws-network-connector:{name}"
+
+
+class ScriptedPipeline:
+    """Builds succeed at once; those of an image in `held` wait for their event, those in `failing` fail with the reason."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, asyncio.Event] = {}
+        self.failing: dict[str, str] = {}
+        self.deleted: list[str] = []
+        self.order: list[str] = []
+
+    async def run(self, job: Job) -> None:
+        self.order.append(f"{job.image.name} {job.version.version}")
+        if job.image.name in self.held:
+            await self.held[job.image.name].wait()
+        if job.image.name in self.failing:
+            raise BuildFailed("", self.failing[job.image.name])
+        info = HostInfo("tcg", "", 4096, 2, "x86_64", [])
+        job.version.shape = machine_shape(int(job.version.request["resources"][0]["minimumMemoryInMiB"]), info)
+        job.build.memory_bytes, job.build.disk_bytes, job.build.code_bytes = 1 << 20, 2 << 20, 3 << 20
+
+    async def clean(self, job: Job, keep_image: bool) -> None:
+        pass
+
+    async def delete(self, key: str) -> None:
+        self.deleted.append(key)
+
+
+class ApiRig:
+    def __init__(self, directory: Path, **settings: Any) -> None:
+        self.directory = directory
+        directory.mkdir(exist_ok=True)
+        self.settings = Settings(root=directory, limits={"min_idle_seconds": 1, **settings.pop("limits", {})}, **settings)
+        self.wall = 0.0
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever)
+        self._thread.start()
+        self.host = ScriptedHost()
+        self.pipeline = ScriptedPipeline()
+        self.do(self._start())
+
+    def do(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Runs a coroutine on the service's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+
+    async def _start(self) -> None:
+        self.store = Store(self.directory / "state.db")
+        await self.store.open()
+        self.logs = LogStore(self.directory / "logs")
+        self.lifecycle = Lifecycle(self.settings, self.store, self.host, Routes(0, 0.1), self.logs)  # type: ignore[arg-type]
+        self.registry = Registry(self.store, self.logs, 2)
+        self.registry.pipeline = self.pipeline  # type: ignore[assignment]
+        self.accounts = Directory(self.store, ACCOUNT, {KEY: SECRET}, b"seal")
+        self.audit = AuditTrail(self.directory / "audit")
+        service = Service(
+            self.settings, self.store, self.lifecycle, Actions(self.lifecycle), self.registry, self.host,  # type: ignore[arg-type]
+            Minter(self.directory / "keys.json"), Pager(b"pages"), 443,
+        )  # fmt: skip
+        served = application.make(service, self.accounts, self.logs, self.audit, "x86_64")
+        self._runner = web.AppRunner(served, access_log=None)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.port = int(self._runner.addresses[0][1])
+
+    async def _stop(self) -> None:
+        await self._runner.cleanup()
+        await self.registry.close()
+        await self.lifecycle.close()
+        await self.store.close()
+        self.audit.close()
+        for guest in self.host.guests:
+            guest.close()
+
+    def restart(self) -> None:
+        """As after kill -9 of control: what is in the store is all that is known."""
+        self.do(self._stop())
+        self.do(self._start())
+        self.do(self.registry.recover(set()))
+
+    def close(self) -> None:
+        self.do(self._stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+    # ---- clients ----
+
+    def client(self, name: str = "lambda-microvms", key: tuple[str, ...] = (KEY, SECRET)) -> Any:
+        config = Config(retries={"max_attempts": 0}, parameter_validation=False, read_timeout=30)
+        return boto3.client(
+            name, region_name=REGION, endpoint_url=f"http://127.0.0.1:{self.port}", aws_access_key_id=key[0],
+            aws_secret_access_key=key[1], aws_session_token=key[2] if len(key) > 2 else None, config=config,
+        )  # fmt: skip
+
+    def raw(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, key: tuple[str, ...] = (KEY, SECRET),
+        sign: bool = True,
+    ) -> tuple[int, dict[str, str], bytes]:  # fmt: skip
+        """A request of exactly this path; `body` is JSON unless it is bytes."""
+        data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        request = AWSRequest(
+            method, f"http://127.0.0.1:{self.port}{path}", data=data, headers={"Content-Type": "application/json"} | (headers or {})
+        )
+        if sign:
+            SigV4Auth(Credentials(*key), "lambda", REGION).add_auth(request)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request(method, path, data, dict(request.prepare().headers))
+            answer = connection.getresponse()
+            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+        finally:
+            connection.close()
+
+    def call(self, method: str, path: str, body: Any = None, **more: Any) -> tuple[int, str, dict[str, Any]]:
+        """(status, error type, JSON body)."""
+        status, headers, data = self.raw(method, path, body, **more)
+        return status, headers.get("x-amzn-errortype", ""), json.loads(data) if data else {}
+
+    # ---- things ----
+
+    def image(self, name: str, built: bool = True, **request: Any) -> str:
+        """An image whose first version is built; its ARN."""
+        body = {"baseImageArn": BASE, "buildRoleArn": ROLE, "codeArtifact": {"uri": "s3://bucket/app.zip"}, "name": name, **request}
+        status, _, made = self.call("POST", "/2025-09-09/microvm-images", body)
+        assert status == 201, made
+        if built:
+            self.settled(made["imageArn"])
+        return str(made["imageArn"])
+
+    def settled(self, arn: str) -> dict[str, Any]:
+        """Waits for the end of the image's build; the image."""
+        self.settled_in(arn)
+        return dict(self.client().get_microvm_image(imageIdentifier=arn))
+
+    def settled_in(self, arn: str) -> None:
+        async def wait() -> None:
+            while self.store.images[arn].state in ("CREATING", "UPDATING"):
+                await asyncio.sleep(0.002)
+
+        self.do(wait())
+
+    def run(self, arn: str, wait: str = "RUNNING", **request: Any) -> str:
+        """A microVM in the state; its id."""
+        status, _, made = self.call("POST", "/2025-09-09/microvms", {"imageIdentifier": arn, **request})
+        assert status == 200, made
+        self.reach(made["microvmId"], wait)
+        return str(made["microvmId"])
+
+    def reach(self, identifier: str, state: str) -> None:
+        async def wait() -> None:
+            async with asyncio.timeout(10):
+                while self.store.sessions[identifier].state.public != state:
+                    await asyncio.sleep(0.002)
+
+        self.do(wait())
+
+    def records(self) -> list[dict[str, Any]]:
+        """The audit trail."""
+        return [json.loads(line) for line in (self.directory / "audit/audit.jsonl").read_text().splitlines()]
+
+
+def encoded(arn: str) -> str:
+    return quote(arn, safe="")

@@ -1,0 +1,248 @@
+"""Several accounts on one service: who may do what, what one sees of another, temporary credentials, quotas, the audit trail."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from api_rig import ACCOUNT, BASE, KEY, OTHER, ROLE, ApiRig, connector, encoded, image_arn
+from rows import row
+
+VMS, IMAGES = "/2025-09-09/microvms", "/2025-09-09/microvm-images"
+_users = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiRig]:
+    one = ApiRig(tmp_path_factory.mktemp("accounts"))
+    one.image("plain", tags={"team": "blue"})
+    one.do(one.accounts.create_account("other", OTHER))
+    yield one
+    one.close()
+
+
+PLAIN = image_arn("plain")
+
+
+def allow(*actions: str, resource: str = "*", **condition: Any) -> dict[str, Any]:
+    return {"Effect": "Allow", "Action": list(actions), "Resource": resource, **({"Condition": condition} if condition else {})}
+
+
+def deny(*actions: str, resource: str = "*") -> dict[str, Any]:
+    return {"Effect": "Deny", "Action": list(actions), "Resource": resource}
+
+
+def user(api: ApiRig, *statements: dict[str, Any], account: str = ACCOUNT) -> tuple[str, str]:
+    """A new user's key."""
+    policy = {"Version": "2012-10-17", "Statement": list(statements)} if statements else None
+    key = api.do(api.accounts.create_key(account, f"u{next(_users)}", policy))
+    return key.id, key.secret
+
+
+def status(api: ApiRig, key: tuple[str, ...], method: str, path: str, body: Any = None) -> int:
+    return api.call(method, path, body, key=key)[0]
+
+
+@row("permissions", "least privilege: a key without a policy may do nothing; the text names user, action and resource", "ours")
+def test_no_policy(api: ApiRig) -> None:
+    key = user(api)
+    code, kind, body = api.call("GET", f"{IMAGES}/{encoded(PLAIN)}", key=key)
+    assert (code, kind) == (403, "AccessDeniedException")
+    assert body["message"].startswith(f"User: arn:aws:iam::{ACCOUNT}:user/u")
+    assert f"is not authorized to perform: lambda:GetMicrovmImage on resource: {PLAIN} because no identity-based policy" in body["message"]
+
+
+@row("permissions", "calls on a microVM are judged by its image's ARN", "D")
+def test_instance_calls(api: ApiRig) -> None:
+    one = api.run(PLAIN)
+    may = user(api, allow("lambda:GetMicrovm", "lambda:SuspendMicrovm", resource=PLAIN))
+    may_not = user(api, allow("lambda:*", resource=image_arn("other-image")))
+    assert status(api, may, "GET", f"{VMS}/{one}") == 200
+    assert status(api, may_not, "GET", f"{VMS}/{one}") == 403
+    assert status(api, may, "DELETE", f"{VMS}/{one}") == 403
+
+
+@row("permissions", "an explicit deny wins", "D")
+def test_deny_wins(api: ApiRig) -> None:
+    key = user(api, allow("*"), deny("lambda:Terminate*"))
+    one = api.run(PLAIN)
+    assert status(api, key, "GET", f"{VMS}/{one}") == 200
+    code, _, body = api.call("DELETE", f"{VMS}/{one}", key=key)
+    assert code == 403 and body["message"].endswith("with an explicit deny in an identity-based policy")
+
+
+@row("RunMicrovm", "needs lambda:RunMicrovm, lambda:PassNetworkConnector also for the defaults, iam:PassRole where a role is given", "D")
+def test_run_needs(api: ApiRig) -> None:
+    body = {"imageIdentifier": PLAIN}
+    assert status(api, user(api, allow("lambda:RunMicrovm")), "POST", VMS, body) == 403
+    passes = user(api, allow("lambda:RunMicrovm", "lambda:PassNetworkConnector"))
+    assert status(api, passes, "POST", VMS, body) == 200
+    code, _, answer = api.call("POST", VMS, {**body, "executionRoleArn": ROLE}, key=passes)
+    assert code == 403 and f"iam:PassRole on resource: {ROLE}" in answer["message"]
+    to_lambda = allow("iam:PassRole", resource=ROLE, StringEquals={"iam:PassedToService": "lambda.amazonaws.com"})
+    roles = user(api, allow("lambda:RunMicrovm", "lambda:PassNetworkConnector"), to_lambda)
+    assert status(api, roles, "POST", VMS, {**body, "executionRoleArn": ROLE}) == 200
+    closed = user(api, allow("lambda:*"), deny("lambda:PassNetworkConnector", resource=connector("SHELL_INGRESS")))
+    assert status(api, closed, "POST", VMS, {**body, "ingressNetworkConnectors": [connector("SHELL_INGRESS")]}) == 403
+
+
+@row("RunMicrovm", "a role of another account: 403 for iam:PassRole", "M")
+def test_foreign_role(api: ApiRig) -> None:
+    code, kind, body = api.call("POST", VMS, {"imageIdentifier": PLAIN, "executionRoleArn": f"arn:aws:iam::{OTHER}:role/x"})
+    assert (code, kind) == (403, "AccessDeniedException") and "iam:PassRole" in body["message"]
+
+
+@row("permissions", "conditions: aws:ResourceTag, aws:RequestTag, aws:TagKeys, aws:SourceIp, aws:SecureTransport, aws:username", "D")
+def test_conditions(api: ApiRig) -> None:
+    path = f"{IMAGES}/{encoded(PLAIN)}"
+    get = "lambda:GetMicrovmImage"
+    assert status(api, user(api, allow(get, StringEquals={"aws:ResourceTag/team": "blue"})), "GET", path) == 200
+    assert status(api, user(api, allow(get, StringEquals={"aws:ResourceTag/team": "red"})), "GET", path) == 403
+    assert status(api, user(api, allow(get, IpAddress={"aws:SourceIp": "127.0.0.0/8"})), "GET", path) == 200
+    assert status(api, user(api, allow(get, NotIpAddress={"aws:SourceIp": "127.0.0.0/8"})), "GET", path) == 403
+    assert status(api, user(api, allow(get, Bool={"aws:SecureTransport": "true"})), "GET", path) == 403
+    tags = f"/2017-03-31/tags/{encoded(PLAIN)}"
+    only = user(api, allow("lambda:TagResource", **{"ForAllValues:StringEquals": {"aws:TagKeys": ["cost"]}}))
+    assert status(api, only, "POST", tags, {"Tags": {"cost": "1"}}) == 204
+    assert status(api, only, "POST", tags, {"Tags": {"cost": "1", "team": "red"}}) == 403
+    assert (
+        status(
+            api, user(api, allow("lambda:TagResource", StringEquals={"aws:RequestTag/cost": "2"})), "POST", tags, {"Tags": {"cost": "3"}}
+        )
+        == 403
+    )
+
+
+@row("accounts", "another account's microVM is not found, its image and its list are as if they were not there", "ours")
+def test_accounts_are_apart(api: ApiRig) -> None:
+    theirs = user(api, allow("*"), account=OTHER)
+    one = api.run(PLAIN)
+    unknown = api.call("GET", f"{VMS}/microvm-none", key=theirs)
+    known = api.call("GET", f"{VMS}/{one}", key=theirs)
+    assert known[:2] == unknown[:2] and known[2]["message"] == f"MicroVM not found: {one}"
+    for method, tail in (("DELETE", ""), ("POST", "/suspend"), ("POST", "/resume")):
+        assert status(api, theirs, method, f"{VMS}/{one}{tail}") == 404
+    there = api.call("GET", f"{IMAGES}/{encoded(PLAIN)}", key=theirs)
+    nowhere = api.call("GET", f"{IMAGES}/{encoded(image_arn('none'))}", key=theirs)
+    assert there[:2] == nowhere[:2] == (403, "AccessDeniedException")
+    assert there[2]["message"].replace("plain", "none") == nowhere[2]["message"]
+    assert api.call("GET", VMS, key=theirs)[2]["items"] == api.call("GET", IMAGES, key=theirs)[2]["items"] == []
+    assert status(api, theirs, "POST", VMS, {"imageIdentifier": PLAIN}) == 403
+    own = {
+        "baseImageArn": BASE,
+        "buildRoleArn": f"arn:aws:iam::{OTHER}:role/b",
+        "codeArtifact": {"uri": "s3://bucket/a.zip"},
+        "name": "plain",
+    }
+    made = api.call("POST", IMAGES, own, key=theirs)
+    assert made[0] == 201 and made[2]["imageArn"] == image_arn("plain", OTHER)
+    api.settled_in(image_arn("plain", OTHER))
+    token = api.call("GET", f"{VMS}?maxResults=1")[2]["nextToken"]
+    if token:
+        assert status(api, theirs, "GET", f"{VMS}?nextToken={encoded(token)}") == 400
+
+
+@row("accounts", "client tokens are each account's own", "ours")
+def test_client_tokens_are_apart(api: ApiRig) -> None:
+    theirs = user(api, allow("*"), account=OTHER)
+    mine = api.call("POST", VMS, {"imageIdentifier": PLAIN, "clientToken": "shared"})
+    other = api.call("POST", VMS, {"imageIdentifier": image_arn("plain", OTHER), "clientToken": "shared"}, key=theirs)
+    assert mine[0] == other[0] == 200 and mine[2]["microvmId"] != other[2]["microvmId"]
+
+
+@row("credentials", "temporary ones are signed for with their session token, and may what their role may", "D")
+def test_temporary_credentials(api: ApiRig) -> None:
+    role = f"arn:aws:iam::{ACCOUNT}:role/worker"
+    made = api.accounts.issue(role, "microvm-1")
+    key = (made.access_key, made.secret, made.token)
+    path = f"{IMAGES}/{encoded(PLAIN)}"
+    code, _, body = api.call("GET", path, key=key)
+    assert code == 403 and body["message"].startswith(f"User: arn:aws:sts::{ACCOUNT}:assumed-role/worker/microvm-1 is not authorized")
+    api.do(api.accounts.put_role(role, {"Statement": [allow("lambda:GetMicrovmImage", resource=PLAIN)]}))
+    assert status(api, key, "GET", path) == 200
+    assert api.client(key=key).get_microvm_image(imageIdentifier=PLAIN)["name"] == "plain"
+    assert api.call("GET", path, key=key[:2])[1] == "UnrecognizedClientException"
+    assert api.call("GET", path, key=(made.access_key, made.secret, made.token[:-8] + "AAAAAAA="))[1] == "UnrecognizedClientException"
+    old = api.accounts.issue(role, "microvm-1", seconds=-1)
+    assert api.call("GET", path, key=(old.access_key, old.secret, old.token))[1] == "ExpiredTokenException"
+
+
+@row("accounts", "a deleted key is unknown at once; an account that has something left is not deleted", "ours")
+def test_deletion(api: ApiRig) -> None:
+    key = user(api, allow("*"))
+    assert status(api, key, "GET", VMS) == 200
+    api.do(api.accounts.delete_key(key[0]))
+    assert api.call("GET", VMS, key=key)[1] == "UnrecognizedClientException"
+    with pytest.raises(Exception, match="still has microVMs or images"):
+        api.do(api.accounts.delete_account(OTHER))
+
+
+@row("audit", "one line a call, allowed or refused, in CloudTrail's format; secrets are not in it", "D")
+def test_audit(api: ApiRig) -> None:
+    api.call("POST", VMS, {"imageIdentifier": PLAIN, "clientToken": "very-secret"})
+    one = api.run(PLAIN)
+    token = api.call("POST", f"{VMS}/{one}/auth-token", {"expirationInMinutes": 5, "allowedPorts": [{"port": 80}]})[2]["authToken"]
+    key = user(api)
+    api.call("GET", f"{VMS}/{one}", key=key)
+    api.call("GET", VMS, sign=False)
+    api.call("GET", VMS, key=(KEY, "wrong"))
+    minted, refused, unsigned, wrong = api.records()[-4:]
+    assert (minted["eventName"], minted["eventCategory"], minted["readOnly"], minted["managementEvent"]) == (
+        "CreateMicrovmAuthToken",
+        "Data",
+        False,
+        False,
+    )
+    assert minted["userIdentity"] == {"type": "Root", "arn": f"arn:aws:iam::{ACCOUNT}:root", "accountId": ACCOUNT, "accessKeyId": KEY}
+    assert minted["resources"] == [{"ARN": PLAIN, "accountId": ACCOUNT, "type": "AWS::Lambda::MicrovmImage"}]
+    assert minted["responseElements"] == {"authToken": "HIDDEN_DUE_TO_SECURITY_REASONS"} and "errorCode" not in minted
+    assert (refused["errorCode"], refused["userIdentity"]["type"]) == ("AccessDeniedException", "IAMUser")
+    assert unsigned["errorCode"] == "MissingAuthenticationTokenException" and unsigned["userIdentity"]["type"] == "Unknown"
+    assert wrong["errorCode"] == "InvalidSignatureException"
+    text = json.dumps(api.records())
+    assert "very-secret" not in text and token["X-aws-proxy-auth"] not in text
+
+
+@row("quotas", "profile `small`: Run beyond the rate is 429 ThrottlingException with Retry-After and its codes", "D")
+def test_quotas(tmp_path: Any) -> None:
+    api = ApiRig(tmp_path, limits={"profile": "small", "memory_mib": 4096})
+    try:
+        api.image("sized", resources=[{"minimumMemoryInMiB": 2048}])
+        codes = []
+        for _ in range(3):
+            status_, headers, data = api.raw("POST", VMS, {"imageIdentifier": image_arn("sized")})
+            codes.append(status_)
+        assert codes[0] == 200 and codes[-1] == 429
+        assert headers["x-amzn-errortype"] == "ThrottlingException" and int(headers["retry-after"]) >= 1
+        assert json.loads(data) == {"message": "Rate exceeded", "serviceCode": "lambda", "quotaCode": "L-91B95582"}
+    finally:
+        api.close()
+
+
+@row("quotas", "the memory pool counts RUNNING and SUSPENDED: 402 in the recorded words, all details null", "R")
+@row("quotas", "builds at once: 402, `maximum number of concurrent builds`", "M")
+def test_memory_and_build_quotas(tmp_path: Any) -> None:
+    api = ApiRig(tmp_path, limits={"memory_mib": 1024})
+    try:
+        arn = api.image("sized", resources=[{"minimumMemoryInMiB": 512}])
+        one, _ = api.run(arn), api.run(arn)
+        api.call("POST", f"{VMS}/{one}/suspend")
+        code, kind, body = api.call("POST", VMS, {"imageIdentifier": arn})
+        assert (code, kind) == (402, "ServiceQuotaExceededException")
+        text = "The base maximum allocated memory limit has been reached for this account."
+        assert body == {"message": text, "resourceId": None, "resourceType": None, "serviceCode": None, "quotaCode": None}
+    finally:
+        api.close()
+    small = ApiRig(tmp_path / "small", limits={"profile": "small"})
+    try:
+        small.pipeline.held["one"] = asyncio.Event()
+        small.image("one", built=False)
+        body = {"baseImageArn": BASE, "buildRoleArn": ROLE, "codeArtifact": {"uri": "s3://bucket/app.zip"}, "name": "two"}
+        code, kind, answer = small.call("POST", IMAGES, body)
+        assert (code, kind) == (402, "ServiceQuotaExceededException") and "maximum number of concurrent builds" in answer["message"]
+    finally:
+        small.close()

@@ -1,0 +1,599 @@
+"""microVMs, images and tags against the reference, row by row, over HTTP: statuses, members, texts (sections 1.2 to 1.5, 2, 4)."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from api_rig import ACCOUNT, BASE, HOOKS, OTHER, REGION, ROLE, ApiRig, connector, encoded, image_arn
+from botocore.exceptions import ClientError
+from rows import row
+
+from gateway.sessions.states import Event
+
+VMS, IMAGES, TAGS = "/2025-09-09/microvms", "/2025-09-09/microvm-images", "/2017-03-31/tags"
+DETAILS = {"resourceId": None, "resourceType": None}
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiRig]:
+    one = ApiRig(tmp_path_factory.mktemp("api"))
+    one.image("plain")
+    one.image("hooked", hooks=HOOKS)
+    yield one
+    one.close()
+
+
+PLAIN, HOOKED = image_arn("plain"), image_arn("hooked")
+
+
+def refused(answer: tuple[int, str, dict[str, Any]], status: int, kind: str, text: str, **members: Any) -> None:
+    assert (answer[0], answer[1]) == (status, kind), answer
+    assert answer[2] == {"message": text, **members}
+
+
+def create(api: ApiRig, name: str = "refused", **request: Any) -> tuple[int, str, dict[str, Any]]:
+    body = {"baseImageArn": BASE, "buildRoleArn": ROLE, "codeArtifact": {"uri": "s3://bucket/app.zip"}, "name": name, **request}
+    return api.call("POST", IMAGES, {member: value for member, value in body.items() if value is not None})
+
+
+def run(api: ApiRig, arn: str = PLAIN, **request: Any) -> tuple[int, str, dict[str, Any]]:
+    return api.call("POST", VMS, {"imageIdentifier": arn, **request})
+
+
+# ---- bodies ----
+
+
+@row("RunMicrovm", "answers PENDING at once, with every member, null where absent, and the unmodelled `terminationReasonCode`", "R")
+def test_run_body(api: ApiRig) -> None:
+    status, _, body = run(api)
+    assert status == 200
+    assert body["microvmId"].startswith("microvm-") and body["endpoint"].endswith(f".lambda-microvm.{REGION}.localhost")
+    assert isinstance(body["startedAt"], float)
+    assert {name: body[name] for name in body if name not in ("microvmId", "endpoint", "startedAt")} == {
+        "state": "PENDING", "imageArn": PLAIN, "imageVersion": "1.0", "executionRoleArn": None, "idlePolicy": None,
+        "maximumDurationInSeconds": 28800, "terminatedAt": None, "stateReason": None, "terminationReasonCode": None,
+        "ingressNetworkConnectors": [connector("HTTP_INGRESS")], "egressNetworkConnectors": [connector("INTERNET_EGRESS")],
+    }  # fmt: skip
+
+
+@row("GetMicrovm", "has RunMicrovm's members; `idlePolicy` with its three; payload, logging, token and size are not echoed", "R")
+def test_get_body(api: ApiRig) -> None:
+    policy = {"maxIdleDurationSeconds": 600, "suspendedDurationSeconds": 0, "autoResumeEnabled": False}
+    one = api.run(HOOKED, wait="PENDING", idlePolicy=policy, runHookPayload="x", logging={"disabled": {}}, clientToken="t1")
+    body = api.call("GET", f"{VMS}/{one}")[2]
+    assert body["idlePolicy"] == policy
+    assert not set(body) & {"runHookPayload", "logging", "clientToken", "resources"}
+
+
+@row("ListMicrovms", "items have five members, and `nextToken` is null at the end", "R")
+def test_list_body(api: ApiRig) -> None:
+    one = api.run(PLAIN)
+    body = api.call("GET", VMS)[2]
+    assert body["nextToken"] is None
+    assert set(next(item for item in body["items"] if item["microvmId"] == one)) == {
+        "microvmId", "state", "imageArn", "imageVersion", "startedAt",
+    }  # fmt: skip
+
+
+@row("CreateMicrovmImage", "201: the request with its defaults, `id`, version 1.0, CREATING, and the unmodelled nulls", "R")
+def test_create_body(api: ApiRig) -> None:
+    status, _, body = create(api, "made", tags={"a": "b"})
+    assert status == 201
+    assert len(body["id"]) == 36 and isinstance(body["createdAt"], float)
+    assert {name: body[name] for name in body if name not in ("id", "createdAt", "updatedAt")} == {
+        "imageArn": image_arn("made"), "name": "made", "state": "CREATING", "imageVersion": "1.0", "latestActiveImageVersion": None,
+        "latestFailedImageVersion": None, "buildPhaseOverrides": None, "roleConfiguration": None, "baseImageArn": BASE,
+        "baseImageVersion": "1.0", "buildRoleArn": ROLE, "codeArtifact": {"uri": "s3://bucket/app.zip"}, "description": None,
+        "logging": None, "egressNetworkConnectors": [connector("INTERNET_EGRESS")], "cpuConfigurations": None,
+        "resources": [{"minimumMemoryInMiB": 2048}], "additionalOsCapabilities": None, "hooks": None, "environmentVariables": None,
+        "tags": {"a": "b"},
+    }  # fmt: skip
+    api.settled(body["imageArn"])
+
+
+@row("GetMicrovmImage", "has nine members; a list item lacks `updatedAt` and `tags`", "R")
+def test_image_bodies(api: ApiRig) -> None:
+    members = {"id", "imageArn", "name", "state", "latestActiveImageVersion", "latestFailedImageVersion", "createdAt"}
+    assert set(api.call("GET", f"{IMAGES}/{encoded(PLAIN)}")[2]) == members | {"updatedAt", "tags"}
+    assert all(set(item) == members for item in api.call("GET", IMAGES)[2]["items"])
+
+
+@row("GetMicrovmImageVersion", "echoes the request, and has `versionStateTimeBucket`, `stateReason` and `tags` null", "R")
+def test_version_body(api: ApiRig) -> None:
+    body = api.call("GET", f"{IMAGES}/{encoded(PLAIN)}/versions/1.0")[2]
+    assert (body["state"], body["status"], body["stateReason"], body["tags"]) == ("SUCCESSFUL", "ACTIVE", None, None)
+    assert body["versionStateTimeBucket"].startswith("SUCCESSFUL#") and len(body["versionStateTimeBucket"]) == 19
+    assert body["codeArtifact"] == {"uri": "s3://bucket/app.zip"}
+
+
+@row("GetMicrovmImageBuild", "says the host's architecture and chipset, and the sizes once it is built; one build a version", "ours")
+def test_build_body(api: ApiRig) -> None:
+    path = f"{IMAGES}/{encoded(PLAIN)}/versions/1.0/builds"
+    (item,) = api.call("GET", path)[2]["items"]
+    body = api.call("GET", f"{path}/{item['buildId']}")[2]
+    assert (body["architecture"], body["chipset"], body["buildState"], body["stateReason"]) == ("X86_64", "INTEL", "SUCCESSFUL", None)
+    assert body["snapshotBuild"] == {
+        "memorySnapshotSizeInBytes": 1 << 20, "diskSnapshotSizeInBytes": 2 << 20, "codeInstallSizeInBytes": 3 << 20,
+    }  # fmt: skip
+    assert api.call("GET", f"{path}?architecture=ARM_64")[2]["items"] == []
+
+
+@row("ListManagedMicrovmImages", "the one base image; its versions are 1 and 0, newest first, AVAILABLE", "R")
+def test_managed_images(api: ApiRig) -> None:
+    (item,) = api.call("GET", "/2025-09-09/managed-microvm-images")[2]["items"]
+    assert item["imageArn"] == BASE and set(item) == {"imageArn", "createdAt", "updatedAt"}
+    versions = api.call("GET", f"/2025-09-09/managed-microvm-images/{encoded(BASE)}/versions")[2]["items"]
+    assert [(one["imageVersion"], one["status"]) for one in versions] == [("1", "AVAILABLE"), ("0", "AVAILABLE")]
+    assert set(versions[0]) == {"imageArn", "imageVersion", "status", "createdAt", "updatedAt"}
+
+
+@row("CreateMicrovmAuthToken", "one member, `authToken`, with the field's name and the token", "R")
+def test_token_body(api: ApiRig) -> None:
+    one = api.run(PLAIN)
+    body = api.call("POST", f"{VMS}/{one}/auth-token", {"expirationInMinutes": 5, "allowedPorts": [{"port": 80}]})[2]
+    assert list(body) == ["authToken"] and list(body["authToken"]) == ["X-aws-proxy-auth"]
+    assert body["authToken"]["X-aws-proxy-auth"].count(".") == 4
+
+
+@row("every operation", "an unknown member is ignored", "R")
+def test_unknown_members(api: ApiRig) -> None:
+    assert run(api, nonsense=1)[0] == 200
+
+
+# ---- errors (1.4) ----
+
+
+@row("GetMicrovm", "unknown: 404 `MicroVM not found: <id>` with null details; so for every call on a microVM", "R")
+@pytest.mark.parametrize(
+    ("method", "tail", "body"),
+    [("GET", "", None), ("DELETE", "", None), ("POST", "/suspend", None), ("POST", "/resume", None),
+     ("POST", "/auth-token", {"expirationInMinutes": 1, "allowedPorts": [{"port": 1}]}), ("POST", "/shell-auth-token", {"expirationInMinutes": 1})],
+)  # fmt: skip
+def test_unknown_vm(api: ApiRig, method: str, tail: str, body: Any) -> None:
+    answer = api.call(method, f"{VMS}/microvm-no{tail}", body)
+    refused(answer, 404, "ResourceNotFoundException", "MicroVM not found: microvm-no", **DETAILS)
+
+
+@row("GetMicrovmImage", "unknown: 404 `MicroVMImage not found for MicroVMImageID: <arn>`", "R")
+@pytest.mark.parametrize(("method", "tail"), [("GET", ""), ("DELETE", ""), ("GET", "/versions")])
+def test_unknown_image(api: ApiRig, method: str, tail: str) -> None:
+    arn = image_arn("none")
+    answer = api.call(method, f"{IMAGES}/{encoded(arn)}{tail}")
+    refused(answer, 404, "ResourceNotFoundException", f"MicroVMImage not found for MicroVMImageID: {arn}", **DETAILS)
+
+
+@row("GetMicrovmImageVersion", "unknown: 404 `MicroVMImage not found for MicroVMImage: <arn>, Version: <v>`", "R")
+@pytest.mark.parametrize(
+    ("method", "tail", "body"), [("GET", "", None), ("DELETE", "", None), ("PATCH", "", {"status": "INACTIVE"}), ("GET", "/builds", None)]
+)
+def test_unknown_version(api: ApiRig, method: str, tail: str, body: Any) -> None:
+    answer = api.call(method, f"{IMAGES}/{encoded(PLAIN)}/versions/9.0{tail}", body)
+    refused(answer, 404, "ResourceNotFoundException", f"MicroVMImage not found for MicroVMImage: {PLAIN}, Version: 9.0", **DETAILS)
+
+
+@row("RunMicrovm", "image missing, not built or INACTIVE: 404 `No active version found for MicroVM image <arn>[ and version <v>]`", "R")
+def test_no_active_version(api: ApiRig) -> None:
+    none = image_arn("none")
+    refused(run(api, none), 404, "ResourceNotFoundException", f"No active version found for MicroVM image {none}", **DETAILS)
+    answer = run(api, PLAIN, imageVersion="9.0")
+    refused(answer, 404, "ResourceNotFoundException", f"No active version found for MicroVM image {PLAIN} and version 9.0", **DETAILS)
+    arn = api.image("inactive")
+    assert api.call("PATCH", f"{IMAGES}/{encoded(arn)}/versions/1.0", {"status": "INACTIVE"})[2]["status"] == "INACTIVE"
+    assert run(api, arn)[2]["message"] == f"No active version found for MicroVM image {arn}"
+    api.call("PATCH", f"{IMAGES}/{encoded(arn)}/versions/1.0", {"status": "ACTIVE"})
+    assert run(api, arn)[0] == 200
+
+
+@row("SuspendMicrovm", "TERMINATED: 400 `The MicroVM <id> has been terminated and its state cannot be changed.`", "R")
+@row("ResumeMicrovm", "TERMINATED: the same 400", "ours")
+def test_terminated(api: ApiRig) -> None:
+    one = api.run(PLAIN)
+    assert api.call("DELETE", f"{VMS}/{one}")[::2] == (200, {})
+    api.reach(one, "TERMINATED")
+    for call in ("suspend", "resume"):
+        answer = api.call("POST", f"{VMS}/{one}/{call}")
+        refused(answer, 400, "ValidationException", f"The MicroVM {one} has been terminated and its state cannot be changed.")
+    assert api.call("DELETE", f"{VMS}/{one}")[::2] == (200, {})
+    assert api.call("GET", f"{VMS}/{one}")[2]["stateReason"] == "Success."
+
+
+@row("every operation", "constraints: 400, all of them in one text, `N validation error(s) detected: …`", "R")
+def test_constraints(api: ApiRig) -> None:
+    status, kind, body = run(api, "a" * 257, runHookPayload="x" * 4097, maximumDurationInSeconds=0)
+    assert (status, kind) == (400, "ValidationException")
+    assert body["message"].startswith("3 validation errors detected: Value '") and body["message"].count("; ") == 2
+    assert "at 'runHookPayload' failed to satisfy constraint: Member must have length less than or equal to 4096" in body["message"]
+    body = api.call("POST", VMS, {})[2]
+    assert (
+        body["message"]
+        == "1 validation error detected: Value null at 'imageIdentifier' failed to satisfy constraint: Member must not be null"
+    )
+    body = create(api, "a b")[2]
+    assert body["message"].startswith(
+        "1 validation error detected: Value 'a b' at 'name' failed to satisfy constraint: Member must satisfy regular"
+    )
+
+
+@row("RunMicrovm", "a bare name: 400 `Malformed ARN - doesn't start with 'arn:'`", "R")
+def test_bare_name_at_run(api: ApiRig) -> None:
+    refused(run(api, "plain"), 400, "ValidationException", "Malformed ARN - doesn't start with 'arn:'")
+
+
+@row("GetMicrovmImage", "a bare name: 400 `Invalid ARN format: <name>`", "R")
+def test_bare_name_at_get(api: ApiRig) -> None:
+    refused(api.call("GET", f"{IMAGES}/plain"), 400, "ValidationException", "Invalid ARN format: plain")
+
+
+@row("GetMicrovmImage", "the slash spelling of an ARN: 403 AccessDeniedException", "M")
+def test_slash_spelling(api: ApiRig) -> None:
+    arn = f"arn:aws:lambda:{REGION}:{ACCOUNT}:microvm-image/plain"
+    assert api.call("GET", f"{IMAGES}/{encoded(arn)}")[:2] == (403, "AccessDeniedException")
+
+
+@row("every operation", "an unencoded `/` in an identifier, and an unknown path: 404 with the gateway's HTML", "R")
+def test_gateways_404(api: ApiRig) -> None:
+    for path in (f"{IMAGES}/arn:aws:lambda:{REGION}:{ACCOUNT}:microvm-image/plain", "/2025-09-09/nothing", "/"):
+        status, headers, body = api.raw("GET", path)
+        assert (status, headers["content-type"].partition(";")[0]) == (404, "text/html") and b"<h1>404 Not Found</h1>" in body
+
+
+@row("GetMicrovmImage", "colons of an ARN may be encoded or not", "R")
+def test_colons(api: ApiRig) -> None:
+    assert api.call("GET", f"{IMAGES}/{PLAIN}")[2] == api.call("GET", f"{IMAGES}/{encoded(PLAIN)}")[2]
+
+
+@row("CreateMicrovmAuthToken", "more than 60 minutes: 400 `ExpirationMinutes 61 exceeded max allowed of 60.`", "M")
+def test_long_token(api: ApiRig) -> None:
+    one = api.run(PLAIN)
+    answer = api.call("POST", f"{VMS}/{one}/auth-token", {"expirationInMinutes": 61, "allowedPorts": [{"port": 1}]})
+    refused(answer, 400, "ValidationException", "ExpirationMinutes 61 exceeded max allowed of 60.")
+
+
+@row("CreateMicrovmAuthToken", '`allPorts` as a boolean: 400 `{"Message":"Expected null"}`', "R")
+def test_all_ports_as_boolean(api: ApiRig) -> None:
+    status, _, body = api.raw("POST", f"{VMS}/microvm-x/auth-token", {"expirationInMinutes": 1, "allowedPorts": [{"allPorts": True}]})
+    assert (status, body) == (400, b'{"Message":"Expected null"}')
+
+
+@row("CreateMicrovmShellAuthToken", "without SHELL_INGRESS, or with ALL_INGRESS beside another: 400 in the recorded words", "R")
+def test_shell_tokens(api: ApiRig) -> None:
+    def shell(*names: str) -> tuple[int, str, dict[str, Any]]:
+        one = api.run(PLAIN, ingressNetworkConnectors=[connector(name) for name in names])
+        return api.call("POST", f"{VMS}/{one}/shell-auth-token", {"expirationInMinutes": 5})
+
+    text = "Shell access requires SHELL_INGRESS network connector to be configured on the MicroVM."
+    refused(shell("HTTP_INGRESS"), 400, "ValidationException", text)
+    text = "ALL_INGRESS cannot be combined with other ingress network connectors; use HTTP_INGRESS and/or SHELL_INGRESS instead"
+    refused(shell("ALL_INGRESS", "SHELL_INGRESS"), 400, "ValidationException", text)
+    assert shell("SHELL_INGRESS")[0] == shell("ALL_INGRESS")[0] == 200
+
+
+@row("RunMicrovm", "more than one egress connector: 400 `Only one egress network connector can be provided`", "M")
+def test_two_egress(api: ApiRig) -> None:
+    answer = run(api, egressNetworkConnectors=[connector("INTERNET_EGRESS")] * 2)
+    refused(answer, 400, "ValidationException", "Only one egress network connector can be provided")
+
+
+@row("RunMicrovm", "NO_EGRESS does not exist: 400 `Unrecognized managed network connector ARN: …`; bare names are malformed", "M")
+def test_connector_names(api: ApiRig) -> None:
+    answer = run(api, egressNetworkConnectors=[connector("NO_EGRESS")])
+    refused(answer, 400, "ValidationException", f"Unrecognized managed network connector ARN: {connector('NO_EGRESS')}")
+    answer = run(api, ingressNetworkConnectors=["HTTP_INGRESS"])
+    refused(answer, 400, "ValidationException", "Malformed network connector ARN")
+
+
+@row("RunMicrovm", "a payload without the run hook: 400, after the length was checked", "M")
+def test_payload_without_hook(api: ApiRig) -> None:
+    text = "The run hook must be enabled in the MicroVM image to pass the run hook payload"
+    refused(run(api, runHookPayload="x"), 400, "ValidationException", text)
+
+
+@row("CreateMicrovmImage", "runtime hooks without the ready hook: 400", "M")
+def test_hooks_without_ready(api: ApiRig) -> None:
+    text = "The ready (/ready) MicroVM image hook must be enabled when any MicroVM lifecycle hook (run, resume, suspend, or terminate) is enabled."
+    refused(create(api, hooks={"microvmHooks": {"run": "ENABLED"}}), 400, "ValidationException", text)
+
+
+@row("CreateMicrovmImage", "an unsupported size: 400 with the list of sizes", "M")
+def test_bad_size(api: ApiRig) -> None:
+    text = (
+        f"The requested memory size of 100 MiB is not supported by base MicroVM image {BASE}. "
+        "Supported memory sizes in MiB are: [512, 1024, 2048, 4096, 8192]."
+    )
+    refused(create(api, resources=[{"minimumMemoryInMiB": 100}]), 400, "ValidationException", text)
+
+
+@row("CreateMicrovmImage", "an artifact that is not in S3: 400", "M")
+def test_bad_artifact(api: ApiRig) -> None:
+    text = "CodeArtifact URI must be a valid S3 URI in the format: s3://<bucket>/<key>"
+    refused(create(api, codeArtifact={"uri": "https://example.com/app.zip"}), 400, "ValidationException", text)
+
+
+@row("CreateMicrovmImage", "an unknown base version: 400 `No managed MicroVM Image with arn <arn> and version 999 is available`", "M")
+def test_bad_base(api: ApiRig) -> None:
+    text = f"No managed MicroVM Image with arn {BASE} and version 999 is available"
+    refused(create(api, baseImageVersion="999"), 400, "ValidationException", text)
+
+
+@row("CreateMicrovmImage", "a reserved variable: 400 `Environment variable key 'AWS_REGION' is reserved`", "M")
+def test_reserved_variable(api: ApiRig) -> None:
+    answer = create(api, environmentVariables={"AWS_REGION": "x"})
+    refused(answer, 400, "ValidationException", "Environment variable key 'AWS_REGION' is reserved")
+
+
+@row("CreateMicrovmImage", "a name that is taken: 400 `A MicroVM image with the name '<n>' already exists in this account`", "R")
+def test_duplicate_name(api: ApiRig) -> None:
+    refused(create(api, "plain"), 400, "ValidationException", "A MicroVM image with the name 'plain' already exists in this account")
+
+
+@row("UpdateMicrovmImage", "while UPDATING: 409 `MicroVM Image is already in state: UPDATING`; so for UpdateMicrovmImageVersion", "R")
+@row("DeleteMicrovmImage", "while UPDATING: 400 `Cannot delete MicroVM image in its current state: <arn>`", "R")
+@row("DeleteMicrovmImageVersion", "its build under way: the build is called off and the version goes", "ours")
+def test_busy_image(api: ApiRig) -> None:
+    arn = api.image("busy")
+    api.pipeline.held["busy"] = asyncio.Event()
+    body = {"baseImageArn": BASE, "buildRoleArn": ROLE, "codeArtifact": {"uri": "s3://bucket/two.zip"}}
+    status, _, made = api.call("PUT", f"{IMAGES}/{encoded(arn)}", body)
+    assert (status, made["state"], made["imageVersion"]) == (200, "UPDATING", "2.0")
+    text = "MicroVM Image is already in state: UPDATING"
+    refused(api.call("PUT", f"{IMAGES}/{encoded(arn)}", body), 409, "ConflictException", text, **DETAILS)
+    refused(api.call("PATCH", f"{IMAGES}/{encoded(arn)}/versions/1.0", {"status": "INACTIVE"}), 409, "ConflictException", text, **DETAILS)
+    text = f"Cannot delete MicroVM image in its current state: {arn}"
+    refused(api.call("DELETE", f"{IMAGES}/{encoded(arn)}"), 400, "ValidationException", text)
+    assert run(api, arn)[2]["imageVersion"] == "1.0"
+    answer = api.call("DELETE", f"{IMAGES}/{encoded(arn)}/versions/2.0")
+    assert answer[::2] == (200, {"imageIdentifier": arn, "imageVersion": "2.0", "state": "DELETING"})
+    assert api.settled(arn)["state"] == "CREATED"
+    del api.pipeline.held["busy"]
+    made = api.call("PUT", f"{IMAGES}/{encoded(arn)}", body)[2]
+    assert made["imageVersion"] == "3.0", "a number is used once"
+    assert api.settled(arn)["latestActiveImageVersion"] == "3.0"
+
+
+@row("DeleteMicrovmImage", "with live microVMs: 400 `Cannot delete microvm image with running microvms.`", "R")
+@row("DeleteMicrovmImage", "`{imageIdentifier, state: DELETING}`; then it is gone, and the name free", "R")
+def test_delete_image(api: ApiRig) -> None:
+    arn = api.image("goes")
+    one = api.run(arn)
+    refused(
+        api.call("DELETE", f"{IMAGES}/{encoded(arn)}"), 400, "ValidationException", "Cannot delete microvm image with running microvms."
+    )
+    api.call("DELETE", f"{VMS}/{one}")
+    api.reach(one, "TERMINATED")
+    assert api.call("DELETE", f"{IMAGES}/{encoded(arn)}")[::2] == (200, {"imageIdentifier": arn, "state": "DELETING"})
+
+    async def gone() -> None:
+        while arn in api.store.images:
+            await asyncio.sleep(0.002)
+
+    api.do(gone())
+    assert create(api, "goes")[0] == 201
+    api.settled(arn)
+
+
+@row("DeleteMicrovmImageVersion", "the last one: 400 `This is the last version. Please delete the entire image`", "M")
+@row("DeleteMicrovmImageVersion", "with live microVMs of it: 400, as for the image", "ours")
+def test_delete_version(api: ApiRig) -> None:
+    arn = api.image("versions")
+    text = "This is the last version. Please delete the entire image"
+    refused(api.call("DELETE", f"{IMAGES}/{encoded(arn)}/versions/1.0"), 400, "ValidationException", text)
+    one = api.run(arn)
+    api.call("PUT", f"{IMAGES}/{encoded(arn)}", {"baseImageArn": BASE, "buildRoleArn": ROLE, "codeArtifact": {"uri": "s3://b-b/k"}})
+    api.settled(arn)
+    assert [one["imageVersion"] for one in api.call("GET", f"{IMAGES}/{encoded(arn)}/versions")[2]["items"]] == ["2.0", "1.0"]
+    text = "Cannot delete microvm image with running microvms."
+    refused(api.call("DELETE", f"{IMAGES}/{encoded(arn)}/versions/1.0"), 400, "ValidationException", text)
+    api.call("DELETE", f"{VMS}/{one}")
+    api.reach(one, "TERMINATED")
+    assert api.call("DELETE", f"{IMAGES}/{encoded(arn)}/versions/1.0")[0] == 200
+    assert api.settled(arn)["state"] == "UPDATED"
+    assert [one["imageVersion"] for one in api.call("GET", f"{IMAGES}/{encoded(arn)}/versions")[2]["items"]] == ["2.0"]
+
+
+@row("UpdateMicrovmImage", "a failed update keeps the older version active and sets `latestFailedImageVersion`", "R")
+@row("GetMicrovmImageBuild", "the reason of a failure is on the build only", "R")
+def test_failed_update(api: ApiRig) -> None:
+    arn = api.image("fails")
+    api.pipeline.failing["fails"] = "The container image build failed."
+    api.call("PUT", f"{IMAGES}/{encoded(arn)}", {"baseImageArn": BASE, "buildRoleArn": ROLE, "codeArtifact": {"uri": "s3://b-b/k"}})
+    image = api.settled(arn)
+    assert (image["state"], image["latestActiveImageVersion"], image["latestFailedImageVersion"]) == ("UPDATE_FAILED", "1.0", "2.0")
+    assert api.call("GET", f"{IMAGES}/{encoded(arn)}/versions/2.0")[2]["stateReason"] is None
+    (build,) = api.call("GET", f"{IMAGES}/{encoded(arn)}/versions/2.0/builds")[2]["items"]
+    assert (build["buildState"], build["stateReason"]) == ("FAILED", "The container image build failed.")
+    assert run(api, arn)[2]["imageVersion"] == "1.0"
+
+
+@row("CreateMicrovmImage", "at most `images.concurrent_builds` at once; the rest wait in order, PENDING, and go on after a restart", "ours")
+def test_build_queue(api: ApiRig) -> None:
+    names = ["queue1", "queue2", "queue3", "queue4"]
+    for name in names:
+        api.pipeline.held[name] = asyncio.Event()
+        api.image(name, built=False)
+
+    def states() -> list[str]:
+        return [api.call("GET", f"{IMAGES}/{encoded(image_arn(name))}/versions/1.0")[2]["state"] for name in names]
+
+    async def started(count: int) -> None:
+        while sum(one.startswith("queue") for one in api.pipeline.order) < count:
+            await asyncio.sleep(0.002)
+
+    api.do(started(2))
+    assert states() == ["IN_PROGRESS", "IN_PROGRESS", "PENDING", "PENDING"]
+    api.restart()
+    api.do(started(4))
+    assert [one for one in api.pipeline.order if one.startswith("queue")][2:] == ["queue3 1.0", "queue4 1.0"]
+    assert states()[:2] == ["FAILED", "FAILED"]
+    for name in names:
+        api.loop.call_soon_threadsafe(api.pipeline.held.pop(name).set)
+    for name in names[2:]:
+        assert api.settled(image_arn(name))["state"] == "CREATED"
+
+
+# ---- tags ----
+
+
+@row("TagResource", "204, UntagResource 204, ListTags `{Tags: {…}}`, empty without tags", "R")
+def test_tags(api: ApiRig) -> None:
+    path = f"{TAGS}/{encoded(PLAIN)}"
+    assert api.call("GET", path)[2] == {"Tags": {}}
+    assert api.raw("POST", path, {"Tags": {"a": "1", "b": "2"}})[::2] == (204, b"")
+    assert api.raw("DELETE", f"{path}?tagKeys=a&tagKeys=z")[::2] == (204, b"")
+    assert api.call("GET", path)[2] == {"Tags": {"b": "2"}}
+    assert api.call("GET", f"{IMAGES}/{encoded(PLAIN)}")[2]["tags"] == {"b": "2"}
+    api.raw("DELETE", f"{path}?tagKeys=b")
+
+
+@row("TagResource", "a microVM has no tags: its id is refused by the pattern", "R")
+def test_vm_has_no_tags(api: ApiRig) -> None:
+    status, kind, body = api.call("POST", f"{TAGS}/microvm-1", {"Tags": {"a": "b"}})
+    assert (status, kind) == (400, "ValidationException") and "failed to satisfy constraint: Member must satisfy regular" in body["message"]
+
+
+@row("TagResource", "at most 50 tags, and none that begins with `aws:`", "ours")
+def test_tag_limits(api: ApiRig) -> None:
+    path = f"{TAGS}/{encoded(PLAIN)}"
+    assert api.call("POST", path, {"Tags": {f"k{n}": "" for n in range(51)}})[0] == 400
+    assert api.call("POST", path, {"Tags": {"aws:x": ""}})[:2] == (400, "InvalidParameterValueException")
+    assert api.call("GET", f"{TAGS}/{encoded(image_arn('none'))}")[0] == 404
+
+
+# ---- paging, tokens, consistency (1.5) ----
+
+
+@row("ListMicrovmImages", "`maxResults` counts before `nameFilter`: empty pages with a token occur; the filter is a substring", "M")
+def test_filter_after_page(api: ApiRig) -> None:
+    for name in ("filter-a", "filter-b", "wanted-c"):
+        api.image(name)
+    found, token, pages = [], "", 0
+    while True:
+        body = api.call("GET", f"{IMAGES}?maxResults=1&nameFilter=anted{f'&nextToken={encoded(token)}' if token else ''}")[2]
+        found += body["items"]
+        pages += 1
+        token = body["nextToken"]
+        if token is None:
+            break
+    assert [item["name"] for item in found] == ["wanted-c"] and pages >= 3
+
+
+@row("every list", "tokens are opaque and sealed, and each account's own: a made-up one is a 400", "ours")
+def test_page_tokens(api: ApiRig) -> None:
+    status, kind, _ = api.call("GET", f"{VMS}?nextToken=made-up")
+    assert (status, kind) == (400, "ValidationException")
+    assert api.call("GET", f"{VMS}?maxResults=51")[0] == api.call("GET", f"{VMS}?maxResults=0")[0] == 400
+
+
+@row("RunMicrovm", "same token and parameters: the original reply, also at once, also after a restart; others: 409", "M")
+def test_client_tokens(api: ApiRig) -> None:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: run(api, clientToken="same"), range(8)))
+    assert all(answer == answers[0] for answer in answers) and answers[0][0] == 200
+    api.reach(answers[0][2]["microvmId"], "RUNNING")
+    assert run(api, clientToken="same") == answers[0], "the first reply, PENDING, not a fresh read"
+    api.restart()
+    assert run(api, clientToken="same") == answers[0]
+    status, kind, _ = run(api, clientToken="same", maximumDurationInSeconds=60)
+    assert (status, kind) == (409, "ConflictException")
+    assert run(api, clientToken="other")[2]["microvmId"] != answers[0][2]["microvmId"]
+
+
+@row("CreateMicrovmImage", "the client token too; after the image is deleted it makes a new one (the service wedges: not copied)", "ours")
+def test_image_client_tokens(api: ApiRig) -> None:
+    first = create(api, "token", clientToken="img")
+    assert create(api, "token", clientToken="img") == first
+    assert create(api, "token2", clientToken="img")[:2] == (409, "ConflictException")
+    assert create(api, "token")[0] == 400
+    api.settled(image_arn("token"))
+
+
+@row("every operation", "a Get after a reply sees it: consistency is strong", "ours")
+def test_consistency(api: ApiRig) -> None:
+    one = run(api)[2]["microvmId"]
+    assert api.call("GET", f"{VMS}/{one}")[0] == 200
+    assert any(item["microvmId"] == one for item in _all(api))
+    api.call("DELETE", f"{VMS}/{one}")
+    assert api.call("GET", f"{VMS}/{one}")[2]["state"] in ("TERMINATING", "TERMINATED")
+
+
+def _all(api: ApiRig) -> list[dict[str, Any]]:
+    return [item for page in api.client().get_paginator("list_microvms").paginate() for item in page["items"]]
+
+
+# ---- state by call (2.1) ----
+
+_CELLS = {
+    "PENDING": {"suspend": 409, "resume": 200, "auth-token": 200},
+    "RUNNING": {"resume": 200, "auth-token": 200, "suspend": 200},
+    "SUSPENDED": {"suspend": 200, "auth-token": 200, "resume": 200},
+    "TERMINATED": {"suspend": 400, "resume": 400, "auth-token": 400, "": 200},
+}
+
+
+@row("SuspendMicrovm", "while PENDING: 409, wait until it is RUNNING; SUSPENDED: 200 and nothing happens", "ours")
+@row("ResumeMicrovm", "200 in PENDING, RUNNING and SUSPENDED", "M")
+@row("CreateMicrovmAuthToken", "200 in every state but TERMINATED, which is 400", "ours")
+@pytest.mark.parametrize("state", _CELLS)
+def test_calls_by_state(api: ApiRig, state: str) -> None:
+    for call, status in _CELLS[state].items():
+        if state == "PENDING":
+            api.host.block["prepare"] = asyncio.Event()
+        one = api.run(PLAIN, wait="PENDING" if state == "PENDING" else "RUNNING")
+        if state == "SUSPENDED":
+            api.call("POST", f"{VMS}/{one}/suspend")
+            api.reach(one, "SUSPENDED")
+        if state == "TERMINATED":
+            api.call("DELETE", f"{VMS}/{one}")
+            api.reach(one, "TERMINATED")
+        body = {"expirationInMinutes": 1, "allowedPorts": [{"port": 80}]} if call == "auth-token" else None
+        answer = api.call("POST" if call else "DELETE", f"{VMS}/{one}{f'/{call}' if call else ''}", body)
+        assert answer[0] == status, (call, answer)
+        if state == "PENDING":
+            api.loop.call_soon_threadsafe(api.host.block.pop("prepare").set)
+            api.reach(one, "RUNNING")
+
+
+@row("stateReason", "`MicroVM exceeded maximum lifetime.`, `Container Stopped with Exit Code: N`, `Success.`; null while healthy", "M")
+def test_reasons(api: ApiRig) -> None:
+    one, two = api.run(PLAIN), api.run(PLAIN)
+    assert api.call("GET", f"{VMS}/{one}")[2]["stateReason"] is None
+    for name, event, text in (
+        (one, Event.EXPIRED, "MicroVM exceeded maximum lifetime."), (two, Event.EXITED, "Container Stopped with Exit Code: 3"),
+    ):  # fmt: skip
+        api.do(api.lifecycle.fire(api.store.sessions[name], event, text))
+        api.reach(name, "TERMINATED")
+        body = api.call("GET", f"{VMS}/{name}")[2]
+        assert body["stateReason"] == text and body["terminatedAt"] >= body["startedAt"]
+
+
+# ---- what is not well-formed ----
+
+
+@row("every operation", "broken JSON, or a wrong type: 400 SerializationException with a capital `Message`", "ours")
+def test_broken_bodies(api: ApiRig) -> None:
+    for body in (b"{", b"\xff", b"[1]", b'"x"', b'{"imageIdentifier": 5}', b"[" * 100_000):
+        status, headers, data = api.raw("POST", VMS, body)
+        assert (status, headers["x-amzn-errortype"]) == (400, "SerializationException"), body[:20]
+        assert list(json.loads(data)) == ["Message"]
+
+
+@row("every operation", "a body of more than 1 MiB: 413", "ours")
+def test_oversized_body(api: ApiRig) -> None:
+    assert api.call("POST", VMS, b" " * (1 << 20) + b"{}")[0] == 413
+
+
+@row("RunMicrovm", "boto3 reads every error as its modelled exception", "D")
+def test_modelled_exceptions(api: ApiRig) -> None:
+    client = api.client()
+    with pytest.raises(client.exceptions.ResourceNotFoundException):
+        client.get_microvm(microvmIdentifier="microvm-none")
+    with pytest.raises(client.exceptions.ValidationException):
+        client.run_microvm(imageIdentifier="x")
+    with pytest.raises(client.exceptions.AccessDeniedException):
+        client.get_microvm_image(imageIdentifier=image_arn("x", OTHER))
+    with pytest.raises(ClientError):
+        client.list_microvms(maxResults=99)
