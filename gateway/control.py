@@ -22,6 +22,8 @@ from .api import application
 from .api.paging import Pager
 from .api.service import Service as ApiService
 from .config import Settings
+from .guest.credentials import Issuer
+from .guest.services import Guests
 from .images.pipeline import Job, Pipeline
 from .images.registry import Registry
 from .observe import metrics
@@ -66,7 +68,9 @@ class Control:
         self.directory = Directory(self.store, settings.account, root_keys, _secret_file(directory / "sessions.key"))
         store = settings.object_store
         artifacts = (store.access_key, store.secret_key) if store.access_key else next(iter(root_keys.items()))
-        self.registry.pipeline = Pipeline(settings, self.host, artifacts, self._phase)
+        guests = Guests(settings, Issuer(settings.credentials, settings.region, self.directory), self.store)
+        self.lifecycle.serve_guest = guests.for_session
+        self.registry.pipeline = Pipeline(settings, self.host, artifacts, self._phase, guests)
 
     def _access_keys(self) -> dict[str, str]:
         """Access key to secret, as the supervisor wrote them."""

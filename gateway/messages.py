@@ -39,6 +39,14 @@ class Usage(msgspec.Struct):
     expected_growth: int
 
 
+class EgressRules(msgspec.Struct, frozen=True):
+    """What a microVM may reach: the internet over TCP, or only `networks` at `ports` (tcp:443, udp:53-60; none: all TCP)."""
+
+    internet: bool = True
+    networks: list[str] = []
+    ports: list[str] = []
+
+
 class BuildRequest(msgspec.Struct):
     """Builds the container image and the disk of `image` from the unpacked context in `context`."""
 
@@ -64,6 +72,7 @@ class BootRequest(msgspec.Struct):
     session: str
     image: str
     shape: Shape
+    egress: EgressRules | None = None
 
 
 class SealRequest(msgspec.Struct):
@@ -88,6 +97,7 @@ class PrepareRequest(msgspec.Struct):
     incarnation: int
     image: str
     from_snapshot: bool
+    egress: EgressRules | None = None
 
 
 class StartRequest(msgspec.Struct):

@@ -21,7 +21,8 @@ from gateway.messages import BuildRequest, BuildResult
 from . import disks, lending
 from .cgroups import Cgroups, Limits
 from .driver import VmmError
-from .network import destroy_namespace, make_namespace, run_batch
+from .egress import run_batch
+from .network import destroy_namespace, make_namespace
 
 _HERE = Path(__file__).parent
 _RANGE = 65536

@@ -53,7 +53,7 @@ class Vmm:
         self._cgroups = cgroups
         runtime = settings.runtime
         assets = Assets(settings.cache / "qemu-root", settings.cache / "kernel/vmlinuz", settings.cache / "initrd")
-        self.network = Network(runtime / "netns")
+        self.network = Network(runtime / "netns", settings.egress, settings.name)
         self.driver = QemuDriver(assets, runtime / "vms", cgroups, self.network, settings.users.machines)
         self.standbys = Standbys(self.driver, settings.standbys.per_image)
         self.builder = Builder(
@@ -90,7 +90,7 @@ class Vmm:
         for task in list(self._tasks):
             task.cancel()
         await self.standbys.close()
-        await self.network.close()
+        await self.network.close(is_empty=not self._sessions)
 
     def connected(self, connection: Connection) -> None:
         if connection.uid == self._settings.users.control:
@@ -148,6 +148,8 @@ class Vmm:
         link = await self.network.take()
         console = os.open(image / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
+            if body.egress is not None:
+                await self.network.let_out(link, body.egress)
             machine = await self.driver.boot(image, body.shape, link, console)
         except BaseException:
             await self.network.release(link)
@@ -221,6 +223,8 @@ class Vmm:
             try:
                 machine = await self.standbys.take(image)
                 machine.record.session, machine.record.incarnation = body.session, body.incarnation
+                if body.egress is not None:
+                    await self.network.let_out(link, body.egress)
                 await machine.prepare(snapshot, overlay, link)
                 self._hold(body.session, machine, link)
                 return
@@ -249,6 +253,11 @@ class Vmm:
     async def rpc_sockets(self, connection: Connection, body: m.SocketsRequest) -> Reply:
         held = self._held(body.session, body.incarnation)
         return Reply(None, [sock.detach() for sock in await self.network.sockets(held.link, max(1, min(body.count, 32)))])
+
+    async def rpc_services(self, connection: Connection, body: m.SessionRef) -> Reply:
+        """The sockets on which the guest asks for metadata (TCP) and names (UDP, TCP): control answers there."""
+        held = self._held(body.session, body.incarnation)
+        return Reply(None, await self.network.services(held.link))
 
     async def rpc_suspend(self, connection: Connection, body: m.SessionRef) -> m.Suspended:
         """Stops the guest and makes its snapshot durable; it stays stopped until kill or unpause."""

@@ -13,21 +13,10 @@ import msgspec
 
 from gateway.messages import Sealed, Shape
 
+from .errors import DiskFull, StateLost, VmmError
 from .network import Link
 
 __all__ = ["DiskFull", "Driver", "Machine", "Process", "Sealed", "Shape", "StateLost", "VmmError"]
-
-
-class VmmError(Exception):
-    """Something on the host failed; the text says what, where and what to do."""
-
-
-class DiskFull(VmmError):
-    """A file could not be written for want of room."""
-
-
-class StateLost(VmmError):
-    """A session's hypervisor ended, or its snapshot cannot be read."""
 
 
 class Process(msgspec.Struct):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import socket
-import subprocess
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -19,7 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from gateway.config import Egress
+from gateway.messages import EgressRules
+
 from . import host
+from .egress import METADATA_ADDRESS, Uplink, accepts_of, link_rules, run_batch, run_nft
+from .errors import VmmError
 
 HOST_ADDRESS = "169.254.77.1"
 GUEST_ADDRESS = "169.254.77.2"
@@ -34,17 +39,11 @@ link set {TAP} address {HOST_MAC}
 link set {TAP} addrgenmode none
 addr add {HOST_ADDRESS}/30 dev {TAP}
 link set {TAP} up
+addr add {METADATA_ADDRESS}/32 dev lo
 neigh replace {GUEST_ADDRESS} lladdr {GUEST_MAC} dev {TAP} nud permanent
 """
 _DEADLINE_SECONDS = 20
 T = TypeVar("T")
-
-
-def run_batch(commands: str) -> None:
-    """Runs ip(8) commands in the calling thread's namespace. Raises OSError with its words."""
-    done = subprocess.run(["ip", "-batch", "-"], check=False, input=commands.encode(), capture_output=True, timeout=_DEADLINE_SECONDS)
-    if done.returncode:
-        raise OSError(f"ip: {done.stderr.decode(errors='replace').strip()}")
 
 
 def make_namespace(path: Path, setup: Callable[[], None]) -> None:
@@ -77,9 +76,13 @@ def destroy_namespace(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Link:
-    """A session's network: the namespace, pinned by a bind mount at `path`, with the tap in it."""
+    """A session's network: the namespace, pinned by a bind mount at `path`, with the tap in it.
+
+    `services` listen in it for the guest, until control takes them: metadata (TCP), DNS (UDP, TCP).
+    """
 
     path: Path
+    services: tuple[socket.socket, ...] = ()
 
     @property
     def name(self) -> str:
@@ -89,13 +92,16 @@ class Link:
 class Network:
     """Makes, opens and destroys links under `directory`; namespace work happens on one thread of its own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, egress: Egress, instance: str) -> None:
         self._directory = directory
+        self._outside = Link(Path(egress.uplink or f"/proc/{os.getpid()}/ns/net"))
+        self._uplink = Uplink(egress, instance, self._in_uplink)
         self._thread = ThreadPoolExecutor(1, "netns")
         self._ready: deque[Link] = deque()
         self._wanted = 0
         self._filling: asyncio.Task[None] | None = None
-        self._count = 0
+        # Never a name that an earlier daemon gave away: a namespace may live on in somebody's socket.
+        self._count = secrets.randbelow(900_000)
 
     def start(self, keep: set[Path], wanted: int) -> None:
         """Destroys links that no session in `keep` uses, then keeps `wanted` of them ready."""
@@ -105,8 +111,15 @@ class Network:
                 destroy_namespace(path)
             with contextlib.suppress(ValueError):
                 self._count = max(self._count, int(path.name))
+        try:
+            self._uplink.start()
+        except OSError as error:
+            raise VmmError(f"no way out for microVMs: {error}; egress.closed = true goes without") from error
         self._wanted = wanted
         self._refill()
+
+    def _in_uplink(self, work: Callable[[], None]) -> None:
+        self._inside(self._outside, work)
 
     async def take(self) -> Link:
         link = self._ready.popleft() if self._ready else await self._call(self._create)
@@ -115,18 +128,44 @@ class Network:
 
     async def release(self, link: Link) -> None:
         """Destroys the link; its tap goes with the last descriptor of the namespace."""
+        for service in link.services:
+            service.close()
         await self._call(lambda: destroy_namespace(link.path))
 
-    async def close(self) -> None:
+    async def close(self, is_empty: bool) -> None:
+        """With `is_empty`, no microVM runs on, and nothing of the way out stays on the host."""
         if self._filling:
             self._wanted = 0
             await self._filling
         while self._ready:
             await self.release(self._ready.popleft())
+        if is_empty:
+            with contextlib.suppress(OSError):
+                await self._call(self._uplink.stop)
         self._thread.shutdown()
 
     async def tap(self, link: Link) -> int:
         return await self._call(lambda: self._inside(link, lambda: host.open_tap(TAP)))
+
+    async def let_out(self, link: Link, rules: EgressRules) -> None:
+        """Opens the link's way out. Raises VmmError."""
+        if not self._uplink.is_open:
+            return
+
+        def work() -> None:
+            if not rules.internet:
+                run_nft(link_rules(TAP, accepts_of(rules), []))
+            Path("/proc/sys/net/ipv4/ip_forward").write_text("1", encoding="ascii")
+
+        try:
+            await self._call(lambda: self._inside(link, work))
+        except OSError as error:
+            raise VmmError(f"the way out could not be opened: {error}") from error
+
+    async def services(self, link: Link) -> list[int]:
+        """Duplicates of the sockets that listen for the guest."""
+        made = link.services or await self._call(lambda: self._inside(link, _services))
+        return [os.dup(service.fileno()) for service in made]
 
     async def sockets(self, link: Link, count: int) -> list[socket.socket]:
         """Unconnected TCP sockets that live in the session's namespace: whoever holds one can reach that guest only."""
@@ -163,9 +202,20 @@ class Network:
 
     def _create(self) -> Link:
         self._count += 1
-        path = self._directory / f"{self._count:06d}"
-        make_namespace(path, lambda: run_batch(SETUP))
-        return Link(path)
+        number, path = self._count, self._directory / f"{self._count:06d}"
+        made: list[tuple[socket.socket, ...]] = []
+
+        def setup() -> None:
+            commands = SETUP
+            if self._uplink.is_open:
+                self._uplink.attach(number, path)
+                commands += self._uplink.inner_setup(number)
+                run_nft(self._uplink.internet(TAP))
+            run_batch(commands)
+            made.append(_services())
+
+        make_namespace(path, setup)
+        return Link(path, made[0])
 
     def _inside(self, link: Link, work: Callable[[], T]) -> T:
         inside = os.open(link.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -179,6 +229,20 @@ class Network:
         finally:
             os.close(inside)
             os.close(outside)
+
+
+def _services() -> tuple[socket.socket, ...]:
+    """Metadata, DNS over UDP, DNS over TCP; the guest knows no other address of ours."""
+    kinds = ((METADATA_ADDRESS, 80, socket.SOCK_STREAM), (HOST_ADDRESS, 53, socket.SOCK_DGRAM), (HOST_ADDRESS, 53, socket.SOCK_STREAM))
+    made = []
+    for address, port, kind in kinds:
+        one = socket.socket(socket.AF_INET, kind | socket.SOCK_NONBLOCK)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        one.bind((address, port))
+        if kind == socket.SOCK_STREAM:
+            one.listen(64)
+        made.append(one)
+    return tuple(made)
 
 
 def _nothing_unacknowledged() -> bool:

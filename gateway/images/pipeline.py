@@ -9,18 +9,21 @@ import asyncio
 import os
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
 from gateway.config import Settings
-from gateway.messages import BuildRequest, HostInfo, Shape
+from gateway.messages import BuildRequest, EgressRules, HostInfo, Shape
 from gateway.sessions import hooks
 from gateway.sessions.agent import Agent, AgentError, start_frames, wake_frame
 from gateway.sessions.host import Host, RpcError, RpcLost
+from gateway.sessions.lifecycle import GuestServices
 from gateway.sessions.logs import LineWriter
 from gateway.sessions.model import Build, Hooks, Image, Version
 
@@ -82,8 +85,20 @@ class Job:
         self.log.feed(0, f"torpor: {text}\n".encode())
 
 
+class Serve(Protocol):
+    """What a build needs of gateway.guest."""
+
+    def egress(self, version: Version) -> EgressRules | None: ...
+
+    async def open(self, sockets: list[socket.socket], version: Version, session: str) -> GuestServices: ...
+
+
 class Pipeline:
-    def __init__(self, settings: Settings, host: Host, credentials: tuple[str, str], on_phase: Callable[[Job], None]) -> None:
+    def __init__(
+        self, settings: Settings, host: Host, credentials: tuple[str, str], on_phase: Callable[[Job], None], serve: Serve,
+    ) -> None:  # fmt: skip
+        """`serve` answers what a build's microVM asks its host: names, and credentials of the build role."""
+        self._serve = serve
         self._settings = settings
         self._host = host
         self._credentials = credentials
@@ -185,7 +200,9 @@ class Pipeline:
 
     async def _boot(self, job: Job, shape: Shape, config: dict[str, object]) -> None:
         self._phase(job, "BOOT")
-        agent = Agent(await self._host.boot(job.session, job.version.key, shape), job.log.feed, job.exit_code.set_result)
+        descriptor = await self._host.boot(job.session, job.version.key, shape, self._serve.egress(job.version))
+        agent = Agent(descriptor, job.log.feed, job.exit_code.set_result)
+        services = await self._serve.open(await self._host.services(job.session, 0), job.version, job.session)
         try:
             await agent.hello(_BOOT_SECONDS)
             request = job.version.request
@@ -197,6 +214,7 @@ class Pipeline:
             await self._until_exit(job, self._ready(job, config))
         finally:
             agent.close()
+            services.close()
 
     async def _until_exit(self, job: Job, work: object) -> None:
         """Runs `work` unless the application ends first."""
@@ -264,10 +282,11 @@ class Pipeline:
             return
         self._phase(job, "VALIDATE")
         session = f"validate-{job.build.id}"
-        await self._host.prepare(session, 1, job.version.key, False)
+        await self._host.prepare(session, 1, job.version.key, False, self._serve.egress(job.version))
         nonce = secrets.randbits(63)
         agent = Agent(await self._host.start(session, 1, wake_frame(nonce)), job.log.feed, lambda code: None)
         woken = agent.expect(nonce)
+        services = await self._serve.open(await self._host.services(session, 1), job.version, session)
         try:
             async with asyncio.timeout(_BOOT_SECONDS):
                 await woken
@@ -276,6 +295,7 @@ class Pipeline:
             raise BuildFailed("INTERNAL_PLATFORM_ERROR", "the snapshot's clone did not answer") from error
         finally:
             agent.close()
+            services.close()
             await self._host.forget(session)
 
 

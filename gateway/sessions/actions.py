@@ -13,10 +13,11 @@ from typing import TypeVar
 
 import structlog
 
-from gateway.messages import HostState
+from gateway.messages import EgressRules, HostState
 
 from . import hooks
 from .agent import Agent, AgentError, wake_frame
+from .egress import rules_of
 from .host import RpcError, RpcLost
 from .lifecycle import Lifecycle, Live
 from .logs import LineWriter
@@ -67,7 +68,7 @@ class Actions:
         fire, begun = self._lifecycle.fire, False
         try:
             async with self._turn:
-                await self._patiently(lambda: self._host.prepare(session.id, 1, session.image, False))
+                await self._patiently(lambda: self._host.prepare(session.id, 1, session.image, False, self._egress(session)))
                 await self._begin(session, Event.STARTED)
                 begun = True
                 await self._start(session)
@@ -94,7 +95,9 @@ class Actions:
             await asyncio.wait([resting])
         try:
             async with self._turn:
-                await self._patiently(lambda: self._host.prepare(session.id, session.incarnation + 1, session.image, True))
+                await self._patiently(lambda: self._host.prepare(
+                    session.id, session.incarnation + 1, session.image, True, self._egress(session)
+                ))  # fmt: skip
                 await self._begin(session, event)
                 begun = True
                 await self._start(session)
@@ -141,8 +144,7 @@ class Actions:
     def attach(self, session: Session, descriptor: int) -> Agent:
         """Reads a running guest's agent: its output goes to the logs, its end ends the session."""
         live = self._lifecycle.live(session)
-        if live.agent is not None:
-            live.agent.close()
+        self._lifecycle.close_agent(live)
         writer = None
         if session.log_group is not None and session.log_stream is not None:
             writer = LineWriter(self._lifecycle.logs, session.account, session.log_group, session.log_stream)
@@ -153,7 +155,24 @@ class Actions:
         )
         if writer is not None:
             live.agent.closed.add_done_callback(lambda _: writer.flush())
+        self._lifecycle.spawn(self._serve(session, live, live.agent))
         return live.agent
+
+    def _egress(self, session: Session) -> EgressRules | None:
+        return rules_of(self._settings.egress, self._lifecycle.store, session.egress)
+
+    async def _serve(self, session: Session, live: Live, agent: Agent) -> None:
+        """Answers the guest's questions for metadata and names, as long as its agent is ours."""
+        try:
+            sockets = await self._patiently(lambda: self._host.services(session.id, session.incarnation))
+        except RpcError as error:
+            log.warning("services.missing", session=session.id, error=str(error))
+            return
+        services = await self._lifecycle.serve_guest(session, sockets, self._egress(session))
+        if live.agent is agent:
+            live.services = services
+        else:
+            services.close()
 
     async def _hook(self, session: Session, name: str, payload: object = None) -> None:
         seconds = session.hooks.timeout(name)

@@ -32,8 +32,16 @@ class Host:
     async def state(self) -> m.HostState:
         return await self._client.call("state", None, m.HostState)  # type: ignore[no-any-return]
 
-    async def prepare(self, session: str, incarnation: int, image: str, from_snapshot: bool) -> None:
-        await self._client.call("prepare", m.PrepareRequest(session, incarnation, image, from_snapshot), timeout=_PREPARE_SECONDS)
+    async def prepare(
+        self, session: str, incarnation: int, image: str, from_snapshot: bool, egress: m.EgressRules | None = None
+    ) -> None:  # fmt: skip
+        request = m.PrepareRequest(session, incarnation, image, from_snapshot, egress)
+        await self._client.call("prepare", request, timeout=_PREPARE_SECONDS)
+
+    async def services(self, session: str, incarnation: int) -> list[socket.socket]:
+        """Sockets in the session's network on which the guest asks: metadata (TCP), names (UDP, TCP)."""
+        _, descriptors = await self._client.call_with_descriptors("services", m.SessionRef(session, incarnation))
+        return [socket.socket(fileno=descriptor) for descriptor in descriptors]
 
     async def start(self, session: str, incarnation: int, wake: bytes) -> int:
         """Lets a prepared session run; returns the agent's channel."""
@@ -69,8 +77,8 @@ class Host:
     async def build_cancel(self, build: str) -> None:
         await self._client.call("build_cancel", m.BuildName(build), timeout=_DELETE_SECONDS)
 
-    async def boot(self, session: str, image: str, shape: m.Shape) -> int:
-        return await self._descriptor("boot", m.BootRequest(session, image, shape), _BOOT_SECONDS)
+    async def boot(self, session: str, image: str, shape: m.Shape, egress: m.EgressRules | None = None) -> int:
+        return await self._descriptor("boot", m.BootRequest(session, image, shape, egress), _BOOT_SECONDS)
 
     async def seal(self, session: str, image: str) -> m.Sealed:
         return await self._client.call("seal", m.SealRequest(session, image), m.Sealed, timeout=_SEAL_SECONDS)  # type: ignore[no-any-return]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
-from collections.abc import Callable, Coroutine, Hashable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from typing import Any, Protocol
 
 import structlog
 
 from gateway.config import Settings
-from gateway.messages import Activity, Ended
+from gateway.messages import Activity, EgressRules, Ended
 
 from .agent import Agent, AgentError
 from .deadlines import Deadlines
@@ -36,12 +37,19 @@ _TERMINATED_KEPT_SECONDS = 3600.0  # reference: at least 20 minutes
 _RETRY_SECONDS = 1.0
 
 
+class GuestServices(Protocol):
+    """What answers a running guest on sockets of its own network."""
+
+    def close(self) -> None: ...
+
+
 class Live:
     """What is known of a session that is not worth storing."""
 
     def __init__(self, now: float) -> None:
         self.lock = asyncio.Lock()
         self.agent: Agent | None = None
+        self.services: GuestServices | None = None
         self.task: asyncio.Task[None] | None = None
         self.resting: asyncio.Task[None] | None = None  # ends the hypervisor of a session that was just saved
         self.deferred: list[Event] = []
@@ -66,6 +74,7 @@ class Lifecycle:
         self.clock = clock
         self.on_transition: Callable[[Event], None] = lambda event: None
         self.on_action: Callable[[str, float], None] = lambda name, seconds: None
+        self.serve_guest: Callable[[Session, list[socket.socket], EgressRules | None], Awaitable[GuestServices]]
         self.actions: Callable[[Session, Action, Event, str], Coroutine[Any, Any, None]]
         self._loop = asyncio.get_running_loop()
         self._live: dict[str, Live] = {}
@@ -195,7 +204,7 @@ class Lifecycle:
         """Called when a suspended session's hypervisor is gone: deferred events, then the window."""
         live = self.live(session)
         live.resting = None
-        self._close_agent(live)
+        self.close_agent(live)
         if session.state is not State.SUSPENDED:  # a request came meanwhile, and waits for this
             return
         deferred, live.deferred = live.deferred, []
@@ -234,13 +243,16 @@ class Lifecycle:
         """A terminated session stays listed for a while, then its row goes."""
         live = self._live.pop(session.id, None)
         if live is not None:
-            self._close_agent(live)
+            self.close_agent(live)
         self._at((_PURGE, session.id), (session.terminated_at or self.clock()) + _TERMINATED_KEPT_SECONDS)
 
-    def _close_agent(self, live: Live) -> None:
+    def close_agent(self, live: Live) -> None:
         if live.agent is not None:
             live.agent.close()
             live.agent = None
+        if live.services is not None:
+            live.services.close()
+            live.services = None
 
     # ---- deadlines ----
 
@@ -335,7 +347,7 @@ class Lifecycle:
         with contextlib.suppress(asyncio.CancelledError):
             await self.quiet()
         for live in self._live.values():
-            self._close_agent(live)
+            self.close_agent(live)
 
 
 def reason_of(event: Event) -> str:

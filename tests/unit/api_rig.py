@@ -17,7 +17,7 @@ from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.credentials import Credentials
-from scripted_host import ScriptedHost
+from scripted_host import ScriptedHost, no_services
 
 from gateway.accounts.directory import Directory
 from gateway.api import application
@@ -100,6 +100,7 @@ class ApiRig:
         await self.store.open()
         self.logs = LogStore(self.directory / "logs")
         self.lifecycle = Lifecycle(self.settings, self.store, self.host, Routes(0, 0.1), self.logs)  # type: ignore[arg-type]
+        self.lifecycle.serve_guest = no_services
         self.registry = Registry(self.store, self.logs, 2)
         self.registry.pipeline = self.pipeline  # type: ignore[assignment]
         self.accounts = Directory(self.store, ACCOUNT, {KEY: SECRET}, b"seal")

@@ -32,7 +32,7 @@ class ScriptedHost:
         if self.fail.get(name):
             raise self.fail[name].pop(0)
 
-    async def prepare(self, session: str, incarnation: int, image: str, from_snapshot: bool) -> None:
+    async def prepare(self, session: str, incarnation: int, image: str, from_snapshot: bool, egress: object = None) -> None:
         await self._call("prepare", session)
         self.held[session] = m.SessionState(session, incarnation, "prepared", 0, 0.0)
 
@@ -43,6 +43,9 @@ class ScriptedHost:
         self.guests.append(guest)
         guest.sendall(woken(wake))
         return ours.detach()
+
+    async def services(self, session: str, incarnation: int) -> list[socket.socket]:
+        return []
 
     async def suspend(self, session: str, incarnation: int) -> m.Suspended:
         await self._call("suspend", session)
@@ -70,3 +73,14 @@ def woken(wake: bytes) -> bytes:
     """The agent's answer to a wake frame: its nonce back."""
     (nonce,) = struct.unpack_from("<Q", wake, 12 + 8)
     return frame(_WOKEN, struct.pack("<Q", nonce))
+
+
+class NoServices:
+    """What answers a scripted guest: nothing."""
+
+    def close(self) -> None:
+        pass
+
+
+async def no_services(*_: object) -> NoServices:
+    return NoServices()

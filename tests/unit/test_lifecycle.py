@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_host import ScriptedHost
+from scripted_host import ScriptedHost, no_services
 
 from gateway import messages as m
 from gateway.config import Settings
@@ -41,6 +41,7 @@ class Rig:
         await self.store.open()
         settings = Settings(root=self.directory)
         self.lifecycle = Lifecycle(settings, self.store, self.host, NoWorkers(), LogStore(self.directory / "logs"), lambda: self.wall)  # type: ignore[arg-type]
+        self.lifecycle.serve_guest = no_services
         self.actions = Actions(self.lifecycle)
         transaction = self.store._transaction
 

@@ -25,7 +25,6 @@
 #include <unistd.h>
 
 #define GUEST_ADDRESS "169.254.77.2"
-#define HOST_ADDRESS "169.254.77.1"
 #define NETMASK "255.255.255.252"
 
 static uint8_t batch[4096] __attribute__((aligned(4)));

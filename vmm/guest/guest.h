@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#define HOST_ADDRESS "169.254.77.1" /* the host's side of the link: the way out, and the resolver */
+
 /* ---- the channel: frames over one virtio-serial port (vmm/guest/README.md) ---- */
 
 #define FRAME_MAGIC 0x52505254u /* "TRPR", little endian */

@@ -91,7 +91,7 @@ static void name_host(void)
 {
     (void)!sethostname("localhost", 9);
     put("/etc/hosts", "127.0.0.1 localhost\n::1 localhost ip6-localhost\n");
-    put("/etc/resolv.conf", "nameserver 127.0.0.1\n");
+    put("/etc/resolv.conf", "nameserver " HOST_ADDRESS "\n");
 }
 
 static uint16_t two(const uint8_t *bytes) { return (uint16_t)(bytes[0] | bytes[1] << 8); }

@@ -1,0 +1,127 @@
+"""Serves one microVM's metadata and names on the sockets that vmm made in its network."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from gateway.config import Settings
+from gateway.messages import EgressRules
+from gateway.sessions.egress import rules_of
+from gateway.sessions.model import Session, Version
+from gateway.sessions.store import Store
+
+from .credentials import Issuer
+from .metadata import Door, Metadata
+from .resolver import Names, NameStreams, host_resolvers
+
+_CONNECTIONS = 16
+_ACCEPT_PAUSE_SECONDS = 0.05
+
+
+class Services:
+    """What of a microVM is open; `close` lets its network go."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sockets: list[socket.socket] = []
+        self._transports: list[asyncio.BaseTransport] = []
+
+    async def open(self, sockets: list[socket.socket], metadata: Metadata, upstream: list[str]) -> None:
+        loop = asyncio.get_running_loop()
+        doors, datagrams, streams = sockets
+        self._sockets = [doors, streams]
+        names = NameStreams(upstream)
+        transport, _ = await loop.create_datagram_endpoint(lambda: Names(upstream, self._tasks), sock=datagrams)
+        self._transports.append(transport)
+        self._spawn(self._accept(doors, lambda sock: self._meet(sock, metadata)))
+        self._spawn(self._accept(streams, lambda sock: _stream(sock, names)))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket, serve: Callable[[socket.socket], Awaitable[None]]) -> None:
+        """A few connections at once: the rest wait in the guest's own network, not in ours."""
+        loop, room = asyncio.get_running_loop(), asyncio.Semaphore(_CONNECTIONS)
+
+        async def one(sock: socket.socket) -> None:
+            try:
+                await serve(sock)
+            finally:
+                room.release()
+
+        while True:
+            await room.acquire()
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError:
+                room.release()
+                await asyncio.sleep(_ACCEPT_PAUSE_SECONDS)
+                continue
+            self._spawn(one(sock))
+
+    async def _meet(self, sock: socket.socket, metadata: Metadata) -> None:
+        loop = asyncio.get_running_loop()
+        left: asyncio.Future[None] = loop.create_future()
+        transport, _ = await loop.connect_accepted_socket(lambda: _Watched(metadata, self._tasks, left), sock)
+        try:
+            await left
+        finally:
+            transport.abort()
+
+    def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        for transport in self._transports:
+            transport.close()
+        for sock in self._sockets:
+            sock.close()
+        self._sockets, self._transports = [], []
+
+
+class _Watched(Door):
+    """A door that says when it is shut."""
+
+    def __init__(self, metadata: Metadata, tasks: set[asyncio.Task[None]], left: asyncio.Future[None]) -> None:
+        super().__init__(metadata, tasks)
+        self._left = left
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        if not self._left.done():
+            self._left.set_result(None)
+
+
+async def _stream(sock: socket.socket, names: NameStreams) -> None:
+    reader, writer = await asyncio.open_connection(sock=sock)
+    await names.serve(reader, writer)
+
+
+class Guests:
+    """Opens services for microVMs and for builds: what the lifecycle and the pipeline need of this package."""
+
+    def __init__(self, settings: Settings, issuer: Issuer, store: Store) -> None:
+        self._settings = settings
+        self._issuer = issuer
+        self._store = store
+
+    async def for_session(self, session: Session, sockets: list[socket.socket], rules: EgressRules | None) -> Services:
+        return await self._open(sockets, session.id, session.execution_role, rules)
+
+    def egress(self, version: Version) -> EgressRules | None:
+        return rules_of(self._settings.egress, self._store, list(version.request.get("egressNetworkConnectors") or []))
+
+    async def open(self, sockets: list[socket.socket], version: Version, session: str) -> Services:
+        """For a build's microVM: with the build role."""
+        return await self._open(sockets, session, version.request.get("buildRoleArn"), self.egress(version))
+
+    async def _open(self, sockets: list[socket.socket], name: str, role: str | None, rules: EgressRules | None) -> Services:
+        services = Services()
+        upstream = (self._settings.egress.resolvers or host_resolvers()) if rules is not None else []
+        metadata = Metadata(self._settings.region, self._issuer.of(role, name) if role else None)
+        await services.open(sockets, metadata, upstream)
+        return services
