@@ -10,6 +10,7 @@ from typing import Any
 import host_state
 import hypothesis
 import pytest
+from outside import NAME_SERVER, PORT, PRIVATE, Outside, outside
 from service import HOOKS, Instance, app_files, free_port, served
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore looks for new ones.
@@ -30,8 +31,18 @@ def host_before(request: pytest.FixtureRequest) -> Iterator[dict[str, set[str]]]
 
 
 @pytest.fixture(scope="session")
-def instance(host_before: dict[str, set[str]]) -> Iterator[Instance]:
-    one = Instance("test", 700_000, IMAGES__START_SECONDS="20", EDGE__HOLD_SECONDS="30")
+def outside_world(host_before: dict[str, set[str]]) -> Iterator[Outside]:
+    with outside("torpor-test") as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def instance(outside_world: Outside) -> Iterator[Instance]:
+    one = Instance(
+        "test", 700_000, IMAGES__START_SECONDS="20", EDGE__HOLD_SECONDS="30", EGRESS__CLOSED="false", EGRESS__UPLINK=outside_world.path,
+        EGRESS__RESOLVERS=json.dumps([NAME_SERVER]), EGRESS__SUBNETS=json.dumps({"subnet-1": [f"{PRIVATE}/32"]}),
+        EGRESS__SECURITY_GROUPS=json.dumps({"sg-1": [f"tcp:{PORT}"]}),
+    )  # fmt: skip
     log = one.directory / "access.log"
     one.environment |= {
         "TORPOR_EDGE__ACCESS_LOG": str(log), "TORPOR_EDGE__REDIRECT_PORT": str(free_port()),

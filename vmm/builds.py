@@ -165,7 +165,10 @@ class Builder:
     async def _connect(self, namespace: Path, log: int) -> asyncio.subprocess.Process:
         ready_out, ready_in = os.pipe2(os.O_CLOEXEC)
         try:
+            # Its sandbox detaches what is mounted below "/", and where a mount is shared (/run/netns of ip-netns(8)), the
+            # host's too: it gets mounts of its own.
             process = await asyncio.create_subprocess_exec(
+                "unshare", "--mount", "--propagation=private",
                 "slirp4netns", "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox", "--enable-seccomp",
                 "--netns-type=path", f"--ready-fd={ready_in}", str(namespace), "tap0",
                 pass_fds=[ready_in], stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,

@@ -9,7 +9,7 @@ import typer
 
 from gateway.config import ConfigError
 
-from . import host, images, microvms, shell
+from . import admin, connectors, host, images, microvms, shell
 from .output import fail
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ host.register(app)
 images.register(app)
 microvms.register(app)
 shell.register(app)
+connectors.register(app)
+admin.register(app)
 
 _CODES = {"ResourceNotFoundException": 3, "AccessDeniedException": 4, "ThrottlingException": 4, "ServiceQuotaExceededException": 4}
 

@@ -19,12 +19,17 @@ from .output import console, errors, fail, mib, show_json, show_table
 _BUCKET = "torpor-artifacts"
 _POLL_SECONDS = 0.3
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Image = Annotated[str, typer.Argument(help="Name or ARN.")]
+Version = Annotated[str, typer.Argument(help="The version, as 1.0.")]
 
 
 def register(app: typer.Typer) -> None:
     app.command()(build)
     app.command()(images)
     app.command()(rmi)
+    app.command()(versions)
+    app.command()(activate)
+    app.command()(deactivate)
 
 
 def pack(source: Path) -> bytes:
@@ -130,9 +135,44 @@ def images(as_json: Json = False) -> None:
     )
 
 
-def rmi(image: Annotated[str, typer.Argument(help="Name or ARN.")]) -> None:
-    """Delete an image with all its versions.
+def rmi(
+    image: Image, version: Annotated[str | None, typer.Option(help="Only this version, which is not the last.")] = None
+) -> None:  # fmt: skip
+    """Delete an image with all its versions, or one of them.
 
-    Example: torpor rmi flask
+    Example: torpor rmi flask --version 1.0
     """
-    client().delete_microvm_image(imageIdentifier=image_arn(image))
+    if version is None:
+        client().delete_microvm_image(imageIdentifier=image_arn(image))
+    else:
+        client().delete_microvm_image_version(imageIdentifier=image_arn(image), imageVersion=version)
+
+
+def versions(image: Image, as_json: Json = False) -> None:
+    """List an image's versions, newest first.
+
+    Example: torpor versions flask
+    """
+    pages = client().get_paginator("list_microvm_image_versions").paginate(imageIdentifier=image_arn(image))
+    found = [item for page in pages for item in page["items"]]
+    if as_json:
+        show_json(found)
+        return
+    rows = [(v["imageVersion"], v["state"], v["status"], v["createdAt"].strftime("%F %T"), v["codeArtifact"]["uri"]) for v in found]
+    show_table(("VERSION", "STATE", "STATUS", "CREATED", "ARTIFACT"), rows)
+
+
+def activate(image: Image, version: Version) -> None:
+    """Let new microVMs be launched from a version.
+
+    Example: torpor activate flask 2.0
+    """
+    client().update_microvm_image_version(imageIdentifier=image_arn(image), imageVersion=version, status="ACTIVE")
+
+
+def deactivate(image: Image, version: Version) -> None:
+    """Launch no new microVMs from a version; those that run go on.
+
+    Example: torpor deactivate flask 2.0
+    """
+    client().update_microvm_image_version(imageIdentifier=image_arn(image), imageVersion=version, status="INACTIVE")

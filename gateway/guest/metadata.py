@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from typing import cast
 
 import httptools
 
@@ -93,9 +94,8 @@ class Door(asyncio.Protocol):
         self._busy = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._deadline = asyncio.get_running_loop().call_later(_CONNECTION_SECONDS, transport.abort)
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        self._deadline = asyncio.get_running_loop().call_later(_CONNECTION_SECONDS, self._transport.abort)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None

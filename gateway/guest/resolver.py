@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from pathlib import Path
+from typing import cast
 
 _ASKING = 64  # questions under way, of one microVM
 _STREAMS = 4
@@ -44,8 +45,7 @@ class Names(asyncio.DatagramProtocol):
         self._transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.DatagramTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.DatagramTransport, transport)  # uvloop's is none by its class
 
     def datagram_received(self, data: bytes, address: tuple[str, int]) -> None:
         if len(data) < _HEADER_BYTES or data[2] & 0x80 or self._asking >= _ASKING:

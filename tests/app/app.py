@@ -10,6 +10,8 @@ import signal
 import socket
 import struct
 import time
+import urllib.error
+import urllib.request
 from urllib.parse import parse_qs, urlsplit
 
 STATE = {"counter": 0, "ticks": 0, "hooks": [], "mono": time.monotonic()}
@@ -34,6 +36,31 @@ def facts(peer):
         "lines": sum(1 for _ in open(FILE)) if os.path.exists(FILE) else 0, "cap_eff": status["CapEff"], "cpus": os.cpu_count(),
         "host": socket.gethostname(), "python_random": random.random(), "hooks": STATE["hooks"],
     }  # fmt: skip
+
+
+def connect(query):
+    """What somebody outside says, over TCP or UDP."""
+    kind = socket.SOCK_DGRAM if query.get("udp") else socket.SOCK_STREAM
+    with socket.socket(socket.AF_INET, kind) as sock:
+        sock.settimeout(float(query.get("s", 3)))
+        try:
+            sock.connect((query["host"], int(query["port"])))
+            sock.sendall(b"hello")
+            return {"heard": sock.recv(100).decode()}
+        except OSError as error:
+            return {"error": str(error)}
+
+
+def fetch(ask):
+    """One HTTP request to somewhere else."""
+    request = urllib.request.Request(ask["url"], method=ask.get("method", "GET"), headers=ask.get("headers", {}))
+    try:
+        with urllib.request.urlopen(request, timeout=5) as reply:
+            return {"status": reply.status, "body": reply.read().decode()}
+    except urllib.error.HTTPError as error:
+        return {"status": error.code, "body": error.read().decode()}
+    except OSError as error:
+        return {"error": str(error)}
 
 
 async def read_head(reader):
@@ -152,6 +179,16 @@ async def respond(method, path, query, fields, body, writer, peer):
     elif path == "/dirty":
         STATE["dirty"] = os.urandom(1 << 20) * int(query["mib"])
         writer.write(answer(200, b"dirty"))
+    elif path == "/connect":
+        writer.write(answer(200, await asyncio.to_thread(connect, query)))
+    elif path == "/resolve":
+        try:
+            found = await asyncio.to_thread(socket.gethostbyname, query["name"])
+        except OSError as error:
+            found = str(error)
+        writer.write(answer(200, {"address": found}))
+    elif path == "/fetch":
+        writer.write(answer(200, await asyncio.to_thread(fetch, json.loads(body))))
     elif path == "/hook-status":
         HOOK_STATUS.update({name: int(value) for name, value in query.items()})
         writer.write(answer(200, b"ok"))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 TORPOR = Path(sys.prefix) / "bin/torpor"
 
@@ -43,3 +44,20 @@ def test_wrong_use_is_two(words: tuple[str, ...]) -> None:
 def test_completion(typed: str, offered: str) -> None:
     done = run(_TORPOR_COMPLETE="complete_bash", COMP_WORDS=typed, COMP_CWORD=str(typed.count(" ")))
     assert offered in done.stdout.split() or not offered
+
+
+def test_every_command_has_an_example() -> None:
+    from gateway.cli import app
+
+    def commands(group: typer.Typer, path: str) -> list[tuple[str, str]]:
+        own = [
+            (f"{path} {one.name or one.callback.__name__}", one.callback.__doc__ or "") for one in group.registered_commands if one.callback
+        ]
+        return own + [
+            pair for one in group.registered_groups if one.typer_instance for pair in commands(one.typer_instance, f"{path} {one.name}")
+        ]
+
+    found = commands(app, "torpor")
+    assert len(found) > 25
+    for name, text in found:
+        assert name in text.partition("Example: ")[2], name

@@ -1,0 +1,205 @@
+"""account, key, role, quota: the commands for who may do what. They speak with control's own socket, as root."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from gateway import config
+from gateway import messages as m
+from gateway.rpc import Connection, RpcError
+
+from .output import fail, show_json, show_table
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Account = Annotated[str, typer.Option("--account", help="The account's number; the instance's first account by default.")]
+_SECONDS = 10.0
+_EVERYTHING = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
+
+account = typer.Typer(no_args_is_help=True, help="Accounts: each sees only its own images, microVMs and connectors.")
+key = typer.Typer(no_args_is_help=True, help="Access keys of an account's users, with their policies.")
+role = typer.Typer(no_args_is_help=True, help="Policies of roles: what a microVM with the role may ask of this API.")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(account, name="account")
+    app.add_typer(key, name="key")
+    app.add_typer(role, name="role")
+    app.command()(quota)
+
+
+def ask(method: str, body: Any = None, kind: Any = None) -> Any:
+    """One call to control; what it refuses is the command's one line of error."""
+    if os.geteuid() != 0:
+        fail("this needs root: accounts are the host's to give", 2)
+    settings = config.load()
+    return asyncio.run(_ask(settings.control_socket, method, body, kind))
+
+
+async def _ask(path: Path, method: str, body: Any, kind: Any) -> Any:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(str(path))
+    except OSError:
+        fail(f"no service answers at {path}: is `torpor serve` running?", 1)
+    connection = Connection(sock)
+    try:
+        return await connection.call(method, body, kind, timeout=_SECONDS)
+    except RpcError as error:
+        fail(str(error), 1)
+    finally:
+        connection.close()
+
+
+def _read_policy(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        fail(f"{path}: {error.strerror}", 2)
+
+
+def _show(rows: list[Any], columns: dict[str, str], as_json: bool) -> None:
+    """`columns`: heading to member."""
+    if as_json:
+        show_json([msgspec.to_builtins(row) for row in rows])
+    else:
+        show_table(columns, [[_cell(getattr(row, member), member) for member in columns.values()] for row in rows])
+
+
+def _cell(value: Any, member: str) -> str:
+    if member == "created_at":
+        return datetime.datetime.fromtimestamp(value).strftime("%F %T") if value else ""
+    if member == "limit":
+        return str(value) if value else "none"
+    return str(value)
+
+
+# ---- accounts ----
+
+
+@account.command("create")
+def account_create(
+    name: Annotated[str, typer.Argument(help="What people call it.")],
+    number: Annotated[str, typer.Option(help="Twelve digits; made up by default.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Make an account. Give it a key next.
+
+    Example: torpor account create team-blue
+    """
+    made = ask("account_create", m.AccountName(name, number), m.AccountFacts)
+    show_json(msgspec.to_builtins(made)) if as_json else print(made.account)
+
+
+@account.command("ls")
+def account_ls(as_json: Json = False) -> None:
+    """List accounts.
+
+    Example: torpor account ls
+    """
+    _show(ask("accounts", None, list[m.AccountFacts]), {"ACCOUNT": "account", "NAME": "name", "CREATED": "created_at"}, as_json)
+
+
+@account.command("rm")
+def account_rm(number: Annotated[str, typer.Argument(help="The account's number.")]) -> None:
+    """Delete an account that has nothing left, with its keys and roles.
+
+    Example: torpor account rm 210987654321
+    """
+    ask("account_delete", m.AccountName("", number))
+
+
+# ---- keys ----
+
+
+@key.command("create")
+def key_create(
+    user: Annotated[str, typer.Argument(help="The user's name, as policies and the audit trail have it.")],
+    number: Account = "",
+    policy: Annotated[Path | None, typer.Option(help="A file with an IAM policy: what the user may do. Without it, nothing.")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="The user may do everything in the account.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make an access key. Its secret is shown once.
+
+    Example: torpor key create ci --policy config/examples/policies/developer.json
+    """
+    if admin and policy is not None:
+        fail("--admin and --policy exclude each other", 2)
+    document = json.dumps(_EVERYTHING) if admin else _read_policy(policy)
+    made = ask("key_create", m.KeyRequest(number, user, document), m.KeyFacts)
+    if as_json:
+        show_json(msgspec.to_builtins(made))
+    else:
+        print(f"AWS_ACCESS_KEY_ID={made.key}\nAWS_SECRET_ACCESS_KEY={made.secret}")
+
+
+@key.command("ls")
+def key_ls(as_json: Json = False) -> None:
+    """List access keys, without their secrets.
+
+    Example: torpor key ls --json
+    """
+    columns = {"KEY": "key", "ACCOUNT": "account", "USER": "user", "CREATED": "created_at", "POLICY": "policy"}
+    _show(ask("keys", None, list[m.KeyFacts]), columns, as_json)
+
+
+@key.command("rm")
+def key_rm(identifier: Annotated[str, typer.Argument(metavar="KEY", help="The access key's id.")]) -> None:
+    """Delete an access key; it is refused from now on.
+
+    Example: torpor key rm AKIAEXAMPLE
+    """
+    ask("key_delete", m.KeyName(identifier))
+
+
+# ---- roles ----
+
+
+@role.command("put")
+def role_put(
+    arn: Annotated[str, typer.Argument(help="arn:aws:iam::<account>:role/<name>.")],
+    policy: Annotated[Path, typer.Option(help="A file with an IAM policy.")],
+) -> None:
+    """Say what microVMs with a role may ask of this API. Without it they may ask nothing.
+
+    Example: torpor role put arn:aws:iam::123456789012:role/worker --policy worker.json
+    """
+    ask("role_put", m.RoleFacts(arn, _read_policy(policy)))
+
+
+@role.command("ls")
+def role_ls(as_json: Json = False) -> None:
+    """List roles that have a policy.
+
+    Example: torpor role ls
+    """
+    _show(ask("roles", None, list[m.RoleFacts]), {"ROLE": "arn", "POLICY": "policy"}, as_json)
+
+
+@role.command("rm")
+def role_rm(arn: Annotated[str, typer.Argument(help="The role's ARN.")]) -> None:
+    """Take a role's policy away.
+
+    Example: torpor role rm arn:aws:iam::123456789012:role/worker
+    """
+    ask("role_delete", m.RoleFacts(arn, ""))
+
+
+def quota(as_json: Json = False) -> None:
+    """Show each account's use of its quotas (limits.profile says which they are).
+
+    Example: torpor quota
+    """
+    columns = {"ACCOUNT": "account", "QUOTA": "what", "USED": "used", "LIMIT": "limit"}
+    _show(ask("quota", None, list[m.QuotaUse]), columns, as_json)

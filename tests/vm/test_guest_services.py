@@ -1,0 +1,183 @@
+"""What a microVM reaches, and what it does not: the outside, its host, its neighbours, metadata, names."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from outside import NEIGHBOUR, PORT, PRIVATE, SERVER, UPLINK, Outside
+from service import Instance, until
+from wire import get
+
+pytestmark = pytest.mark.vm
+METADATA = "http://169.254.169.254"
+ROLE = "arn:aws:iam::123456789012:role/worker"
+
+
+class Guest:
+    """The test application in a microVM, asked to act."""
+
+    def __init__(self, instance: Instance, vm: dict[str, Any]) -> None:
+        self._bundle = instance.root / "tls/ca.crt"
+        self.id, self._endpoint, self._token = vm["microvmId"], vm["endpoint"], instance.token(vm["microvmId"])
+
+    def get(self, path: str) -> dict[str, Any]:
+        return dict(get(self._endpoint, self._bundle, self._token, path).json())
+
+    def connect(self, host: str, port: int = PORT, **query: Any) -> dict[str, Any]:
+        more = "".join(f"&{name}={value}" for name, value in query.items())
+        return self.get(f"/connect?host={host}&port={port}&s=1.5{more}")
+
+    def fetch(self, url: str, method: str = "GET", **headers: str) -> dict[str, Any]:
+        ask = {"url": url, "method": method, "headers": {name.replace("_", "-"): value for name, value in headers.items()}}
+        return dict(get(self._endpoint, self._bundle, self._token, "/fetch", method="POST", body=json.dumps(ask).encode()).json())
+
+
+@pytest.fixture(scope="module")
+def guest(instance: Instance, app: str) -> Iterator[Guest]:
+    policy = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
+    one = Guest(instance, instance.launch(app, executionRoleArn=ROLE, idlePolicy=policy))
+    yield one
+    instance.terminate(one.id)
+
+
+def test_internet_egress_reaches_the_outside_by_tcp_and_name(guest: Guest) -> None:
+    assert guest.connect(SERVER) == {"heard": f"{UPLINK} hello"}, "as one address of the uplink's"
+    assert guest.get("/resolve?name=example.com") == {"address": SERVER}
+    assert guest.connect("example.com")["heard"].endswith("hello")
+
+
+@pytest.mark.parametrize(
+    ("host", "query"),
+    [
+        (UPLINK, {}),  # the host
+        (NEIGHBOUR, {}),  # in the host's network
+        (PRIVATE, {}),  # a private network behind it
+        ("169.254.77.1", {}),  # the host's end of its own link
+        ("169.254.169.254", {}),  # metadata, another port
+        ("127.0.0.153", {"port": 53}),  # what is loopback to the host is loopback to the guest
+        (SERVER, {"udp": 1}),  # the service shuts UDP
+    ],
+)
+def test_nothing_else_is_reached(guest: Guest, host: str, query: dict[str, Any]) -> None:
+    assert "error" in guest.connect(host, **query)
+
+
+def test_a_neighbour_is_not_reached(instance: Instance, app: str, guest: Guest, outside_world: Outside) -> None:
+    vm = instance.launch(app)
+    try:
+        assert len(outside_world.devices()) >= 2
+        inners = set(re.findall(r"inet (100\.64\.\d+\.\d+)", _addresses(instance, vm["microvmId"])))
+        outers = set(re.findall(r"inet (100\.64\.\d+\.\d+)", _addresses_of(outside_world)))
+        assert inners and outers
+        for address in [*inners, *list(outers)[:2]]:
+            assert "error" in guest.connect(address, 8080), address
+    finally:
+        instance.terminate(vm["microvmId"])
+
+
+def _addresses(instance: Instance, identifier: str) -> str:
+    return str(instance.inside(identifier, lambda: subprocess.run(["ip", "-4", "addr"], capture_output=True, text=True, check=True).stdout))
+
+
+def _addresses_of(world: Outside) -> str:
+    return subprocess.run(["ip", "-n", world.uplink, "-4", "addr"], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_vpc_connector_is_an_allow_list(instance: Instance, app: str) -> None:
+    core = instance.client("lambda-core")
+    egress = {
+        "SubnetIds": ["subnet-1"],
+        "SecurityGroupIds": ["sg-1"],
+        "NetworkProtocol": "IPv4",
+        "AssociatedComputeResourceTypes": ["MicroVm"],
+    }
+    made = core.create_network_connector(
+        Name="private", ClientToken="t1", OperatorRole=ROLE, Configuration={"VpcEgressConfiguration": egress}
+    )  # fmt: skip
+    until(lambda: core.get_network_connector(Identifier=made["Id"])["State"] == "ACTIVE")
+    vm = instance.launch(app, egressNetworkConnectors=[made["Arn"]])
+    try:
+        guest = Guest(instance, vm)
+        assert guest.connect(PRIVATE)["heard"].endswith("hello")
+        assert "error" in guest.connect(PRIVATE, PORT + 1)
+        assert "error" in guest.connect(SERVER)
+    finally:
+        instance.terminate(vm["microvmId"])
+        core.delete_network_connector(Identifier=made["Id"])
+
+
+def test_the_way_out_is_there_again_after_a_sleep(instance: Instance, guest: Guest) -> None:
+    instance.client().suspend_microvm(microvmIdentifier=guest.id)
+    instance.state(guest.id, "SUSPENDED")
+    assert guest.connect(SERVER)["heard"].endswith("hello")
+    assert guest.get("/resolve?name=example.com") == {"address": SERVER}
+
+
+# ---- credentials ----
+
+
+def test_credentials_need_a_token_and_are_the_roles(instance: Instance, guest: Guest) -> None:
+    path = f"{METADATA}/latest/meta-data/iam/security-credentials/"
+    assert guest.fetch(path)["status"] == 401
+    assert guest.fetch(f"{METADATA}/latest/api/token", "PUT")["status"] == 400
+    token = guest.fetch(f"{METADATA}/latest/api/token", "PUT", X_aws_ec2_metadata_token_ttl_seconds="60")["body"]
+    asked = {"X_aws_ec2_metadata_token": token}
+    assert guest.fetch(path, **asked) == {"status": 200, "body": "execution_role"}
+    made = json.loads(guest.fetch(f"{path}execution_role", **asked)["body"])
+    assert set(made) == {"Code", "LastUpdated", "Type", "AccessKeyId", "SecretAccessKey", "Token", "Expiration"}
+    lives = time.mktime(time.strptime(made["Expiration"], "%Y-%m-%dT%H:%M:%SZ")) - time.mktime(time.gmtime())
+    assert 54 * 60 < lives <= 55 * 60 and made["Code"] == "Success"
+    policy = {"Statement": [{"Effect": "Allow", "Action": "lambda:ListMicrovms", "Resource": "*"}]}
+    path_of_policy = instance.directory / "policy.json"
+    path_of_policy.write_text(json.dumps(policy))
+    instance.command("torpor", "role", "put", ROLE, "--policy", str(path_of_policy))
+    client = boto3.client(
+        "lambda-microvms", region_name="us-east-1", endpoint_url=f"http://127.0.0.1:{instance.environment['TORPOR_API__PORT']}",
+        aws_access_key_id=made["AccessKeyId"], aws_secret_access_key=made["SecretAccessKey"], aws_session_token=made["Token"],
+    )  # fmt: skip
+    assert client.list_microvms()["items"]
+    with pytest.raises(client.exceptions.AccessDeniedException):
+        client.get_microvm(microvmIdentifier=guest.id)
+
+
+def test_no_role_no_credentials(instance: Instance, app: str) -> None:
+    vm = instance.launch(app)
+    try:
+        guest = Guest(instance, vm)
+        token = guest.fetch(f"{METADATA}/latest/api/token", "PUT", X_aws_ec2_metadata_token_ttl_seconds="60")["body"]
+        for tail in ("", "execution_role"):
+            answer = guest.fetch(f"{METADATA}/latest/meta-data/iam/security-credentials/{tail}", X_aws_ec2_metadata_token=token)
+            assert answer["status"] == 404
+    finally:
+        instance.terminate(vm["microvmId"])
+
+
+def test_services_are_there_after_control_was_killed(instance: Instance, guest: Guest) -> None:
+    instance.kill("control")
+    until(lambda: guest.get("/resolve?name=example.com") == {"address": SERVER}, 30)
+    assert guest.fetch(f"{METADATA}/latest/meta-data/")["status"] == 401
+
+
+def test_nothing_of_the_way_out_stays(outside_world: Outside, instance: Instance, app: str) -> None:
+    vm = instance.launch(app)
+    before = set(outside_world.devices())
+    instance.terminate(vm["microvmId"])
+    until(lambda: before - set(outside_world.devices()))
+    assert "torpor_tp" in outside_world.rules()
+
+
+def test_logs_say_nothing_of_credentials(instance: Instance, guest: Guest) -> None:
+    token = guest.fetch(f"{METADATA}/latest/api/token", "PUT", X_aws_ec2_metadata_token_ttl_seconds="60")["body"]
+    made = json.loads(
+        guest.fetch(f"{METADATA}/latest/meta-data/iam/security-credentials/execution_role", X_aws_ec2_metadata_token=token)["body"]
+    )
+    trail = Path(instance.root / "control/audit/audit.jsonl").read_text()
+    assert made["SecretAccessKey"] not in instance.log.read_text() + trail and made["Token"] not in instance.log.read_text() + trail
