@@ -13,7 +13,7 @@ install = missing=""; for package in $(1); do dpkg -s $$package >/dev/null 2>&1 
 	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; apt-get -q update >/dev/null && \
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
-.PHONY: help setup deps assets demo serve test test-long check lint types unit conformance conformance-packages bench-lifecycle bench-edge bench-packages lock clean
+.PHONY: help setup deps assets demo serve test test-long check lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -40,7 +40,7 @@ serve: setup ## run the service for yourself; prints the exports for another she
 	@$(VENV)/bin/torpor serve
 
 test: setup check ## every test but the long ones
-	@$(PY) -m pytest -q -m "vm and not long and not conformance" tests
+	@$(PY) -m pytest -q -m "(vm or service) and not long and not conformance" tests
 
 test-long: setup ## every test
 	@$(PY) -m pytest -q -m "not conformance" tests
@@ -54,7 +54,7 @@ types:
 	@$(VENV)/bin/mypy
 
 unit:
-	@$(PY) -m pytest -q -m "not vm and not long" tests
+	@$(PY) -m pytest -q -m "not vm and not service and not long" tests
 
 conformance: setup conformance-packages ## every protocol and client against a real endpoint; writes docs/conformance.md
 	@CONFORMANCE_TABLE=docs/conformance.md $(PY) -m pytest -q -m conformance tests/conformance
@@ -64,6 +64,9 @@ conformance-packages:
 
 bench-lifecycle: setup ## launch, suspend, resume, beside the bare hypervisor
 	@$(PY) benchmarks/lifecycle.py
+
+bench-api: deps ## the control plane, beside moto's server
+	@$(PY) benchmarks/api.py
 
 bench-edge: setup bench-packages ## the endpoint proxy, beside nginx, haproxy and aiohttp
 	@$(PY) benchmarks/edge.py

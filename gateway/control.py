@@ -34,6 +34,7 @@ from .sessions.agent import AgentError
 from .sessions.host import Host
 from .sessions.lifecycle import Lifecycle
 from .sessions.logs import LogStore
+from .sessions.recovery import recover
 from .sessions.routes import Routes
 from .sessions.states import Event, State
 from .sessions.store import Store
@@ -94,28 +95,8 @@ class Control:
     async def recover(self) -> None:
         """Compares the store with the host; nothing is served before routes are known."""
         await self.store.open()
-        for session in self.store.sessions.values():
-            self.routes.publish(session)
         state = await self.host.state()
-        for session in list(self.store.sessions.values()):
-            if session.state is State.TERMINATED:
-                self.lifecycle.ended(session)
-                continue
-            self.lifecycle.watch_lifetime(session)
-            if (
-                session.state is State.SUSPENDED
-                and state.snapshots.get(session.id) == session.incarnation
-                and session.suspended_by != "stop"
-            ):
-                self.lifecycle.rested(session)
-            else:
-                self.lifecycle.run(session, self.actions.settle(session, state))
-        known = {session.id for session in self.store.sessions.values()}
-        for held in state.sessions:
-            if held.session not in known:
-                await self.host.forget(held.session)
-        for orphan in set(state.snapshots) - known:
-            await self.host.forget(orphan)
+        await recover(self.lifecycle, self.actions, state)
         await self.registry.recover(set(state.images))
 
     async def suspend_all(self) -> None:

@@ -177,6 +177,8 @@ class Route(msgspec.Struct, frozen=True):
     gate: str
     is_live: bool = True
     baseline_mib: int = 0  # the size that was asked for, which bounds connections and rates where a profile does
+    opens_http: bool = True  # by its ingress connectors
+    opens_shell: bool = True
 
 
 class Verifier(msgspec.Struct):

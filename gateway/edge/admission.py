@@ -88,6 +88,8 @@ def admit(head: RequestHead, grant: Grant | Refuse, route: Route | None, is_know
     port = check_port(head) if grant.kind != SHELL else SHELL_PORT
     if isinstance(port, Refuse):
         return port
+    if not (route.opens_shell if grant.kind == SHELL else route.opens_http):
+        return Refuse(403, PORT_DENIED)  # our choice: its connectors leave this door shut
     if grant.kind == SHELL:
         if head.upgrade is None or head.upgrade.lower() != b"websocket":
             return Refuse(502)

@@ -32,9 +32,14 @@ def gate(session: Session) -> str:
     return REFUSE
 
 
-def route_of(session: Session) -> Route:
+def route_of(session: Session, gate_now: str = "") -> Route:
+    """`gate_now` replaces the gate that the session's state has."""
     is_live = session.state in (State.PENDING, State.RUNNING, State.SUSPENDING)
-    return Route(session.endpoint, session.id, session.incarnation, gate(session), is_live, session.minimum_mib)
+    names = {arn.rpartition(":")[2] for arn in session.ingress}
+    return Route(
+        session.endpoint, session.id, session.incarnation, gate_now or gate(session), is_live, session.minimum_mib,
+        opens_http=bool(names & {"HTTP_INGRESS", "ALL_INGRESS"}), opens_shell=bool(names & {"SHELL_INGRESS", "ALL_INGRESS"}),
+    )  # fmt: skip
 
 
 class Routes:
@@ -95,7 +100,7 @@ class Routes:
         A worker that is silent for `seconds` is disconnected: what it knows of activity is unknown.
         """
         complete = await self._all_connected()
-        route = Route(session.endpoint, session.id, session.incarnation, HOLD, baseline_mib=session.minimum_mib)
+        route = route_of(session, HOLD)
         self._routes[session.endpoint] = route
         request = GateRequest(self._change(route))
 

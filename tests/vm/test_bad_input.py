@@ -140,7 +140,7 @@ def test_signatures_are_checked(instance: Instance, app: str) -> None:
         assert (refused.value.response["Error"]["Code"], refused.value.response["ResponseMetadata"]["HTTPStatusCode"]) == (code, 403)
     assert requests.get(f"{url}/2025-09-09/microvms", timeout=5).status_code == 403
     unknown = requests.get(f"{url}/2025-09-09/nothing", timeout=5)
-    assert (unknown.status_code, unknown.text) == (404, "Not Found")
+    assert unknown.status_code == 404 and "<h1>404 Not Found</h1>" in unknown.text
 
 
 def test_client_tokens_make_run_idempotent(instance: Instance, app: str) -> None:

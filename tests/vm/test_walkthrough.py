@@ -136,3 +136,13 @@ def test_the_demo_runs_and_leaves_nothing(instance: Instance) -> None:
     )  # fmt: skip
     subprocess.run(["rm", "-rf", str(root)], check=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("name", "status"), [("NO_INGRESS", 403), ("SHELL_INGRESS", 403), ("ALL_INGRESS", 200)])
+def test_ingress_connectors_open_what_they_name(instance: Instance, app: str, name: str, status: int) -> None:
+    arn = f"arn:aws:lambda:us-east-1:aws:network-connector:aws-network-connector:{name}"
+    vm = instance.launch(app, ingressNetworkConnectors=[arn])
+    try:
+        assert get(vm["endpoint"], bundle(instance), instance.token(vm["microvmId"])).status == status
+    finally:
+        instance.terminate(vm["microvmId"])

@@ -1,0 +1,31 @@
+"""After a restart of control: the store is compared with the host, session by session, and each goes on from there."""
+
+from __future__ import annotations
+
+from gateway.messages import HostState
+
+from .actions import Actions
+from .lifecycle import Lifecycle
+from .states import State
+
+
+async def recover(lifecycle: Lifecycle, actions: Actions, state: HostState) -> None:
+    """What the host holds for nobody is forgotten. Routes are published before anything else happens."""
+    sessions = lifecycle.store.sessions
+    for session in sessions.values():
+        lifecycle.routes.publish(session)
+    for session in list(sessions.values()):
+        if session.state is State.TERMINATED:
+            lifecycle.ended(session)
+            continue
+        lifecycle.watch_lifetime(session)
+        is_saved = state.snapshots.get(session.id) == session.incarnation
+        if session.state is State.SUSPENDED and is_saved and session.suspended_by != "stop":
+            lifecycle.rested(session)
+        else:
+            lifecycle.run(session, actions.settle(session, state))
+    for held in state.sessions:
+        if held.session not in sessions:
+            await lifecycle.host.forget(held.session)
+    for orphan in set(state.snapshots) - set(sessions):
+        await lifecycle.host.forget(orphan)

@@ -1,0 +1,186 @@
+"""What a session changed in its image's memory, as a chain of diffs: later ones lie over earlier ones.
+
+A diff is two files: `N.runs` (pairs of 64-bit page numbers: first, after the last) and `N.pages` (those pages, one run after
+another); N is the incarnation that wrote it. They never change once written: hypervisors have them mapped. A snapshot's manifest
+names its chain with sizes and checksums (xxh3, 64 bits).
+"""
+
+from __future__ import annotations
+
+import array
+import bisect
+import contextlib
+import itertools
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from . import disks
+from .errors import StateLost
+from .host import PAGE
+
+MANIFEST = "manifest.json"
+_CHUNK = 4 << 20
+FOLD_AT = 6  # diffs in a chain; then they are folded into one
+
+
+class Sum(msgspec.Struct, frozen=True):
+    """A file's bytes and checksum."""
+
+    name: str
+    size: int
+    digest: str
+
+
+class Manifest(msgspec.Struct):
+    """A snapshot: the chain's incarnations, oldest first, and every file it needs but the overlay, which is sized only."""
+
+    chain: list[int]
+    files: list[Sum]
+    overlay_bytes: int
+
+
+class Segment(msgspec.Struct, frozen=True, order=True):
+    """Pages `first` to `after` (exclusive) of the guest, which lie at page `at` of the diff `diff`'s file."""
+
+    first: int
+    after: int
+    diff: int
+    at: int
+
+
+def runs_of(path: Path) -> list[tuple[int, int]]:
+    """Raises StateLost for a file that is no list of runs in order."""
+    try:
+        numbers = array.array("Q", path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StateLost(f"{path} cannot be read: {error}") from error
+    runs = list(zip(numbers[::2], numbers[1::2], strict=len(numbers) % 2 == 0))
+    if len(numbers) % 2 or any(first >= after for first, after in runs) or any(a[1] > b[0] for a, b in itertools.pairwise(runs)):
+        raise StateLost(f"{path} is no list of runs")
+    return runs
+
+
+def write_runs(path: Path, runs: list[tuple[int, int]]) -> None:
+    with path.open("wb") as file:
+        file.write(array.array("Q", [number for run in runs for number in run]).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def page_count(runs: Iterable[tuple[int, int]]) -> int:
+    return sum(after - first for first, after in runs)
+
+
+def merge(chain: list[tuple[int, list[tuple[int, int]]]]) -> list[Segment]:
+    """What of each diff still shows, in the guest's order. `chain`: (diff, runs), oldest first."""
+    shown: list[Segment] = []
+    for diff, runs in chain:
+        at = 0
+        fresh: list[Segment] = []
+        for first, after in runs:
+            fresh.append(Segment(first, after, diff, at))
+            at += after - first
+        shown = _over(shown, fresh)
+    return shown
+
+
+def _over(below: list[Segment], above: list[Segment]) -> list[Segment]:
+    """`below` where `above` leaves it to be seen, and `above`."""
+    if not below:
+        return above
+    starts = [one.first for one in above]
+    kept: list[Segment] = []
+    for one in below:
+        first, at = one.first, max(0, bisect.bisect_right(starts, one.first) - 1)
+        while first < one.after:
+            while at < len(above) and above[at].after <= first:
+                at += 1
+            end = min(one.after, above[at].first) if at < len(above) else one.after
+            if end > first:
+                kept.append(Segment(first, end, one.diff, one.at + first - one.first))
+            first = max(first, above[at].after) if at < len(above) else one.after
+    return sorted(kept + above)
+
+
+def checksum(path: Path) -> Sum:
+    """Raises OSError."""
+    state = xxhash.xxh3_64()
+    size = 0
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(_CHUNK):
+            state.update(data)
+            size += len(data)
+    return Sum(path.name, size, state.hexdigest())
+
+
+def verify(path: Path, expected: Sum) -> None:
+    """Raises StateLost for a file that is not what was written."""
+    try:
+        found = checksum(path)
+    except OSError as error:
+        raise StateLost(f"{path} cannot be read: {error}") from error
+    if (found.size, found.digest) != (expected.size, expected.digest):
+        raise StateLost(
+            f"{path} is damaged: it has {found.size} bytes with checksum {found.digest}, not {expected.size} with {expected.digest}"
+        )
+
+
+def read_manifest(snapshot: Path) -> Manifest:
+    """Raises StateLost."""
+    try:
+        return msgspec.json.decode((snapshot / MANIFEST).read_bytes(), type=Manifest)
+    except (OSError, msgspec.DecodeError) as error:
+        raise StateLost(f"{snapshot} cannot be read: {error}") from error
+
+
+def write_manifest(snapshot: Path, manifest: Manifest) -> None:
+    path = snapshot / MANIFEST
+    with path.open("wb") as file:
+        file.write(msgspec.json.encode(manifest))
+        file.flush()
+        os.fsync(file.fileno())
+    disks.sync_directory(snapshot)
+
+
+def names(chain: list[int]) -> list[str]:
+    return [f"{number}.{kind}" for number in chain for kind in ("runs", "pages")]
+
+
+def link_chain(source: Path, target: Path, chain: list[int]) -> None:
+    """Makes the chain's files part of another snapshot, without a copy."""
+    for name in names(chain):
+        os.link(source / name, target / name)
+
+
+def fold(snapshot: Path, manifest: Manifest, target: Path) -> Manifest:
+    """Writes the chain as one diff into `target`, named after the newest, with links to what else the snapshot has."""
+    chain = [(number, runs_of(snapshot / f"{number}.runs")) for number in manifest.chain]
+    segments = merge(chain)
+    newest = manifest.chain[-1]
+    runs: list[tuple[int, int]] = []
+    with contextlib.ExitStack() as files:
+        sources = {number: files.enter_context((snapshot / f"{number}.pages").open("rb")).fileno() for number in manifest.chain}
+        out = files.enter_context((target / f"{newest}.pages").open("wb", buffering=0))
+        for one in segments:
+            offset, left = one.at * PAGE, (one.after - one.first) * PAGE
+            while left:
+                moved = os.sendfile(out.fileno(), sources[one.diff], offset, min(left, _CHUNK))
+                if not moved:
+                    raise StateLost(f"{snapshot}/{one.diff}.pages is shorter than its runs")
+                offset, left = offset + moved, left - moved
+            if runs and runs[-1][1] == one.first:
+                runs[-1] = (runs[-1][0], one.after)
+            else:
+                runs.append((one.first, one.after))
+        os.fsync(out.fileno())
+    write_runs(target / f"{newest}.runs", runs)
+    kept = [file for file in manifest.files if file.name not in names(manifest.chain)]
+    for file in kept:
+        os.link(snapshot / file.name, target / file.name)
+    folded = Manifest([newest], [*kept, *(checksum(target / name) for name in names([newest]))], manifest.overlay_bytes)
+    write_manifest(target, folded)
+    return folded
