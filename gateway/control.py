@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import signal
 from pathlib import Path
@@ -163,6 +164,7 @@ async def main(settings: Settings) -> None:
     await control.recover()
     sockets = process.inherited()
     info = await control.host.info()
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # what is no HTTP is its sender's affair, answered 400
     runners = []
     for purpose, served in (
         ("api", application.make(control.api(), control.directory, control.logs, control.audit, info.architecture)),

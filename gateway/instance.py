@@ -17,6 +17,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from .config import ConfigError, Settings
 
 _TICKETS_SECONDS = 12 * 3600
+# What clients are pointed at us for; what we do not serve of them fails at once instead of far away.
+_SERVED = ("lambda_microvms", "lambda_core", "cloudwatch_logs", "sts", "service_quotas", "iam")
 _CA_DAYS, _LEAF_DAYS, _RENEW_DAYS = 3650, 397, 30
 
 
@@ -78,10 +80,10 @@ def write_aws_profile(settings: Settings, key: str, secret: str) -> None:
     """`AWS_CONFIG_FILE` and `AWS_SHARED_CREDENTIALS_FILE` of this instance; nobody's own files are touched."""
     api = f"http://{settings.api.address}:{settings.api.port}"
     store = settings.object_store.endpoint or f"http://127.0.0.1:{settings.object_store.port}"
+    ours = "".join(f"{name} =\n  endpoint_url = {api}\n" for name in _SERVED)
     config = (
-        f"[default]\nregion = {settings.region}\noutput = json\ncli_pager =\nservices = torpor\n\n"
-        f"[services torpor]\nlambda_microvms =\n  endpoint_url = {api}\nlambda_core =\n  endpoint_url = {api}\n"
-        f"cloudwatch_logs =\n  endpoint_url = {api}\ns3 =\n  endpoint_url = {store}\n  addressing_style = path\n"
+        f"[default]\nregion = {settings.region}\noutput = json\ncli_pager =\nservices = torpor\n\n[services torpor]\n{ours}"
+        f"s3 =\n  endpoint_url = {store}\n  addressing_style = path\n"
     )
     _write(settings.aws_dir / "config", config.encode(), 0, 0o600)
     credentials = f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"

@@ -20,7 +20,7 @@ from gateway.observe.audit import AuditTrail, redacted
 from gateway.sessions.states import IllegalTransition
 from gateway.sessions.store import StoreError
 
-from . import sigv4
+from . import sigv4, sts
 from .errors import AccessDenied, ApiError, InternalServer, SignatureError, Throttling, TooManyRequests, Unserializable, Validation
 from .logs import TARGET_PREFIX, Logs
 from .model import SERVICE, Model, Operation, parse_input
@@ -28,7 +28,8 @@ from .permissions import Permissions
 
 log = structlog.get_logger()
 
-LOGS = "logs.amazonaws.com"
+LOGS, STS = "logs.amazonaws.com", "sts.amazonaws.com"
+_FORM = "application/x-www-form-urlencoded"
 _BODY_MAX_BYTES = 1 << 20
 _NOT_FOUND = (
     b"<html>\r\n<head><title>404 Not Found</title></head>\r\n<body>\r\n<center><h1>404 Not Found</h1></center>\r\n</body>\r\n</html>\r\n"
@@ -68,6 +69,7 @@ class ApiServer:
         self._model = model
         self._logs = logs
         self._directory = directory
+        self._sts = sts.Sts(directory)
         self._permissions = permissions
         self._buckets = buckets
         self._audit = audit
@@ -97,6 +99,9 @@ class ApiServer:
             log.exception("api.failed", path=request.path)
             return self._failed(exchange, InternalServer("An internal error occurred; the service's log has the details."))
         headers = {"x-amzn-requestid": exchange.id}
+        if exchange.source == STS:
+            self._record(exchange, None, None)
+            return web.Response(status=200, text=body, content_type="text/xml", headers=headers)
         if status == 404:
             return web.Response(status=404, body=_NOT_FOUND, content_type="text/html", headers=headers)
         self._record(exchange, None, body)
@@ -109,14 +114,19 @@ class ApiServer:
         headers = {"x-amzn-requestid": exchange.id, "x-amzn-errortype": error.kind}
         if error.retry_after is not None:
             headers["Retry-After"] = str(error.retry_after)
+        if exchange.source == STS:
+            return web.Response(status=error.status, text=sts.failure(error, exchange.id), content_type="text/xml", headers=headers)
         body = error.body() | ({"__type": error.kind} if exchange.source == LOGS else {})  # where JSON 1.1 has the type
         return web.Response(status=error.status, body=_COMPACT.encode(body).encode(), content_type="application/json", headers=headers)
 
     # ---- a call's way ----
 
-    async def _answer(self, exchange: Exchange) -> tuple[int, dict[str, Any] | None]:
+    async def _answer(self, exchange: Exchange) -> tuple[int, Any]:
+        """The status, and what its body says: JSON, for STS a document, for 404 nothing."""
         request = exchange.request
         path, _, query = request.raw_path.partition("?")
+        if request.method == "POST" and path == "/" and request.content_type == _FORM:
+            return 200, await self._answer_sts(exchange, query)
         target = request.headers.get("X-Amz-Target", "")
         found = None if target else self._model.find(request.method, path)
         if found is None and not target.startswith(TARGET_PREFIX):
@@ -142,6 +152,14 @@ class ApiServer:
         if not isinstance(call, dict):
             raise Unserializable("Expected a JSON object")
         return await self._logs.answer(caller, name, call)
+
+    async def _answer_sts(self, exchange: Exchange, query: str) -> str:
+        exchange.event, exchange.source = "Sts", STS
+        body = await exchange.request.read()
+        caller = exchange.caller = self._authenticate(exchange, "/", query, body)
+        answer = self._sts.answer(caller, body)
+        exchange.event = answer.action
+        return sts.document(answer, exchange.id)
 
     def _authenticate(self, exchange: Exchange, path: str, query: str, body: bytes) -> Caller:
         request = exchange.request

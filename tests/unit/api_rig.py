@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import logging
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
@@ -110,6 +111,7 @@ class ApiRig:
             Minter(self.directory / "keys.json"), Pager(b"pages"), 443,
         )  # fmt: skip
         served = application.make(service, self.accounts, self.logs, self.audit, "x86_64")
+        logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
         self._runner = web.AppRunner(served, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)

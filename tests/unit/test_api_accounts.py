@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from api_rig import ACCOUNT, BASE, KEY, OTHER, ROLE, ApiRig, connector, encoded, image_arn
+from botocore.exceptions import ClientError
 from rows import row
 
 VMS, IMAGES = "/2025-09-09/microvms", "/2025-09-09/microvm-images"
@@ -169,6 +170,28 @@ def test_temporary_credentials(api: ApiRig) -> None:
     assert api.call("GET", path, key=(made.access_key, made.secret, made.token[:-8] + "AAAAAAA="))[1] == "UnrecognizedClientException"
     old = api.accounts.issue(role, "microvm-1", seconds=-1)
     assert api.call("GET", path, key=(old.access_key, old.secret, old.token))[1] == "ExpiredTokenException"
+
+
+@row("STS", "GetCallerIdentity says who signs; AssumeRole, where the policy allows it, gives credentials of a role of the account", "D")
+def test_sts(api: ApiRig) -> None:
+    root = api.client("sts")
+    assert root.get_caller_identity()["Arn"] == f"arn:aws:iam::{ACCOUNT}:root"
+    role = f"arn:aws:iam::{ACCOUNT}:role/assumed"
+    api.do(api.accounts.put_role(role, {"Statement": [allow("lambda:ListMicrovms")]}))
+    made = root.assume_role(RoleArn=role, RoleSessionName="me", DurationSeconds=900)
+    key = tuple(made["Credentials"][name] for name in ("AccessKeyId", "SecretAccessKey", "SessionToken"))
+    assert made["AssumedRoleUser"]["Arn"] == f"arn:aws:sts::{ACCOUNT}:assumed-role/assumed/me"
+    assert api.client("sts", key).get_caller_identity()["Arn"] == made["AssumedRoleUser"]["Arn"]
+    assert api.client(key=key).list_microvms()["items"]
+    nobody = api.client("sts", user(api))
+    assert nobody.get_caller_identity()["Account"] == ACCOUNT, "as everywhere, nobody needs permission to ask who they are"
+    for client, arn in ((nobody, role), (root, f"arn:aws:iam::{OTHER}:role/x"), (root, "nonsense")):
+        with pytest.raises(ClientError) as error:
+            client.assume_role(RoleArn=arn, RoleSessionName="me")
+        assert error.value.response["Error"]["Code"] in ("AccessDenied", "ValidationError")
+    with pytest.raises(ClientError) as error:
+        root.get_session_token()
+    assert error.value.response["Error"]["Code"] == "InvalidAction"
 
 
 @row("accounts", "a deleted key is unknown at once; an account that has something left is not deleted", "ours")

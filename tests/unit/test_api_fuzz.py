@@ -126,7 +126,7 @@ def check(api: ApiRig, request: tuple[str, str, bytes, dict[str, str]]) -> None:
         assert isinstance(json.loads(data), dict)
         assert status < 300 or kind
     else:
-        assert status in (204, 404)
+        assert status in (204, 404) or (status == 400 and len(path) > 8000)  # a request line of no use
 
 
 @pytest.mark.service

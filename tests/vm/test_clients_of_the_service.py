@@ -1,4 +1,4 @@
-"""Clients that were written against the real service, unchanged: aws cli, microvm-ctl, capo, microvms, a create-or-update loop."""
+"""Clients that were written against the real service, unchanged: aws cli, microvm-ctl, capo, a create-or-update loop."""
 
 from __future__ import annotations
 
@@ -99,9 +99,10 @@ def test_every_subcommand_of_the_aws_cli(api: ApiRig) -> None:
     assert call("get-network-connector", "--identifier", one, **core)["State"] == "ACTIVE"
     assert call("list-network-connectors", **core)["NetworkConnectors"]
     call("update-network-connector", "--identifier", one, *configuration, **core)
-    assert call("list-network-connector-versions", "--identifier", one, **core)["NetworkConnectorVersions"]
+    # list-network-connector-versions is in botocore, not yet in the aws cli.
+    assert api.client("lambda-core").list_network_connector_versions(Identifier=one)["NetworkConnectorVersions"]
     assert call("delete-network-connector", "--identifier", one, **core)["State"] == "DELETING"
-    assert len(called) == 6
+    assert len(called) == 5
 
 
 @pytest.mark.service
@@ -150,33 +151,6 @@ def test_create_or_update_as_terraform_does(api: ApiRig) -> None:
     assert [apply(**wanted), apply(**wanted), apply(**{**wanted, "description": "two"}), apply(**{**wanted, "description": "two"})] == [
         "created", "unchanged", "updated", "unchanged",
     ]  # fmt: skip
-
-
-@pytest.mark.service
-def test_microvms_control_plane(api: ApiRig) -> None:
-    """A client in Rust, on AWS' SDK for Rust: its API and token calls (its guest daemon is for another architecture)."""
-    vm = api.run(image_arn("cli"))
-    script = (
-        "import sys\nfrom microvms import ControlPlane, Region\n"
-        "plane, vm, image = ControlPlane(Region('us-east-1')), sys.argv[1], sys.argv[2]\n"
-        "assert plane.get(vm).state == 'RUNNING'\n"
-        "assert vm in [one.microvm_id for one in plane.list()]\n"
-        "plane.suspend(vm)\nplane.wait_for_state(vm, ['SUSPENDED'], poll_interval=0.05)\n"
-        "plane.resume(vm)\nplane.wait_for_state(vm, ['RUNNING'], poll_interval=0.05)\n"
-        "assert image in [one.image_arn for one in plane.list_images()]\n"
-        "version = plane.list_image_versions(image)[0].version\n"
-        "assert plane.list_image_builds(image, version)\n"
-        "plane.terminate(vm)\n"
-    )
-    environment = {
-        "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1", "HOME": str(api.directory),
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{api.port}",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", script, vm, image_arn("cli")], env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    api.reach(vm, "TERMINATED")
 
 
 # ---- on real microVMs ----
