@@ -17,14 +17,16 @@ from typing import Any
 
 import msgspec
 
+from gateway.config import Settings
 from gateway.sessions.agent import wake_frame
 from gateway.sessions.frame import frame
-from vmm import host, memory, network
+from vmm import diffs, egress, host, mapping, memory, network
 from vmm.disks import sync_directory
 from vmm.qemu import machine
 from vmm.qemu.driver import Manifest
 
 _WOKEN = 0x82
+MAPPER = Settings().cache / "qemu-root/usr/lib/torpor-mapper.so"
 
 
 class Floor:
@@ -41,15 +43,22 @@ class Floor:
         self.work = self.directory / secrets.token_hex(4)
         self.work.mkdir()
         shutil.copy(self.overlay, self.work / "overlay")
-        network.make_namespace(self.work / "netns", lambda: network.run_batch(network.SETUP))
+        network.make_namespace(self.work / "netns", lambda: egress.run_batch(network.SETUP))
         sockets = [self._listen(name) for name in ("qmp", "agent")]
         files = [os.open(self.image / name, os.O_RDONLY) for name in ("disk.raw", "boot.qcow2")]
         command = machine.standby(self.shape, self.memory, *files, *(sock.fileno() for sock in sockets))
-        self.process = subprocess.Popen(command.arguments, pass_fds=command.descriptors, stdin=subprocess.DEVNULL)
+        ours, theirs = socket.socketpair()
+        environment = {"LD_PRELOAD": str(MAPPER), "TORPOR_MAPPER": str(theirs.fileno())}
+        self.process = subprocess.Popen(
+            command.arguments, pass_fds=[*command.descriptors, theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+        )
+        theirs.close()
+        self.mapper = mapping.Mapper(ours)
         self.qmp = self._connect("qmp")
         self.replies = self.qmp.makefile("rb")
         self.replies.readline()
         self._run("qmp_capabilities")
+        self.guest = memory.find_mapping(self.process.pid, self.image.name)
 
     def restore(self, is_launch: bool) -> float:
         """Loads a state, runs it, waits for its agent and for the first byte of an answer; the seconds it took."""
@@ -64,7 +73,7 @@ class Floor:
         self._run("qom-set", path="/machine/peripheral/vd0", property="drive", value="d1")
         self._run("blockdev-del", **{"node-name": "d0"})
         if not is_launch:
-            memory.load_diff(memory.find_mapping(self.process.pid, self.image.name), source)
+            mapping.load(self.guest, self.mapper, source, diffs.read_manifest(source))
         self._run("getfd", [os.open(source / "devices.state", os.O_RDONLY)], fdname="state")
         self._run("migrate-incoming", uri="fd:state")
         while self._run("query-status")["status"] == "inmigrate":
@@ -93,13 +102,17 @@ class Floor:
         self._run("add-fd", [os.dup(state)], **{"fdset-id": 11})
         self._run("xen-save-devices-state", filename="/dev/fdset/11")
         os.fsync(state)
-        memory.save_diff(memory.find_mapping(self.process.pid, self.image.name), target)
+        memory.save_diff(self.guest, target, 1)
+        for name in diffs.names([1]):
+            with (target / name).open("rb") as written:
+                os.fsync(written.fileno())
         with (self.work / "overlay").open("rb") as overlay:
             os.fsync(overlay.fileno())
         sync_directory(target)
         return time.perf_counter() - started
 
     def end(self) -> None:
+        self.mapper.close()
         self.process.kill()
         self.process.wait()
         network.destroy_namespace(self.work / "netns")

@@ -27,6 +27,7 @@ from .cgroups import Cgroups
 from .driver import DiskFull, Machine, StateLost, VmmError
 from .network import Link, Network
 from .qemu.driver import Assets, QemuDriver
+from .snapshots import Snapshots, sync
 from .standbys import Standbys
 
 log = structlog.get_logger()
@@ -60,6 +61,8 @@ class Vmm:
             settings.root / "builds", runtime / "build-netns", cgroups,
             BuildSettings(settings.cache / "base.tar", tuple(settings.images.base_names), settings.images.pull, settings.users.builder),
         )  # fmt: skip
+        self.snapshots = Snapshots(settings.sessions_dir)
+        self._folds: dict[str, asyncio.Task[None]] = {}
         self._sessions: dict[str, _Held] = {}
         self._preparing: dict[str, asyncio.Task[object]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -112,13 +115,9 @@ class Vmm:
         )
 
     async def rpc_state(self, connection: Connection, body: None) -> m.HostState:
-        snapshots: dict[str, int] = {}
-        for directory in self._settings.sessions_dir.iterdir():
-            for snapshot in directory.glob("snapshot-*"):
-                snapshots[directory.name] = int(snapshot.name.removeprefix("snapshot-"))
         return m.HostState(
             sessions=[self._state(name, held) for name, held in self._sessions.items()],
-            snapshots=snapshots,
+            snapshots=self.snapshots.held(),
             images=[path.name for path in self._settings.images_dir.iterdir() if (path / "manifest.json").exists()],
             builds=self.builder.names,
         )
@@ -192,15 +191,13 @@ class Vmm:
                 return
             raise VmmError(f"session {body.session} is held by incarnation {held.machine.record.incarnation}")
         image = self._settings.images_dir / body.image
-        directory = self._settings.sessions_dir / body.session
-        overlay = directory / "overlay.qcow2"
+        overlay = self.snapshots.overlay(body.session)
         if body.from_snapshot:
-            snapshot = next(directory.glob("snapshot-*"), None)
-            if snapshot is None or not overlay.exists():
-                raise StateLost(f"session {body.session} has no snapshot on this host")
+            await self._folded(body.session)
+            snapshot = self.snapshots.newest(body.session)
         else:
             snapshot = image
-            directory.mkdir(exist_ok=True)
+            overlay.parent.mkdir(exist_ok=True)
             try:
                 disks.copy_overlay(image / "overlay.qcow2", overlay)
             except OSError as error:
@@ -243,7 +240,7 @@ class Vmm:
             if held.machine.record.phase == "running":
                 return Reply(None, [await held.machine.agent()])
             channel = await held.machine.resume(body.wake)
-        self._spawn(self._forget_snapshots(body.session))
+        self._spawn(asyncio.to_thread(self.snapshots.started, body.session, body.incarnation))
         return Reply(None, [channel])
 
     async def rpc_agent(self, connection: Connection, body: m.SessionRef) -> Reply:
@@ -264,19 +261,15 @@ class Vmm:
         held = self._held(body.session, body.incarnation)
         async with held.lock:
             started = time.monotonic()
-            directory = self._settings.sessions_dir / body.session
-            target, work = directory / f"snapshot-{body.incarnation}", directory / "snapshot.new"
             await self.network.drained(held.link, _DRAIN_SECONDS)
-            shutil.rmtree(work, ignore_errors=True)
-            overlay = directory / "overlay.qcow2"
+            overlay = self.snapshots.overlay(body.session)
+            work = self.snapshots.begin(body.session)
             try:
-                work.mkdir()
-                stored = await held.machine.save(work)
-                with overlay.open("rb") as file:
-                    os.fsync(file.fileno())
-                shutil.rmtree(target, ignore_errors=True)
-                work.rename(target)
-                disks.sync_directory(directory)
+                written = await held.machine.save(work)
+                await asyncio.gather(*(asyncio.to_thread(sync, [path]) for path in (*(work / one.name for one in written), overlay)))
+                manifest = await asyncio.to_thread(
+                    self.snapshots.commit, body.session, body.incarnation, work, held.machine.record.chain, written
+                )
             except (VmmError, OSError) as error:
                 shutil.rmtree(work, ignore_errors=True)
                 with contextlib.suppress(VmmError):
@@ -284,13 +277,15 @@ class Vmm:
                 if isinstance(error, OSError):
                     raise DiskFull(f"session {body.session} could not be saved: {error}") from error
                 raise
-            return m.Suspended(stored, (target / "devices.state").stat().st_size, disks.stored_bytes(overlay), time.monotonic() - started)
+            pages = sum(one.size for one in manifest.files if one.name.endswith(".pages"))
+            rest = sum(one.size for one in manifest.files) - pages
+            return m.Suspended(pages, rest, disks.stored_bytes(overlay), time.monotonic() - started)
 
     async def rpc_unpause(self, connection: Connection, body: m.SessionRef) -> None:
         """Calls a suspend off: the guest runs on, its snapshot is void."""
         held = self._held(body.session, body.incarnation)
         async with held.lock:
-            await self._forget_snapshots(body.session)
+            await asyncio.to_thread(self.snapshots.called_off, body.session, body.incarnation)
             await held.machine.unpause()
 
     async def rpc_kill(self, connection: Connection, body: m.SessionRef) -> None:
@@ -299,6 +294,7 @@ class Vmm:
             held.expected = True
             await held.machine.kill()
             await self._let_go(body.session, held)
+            await self._rest(body.session)
 
     async def rpc_forget(self, connection: Connection, body: m.SessionRef) -> None:
         """Ends whatever is left of a session, or under way for it, and removes its files."""
@@ -311,7 +307,8 @@ class Vmm:
             held.expected = True
             await held.machine.kill()
             await self._let_go(body.session, held)
-        await asyncio.to_thread(shutil.rmtree, self._settings.sessions_dir / body.session, True)
+        await self._folded(body.session)
+        await asyncio.to_thread(self.snapshots.forget, body.session)
 
     # ---- inside ----
 
@@ -341,9 +338,25 @@ class Vmm:
             del self._sessions[session]
             await self.network.release(held.link)
 
-    async def _forget_snapshots(self, session: str) -> None:
-        for path in (self._settings.sessions_dir / session).glob("snapshot-*"):
-            await asyncio.to_thread(shutil.rmtree, path, True)
+    async def _rest(self, session: str) -> None:
+        """A session without a hypervisor: what only that had mapped goes; a long chain of diffs is folded, unless it wakes."""
+        await asyncio.to_thread(self.snapshots.rest, session)
+        if session not in self._folds and await asyncio.to_thread(self.snapshots.needs_fold, session):
+            self._folds[session] = asyncio.get_running_loop().create_task(self._fold(session))
+
+    async def _fold(self, session: str) -> None:
+        try:
+            await asyncio.to_thread(self.snapshots.fold, session)
+        except (VmmError, OSError) as error:
+            log.warning("fold.failed", session=session, error=str(error))
+        finally:
+            self._folds.pop(session, None)
+
+    async def _folded(self, session: str) -> None:
+        """Waits until the session's files are not being folded."""
+        task = self._folds.get(session)
+        if task is not None:
+            await asyncio.wait([task])
 
     async def _housekeeping(self) -> None:
         while True:

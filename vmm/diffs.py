@@ -22,7 +22,7 @@ from . import disks
 from .errors import StateLost
 from .host import PAGE
 
-MANIFEST = "manifest.json"
+MANIFEST = "snapshot.json"
 _CHUNK = 4 << 20
 FOLD_AT = 6  # diffs in a chain; then they are folded into one
 
@@ -65,10 +65,8 @@ def runs_of(path: Path) -> list[tuple[int, int]]:
 
 
 def write_runs(path: Path, runs: list[tuple[int, int]]) -> None:
-    with path.open("wb") as file:
-        file.write(array.array("Q", [number for run in runs for number in run]).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+    """Does not sync."""
+    path.write_bytes(array.array("Q", [number for run in runs for number in run]).tobytes())
 
 
 def page_count(runs: Iterable[tuple[int, int]]) -> int:
@@ -108,12 +106,11 @@ def _over(below: list[Segment], above: list[Segment]) -> list[Segment]:
 
 def checksum(path: Path) -> Sum:
     """Raises OSError."""
-    state = xxhash.xxh3_64()
-    size = 0
+    state, size, buffer = xxhash.xxh3_64(), 0, memoryview(bytearray(min(_CHUNK, max(1, path.stat().st_size))))
     with path.open("rb", buffering=0) as file:
-        while data := file.read(_CHUNK):
-            state.update(data)
-            size += len(data)
+        while got := file.readinto(buffer):
+            state.update(buffer[:got])
+            size += got
     return Sum(path.name, size, state.hexdigest())
 
 
@@ -178,6 +175,8 @@ def fold(snapshot: Path, manifest: Manifest, target: Path) -> Manifest:
                 runs.append((one.first, one.after))
         os.fsync(out.fileno())
     write_runs(target / f"{newest}.runs", runs)
+    with (target / f"{newest}.runs").open("rb") as written:
+        os.fsync(written.fileno())
     kept = [file for file in manifest.files if file.name not in names(manifest.chain)]
     for file in kept:
         os.link(snapshot / file.name, target / file.name)

@@ -13,6 +13,7 @@ import msgspec
 
 from gateway.messages import Sealed, Shape
 
+from .diffs import Sum
 from .errors import DiskFull, StateLost, VmmError
 from .network import Link
 
@@ -30,7 +31,9 @@ class Process(msgspec.Struct):
     session: str = ""
     incarnation: int = 0
     link: str = ""
-    phase: str = "standby"  # standby, prepared, starting, running, stopped, ended
+    phase: str = "standby"  # standby, prepared, starting, running, stopped, warm, ended
+    memory: tuple[int, int] = (0, 0)  # where the guest's lies in the process: first address, and the one after
+    chain: list[int] = []  # the diffs that lie mapped over it
 
 
 class Machine(Protocol):
@@ -39,7 +42,8 @@ class Machine(Protocol):
     record: Process
 
     async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
-        """Gives a standby the session's disk, network, changed pages and device state. It does not run yet."""
+        """Gives a standby the session's disk, network, changed pages and device state (an image has no changed pages). It does
+        not run yet. Raises StateLost."""
 
     async def resume(self, wake: bytes) -> int:
         """Writes the wake message, lets the guest run, returns a connected descriptor of the agent's channel."""
@@ -47,8 +51,8 @@ class Machine(Protocol):
     async def agent(self) -> int:
         """The agent's channel of a running guest, for a control that restarted."""
 
-    async def save(self, directory: Path) -> int:
-        """Stops the guest; writes device state and changed pages into `directory`, synced. Returns the diff's bytes."""
+    async def save(self, directory: Path) -> list[Sum]:
+        """Stops the guest; writes device state and changed pages into `directory`, synced."""
 
     async def unpause(self) -> None:
         """Lets a guest that was stopped for a snapshot run on."""

@@ -7,6 +7,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -18,6 +19,7 @@ MS_REC = 16384
 MNT_DETACH = 2
 _SYS_PIDFD_GETFD = 438
 _PR_SET_CHILD_SUBREAPER = 36
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def _check(result: int, what: str) -> int:
@@ -53,6 +55,12 @@ def pidfd_getfd(pid: int, number: int) -> int:
         return _check(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0), "pidfd_getfd")
     finally:
         os.close(pidfd)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Each takes the other's place, at one instant (renameat2(2), RENAME_EXCHANGE)."""
+    arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE))
+    _check(_libc.renameat2(*arguments), f"exchange {one} and {other}")
 
 
 def become_subreaper() -> None:

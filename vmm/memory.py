@@ -1,25 +1,24 @@
-"""Guest memory: the image's, shared by its clones as one sealed memfd, and what a clone changed, as a sparse diff.
+"""Guest memory: the image's, shared by its clones as one sealed memfd, and what a clone changed, read out as a diff.
 
-A diff is two files: `memory.runs` (pairs of 64-bit page numbers: first, after the last) and `memory.pages` (those pages,
-one run after another). Pages of zeros are not stored in an image's file: they stay holes.
+Diffs are files of vmm/diffs.py. Pages of zeros are not stored in an image's file: they stay holes.
 """
 
 from __future__ import annotations
 
-import array
 import asyncio
-import ctypes
 import errno
 import fcntl
 import mmap
 import os
-import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import disks, host
+import xxhash
+
+from . import diffs, disks, host
+from .diffs import Sum
 
 PAGE = host.PAGE
 _CHUNK = 4 << 20
@@ -137,18 +136,18 @@ def adopt_image_memory(image: str, pids: list[int]) -> int | None:
     return None
 
 
-def save_diff(mapping: Mapping, directory: Path) -> int:
-    """Stores the pages that are the process's own; the process must be stopped. Returns their bytes. Syncs.
+def save_diff(mapping: Mapping, directory: Path, number: int) -> list[Sum]:
+    """Writes the pages that are the process's own as diff `number` (vmm/diffs.py); the process must be stopped.
 
     Raises OSError (ENOSPC) before it writes where they would only fit into what the file system keeps for root.
     """
     runs = host.private_pages(mapping.pid, mapping.start, mapping.end)
-    if sum(after - first for first, after in runs) * PAGE > disks.free_bytes(directory):
+    if diffs.page_count(runs) * PAGE > disks.free_bytes(directory):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
     source = os.open(f"/proc/{mapping.pid}/mem", os.O_RDONLY)
-    total = 0
+    state, total = xxhash.xxh3_64(), 0
     try:
-        with (directory / "memory.pages").open("wb", buffering=0) as pages:
+        with (directory / f"{number}.pages").open("wb", buffering=0) as pages:
             for first, after in runs:
                 at, end = mapping.start + first * PAGE, mapping.start + after * PAGE
                 while at < end:
@@ -156,38 +155,13 @@ def save_diff(mapping: Mapping, directory: Path) -> int:
                     written = 0
                     while written < len(data):
                         written += pages.write(data[written:])
+                    state.update(data)
                     at += len(data)
                     total += len(data)
-            os.fsync(pages.fileno())
     finally:
         os.close(source)
-    with (directory / "memory.runs").open("wb") as index:
-        index.write(struct.pack(f"<{2 * len(runs)}Q", *(number for run in runs for number in run)))
-        index.flush()
-        os.fsync(index.fileno())
-    return total
-
-
-def load_diff(mapping: Mapping, directory: Path) -> None:
-    """Puts stored pages into a hypervisor that has not run yet. Raises ValueError when the two files do not fit."""
-    numbers = array.array("Q", (directory / "memory.runs").read_bytes())
-    runs = list(zip(numbers[::2], numbers[1::2], strict=True))
-    length = sum(after - first for first, after in runs) * PAGE
-    with (directory / "memory.pages").open("rb") as pages:
-        if os.fstat(pages.fileno()).st_size != length:
-            raise ValueError(f"{directory}: memory.pages has not the {length} bytes that memory.runs names")
-        if not length:
-            return
-        with mmap.mmap(pages.fileno(), length, mmap.MAP_PRIVATE | mmap.MAP_POPULATE, mmap.PROT_READ | mmap.PROT_WRITE) as data:
-            view = ctypes.c_char.from_buffer(data)
-            try:
-                host.write_memory(
-                    mapping.pid,
-                    ctypes.addressof(view),
-                    [(mapping.start + first * PAGE, (after - first) * PAGE) for first, after in runs],
-                )
-            finally:
-                del view
+    diffs.write_runs(directory / f"{number}.runs", runs)
+    return [diffs.checksum(directory / f"{number}.runs"), Sum(f"{number}.pages", total, state.hexdigest())]
 
 
 def _main() -> None:

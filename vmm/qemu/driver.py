@@ -9,6 +9,7 @@ import itertools
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ import msgspec
 from .. import disks, host, jail, memory
 from ..cgroups import Cgroups, Limits
 from ..driver import DiskFull, Machine, Process, Sealed, Shape, StateLost, VmmError
+from ..mapping import Mapper
 from ..network import Link, Network
+from ..snapshots import sync
 from . import machine as topology
-from .process import RECORD, QemuMachine, child_of, is_alive, listen
+from .process import DEVICES, RECORD, QemuMachine, child_of, is_alive, listen
 from .qmp import QmpError
 
 MANIFEST = "manifest.json"
@@ -112,6 +115,7 @@ class QemuDriver:
         try:
             await machine.stop()
             await machine.save_devices(image)
+            await asyncio.to_thread(sync, [image / DEVICES])
             stored = await asyncio.to_thread(memory.store_memory, machine.image_memory, image / "memory.raw")
             await disks.create_overlay(image / "overlay.qcow2", shape.disk_bytes)
         except (QmpError, OSError) as error:
@@ -198,16 +202,23 @@ class QemuDriver:
         self._cgroups.create(vm, limits(shape))
         self._shapes[vm] = shape
         qmp, agent = listen(directory / "qmp.sock"), listen(directory / "agent.sock")
+        ours, theirs = socket.socketpair()
+        mapper = Mapper(ours)
         try:
             command = compose(qmp.fileno(), agent.fileno())
             process = await asyncio.create_subprocess_exec(
                 *jail.command(self._assets.jail_root, self._cgroups.joins(vm), uid, command.arguments),
-                pass_fds=command.descriptors, start_new_session=True,
+                pass_fds=[*command.descriptors, theirs.fileno()], start_new_session=True,
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
                 stderr=(directory / "stderr").open("wb"),
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"} | ({"TORPOR_KVM": "1"} if shape.accelerator == "kvm" else {}),
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "TORPOR_MAPPER": str(theirs.fileno())}
+                | ({"TORPOR_KVM": "1"} if shape.accelerator == "kvm" else {}),
             )  # fmt: skip
+        except BaseException:
+            mapper.close()
+            raise
         finally:
+            theirs.close()
             qmp.close()
             agent.close()
         record = Process(vm, 0, 0, image, uid)
@@ -218,16 +229,19 @@ class QemuDriver:
                         raise VmmError(self._why(directory))
                     await asyncio.sleep(0.0005)
                 record.pid, record.started = pid, host.start_time(pid) or 0
-                machine = QemuMachine(record, directory, self._network, lambda: self._remove(record))
+                machine = QemuMachine(record, directory, self._network, lambda: self._remove(record), mapper)
                 self._machines.add(machine)
                 machine.save_record()
                 await machine.connect()
+                machine.mapping()
+                machine.save_record()
         except BaseException as error:
             reason = self._why(directory)
+            mapper.close()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()  # and with it, by --kill-child, what runs inside
             await asyncio.shield(self._remove(record))
-            if isinstance(error, TimeoutError | QmpError | VmmError | OSError):
+            if isinstance(error, TimeoutError | QmpError | VmmError | OSError | LookupError):
                 raise VmmError(f"the hypervisor of image {image} did not start: {reason or error}") from error
             raise
         return machine

@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from .. import host, memory
-from ..disks import sync_directory
+from .. import diffs, host, mapping, memory
+from ..diffs import Sum
 from ..driver import DiskFull, Process, StateLost, VmmError
 from ..network import Link, Network
 from .machine import NIC
@@ -45,7 +45,10 @@ def listen(path: Path) -> socket.socket:
 class QemuMachine:
     """Implements vmm.driver.Machine. `remove` undoes what was made for the process (cgroup, directory)."""
 
-    def __init__(self, record: Process, directory: Path, network: Network, remove: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, record: Process, directory: Path, network: Network, remove: Callable[[], Awaitable[None]],
+        mapper: mapping.Mapper | None = None,
+    ) -> None:  # fmt: skip
         self.record = record
         self.image_memory: int | None = None  # of a machine that boots: what will be the image's memory
         self._directory = directory
@@ -54,7 +57,7 @@ class QemuMachine:
         self._qmp: Qmp | None = None
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pidfd = os.pidfd_open(record.pid)
-        self._mapping: memory.Mapping | None = None
+        self._mapper = mapper
         self._starving: asyncio.Task[None] | None = None
         asyncio.get_running_loop().add_reader(self._pidfd, self._gone)
 
@@ -108,8 +111,8 @@ class QemuMachine:
             )  # fmt: skip
             qmp.send("qom-set", path="/machine/peripheral/vd0", property="drive", value="d1")
             removed = qmp.send("blockdev-del", node_name="d0")
-            if (snapshot / "memory.runs").exists():
-                await asyncio.to_thread(memory.load_diff, self.mapping(), snapshot)
+            if (snapshot / diffs.MANIFEST).exists() and self._mapper is not None:
+                await self._load_memory(snapshot)
             await removed
             state = os.open(snapshot / DEVICES, os.O_RDONLY | os.O_CLOEXEC)
             await self._give("getfd", state, fdname="state")
@@ -119,6 +122,16 @@ class QemuMachine:
             raise StateLost(f"session {self.record.session} could not be loaded from {snapshot}: {error}") from error
         self.record.phase = "prepared"
         self.save_record()
+
+    async def _load_memory(self, snapshot: Path) -> None:
+        """Checks the snapshot's files while its diffs are mapped; both take their time outside the loop."""
+        assert self._mapper is not None
+        manifest = diffs.read_manifest(snapshot)
+        await asyncio.gather(
+            asyncio.to_thread(mapping.load, self.mapping(), self._mapper, snapshot, manifest),
+            asyncio.to_thread(_verify, snapshot, manifest),
+        )
+        self.record.chain = manifest.chain
 
     async def _loaded(self) -> None:
         deadline = time.monotonic() + _LOAD_SECONDS
@@ -139,6 +152,7 @@ class QemuMachine:
             await self.qmp.run("cont")
             self.record.phase = "running"
             self.save_record()
+            self._close_mapper()
         except (QmpError, OSError) as error:
             os.close(channel)
             raise StateLost(f"session {self.record.session} could not be started: {error}") from error
@@ -172,13 +186,16 @@ class QemuMachine:
                     return
                 await self.qmp.run("cont")
 
-    async def save(self, directory: Path) -> int:
+    async def save(self, directory: Path) -> list[Sum]:
         try:
             self.record.phase = "stopped"
             await self.qmp.run("stop")
             self.save_record()
-            await self.save_devices(directory)
-            return await asyncio.to_thread(memory.save_diff, self.mapping(), directory)
+            _, written = await asyncio.gather(
+                self.save_devices(directory),
+                asyncio.to_thread(memory.save_diff, self.mapping(), directory, self.record.incarnation),
+            )
+            return [await asyncio.to_thread(diffs.checksum, directory / DEVICES), *written]
         except (QmpError, OSError, LookupError) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(f"no room for the snapshot in {directory}: free some, or move --root") from error
@@ -192,10 +209,8 @@ class QemuMachine:
             await self._give("add-fd", state, fdset_id=_STATE_SET)
             await self.qmp.run("xen-save-devices-state", filename=f"/dev/fdset/{_STATE_SET}")
             await self.qmp.run("remove-fd", fdset_id=_STATE_SET)
-            os.fsync(copy)
         finally:
             os.close(copy)
-        sync_directory(directory)
 
     async def unpause(self) -> None:
         try:
@@ -224,9 +239,11 @@ class QemuMachine:
             os.close(descriptor)
 
     def mapping(self) -> memory.Mapping:
-        if self._mapping is None:
-            self._mapping = memory.find_mapping(self.record.pid, self.record.image)
-        return self._mapping
+        """Found before anything is mapped over it, and then kept in the record."""
+        if self.record.memory == (0, 0):
+            found = memory.find_mapping(self.record.pid, self.record.image)
+            self.record.memory = (found.start, found.end)
+        return memory.Mapping(self.record.pid, *self.record.memory)
 
     def _gone(self) -> None:
         self.record.phase = "ended"
@@ -234,7 +251,14 @@ class QemuMachine:
         os.close(self._pidfd)
         asyncio.get_running_loop().create_task(self._clean())
 
+    def _close_mapper(self) -> None:
+        """The guest runs: nothing is mapped any more."""
+        if self._mapper is not None:
+            self._mapper.close()
+            self._mapper = None
+
     async def _clean(self) -> None:
+        self._close_mapper()
         if self._qmp is not None:
             self._qmp.close()
         if self.image_memory is not None:
@@ -242,6 +266,12 @@ class QemuMachine:
             self.image_memory = None
         await self._remove()
         self._ended.set_result(None)
+
+
+def _verify(snapshot: Path, manifest: diffs.Manifest) -> None:
+    """Raises StateLost for a file that is not what was written."""
+    for one in manifest.files:
+        diffs.verify(snapshot / one.name, one)
 
 
 def child_of(pid: int) -> int | None:

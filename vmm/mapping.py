@@ -1,0 +1,82 @@
+"""Puts a chain of diffs into a hypervisor that has not run: mapped over the guest's memory by its own thread (qemu/mapper.c).
+
+Mapping costs by the number of runs, copying by their bytes. Where runs are too many, the longest are mapped and the rest are
+copied: vm.max_map_count bounds a process's mappings, and each costs some 5 µs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import struct
+from pathlib import Path
+
+from . import diffs, host
+from .diffs import Manifest, Segment
+from .errors import StateLost
+from .host import PAGE
+from .memory import Mapping
+
+_MAGIC = 0x70616D74
+_MAPPED_MOST = 2000
+_SECONDS = 20.0
+_CHUNK = 4 << 20
+
+
+class Mapper:
+    """The socket to the thread inside; used before the guest runs, from one thread at a time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(_SECONDS)
+        self._socket = sock
+
+    def map(self, file: int, ranges: list[tuple[int, int, int]]) -> None:
+        """`ranges`: (address in the hypervisor, bytes, offset in the file). Raises OSError."""
+        body = b"".join(struct.pack("<3Q", *one) for one in ranges)
+        head = struct.pack("<2I", _MAGIC, len(ranges))
+        socket.send_fds(self._socket, [head], [file])
+        self._socket.sendall(body)
+        answer = self._socket.recv(4, socket.MSG_WAITALL)
+        if len(answer) < 4:
+            raise OSError(errno.EPIPE, "the hypervisor's mapper is gone")
+        (failure,) = struct.unpack("<i", answer)
+        if failure:
+            raise OSError(failure, f"mmap: {os.strerror(failure)}")
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def load(mapping: Mapping, mapper: Mapper, snapshot: Path, manifest: Manifest) -> None:
+    """Raises StateLost for files that do not fit, OSError."""
+    segments = diffs.merge([(number, diffs.runs_of(snapshot / f"{number}.runs")) for number in manifest.chain])
+    mapped = segments
+    if len(segments) > _MAPPED_MOST:
+        mapped = sorted(sorted(segments, key=lambda one: one.first - one.after)[:_MAPPED_MOST])
+    copied = sorted(set(segments) - set(mapped)) if mapped is not segments else []
+    for number in manifest.chain:
+        path = snapshot / f"{number}.pages"
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if any((one.at + one.after - one.first) * PAGE > size for one in segments if one.diff == number):
+                raise StateLost(f"{path} is shorter than its runs")
+            ranges = [
+                (mapping.start + one.first * PAGE, (one.after - one.first) * PAGE, one.at * PAGE) for one in mapped if one.diff == number
+            ]
+            if ranges:
+                mapper.map(file.fileno(), ranges)
+            _copy(mapping, file.fileno(), [one for one in copied if one.diff == number])
+
+
+def _copy(mapping: Mapping, file: int, segments: list[Segment]) -> None:
+    for one in segments:
+        done, length = 0, (one.after - one.first) * PAGE
+        while done < length:
+            data = os.pread(file, min(length - done, _CHUNK), one.at * PAGE + done)
+            if not data:
+                raise StateLost("a diff is shorter than its runs")
+            buffer = ctypes.create_string_buffer(data, len(data))
+            host.write_memory(mapping.pid, ctypes.addressof(buffer), [(mapping.start + one.first * PAGE + done, len(data))])
+            done += len(data)

@@ -1,0 +1,140 @@
+"""The files of sessions: what is a snapshot, what is only what a running hypervisor still has mapped, what is nobody's.
+
+sessions/<id>/overlay.qcow2          the disk
+sessions/<id>/snapshot-<N>/          what incarnation N left: a whole snapshot from the moment of one rename
+sessions/<id>/memory/                the same, void since its successor runs; the next snapshot is a diff over it
+sessions/<id>/snapshot.new, fold.new what was being written when somebody died
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import diffs, disks, host
+from .diffs import Manifest, Sum
+from .errors import StateLost
+
+_PREFIX, _BASE, _NEW, _FOLD = "snapshot-", "memory", "snapshot.new", "fold.new"
+OVERLAY = "overlay.qcow2"
+
+
+class Snapshots:
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def of(self, session: str) -> Path:
+        return self._directory / session
+
+    def overlay(self, session: str) -> Path:
+        return self.of(session) / OVERLAY
+
+    def held(self) -> dict[str, int]:
+        """Session to the incarnation whose snapshot is there."""
+        found: dict[str, int] = {}
+        for directory in self._directory.iterdir():
+            for number, _ in _snapshots(directory):
+                found[directory.name] = max(number, found.get(directory.name, 0))
+        return found
+
+    def newest(self, session: str) -> Path:
+        """Raises StateLost."""
+        there = sorted(_snapshots(self.of(session)))
+        if not there or not self.overlay(session).exists():
+            raise StateLost(f"session {session} has no snapshot on this host")
+        return there[-1][1]
+
+    # ---- a new one ----
+
+    def begin(self, session: str) -> Path:
+        """An empty directory to write a snapshot into."""
+        work = self.of(session) / _NEW
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        return work
+
+    def commit(self, session: str, incarnation: int, work: Path, chain: list[int], written: list[Sum]) -> Manifest:
+        """Makes what was written, with the diffs under it, the session's snapshot. Raises OSError, StateLost."""
+        files = list(written)
+        if chain:
+            base = self._base(session, chain)
+            known = {one.name: one for one in diffs.read_manifest(base).files}
+            diffs.link_chain(base, work, chain)
+            files += [known[name] for name in diffs.names(chain)]
+        manifest = Manifest([*chain, incarnation], files, self.overlay(session).stat().st_size)
+        diffs.write_manifest(work, manifest)
+        target = self.of(session) / f"{_PREFIX}{incarnation}"
+        shutil.rmtree(target, ignore_errors=True)
+        work.rename(target)
+        disks.sync_directory(self.of(session))
+        return manifest
+
+    def _base(self, session: str, chain: list[int]) -> Path:
+        """Where the diffs lie that a running hypervisor has mapped."""
+        directory = self.of(session)
+        places = [directory / _BASE, *(path for _, path in sorted(_snapshots(directory), reverse=True))]
+        for place in places:
+            if all((place / name).exists() for name in diffs.names(chain)):
+                return place
+        raise StateLost(f"session {session} has lost diffs {chain} that its memory is made of")
+
+    # ---- what becomes of one ----
+
+    def started(self, session: str, incarnation: int) -> None:
+        """`incarnation` runs: older snapshots are void; the newest of them stays as what is mapped."""
+        directory = self.of(session)
+        old = sorted((number, path) for number, path in _snapshots(directory) if number < incarnation)
+        if not old:
+            return
+        shutil.rmtree(directory / _BASE, ignore_errors=True)
+        old[-1][1].rename(directory / _BASE)
+        for _, path in old[:-1]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def called_off(self, session: str, incarnation: int) -> None:
+        """The guest of `incarnation` runs on: what it had saved is void."""
+        shutil.rmtree(self.of(session) / f"{_PREFIX}{incarnation}", ignore_errors=True)
+
+    def rest(self, session: str) -> None:
+        """Nothing is mapped any more: the base of the snapshot, whose files it shares, goes."""
+        for name in (_BASE, _NEW, _FOLD):
+            shutil.rmtree(self.of(session) / name, ignore_errors=True)
+
+    def needs_fold(self, session: str) -> bool:
+        with contextlib.suppress(StateLost):
+            return len(diffs.read_manifest(self.newest(session)).chain) >= diffs.FOLD_AT
+        return False
+
+    def fold(self, session: str) -> None:
+        """Writes the chain as one diff and puts it in the snapshot's place by one exchange. Nobody may resume meanwhile."""
+        snapshot, work = self.newest(session), self.of(session) / _FOLD
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            diffs.fold(snapshot, diffs.read_manifest(snapshot), work)
+            host.exchange(work, snapshot)
+            disks.sync_directory(self.of(session))
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def forget(self, session: str) -> None:
+        shutil.rmtree(self.of(session), ignore_errors=True)
+
+
+def _snapshots(directory: Path) -> Iterator[tuple[int, Path]]:
+    for path in directory.glob(f"{_PREFIX}[0-9]*"):
+        with contextlib.suppress(ValueError):
+            yield int(path.name.removeprefix(_PREFIX)), path
+
+
+def sync(paths: list[Path]) -> None:
+    """Makes files durable (fsync(2)). Raises OSError."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
