@@ -29,7 +29,7 @@ from .images.pipeline import Job, Pipeline
 from .images.registry import Registry
 from .observe import metrics
 from .observe.audit import AuditTrail
-from .rpc import Client, Connection, Reply, Server, Service
+from .rpc import Client, Connection, Reply, RpcError, Server, Service
 from .sessions.actions import Actions
 from .sessions.agent import AgentError
 from .sessions.host import Host
@@ -139,6 +139,14 @@ class Control:
         if session is None or session.incarnation != body.incarnation:
             raise AgentError("the MicroVM is not running")
         return Reply(None, [self.lifecycle.agent(session).shells.open(body.columns, body.rows).detach()])
+
+    async def rpc_traces(self, connection: Connection, body: m.SessionName) -> list[m.Trace]:
+        """Where the time of a session's last launch or resume, and of its last suspend, went."""
+        session = self.store.sessions.get(body.session)
+        if connection.uid != 0 or session is None:
+            raise RpcError("NotFound", f"MicroVM not found: {body.session}")
+        own = [m.Trace(one.work, one.started_at, one.steps) for one in self.lifecycle.traces(session)]
+        return own + await self.host.traces(session.id)
 
     async def rpc_activity(self, connection: Connection, body: m.Activity) -> None:
         self.lifecycle.activity(self.routes.worker_name(connection), body)

@@ -149,6 +149,22 @@ class Ended(msgspec.Struct):
     reason: str
 
 
+class Step(msgspec.Struct):
+    """One step of a launch, resume or suspend: which process took it, what it was, milliseconds."""
+
+    where: str
+    what: str
+    took_ms: float
+
+
+class Trace(msgspec.Struct):
+    """The last work on a session: launch, resume or suspend, when it began, and its steps."""
+
+    work: str
+    started_at: float
+    steps: list[Step]
+
+
 class BuildName(msgspec.Struct):
     build: str
 
@@ -283,6 +299,10 @@ class AccountFacts(msgspec.Struct):
     account: str
     name: str
     created_at: float
+
+
+class SessionName(msgspec.Struct):
+    session: str
 
 
 class KeyName(msgspec.Struct):

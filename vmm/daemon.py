@@ -19,6 +19,7 @@ import structlog
 
 from gateway import messages as m
 from gateway.config import Settings
+from gateway.observe.steps import Steps
 from gateway.rpc import Connection, Reply, Server, Service
 
 from . import disks, probe
@@ -63,6 +64,7 @@ class Vmm:
         )  # fmt: skip
         self.snapshots = Snapshots(settings.sessions_dir)
         self._folds: dict[str, asyncio.Task[None]] = {}
+        self._traces: dict[str, dict[str, Steps]] = {}
         self._sessions: dict[str, _Held] = {}
         self._preparing: dict[str, asyncio.Task[object]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -214,11 +216,14 @@ class Vmm:
 
     async def _prepare(self, body: m.PrepareRequest, image: Path, snapshot: Path, overlay: Path) -> None:
         """A try that fails costs a standby; the files are untouched until the guest runs, so one more may follow."""
+        steps = self._trace(body.session, "resume" if body.from_snapshot else "launch")
         for attempt in range(1, _PREPARE_TRIES + 1):
             link = await self.network.take()
             machine: Machine | None = None
             try:
                 machine = await self.standbys.take(image)
+                machine.steps = steps
+                steps.mark("standby and link taken")
                 machine.record.session, machine.record.incarnation = body.session, body.incarnation
                 if body.egress is not None:
                     await self.network.let_out(link, body.egress)
@@ -261,15 +266,19 @@ class Vmm:
         held = self._held(body.session, body.incarnation)
         async with held.lock:
             started = time.monotonic()
+            steps = held.machine.steps = self._trace(body.session, "suspend")
             await self.network.drained(held.link, _DRAIN_SECONDS)
+            steps.mark("sockets drained")
             overlay = self.snapshots.overlay(body.session)
             work = self.snapshots.begin(body.session)
             try:
                 written = await held.machine.save(work)
                 await asyncio.gather(*(asyncio.to_thread(sync, [path]) for path in (*(work / one.name for one in written), overlay)))
+                steps.mark("files synced")
                 manifest = await asyncio.to_thread(
                     self.snapshots.commit, body.session, body.incarnation, work, held.machine.record.chain, written
                 )
+                steps.mark("manifest written and renamed")
             except (VmmError, OSError) as error:
                 shutil.rmtree(work, ignore_errors=True)
                 with contextlib.suppress(VmmError):
@@ -308,7 +317,16 @@ class Vmm:
             await held.machine.kill()
             await self._let_go(body.session, held)
         await self._folded(body.session)
+        self._traces.pop(body.session, None)
         await asyncio.to_thread(self.snapshots.forget, body.session)
+
+    async def rpc_traces(self, connection: Connection, body: m.SessionRef) -> list[m.Trace]:
+        return [m.Trace(one.work, one.started_at, one.steps) for one in self._traces.get(body.session, {}).values()]
+
+    def _trace(self, session: str, work: str) -> Steps:
+        kind = "suspend" if work == "suspend" else "wake"
+        made = self._traces.setdefault(session, {})[kind] = Steps("vmm", work)
+        return made
 
     # ---- inside ----
 

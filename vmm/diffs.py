@@ -69,6 +69,25 @@ def write_runs(path: Path, runs: list[tuple[int, int]]) -> None:
     path.write_bytes(array.array("Q", [number for run in runs for number in run]).tobytes())
 
 
+def filled(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The runs with their smallest gaps filled, for at most a tenth more pages: each run costs a mapping, a page 4 KiB."""
+    room = page_count(runs) // 10
+    gaps = sorted((after[0] - before[1], at) for at, (before, after) in enumerate(itertools.pairwise(runs)))
+    closed: set[int] = set()
+    for size, at in gaps:
+        if size > room:
+            break
+        room -= size
+        closed.add(at)
+    made: list[tuple[int, int]] = []
+    for at, (first, after) in enumerate(runs):
+        if at - 1 in closed:
+            made[-1] = (made[-1][0], after)
+        else:
+            made.append((first, after))
+    return made
+
+
 def page_count(runs: Iterable[tuple[int, int]]) -> int:
     return sum(after - first for first, after in runs)
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import msgspec
 
 from gateway.messages import Sealed, Shape
+from gateway.observe.steps import Steps
 
 from .diffs import Sum
 from .errors import DiskFull, StateLost, VmmError
@@ -40,6 +41,7 @@ class Machine(Protocol):
     """A hypervisor process that holds, or is about to hold, one session."""
 
     record: Process
+    steps: Steps
 
     async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
         """Gives a standby the session's disk, network, changed pages and device state (an image has no changed pages). It does

@@ -141,7 +141,7 @@ def save_diff(mapping: Mapping, directory: Path, number: int) -> list[Sum]:
 
     Raises OSError (ENOSPC) before it writes where they would only fit into what the file system keeps for root.
     """
-    runs = host.private_pages(mapping.pid, mapping.start, mapping.end)
+    runs = diffs.filled(host.private_pages(mapping.pid, mapping.start, mapping.end))
     if diffs.page_count(runs) * PAGE > disks.free_bytes(directory):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
     source = os.open(f"/proc/{mapping.pid}/mem", os.O_RDONLY)

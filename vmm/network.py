@@ -42,7 +42,7 @@ link set {TAP} up
 addr add {METADATA_ADDRESS}/32 dev lo
 neigh replace {GUEST_ADDRESS} lladdr {GUEST_MAC} dev {TAP} nud permanent
 """
-_DEADLINE_SECONDS = 20
+_QUIET_SECONDS = 0.6  # after a take: a refill must not compete with the resume that it follows
 T = TypeVar("T")
 
 
@@ -100,6 +100,7 @@ class Network:
         self._ready: deque[Link] = deque()
         self._wanted = 0
         self._filling: asyncio.Task[None] | None = None
+        self._used = 0.0
         # Never a name that an earlier daemon gave away: a namespace may live on in somebody's socket.
         self._count = secrets.randbelow(900_000)
 
@@ -123,6 +124,7 @@ class Network:
 
     async def take(self) -> Link:
         link = self._ready.popleft() if self._ready else await self._call(self._create)
+        self._used = asyncio.get_running_loop().time()
         self._refill()
         return link
 
@@ -198,6 +200,10 @@ class Network:
 
     async def _fill(self) -> None:
         while len(self._ready) < self._wanted:
+            quiet = self._used + _QUIET_SECONDS - asyncio.get_running_loop().time()
+            if quiet > 0:
+                await asyncio.sleep(min(quiet, _QUIET_SECONDS))
+                continue
             self._ready.append(await self._call(self._create))
 
     def _create(self) -> Link:

@@ -12,7 +12,7 @@ from .driver import Driver, Machine, StateLost, VmmError
 
 log = structlog.get_logger()
 
-_QUIET_SECONDS = 0.3  # after a take: a refill must not compete with the resume that it follows
+_QUIET_SECONDS = 0.6  # after a take: a refill must not compete with the resume that it follows
 _UNUSED_SECONDS = 900.0
 
 

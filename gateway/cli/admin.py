@@ -1,4 +1,4 @@
-"""account, key, role, quota: the commands for who may do what. They speak with control's own socket, as root."""
+"""account, key, role, quota, trace: the commands that speak with control's own socket, as root."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from gateway import config
 from gateway import messages as m
 from gateway.rpc import Connection, RpcError
 
+from .client import resolve
 from .output import fail, show_json, show_table
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -34,6 +35,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(key, name="key")
     app.add_typer(role, name="role")
     app.command()(quota)
+    app.command()(trace)
 
 
 def ask(method: str, body: Any = None, kind: Any = None) -> Any:
@@ -203,3 +205,22 @@ def quota(as_json: Json = False) -> None:
     """
     columns = {"ACCOUNT": "account", "QUOTA": "what", "USED": "used", "LIMIT": "limit"}
     _show(ask("quota", None, list[m.QuotaUse]), columns, as_json)
+
+
+def trace(
+    identifier: Annotated[str, typer.Argument(metavar="ID", help="The microVM's id, or the beginning of it.")], as_json: Json = False
+) -> None:
+    """Show where the time of a microVM's last launch or resume, and of its last suspend, went.
+
+    Example: torpor trace 3f2a
+    """
+    found = ask("traces", m.SessionName(resolve(identifier)), list[m.Trace])
+    if as_json:
+        show_json([msgspec.to_builtins(one) for one in found])
+        return
+    rows = []
+    for one in sorted(found, key=lambda one: one.started_at):
+        total = sum(step.took_ms for step in one.steps)
+        rows.append((one.work, one.steps[0].where if one.steps else "", "in all", f"{total:.1f}"))
+        rows += [("", step.where, step.what, f"{step.took_ms:.1f}") for step in one.steps]
+    show_table(("WORK", "PROCESS", "STEP", "MS"), rows)

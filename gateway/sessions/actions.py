@@ -14,6 +14,7 @@ from typing import TypeVar
 import structlog
 
 from gateway.messages import EgressRules, HostState
+from gateway.observe.steps import Steps
 
 from . import hooks
 from .agent import Agent, AgentError, wake_frame
@@ -66,13 +67,18 @@ class Actions:
     async def launch(self, session: Session) -> None:
         """From the image to RUNNING. Not started yet: incarnation 0 is stored until the guest is about to run."""
         fire, begun = self._lifecycle.fire, False
+        steps = self._steps(session, "launch")
         try:
             async with self._turn:
+                steps.mark("turn")
                 await self._patiently(lambda: self._host.prepare(session.id, 1, session.image, False, self._egress(session)))
+                steps.mark("prepared by the host")
                 await self._begin(session, Event.STARTED)
                 begun = True
-                await self._start(session)
+                steps.mark("start stored")
+                await self._start(session, steps)
             await self.run_hook(session)
+            steps.mark("run hook")
         except hooks.HookError as error:
             await fire(session, Event.FAILED, hooks.runtime_reason("run", error))
         except (RpcError, AgentError, StoreError) as error:
@@ -90,6 +96,7 @@ class Actions:
     async def wake(self, session: Session, event: Event) -> None:
         """From the snapshot to RUNNING. Until `_begin` the snapshot is good and a failure leads back to SUSPENDED."""
         fire, begun = self._lifecycle.fire, False
+        steps = self._steps(session, "resume")
         resting = self._lifecycle.live(session).resting
         if resting is not None:
             await asyncio.wait([resting])
@@ -98,10 +105,13 @@ class Actions:
                 await self._patiently(lambda: self._host.prepare(
                     session.id, session.incarnation + 1, session.image, True, self._egress(session)
                 ))  # fmt: skip
+                steps.mark("prepared by the host")
                 await self._begin(session, event)
                 begun = True
-                await self._start(session)
+                steps.mark("start stored")
+                await self._start(session, steps)
             await self._hook(session, "resume")
+            steps.mark("resume hook")
         except hooks.HookError as error:
             await fire(session, Event.FAILED, hooks.runtime_reason("resume", error))
         except (RpcError, AgentError, StoreError) as error:
@@ -131,13 +141,22 @@ class Actions:
             session.incarnation -= 1
             raise
 
-    async def _start(self, session: Session) -> None:
+    def _steps(self, session: Session, work: str) -> Steps:
+        steps = Steps("control", work)
+        self._lifecycle.live(session).traces["suspend" if work == "suspend" else "wake"] = steps
+        return steps
+
+    async def _start(self, session: Session, steps: Steps | None = None) -> None:
         nonce = secrets.randbits(63)
         agent = self.attach(session, await self._host.start(session.id, session.incarnation, wake_frame(nonce)))
+        if steps is not None:
+            steps.mark("cont")
         woken = agent.expect(nonce)
         try:
             async with asyncio.timeout(_WOKEN_SECONDS):
                 await woken
+            if steps is not None:
+                steps.mark("agent answered")
         except TimeoutError as error:
             raise AgentError(f"the guest did not answer in {_WOKEN_SECONDS:g} s after it was restored") from error
 
@@ -190,6 +209,7 @@ class Actions:
         idle = event is Event.IDLE
         fire = self._lifecycle.fire
         known = dict(live.counts)
+        steps = self._steps(session, "suspend")
         answers, complete = await self._routes.close_gate(session, self._settings.suspend.gate_seconds)
         if idle:
             moved = any(answer.waiting or answer.count != known.get(worker, 0) for worker, answer in answers.items())
@@ -198,13 +218,17 @@ class Actions:
                 return
         else:
             await self._routes.drain(session, self._settings.suspend.drain_seconds, cut=False)
+        steps.mark("gate closed, answers drained")
         try:
             await self._hook(session, "suspend")
+            steps.mark("suspend hook")
             if idle and session.hooks.timeout("suspend") is None and self._wanted(live):
                 await self._call_off(session, live)
                 return
             await self._routes.drain(session, 0, cut=True)
+            steps.mark("streams cut")
             saved = await self._host.suspend(session.id, session.incarnation)
+            steps.mark("saved by the host")
         except hooks.HookError as error:
             await fire(session, Event.FAILED, hooks.runtime_reason("suspend", error))
         except RpcError as error:

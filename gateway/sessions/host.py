@@ -57,6 +57,10 @@ class Host:
     async def suspend(self, session: str, incarnation: int) -> m.Suspended:
         return await self._client.call("suspend", m.SessionRef(session, incarnation), m.Suspended, timeout=_SUSPEND_SECONDS)  # type: ignore[no-any-return]
 
+    async def traces(self, session: str) -> list[m.Trace]:
+        """The host's part of the last launch or resume, and of the last suspend."""
+        return await self._client.call("traces", m.SessionRef(session, 0), list[m.Trace])  # type: ignore[no-any-return]
+
     async def unpause(self, session: str, incarnation: int) -> None:
         await self._client.call("unpause", m.SessionRef(session, incarnation))
 

@@ -17,6 +17,7 @@ import structlog
 
 from gateway.config import Settings
 from gateway.messages import Activity, EgressRules, Ended
+from gateway.observe.steps import Steps
 
 from .agent import Agent, AgentError
 from .deadlines import Deadlines
@@ -50,6 +51,7 @@ class Live:
         self.lock = asyncio.Lock()
         self.agent: Agent | None = None
         self.services: GuestServices | None = None
+        self.traces: dict[str, Steps] = {}
         self.task: asyncio.Task[None] | None = None
         self.resting: asyncio.Task[None] | None = None  # ends the hypervisor of a session that was just saved
         self.deferred: list[Event] = []
@@ -172,6 +174,10 @@ class Lifecycle:
         if live is None:
             live = self._live[session.id] = Live(self._loop.time())
         return live
+
+    def traces(self, session: Session) -> list[Steps]:
+        live = self._live.get(session.id)
+        return list(live.traces.values()) if live is not None else []
 
     def agent(self, session: Session) -> Agent:
         """A running session's. Raises AgentError."""

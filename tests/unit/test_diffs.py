@@ -74,6 +74,15 @@ def test_the_last_write_shows_and_folding_keeps_it(writes: list[set[int]]) -> No
             diffs.verify(folded / one.name, one)
 
 
+@given(st.sets(st.integers(0, 400), min_size=1))
+def test_filling_gaps_keeps_every_page_and_adds_a_tenth_at_most(pages: set[int]) -> None:
+    runs = runs_from(pages)
+    made = diffs.filled(runs)
+    covered = {page for first, after in made for page in range(first, after)}
+    assert pages <= covered and len(covered) <= len(pages) * 1.1 and len(made) <= len(runs)
+    assert runs_from(covered) == made
+
+
 @pytest.mark.parametrize("name", ["1.pages", "1.runs", "devices.state"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_damage_is_noticed(tmp_path: Path, name: str, damage: str) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import msgspec
 
+from gateway.observe.steps import Steps
+
 from .. import diffs, host, mapping, memory
 from ..diffs import Sum
 from ..driver import DiskFull, Process, StateLost, VmmError
@@ -50,6 +52,7 @@ class QemuMachine:
         mapper: mapping.Mapper | None = None,
     ) -> None:  # fmt: skip
         self.record = record
+        self.steps = Steps("vmm", "")
         self.image_memory: int | None = None  # of a machine that boots: what will be the image's memory
         self._directory = directory
         self._network = network
@@ -113,11 +116,14 @@ class QemuMachine:
             removed = qmp.send("blockdev-del", node_name="d0")
             if (snapshot / diffs.MANIFEST).exists() and self._mapper is not None:
                 await self._load_memory(snapshot)
+            self.steps.mark("memory mapped and checked")
             await removed
+            self.steps.mark("network and disk attached")
             state = os.open(snapshot / DEVICES, os.O_RDONLY | os.O_CLOEXEC)
             await self._give("getfd", state, fdname="state")
             await qmp.run("migrate-incoming", uri="fd:state")
             await self._loaded()
+            self.steps.mark("device state loaded")
         except (QmpError, OSError, ValueError, LookupError) as error:
             raise StateLost(f"session {self.record.session} could not be loaded from {snapshot}: {error}") from error
         self.record.phase = "prepared"
@@ -142,6 +148,7 @@ class QemuMachine:
             raise QmpError(f"unexpected status {status} after the load")
 
     async def resume(self, wake: bytes) -> int:
+        self.steps.mark("control stored the start")
         channel = await self.agent()
         try:
             self.record.phase = "starting"
@@ -153,6 +160,7 @@ class QemuMachine:
             self.record.phase = "running"
             self.save_record()
             self._close_mapper()
+            self.steps.mark("cont")
         except (QmpError, OSError) as error:
             os.close(channel)
             raise StateLost(f"session {self.record.session} could not be started: {error}") from error
@@ -191,11 +199,14 @@ class QemuMachine:
             self.record.phase = "stopped"
             await self.qmp.run("stop")
             self.save_record()
+            self.steps.mark("stop")
             _, written = await asyncio.gather(
                 self.save_devices(directory),
                 asyncio.to_thread(memory.save_diff, self.mapping(), directory, self.record.incarnation),
             )
-            return [await asyncio.to_thread(diffs.checksum, directory / DEVICES), *written]
+            summed = await asyncio.to_thread(diffs.checksum, directory / DEVICES)
+            self.steps.mark("devices and changed pages written")
+            return [summed, *written]
         except (QmpError, OSError, LookupError) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(f"no room for the snapshot in {directory}: free some, or move --root") from error
