@@ -57,6 +57,9 @@ class Nothing:
             made.append(one.detach())
         return Reply(None, made)
 
+    async def rpc_rest(self, connection: Connection, body: m.RestRequest) -> None:
+        pass
+
     async def rpc_kill(self, connection: Connection, body: m.SessionRef) -> None:
         pass
 

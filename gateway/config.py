@@ -133,6 +133,8 @@ class Suspend(BaseModel):
 class Standbys(BaseModel):
     per_image: int = Field(2, ge=0, le=64, description="hypervisors kept waiting for each image in use")
     links: int = Field(4, ge=0, le=256, description="network namespaces kept ready")
+    warm: int = Field(4, ge=0, le=256, description="suspended sessions whose paused hypervisors are kept, memory permitting")
+    warm_seconds: float = Field(300.0, gt=0, description="how long a paused hypervisor is kept")
 
 
 class Users(BaseModel):

@@ -113,6 +113,14 @@ class SessionRef(msgspec.Struct):
     incarnation: int
 
 
+class RestRequest(msgspec.Struct):
+    """A session is SUSPENDED, its snapshot durable: its hypervisor may end, or stay paused where `keep` and the host allow it."""
+
+    session: str
+    incarnation: int
+    keep: bool
+
+
 class Suspended(msgspec.Struct):
     """A durable snapshot: bytes of changed memory, device state, and of the overlay as it lies on the disk."""
 
@@ -123,7 +131,7 @@ class Suspended(msgspec.Struct):
 
 
 class SessionState(msgspec.Struct):
-    """One hypervisor that holds a session. `phase`: prepared, starting, running, stopped."""
+    """One hypervisor that holds a session. `phase`: prepared, starting, running, stopped, warm."""
 
     session: str
     incarnation: int

@@ -80,7 +80,7 @@ class Instance:
             "ROOT": str(self.root), "RUN": str(self.run), "NAME": name, "EDGE__PORT": str(self.edge_port),
             "API__PORT": str(free_port()), "API__METRICS_PORT": str(free_port()), "OBJECT_STORE__PORT": str(free_port()),
             "USERS__FIRST": str(first_uid), "LIMITS__MIN_IDLE_SECONDS": "1",
-            "EGRESS__CLOSED": "true",
+            "EGRESS__CLOSED": "true", "STANDBYS__WARM": "0",
         }  # fmt: skip
         self.environment |= {f"TORPOR_{key}": value for key, value in (defaults | settings).items()}
         self.process: subprocess.Popen[str] | None = None

@@ -34,7 +34,7 @@ from .standbys import Standbys
 log = structlog.get_logger()
 
 _DRAIN_SECONDS = 0.05
-_HOUSEKEEPING_SECONDS = 60
+_HOUSEKEEPING_SECONDS = 10
 _PREPARE_TRIES = 2
 
 
@@ -64,6 +64,7 @@ class Vmm:
         )  # fmt: skip
         self.snapshots = Snapshots(settings.sessions_dir)
         self._folds: dict[str, asyncio.Task[None]] = {}
+        self._warm: dict[str, float] = {}  # sessions whose hypervisors are paused, and since when; oldest first
         self._traces: dict[str, dict[str, Steps]] = {}
         self._sessions: dict[str, _Held] = {}
         self._preparing: dict[str, asyncio.Task[object]] = {}
@@ -82,7 +83,9 @@ class Vmm:
             if not record.session or record.phase == "standby":  # waiting, or half prepared
                 await machine.kill()
                 continue
-            self._hold(record.session, machine, Link(self._settings.runtime / "netns" / record.link))
+            held = self._hold(record.session, machine, Link(self._settings.runtime / "netns" / record.link))
+            if record.phase == "warm":
+                self._keep_warm(record.session, held)
         self.network.start({held.link.path for held in self._sessions.values()}, self._settings.standbys.links)
         self.builder.start()
         for leftover in self._settings.images_dir.glob(".*"):
@@ -108,6 +111,10 @@ class Vmm:
         return self._info
 
     async def rpc_usage(self, connection: Connection, body: None) -> m.Usage:
+        """What is warm is given up where its memory is wanted."""
+        wanted = (self._settings.limits.reserve_mib + 2 * self._settings.limits.growth_mib) << 20
+        while self._warm and probe.memory_available_bytes() < wanted:
+            await self._cool(next(iter(self._warm)))
         running = [self._cgroups.memory_bytes(held.machine.record.vm) for held in self._sessions.values()]
         expected = self._settings.limits.growth_mib << 20
         return m.Usage(
@@ -188,8 +195,14 @@ class Vmm:
 
     async def rpc_prepare(self, connection: Connection, body: m.PrepareRequest) -> None:
         held = self._sessions.get(body.session)
+        if held is not None and held.machine.record.phase == "cooling":
+            await held.machine.wait()
+            held = self._sessions.get(body.session)
         if held is not None:
             if held.machine.record.incarnation == body.incarnation:
+                return
+            if body.from_snapshot and self._warm.pop(body.session, None) is not None:
+                self._warm_up(held, body.incarnation)
                 return
             raise VmmError(f"session {body.session} is held by incarnation {held.machine.record.incarnation}")
         image = self._settings.images_dir / body.image
@@ -305,12 +318,49 @@ class Vmm:
             await self._let_go(body.session, held)
             await self._rest(body.session)
 
+    async def rpc_rest(self, connection: Connection, body: m.RestRequest) -> None:
+        """The paused hypervisor stays where there is room for one more; the one that rested longest goes for it."""
+        held = self._sessions.get(body.session)
+        if held is None or held.machine.record.incarnation != body.incarnation or body.session in self._warm:
+            return
+        if not body.keep or not self._settings.standbys.warm:
+            await self.rpc_kill(connection, m.SessionRef(body.session, body.incarnation))
+            return
+        held.machine.record.phase = "warm"
+        held.machine.save_record()
+        self._keep_warm(body.session, held)
+        while len(self._warm) > self._settings.standbys.warm:
+            await self._cool(next(iter(self._warm)))
+
+    def _keep_warm(self, session: str, held: _Held) -> None:
+        held.expected = True  # its end is no loss: the snapshot is durable
+        self._warm[session] = asyncio.get_running_loop().time()
+
+    def _warm_up(self, held: _Held, incarnation: int) -> None:
+        """The paused process becomes the session's next incarnation, as if it had been loaded from the snapshot."""
+        held.machine.steps = self._trace(held.machine.record.session, "resume, warm")
+        held.expected = False
+        held.machine.record.incarnation = incarnation
+        held.machine.record.phase = "prepared"
+        held.machine.save_record()
+        held.machine.steps.mark("still there, paused")
+
+    async def _cool(self, session: str) -> None:
+        self._warm.pop(session, None)
+        held = self._sessions.get(session)
+        if held is not None:
+            held.machine.record.phase = "cooling"
+            await held.machine.kill()
+            await self._let_go(session, held)
+            await self._rest(session)
+
     async def rpc_forget(self, connection: Connection, body: m.SessionRef) -> None:
         """Ends whatever is left of a session, or under way for it, and removes its files."""
         preparing = self._preparing.get(body.session)
         if preparing is not None:
             preparing.cancel()
             await asyncio.wait([preparing])
+        self._warm.pop(body.session, None)
         held = self._sessions.get(body.session)
         if held is not None:
             held.expected = True
@@ -336,14 +386,17 @@ class Vmm:
             raise StateLost(f"session {session} has no hypervisor of incarnation {incarnation}")
         return held
 
-    def _hold(self, session: str, machine: Machine, link: Link) -> None:
+    def _hold(self, session: str, machine: Machine, link: Link) -> _Held:
         held = _Held(machine, link)
         self._sessions[session] = held
         self._spawn(self._watch(session, held))
+        return held
 
     async def _watch(self, session: str, held: _Held) -> None:
         await held.machine.wait()
         if held.expected:
+            if self._warm.pop(session, None) is not None:  # a paused one died: the session is as cold as any
+                await self._let_go(session, held)
             return
         log.warning("hypervisor.ended", session=session, vm=held.machine.record.vm)
         await self._let_go(session, held)
@@ -380,6 +433,9 @@ class Vmm:
         while True:
             await asyncio.sleep(_HOUSEKEEPING_SECONDS)
             await self.standbys.drop_unused()
+            late = asyncio.get_running_loop().time() - self._settings.standbys.warm_seconds
+            for session in [session for session, since in self._warm.items() if since < late]:
+                await self._cool(session)
 
     def _spawn(self, work: object) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]

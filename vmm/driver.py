@@ -43,6 +43,9 @@ class Machine(Protocol):
     record: Process
     steps: Steps
 
+    def save_record(self) -> None:
+        """Writes the record where a restarted daemon finds it."""
+
     async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
         """Gives a standby the session's disk, network, changed pages and device state (an image has no changed pages). It does
         not run yet. Raises StateLost."""

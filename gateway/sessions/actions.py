@@ -261,9 +261,11 @@ class Actions:
         await self._lifecycle.fire(session, Event.NOT_SAVED, str(error))
 
     async def rest(self, session: Session) -> None:
-        await self._patiently(lambda: self._host.kill(session.id, session.incarnation))
         policy = session.idle_policy
-        if policy is not None and session.suspended_by == "idle" and policy.suspended == 0:
+        is_over = policy is not None and session.suspended_by == "idle" and policy.suspended == 0
+        keep = not is_over and session.suspended_by != "stop"
+        await self._patiently(lambda: self._host.rest(session.id, session.incarnation, keep))
+        if is_over:
             await self._lifecycle.fire(session, Event.WINDOW_OVER, "MicroVM exceeded maximum lifetime.")
             return
         self._lifecycle.rested(session)
@@ -302,7 +304,7 @@ class Actions:
         elif session.state is State.TERMINATING:
             await self.destroy(session, Event.LOST)
         elif session.state is State.SUSPENDED:
-            if held is not None:
+            if held is not None and held.phase != "warm":
                 await self._host.kill(session.id, held.incarnation)
             if saved != session.incarnation:
                 await fire(session, Event.LOST, "The snapshot of the MicroVM is not on this host any more.")

@@ -57,6 +57,9 @@ class ScriptedHost:
         await self._call("kill", session)
         self.held.pop(session, None)
 
+    async def rest(self, session: str, incarnation: int, keep: bool) -> None:
+        await self.kill(session, incarnation)
+
     async def forget(self, session: str) -> None:
         await self._call("forget", session)
         self.held.pop(session, None)

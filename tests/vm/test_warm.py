@@ -1,0 +1,119 @@
+"""Suspended sessions whose hypervisors are still there, paused: they wake at once, and nothing is lost when they go."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from service import Instance, app_files, served, until
+from wire import get
+
+pytestmark = pytest.mark.vm
+POLICY = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
+
+
+@pytest.fixture(scope="module")
+def warm(host_before: dict[str, set[str]]) -> Iterator[tuple[Instance, str]]:
+    one = Instance("testw", 700_000 + 5 * 262_144, STANDBYS__WARM="1", STANDBYS__PER_IMAGE="1")
+    with served(one):
+        arn = one.create("app", one.upload(app_files()))
+        assert one.built(arn)["buildState"] == "SUCCESSFUL"
+        yield one, arn
+
+
+class Sleeper:
+    def __init__(self, instance: Instance, arn: str) -> None:
+        self.instance = instance
+        vm = instance.launch(arn, idlePolicy=POLICY)
+        self.id, self.endpoint, self.token = vm["microvmId"], vm["endpoint"], instance.token(vm["microvmId"])
+        self.visits = 0
+
+    def visit(self) -> dict[str, Any]:
+        facts = get(self.endpoint, self.instance.root / "tls/ca.crt", self.token).json()
+        self.visits += 1
+        assert facts["counter"] == self.visits
+        return dict(facts)
+
+    def suspend(self) -> None:
+        self.instance.client().suspend_microvm(microvmIdentifier=self.id)
+        self.instance.state(self.id, "SUSPENDED")
+
+    def process(self) -> dict[str, Any] | None:
+        return self.instance.hypervisors().get(self.id)
+
+
+def is_warm(one: Sleeper) -> bool:
+    process = one.process()
+    return process is not None and process["phase"] == "warm"
+
+
+def test_it_wakes_in_the_same_process_and_sleeps_again(warm: tuple[Instance, str]) -> None:
+    instance, arn = warm
+    one = Sleeper(instance, arn)
+    before = one.visit()
+    pid = one.process()["pid"]  # type: ignore[index]
+    for _ in range(3):
+        one.suspend()
+        until(lambda: is_warm(one))
+        assert next((instance.root / "sessions" / one.id).glob("snapshot-*")), "warm or not, the snapshot is durable"
+        after = one.visit()
+        assert one.process()["pid"] == pid and after["random"] != before["random"]  # type: ignore[index]
+        assert abs(after["time"] - before["time"]) < 30
+    instance.terminate(one.id)
+
+
+def test_a_second_one_takes_the_firsts_place_and_both_wake(warm: tuple[Instance, str]) -> None:
+    instance, arn = warm
+    one, two = Sleeper(instance, arn), Sleeper(instance, arn)
+    for sleeper in (one, two):
+        sleeper.visit()
+        sleeper.suspend()
+        until(lambda sleeper=sleeper: is_warm(sleeper))
+    until(lambda: one.process() is None)
+    one.visit()
+    two.visit()
+    one.suspend()
+    one.visit()
+    instance.terminate(one.id, two.id)
+
+
+def test_a_paused_hypervisor_that_dies_is_no_loss(warm: tuple[Instance, str]) -> None:
+    instance, arn = warm
+    one = Sleeper(instance, arn)
+    one.visit()
+    one.suspend()
+    until(lambda: is_warm(one))
+    os.kill(one.process()["pid"], signal.SIGKILL)  # type: ignore[index]
+    until(lambda: one.process() is None)
+    assert instance.describe(one.id)["state"] == "SUSPENDED"
+    one.visit()
+    instance.terminate(one.id)
+
+
+@pytest.mark.parametrize("child", ["vmm", "control"])
+def test_restarts_leave_it_warm(warm: tuple[Instance, str], child: str) -> None:
+    instance, arn = warm
+    one = Sleeper(instance, arn)
+    one.visit()
+    one.suspend()
+    until(lambda: is_warm(one))
+    pid = one.process()["pid"]  # type: ignore[index]
+    instance.kill(child)
+    until(lambda: instance.describe(one.id)["state"] == "SUSPENDED")
+    one.visit()
+    assert one.process()["pid"] == pid  # type: ignore[index]
+    one.suspend()
+    one.visit()
+    instance.terminate(one.id)
+
+
+def test_it_may_be_terminated_in_its_sleep(warm: tuple[Instance, str]) -> None:
+    instance, arn = warm
+    one = Sleeper(instance, arn)
+    one.suspend()
+    until(lambda: is_warm(one))
+    instance.terminate(one.id)
+    assert one.process() is None and not (instance.root / "sessions" / one.id).exists()
