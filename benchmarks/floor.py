@@ -88,7 +88,7 @@ class Floor:
             answer += agent.recv(65536)
         guest = self._inside(socket.socket)
         guest.connect((network.GUEST_ADDRESS, 8080))
-        guest.sendall(b"GET /state HTTP/1.1\r\nHost: floor\r\n\r\n")
+        guest.sendall(b"GET / HTTP/1.1\r\nHost: floor\r\n\r\n")
         guest.recv(1)
         return time.perf_counter() - started
 
@@ -117,6 +117,14 @@ class Floor:
         self.process.wait()
         network.destroy_namespace(self.work / "netns")
         shutil.rmtree(self.work)
+
+    def close(self) -> None:
+        os.close(self.memory)
+
+    def cpu_seconds(self) -> float:
+        """Processor time of the hypervisor so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _listen(self, name: str) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)

@@ -1,15 +1,21 @@
 """`make bench-lifecycle`: launch, suspend, resume through the whole service, interleaved with the bare hypervisor.
 
-What is timed begins with the user's first byte and ends with the first byte of a 200 (TLS, token, hold and resume
-included), or, for a suspend, with the API saying SUSPENDED, which it does when the snapshot is durable.
+What is timed begins with the user's first byte and ends with the first byte of a 200 (TLS, token, hold and resume included), or,
+for a suspend, with the API saying SUSPENDED, which it does when the snapshot is durable. The floor is the best hand-made
+sequence: a waiting process, mapped pages, device state by descriptor, `cont`, the agent's answer, then a GET.
+
+A bare name is the p50 of a 512 MiB guest with 2 MiB changed, on a small static server; ROUNDS, SIZES and CHANGES may be set.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,113 +23,256 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 from floor import Floor  # noqa: E402
-from report import note, percentiles  # noqa: E402
-from service import Instance, app_files, until  # noqa: E402
+from report import figure, note, percentile, percentiles  # noqa: E402
+from service import Instance, until  # noqa: E402
 from wire import Endpoint  # noqa: E402
 
-ROUNDS = int(os.environ.get("ROUNDS", "30"))
+ROUNDS = int(os.environ.get("ROUNDS", "15"))
+SIZES = [int(one) for one in os.environ.get("SIZES", "512,2048,8192").split(",")]
+CHANGES = [int(one) for one in os.environ.get("CHANGES", "2,16,64,256").split(",")]
 POLICY = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
-DIRTY_MIB = 8  # what the application changed before it sleeps
+MINIMUM = {512: 512, 2048: 512, 8192: 2048}  # the size to ask for, by what the guest is to see
+HERD, CLONES = 40, 50
 
 
 class Bench:
-    def __init__(self, instance: Instance) -> None:
-        self.instance = instance
-        self.ca = instance.root / "tls/ca.crt"
-        self.api = instance.client()
+    """An instance whose guests see `size` MiB, and an image of the small server in it."""
+
+    def __init__(self, size: int, uid: int, **settings: str) -> None:
+        self.instance = Instance(f"bench{size}", uid, LIMITS__GUEST_MIB=str(size), STANDBYS__LINKS="8", **settings)
+        self.size = size
         self.seen: dict[str, list[float]] = {}
+
+    def start(self) -> None:
+        self.instance.start()
+        self.ca = self.instance.root / "tls/ca.crt"
+        self.api = self.instance.client()
+        made = self.instance.directory / "server"
+        subprocess.run(["musl-gcc", "-static", "-O2", "-Wall", "-o", str(made), str(REPO / "benchmarks/guest/server.c")], check=True)
+        files = {"server": made.read_bytes(), "Dockerfile": (REPO / "benchmarks/guest/Dockerfile").read_bytes()}
+        self.arn = self.instance.create("server", self.instance.upload(files), resources=[{"minimumMemoryInMiB": MINIMUM[self.size]}])
+        assert self.instance.built(self.arn)["buildState"] == "SUCCESSFUL"
+
+    def close(self) -> None:
+        if self.instance.process is not None:
+            self.instance.stop()
+        self.instance.remove()
 
     def record(self, name: str, seconds: float) -> None:
         self.seen.setdefault(name, []).append(seconds * 1000)
 
-    def first_byte(self, endpoint: str, token: str, path: str = "/state") -> float:
+    def first_byte(self, vm: dict[str, Any], path: str = "/") -> float:
         """Seconds from the connect to the first byte of a 200."""
         started = time.perf_counter()
-        one = Endpoint(endpoint, self.ca)
-        one.request(path, token)
+        one = Endpoint(vm["endpoint"], self.ca)
+        one.request(path, vm["token"])
         first = one.sock.recv(12)
         seconds = time.perf_counter() - started
         assert first == b"HTTP/1.1 200", first
         one.close()
         return seconds
 
-    def launch(self, arn: str) -> dict[str, Any]:
+    def launch(self) -> dict[str, Any]:
         started = time.perf_counter()
-        vm = dict(self.api.run_microvm(imageIdentifier=arn, idlePolicy=POLICY))
-        self.record("run_reply_ms", time.perf_counter() - started)
+        vm = dict(self.api.run_microvm(imageIdentifier=self.arn, idlePolicy=POLICY))
+        self.record("run_reply", time.perf_counter() - started)
         vm["token"] = self.instance.token(vm["microvmId"])
-        self.first_byte(vm["endpoint"], vm["token"])
-        self.record("launch_first_byte", time.perf_counter() - started)
+        self.first_byte(vm)
+        self.record("launch", time.perf_counter() - started)
         return vm
 
-    def suspend(self, identifier: str) -> None:
+    def suspend(self, vm: dict[str, Any], cold: bool = True) -> float:
+        """Seconds until the API says SUSPENDED."""
+        identifier = vm["microvmId"]
         started = time.perf_counter()
         self.api.suspend_microvm(microvmIdentifier=identifier)
         while self.api.get_microvm(microvmIdentifier=identifier)["state"] != "SUSPENDED":
             pass
-        self.record("suspend_durable_ms", time.perf_counter() - started)
-        until(lambda: identifier not in self.instance.hypervisors())
+        seconds = time.perf_counter() - started
+        if cold:
+            until(lambda: identifier not in self.instance.hypervisors())
+        time.sleep(0.7)  # what is made anew after a while is made: the next figure is of a host at rest
+        return seconds
 
-    def service_round(self, arn: str, vm: dict[str, Any]) -> None:
-        self.suspend(vm["microvmId"])
-        self.record("resume_cold_first_byte", self.first_byte(vm["endpoint"], vm["token"]))
-        self.record("next_request", self.first_byte(vm["endpoint"], vm["token"]))
-        other = self.launch(arn)
-        self.instance.terminate(other["microvmId"])
+    def steps(self, vm: dict[str, Any]) -> dict[str, float]:
+        """Milliseconds to `cont` of the last resume, and of the last suspend in the host, as `torpor trace` has them."""
+        import json
 
-    def floor_round(self, floor: Floor) -> None:
-        floor.standby()
-        self.record("floor_resume", floor.restore(is_launch=False))
-        self.record("floor_suspend", floor.suspend())
-        floor.end()
-        floor.standby()
-        self.record("floor_launch", floor.restore(is_launch=True))
-        floor.end()
+        found = json.loads(self.instance.command("torpor", "trace", vm["microvmId"], "--json").stdout)
+        host = [one for one in found if one["steps"] and one["steps"][0]["where"] == "vmm"]
+        return {("suspend" if one["work"] == "suspend" else "resume"): sum(step["took_ms"] for step in one["steps"]) for one in host}
 
 
-def template(bench: Bench, vm: dict[str, Any], directory: Path) -> Floor:
+def floor_of(bench: Bench, vm: dict[str, Any]) -> Floor:
     """A floor that starts from a copy of this session's snapshot."""
-    instance = bench.instance
-    bench.suspend(vm["microvmId"])
+    instance, directory = bench.instance, bench.instance.directory / f"floor-{time.monotonic_ns()}"
+    directory.mkdir()
+    bench.suspend(vm)
     session = instance.root / "sessions" / vm["microvmId"]
-    snapshot = next(session.glob("snapshot-*"))
-    shutil.copytree(snapshot, directory / "snapshot")
+    shutil.copytree(next(session.glob("snapshot-*")), directory / "snapshot")
     shutil.copy(session / "overlay.qcow2", directory / "overlay.qcow2")
-    bench.first_byte(vm["endpoint"], vm["token"])
+    bench.first_byte(vm)
     image = next(path for path in (instance.root / "images").iterdir() if (path / "manifest.json").exists())
     return Floor(image, directory / "snapshot", directory / "overlay.qcow2", directory)
 
 
+def cold(bench: Bench, change: int, rounds: int) -> None:
+    """Resumes, launches and suspends of a session with `change` MiB changed, each beside the floor's."""
+    vm = bench.launch()
+    bench.first_byte(vm, f"/dirty?mib={change}")
+    floor = floor_of(bench, vm)
+    suffix = f"_{change}mib"
+    for number in range(rounds + 1):
+        if number == 1:
+            bench.seen = {name: values for name, values in bench.seen.items() if not name.endswith(suffix)}  # that was warming up
+        bench.record(f"suspend{suffix}", bench.suspend(vm))
+        bench.record(f"resume{suffix}", bench.first_byte(vm))
+        bench.record(f"next{suffix}", bench.first_byte(vm))
+        steps = bench.steps(vm)
+        bench.record(f"to_cont{suffix}", steps["resume"] / 1e3)
+        floor.standby()
+        bench.record(f"floor_resume{suffix}", floor.restore(is_launch=False))
+        bench.record(f"floor_suspend{suffix}", floor.suspend())
+        floor.end()
+    bench.instance.terminate(vm["microvmId"])
+    floor.close()
+
+
+def launches(bench: Bench, rounds: int) -> None:
+    vm = bench.launch()
+    floor = floor_of(bench, vm)
+    bench.seen["launch"], bench.seen["run_reply"] = [], []
+    for _ in range(rounds):
+        other = bench.launch()
+        bench.instance.terminate(other["microvmId"])
+        floor.standby()
+        bench.record("floor_launch", floor.restore(is_launch=True))
+        floor.end()
+        time.sleep(0.7)
+    bench.instance.terminate(vm["microvmId"])
+    floor.close()
+
+
+def together(work: Callable[[dict[str, Any]], float], vms: list[dict[str, Any]]) -> float:
+    """Seconds until all are answered."""
+    threads = [threading.Thread(target=work, args=(vm,)) for vm in vms]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - started
+
+
+def herd(bench: Bench) -> None:
+    """40 sessions asked for at the same moment, over 40 times the floor's processor time divided by the cores."""
+    vms = [bench.launch() for _ in range(HERD)]
+    floor = floor_of(bench, vms[0])
+    seconds, used = [], []
+    for _ in range(3):
+        for vm in vms:
+            bench.api.suspend_microvm(microvmIdentifier=vm["microvmId"])
+        for vm in vms:
+            bench.instance.state(vm["microvmId"], "SUSPENDED")
+        until(lambda: not set(bench.instance.hypervisors()) & {vm["microvmId"] for vm in vms})
+        time.sleep(2)
+        seconds.append(together(bench.first_byte, vms))
+    for _ in range(5):
+        floor.standby()
+        before = floor.cpu_seconds()
+        floor.restore(is_launch=False)
+        used.append(floor.cpu_seconds() - before)
+        floor.end()
+    least = HERD * percentile(used, 0.5) / (os.cpu_count() or 1)
+    figure("herd_40", percentile(seconds, 0.5), "s", "floor", least)
+    for vm in vms:
+        bench.instance.terminate(vm["microvmId"])
+    floor.close()
+
+
+def clones(bench: Bench) -> None:
+    """Memory of 50 idle clones over that of 50 separate ones: what one alone keeps, its image's memory included."""
+    group = next(path for path in Path("/sys/fs/cgroup").rglob(f"torpor-{bench.instance.name}") if "memory" in str(path))
+
+    def memory() -> float:
+        usage = next(path for path in (group / "memory.usage_in_bytes", group / "memory.current") if path.exists())
+        return int(usage.read_text()) / (1 << 20)
+
+    vms = [bench.launch()]
+    time.sleep(2)
+    one = memory()
+    vms += [bench.launch() for _ in range(CLONES - 1)]
+    time.sleep(2)
+    figure("clone_memory", memory() / CLONES, "MiB", "separate", one)
+    for vm in vms:
+        bench.instance.terminate(vm["microvmId"])
+
+
+def warm(bench: Bench, rounds: int) -> None:
+    vm = bench.launch()
+    bench.first_byte(vm, "/dirty?mib=2")
+    for _ in range(rounds):
+        bench.suspend(vm, cold=False)
+        bench.record("warm", bench.first_byte(vm))
+        for _ in range(3):
+            bench.record("running", bench.first_byte(vm))
+    bench.instance.terminate(vm["microvmId"])
+
+
+def report(bench: Bench) -> None:
+    seen = bench.seen
+    percentiles("resume_cold_first_byte", seen["resume_2mib"], "ms", "floor", seen["floor_resume_2mib"])
+    percentiles("launch_first_byte", seen["launch"], "ms", "floor", seen["floor_launch"])
+    percentiles("suspend_durable_ms", seen["suspend_2mib"], "ms", "floor", seen["floor_suspend_2mib"])
+    percentiles("run_reply_ms", seen["run_reply"], "ms")
+    percentiles("next_request", seen["next_2mib"], "ms")
+
+
+def sizes(bench: Bench, small: Bench | None) -> None:
+    """Of each size and change: the resume, the suspend, and what of the resume is the host's until `cont`."""
+    name = f"{bench.size // 1024}gib" if bench.size >= 1024 else f"{bench.size}mib"
+    for change in CHANGES:
+        suffix = f"_{change}mib"
+        if f"resume{suffix}" in bench.seen:
+            for what in ("resume", "suspend"):
+                percentiles(f"{what}_{name}_{change}mib", bench.seen[what + suffix], "ms", "floor", bench.seen[f"floor_{what}{suffix}"])
+            figure(f"to_cont_{name}_{change}mib_ms", percentile(bench.seen[f"to_cont{suffix}"], 0.5), "ms")
+    if small is not None:
+        peer = percentile(small.seen["resume_2mib"], 0.5)
+        figure(f"resume_{name}", percentile(bench.seen["resume_2mib"], 0.5), "ms", "resume_512mib", peer)
+
+
 def main() -> None:
-    instance = Instance("bench", 700_000 + 3 * 262_144)
+    small: Bench | None = None
+    for number, size in enumerate(SIZES):
+        bench = Bench(size, 700_000 + (3 + number % 2) * 262_144)
+        try:
+            note(f"guests of {size} MiB: building the image")
+            bench.start()
+            for change in CHANGES:
+                note(f"{change} MiB changed")
+                cold(bench, change, ROUNDS if change == CHANGES[0] else max(3, ROUNDS // 3))
+            if small is None:
+                note("launches, a herd, clones")
+                launches(bench, ROUNDS)
+                report(bench)
+                sizes(bench, None)
+                herd(bench)
+                clones(bench)
+            else:
+                sizes(bench, small)
+        finally:
+            bench.close()
+        small = small or bench
+    paused = Bench(SIZES[0], 700_000 + 3 * 262_144, STANDBYS__WARM="4")
     try:
-        instance.start()
-        bench = Bench(instance)
-        note("building the image")
-        arn = instance.create("app", instance.upload(app_files()))
-        assert instance.built(arn)["buildState"] == "SUCCESSFUL"
-        vm = bench.launch(arn)
-        bench.first_byte(vm["endpoint"], vm["token"], f"/dirty?mib={DIRTY_MIB}")
-        directory = instance.directory / "floor"
-        directory.mkdir()
-        floor = template(bench, vm, directory)
-        for number in range(ROUNDS + 2):
-            if number == 2:
-                bench.seen.clear()  # what came before was warming up
-            note(f"round {number} of {ROUNDS + 1}")
-            bench.service_round(arn, vm)
-            bench.floor_round(floor)
-        seen = bench.seen
-        percentiles("resume_cold_first_byte", seen["resume_cold_first_byte"], "ms", "floor", seen["floor_resume"])
-        percentiles("launch_first_byte", seen["launch_first_byte"], "ms", "floor", seen["floor_launch"])
-        percentiles("suspend_durable_ms", seen["suspend_durable_ms"], "ms", "floor", seen["floor_suspend"])
-        percentiles("run_reply_ms", seen["run_reply_ms"], "ms")
-        percentiles("next_request", seen["next_request"], "ms")
-        instance.terminate(vm["microvmId"])
+        note("warm sessions")
+        paused.start()
+        warm(paused, ROUNDS)
+        added = [one - percentile(paused.seen["running"], 0.5) for one in paused.seen["warm"]]
+        percentiles("resume_warm_added_ms", added, "ms")
     finally:
-        if instance.process is not None:
-            instance.stop()
-        instance.remove()
+        paused.close()
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ class Limits(BaseModel):
     profile: str = Field("none", pattern="^(none|small|aws)$", description="an account's quotas: the service's, a new account's, or none")
     memory_mib: int = Field(0, ge=0, description="an account's sum of minimum sizes, RUNNING and SUSPENDED; 0: the profile's")
     reserve_mib: int = Field(1024, ge=0, description="of the host's memory, never given to microVMs")
+    guest_mib: int = Field(0, ge=0, description="of memory that a guest sees at most; 0: three quarters of the host's")
     growth_mib: int = Field(96, ge=1, description="private memory that a launched or resumed microVM is expected to need")
     disk_reserve_mib: int = Field(1024, ge=0, description="free disk below which nothing is launched")
 
