@@ -126,6 +126,11 @@ class Credentials(BaseModel):
     secret_key: str = Field("", description="for the STS endpoint")
 
 
+class Sessions(BaseModel):
+    streams_at_suspend: str = Field("park", pattern="^(park|cut)$", description="silent streams outlive a suspend, or are cut")
+    parked_streams: int = Field(256, ge=0, description="at most, of one session at one worker; the rest are cut")
+
+
 class Suspend(BaseModel):
     drain_seconds: float = Field(5.0, ge=0, description="SuspendMicrovm waits this long for answers under way")
     gate_seconds: float = Field(0.25, gt=0, description="a worker silent for longer at a gate is disconnected")
@@ -185,6 +190,7 @@ class Settings(BaseSettings):
     egress: Egress = Egress()
     logs: Logs = Logs()
     credentials: Credentials = Credentials()
+    sessions: Sessions = Sessions()
     suspend: Suspend = Suspend()
     standbys: Standbys = Standbys()
     users: Users = Users()

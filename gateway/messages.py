@@ -114,11 +114,13 @@ class SessionRef(msgspec.Struct):
 
 
 class RestRequest(msgspec.Struct):
-    """A session is SUSPENDED, its snapshot durable: its hypervisor may end, or stay paused where `keep` and the host allow it."""
+    """A session is SUSPENDED, its snapshot durable: its hypervisor may end, or stay paused where `keep` and the host allow it.
+    `parked`: edges hold connections into its network, which stays then."""
 
     session: str
     incarnation: int
     keep: bool
+    parked: bool = False
 
 
 class Suspended(msgspec.Struct):
@@ -248,13 +250,20 @@ class GateAnswer(msgspec.Struct):
 
 
 class DrainRequest(msgspec.Struct):
-    """control -> edge: wait up to `seconds` until nothing of the session waits for a head, then cut all that is left.
-    With `cut` false only the waiting is done."""
+    """control -> edge: wait up to `seconds` until nothing of the session waits for a head, then park up to `park` streams and cut
+    all that is left. With `cut` false only the waiting is done."""
 
     session: str
     incarnation: int
     seconds: float
     cut: bool
+    park: int = 0
+
+
+class Drained(msgspec.Struct):
+    """edge -> control: how many streams are parked."""
+
+    parked: int
 
 
 class Activity(msgspec.Struct):

@@ -46,6 +46,7 @@ class _Held:
     link: Link
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     expected: bool = False  # its end was asked for
+    parked: bool = False  # edges hold connections in its link, which outlives it
 
 
 class Vmm:
@@ -65,6 +66,7 @@ class Vmm:
         self.snapshots = Snapshots(settings.sessions_dir)
         self._folds: dict[str, asyncio.Task[None]] = {}
         self._warm: dict[str, float] = {}  # sessions whose hypervisors are paused, and since when; oldest first
+        self._parked: dict[str, Link] = {}  # links of sessions that sleep with streams
         self._traces: dict[str, dict[str, Steps]] = {}
         self._sessions: dict[str, _Held] = {}
         self._preparing: dict[str, asyncio.Task[object]] = {}
@@ -85,8 +87,14 @@ class Vmm:
                 continue
             held = self._hold(record.session, machine, Link(self._settings.runtime / "netns" / record.link))
             if record.phase == "warm":
+                held.parked = self.snapshots.parked_link(record.session) is not None
                 self._keep_warm(record.session, held)
-        self.network.start({held.link.path for held in self._sessions.values()}, self._settings.standbys.links)
+        for session, name in self.snapshots.parked_links().items():
+            link = Link(self._settings.runtime / "netns" / name)
+            if session not in self._sessions and link.path.exists():
+                self._parked[session] = link
+        keep = {held.link.path for held in self._sessions.values()} | {link.path for link in self._parked.values()}
+        self.network.start(keep, self._settings.standbys.links)
         self.builder.start()
         for leftover in self._settings.images_dir.glob(".*"):
             if leftover.name[1:] not in {held.machine.record.image for held in self._sessions.values()}:
@@ -231,7 +239,8 @@ class Vmm:
         """A try that fails costs a standby; the files are untouched until the guest runs, so one more may follow."""
         steps = self._trace(body.session, "resume" if body.from_snapshot else "launch")
         for attempt in range(1, _PREPARE_TRIES + 1):
-            link = await self.network.take()
+            parked = self._parked.pop(body.session, None)
+            link = parked or await self.network.take()
             machine: Machine | None = None
             try:
                 machine = await self.standbys.take(image)
@@ -246,7 +255,10 @@ class Vmm:
             except (VmmError, asyncio.CancelledError) as error:
                 if machine is not None:
                     await machine.kill()
-                await self.network.release(link)
+                if parked is not None:
+                    self._parked[body.session] = parked
+                else:
+                    await self.network.release(link)
                 if attempt == _PREPARE_TRIES or isinstance(error, asyncio.CancelledError):
                     raise
                 log.warning("prepare.retry", session=body.session, error=str(error))
@@ -323,6 +335,8 @@ class Vmm:
         held = self._sessions.get(body.session)
         if held is None or held.machine.record.incarnation != body.incarnation or body.session in self._warm:
             return
+        held.parked = body.parked
+        await asyncio.to_thread(self.snapshots.park_link, body.session, held.link.name if body.parked else None)
         if not body.keep or not self._settings.standbys.warm:
             await self.rpc_kill(connection, m.SessionRef(body.session, body.incarnation))
             return
@@ -339,7 +353,7 @@ class Vmm:
     def _warm_up(self, held: _Held, incarnation: int) -> None:
         """The paused process becomes the session's next incarnation, as if it had been loaded from the snapshot."""
         held.machine.steps = self._trace(held.machine.record.session, "resume, warm")
-        held.expected = False
+        held.expected = held.parked = False
         held.machine.record.incarnation = incarnation
         held.machine.record.phase = "prepared"
         held.machine.save_record()
@@ -363,9 +377,12 @@ class Vmm:
         self._warm.pop(body.session, None)
         held = self._sessions.get(body.session)
         if held is not None:
-            held.expected = True
+            held.expected, held.parked = True, False
             await held.machine.kill()
             await self._let_go(body.session, held)
+        parked = self._parked.pop(body.session, None)
+        if parked is not None:
+            await self.network.release(parked)
         await self._folded(body.session)
         self._traces.pop(body.session, None)
         await asyncio.to_thread(self.snapshots.forget, body.session)
@@ -407,7 +424,10 @@ class Vmm:
     async def _let_go(self, session: str, held: _Held) -> None:
         if self._sessions.get(session) is held:
             del self._sessions[session]
-            await self.network.release(held.link)
+            if held.parked:
+                self._parked[session] = held.link
+            else:
+                await self.network.release(held.link)
 
     async def _rest(self, session: str) -> None:
         """A session without a hypervisor: what only that had mapped goes; a long chain of diffs is folded, unless it wakes."""

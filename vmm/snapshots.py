@@ -18,7 +18,7 @@ from . import diffs, disks, host
 from .diffs import Manifest, Sum
 from .errors import StateLost
 
-_PREFIX, _BASE, _NEW, _FOLD = "snapshot-", "memory", "snapshot.new", "fold.new"
+_PREFIX, _BASE, _NEW, _FOLD, _LINK = "snapshot-", "memory", "snapshot.new", "fold.new", "link"
 OVERLAY = "overlay.qcow2"
 
 
@@ -119,6 +119,27 @@ class Snapshots:
             disks.sync_directory(self.of(session))
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+    # ---- links that outlive their hypervisors ----
+
+    def park_link(self, session: str, name: str | None) -> None:
+        """Remembers, over a restart, the link in which a sleeping session's streams are; None: there are none."""
+        path = self.of(session) / _LINK
+        if name is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_text(name, encoding="ascii")
+
+    def parked_link(self, session: str) -> str | None:
+        try:
+            return (self.of(session) / _LINK).read_text(encoding="ascii")
+        except OSError:
+            return None
+
+    def parked_links(self) -> dict[str, str]:
+        """Session to link."""
+        found = {directory.name: self.parked_link(directory.name) for directory in self._directory.iterdir()}
+        return {session: name for session, name in found.items() if name}
 
     def forget(self, session: str) -> None:
         shutil.rmtree(self.of(session), ignore_errors=True)

@@ -18,6 +18,7 @@ from .hold import HoldFull
 from .memo import Admitted, Repeated
 from .table import Account, RouteEntry
 from .upstream import ConnectFailed, SessionGone
+from .websocket import PING, FrameCounter, pong
 
 if TYPE_CHECKING:
     from .head import Trailers
@@ -57,8 +58,8 @@ class Exchange:
     """Origins call the methods under "the answer"; a protocol implements them."""
 
     __slots__ = (
-        "_held_since", "_limiter", "_task", "_throttled", "_timing", "_waiting", "account", "again", "began", "first_byte", "head",
-        "held_for", "held_seconds", "origin", "request_id", "response_started", "sent", "status", "worker",
+        "_held_since", "_limiter", "_task", "_throttled", "_timing", "_waiting", "account", "again", "began", "client_frames",
+        "first_byte", "head", "held_for", "held_seconds", "origin", "request_id", "response_started", "sent", "status", "worker",
     )  # fmt: skip
 
     protocol: ClassVar[int] = replies.HTTP1
@@ -83,6 +84,7 @@ class Exchange:
         self._timing = ""
         self._held_since = self.held_seconds = 0.0
         self.held_for: str | None = None
+        self.client_frames: FrameCounter | None = None
 
     # ---- the answer: implemented by a protocol, called by origins ----
 
@@ -114,6 +116,14 @@ class Exchange:
     def cut(self) -> None:
         """The incarnation ends, and with it a stream or tunnel that is open; the client is told so where it can be."""
         self.origin_failed(head_sent=self.response_started)
+
+    @property
+    def server_frames(self) -> FrameCounter | None:
+        """Where a WebSocket's frames from the application end; None in other tunnels."""
+        raise AssertionError
+
+    def tunnel_write(self, data: bytes) -> None:
+        """A whole frame of ours to the client, where the application's last frame has ended."""
 
     def switch(self, head: ResponseHead, data: bytes) -> None:
         """101: from here on bytes go both ways as they are; `data` came with the head."""
@@ -217,6 +227,37 @@ class Exchange:
             self.run(self._slow(head))
         else:
             self._start(origin, entry)
+
+    # ---- tunnels: what counts ----
+
+    def tunnel_in(self, data: bytes) -> None:
+        """What the client says in a tunnel. Pings and pongs are no activity, and to a stream that is parked we answer a ping
+        ourselves: background tabs and keep-alives do not wake a session."""
+        frames, origin = self.client_frames, self.origin
+        if frames is None and self.server_frames is not None:
+            frames = self.client_frames = FrameCounter()
+        control = frames.only_control(data) if frames is not None else None
+        if control is None:
+            if frames is not None:
+                frames.feed(data)
+            self.account.count += 1
+            self.account.last = self.worker.time()
+        elif getattr(origin, "is_parked", False) and self._answer_pings(control):
+            return
+        if origin is not None:
+            origin.send(data)
+
+    def _answer_pings(self, control: list[tuple[int, bytes]]) -> bool:
+        server = self.server_frames
+        if server is None or not server.at_boundary:
+            return False
+        self.tunnel_write(b"".join(pong(payload) for opcode, payload in control if opcode == PING))
+        return True
+
+    def is_only_control(self, data: bytes) -> bool:
+        """The application's pings and pongs alone: no activity."""
+        server = self.server_frames
+        return server is not None and server.only_control(data) is not None
 
     # ---- limits ----
 

@@ -63,11 +63,8 @@ class Http1(Exchange, asyncio.Protocol):
         if state == _AT_HEAD:
             self._on_head(data)
         elif state == _TUNNEL:
-            account = self.account
-            account.count += 1
-            account.last = self.touched = self.worker.time()
-            if self.origin is not None:
-                self.origin.send(data)
+            self.touched = self.worker.time()
+            self.tunnel_in(data)
         elif state == _IN_BODY:
             self._on_body(data)
         elif state == _WAITING:
@@ -369,6 +366,14 @@ class Http1(Exchange, asyncio.Protocol):
             self.data_received(ahead)
         if self._paused:
             self.resume_reading()
+
+    @property
+    def server_frames(self) -> FrameCounter | None:
+        return self._frames
+
+    def tunnel_write(self, data: bytes) -> None:
+        if data and self.transport is not None:
+            self.transport.write(data)
 
     def tunnel_half_closed(self) -> None:
         if self.transport is not None and self.transport.can_write_eof():

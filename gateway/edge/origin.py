@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 from .chunked import ChunkedBody, encode_end
 from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, allowed_trailers, parse_response
 from .memo import Memo
+from .parking import HELD_BYTES
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -25,8 +26,8 @@ _responses: Memo[bytes, ResponseHead] = Memo(2048)
 
 class Origin(asyncio.Protocol):
     __slots__ = (
-        "_body", "_buffer", "_encodes", "_left", "_request", "_state", "_upstream", "_worker", "exchange", "idle_since", "is_head",
-        "is_paused", "key", "seen", "transport", "unclean",
+        "_body", "_buffer", "_encodes", "_held", "_left", "_request", "_state", "_upstream", "_worker", "exchange",
+        "idle_since", "is_head", "is_parked", "is_paused", "key", "seen", "transport", "unclean",
     )  # fmt: skip
 
     takes_raw = True
@@ -40,6 +41,8 @@ class Origin(asyncio.Protocol):
         self.idle_since = 0.0
         self.is_head = False  # the request's method is HEAD
         self.is_paused = False
+        self.is_parked = False  # its session sleeps; what is sent meanwhile is held
+        self._held: list[bytes] = []
         self.unclean = False  # not to be used again
         self.seen = False  # the application has answered on this connection: it speaks HTTP
         self._state = _AT_HEAD
@@ -63,9 +66,10 @@ class Origin(asyncio.Protocol):
         if state == _AT_HEAD:
             self._head(exchange, data)
             return
-        account = exchange.account
-        account.count += 1
-        account.last = self._worker.time()
+        if state != _TUNNEL or not exchange.is_only_control(data):
+            account = exchange.account
+            account.count += 1
+            account.last = self._worker.time()
         if state == _IN_FIXED:
             self._fixed(exchange, data)
         elif state == _IN_CHUNKED:
@@ -140,12 +144,44 @@ class Origin(asyncio.Protocol):
                 b"%b %b HTTP/1.1%b\r\nx-amzn-requestid: %b\r\n\r\n" % (head.method, head.target, head.block, exchange.request_id)
             )
 
+    @property
+    def can_park(self) -> bool:
+        """A stream whose head is out, and on which nothing is under way in either direction."""
+        exchange, transport = self.exchange, self.transport
+        if exchange is None or transport is None or transport.is_closing() or self.is_paused or self._state == _AT_HEAD:
+            return False
+        if transport.get_write_buffer_size() or transport.get_extra_info("ssl_object") is not None:
+            return False
+        return exchange.response_started and (self._state == _TUNNEL or exchange.request_complete)
+
+    def unpark(self) -> None:
+        """The session runs again: what was held goes to the application."""
+        self.is_parked = False
+        held, self._held = self._held, []
+        if held:
+            self.send(b"".join(held))
+        if self.exchange is not None and not self.is_paused:
+            self.exchange.resume_reading()
+
+    def _hold(self, data: bytes) -> None:
+        self._held.append(data)
+        if sum(map(len, self._held)) > HELD_BYTES and self.exchange is not None:
+            self.exchange.pause_reading()
+        self._worker.parking.wake(self)
+
     def send(self, data: bytes) -> None:
-        if self.transport is not None:
+        if self.is_parked:
+            self._hold(data)
+        elif self.transport is not None:
             self.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._encodes else data)
 
     def finish(self, trailers: Trailers | None) -> None:
-        if self._state == _TUNNEL:
+        if self.is_parked:  # the client has ended its half: it left, and wakes nobody for that
+            exchange, self.exchange = self.exchange, None
+            self.close()
+            if exchange is not None:
+                exchange.response_over()
+        elif self._state == _TUNNEL:
             if self.transport is not None and self.transport.can_write_eof():
                 self.transport.write_eof()
         elif self._encodes and self.transport is not None:
@@ -162,7 +198,9 @@ class Origin(asyncio.Protocol):
     def abandon(self) -> None:
         self.exchange = None
         self.unclean = True
-        if self.transport is not None:
+        if self.transport is not None and self.is_parked:
+            self.transport.close()  # whose FIN is sent again until the guest runs; a reset would be lost
+        elif self.transport is not None:
             self.transport.abort()
 
     def close(self) -> None:

@@ -69,6 +69,12 @@ class Request(Exchange, Flow):
             self.expected -= len(data)
             if self.expected < 0 or (end and self.expected):
                 raise StreamBroken(self.number, Code.PROTOCOL_ERROR, "not the length that was said")
+        if self.frames is not None and self.origin is not None:
+            if data:
+                self.tunnel_in(data)
+            if end:
+                self.origin.finish(None)
+            return
         account = self.account
         account.count += 1
         account.last = self.worker.time()
@@ -244,6 +250,14 @@ class Request(Exchange, Flow):
                 self.origin.finish(None)
             elif not self.origin.is_paused:
                 self.resume_reading()
+
+    @property
+    def server_frames(self) -> FrameCounter | None:
+        return self.frames
+
+    def tunnel_write(self, data: bytes) -> None:
+        if data and self.number in self.connection.streams:
+            self.connection.send_data(self, data, False)
 
     def tunnel_half_closed(self) -> None:
         if self.number in self.connection.streams:

@@ -119,6 +119,8 @@ class Upstream:
 
     def forget(self, origin: Origin) -> None:
         """A connection that closed."""
+        if origin.is_parked:
+            self._worker.parking.discard(origin)
         pool = self._pools.get(origin.key)
         if pool is None:
             return
@@ -345,12 +347,18 @@ class Upstream:
 
     # ---- ends ----
 
-    def end(self, session: str, incarnation: int) -> None:
-        """Closes everything of an incarnation that ends."""
+    def end(self, session: str, incarnation: int, park: int = 0) -> int:
+        """Closes everything of an incarnation that ends, but up to `park` silent streams; how many those are."""
+        parked = 0
         for key in [key for key in self._pools if key[:2] == (session, incarnation)]:
             pool = self._pools.pop(key)
             for origin in list(pool.open):
-                origin.cut()
+                if parked < park and origin.can_park:
+                    origin.is_parked = True
+                    self._worker.parking.add(origin)
+                    parked += 1
+                else:
+                    origin.cut()
             for multiplexed in list(pool.multiplexed):
                 multiplexed.cut()
             for waiter in pool.waiters:
@@ -360,6 +368,14 @@ class Upstream:
             shell.cut()
         for descriptor in self._stock.pop((session, incarnation), ()):
             os.close(descriptor)
+        return parked
+
+    def adopt(self, origin: Origin, incarnation: int) -> None:
+        """A stream that was parked goes on in this incarnation."""
+        origin.key = key = (origin.key[0], incarnation, origin.key[2])
+        pool = self._pools.setdefault(key, Pool())
+        pool.open.add(origin)
+        origin.unpark()
 
     def sweep(self, now: float) -> None:
         """Closes connections that have been idle for long."""

@@ -8,6 +8,8 @@ import os
 
 # A close frame of a server with status 1001, going away (RFC 6455, 7.4.1).
 GOING_AWAY = b"\x88\x02\x03\xe9"
+PING, PONG = 9, 10
+_CONTROL_MOST = 125
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
@@ -28,6 +30,27 @@ class FrameCounter:
     @property
     def at_boundary(self) -> bool:
         return not self._left and not self._head and not self._closed
+
+    def only_control(self, data: bytes) -> list[tuple[int, bytes]] | None:
+        """The pings and pongs (opcode, payload unmasked) where `data` begins at a boundary and is nothing but whole ones of them;
+        None otherwise. It need not be fed then."""
+        if not data or not data[0] & 8 or not self.at_boundary:  # the usual case: a message
+            return None
+        found: list[tuple[int, bytes]] = []
+        at = 0
+        while at < len(data):
+            first, second = data[at], data[at + 1] if at + 1 < len(data) else 0
+            length, masked = second & 127, second & 128
+            start = at + (6 if masked else 2)
+            if first & 0x8F not in (0x80 | PING, 0x80 | PONG) or length > _CONTROL_MOST or start + length > len(data):
+                return None
+            payload = data[start : start + length]
+            if masked:
+                mask = data[at + 2 : start]
+                payload = bytes(byte ^ mask[place & 3] for place, byte in enumerate(payload))
+            found.append((first & 15, payload))
+            at = start + length
+        return found or None
 
     def feed(self, data: bytes) -> None:
         if not self._left and not self._head and len(data) > 3:  # the usual case: one whole frame
@@ -52,6 +75,11 @@ class FrameCounter:
             self._left = _payload_size(head)
             if head[0] & 15 == 8:
                 self._closed = True
+
+
+def pong(payload: bytes) -> bytes:
+    """A server's answer to a ping (RFC 6455, 5.5.3)."""
+    return bytes((0x80 | PONG, len(payload))) + payload
 
 
 def _head_size(head: bytes) -> int:

@@ -28,6 +28,7 @@ from .hold import Holds
 from .http1 import Http1
 from .http2 import Http2
 from .memo import Admitted, Memo, Repeated
+from .parking import Parking
 from .stream import Key as FieldsKey
 from .table import RouteTable
 from .tls import TlsServer
@@ -59,6 +60,7 @@ class Worker:
         self.checker = Checker([])
         self.table = RouteTable(loop.time, self._route_changed, settings)
         self.holds = Holds(settings, self._ask_for)
+        self.parking = Parking(self)
         self.is_draining = False
         self._endpoints: dict[str, str] = {}  # by session
         self._misses: dict[str, float] = {}
@@ -121,6 +123,7 @@ class Worker:
         self.is_draining = True
         for server in self._servers:
             server.close()
+        self.parking.close()
         for client in list(self.clients):
             client.begin_drain()
         deadline = self.time() + self.settings.drain_seconds
@@ -164,7 +167,7 @@ class Worker:
         self.streams.clear()
         self.table.replace(table)
         self._ready.set()
-        self.holds.ask_again(self._route_of_session)
+        self.holds.ask_again(self.route_of_session)
 
     async def rpc_route(self, connection: Connection, body: m.RouteChange) -> None:
         self.table.change(body)
@@ -177,18 +180,19 @@ class Worker:
         account = self.table.account(body.change.route.session)
         return m.GateAnswer(account.count, account.waiting)
 
-    async def rpc_drain(self, connection: Connection, body: m.DrainRequest) -> None:
+    async def rpc_drain(self, connection: Connection, body: m.DrainRequest) -> m.Drained:
         account = self.table.account(body.session)
         deadline = self.time() + body.seconds
         while account.waiting and self.time() < deadline:
             await asyncio.sleep(0.005)
         if body.cut or account.waiting:
-            self.upstream.end(body.session, body.incarnation)
+            return m.Drained(self.upstream.end(body.session, body.incarnation, body.park))
+        return m.Drained(0)
 
     def _ask_for(self, route: m.Route) -> None:
         self.control.notify("resume", m.ResumeRequest(route.session, route.incarnation))
 
-    def _route_of_session(self, session: str) -> m.Route | None:
+    def route_of_session(self, session: str) -> m.Route | None:
         entry = self.table.get(self._endpoints.get(session, ""))
         return entry.route if entry is not None else None
 
@@ -202,6 +206,9 @@ class Worker:
             self.upstream.end(old.session, old.incarnation)
         if new.gate == "open":
             self.upstream.prefetch(new)
+            self.parking.opened(new)
+        elif new.gate == "refuse":
+            self.parking.over(session)
         self.holds.changed(session)
 
     async def lookup(self, host: str) -> None:

@@ -225,8 +225,8 @@ class Actions:
             if idle and session.hooks.timeout("suspend") is None and self._wanted(live):
                 await self._call_off(session, live)
                 return
-            await self._routes.drain(session, 0, cut=True)
-            steps.mark("streams cut")
+            session.parked = await self._routes.drain(session, 0, cut=True, park=self._may_park(session))
+            steps.mark("streams parked or cut")
             saved = await self._host.suspend(session.id, session.incarnation)
             steps.mark("saved by the host")
         except hooks.HookError as error:
@@ -239,6 +239,12 @@ class Actions:
                 session.suspended_by = "idle" if idle else "api"
             session.snapshot_bytes = saved.memory_bytes + saved.state_bytes + saved.disk_bytes
             await fire(session, Event.SAVED)
+
+    def _may_park(self, session: Session) -> int:
+        """Streams at each worker: none where no request may wake the session, for they would never go on."""
+        settings = self._settings.sessions
+        is_over = session.idle_policy is not None and session.idle_policy.suspended == 0
+        return settings.parked_streams if settings.streams_at_suspend == "park" and session.resumes_on_request and not is_over else 0
 
     def _wanted(self, live: Live) -> bool:
         return Event.REQUEST in live.deferred or Event.RESUME in live.deferred
@@ -264,7 +270,7 @@ class Actions:
         policy = session.idle_policy
         is_over = policy is not None and session.suspended_by == "idle" and policy.suspended == 0
         keep = not is_over and session.suspended_by != "stop"
-        await self._patiently(lambda: self._host.rest(session.id, session.incarnation, keep))
+        await self._patiently(lambda: self._host.rest(session.id, session.incarnation, keep, session.parked > 0))
         if is_over:
             await self._lifecycle.fire(session, Event.WINDOW_OVER, "MicroVM exceeded maximum lifetime.")
             return

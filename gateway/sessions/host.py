@@ -64,8 +64,8 @@ class Host:
     async def unpause(self, session: str, incarnation: int) -> None:
         await self._client.call("unpause", m.SessionRef(session, incarnation))
 
-    async def rest(self, session: str, incarnation: int, keep: bool) -> None:
-        await self._client.call("rest", m.RestRequest(session, incarnation, keep), timeout=_DELETE_SECONDS)
+    async def rest(self, session: str, incarnation: int, keep: bool, parked: bool) -> None:
+        await self._client.call("rest", m.RestRequest(session, incarnation, keep, parked), timeout=_DELETE_SECONDS)
 
     async def kill(self, session: str, incarnation: int) -> None:
         await self._client.call("kill", m.SessionRef(session, incarnation), timeout=_DELETE_SECONDS)

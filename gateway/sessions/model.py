@@ -61,6 +61,7 @@ class Session(msgspec.Struct):
     suspended_at: float | None = None
     suspended_by: str = ""  # idle, api, stop
     snapshot_bytes: int = 0
+    parked: int = 0  # streams that the edges hold while it sleeps
     accelerator: str = "tcg"
 
     @property

@@ -9,7 +9,7 @@ import asyncio
 
 import structlog
 
-from gateway.messages import DrainRequest, GateAnswer, GateRequest, Route, RouteChange, Table, Verifier
+from gateway.messages import Drained, DrainRequest, GateAnswer, GateRequest, Route, RouteChange, Table, Verifier
 from gateway.rpc import Connection, RpcError
 
 from .model import Session
@@ -131,14 +131,16 @@ class Routes:
             return False
         return True
 
-    async def drain(self, session: Session, seconds: float, cut: bool) -> None:
-        """Waits until no request of the session waits for its head, then, if asked, cuts every connection to it."""
-        request = DrainRequest(session.id, session.incarnation, seconds, cut)
+    async def drain(self, session: Session, seconds: float, cut: bool, park: int = 0) -> int:
+        """Waits until no request of the session waits for its head, then, if asked, parks up to `park` silent streams at each
+        worker and cuts every other connection. How many are parked."""
+        request = DrainRequest(session.id, session.incarnation, seconds, cut, park)
 
-        async def ask(connection: Connection) -> None:
+        async def ask(connection: Connection) -> int:
             try:
-                await connection.call("drain", request, timeout=seconds + _DRAIN_MARGIN_SECONDS)
+                return (await connection.call("drain", request, Drained, timeout=seconds + _DRAIN_MARGIN_SECONDS)).parked
             except RpcError:
                 connection.close()
+                return 0
 
-        await asyncio.gather(*(ask(connection) for connection in list(self._workers)))
+        return sum(await asyncio.gather(*(ask(connection) for connection in list(self._workers))))

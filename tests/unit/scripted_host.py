@@ -57,7 +57,7 @@ class ScriptedHost:
         await self._call("kill", session)
         self.held.pop(session, None)
 
-    async def rest(self, session: str, incarnation: int, keep: bool) -> None:
+    async def rest(self, session: str, incarnation: int, keep: bool, parked: bool) -> None:
         await self.kill(session, incarnation)
 
     async def forget(self, session: str) -> None:

@@ -1,0 +1,194 @@
+"""Streams of a session that falls asleep, at the edge alone: parked when silent, woken by a word, kept out of the accounts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edge_rig import HOST, Rig
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway import messages as m
+from gateway.edge.websocket import PING, PONG, FrameCounter, pong
+
+UPGRADED = b"HTTP/1.1 101 Switching\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+
+
+def frame(opcode: int, payload: bytes, mask: bytes = b"") -> bytes:
+    head = bytes([0x80 | opcode, (0x80 if mask else 0) | len(payload)])
+    return head + mask + (bytes(byte ^ mask[at & 3] for at, byte in enumerate(payload)) if mask else payload)
+
+
+@pytest.fixture
+async def rig(tmp_path: Path, monkeypatch: Any) -> AsyncIterator[Rig]:
+    one = Rig(tmp_path, monkeypatch)
+    await one.start()
+    yield one
+    await one.stop()
+
+
+class Tunnel:
+    """A WebSocket through the edge to an application that echoes bytes as they are."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+
+    async def open(self) -> None:
+        async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(UPGRADED)
+            self.application = writer
+            while data := await reader.read(65536):
+                writer.write(data)
+
+        self.rig.script = echo
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.rig.port)
+        self.writer.write(
+            f"GET / HTTP/1.1\r\nHost: {HOST}\r\nConnection: upgrade\r\nUpgrade: websocket\r\nX-aws-proxy-auth: {self.rig.token}\r\n"
+            f"X-aws-proxy-port: {self.rig.app_port}\r\n\r\n".encode()
+        )
+        assert b"101" in await self.reader.readuntil(b"\r\n\r\n")
+
+    async def say(self, data: bytes) -> bytes:
+        self.writer.write(data)
+        async with asyncio.timeout(5):
+            return await self.reader.readexactly(len(data))
+
+
+async def suspend(rig: Rig, park: int = 8) -> int:
+    """As control does it: gate, drain, the route of a session that sleeps; how many streams are parked."""
+    rig.control.change("hold", 1)
+    (connection,) = rig.control.connections
+    drained = await connection.call("drain", m.DrainRequest("s1", 1, 0.0, True, park), m.Drained)
+    rig.control.change("hold", 1, is_live=False)
+    await asyncio.sleep(0.02)
+    return int(drained.parked)
+
+
+async def test_a_silent_tunnel_goes_on_in_the_next_incarnation(rig: Rig) -> None:
+    tunnel = Tunnel(rig)
+    await tunnel.open()
+    assert await tunnel.say(frame(1, b"one", b"abcd")) == frame(1, b"one", b"abcd")
+    assert await suspend(rig) == 1
+    rig.control.on_resume = lambda: rig.control.change("open", 2)
+    assert await tunnel.say(frame(1, b"two", b"abcd")) == frame(1, b"two", b"abcd")
+    assert [ask.incarnation for ask in rig.control.resumed] == [1]
+    assert await tunnel.say(frame(1, b"three", b"abcd"))
+    assert rig.worker.parking.count == 0 and rig.worker.upstream.statistics()["open"] == 1
+    rig.control.change("hold", 2)
+    (connection,) = rig.control.connections
+    assert (await connection.call("drain", m.DrainRequest("s1", 2, 0.0, True, 8), m.Drained)).parked == 1, "and again"
+    tunnel.writer.close()
+
+
+async def test_pings_to_a_parked_tunnel_are_answered_here(rig: Rig) -> None:
+    tunnel = Tunnel(rig)
+    await tunnel.open()
+    await suspend(rig)
+    for payload in (b"", b"keep-alive"):
+        tunnel.writer.write(frame(PING, payload, os.urandom(4)))
+        async with asyncio.timeout(5):
+            assert await tunnel.reader.readexactly(2 + len(payload)) == pong(payload)
+    tunnel.writer.write(frame(PONG, b"", b"abcd"))
+    await asyncio.sleep(0.05)
+    assert not rig.control.resumed
+    tunnel.writer.close()
+
+
+async def test_pings_of_a_running_tunnel_pass_and_do_not_count(rig: Rig) -> None:
+    tunnel = Tunnel(rig)
+    await tunnel.open()
+    await tunnel.say(frame(1, b"x", b"abcd"))
+    account = rig.worker.table.account("s1")
+    before = account.count
+    tunnel.application.write(frame(PING, b"from the application"))
+    assert await tunnel.reader.readexactly(22) == frame(PING, b"from the application")
+    tunnel.writer.write(frame(PONG, b"from the application", b"abcd"))
+    assert await tunnel.reader.readexactly(26)  # the echo of it
+    assert account.count == before
+    await tunnel.say(frame(1, b"y", b"abcd"))
+    assert account.count > before
+    tunnel.writer.close()
+
+
+@pytest.mark.parametrize("park", [0, 8])
+async def test_a_session_that_ends_cuts_what_is_parked(rig: Rig, park: int) -> None:
+    tunnel = Tunnel(rig)
+    await tunnel.open()
+    await tunnel.say(frame(1, b"x", b"abcd"))
+    assert await suspend(rig, park) == min(park, 1)
+    rig.control.change("refuse", 1, is_live=False)
+    async with asyncio.timeout(5):
+        rest = await tunnel.reader.read()
+    assert rest in (b"\x88\x02\x03\xe9", b""), rest
+    assert rig.worker.parking.count == 0
+    tunnel.writer.close()
+
+
+async def test_what_is_under_way_is_not_parked(rig: Rig) -> None:
+    """A request that waits for its head, and an upload that has not ended."""
+    hold = asyncio.Event()
+
+    async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await hold.wait()
+
+    rig.script = never
+    _, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+    fields = f"Host: {HOST}\r\nX-aws-proxy-auth: {rig.token}\r\nX-aws-proxy-port: {rig.app_port}\r\n"
+    writer.write(f"GET / HTTP/1.1\r\n{fields}\r\n".encode())
+    await asyncio.sleep(0.1)
+    assert await suspend(rig) == 0
+    hold.set()
+    writer.close()
+
+
+async def test_an_endless_body_goes_on(rig: Rig) -> None:
+    """Server-sent events: the rest comes after the sleep, whoever woke the session."""
+
+    async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ndata1\r\n")
+        self_writer.append(writer)
+        await asyncio.sleep(30)
+
+    self_writer: list[asyncio.StreamWriter] = []
+    rig.script = stream
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+    fields = f"Host: {HOST}\r\nX-aws-proxy-auth: {rig.token}\r\nX-aws-proxy-port: {rig.app_port}\r\n"
+    writer.write(f"GET / HTTP/1.1\r\n{fields}\r\n".encode())
+    await reader.readuntil(b"data1\r\n")
+    assert await suspend(rig) == 1
+    rig.control.change("open", 2)
+    await asyncio.sleep(0.05)
+    self_writer[0].write(b"5\r\ndata2\r\n0\r\n\r\n")
+    async with asyncio.timeout(5):
+        assert (await reader.readuntil(b"0\r\n\r\n")).endswith(b"data2\r\n0\r\n\r\n")
+    writer.close()
+
+
+async def test_a_client_that_leaves_is_forgotten(rig: Rig) -> None:
+    tunnel = Tunnel(rig)
+    await tunnel.open()
+    await suspend(rig)
+    assert rig.worker.parking.count == 1
+    tunnel.writer.transport.abort()
+    async with asyncio.timeout(5):
+        while rig.worker.parking.count:
+            await asyncio.sleep(0.005)
+    assert not rig.control.resumed
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 9, 10]), st.binary(max_size=20), st.booleans()), max_size=6))
+def test_control_frames_are_told_from_messages(frames: list[tuple[int, bytes, bool]]) -> None:
+    data = b"".join(frame(opcode, payload, b"mask" if masked else b"") for opcode, payload, masked in frames)
+    expected = [(opcode, payload) for opcode, payload, _ in frames]
+    only = bool(frames) and all(opcode in (PING, PONG) for opcode, _, _ in frames)
+    assert FrameCounter().only_control(data) == (expected if only else None)
+    if data:
+        assert FrameCounter().only_control(data[:-1]) is None or len(frames) > 1 or not only

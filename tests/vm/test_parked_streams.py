@@ -1,0 +1,106 @@
+"""A WebSocket and an event stream whose microVM falls asleep: the same connections, the same application, nothing lost."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from typing import Any
+
+import pytest
+from service import Instance, until
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+from wire import Endpoint, get
+
+pytestmark = pytest.mark.vm
+
+
+def websocket(instance: Instance, vm: dict[str, Any]) -> ClientConnection:
+    host, _, port = vm["endpoint"].partition(":")
+    context = ssl.create_default_context(cafile=str(instance.root / "tls/ca.crt"))
+    import socket
+
+    raw = socket.create_connection(("127.0.0.1", int(port)))
+    return connect(
+        f"wss://{host}:{port}/",
+        sock=raw,
+        ssl=context,
+        additional_headers={"X-aws-proxy-auth": vm["token"]},
+        ping_interval=1,
+        ping_timeout=5,
+    )
+
+
+def suspend(instance: Instance, vm: dict[str, Any]) -> None:
+    instance.client().suspend_microvm(microvmIdentifier=vm["microvmId"])
+    instance.state(vm["microvmId"], "SUSPENDED")
+    until(lambda: vm["microvmId"] not in instance.hypervisors())
+
+
+def test_a_websocket_outlives_many_sleeps(instance: Instance, vm: dict[str, Any]) -> None:
+    with websocket(instance, vm) as one, websocket(instance, vm) as two:
+        for number in range(3):
+            one.send(f"message {number}")
+            assert one.recv(timeout=30) == f"message {number}"
+            suspend(instance, vm)
+            time.sleep(2.5)  # its client pings meanwhile, and is answered
+            assert instance.describe(vm["microvmId"])["state"] == "SUSPENDED", "pings do not wake it"
+        two.send("the other one")
+        assert two.recv(timeout=30) == "the other one"
+        one.send("and the first")
+        assert one.recv(timeout=30) == "and the first"
+        assert get(vm["endpoint"], instance.root / "tls/ca.crt", vm["token"], "/state").json()["counter"] == 5
+
+
+def test_an_event_stream_goes_on_after_somebody_elses_request(instance: Instance, vm: dict[str, Any]) -> None:
+    stream = Endpoint(vm["endpoint"], instance.root / "tls/ca.crt")
+    stream.request("/stream?n=3&s=1.5", vm["token"])
+    seen = b""
+    while b"data: 0" not in seen:
+        seen += stream.sock.recv(4096)
+    suspend(instance, vm)
+    assert get(vm["endpoint"], instance.root / "tls/ca.crt", vm["token"], "/state").status == 200
+    while b"0\r\nX-End: yes" not in seen:
+        data = stream.sock.recv(4096)
+        assert data, seen
+        seen += data
+    assert seen.count(b"data: ") == 3
+
+
+def test_restarts_of_vmm_and_control_leave_it_parked(instance: Instance, vm: dict[str, Any]) -> None:
+    with websocket(instance, vm) as one:
+        one.send("before")
+        assert one.recv(timeout=30) == "before"
+        suspend(instance, vm)
+        instance.kill("vmm")
+        instance.kill("control")
+        until(lambda: instance.describe(vm["microvmId"])["state"] == "SUSPENDED")
+        one.send("after")
+        assert one.recv(timeout=30) == "after"
+
+
+def test_termination_ends_it_with_1001(instance: Instance, app: str) -> None:
+    policy = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
+    vm = instance.launch(app, idlePolicy=policy)
+    vm["token"] = instance.token(vm["microvmId"])
+    with websocket(instance, vm) as one:
+        one.send("x")
+        one.recv(timeout=30)
+        suspend(instance, vm)
+        instance.terminate(vm["microvmId"])
+        with pytest.raises(ConnectionClosed) as ended:
+            one.recv(timeout=20)
+        assert ended.value.rcvd is not None and ended.value.rcvd.code == 1001
+
+
+def test_without_auto_resume_streams_are_cut(instance: Instance, app: str) -> None:
+    vm = instance.launch(app)
+    vm["token"] = instance.token(vm["microvmId"])
+    with websocket(instance, vm) as one:
+        one.send("x")
+        one.recv(timeout=30)
+        suspend(instance, vm)
+        with pytest.raises(ConnectionClosed) as ended:
+            one.recv(timeout=20)
+        assert ended.value.rcvd is not None and ended.value.rcvd.code == 1001
+    instance.terminate(vm["microvmId"])
