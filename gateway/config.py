@@ -113,6 +113,10 @@ class Egress(BaseModel):
     security_groups: dict[str, list[str]] = Field({}, description="what SecurityGroupIds mean: sg-… to ports, as tcp:443 or udp:53-60")
 
 
+class Traces(BaseModel):
+    endpoint: str = Field("", description="where OpenTelemetry spans go (OTLP over HTTP, …/v1/traces); empty: none are made")
+
+
 class Logs(BaseModel):
     endpoint: str = Field("", description="a CloudWatch Logs endpoint to which events are sent too; empty: kept here only")
     retention_days: int = Field(0, ge=0, description="streams silent for longer go; 0: kept for ever")
@@ -189,6 +193,7 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     egress: Egress = Egress()
     logs: Logs = Logs()
+    traces: Traces = Traces()
     credentials: Credentials = Credentials()
     sessions: Sessions = Sessions()
     suspend: Suspend = Suspend()

@@ -29,6 +29,7 @@ from .images.pipeline import Job, Pipeline
 from .images.registry import Registry
 from .observe import metrics
 from .observe.audit import AuditTrail
+from .observe.spans import Spans
 from .rpc import Client, Connection, Reply, RpcError, Server, Service
 from .sessions.actions import Actions
 from .sessions.agent import AgentError
@@ -37,6 +38,7 @@ from .sessions.lifecycle import Lifecycle
 from .sessions.logs import LogStore
 from .sessions.recovery import recover
 from .sessions.routes import Routes
+from .sessions.shipping import Shipper, default_client
 from .sessions.states import Event, State
 from .sessions.store import Store
 from .tokens import Minter
@@ -64,6 +66,8 @@ class Control:
         self.lifecycle = Lifecycle(settings, self.store, self.host, self.routes, self.logs)
         self.lifecycle.on_transition = metrics.transition
         self.lifecycle.on_action = metrics.action_took
+        self.spans = Spans(settings.traces.endpoint, "control")
+        self.lifecycle.on_steps = lambda session, steps: self.spans.steps(steps, session.id)
         self.actions = Actions(self.lifecycle)
         self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds)
         root_keys = self._access_keys()
@@ -154,6 +158,13 @@ class Control:
     async def rpc_ended(self, connection: Connection, body: m.Ended) -> None:
         self.lifecycle.hypervisor_ended(body)
 
+    async def keep_logs(self) -> None:
+        """Streams that nobody has written to for longer than the retention go."""
+        days = self.settings.logs.retention_days
+        while days:
+            await asyncio.to_thread(self.logs.drop_older, days * 86_400.0)
+            await asyncio.sleep(_KEY_CHECK_SECONDS)
+
     async def rotate_keys(self) -> None:
         while True:
             await asyncio.sleep(_KEY_CHECK_SECONDS)
@@ -184,7 +195,11 @@ async def main(settings: Settings) -> None:
             await web.SockSite(runner, sock, backlog=1024).start()
         runners.append(runner)
     edges = Server(settings.control_socket, Service(control, Admin(settings, control.directory, control.store)), {0, settings.users.edge})
-    rotation = asyncio.get_running_loop().create_task(control.rotate_keys())
+    work = [control.rotate_keys(), control.keep_logs()]
+    if settings.logs.endpoint:
+        shipper = Shipper(control.logs, settings.control_dir / "logs-sent.json", lambda: default_client(settings))
+        work.append(shipper.run())
+    background = [asyncio.get_running_loop().create_task(one) for one in work]
     process.ready()
     log.info("control.ready", sessions=len(control.store.sessions), images=len(control.store.images))
     stop, suspend = asyncio.Event(), asyncio.Event()
@@ -201,7 +216,8 @@ async def main(settings: Settings) -> None:
         await runner.cleanup()
     if suspend.is_set():
         await control.suspend_all()
-    rotation.cancel()
+    for task in background:
+        task.cancel()
     edges.close()
     await control.registry.close()
     await control.lifecycle.close()

@@ -137,12 +137,19 @@ def assets() -> None:
         fail(str(error))
 
 
-def doctor(root: Root = None, name: Name = None, as_json: Json = False) -> None:
-    """Check the host: programs, acceleration, control groups, room, ports.
+def doctor(
+    root: Root = None,
+    name: Name = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove what a crash left behind; the service must be stopped.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check the host: programs, acceleration, control groups, room, ports, and what a crash left behind.
 
-    Example: torpor doctor
+    Example: torpor doctor --repair
     """
-    from vmm import cgroups, disks, probe
+    from vmm import cgroups, disks, leftovers, probe
+
+    from .repair import is_served, leftovers_of
 
     settings = config.load(root=root, name=name)
     rows: list[tuple[str, bool, str]] = []
@@ -166,6 +173,14 @@ def doctor(root: Root = None, name: Name = None, as_json: Json = False) -> None:
     if kept.exists():
         port = int(kept.read_text(encoding="ascii"))
         rows.append(("edge port", True, f"{port}, held by {listeners.holder(port)}"))
+    if repair and is_served(settings):
+        fail(f"instance {settings.name} is served: it mends what it finds at its start; stop it to repair by hand", 1)
+    for one in leftovers_of(settings):
+        if repair:
+            leftovers.mend(settings, one)
+            errors.print(f"torpor: removed {one.kind} {one.what}: {one.why}", soft_wrap=True)
+        else:
+            rows.append((f"left over: {one.kind}", False, f"{one.what}: {one.why}; torpor doctor --repair removes it"))
     if as_json:
         show_json([{"check": check, "ok": ok, "text": text} for check, ok, text in rows])
     else:

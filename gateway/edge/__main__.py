@@ -15,7 +15,9 @@ from .certificates import Certificates
 async def main(settings: Settings) -> None:
     name = f"edge-{sys.argv[1]}-{os.getpid()}"
     sockets, certificates = process.inherited(), Certificates(settings.tls_dir)
-    await worker.run(name, settings.edge, settings.control_socket, settings.vmm_socket, sockets, certificates, process.ready)
+    await worker.run(
+        name, settings.edge, settings.control_socket, settings.vmm_socket, sockets, certificates, process.ready, settings.traces.endpoint
+    )
 
 
 process.run(f"edge-{sys.argv[1]}", main)

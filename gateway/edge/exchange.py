@@ -8,6 +8,7 @@ known yet) is a coroutine, `_slow`, of which an exchange has at most one; everyt
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .worker import Worker
 
 _STALE_SECONDS = 0.1
+_TRACEPARENT = re.compile(rb"\r\ntraceparent: *([^\r]{1,128})", re.I)
 NOBODY = Account()
 
 
@@ -335,7 +337,14 @@ class Exchange:
         entry.account.last = now
         resume = await worker.holds.wait(entry.route, max(0.0, deadline - now), self)
         self.held_seconds = worker.time() - self._held_since
+        if worker.spans.is_on:
+            worker.spans.hold(self.held_seconds, entry.route.session, self._traceparent())
         self._timing = f"hold;dur={self.held_seconds * 1000:.1f}, resume;dur={resume * 1000:.1f}"
+
+    def _traceparent(self) -> str:
+        """The request's own trace context (W3C Trace Context, 3.2)."""
+        match = _TRACEPARENT.search(self.head.block) if self.head is not None else None
+        return match[1].decode("latin-1") if match is not None else ""
 
     async def _connect(self, entry: RouteEntry, port: int, head: RequestHead, deadline: float) -> bool:
         """Connects and starts the exchange; False when the route changed meanwhile and must be looked at again."""

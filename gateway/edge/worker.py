@@ -16,6 +16,7 @@ import structlog
 
 from gateway import messages as m
 from gateway.config import Edge
+from gateway.observe.spans import Spans
 from gateway.rpc import Client as RpcClient
 from gateway.rpc import Connection, RpcError, Service
 from gateway.tokens import Checker
@@ -61,6 +62,7 @@ class Worker:
         self.table = RouteTable(loop.time, self._route_changed, settings)
         self.holds = Holds(settings, self._ask_for)
         self.parking = Parking(self)
+        self.spans = Spans("", name)
         self.is_draining = False
         self._endpoints: dict[str, str] = {}  # by session
         self._misses: dict[str, float] = {}
@@ -266,10 +268,12 @@ class Worker:
 
 
 async def run(
-    name: str, settings: Edge, control: Path, vmm: Path, sockets: dict[str, list[socket.socket]], certificates: Certificates, ready: Any
-) -> None:
-    """Until SIGTERM, then drains. SIGUSR1 opens the access log again."""
+    name: str, settings: Edge, control: Path, vmm: Path, sockets: dict[str, list[socket.socket]], certificates: Certificates, ready: Any,
+    traces: str = "",
+) -> None:  # fmt: skip
+    """Until SIGTERM, then drains. SIGUSR1 opens the access log again. `traces` is where spans go."""
     worker = Worker(name, settings, control, vmm)
+    worker.spans = Spans(traces, name)
     await worker.serve(sockets["edge"], certificates, sockets.get("redirect", ()))
     ready()
     stop, loop = asyncio.Event(), asyncio.get_running_loop()

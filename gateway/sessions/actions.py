@@ -88,6 +88,7 @@ class Actions:
             await fire(session, Event.FAILED, f"The MicroVM could not be launched: {error}")
         else:
             await fire(session, Event.STARTED)
+            self._lifecycle.on_steps(session, steps)
 
     async def run_hook(self, session: Session) -> None:
         payload = {"microvmId": session.id, "runHookPayload": session.run_hook_payload}
@@ -118,6 +119,7 @@ class Actions:
             await self._not_woken(session, event, error, begun)
         else:
             await fire(session, Event.RESUMED)
+            self._lifecycle.on_steps(session, steps)
 
     async def _not_woken(self, session: Session, event: Event, error: Exception, begun: bool) -> None:
         if begun and isinstance(error, RpcLost):  # vmm is away; whether the guest runs is seen when it is back
@@ -239,6 +241,7 @@ class Actions:
                 session.suspended_by = "idle" if idle else "api"
             session.snapshot_bytes = saved.memory_bytes + saved.state_bytes + saved.disk_bytes
             await fire(session, Event.SAVED)
+            self._lifecycle.on_steps(session, steps)
 
     def _may_park(self, session: Session) -> int:
         """Streams at each worker: none where no request may wake the session, for they would never go on."""

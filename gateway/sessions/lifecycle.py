@@ -75,6 +75,7 @@ class Lifecycle:
         self.logs = logs
         self.clock = clock
         self.on_transition: Callable[[Event], None] = lambda event: None
+        self.on_steps: Callable[[Session, Steps], None] = lambda session, steps: None
         self.on_action: Callable[[str, float], None] = lambda name, seconds: None
         self.serve_guest: Callable[[Session, list[socket.socket], EgressRules | None], Awaitable[GuestServices]]
         self.actions: Callable[[Session, Action, Event, str], Coroutine[Any, Any, None]]

@@ -53,6 +53,7 @@ def build_stream(version: str, build: str) -> str:
 class LogStore:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._changed: set[tuple[str, str, str]] = set()
         self._encode = msgspec.json.Encoder().encode
         self._decode = msgspec.json.Decoder(LogEvent).decode
 
@@ -66,6 +67,7 @@ class LogStore:
         """Raises OSError when the disk is full; callers drop the lines then."""
         path = self._path(account, group, stream)
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._changed.add((account, group, stream))
         now = int(time.time() * 1000)
         with path.open("ab") as file:
             file.write(b"".join(self._encode(LogEvent(now, line)) + b"\n" for line in lines))
@@ -110,6 +112,16 @@ class LogStore:
                 return StreamFacts(first.t, int(path.stat().st_mtime * 1000), size)
         except (OSError, msgspec.DecodeError):
             return StreamFacts(0, 0, 0)
+
+    def names(self) -> list[tuple[str, str, str]]:
+        """(account, group, stream) of everything that is kept."""
+        accounts = [path.name for path in self._directory.iterdir()] if self._directory.is_dir() else []
+        return [(one, group, stream) for one in accounts for group in self.groups(one) for stream in self.streams(one, group)]
+
+    def take_changed(self) -> set[tuple[str, str, str]]:
+        """What was written to since this was last asked."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def drop_older(self, seconds: float) -> int:
         """Removes streams that nobody has written to for so long; how many."""

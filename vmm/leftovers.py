@@ -1,0 +1,108 @@
+"""What a crash left on the host that nobody needs any more: found for `torpor doctor`, removed for `torpor doctor --repair`.
+
+Only what belongs to the instance by its name and place is looked at, and only while no service runs: a running one knows better,
+and mends all of this at its start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from gateway.config import Settings
+
+from . import host
+from .cgroups import Cgroups
+from .driver import Process
+
+_HALF_MADE = ("snapshot.new", "fold.new")
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """`kind`: process, namespace, control group, directory, file. `why` says what makes it nobody's."""
+
+    kind: str
+    what: str
+    why: str
+
+
+def find(settings: Settings, sessions: Collection[str], images: Collection[str]) -> list[Leftover]:
+    """`sessions` and `images` are those that the store knows (ids, and keys of image versions)."""
+    records = list(_records(settings))
+    held = {record.link for record in records if record.session in sessions and host.start_time(record.pid) == record.started}
+    return [
+        *_processes(records, sessions), *_namespaces(settings, held, sessions), *_groups(settings, records, sessions),
+        *_files(settings, sessions, images),
+    ]  # fmt: skip
+
+
+def _records(settings: Settings) -> Iterator[Process]:
+    for path in sorted((settings.runtime / "vms").glob("*/process.json")):
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            yield msgspec.json.decode(path.read_bytes(), type=Process)
+
+
+def _processes(records: list[Process], sessions: Collection[str]) -> Iterator[Leftover]:
+    for record in records:
+        if host.start_time(record.pid) == record.started and record.session not in sessions:
+            yield Leftover("process", str(record.pid), f"hypervisor {record.vm} of {record.session or 'no session'}")
+
+
+def _namespaces(settings: Settings, held: Collection[str], sessions: Collection[str]) -> Iterator[Leftover]:
+    parked = set()
+    for session in sessions:
+        with contextlib.suppress(OSError):
+            parked.add((settings.sessions_dir / session / "link").read_text(encoding="ascii"))
+    for directory in ("netns", "build-netns"):
+        for path in sorted((settings.runtime / directory).glob("*")):
+            if path.name not in held and path.name not in parked:
+                yield Leftover("namespace", str(path), "no microVM runs in it")
+
+
+def _groups(settings: Settings, records: list[Process], sessions: Collection[str]) -> Iterator[Leftover]:
+    known = {name for record in records if record.session in sessions for name in (record.vm, f"image-{record.image}")}
+    for name in sorted(Cgroups(settings.name, settings.root).names()):
+        if name not in known:
+            yield Leftover("control group", name, "nothing that is known belongs in it")
+
+
+def _files(settings: Settings, sessions: Collection[str], images: Collection[str]) -> Iterator[Leftover]:
+    for path in _entries(settings.sessions_dir):
+        if path.name not in sessions:
+            yield Leftover("directory", str(path), "the store knows no such session")
+            continue
+        for name in _HALF_MADE:
+            if (path / name).exists():
+                yield Leftover("directory", str(path / name), "half a snapshot")
+    for path in _entries(settings.images_dir):
+        if path.name not in images:
+            yield Leftover("directory", str(path), "the store knows no such image version" if path.name[0] != "." else "half an image")
+    for path in _entries(settings.control_dir / "builds"):
+        yield Leftover("directory", str(path), "of a build that was interrupted")
+
+
+def _entries(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def mend(settings: Settings, found: Leftover) -> None:
+    """Removes it. Raises OSError."""
+    if found.kind == "process":
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(found.what), signal.SIGKILL)
+    elif found.kind == "namespace":
+        with contextlib.suppress(OSError):
+            host.umount(found.what)
+        Path(found.what).unlink(missing_ok=True)
+    elif found.kind == "control group":
+        Cgroups(settings.name, settings.root).remove(found.what)
+    else:
+        shutil.rmtree(found.what)
