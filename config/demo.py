@@ -81,6 +81,7 @@ def free_port() -> int:
 def serve() -> subprocess.Popen[str]:
     environment.update(
         TORPOR_ROOT=str(ROOT), TORPOR_RUN=str(RUN), TORPOR_NAME=NAME, TORPOR_API__PORT=str(free_port()),
+        TORPOR_STANDBYS__WARM="0",  # to show that what sleeps costs no process
         TORPOR_API__METRICS_PORT=str(free_port()), TORPOR_OBJECT_STORE__PORT=str(free_port()),
         PATH=f"{BIN}:{environment['PATH']}",
     )  # fmt: skip

@@ -130,6 +130,14 @@ class Credentials(BaseModel):
     secret_key: str = Field("", description="for the STS endpoint")
 
 
+class Archive(BaseModel):
+    """Where sessions go that sleep for long (the object store of `object_store`)."""
+
+    after_seconds: float = Field(0.0, ge=0, description="asleep for longer, a session is moved to the object store; 0: never")
+    bucket: str = Field("torpor-archive", description="made where it is not there")
+    prefix: str = Field("sessions/", description="before the keys")
+
+
 class Sessions(BaseModel):
     streams_at_suspend: str = Field("park", pattern="^(park|cut)$", description="silent streams outlive a suspend, or are cut")
     parked_streams: int = Field(256, ge=0, description="at most, of one session at one worker; the rest are cut")
@@ -195,6 +203,7 @@ class Settings(BaseSettings):
     logs: Logs = Logs()
     traces: Traces = Traces()
     credentials: Credentials = Credentials()
+    archive: Archive = Archive()
     sessions: Sessions = Sessions()
     suspend: Suspend = Suspend()
     standbys: Standbys = Standbys()

@@ -33,6 +33,8 @@ from .observe.spans import Spans
 from .rpc import Client, Connection, Reply, RpcError, Server, Service
 from .sessions.actions import Actions
 from .sessions.agent import AgentError
+from .sessions.archive import Archive
+from .sessions.archive import default_client as default_store
 from .sessions.host import Host
 from .sessions.lifecycle import Lifecycle
 from .sessions.logs import LogStore
@@ -74,6 +76,7 @@ class Control:
         self.directory = Directory(self.store, settings.account, root_keys, _secret_file(directory / "sessions.key"))
         store = settings.object_store
         artifacts = (store.access_key, store.secret_key) if store.access_key else next(iter(root_keys.items()))
+        self.actions.archive = Archive(settings, self.host, lambda: default_store(settings, artifacts))
         guests = Guests(settings, Issuer(settings.credentials, settings.region, self.directory), self.store)
         self.lifecycle.serve_guest = guests.for_session
         self.registry.pipeline = Pipeline(settings, self.host, artifacts, self._phase, guests)

@@ -123,6 +123,25 @@ class RestRequest(msgspec.Struct):
     parked: bool = False
 
 
+class PackRequest(msgspec.Struct):
+    """Writes a sleeping session's files, compressed, to the descriptor that comes along."""
+
+    session: str
+    incarnation: int
+
+
+class Packed(msgspec.Struct):
+    size: int
+    digest: str  # SHA-256
+
+
+class UnpackRequest(msgspec.Struct):
+    """Puts a session's files back from the descriptor that comes along, where its SHA-256 is this."""
+
+    session: str
+    digest: str
+
+
 class Suspended(msgspec.Struct):
     """A durable snapshot: bytes of changed memory, device state, and of the overlay as it lies on the disk."""
 

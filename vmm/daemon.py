@@ -22,10 +22,11 @@ from gateway.config import Settings
 from gateway.observe.steps import Steps
 from gateway.rpc import Connection, Reply, Server, Service
 
-from . import disks, probe
+from . import archives, disks, probe
 from .builds import Builder, BuildSettings
 from .cgroups import Cgroups
 from .driver import DiskFull, Machine, StateLost, VmmError
+from .image_calls import ImageCalls
 from .network import Link, Network
 from .qemu.driver import Assets, QemuDriver
 from .snapshots import Snapshots, sync
@@ -51,7 +52,7 @@ class _Held:
 
 class Vmm:
     def __init__(self, settings: Settings, info: m.HostInfo, cgroups: Cgroups) -> None:
-        self._settings = settings
+        self.settings = settings
         self._info = info
         self._cgroups = cgroups
         runtime = settings.runtime
@@ -75,8 +76,8 @@ class Vmm:
 
     async def start(self) -> None:
         """Takes running microVMs over from an earlier daemon, then clears away what nobody needs."""
-        self._settings.images_dir.mkdir(parents=True, exist_ok=True)
-        self._settings.sessions_dir.mkdir(parents=True, exist_ok=True)
+        self.settings.images_dir.mkdir(parents=True, exist_ok=True)
+        self.settings.sessions_dir.mkdir(parents=True, exist_ok=True)
         self._cgroups.start()
         for record in self.driver.records():
             machine = await self.driver.adopt(record)
@@ -85,18 +86,18 @@ class Vmm:
             if not record.session or record.phase == "standby":  # waiting, or half prepared
                 await machine.kill()
                 continue
-            held = self._hold(record.session, machine, Link(self._settings.runtime / "netns" / record.link))
+            held = self.hold(record.session, machine, Link(self.settings.runtime / "netns" / record.link))
             if record.phase == "warm":
                 held.parked = self.snapshots.parked_link(record.session) is not None
                 self._keep_warm(record.session, held)
         for session, name in self.snapshots.parked_links().items():
-            link = Link(self._settings.runtime / "netns" / name)
+            link = Link(self.settings.runtime / "netns" / name)
             if session not in self._sessions and link.path.exists():
                 self._parked[session] = link
         keep = {held.link.path for held in self._sessions.values()} | {link.path for link in self._parked.values()}
-        self.network.start(keep, self._settings.standbys.links)
+        self.network.start(keep, self.settings.standbys.links)
         self.builder.start()
-        for leftover in self._settings.images_dir.glob(".*"):
+        for leftover in self.settings.images_dir.glob(".*"):
             if leftover.name[1:] not in {held.machine.record.image for held in self._sessions.values()}:
                 shutil.rmtree(leftover, ignore_errors=True)
         self._spawn(self._housekeeping())
@@ -109,7 +110,7 @@ class Vmm:
         await self.network.close(is_empty=not self._sessions)
 
     def connected(self, connection: Connection) -> None:
-        if connection.uid == self._settings.users.control:
+        if connection.uid == self.settings.users.control:
             self._controls.add(connection)
             connection.closed.add_done_callback(lambda _: self._controls.discard(connection))
 
@@ -120,14 +121,14 @@ class Vmm:
 
     async def rpc_usage(self, connection: Connection, body: None) -> m.Usage:
         """What is warm is given up where its memory is wanted."""
-        wanted = (self._settings.limits.reserve_mib + 2 * self._settings.limits.growth_mib) << 20
+        wanted = (self.settings.limits.reserve_mib + 2 * self.settings.limits.growth_mib) << 20
         while self._warm and probe.memory_available_bytes() < wanted:
             await self._cool(next(iter(self._warm)))
         running = [self._cgroups.memory_bytes(held.machine.record.vm) for held in self._sessions.values()]
-        expected = self._settings.limits.growth_mib << 20
+        expected = self.settings.limits.growth_mib << 20
         return m.Usage(
             memory_available=probe.memory_available_bytes(),
-            disk_free=disks.free_bytes(self._settings.root),
+            disk_free=disks.free_bytes(self.settings.root),
             expected_growth=max(expected, sum(running) // len(running)) if running else expected,
         )
 
@@ -135,7 +136,7 @@ class Vmm:
         return m.HostState(
             sessions=[self._state(name, held) for name, held in self._sessions.items()],
             snapshots=self.snapshots.held(),
-            images=[path.name for path in self._settings.images_dir.iterdir() if (path / "manifest.json").exists()],
+            images=[path.name for path in self.settings.images_dir.iterdir() if (path / "manifest.json").exists()],
             builds=self.builder.names,
         )
 
@@ -145,59 +146,6 @@ class Vmm:
             name, record.incarnation, record.phase,
             self._cgroups.memory_bytes(record.vm), self._cgroups.cpu_seconds(record.vm),
         )  # fmt: skip
-
-    # ---- images ----
-
-    async def rpc_build(self, connection: Connection, body: m.BuildRequest) -> Reply:
-        """Answers at once, with the log and the phases to read."""
-        return Reply(None, list(self.builder.begin(body, self._making(body.image))))
-
-    async def rpc_build_result(self, connection: Connection, body: m.BuildName) -> m.BuildResult:
-        return await self.builder.result(body.build)
-
-    async def rpc_build_cancel(self, connection: Connection, body: m.BuildName) -> None:
-        await self.builder.cancel(body.build)
-
-    async def rpc_boot(self, connection: Connection, body: m.BootRequest) -> Reply:
-        """Boots an image's machine; the descriptor is the agent's channel."""
-        image = self._making(body.image)
-        link = await self.network.take()
-        console = os.open(image / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            if body.egress is not None:
-                await self.network.let_out(link, body.egress)
-            machine = await self.driver.boot(image, body.shape, link, console)
-        except BaseException:
-            await self.network.release(link)
-            raise
-        finally:
-            os.close(console)
-        machine.record.session = body.session
-        machine.save_record()
-        self._hold(body.session, machine, link)
-        return Reply(None, [await machine.agent()])
-
-    async def rpc_seal(self, connection: Connection, body: m.SealRequest) -> m.Sealed:
-        """Stores the booted machine as the image; it exists from the moment of one rename."""
-        held = self._held(body.session, 0)
-        making, target = self._making(body.image), self._settings.images_dir / body.image
-        held.expected = True
-        sealed = await self.driver.seal(held.machine, making)
-        await self._let_go(body.session, held)
-        making.rename(target)
-        disks.sync_directory(target.parent)
-        self.standbys.want(target)
-        return sealed
-
-    async def rpc_image_delete(self, connection: Connection, body: m.ImageName) -> None:
-        image = self._settings.images_dir / body.image
-        await self.standbys.drop(image)
-        await self.driver.forget_image(body.image)
-        for path in (image, self._making(body.image)):
-            await asyncio.to_thread(shutil.rmtree, path, True)
-
-    def _making(self, image: str) -> Path:
-        return self._settings.images_dir / f".{image}"
 
     # ---- sessions ----
 
@@ -213,7 +161,7 @@ class Vmm:
                 self._warm_up(held, body.incarnation)
                 return
             raise VmmError(f"session {body.session} is held by incarnation {held.machine.record.incarnation}")
-        image = self._settings.images_dir / body.image
+        image = self.settings.images_dir / body.image
         overlay = self.snapshots.overlay(body.session)
         if body.from_snapshot:
             await self._folded(body.session)
@@ -250,7 +198,7 @@ class Vmm:
                 if body.egress is not None:
                     await self.network.let_out(link, body.egress)
                 await machine.prepare(snapshot, overlay, link)
-                self._hold(body.session, machine, link)
+                self.hold(body.session, machine, link)
                 return
             except (VmmError, asyncio.CancelledError) as error:
                 if machine is not None:
@@ -265,7 +213,7 @@ class Vmm:
 
     async def rpc_start(self, connection: Connection, body: m.StartRequest) -> Reply:
         """Lets a prepared session run. From here on its snapshot is void, so it is removed."""
-        held = self._held(body.session, body.incarnation)
+        held = self.held(body.session, body.incarnation)
         async with held.lock:
             if held.machine.record.phase == "running":
                 return Reply(None, [await held.machine.agent()])
@@ -274,21 +222,21 @@ class Vmm:
         return Reply(None, [channel])
 
     async def rpc_agent(self, connection: Connection, body: m.SessionRef) -> Reply:
-        held = self._held(body.session, body.incarnation)
+        held = self.held(body.session, body.incarnation)
         return Reply(None, [await held.machine.agent()])
 
     async def rpc_sockets(self, connection: Connection, body: m.SocketsRequest) -> Reply:
-        held = self._held(body.session, body.incarnation)
+        held = self.held(body.session, body.incarnation)
         return Reply(None, [sock.detach() for sock in await self.network.sockets(held.link, max(1, min(body.count, 32)))])
 
     async def rpc_services(self, connection: Connection, body: m.SessionRef) -> Reply:
         """The sockets on which the guest asks for metadata (TCP) and names (UDP, TCP): control answers there."""
-        held = self._held(body.session, body.incarnation)
+        held = self.held(body.session, body.incarnation)
         return Reply(None, await self.network.services(held.link))
 
     async def rpc_suspend(self, connection: Connection, body: m.SessionRef) -> m.Suspended:
         """Stops the guest and makes its snapshot durable; it stays stopped until kill or unpause."""
-        held = self._held(body.session, body.incarnation)
+        held = self.held(body.session, body.incarnation)
         async with held.lock:
             started = time.monotonic()
             steps = held.machine.steps = self._trace(body.session, "suspend")
@@ -315,9 +263,33 @@ class Vmm:
             rest = sum(one.size for one in manifest.files) - pages
             return m.Suspended(pages, rest, disks.stored_bytes(overlay), time.monotonic() - started)
 
+    async def rpc_pack(self, connection: Connection, body: m.PackRequest, descriptors: list[int]) -> m.Packed:
+        """Of a session at rest; one that is warm is not."""
+        try:
+            await self._folded(body.session)
+            snapshot = self.snapshots.newest(body.session)
+            if body.session in self._sessions or snapshot.name != f"snapshot-{body.incarnation}":
+                raise VmmError(f"session {body.session} does not rest with snapshot {body.incarnation}")
+            size, digest = await asyncio.to_thread(archives.pack, self.snapshots.of(body.session), snapshot, descriptors[0])
+        except OSError as error:
+            raise VmmError(f"session {body.session} could not be packed: {error}") from error
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return m.Packed(size, digest)
+
+    async def rpc_unpack(self, connection: Connection, body: m.UnpackRequest, descriptors: list[int]) -> None:
+        try:
+            await asyncio.to_thread(archives.unpack, descriptors[0], body.digest, self.snapshots.of(body.session))
+        except OSError as error:
+            raise DiskFull(f"session {body.session} could not be unpacked: {error}") from error
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
     async def rpc_unpause(self, connection: Connection, body: m.SessionRef) -> None:
         """Calls a suspend off: the guest runs on, its snapshot is void."""
-        held = self._held(body.session, body.incarnation)
+        held = self.held(body.session, body.incarnation)
         async with held.lock:
             await asyncio.to_thread(self.snapshots.called_off, body.session, body.incarnation)
             await held.machine.unpause()
@@ -327,7 +299,7 @@ class Vmm:
         if held is not None and held.machine.record.incarnation == body.incarnation:
             held.expected = True
             await held.machine.kill()
-            await self._let_go(body.session, held)
+            await self.let_go(body.session, held)
             await self._rest(body.session)
 
     async def rpc_rest(self, connection: Connection, body: m.RestRequest) -> None:
@@ -337,13 +309,13 @@ class Vmm:
             return
         held.parked = body.parked
         await asyncio.to_thread(self.snapshots.park_link, body.session, held.link.name if body.parked else None)
-        if not body.keep or not self._settings.standbys.warm:
+        if not body.keep or not self.settings.standbys.warm:
             await self.rpc_kill(connection, m.SessionRef(body.session, body.incarnation))
             return
         held.machine.record.phase = "warm"
         held.machine.save_record()
         self._keep_warm(body.session, held)
-        while len(self._warm) > self._settings.standbys.warm:
+        while len(self._warm) > self.settings.standbys.warm:
             await self._cool(next(iter(self._warm)))
 
     def _keep_warm(self, session: str, held: _Held) -> None:
@@ -365,7 +337,7 @@ class Vmm:
         if held is not None:
             held.machine.record.phase = "cooling"
             await held.machine.kill()
-            await self._let_go(session, held)
+            await self.let_go(session, held)
             await self._rest(session)
 
     async def rpc_forget(self, connection: Connection, body: m.SessionRef) -> None:
@@ -379,7 +351,7 @@ class Vmm:
         if held is not None:
             held.expected, held.parked = True, False
             await held.machine.kill()
-            await self._let_go(body.session, held)
+            await self.let_go(body.session, held)
         parked = self._parked.pop(body.session, None)
         if parked is not None:
             await self.network.release(parked)
@@ -397,13 +369,13 @@ class Vmm:
 
     # ---- inside ----
 
-    def _held(self, session: str, incarnation: int) -> _Held:
+    def held(self, session: str, incarnation: int) -> _Held:
         held = self._sessions.get(session)
         if held is None or held.machine.record.incarnation != incarnation:
             raise StateLost(f"session {session} has no hypervisor of incarnation {incarnation}")
         return held
 
-    def _hold(self, session: str, machine: Machine, link: Link) -> _Held:
+    def hold(self, session: str, machine: Machine, link: Link) -> _Held:
         held = _Held(machine, link)
         self._sessions[session] = held
         self._spawn(self._watch(session, held))
@@ -413,15 +385,15 @@ class Vmm:
         await held.machine.wait()
         if held.expected:
             if self._warm.pop(session, None) is not None:  # a paused one died: the session is as cold as any
-                await self._let_go(session, held)
+                await self.let_go(session, held)
             return
         log.warning("hypervisor.ended", session=session, vm=held.machine.record.vm)
-        await self._let_go(session, held)
+        await self.let_go(session, held)
         ended = m.Ended(session, held.machine.record.incarnation, "The hypervisor of the MicroVM stopped unexpectedly.")
         for control in self._controls:
             control.notify("ended", ended)
 
-    async def _let_go(self, session: str, held: _Held) -> None:
+    async def let_go(self, session: str, held: _Held) -> None:
         if self._sessions.get(session) is held:
             del self._sessions[session]
             if held.parked:
@@ -453,7 +425,7 @@ class Vmm:
         while True:
             await asyncio.sleep(_HOUSEKEEPING_SECONDS)
             await self.standbys.drop_unused()
-            late = asyncio.get_running_loop().time() - self._settings.standbys.warm_seconds
+            late = asyncio.get_running_loop().time() - self.settings.standbys.warm_seconds
             for session in [session for session, since in self._warm.items() if since < late]:
                 await self._cool(session)
 
@@ -470,7 +442,7 @@ async def serve(settings: Settings, ready: object) -> None:
     info.memory_cap_mib = settings.limits.guest_mib or info.memory_cap_mib
     vmm = Vmm(settings, info, cgroups)
     await vmm.start()
-    server = Server(settings.vmm_socket, Service(vmm), {0, settings.users.control, settings.users.edge})
+    server = Server(settings.vmm_socket, Service(vmm, ImageCalls(vmm)), {0, settings.users.control, settings.users.edge})
     server.on_connect = vmm.connected
     log.info("vmm.ready", accelerator=info.accelerator, note=info.accelerator_note)
     ready()  # type: ignore[operator]

@@ -18,6 +18,7 @@ from gateway.observe.steps import Steps
 
 from . import hooks
 from .agent import Agent, AgentError, wake_frame
+from .archive import Archive, ArchiveError
 from .egress import rules_of
 from .host import RpcError, RpcLost
 from .lifecycle import Lifecycle, Live
@@ -43,7 +44,9 @@ class Actions:
         self._routes = lifecycle.routes
         # A herd on few cores is served best a few at a time (docs/architecture.md).
         self._turn = asyncio.Semaphore(2 * (os.cpu_count() or 1))
+        self.archive: Archive | None = None
         lifecycle.actions = self.carry_out
+        lifecycle.archive_it = self.archive_it
 
     async def carry_out(self, session: Session, action: Action, event: Event, detail: str) -> None:
         started = time.monotonic()
@@ -115,7 +118,7 @@ class Actions:
             steps.mark("resume hook")
         except hooks.HookError as error:
             await fire(session, Event.FAILED, hooks.runtime_reason("resume", error))
-        except (RpcError, AgentError, StoreError) as error:
+        except (RpcError, AgentError, StoreError, ArchiveError) as error:
             await self._not_woken(session, event, error, begun)
         else:
             await fire(session, Event.RESUMED)
@@ -279,6 +282,41 @@ class Actions:
             return
         self._lifecycle.rested(session)
 
+    # ---- the archive ----
+
+    async def archive_it(self, session: Session) -> None:
+        """A session that has slept for long: to the object store, then named in its row, then its files go. A request that comes
+        meanwhile waits for the end of it, as it does for a hypervisor's."""
+        live = self._lifecycle.live(session)
+        live.resting = live.task
+        try:
+            if self.archive is None:
+                return
+            session.archived = await self.archive.store(session)
+            self._lifecycle.store.put_session(session)
+            await self._lifecycle.store.commit()
+            await self._patiently(lambda: self._host.forget(session.id))
+        except (RpcError, ArchiveError, StoreError) as error:
+            log.warning("archive.failed", session=session.id, error=str(error))
+        finally:
+            live.resting = None
+
+    async def _fetch(self, session: Session, steps: Steps) -> None:
+        """Raises ArchiveError, RpcError, StoreError; the session sleeps on then, archived as it was."""
+        archived = session.archived
+        if archived is None or self.archive is None:
+            return
+        await self.archive.fetch(session, archived)
+        session.archived = None
+        self._lifecycle.store.put_session(session)
+        try:
+            await self._lifecycle.store.commit()
+        except StoreError:
+            session.archived = archived
+            raise
+        steps.mark("fetched from the archive")
+        self._lifecycle.spawn(self.archive.forget(archived))
+
     # ---- destroy ----
 
     async def destroy(self, session: Session, event: Event) -> None:
@@ -295,6 +333,8 @@ class Actions:
             except RpcError as error:
                 log.warning("destroy.retry", session=session.id, error=str(error))
                 await asyncio.sleep(_DESTROY_RETRY_SECONDS)
+        if session.archived is not None and self.archive is not None:
+            await self.archive.forget(session.archived)
         await self._lifecycle.fire(session, Event.CLEANED)
 
     # ---- after a restart ----
@@ -315,7 +355,7 @@ class Actions:
         elif session.state is State.SUSPENDED:
             if held is not None and held.phase != "warm":
                 await self._host.kill(session.id, held.incarnation)
-            if saved != session.incarnation:
+            if saved != session.incarnation and session.archived is None:
                 await fire(session, Event.LOST, "The snapshot of the MicroVM is not on this host any more.")
             elif session.suspended_by == "stop":  # by our own stop: as it was before
                 session.suspended_by = "api"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 from gateway import messages as m
@@ -13,6 +14,7 @@ _BUILD_SECONDS = 2000.0
 _BOOT_SECONDS = 60.0
 _SEAL_SECONDS = 180.0
 _DELETE_SECONDS = 60.0
+_ARCHIVE_SECONDS = 600.0
 
 __all__ = ["Host", "RpcError", "RpcLost"]
 
@@ -60,6 +62,15 @@ class Host:
     async def traces(self, session: str) -> list[m.Trace]:
         """The host's part of the last launch or resume, and of the last suspend."""
         return await self._client.call("traces", m.SessionRef(session, 0), list[m.Trace])  # type: ignore[no-any-return]
+
+    async def pack(self, session: str, incarnation: int, target: int) -> m.Packed:
+        """Into an open file; what is sent is a duplicate of its descriptor."""
+        request = m.PackRequest(session, incarnation)
+        return await self._client.call("pack", request, m.Packed, timeout=_ARCHIVE_SECONDS, descriptors=[os.dup(target)])  # type: ignore[no-any-return]
+
+    async def unpack(self, session: str, digest: str, source: int) -> None:
+        request = m.UnpackRequest(session, digest)
+        await self._client.call("unpack", request, timeout=_ARCHIVE_SECONDS, descriptors=[os.dup(source)])
 
     async def unpause(self, session: str, incarnation: int) -> None:
         await self._client.call("unpause", m.SessionRef(session, incarnation))

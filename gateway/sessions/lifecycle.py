@@ -33,7 +33,7 @@ log = structlog.get_logger()
 
 MAX_LIFETIME = "MicroVM exceeded maximum lifetime."
 SUCCESS = "Success."
-_IDLE, _WINDOW, _LIFETIME, _RETRY, _PURGE = "idle", "window", "lifetime", "retry", "purge"
+_IDLE, _WINDOW, _LIFETIME, _RETRY, _PURGE, _ARCHIVE = "idle", "window", "lifetime", "retry", "purge", "archive"
 _TERMINATED_KEPT_SECONDS = 3600.0  # reference: at least 20 minutes
 _RETRY_SECONDS = 1.0
 
@@ -78,6 +78,7 @@ class Lifecycle:
         self.on_steps: Callable[[Session, Steps], None] = lambda session, steps: None
         self.on_action: Callable[[str, float], None] = lambda name, seconds: None
         self.serve_guest: Callable[[Session, list[socket.socket], EgressRules | None], Awaitable[GuestServices]]
+        self.archive_it: Callable[[Session], Coroutine[Any, Any, None]]
         self.actions: Callable[[Session, Action, Event, str], Coroutine[Any, Any, None]]
         self._loop = asyncio.get_running_loop()
         self._live: dict[str, Live] = {}
@@ -141,6 +142,7 @@ class Lifecycle:
             self._opened(session, live)
         elif action in (Action.SAVE, Action.REST, Action.WAKE, Action.DESTROY):
             self._deadlines.clear((_IDLE, session.id))
+            self._deadlines.clear((_ARCHIVE, session.id))
             if action is Action.DESTROY:
                 self._stop_task(live)
                 self._deadlines.clear((_WINDOW, session.id))
@@ -224,6 +226,9 @@ class Lifecycle:
             self.spawn(self.request(session))
         else:
             self._watch_window(session)
+            after = self.settings.archive.after_seconds
+            if after and session.archived is None and session.suspended_at is not None:
+                self._at((_ARCHIVE, session.id), session.suspended_at + after)
             if live.task is asyncio.current_task() and not live.lock.locked():
                 self._live.pop(session.id, None)
 
@@ -275,6 +280,8 @@ class Lifecycle:
             self.post(session, Event.WINDOW_OVER, MAX_LIFETIME)
         elif kind == _LIFETIME:
             self.post(session, Event.EXPIRED, MAX_LIFETIME)
+        elif kind == _ARCHIVE and session.state is State.SUSPENDED and session.archived is None and not session.parked:
+            self.run(session, self.archive_it(session))
         elif kind == _RETRY and session.state is State.SUSPENDED:
             self.spawn(self.request(session))
         elif kind == _PURGE:

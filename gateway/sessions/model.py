@@ -35,6 +35,14 @@ class Hooks(msgspec.Struct, frozen=True):
         return self.enabled.get(name)
 
 
+class Archived(msgspec.Struct, frozen=True):
+    """A sleeping session's files in the object store: key, bytes, SHA-256."""
+
+    key: str
+    size: int
+    digest: str
+
+
 class Session(msgspec.Struct):
     """One microVM. Times are seconds since the epoch."""
 
@@ -61,6 +69,7 @@ class Session(msgspec.Struct):
     suspended_at: float | None = None
     suspended_by: str = ""  # idle, api, stop
     snapshot_bytes: int = 0
+    archived: Archived | None = None
     parked: int = 0  # streams that the edges hold while it sleeps
     accelerator: str = "tcg"
 

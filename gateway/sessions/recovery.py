@@ -19,7 +19,7 @@ async def recover(lifecycle: Lifecycle, actions: Actions, state: HostState) -> N
             lifecycle.ended(session)
             continue
         lifecycle.watch_lifetime(session)
-        is_saved = state.snapshots.get(session.id) == session.incarnation
+        is_saved = session.archived is not None or state.snapshots.get(session.id) == session.incarnation
         if session.state is State.SUSPENDED and is_saved and session.suspended_by != "stop":
             lifecycle.rested(session)
         else:
@@ -27,5 +27,6 @@ async def recover(lifecycle: Lifecycle, actions: Actions, state: HostState) -> N
     for held in state.sessions:
         if held.session not in sessions:
             await lifecycle.host.forget(held.session)
-    for orphan in set(state.snapshots) - set(sessions):
+    archived = {session.id for session in sessions.values() if session.archived is not None}
+    for orphan in set(state.snapshots) - (set(sessions) - archived):
         await lifecycle.host.forget(orphan)

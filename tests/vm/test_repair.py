@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,12 +33,12 @@ def test_a_stopped_instance_is_mended_and_its_sessions_stay(instance: Instance, 
     namespace.parent.mkdir(parents=True, exist_ok=True)
     namespace.touch()
     subprocess.run(["unshare", f"--net={namespace}", "true"], check=True)
-    assert str(namespace) in open("/proc/mounts").read()
+    assert str(namespace) in Path("/proc/mounts").read_text()
     kinds = sorted(row["check"] for row in found(instance))
     assert kinds == ["left over: directory"] * 3 + ["left over: namespace"], kinds
     done = instance.command("torpor", "doctor", "--repair", check=False)
     assert done.stderr.count("torpor: removed") == 4
-    assert not found(instance) and str(namespace) not in open("/proc/mounts").read() and not os.path.exists(namespace)
+    assert not found(instance) and str(namespace) not in Path("/proc/mounts").read_text() and not os.path.exists(namespace)
     instance.start()
     until(lambda: instance.describe(vm["microvmId"])["state"] == "RUNNING")
     assert get(vm["endpoint"], instance.root / "tls/ca.crt", vm["token"]).json()["counter"] == 2

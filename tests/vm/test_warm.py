@@ -117,3 +117,35 @@ def test_it_may_be_terminated_in_its_sleep(warm: tuple[Instance, str]) -> None:
     until(lambda: is_warm(one))
     instance.terminate(one.id)
     assert one.process() is None and not (instance.root / "sessions" / one.id).exists()
+
+
+def test_a_long_sleep_is_in_the_object_store_and_comes_back(warm: tuple[Instance, str]) -> None:
+    """The archived tier, on a service that was started again with it switched on."""
+    instance, arn = warm
+    one, two = Sleeper(instance, arn), Sleeper(instance, arn)
+    one.visit()
+    two.visit()
+    instance.stop()
+    instance.environment |= {"TORPOR_ARCHIVE__AFTER_SECONDS": "1", "TORPOR_STANDBYS__WARM": "0"}
+    instance.start()
+    for sleeper in (one, two):
+        instance.state(sleeper.id, "RUNNING")
+        sleeper.suspend()
+    files = instance.root / "sessions"
+    until(lambda: not (files / one.id).exists() and not (files / two.id).exists())
+    store = instance.client("s3")
+
+    def archived() -> list[str]:
+        listed = store.list_objects_v2(Bucket="torpor-archive").get("Contents", [])
+        return [entry["Key"] for entry in listed]
+
+    assert len(archived()) == 2
+    one.visit()
+    until(lambda: len(archived()) == 1)
+    instance.kill("control")
+    until(lambda: instance.describe(two.id)["state"] == "SUSPENDED")
+    two.visit()
+    two.suspend()
+    until(lambda: not (files / two.id).exists())
+    instance.terminate(one.id, two.id)
+    until(lambda: not archived())

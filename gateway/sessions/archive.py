@@ -1,0 +1,91 @@
+"""The archived tier: sessions that sleep for long are packed, moved to the object store, and fetched when somebody asks.
+
+The order keeps a session whole at every instant: its archive is complete in the store and named in its row before its files go, and
+they are back before the row forgets the archive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import boto3
+import structlog
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from gateway.config import Settings
+
+from .host import Host
+from .model import Archived, Session
+
+log = structlog.get_logger()
+
+
+class ArchiveError(Exception):
+    """The object store has not given, or not taken, an archive; it may later."""
+
+
+def default_client(settings: Settings, credentials: tuple[str, str]) -> Any:
+    store = settings.object_store
+    endpoint = store.endpoint or (f"http://127.0.0.1:{store.port}" if store.embedded else None)
+    styles: Any = {"addressing_style": store.addressing}
+    return boto3.client(
+        "s3", region_name=settings.region, endpoint_url=endpoint, aws_access_key_id=credentials[0], aws_secret_access_key=credentials[1],
+        config=Config(connect_timeout=5, read_timeout=60, retries={"max_attempts": 3}, s3=styles),
+    )  # fmt: skip
+
+
+class Archive:
+    def __init__(self, settings: Settings, host: Host, client: Callable[[], Any]) -> None:
+        self._settings = settings.archive
+        self._directory = settings.control_dir / "archive"
+        self._host = host
+        self._client = client
+        self._is_made = False
+
+    async def store(self, session: Session) -> Archived:
+        """Packs a sleeping session and puts it into the bucket. Raises ArchiveError, RpcError."""
+        self._directory.mkdir(exist_ok=True)
+        key = f"{self._settings.prefix}{session.account}/{session.id}/{session.incarnation}.tar.zst"
+        with tempfile.TemporaryFile(dir=self._directory) as file:
+            packed = await self._host.pack(session.id, session.incarnation, file.fileno())
+            await self._ask(lambda: self._put(key, os.dup(file.fileno())))
+        return Archived(key, packed.size, packed.digest)
+
+    async def fetch(self, session: Session, archived: Archived) -> None:
+        """Brings a session's files back to the host. Raises ArchiveError, RpcError (StateLost for a damaged archive)."""
+        self._directory.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._directory) as file:
+            await self._ask(lambda: self._get(archived.key, file))
+            file.flush()
+            await self._host.unpack(session.id, archived.digest, file.fileno())
+
+    async def forget(self, archived: Archived) -> None:
+        """Removes an archive; one that cannot be removed now costs room and nothing else."""
+        try:
+            await self._ask(lambda: self._client().delete_object(Bucket=self._settings.bucket, Key=archived.key))
+        except ArchiveError as error:
+            log.warning("archive.left", key=archived.key, error=str(error))
+
+    async def _ask(self, work: Callable[[], Any]) -> None:
+        try:
+            await asyncio.to_thread(work)
+        except (BotoCoreError, ClientError, OSError) as error:
+            raise ArchiveError(f"the object store: {error}") from error
+
+    def _put(self, key: str, descriptor: int) -> None:
+        client, bucket = self._client(), self._settings.bucket
+        if not self._is_made:
+            if bucket not in [one["Name"] for one in client.list_buckets()["Buckets"]]:
+                client.create_bucket(Bucket=bucket)
+            self._is_made = True
+        with os.fdopen(descriptor, "rb") as file:
+            file.seek(0)
+            client.upload_fileobj(file, bucket, key)
+
+    def _get(self, key: str, file: Any) -> None:
+        self._client().download_fileobj(self._settings.bucket, key, file)

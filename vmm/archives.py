@@ -1,0 +1,102 @@
+"""A sleeping session's files as one compressed stream, and back: what is moved to the object store and fetched from it.
+
+A tar of plain files in two levels (overlay, snapshot-<N>/…), compressed with zstd. What comes back is taken only whole and only as
+it was made: its checksum is compared before root unpacks it, and names that were never written are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import shutil
+import tarfile
+from pathlib import Path
+from typing import IO, cast
+
+import zstandard
+
+from .errors import StateLost
+from .snapshots import OVERLAY
+
+_LEVEL = 3
+_CHUNK = 1 << 20
+_NAME = re.compile(rf"{re.escape(OVERLAY)}|snapshot-\d{{1,12}}(/[a-z0-9.]{{1,40}})?")
+
+
+def pack(session: Path, snapshot: Path, target: int) -> tuple[int, str]:
+    """Writes overlay and snapshot to the descriptor; the bytes written and their SHA-256. Raises OSError."""
+    with os.fdopen(os.dup(target), "wb") as file:
+        hashed = _Hashed(file)
+        with (
+            zstandard.ZstdCompressor(level=_LEVEL).stream_writer(cast(IO[bytes], hashed), closefd=False) as packed,
+            tarfile.open(fileobj=packed, mode="w|") as archive,
+        ):
+            archive.add(session / OVERLAY, OVERLAY)
+            archive.add(snapshot, snapshot.name)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashed.size, hashed.state.hexdigest()
+
+
+class _Hashed(io.RawIOBase):
+    """Counts and hashes what passes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.state = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        view = memoryview(data)  # type: ignore[arg-type]
+        self._file.write(view)
+        self.state.update(view)
+        self.size += view.nbytes
+        return view.nbytes
+
+
+def unpack(source: int, digest: str, session: Path) -> None:
+    """Puts a session's files back, all or none. Raises StateLost for a stream that is not what was packed, OSError."""
+    with os.fdopen(os.dup(source), "rb") as file:
+        state = hashlib.sha256()
+        file.seek(0)
+        while data := file.read(_CHUNK):
+            state.update(data)
+        if state.hexdigest() != digest:
+            raise StateLost(f"the archive of session {session.name} is damaged: its SHA-256 is {state.hexdigest()}, not {digest}")
+        file.seek(0)
+        work = session.with_name(f"{session.name}.new")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(mode=0o755)
+        try:
+            with zstandard.ZstdDecompressor().stream_reader(file) as plain, tarfile.open(fileobj=plain, mode="r|") as archive:
+                for member in archive:
+                    _take(archive, member, work)
+            for path in work.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as written:
+                        os.fsync(written.fileno())
+            shutil.rmtree(session, ignore_errors=True)
+            work.rename(session)
+        except (tarfile.TarError, zstandard.ZstdError, EOFError) as error:
+            raise StateLost(f"the archive of session {session.name} cannot be read: {error}") from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, work: Path) -> None:
+    if not _NAME.fullmatch(member.name) or not (member.isreg() or member.isdir()):
+        raise StateLost(f"the archive of session {work.name} has {member.name!r}, which no archive of ours has")
+    target = work / member.name
+    if member.isdir():
+        target.mkdir()
+        return
+    data = archive.extractfile(member)
+    assert data is not None
+    with target.open("xb") as file:
+        shutil.copyfileobj(data, file, _CHUNK)
+    target.chmod(0o600)

@@ -1,0 +1,74 @@
+"""vmm's calls about images: builds, the first boot, the seal, the end. Made of the daemon's parts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gateway import messages as m
+from gateway.rpc import Connection, Reply
+
+from . import disks
+
+if TYPE_CHECKING:
+    from .daemon import Vmm
+
+
+class ImageCalls:
+    def __init__(self, vmm: Vmm) -> None:
+        self._vmm = vmm
+        self._directory = vmm.settings.images_dir
+
+    async def rpc_build(self, connection: Connection, body: m.BuildRequest) -> Reply:
+        """Answers at once, with the log and the phases to read."""
+        return Reply(None, list(self._vmm.builder.begin(body, self._making(body.image))))
+
+    async def rpc_build_result(self, connection: Connection, body: m.BuildName) -> m.BuildResult:
+        return await self._vmm.builder.result(body.build)
+
+    async def rpc_build_cancel(self, connection: Connection, body: m.BuildName) -> None:
+        await self._vmm.builder.cancel(body.build)
+
+    async def rpc_boot(self, connection: Connection, body: m.BootRequest) -> Reply:
+        """Boots an image's machine; the descriptor is the agent's channel."""
+        image = self._making(body.image)
+        link = await self._vmm.network.take()
+        console = os.open(image / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            if body.egress is not None:
+                await self._vmm.network.let_out(link, body.egress)
+            machine = await self._vmm.driver.boot(image, body.shape, link, console)
+        except BaseException:
+            await self._vmm.network.release(link)
+            raise
+        finally:
+            os.close(console)
+        machine.record.session = body.session
+        machine.save_record()
+        self._vmm.hold(body.session, machine, link)
+        return Reply(None, [await machine.agent()])
+
+    async def rpc_seal(self, connection: Connection, body: m.SealRequest) -> m.Sealed:
+        """Stores the booted machine as the image; it exists from the moment of one rename."""
+        held = self._vmm.held(body.session, 0)
+        making, target = self._making(body.image), self._directory / body.image
+        held.expected = True
+        sealed = await self._vmm.driver.seal(held.machine, making)
+        await self._vmm.let_go(body.session, held)
+        making.rename(target)
+        disks.sync_directory(target.parent)
+        self._vmm.standbys.want(target)
+        return sealed
+
+    async def rpc_image_delete(self, connection: Connection, body: m.ImageName) -> None:
+        image = self._directory / body.image
+        await self._vmm.standbys.drop(image)
+        await self._vmm.driver.forget_image(body.image)
+        for path in (image, self._making(body.image)):
+            await asyncio.to_thread(shutil.rmtree, path, True)
+
+    def _making(self, image: str) -> Path:
+        return self._directory / f".{image}"
