@@ -105,7 +105,9 @@ class Actions:
         if resting is not None:
             await asyncio.wait([resting])
         try:
+            await self._fetch(session, steps)
             async with self._turn:
+                steps.mark("turn")
                 await self._patiently(lambda: self._host.prepare(
                     session.id, session.incarnation + 1, session.image, True, self._egress(session)
                 ))  # fmt: skip
