@@ -150,6 +150,7 @@ class Suspend(BaseModel):
 
 class Standbys(BaseModel):
     per_image: int = Field(2, ge=0, le=64, description="hypervisors kept waiting for each image in use")
+    most_per_image: int = Field(48, ge=0, le=256, description="… where that many were wanted in the last two minutes, memory permitting")
     links: int = Field(4, ge=0, le=256, description="network namespaces kept ready")
     warm: int = Field(4, ge=0, le=256, description="suspended sessions whose paused hypervisors are kept, memory permitting")
     warm_seconds: float = Field(300.0, gt=0, description="how long a paused hypervisor is kept")

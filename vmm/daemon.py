@@ -59,7 +59,7 @@ class Vmm:
         assets = Assets(settings.cache / "qemu-root", settings.cache / "kernel/vmlinuz", settings.cache / "initrd")
         self.network = Network(runtime / "netns", settings.egress, settings.name)
         self.driver = QemuDriver(assets, runtime / "vms", cgroups, self.network, settings.users.machines)
-        self.standbys = Standbys(self.driver, settings.standbys.per_image)
+        self.standbys = Standbys(self.driver, settings.standbys.per_image, settings.standbys.most_per_image, self._has_memory)
         self.builder = Builder(
             settings.root / "builds", runtime / "build-netns", cgroups,
             BuildSettings(settings.cache / "base.tar", tuple(settings.images.base_names), settings.images.pull, settings.users.builder),
@@ -428,6 +428,11 @@ class Vmm:
             late = asyncio.get_running_loop().time() - self.settings.standbys.warm_seconds
             for session in [session for session, since in self._warm.items() if since < late]:
                 await self._cool(session)
+
+    def _has_memory(self) -> bool:
+        """Enough of it for hypervisors that only wait."""
+        limits = self.settings.limits
+        return probe.memory_available_bytes() > (2 * limits.reserve_mib + 4 * limits.growth_mib) << 20
 
     def _spawn(self, work: object) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]

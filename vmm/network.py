@@ -25,6 +25,7 @@ from gateway.messages import EgressRules
 from . import host
 from .egress import METADATA_ADDRESS, Uplink, accepts_of, link_rules, run_batch, run_nft
 from .errors import VmmError
+from .use import Use
 
 HOST_ADDRESS = "169.254.77.1"
 GUEST_ADDRESS = "169.254.77.2"
@@ -42,6 +43,7 @@ link set {TAP} up
 addr add {METADATA_ADDRESS}/32 dev lo
 neigh replace {GUEST_ADDRESS} lladdr {GUEST_MAC} dev {TAP} nud permanent
 """
+_MOST = 48
 _QUIET_SECONDS = 0.6  # after a take: a refill must not compete with the resume that it follows
 T = TypeVar("T")
 
@@ -101,6 +103,7 @@ class Network:
         self._wanted = 0
         self._filling: asyncio.Task[None] | None = None
         self._used = 0.0
+        self._use = Use()
         # Never a name that an earlier daemon gave away: a namespace may live on in somebody's socket.
         self._count = secrets.randbelow(900_000)
 
@@ -125,6 +128,7 @@ class Network:
     async def take(self) -> Link:
         link = self._ready.popleft() if self._ready else await self._call(self._create)
         self._used = asyncio.get_running_loop().time()
+        self._use.note(self._used)
         self._refill()
         return link
 
@@ -194,12 +198,18 @@ class Network:
     async def _call(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
+    @property
+    def _target(self) -> int:
+        """By use, as standbys are: a namespace costs a fresh session some 20 ms."""
+        recent = self._use.recent(asyncio.get_running_loop().time())
+        return max(self._wanted, min(_MOST, recent)) if self._wanted else 0
+
     def _refill(self) -> None:
-        if len(self._ready) < self._wanted and (self._filling is None or self._filling.done()):
+        if len(self._ready) < self._target and (self._filling is None or self._filling.done()):
             self._filling = asyncio.get_running_loop().create_task(self._fill())
 
     async def _fill(self) -> None:
-        while len(self._ready) < self._wanted:
+        while len(self._ready) < self._target:
             quiet = self._used + _QUIET_SECONDS - asyncio.get_running_loop().time()
             if quiet > 0:
                 await asyncio.sleep(min(quiet, _QUIET_SECONDS))
