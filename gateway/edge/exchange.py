@@ -319,7 +319,7 @@ class Exchange:
                     self.refuse(decision if isinstance(decision, Refuse) else replies.UNAVAILABLE)
                     return
                 elif isinstance(decision, Hold):
-                    await self._wait(entry, deadline)
+                    await self._wait(entry, deadline, decision.port)
                 elif await self._connect(entry, decision.port, head, deadline):
                     return
         except HoldFull:
@@ -329,13 +329,13 @@ class Exchange:
         finally:
             self._task = None
 
-    async def _wait(self, entry: RouteEntry, deadline: float) -> None:
+    async def _wait(self, entry: RouteEntry, deadline: float, port: int) -> None:
         worker = self.worker
         now = worker.time()
         self._held_since = self._held_since or now
         entry.account.count += 1
         entry.account.last = now
-        resume = await worker.holds.wait(entry.route, max(0.0, deadline - now), self)
+        resume = await worker.holds.wait(entry.route, max(0.0, deadline - now), self, port)
         self.held_seconds = worker.time() - self._held_since
         if worker.spans.is_on:
             worker.spans.hold(self.held_seconds, entry.route.session, self._traceparent())

@@ -28,12 +28,13 @@ class Held(Protocol):
 class _Line:
     """The requests held for one session, in order of arrival."""
 
-    __slots__ = ("asked", "asked_at", "held_bytes", "waiters")
+    __slots__ = ("asked", "asked_at", "held_bytes", "ports", "waiters")
 
     def __init__(self) -> None:
         self.asked_at = 0.0
         self.waiters: deque[asyncio.Future[None]] = deque()
         self.held_bytes = 0
+        self.ports: set[int] = set()
         self.asked: tuple[int, str] | None = None
 
 
@@ -46,8 +47,9 @@ class Holds:
         self._lines: dict[str, _Line] = {}
         self._total = 0
 
-    async def wait(self, route: Route, seconds: float, request: Held) -> float:
-        """Returns when the route has changed; the seconds since its change was asked for. Raises HoldFull, TimeoutError."""
+    async def wait(self, route: Route, seconds: float, request: Held, port: int = 0) -> float:
+        """Returns when the route has changed; the seconds since its change was asked for. Raises HoldFull, TimeoutError.
+        `port` is the application's, where the request needs a connection to it."""
         size = request.held_bytes
         loop = asyncio.get_running_loop()
         line = self._lines.get(route.session) or _Line()
@@ -62,6 +64,8 @@ class Holds:
             line.asked = (route.incarnation, route.gate)
             line.asked_at = loop.time()
             self._ask(route)
+        if port:
+            line.ports.add(port)
         waiter: asyncio.Future[None] = loop.create_future()
         line.waiters.append(waiter)
         line.held_bytes += size
@@ -86,6 +90,11 @@ class Holds:
         line = self._lines[session]
         line.held_bytes += size
         return line.held_bytes < self._settings.held_bytes
+
+    def ports(self, session: str) -> set[int]:
+        """Where the session's held requests will connect to."""
+        line = self._lines.get(session)
+        return line.ports if line is not None else set()
 
     def changed(self, session: str) -> None:
         """The session's route is another now: everyone decides anew, oldest first."""

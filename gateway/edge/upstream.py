@@ -91,6 +91,7 @@ class Upstream:
         self._pools: dict[Key, Pool] = {}
         self._stock: dict[tuple[str, int], deque[int]] = {}
         self._fetching: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._ahead: dict[Key, asyncio.Task[socket.socket]] = {}
         self._shells: dict[tuple[str, int], set[ShellOrigin]] = {}
         self._contexts = {alpn: _client_context(list(alpn)) for alpn in (("h2", "http/1.1"), ("http/1.1",))}
 
@@ -210,12 +211,14 @@ class Upstream:
             self._loop.call_later(_RAMP_SECONDS, self._ramp, pool)
 
     async def _connect_once(self, key: Key, pool: Pool, head: RequestHead) -> Origin | Http2Origin:
-        sock = socket.socket(fileno=await self._socket(key[:2]))
+        ahead = self._ahead.pop(key, None)
+        sock = await ahead if ahead is not None else socket.socket(fileno=await self._socket(key[:2]))
         sock.setblocking(False)
         reserved = self.new(key, pool, head.wants_h2, b"http") if not pool.tls else _ByAlpn(self, key, pool)
         try:
             async with asyncio.timeout(_SYN_SECONDS):
-                await self._loop.sock_connect(sock, (GUEST_ADDRESS, key[2]))
+                if ahead is None:
+                    await self._loop.sock_connect(sock, (GUEST_ADDRESS, key[2]))
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if isinstance(reserved, _ByAlpn):
                     context = self._contexts[("http/1.1",) if head.upgrade is not None else ("h2", "http/1.1")]
@@ -238,6 +241,24 @@ class Upstream:
             made.cut()
             raise ConnectFailed("the MicroVM was suspended")
         return made
+
+    def connect_ahead(self, route: Route, port: int) -> None:
+        """One connection to a guest that is about to run: its SYN waits in the link. The first request takes it."""
+        key = (route.session, route.incarnation, port)
+        if port > 0 and key not in self._ahead:
+            task = self._ahead[key] = self._loop.create_task(self._knock(key))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def _knock(self, key: Key) -> socket.socket:
+        sock = socket.socket(fileno=await self._socket(key[:2]))
+        sock.setblocking(False)
+        try:
+            async with asyncio.timeout(_SYN_SECONDS):
+                await self._loop.sock_connect(sock, (GUEST_ADDRESS, key[2]))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     def new(self, key: Key, pool: Pool, http2: bool, scheme: bytes) -> Origin | Http2Origin:
         """Counts as open from now on."""
@@ -364,11 +385,18 @@ class Upstream:
             for waiter in pool.waiters:
                 if not waiter.done():
                     waiter.set_result(None)
+        for key in [key for key in self._ahead if key[:2] == (session, incarnation)]:
+            self._drop_ahead(self._ahead.pop(key))
         for shell in self._shells.pop((session, incarnation), ()):
             shell.cut()
         for descriptor in self._stock.pop((session, incarnation), ()):
             os.close(descriptor)
         return parked
+
+    def _drop_ahead(self, task: asyncio.Task[socket.socket]) -> None:
+        task.cancel()
+        if task.done() and not task.cancelled() and task.exception() is None:
+            task.result().close()
 
     def adopt(self, origin: Origin, incarnation: int) -> None:
         """A stream that was parked goes on in this incarnation."""
@@ -378,7 +406,10 @@ class Upstream:
         origin.unpark()
 
     def sweep(self, now: float) -> None:
-        """Closes connections that have been idle for long."""
+        """Closes connections that have been idle for long, and those ahead that nobody came for."""
+        for key, task in list(self._ahead.items()):
+            if task.done() and (task.cancelled() or task.exception() is not None or key in self._pools):
+                self._drop_ahead(self._ahead.pop(key))
         for pool in self._pools.values():
             for origin in [one for one in pool.idle if now - one.idle_since > self._settings.origin_idle_seconds]:
                 origin.close()

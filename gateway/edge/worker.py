@@ -206,6 +206,12 @@ class Worker:
             self._endpoints.pop(session, None)
         if old is not None and (old.incarnation != new.incarnation or not new.is_live):
             self.upstream.end(old.session, old.incarnation)
+        if new.gate == "hold" and new.is_live and old is not None and old.incarnation < new.incarnation:
+            # The guest is about to run: what is held goes on waiting, and its connections are made meanwhile.
+            self.upstream.prefetch(new)
+            for port in self.holds.ports(session):
+                self.upstream.connect_ahead(new, port)
+            return
         if new.gate == "open":
             self.upstream.prefetch(new)
             self.parking.opened(new)

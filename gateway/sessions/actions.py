@@ -78,6 +78,7 @@ class Actions:
                 steps.mark("prepared by the host")
                 await self._begin(session, Event.STARTED)
                 begun = True
+                self._routes.publish(session, is_begun=True)
                 steps.mark("start stored")
                 await self._start(session, steps)
             await self.run_hook(session)
@@ -114,6 +115,7 @@ class Actions:
                 steps.mark("prepared by the host")
                 await self._begin(session, event)
                 begun = True
+                self._routes.publish(session, is_begun=True)  # who holds requests connects from now on
                 steps.mark("start stored")
                 await self._start(session, steps)
             await self._hook(session, "resume")

@@ -32,9 +32,9 @@ def gate(session: Session) -> str:
     return REFUSE
 
 
-def route_of(session: Session, gate_now: str = "") -> Route:
-    """`gate_now` replaces the gate that the session's state has."""
-    is_live = session.state in (State.PENDING, State.RUNNING, State.SUSPENDING)
+def route_of(session: Session, gate_now: str = "", is_begun: bool = False) -> Route:
+    """`gate_now` replaces the gate that the session's state has. `is_begun`: a resume whose hypervisor is about to run."""
+    is_live = is_begun or session.state in (State.PENDING, State.RUNNING, State.SUSPENDING)
     names = {arn.rpartition(":")[2] for arn in session.ingress}
     return Route(
         session.endpoint, session.id, session.incarnation, gate_now or gate(session), is_live, session.minimum_mib,
@@ -70,8 +70,8 @@ class Routes:
     def find(self, endpoint: str) -> Route | None:
         return self._routes.get(endpoint)
 
-    def publish(self, session: Session) -> None:
-        route = route_of(session)
+    def publish(self, session: Session, is_begun: bool = False) -> None:
+        route = route_of(session, is_begun=is_begun)
         if self._routes.get(session.endpoint) != route:
             self._routes[session.endpoint] = route
             self._broadcast(route)

@@ -264,6 +264,37 @@ async def test_tunnel_both_ways_with_early_bytes(rig: Rig) -> None:
 # ---- holding ----
 
 
+async def test_a_connection_is_made_before_the_guest_runs(rig: Rig) -> None:
+    """Control says that the next incarnation is about to run: held requests go on waiting, and find a connection."""
+    rig.control.change("hold", is_live=False)
+    await asyncio.sleep(0.01)
+    pending = asyncio.create_task(rig.ask(rig.request("/held")))
+    while not rig.control.resumed:
+        await asyncio.sleep(0.001)
+    rig.control.change("hold", incarnation=2, is_live=True)
+    async with asyncio.timeout(5):
+        while not rig.connects:
+            await asyncio.sleep(0.001)
+    assert not rig.received and len(rig.control.resumed) == 1
+    rig.control.change("open", incarnation=2)
+    assert (await pending)[0][0] == 200 and rig.connects == 1
+
+
+async def test_a_connection_ahead_that_fails_is_made_again(rig: Rig) -> None:
+    rig.control.change("hold", is_live=False)
+    await asyncio.sleep(0.01)
+    pending = asyncio.create_task(rig.ask(rig.request("/held")))
+    while not rig.control.resumed:
+        await asyncio.sleep(0.001)
+    rig.application.close()
+    await rig.application.wait_closed()
+    rig.control.change("hold", incarnation=2, is_live=True)
+    await asyncio.sleep(0.05)
+    rig.application = await asyncio.start_server(rig._application, "127.0.0.1", rig.app_port)
+    rig.control.change("open", incarnation=2)
+    assert (await pending)[0][0] == 200
+
+
 async def test_held_requests_resume_once_and_go_on(rig: Rig) -> None:
     rig.control.change("hold")
     await asyncio.sleep(0.01)
