@@ -299,6 +299,8 @@ class Counters(msgspec.Struct):
     clients: int
     held: int
     origins: dict[str, int]
+    parked: int = 0
+    lost_lines: int = 0  # of the access log, which could not be written
 
 
 class ShellRequest(msgspec.Struct):

@@ -260,7 +260,12 @@ class Worker:
             self._counted = [list(one) for one in self.answers]
             held = self.holds.statistics()["requests"]
             answers = dict(zip(PROTOCOLS, self._counted, strict=True))
-            connection.notify("counters", m.Counters(answers, len(self.clients), held, self.upstream.statistics()))
+            connection.notify(
+                "counters",
+                m.Counters(
+                    answers, len(self.clients), held, self.upstream.statistics(), self.parking.count, self.access.lost if self.access else 0
+                ),
+            )
 
     async def _sweep(self) -> None:
         while True:
