@@ -1,0 +1,177 @@
+"""A power cut at any step leaves the old snapshot or the new one, never half of one.
+
+What may be lost in a power cut is what was not synced: a file's bytes until fsync(file), a name until fsync(directory). The calls are
+recorded as they are made; at each instant the worst that a power cut could leave is built from the record, and must be whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmm import diffs, host, snapshots
+from vmm.errors import StateLost
+from vmm.snapshots import Snapshots
+
+SESSION = "microvm-1"
+PAGE = host.PAGE
+
+
+class Power:
+    """Follows one session's directory. `cut` builds what a power cut at this moment may leave."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = root
+        self.moments: list[dict[str, dict[str, bytes | None]]] = []
+        self._bytes: dict[int, bytes] = {}  # by inode: what is on the disk for certain
+        self._names: dict[int, dict[str, int]] = {}  # by a directory's inode: its synced entries
+        self._fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", self.fsync)
+        for owner, name in ((Path, "rename"), (host, "exchange"), (os, "link")):
+            monkeypatch.setattr(owner, name, self._noting(getattr(owner, name)))
+
+    def _noting(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            self.cut()
+            done = call(*arguments)
+            self.cut()
+            return done
+
+        return noted
+
+    def fsync(self, descriptor: int) -> None:
+        self.cut()
+        self._fsync(descriptor)
+        path, status = Path(os.readlink(f"/proc/self/fd/{descriptor}")), os.fstat(descriptor)
+        if path.is_dir():
+            self._names[status.st_ino] = {one.name: one.stat().st_ino for one in path.iterdir()}
+        else:
+            self._bytes[status.st_ino] = path.read_bytes()
+        self.cut()
+
+    def cut(self) -> None:
+        """The two extremes: names that were not synced are there already, or are not; unsynced bytes are lost in both."""
+        session = self.root / SESSION
+        if not session.exists():
+            return
+        present = {one.name: one for one in session.iterdir() if one.is_dir()}
+        synced = self._names.get(session.stat().st_ino, {})
+        inodes = {one.stat().st_ino: one for one in present.values()}
+        for entries in (present, {name: inodes[inode] for name, inode in synced.items() if inode in inodes}):
+            self.moments.append({name: self._content(path) for name, path in entries.items()})
+
+    def _content(self, directory: Path) -> dict[str, bytes | None]:
+        synced = self._names.get(directory.stat().st_ino)
+        return {
+            one.name: self._bytes.get(one.stat().st_ino)
+            for one in directory.iterdir()
+            if synced is None or one.name in synced or directory.name.endswith(".new")
+        }
+
+
+def whole(content: dict[str, bytes | None], directory: Path) -> bool:
+    """Whether a snapshot's files, as a power cut left them, are those that its manifest names."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    for name, data in content.items():
+        (directory / name).write_bytes(data or b"")
+    try:
+        manifest = diffs.read_manifest(directory)
+        for one in manifest.files:
+            diffs.verify(directory / one.name, one)
+    except StateLost:
+        return False
+    return True
+
+
+def save(kept: Snapshots, incarnation: int, chain: list[int], pages: list[int]) -> None:
+    """As the daemon and a hypervisor do it."""
+    work = kept.begin(SESSION)
+    (work / "devices.state").write_bytes(b"devices %d" % incarnation)
+    runs = [(page, page + 1) for page in pages]
+    diffs.write_runs(work / f"{incarnation}.runs", runs)
+    (work / f"{incarnation}.pages").write_bytes(bytes([incarnation]) * PAGE * len(pages))
+    written = [diffs.checksum(work / name) for name in ("devices.state", f"{incarnation}.runs", f"{incarnation}.pages")]
+    snapshots.sync([*(work / one.name for one in written), kept.overlay(SESSION)])
+    kept.commit(SESSION, incarnation, work, chain, written)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Snapshots]:
+    (tmp_path / "sessions" / SESSION).mkdir(parents=True)
+    one = Snapshots(tmp_path / "sessions")
+    one.overlay(SESSION).write_bytes(b"disk")
+    yield one
+
+
+def check(power: Power, tmp_path: Path, least: int) -> set[str]:
+    """Every snapshot at every moment is whole; the names that were seen."""
+    seen: set[str] = set()
+    for moment in power.moments:
+        names = {name for name in moment if name.startswith("snapshot-")}
+        for name in names:
+            assert whole(moment[name], tmp_path / "check"), (name, sorted(moment[name]))
+        seen |= names
+    assert len(power.moments) >= least
+    return seen
+
+
+def test_a_first_snapshot(kept: Snapshots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    power = Power(tmp_path / "sessions", monkeypatch)
+    save(kept, 1, [], [1, 2, 3])
+    power.cut()
+    assert check(power, tmp_path, 10) == {"snapshot-1"}
+    assert "snapshot-1" in power.moments[-1], "what was committed is there whatever was not synced"
+
+
+def test_a_chain_and_its_fold(kept: Snapshots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain: list[int] = []
+    for incarnation in range(1, diffs.FOLD_AT):
+        save(kept, incarnation, chain, [incarnation, 50])
+        kept.started(SESSION, incarnation + 1)
+        chain.append(incarnation)
+    power = Power(tmp_path / "sessions", monkeypatch)
+    for path in (tmp_path / "sessions" / SESSION).rglob("*"):  # what was before is on the disk
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    save(kept, diffs.FOLD_AT, chain, [60])
+    assert kept.needs_fold(SESSION)
+    kept.rest(SESSION)
+    before = diffs.read_manifest(kept.newest(SESSION))
+    kept.fold(SESSION)
+    power.cut()
+    check(power, tmp_path, 30)
+    after = diffs.read_manifest(kept.newest(SESSION))
+    assert len(before.chain) == diffs.FOLD_AT and after.chain == [diffs.FOLD_AT] and not kept.needs_fold(SESSION)
+    assert kept.held() == {SESSION: diffs.FOLD_AT}
+
+
+def test_a_recorder_that_sees_nothing_would_fail(kept: Snapshots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its syncs the same sequence is caught."""
+    power = Power(tmp_path / "sessions", monkeypatch)
+    monkeypatch.setattr(snapshots, "sync", lambda paths: None)
+    save(kept, 1, [], [1, 2, 3])
+    power.cut()
+    with pytest.raises(AssertionError):
+        check(power, tmp_path, 1)
+
+
+def test_what_a_start_a_call_off_and_a_rest_leave(kept: Snapshots) -> None:
+    save(kept, 1, [], [1])
+    kept.started(SESSION, 2)
+    assert kept.held() == {} and (kept.of(SESSION) / "memory/1.pages").exists()
+    save(kept, 2, [1], [2])
+    kept.called_off(SESSION, 2)
+    assert kept.held() == {} and (kept.of(SESSION) / "memory/1.pages").exists(), "what is mapped stays"
+    save(kept, 2, [1], [2])
+    kept.rest(SESSION)
+    assert kept.held() == {SESSION: 2} and not (kept.of(SESSION) / "memory").exists()
+    assert diffs.read_manifest(kept.newest(SESSION)).chain == [1, 2]
+    with pytest.raises(StateLost, match="has lost diffs"):
+        save(kept, 4, [7], [3])
