@@ -19,10 +19,11 @@ import pytest
 import requests
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from service import Instance
+from service import ROLE, Instance
 from websockets.asyncio.client import connect
 
 pytestmark = [pytest.mark.vm, pytest.mark.conformance]
+POLICY = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
 BODY = b"torpor " * 30_000
 
 
@@ -256,3 +257,30 @@ async def test_chromium(service: Instance, guest: dict[str, Any], state: str, tm
     finally:
         browser.process.kill()
         browser.process.wait()
+
+
+def test_aws_logs_tail_follows(service: Instance, guest: dict[str, Any]) -> None:
+    """`aws logs tail --follow` of the AWS CLI's version 2, under the service's name of the group and the announcement's."""
+    vm = service.launch(guest["imageArn"], idlePolicy=POLICY, executionRoleArn=ROLE)
+    token = service.token(vm["microvmId"])
+    environment = service.environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{service.environment['TORPOR_API__PORT']}"}
+    try:
+        for group in ("/aws/lambda-microvms/conformance", "/aws/lambda/microvms/conformance"):
+            command = ["/usr/bin/aws", "logs", "tail", group, "--follow", "--since", "1h", "--format", "short"]
+            command += ["--endpoint-url", environment["AWS_ENDPOINT_URL"]]
+            tail = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            try:
+                assert tail.stdout is not None
+                assert "serving" in tail.stdout.readline() or "STEP" in tail.stdout.readline()
+                fields = {"X-aws-proxy-auth": token}
+                visits = requests.get(f"https://{vm['endpoint']}/", headers=fields, verify=guest["ca"], timeout=30).json()["counter"]
+                seen = ""
+                while f"visit {visits}" not in seen:
+                    line = tail.stdout.readline()
+                    assert line, tail.stderr.read() if tail.stderr else ""
+                    seen += line
+            finally:
+                tail.terminate()
+                tail.wait(20)
+    finally:
+        service.terminate(vm["microvmId"])
