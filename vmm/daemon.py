@@ -425,6 +425,7 @@ class Vmm:
         while True:
             await asyncio.sleep(_HOUSEKEEPING_SECONDS)
             await self.standbys.drop_unused()
+            await self.network.trim()
             late = asyncio.get_running_loop().time() - self.settings.standbys.warm_seconds
             for session in [session for session, since in self._warm.items() if since < late]:
                 await self._cool(session)

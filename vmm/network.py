@@ -150,6 +150,11 @@ class Network:
                 await self._call(self._uplink.stop)
         self._thread.shutdown()
 
+    async def trim(self) -> None:
+        """Destroys links that wait and that nobody has lately wanted."""
+        while len(self._ready) > self._target:
+            await self.release(self._ready.popleft())
+
     async def tap(self, link: Link) -> int:
         return await self._call(lambda: self._inside(link, lambda: host.open_tap(TAP)))
 

@@ -17,5 +17,5 @@ def test_nothing_is_left_of_sessions_that_are_over(instance: Instance, app: str)
     assert not [name for name in images if name.startswith(".")]
     assert not list((instance.root / "builds/work").iterdir())
     assert not list((instance.root / "control/builds").iterdir())
-    # Links: one for each session that is awake, and the ones kept ready.
-    assert len(list((instance.run / instance.name / "netns").iterdir())) <= len(alive) + 4
+    # Links: one for each session that is awake, and the ones kept ready, which are as many as were wanted lately.
+    assert len(list((instance.run / instance.name / "netns").iterdir())) <= len(alive) + 48
