@@ -155,6 +155,26 @@ class Control:
         own = [m.Trace(one.work, one.started_at, one.steps) for one in self.lifecycle.traces(session)]
         return own + await self.host.traces(session.id)
 
+    async def tiers(self) -> dict[str, m.Tier]:
+        """Of every sleeping session."""
+        held = {one.session: one for one in (await self.host.state()).sessions if one.phase == "warm"}
+        found = {}
+        for session in self.store.sessions.values():
+            if session.state is not State.SUSPENDED:
+                continue
+            if session.archived is not None:
+                found[session.id] = m.Tier("archived", session.archived.size)
+            elif session.id in held:
+                found[session.id] = m.Tier("warm", held[session.id].memory_bytes)
+            else:
+                found[session.id] = m.Tier("cold", session.snapshot_bytes)
+        return found
+
+    async def rpc_tiers(self, connection: Connection, body: None) -> dict[str, m.Tier]:
+        if connection.uid != 0:
+            raise RpcError("NotAllowed", "only root may ask")
+        return await self.tiers()
+
     async def rpc_activity(self, connection: Connection, body: m.Activity) -> None:
         self.lifecycle.activity(self.routes.worker_name(connection), body)
 
@@ -190,7 +210,7 @@ async def main(settings: Settings) -> None:
     runners = []
     for purpose, served in (
         ("api", application.make(control.api(), control.directory, control.logs, control.audit, info.architecture)),
-        ("metrics", metrics.application(lambda: [session.state for session in control.store.sessions.values()])),
+        ("metrics", metrics.application(lambda: [session.state for session in control.store.sessions.values()], control.tiers)),
     ):
         runner = web.AppRunner(served, access_log=None, keepalive_timeout=75)
         await runner.setup()

@@ -339,6 +339,13 @@ class AccountFacts(msgspec.Struct):
     created_at: float
 
 
+class Tier(msgspec.Struct):
+    """Where a sleeping session is: warm (paused, its memory), cold (files), archived (object store); and what it takes there."""
+
+    tier: str
+    stored_bytes: int
+
+
 class SessionName(msgspec.Struct):
     session: str
 

@@ -33,21 +33,21 @@ class Outside:
 
     def start(self) -> None:
         for namespace in (self.uplink, self.beyond):
-            _ip("netns", "add", namespace)
-            _ip("-n", namespace, "link", "set", "lo", "up")
-        _ip("-n", self.uplink, "link", "add", "wan0", "type", "veth", "peer", "name", "lan0", "netns", self.beyond)
-        _ip("-n", self.uplink, "addr", "add", f"{UPLINK}/30", "dev", "wan0")
-        _ip("-n", self.uplink, "link", "set", "wan0", "up")
-        _ip("-n", self.beyond, "addr", "add", f"{NEIGHBOUR}/30", "dev", "lan0")
-        _ip("-n", self.beyond, "link", "set", "lan0", "up")
+            ip("netns", "add", namespace)
+            ip("-n", namespace, "link", "set", "lo", "up")
+        ip("-n", self.uplink, "link", "add", "wan0", "type", "veth", "peer", "name", "lan0", "netns", self.beyond)
+        ip("-n", self.uplink, "addr", "add", f"{UPLINK}/30", "dev", "wan0")
+        ip("-n", self.uplink, "link", "set", "wan0", "up")
+        ip("-n", self.beyond, "addr", "add", f"{NEIGHBOUR}/30", "dev", "lan0")
+        ip("-n", self.beyond, "link", "set", "lan0", "up")
         for address in (SERVER, PRIVATE):
-            _ip("-n", self.beyond, "addr", "add", f"{address}/32", "dev", "lo")
-            _ip("-n", self.uplink, "route", "add", f"{address}/32", "via", NEIGHBOUR)
+            ip("-n", self.beyond, "addr", "add", f"{address}/32", "dev", "lo")
+            ip("-n", self.uplink, "route", "add", f"{address}/32", "via", NEIGHBOUR)
         for namespace in (self.uplink, self.beyond):
             for port in (PORT, PORT + 1):
-                self._listen(_inside(f"/run/netns/{namespace}", lambda port=port: _bound(socket.SOCK_STREAM, ("0.0.0.0", port))))
-            self._answer(_inside(f"/run/netns/{namespace}", lambda: _bound(socket.SOCK_DGRAM, ("0.0.0.0", PORT))), lambda data: data)
-        self._answer(_bound(socket.SOCK_DGRAM, (NAME_SERVER, 53)), name_answer)
+                self._listen(inside(f"/run/netns/{namespace}", lambda port=port: bound(socket.SOCK_STREAM, ("0.0.0.0", port))))
+            self._answer(inside(f"/run/netns/{namespace}", lambda: bound(socket.SOCK_DGRAM, ("0.0.0.0", PORT))), lambda data: data)
+        self._answer(bound(socket.SOCK_DGRAM, (NAME_SERVER, 53)), name_answer)
 
     def stop(self) -> None:
         for sock in self._sockets:
@@ -115,11 +115,11 @@ def name_answer(question: bytes) -> bytes:
     return question[:2] + b"\x81\x80" + struct.pack(">HHHH", 1, 1 if record else 0, 0, 0) + question[12:end] + record
 
 
-def _ip(*words: str) -> None:
+def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
 
 
-def _bound(kind: int, address: tuple[str, int]) -> socket.socket:
+def bound(kind: int, address: tuple[str, int]) -> socket.socket:
     sock = socket.socket(socket.AF_INET, kind)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(address)
@@ -128,7 +128,7 @@ def _bound(kind: int, address: tuple[str, int]) -> socket.socket:
     return sock
 
 
-def _inside(namespace: str, work: Callable[[], Any]) -> Any:
+def inside(namespace: str, work: Callable[[], Any]) -> Any:
     made: list[Any] = []
 
     def enter() -> None:

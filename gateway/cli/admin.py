@@ -18,7 +18,7 @@ from gateway import messages as m
 from gateway.rpc import Connection, RpcError
 
 from .client import resolve
-from .output import fail, show_json, show_table
+from .output import fail, mib, show_json, show_table
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Account = Annotated[str, typer.Option("--account", help="The account's number; the instance's first account by default.")]
@@ -205,6 +205,14 @@ def quota(as_json: Json = False) -> None:
     """
     columns = {"ACCOUNT": "account", "QUOTA": "what", "USED": "used", "LIMIT": "limit"}
     _show(ask("quota", None, list[m.QuotaUse]), columns, as_json)
+
+
+def tiers() -> dict[str, str]:
+    """Where each sleeping microVM is, and what it takes there, as text; nothing where the host cannot be asked."""
+    if os.geteuid() != 0 or not config.load().control_socket.exists():
+        return {}
+    found = ask("tiers", None, dict[str, m.Tier])
+    return {session: f"{one.tier}, {mib(one.stored_bytes)}" for session, one in found.items()}
 
 
 def trace(

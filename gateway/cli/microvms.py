@@ -11,6 +11,7 @@ import typer
 
 from gateway.sessions.logs import default_group, default_stream
 
+from .admin import tiers
 from .client import all_microvms, bundle, client, connector_arn, image_arn, resolve, role_arn, session
 from .output import fail, show_json, show_table
 
@@ -79,11 +80,12 @@ def ps(all_states: Annotated[bool, typer.Option("--all", "-a", help="Terminated 
     if as_json:
         show_json(details)
         return
+    where = tiers()
     show_table(
-        ("ID", "STATE", "IMAGE", "STARTED", "ENDPOINT", "REASON"),
+        ("ID", "STATE", "TIER", "IMAGE", "STARTED", "ENDPOINT", "REASON"),
         [
             (
-                d["microvmId"], d["state"], f"{d['imageArn'].rpartition(':')[2]} {d['imageVersion']}",
+                d["microvmId"], d["state"], where.get(d["microvmId"], ""), f"{d['imageArn'].rpartition(':')[2]} {d['imageVersion']}",
                 d["startedAt"].strftime("%F %T"), d["endpoint"], d.get("stateReason") or "",
             )
             for d in details

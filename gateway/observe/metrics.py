@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from gateway.messages import Counters
+from gateway.messages import Counters, Tier
+from gateway.rpc import RpcError
 from gateway.sessions.states import Event, State
 
 registry = CollectorRegistry()
@@ -19,6 +22,8 @@ edge_answers = Counter("torpor_edge_answers", "Requests answered at endpoints.",
 edge_now = Gauge(
     "torpor_edge", "At the edge's workers now: clients, held requests, connections to applications.", ["what"], registry=registry
 )
+asleep = Gauge("torpor_asleep", "Sleeping sessions: warm (paused), cold (files), archived (object store).", ["tier"], registry=registry)
+asleep_bytes = Gauge("torpor_asleep_bytes", "What sleeping sessions take there.", ["tier"], registry=registry)
 _counted: dict[str, Counters] = {}  # by worker, as last reported: a worker's own counts only grow
 
 
@@ -55,8 +60,8 @@ def _edge_sums() -> dict[str, int]:
     return sums
 
 
-def application(states: object) -> web.Application:
-    """`states` is called for the sessions' current states."""
+def application(states: object, tiers: Callable[[], Awaitable[dict[str, Tier]]]) -> web.Application:
+    """`states` is called for the sessions' current states, `tiers` for where those that sleep are."""
 
     async def serve(request: web.Request) -> web.Response:
         counts = dict.fromkeys(State, 0)
@@ -64,6 +69,14 @@ def application(states: object) -> web.Application:
             counts[state] += 1
         for state, count in counts.items():
             sessions.labels(state.value).set(count)
+        try:
+            sleeping = (await tiers()).values()
+        except RpcError:  # the host is away: the figures stay as they were
+            sleeping = None
+        for tier in ("warm", "cold", "archived") if sleeping is not None else ():
+            among = [one.stored_bytes for one in sleeping or () if one.tier == tier]
+            asleep.labels(tier).set(len(among))
+            asleep_bytes.labels(tier).set(sum(among))
         for what, count in _edge_sums().items():
             edge_now.labels(what).set(count)
         return web.Response(body=generate_latest(registry), content_type="text/plain", charset="utf-8")

@@ -1,4 +1,4 @@
-"""Clients that were written against the real service, unchanged: aws cli, microvm-ctl, capo, a create-or-update loop."""
+"""Clients that were written against the real service, unchanged: aws cli, microvm-ctl, capo, microvms, a create-or-update loop."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from api_rig import ACCOUNT, BASE, KEY, ROLE, SECRET, ApiRig, image_arn
+from real_name import real_name
 from service import BUCKET, Instance, app_files
 
 EGRESS = {"SubnetIds": ["subnet-1"], "NetworkProtocol": "IPv4", "AssociatedComputeResourceTypes": ["MicroVm"]}
@@ -151,6 +152,30 @@ def test_create_or_update_as_terraform_does(api: ApiRig) -> None:
     assert [apply(**wanted), apply(**wanted), apply(**{**wanted, "description": "two"}), apply(**{**wanted, "description": "two"})] == [
         "created", "unchanged", "updated", "unchanged",
     ]  # fmt: skip
+
+
+@pytest.mark.service
+def test_microvms_control_plane(api: ApiRig, tmp_path: Path) -> None:
+    """A client in Rust on AWS' SDK for Rust that takes no endpoint: the API has the real service's name to it. (Its guest daemon
+    is for another architecture.)"""
+    vm = api.run(image_arn("cli"))
+    script = (
+        "import sys\nfrom microvms import ControlPlane, Region\n"
+        "plane, vm, image = ControlPlane(Region.us_east_1()), sys.argv[1], sys.argv[2]\n"
+        "assert plane.get(vm).state == 'RUNNING'\n"
+        "assert vm in [one.id for one in plane.list()]\n"
+        "plane.suspend(vm)\nplane.wait_for_state(vm, ['SUSPENDED'], poll_interval=0.05)\n"
+        "plane.resume(vm)\nplane.wait_for_state(vm, ['RUNNING'], poll_interval=0.05)\n"
+        "assert image in [one.image_arn for one in plane.list_images()]\n"
+        "version = plane.list_image_versions(image)[0].image_version\n"
+        "assert plane.list_image_builds(image, version)\n"
+        "plane.terminate(vm)\n"
+    )
+    keys = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1"}
+    with real_name(tmp_path, api.port) as real:
+        done = real.run(sys.executable, "-c", script, vm, image_arn("cli"), **keys)
+    assert done.returncode == 0, done.stderr
+    api.reach(vm, "TERMINATED")
 
 
 # ---- on real microVMs ----

@@ -58,6 +58,7 @@ def test_it_wakes_in_the_same_process_and_sleeps_again(warm: tuple[Instance, str
     for _ in range(3):
         one.suspend()
         until(lambda: is_warm(one))
+        assert "warm, " in instance.command("torpor", "ps").stdout
         assert next((instance.root / "sessions" / one.id).glob("snapshot-*")), "warm or not, the snapshot is durable"
         after = one.visit()
         assert one.process()["pid"] == pid and after["random"] != before["random"]  # type: ignore[index]
@@ -140,6 +141,9 @@ def test_a_long_sleep_is_in_the_object_store_and_comes_back(warm: tuple[Instance
         return [entry["Key"] for entry in listed]
 
     assert len(archived()) == 2
+    assert instance.command("torpor", "ps").stdout.count("archived, ") == 2
+    metrics = instance.command("curl", "-s", f"http://127.0.0.1:{instance.environment['TORPOR_API__METRICS_PORT']}/metrics").stdout
+    assert 'torpor_asleep{tier="archived"} 2.0' in metrics
     one.visit()
     until(lambda: len(archived()) == 1)
     instance.kill("control")
