@@ -116,8 +116,11 @@ class Control:
         try:
             async with asyncio.timeout(_STOP_SECONDS):
                 await self.lifecycle.quiet()
+            await self.host.leave()
         except TimeoutError:
             log.warning("stop.sessions_left_running")
+        except RpcError as error:
+            log.warning("stop.host_away", error=str(error))
 
     # ---- what edges and vmm call ----
 

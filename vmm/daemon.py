@@ -263,6 +263,17 @@ class Vmm:
             rest = sum(one.size for one in manifest.files) - pages
             return m.Suspended(pages, rest, disks.stored_bytes(overlay), time.monotonic() - started)
 
+    async def rpc_leave(self, connection: Connection, body: None) -> None:
+        """The service stops: what is paused ends, what is parked is let go. Everything of it is on the disk."""
+        for held in self._sessions.values():
+            held.parked = False
+        for session in list(self._warm):
+            await self._cool(session)
+        while self._parked:
+            session, link = self._parked.popitem()
+            await asyncio.to_thread(self.snapshots.park_link, session, None)
+            await self.network.release(link)
+
     async def rpc_pack(self, connection: Connection, body: m.PackRequest, descriptors: list[int]) -> m.Packed:
         """Of a session at rest; one that is warm is not."""
         try:

@@ -254,7 +254,8 @@ class Actions:
         """Streams at each worker: none where no request may wake the session, for they would never go on."""
         settings = self._settings.sessions
         is_over = session.idle_policy is not None and session.idle_policy.suspended == 0
-        return settings.parked_streams if settings.streams_at_suspend == "park" and session.resumes_on_request and not is_over else 0
+        may = settings.streams_at_suspend == "park" and session.resumes_on_request and not is_over
+        return settings.parked_streams if may and session.suspended_by != "stop" else 0  # at a stop the workers go too
 
     def _wanted(self, live: Live) -> bool:
         return Event.REQUEST in live.deferred or Event.RESUME in live.deferred

@@ -63,6 +63,10 @@ class Host:
         """The host's part of the last launch or resume, and of the last suspend."""
         return await self._client.call("traces", m.SessionRef(session, 0), list[m.Trace])  # type: ignore[no-any-return]
 
+    async def leave(self) -> None:
+        """The service stops, its workers too: nothing need stay paused, and no network wait for streams."""
+        await self._client.call("leave", None, timeout=_DELETE_SECONDS)
+
     async def pack(self, session: str, incarnation: int, target: int) -> m.Packed:
         """Into an open file; what is sent is a duplicate of its descriptor."""
         request = m.PackRequest(session, incarnation)

@@ -271,7 +271,7 @@ def test_aws_logs_tail_follows(service: Instance, guest: dict[str, Any]) -> None
             tail = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             try:
                 assert tail.stdout is not None
-                assert "serving" in tail.stdout.readline() or "STEP" in tail.stdout.readline()
+                assert "torpor: fetched" in tail.stdout.readline(), "the build's log, an hour back"
                 fields = {"X-aws-proxy-auth": token}
                 visits = requests.get(f"https://{vm['endpoint']}/", headers=fields, verify=guest["ca"], timeout=30).json()["counter"]
                 seen = ""

@@ -104,3 +104,17 @@ def test_without_auto_resume_streams_are_cut(instance: Instance, app: str) -> No
             one.recv(timeout=20)
         assert ended.value.rcvd is not None and ended.value.rcvd.code == 1001
     instance.terminate(vm["microvmId"])
+
+
+def test_a_stop_lets_go_of_what_is_parked(instance: Instance, vm: dict[str, Any]) -> None:
+    """Asleep before the stop, with a stream: the worker ends it with 1001, nothing of its network stays, and it wakes as any does."""
+    with websocket(instance, vm) as one:
+        one.send("x")
+        one.recv(timeout=30)
+        suspend(instance, vm)
+        instance.stop()
+        assert not list((instance.run / instance.name).glob("netns/*"))
+        with pytest.raises(ConnectionClosed):
+            one.recv(timeout=20)
+        instance.start()
+    assert get(vm["endpoint"], instance.root / "tls/ca.crt", vm["token"]).json()["counter"] == 2

@@ -120,6 +120,19 @@ def test_it_may_be_terminated_in_its_sleep(warm: tuple[Instance, str]) -> None:
     assert one.process() is None and not (instance.root / "sessions" / one.id).exists()
 
 
+def test_a_stop_of_the_service_ends_what_is_paused(warm: tuple[Instance, str]) -> None:
+    instance, arn = warm
+    one = Sleeper(instance, arn)
+    one.visit()
+    one.suspend()
+    until(lambda: is_warm(one))
+    instance.stop()
+    assert not instance.hypervisors()
+    instance.start()
+    one.visit()
+    instance.terminate(one.id)
+
+
 def test_a_long_sleep_is_in_the_object_store_and_comes_back(warm: tuple[Instance, str]) -> None:
     """The archived tier, on a service that was started again with it switched on."""
     instance, arn = warm
