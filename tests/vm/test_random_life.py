@@ -44,6 +44,7 @@ def test_a_random_life(instance: Instance, app: str, seed: int) -> None:
             instance.kill(step)
             until(lambda: _answers(api, identifier))
     instance.terminate(identifier)
+    until(lambda: rows(instance, identifier)[-1][2] == "TERMINATED")  # said by the API a commit before
     state = ""
     for event, old, new, detail in rows(instance, identifier):
         assert old == state or not state, (event, old, new, state)
