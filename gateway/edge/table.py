@@ -9,7 +9,7 @@ from gateway.messages import Activity, Route, RouteChange, Table
 
 from .limits import Limiter, bounds_of
 
-_NONE: frozenset[object] = frozenset()
+_UNREPORTED = -1
 
 
 class Account:
@@ -53,6 +53,8 @@ class RouteTable:
     def replace(self, table: Table) -> None:
         """Takes the whole table, as after each connection to control."""
         self.number = table.number
+        for account in self._accounts.values():
+            account.reported = _UNREPORTED  # another control, perhaps, which knows nothing yet
         known = {route.endpoint for route in table.routes}
         for endpoint in [name for name in self._entries if name not in known]:
             self._apply(Route(endpoint, "", 0, "refuse", is_live=False))
@@ -92,6 +94,7 @@ class RouteTable:
         else:
             if route.gate == "open" and (old is None or old.gate != "open"):
                 entry.opened_at = self._clock()
+                entry.account.reported = _UNREPORTED  # control has forgotten what it knew while the session slept
             entry.route = route
         self._on_change(old, route)
 

@@ -65,3 +65,18 @@ def test_changes_one_by_one_equal_the_whole_table(routes: list[Route]) -> None:
             del expected[route.endpoint]
     assert {name: entry.route for name in "abc" if (entry := one.get(name)) is not None} == expected
     assert all(old != new for old, new in heard)
+
+
+def test_counts_are_said_again_when_a_session_wakes_and_to_a_new_control() -> None:
+    """Control forgets them while the session sleeps; an idle suspend compares them with what it was told."""
+    table = RouteTable(lambda: 100.0, lambda old, new: None)
+    table.replace(Table(1, [Route("h", "s", 1, "open")], []))
+    table.account("s").count = 7
+    report = table.report()
+    assert report is not None and report.sessions["s"][0] == 7 and table.report() is None
+    table.change(RouteChange(2, Route("h", "s", 1, "hold", is_live=False)))
+    table.change(RouteChange(3, Route("h", "s", 2, "open")))
+    again = table.report()
+    assert again is not None and again.sessions["s"][0] == 7 and table.report() is None
+    table.replace(Table(4, [Route("h", "s", 2, "open")], []))
+    assert table.report() is not None and table.report() is None

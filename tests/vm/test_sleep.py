@@ -180,3 +180,14 @@ def test_five_asleep_wake_at_once(instance: Instance, app: str) -> None:
         assert counters == [1] * 5
     finally:
         instance.terminate(*(vm["microvmId"] for vm in vms))
+
+
+def test_it_falls_asleep_again_whichever_workers_were_busy(instance: Instance, app: str) -> None:
+    """Each worker's count of activity outlives the sleep at the worker, and control must know it anew."""
+    vm = instance.launch(app, idlePolicy={"maxIdleDurationSeconds": 1, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True})
+    token = instance.token(vm["microvmId"])
+    for round_ in range(3):
+        for _ in range(12 if round_ == 0 else 1):  # connections of their own: they reach every worker
+            assert get(vm["endpoint"], ca(instance), token).status == 200
+        instance.state(vm["microvmId"], "SUSPENDED", seconds=15)
+    instance.terminate(vm["microvmId"])
