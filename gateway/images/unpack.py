@@ -25,7 +25,7 @@ _NAME_MAX, _PATH_MAX, _DEPTH_MAX = 255, 1024, 64
 _LOCAL_HEADER = b"PK\x03\x04"
 _BROKEN = (
     zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, lzma.LZMAError,
-    NotImplementedError, EOFError, OverflowError, RuntimeError, ValueError,
+    EOFError, OverflowError, RuntimeError, ValueError,
 )  # fmt: skip
 
 
