@@ -1,7 +1,7 @@
 # Torpor. `make demo` and `make test` set up what they need on a bare Debian 12 (as root) and then do their work.
 
 PACKAGES = python3 python3-venv gcc make musl-tools linux-libc-dev qemu-system-x86 qemu-utils buildah uidmap slirp4netns \
-	mmdebstrap e2fsprogs nftables iproute2 kmod util-linux curl ca-certificates libnss-myhostname
+	mmdebstrap lz4 e2fsprogs nftables iproute2 kmod util-linux curl ca-certificates libnss-myhostname
 BENCH_PACKAGES = nginx-light haproxy nghttp2-client wrk hey libssl-dev
 CONFORMANCE_PACKAGES = nghttp2-client nodejs chromium openssl curl awscli
 VENV = .venv

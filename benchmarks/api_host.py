@@ -29,7 +29,7 @@ class Nothing:
         self._guests: list[socket.socket] = []
 
     async def rpc_host_info(self, connection: Connection, body: None) -> m.HostInfo:
-        return m.HostInfo("tcg", "", 4096, 2, "x86_64", [])
+        return m.HostInfo("tcg", "", "qemu", "", 4096, 2, "x86_64", [])
 
     async def rpc_usage(self, connection: Connection, body: None) -> m.Usage:
         return m.Usage(1 << 40, 1 << 40, 96 << 20)

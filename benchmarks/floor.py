@@ -22,8 +22,8 @@ from gateway.sessions.agent import wake_frame
 from gateway.sessions.frame import frame
 from vmm import diffs, egress, host, mapping, memory, network
 from vmm.disks import sync_directory
+from vmm.manifest import Manifest
 from vmm.qemu import machine
-from vmm.qemu.driver import Manifest
 
 _WOKEN = 0x82
 MAPPER = Settings().cache / "qemu-root/usr/lib/torpor-mapper.so"

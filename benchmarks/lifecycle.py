@@ -110,7 +110,7 @@ def floor_of(bench: Bench, vm: dict[str, Any]) -> Floor:
     bench.suspend(vm)
     session = instance.root / "sessions" / vm["microvmId"]
     shutil.copytree(next(session.glob("snapshot-*")), directory / "snapshot")
-    shutil.copy(session / "overlay.qcow2", directory / "overlay.qcow2")
+    shutil.copy(session / "overlay", directory / "overlay.qcow2")
     bench.first_byte(vm)
     image = next(path for path in (instance.root / "images").iterdir() if (path / "manifest.json").exists())
     return Floor(image, directory / "snapshot", directory / "overlay.qcow2", directory)

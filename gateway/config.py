@@ -195,6 +195,7 @@ class Settings(BaseSettings):
     domain: str = Field("localhost", pattern=r"^[a-z0-9.-]+$")
     account: str = Field("123456789012", pattern=r"^\d{12}$")
     accelerator: str = Field("auto", pattern="^(auto|kvm|tcg)$")
+    hypervisor: str = Field("auto", pattern="^(auto|qemu|firecracker)$", description="auto: Firecracker where it and KVM work")
     edge: Edge = Edge()
     api: Api = Api()
     object_store: ObjectStore = ObjectStore()

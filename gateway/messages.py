@@ -25,6 +25,8 @@ class HostInfo(msgspec.Struct):
 
     accelerator: str
     accelerator_note: str
+    hypervisor: str
+    hypervisor_note: str
     memory_cap_mib: int
     vcpus_cap: int
     architecture: str

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from . import base, jail, kernel
+from . import base, jail, kernel, probe
 from .kernel import AssetError
 
-__all__ = ["AssetError", "make"]
+__all__ = ["AssetError", "make", "make_firecracker"]
 
 
 def make(cache: Path, say: Callable[[str], None]) -> None:
@@ -22,9 +22,20 @@ def make(cache: Path, say: Callable[[str], None]) -> None:
     if not initrd.exists() or initrd.stat().st_mtime < init.stat().st_mtime:
         say("making the guest's initramfs")
         kernel.make_initrd(cache / "kernel", init, initrd)
+    if probe.firecracker_programs() is not None:
+        make_firecracker(cache)
     if not (cache / "qemu-root/complete").exists():
         say("making the hypervisors' root")
     jail.make_root(cache / "qemu-root")
     if not (cache / "base.tar").exists():
         say("making the local base image with mmdebstrap (some 30 s, once)")
     base.make_base(cache / "base.tar")
+
+
+def make_firecracker(cache: Path) -> None:
+    """The same kernel and init for Firecracker's machine. Raises AssetError."""
+    init, elf, initrd = cache / "guest/init", cache / "vmlinux", cache / "initrd-firecracker"
+    if not elf.exists():
+        kernel.extract_elf(cache / "kernel/vmlinuz", elf)
+    if not initrd.exists() or initrd.stat().st_mtime < init.stat().st_mtime:
+        kernel.make_initrd(cache / "kernel", init, initrd, kernel.FIRECRACKER_MODULES)

@@ -99,6 +99,10 @@ class Cgroups:
         """The files into which a process writes its id to become a member."""
         return [base / name / "cgroup.procs" for base in self._bases.values()]
 
+    def relative(self, name: str) -> str:
+        """The group's path below a hierarchy's root."""
+        return f"{self._name}/{name}"
+
     def processes(self, name: str) -> list[int]:
         for file in self.joins(name):
             with contextlib.suppress(OSError):

@@ -22,13 +22,12 @@ from gateway.config import Settings
 from gateway.observe.steps import Steps
 from gateway.rpc import Connection, Reply, Server, Service
 
-from . import archives, disks, probe
+from . import archives, disks, drivers, probe
 from .builds import Builder, BuildSettings
 from .cgroups import Cgroups
 from .driver import DiskFull, Machine, StateLost, VmmError
 from .image_calls import ImageCalls
 from .network import Link, Network
-from .qemu.driver import Assets, QemuDriver
 from .snapshots import Snapshots, sync
 from .standbys import Standbys
 
@@ -56,9 +55,8 @@ class Vmm:
         self._info = info
         self._cgroups = cgroups
         runtime = settings.runtime
-        assets = Assets(settings.cache / "qemu-root", settings.cache / "kernel/vmlinuz", settings.cache / "initrd")
         self.network = Network(runtime / "netns", settings.egress, settings.name)
-        self.driver = QemuDriver(assets, runtime / "vms", cgroups, self.network, settings.users.machines)
+        self.driver = drivers.choose(settings, info.hypervisor, cgroups, self.network)
         self.standbys = Standbys(self.driver, settings.standbys.per_image, settings.standbys.most_per_image, self._has_memory)
         self.builder = Builder(
             settings.root / "builds", runtime / "build-netns", cgroups,
@@ -170,7 +168,7 @@ class Vmm:
             snapshot = image
             overlay.parent.mkdir(exist_ok=True)
             try:
-                disks.copy_overlay(image / "overlay.qcow2", overlay)
+                await asyncio.to_thread(disks.copy_overlay, image / self.driver.disk_template, overlay)
             except OSError as error:
                 if error.errno == errno.ENOSPC:
                     raise DiskFull(f"no room for session {body.session}: free some, or move --root") from error
@@ -455,13 +453,13 @@ class Vmm:
 async def serve(settings: Settings, ready: object) -> None:
     """Runs until SIGTERM. `ready` is called once the socket answers."""
     cgroups = Cgroups(settings.name, settings.root)
-    info = await asyncio.to_thread(probe.host_info, settings.accelerator, cgroups, settings.cache)
+    info = await asyncio.to_thread(probe.host_info, settings.accelerator, settings.hypervisor, cgroups, settings.cache)
     info.memory_cap_mib = settings.limits.guest_mib or info.memory_cap_mib
     vmm = Vmm(settings, info, cgroups)
     await vmm.start()
     server = Server(settings.vmm_socket, Service(vmm, ImageCalls(vmm)), {0, settings.users.control, settings.users.edge})
     server.on_connect = vmm.connected
-    log.info("vmm.ready", accelerator=info.accelerator, note=info.accelerator_note)
+    log.info("vmm.ready", hypervisor=info.hypervisor, accelerator=info.accelerator, note=info.accelerator_note)
     ready()  # type: ignore[operator]
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)

@@ -145,6 +145,12 @@ def verify(path: Path, expected: Sum) -> None:
         )
 
 
+def verify_all(snapshot: Path, manifest: Manifest) -> None:
+    """Raises StateLost for the first file that is not what was written."""
+    for one in manifest.files:
+        verify(snapshot / one.name, one)
+
+
 def read_manifest(snapshot: Path) -> Manifest:
     """Raises StateLost."""
     try:

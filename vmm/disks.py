@@ -1,18 +1,23 @@
 """Disks: an image's raw base, the layer that its boot wrote, and one overlay per session.
 
-    disk.raw (the container's files, ext4)  <-  boot.qcow2 (what booting wrote)  <-  overlay.qcow2 (one session)
+    disk.raw (the container's files, ext4)  <-  boot.qcow2 (what booting wrote)  <-  overlay (one session)
 
-The first two are read-only for ever. The backing names inside the files are never followed: the hypervisor is given
-every file as a descriptor and told what lies under what.
+Firecracker knows raw disks only: there a boot writes into disk.raw, and a session's overlay is a clone of it.
+
+An image's are read-only for ever. The backing names inside the files are never followed: the hypervisor is given every file as a
+descriptor and told what lies under what.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
-import shutil
 from pathlib import Path
 
+from . import host
+
+_FICLONE = 0x40049409  # ioctl_ficlonerange(2)
 _DEADLINE_SECONDS = 20
 
 
@@ -34,9 +39,16 @@ async def create_overlay(path: Path, size_bytes: int) -> None:
 
 
 def copy_overlay(template: Path, target: Path) -> None:
-    """A fresh overlay from an empty one: some 200 KB, quicker than starting qemu-img."""
-    shutil.copyfile(template, target)
-    target.chmod(0o600)
+    """A fresh overlay (mode 0600). Shared blocks where the file system can (FICLONE: XFS, btrfs), else a copy of what is data:
+    of an empty qcow2 file some 200 KB, quicker than starting qemu-img. Raises OSError."""
+    target.unlink(missing_ok=True)
+    with template.open("rb") as source, os.fdopen(os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb") as copy:
+        try:
+            fcntl.ioctl(copy.fileno(), _FICLONE, source.fileno())
+        except OSError:
+            os.ftruncate(copy.fileno(), os.fstat(source.fileno()).st_size)
+            for start, end in host.data_segments(source.fileno()):
+                host.copy_range(source.fileno(), start, copy.fileno(), start, end - start)
 
 
 def stored_bytes(path: Path) -> int:

@@ -18,6 +18,11 @@ from .diffs import Sum
 from .errors import DiskFull, StateLost, VmmError
 from .network import Link
 
+DEVICES = "devices.state"  # of an image or a snapshot: the state of the machine's devices
+WALL_CLOCK_AT = 12  # in a wake message, behind the frame's header (vmm/guest/guest.h)
+VSOCK_PORT = 1024  # of the guest's vsock, where its agent has no virtio-serial port
+GUEST_CID = 3
+
 __all__ = ["DiskFull", "Driver", "Machine", "Process", "Sealed", "Shape", "StateLost", "VmmError"]
 
 
@@ -35,6 +40,7 @@ class Process(msgspec.Struct):
     phase: str = "standby"  # standby, prepared, starting, running, stopped, warm, ended
     memory: tuple[int, int] = (0, 0)  # where the guest's lies in the process: first address, and the one after
     chain: list[int] = []  # the diffs that lie mapped over it
+    saved: bool = False  # a snapshot was taken of this incarnation; it may have been called off
 
 
 class Machine(Protocol):
@@ -72,6 +78,10 @@ class Machine(Protocol):
 class Driver(Protocol):
     """One hypervisor. Implementations: vmm.qemu, vmm.firecracker."""
 
+    @property
+    def disk_template(self) -> str:
+        """The file of an image that a new session's disk is a copy of."""
+
     async def standby(self, image: Path) -> Machine:
         """A process that waits for a session of this image."""
 
@@ -83,3 +93,9 @@ class Driver(Protocol):
 
     async def adopt(self, record: Process) -> Machine | None:
         """Finds a process that another daemon started; None when it is gone."""
+
+    def records(self) -> list[Process]:
+        """Every process that a daemon of this instance recorded, alive or not."""
+
+    async def forget_image(self, image: str) -> None:
+        """Lets go of what is kept for an image's clones; those that still run keep theirs."""

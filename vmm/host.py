@@ -6,7 +6,7 @@ import ctypes
 import fcntl
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -182,3 +182,31 @@ def open_tap(name: str) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+# ---- sparse files ----
+
+_COPY_CHUNK = 4 << 20
+
+
+def data_segments(descriptor: int) -> Iterator[tuple[int, int]]:
+    """The parts of a sparse file that hold data: (start, end) in bytes."""
+    end = 0
+    while True:
+        try:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError:
+            return
+        end = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield start, end
+
+
+def copy_range(source: int, start: int, target: int, at: int, length: int) -> None:
+    """Copies bytes from one file into another, inside the kernel (sendfile(2)). Raises OSError; EOFError for a source too short."""
+    os.lseek(target, at, os.SEEK_SET)
+    end = start + length
+    while start < end:
+        moved = os.sendfile(target, source, start, min(end - start, _COPY_CHUNK))
+        if not moved:
+            raise EOFError(f"{end - start} bytes are missing")
+        start += moved

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 # In the order in which they load; dependencies are resolved by modprobe.
@@ -14,6 +16,13 @@ MODULES = (
     *("crc32c-intel", "libcrc32c", "nfnetlink", "nf_tables", "nf_conntrack", "nf_nat"),
     *("nft_chain_nat", "nft_nat", "nft_ct", "tcp_diag"),
 )
+# Firecracker's machine: virtio over MMIO, announced by ACPI; the agent's channel is a vsock.
+FIRECRACKER_MODULES = (
+    *("virtio_mmio", "virtio_net", "virtio_blk", "vmw_vsock_virtio_transport"),
+    *MODULES[MODULES.index("crc32c-intel") :],
+)
+# How a kernel is packed: magic number, and what unpacks it (kernel: scripts/extract-vmlinux).
+_UNPACKERS = {b"\x02\x21\x4c\x18": "lz4", b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _PACKAGE_DEADLINE_SECONDS = 300
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
@@ -62,17 +71,40 @@ def fetch_kernel(target: Path) -> None:
     work.rename(target)
 
 
-def module_files(kernel: Path) -> list[Path]:
+def module_files(kernel: Path, modules: Sequence[str]) -> list[Path]:
     """The modules to load, dependencies first."""
     release = (kernel / "release").read_text(encoding="ascii")
     files: list[Path] = []
-    for module in MODULES:
+    for module in modules:
         listing = _run("modprobe", "-d", str(kernel), "-S", release, "--show-depends", module)
         for line in listing.splitlines():
             words = line.split()
             if words[:1] == ["insmod"] and Path(words[1]) not in files:
                 files.append(Path(words[1]))
     return files
+
+
+def extract_elf(packed: Path, target: Path) -> None:
+    """The ELF file inside a bzImage, which is what Firecracker boots (kernel: Documentation/arch/x86/boot.rst, payload_offset)."""
+    image = packed.read_bytes()
+    if image[0x202:0x206] != b"HdrS":
+        raise AssetError(f"{packed} is no bzImage")
+    offset, length = struct.unpack_from("<2I", image, 0x248)
+    start = (image[0x1F1] + 1) * 512 + offset
+    payload = image[start : start + length]
+    program = next((program for magic, program in _UNPACKERS.items() if payload.startswith(magic)), None)
+    if program is None:
+        raise AssetError(f"{packed} is packed in a way that is not known: {payload[:4].hex()}")
+    try:
+        # The kernel's build appends the unpacked size to what is packed.
+        unpacked = subprocess.run([program, "-dc"], input=payload[:-4], check=True, capture_output=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise AssetError(f"{packed} could not be unpacked: {error}; apt-get install {program}") from error
+    if not unpacked.startswith(b"\x7fELF"):
+        raise AssetError(f"{packed} holds no ELF file")
+    temporary = target.with_name(target.name + ".new")
+    temporary.write_bytes(unpacked)
+    temporary.rename(target)
 
 
 def _cpio(entries: list[tuple[str, int, bytes]]) -> bytes:
@@ -86,9 +118,9 @@ def _cpio(entries: list[tuple[str, int, bytes]]) -> bytes:
     return bytes(out)
 
 
-def make_initrd(kernel: Path, init: Path, target: Path) -> None:
+def make_initrd(kernel: Path, init: Path, target: Path, modules: Sequence[str] = MODULES) -> None:
     """Writes the initramfs: /init, the modules, and the list that /init reads."""
-    files = module_files(kernel)
+    files = module_files(kernel, modules)
     entries: list[tuple[str, int, bytes]] = [("dev", 0o040755, b""), ("init", 0o100755, init.read_bytes()), ("m", 0o040755, b"")]
     entries += [(f"m/{file.name}", 0o100644, file.read_bytes()) for file in files]
     entries.append(("modules.list", 0o100644, "".join(f"/m/{file.name}\n" for file in files).encode()))

@@ -40,7 +40,7 @@ def find(settings: Settings, sessions: Collection[str], images: Collection[str])
     held = {record.link for record in records if record.session in sessions and host.start_time(record.pid) == record.started}
     return [
         *_processes(records, sessions), *_namespaces(settings, held, sessions), *_groups(settings, records, sessions),
-        *_files(settings, sessions, images),
+        *_jails(settings, records, sessions), *_files(settings, sessions, images),
     ]  # fmt: skip
 
 
@@ -72,6 +72,14 @@ def _groups(settings: Settings, records: list[Process], sessions: Collection[str
     for name in sorted(Cgroups(settings.name, settings.root).names()):
         if name not in known:
             yield Leftover("control group", name, "nothing that is known belongs in it")
+
+
+def _jails(settings: Settings, records: list[Process], sessions: Collection[str]) -> Iterator[Leftover]:
+    """Firecracker's; QEMU's jails are mounts of the process itself."""
+    known = {record.vm for record in records if record.session in sessions}
+    for path in sorted((settings.root / "jails").glob("*/*")):
+        if path.name not in known:
+            yield Leftover("directory", str(path), "the jail of a process that is nobody's")
 
 
 def _files(settings: Settings, sessions: Collection[str], images: Collection[str]) -> Iterator[Leftover]:

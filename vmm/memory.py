@@ -11,7 +11,6 @@ import fcntl
 import mmap
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +65,7 @@ def store_memory(descriptor: int, target: Path) -> int:
     zeros, stored = bytes(PAGE), 0
     with target.open("wb") as file, mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
         os.ftruncate(file.fileno(), size)
-        for at, end in data_segments(descriptor):
+        for at, end in host.data_segments(descriptor):
             while at < end:
                 run = at
                 while at < end and at - run < _CHUNK and memory[at : at + PAGE] != zeros:
@@ -80,25 +79,11 @@ def store_memory(descriptor: int, target: Path) -> int:
     return stored
 
 
-def data_segments(descriptor: int) -> Iterator[tuple[int, int]]:
-    """The parts of a sparse file that hold data: (start, end) in bytes."""
-    end = 0
-    while True:
-        try:
-            start = os.lseek(descriptor, end, os.SEEK_DATA)
-        except OSError:
-            return
-        end = os.lseek(descriptor, start, os.SEEK_HOLE)
-        yield start, end
-
-
 def fill(source: Path, descriptor: int) -> None:
     """Copies the data of a sparse file into a memfd, in order, holes kept, then seals it."""
     with source.open("rb") as file:
-        for start, end in data_segments(file.fileno()):
-            os.lseek(descriptor, start, os.SEEK_SET)
-            while start < end:
-                start += os.sendfile(descriptor, file.fileno(), start, min(end - start, _CHUNK))
+        for start, end in host.data_segments(file.fileno()):
+            host.copy_range(file.fileno(), start, descriptor, start, end - start)
     fcntl.fcntl(descriptor, _F_ADD_SEALS, _SEALS)
 
 
@@ -172,7 +157,7 @@ def _main() -> None:
     fill(Path(source), int(descriptor))
     for disk in rest[:split]:
         with open(disk, "rb") as file:
-            for start, end in data_segments(file.fileno()):
+            for start, end in host.data_segments(file.fileno()):
                 os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
 

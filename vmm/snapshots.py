@@ -1,6 +1,6 @@
 """The files of sessions: what is a snapshot, what is only what a running hypervisor still has mapped, what is nobody's.
 
-sessions/<id>/overlay.qcow2          the disk
+sessions/<id>/overlay                the disk
 sessions/<id>/snapshot-<N>/          what incarnation N left: a whole snapshot from the moment of one rename
 sessions/<id>/memory/                the same, void since its successor runs; the next snapshot is a diff over it
 sessions/<id>/snapshot.new, fold.new what was being written when somebody died
@@ -19,7 +19,7 @@ from .diffs import Manifest, Sum
 from .errors import StateLost
 
 _PREFIX, _BASE, _NEW, _FOLD, _LINK = "snapshot-", "memory", "snapshot.new", "fold.new", "link"
-OVERLAY = "overlay.qcow2"
+OVERLAY = "overlay"
 
 
 class Snapshots:

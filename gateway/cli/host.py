@@ -148,6 +148,7 @@ def doctor(
     Example: torpor doctor --repair
     """
     from vmm import cgroups, disks, leftovers, probe
+    from vmm.errors import VmmError
 
     from .repair import is_served, leftovers_of
 
@@ -157,8 +158,12 @@ def doctor(
         found = shutil.which(program)
         rows.append((program, found is not None, found or f"missing: apt-get install {package}"))
     place = settings.root if settings.root.exists() else Path("/")
-    info = probe.host_info(settings.accelerator, cgroups.Cgroups(settings.name, place), settings.cache)
+    try:
+        info = probe.host_info(settings.accelerator, settings.hypervisor, cgroups.Cgroups(settings.name, place), settings.cache)
+    except VmmError as error:
+        fail(str(error), 1)
     rows.append(("acceleration", True, f"{info.accelerator}: {info.accelerator_note}"))
+    rows.append(("hypervisor", True, f"{info.hypervisor}: {info.hypervisor_note}"))
     rows.append(("guest peak", True, f"capped at {info.memory_cap_mib} MiB and {info.vcpus_cap} virtual CPUs by this host"))
     missing = ", ".join(info.controllers_missing)
     rows.append(("control groups", not missing, f"missing: {missing}" if missing else "memory, cpu, io and pids are limited"))

@@ -73,6 +73,11 @@ def of_shape(shape: Shape, depth: int = 0) -> st.SearchStrategy[Any]:
     return st.one_of(*fitting, _KNOWN, _TEXT)
 
 
+def _quoted(text: str, safe: str) -> str:
+    """Halves of surrogate pairs too, as some clients would send them."""
+    return quote(text.encode("utf-8", "surrogatepass"), safe=safe)
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[str, str, bytes, dict[str, str]]:
     """(method, path with query, body, fields) of some operation, spoilt now and then."""
@@ -97,10 +102,10 @@ def _placed(operation: Operation, members: dict[str, Any], draw: st.DrawFn) -> t
         location = shapes[name].serialization.get("location") if name in shapes else None
         wire = shapes[name].serialization.get("name", name) if name in shapes else name
         if location == "uri":
-            text = quote(str(value) or "x", safe="" if draw(st.integers(0, 4)) else ":/")
+            text = _quoted(str(value) or "x", safe="" if draw(st.integers(0, 4)) else ":/")
             path = path.replace("{" + wire + "}", text)
         elif location == "querystring":
-            query += [f"{wire}={quote(str(one), safe='')}" for one in (value if isinstance(value, list) else [value])]
+            query += [f"{wire}={_quoted(str(one), safe='')}" for one in (value if isinstance(value, list) else [value])]
         else:
             body[wire] = value
     return path, "&".join(query), body

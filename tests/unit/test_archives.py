@@ -19,7 +19,7 @@ def make(directory: Path) -> Path:
     session = directory / "microvm-1"
     snapshot = session / "snapshot-3"
     snapshot.mkdir(parents=True)
-    (session / "overlay.qcow2").write_bytes(b"overlay" * 1000)
+    (session / "overlay").write_bytes(b"overlay" * 1000)
     (session / "memory").mkdir()
     (session / "memory/2.pages").write_bytes(b"void")
     for name in ("3.pages", "3.runs", "devices.state", "snapshot.json"):

@@ -12,7 +12,7 @@ import pytest
 from outside import Outside
 from service import Instance, until
 
-from vmm.memory import data_segments
+from vmm.host import data_segments
 
 pytestmark = pytest.mark.vm
 FROM = "FROM public.ecr.aws/lambda/microvms:al2023-minimal"

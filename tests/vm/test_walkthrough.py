@@ -14,7 +14,7 @@ import pytest
 from service import Instance, until
 from wire import get
 
-from vmm.memory import data_segments
+from vmm.host import data_segments
 
 pytestmark = pytest.mark.vm
 

@@ -9,7 +9,7 @@
 
 #define HOST_ADDRESS "169.254.77.1" /* the host's side of the link: the way out, and the resolver */
 
-/* ---- the channel: frames over one virtio-serial port (vmm/guest/README.md) ---- */
+/* ---- the channel: frames over one virtio-serial port, or one vsock connection ---- */
 
 #define FRAME_MAGIC 0x52505254u /* "TRPR", little endian */
 #define FRAME_MAX_IN 4096u      /* a host frame's payload: small, so that half a one cannot swallow much */
@@ -52,10 +52,11 @@ struct wake {
 
 typedef void frame_handler(uint8_t type, uint16_t channel, const uint8_t *payload, uint32_t length);
 
-int port_open(void); /* descriptor, or -1 until the port is there */
-void port_read(frame_handler *handler);
+int port_open(void); /* 0, or -1 until there is a port or a vsock */
+void port_poll(struct pollfd *fds); /* 2 of them */
+void port_ready(const struct pollfd *fds, frame_handler *handler);
+void port_signalled(void); /* SIGIO: a host may have connected */
 void port_flush(void);
-int port_wants_write(void);
 int port_can_take(size_t length);
 void port_send(uint8_t type, uint16_t channel, const void *payload, uint32_t length);
 

@@ -162,31 +162,23 @@ static void reap(void)
     }
 }
 
-static void serve(int port, int signals)
+static void serve(int signals)
 {
-    /* While no host end is connected poll() would answer POLLHUP at once, for ever: then the port is left out, and
-       SIGIO, which the driver sends when a host connects, is waited for instead. */
-    int hung_up = 0;
     for (;;) {
-        struct pollfd fds[4 + SHELLS_MAX] = {
-            {signals, POLLIN, 0},
-            {hung_up ? -1 : port, (short)(POLLIN | (port_wants_write() ? POLLOUT : 0)), 0},
-            {app_output, POLLIN, 0},
-            {app_errors, POLLIN, 0},
-        };
-        shell_poll(fds + 4);
-        if (poll(fds, 4 + SHELLS_MAX, -1) < 0) continue;
+        struct pollfd fds[5 + SHELLS_MAX] = {{signals, POLLIN, 0}, {app_output, POLLIN, 0}, {app_errors, POLLIN, 0}};
+        port_poll(fds + 3);
+        shell_poll(fds + 5);
+        if (poll(fds, 5 + SHELLS_MAX, -1) < 0) continue;
         if (fds[0].revents) {
             struct signalfd_siginfo info[8];
             (void)!read(signals, info, sizeof info);
-            hung_up = 0;
+            port_signalled();
             reap();
         }
-        if (fds[1].revents & POLLIN) port_read(handle);
-        if (fds[1].revents & POLLHUP) hung_up = 1;
-        if (fds[2].revents) forward(&app_output, 1);
-        if (fds[3].revents) forward(&app_errors, 2);
-        shell_ready(fds + 4);
+        port_ready(fds + 3, handle);
+        if (fds[1].revents) forward(&app_output, 1);
+        if (fds[2].revents) forward(&app_errors, 2);
+        shell_ready(fds + 5);
         port_flush();
     }
 }
@@ -209,9 +201,9 @@ int main(void)
     sigaddset(&set, SIGIO);
     sigprocmask(SIG_BLOCK, &set, NULL);
     signal(SIGPIPE, SIG_IGN);
-    int signals = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC), port;
+    int signals = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
     must(signals, "signalfd");
-    while ((port = port_open()) < 0) usleep(5000);
+    while (port_open() < 0) usleep(5000);
     say("ready");
-    serve(port, signals);
+    serve(signals);
 }

@@ -5,40 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import itertools
 import os
-import secrets
-import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
-from .. import disks, host, jail, memory
-from ..cgroups import Cgroups, Limits
-from ..driver import DiskFull, Machine, Process, Sealed, Shape, StateLost, VmmError
+from .. import disks, host, jail, manifest, memory
+from ..cgroups import Cgroups
+from ..driver import DEVICES, DiskFull, Machine, Process, Sealed, Shape, StateLost, VmmError
+from ..manifest import Manifest
 from ..mapping import Mapper
 from ..network import Link, Network
+from ..places import Place, Places, is_alive
 from ..snapshots import sync
 from . import machine as topology
-from .process import DEVICES, RECORD, QemuMachine, child_of, is_alive, listen
+from .process import QemuMachine, child_of, listen
 from .qmp import QmpError
 
-MANIFEST = "manifest.json"
-_OVERHEAD_BYTES = 256 << 20  # the hypervisor's own memory: heap, translated code
+NAME = "qemu"
 _SPAWN_SECONDS = 20
-_IO_BYTES_PER_SECOND = 128 << 20  # for each 512 MiB of the size asked for
-_USERS = 4096
-
-
-class Manifest(msgspec.Struct):
-    """What an image directory holds; written last, so its presence says that the image is whole."""
-
-    shape: Shape
-    memory_bytes: int
-    boot_bytes: int
 
 
 @dataclass(frozen=True)
@@ -51,34 +37,27 @@ class Assets:
 
 
 class QemuDriver:
-    def __init__(self, assets: Assets, directory: Path, cgroups: Cgroups, network: Network, first_uid: int) -> None:
+    """Implements vmm.driver.Driver."""
+
+    disk_template = "overlay.qcow2"
+
+    def __init__(self, assets: Assets, places: Places, cgroups: Cgroups, network: Network) -> None:
         self._assets = assets
-        self._directory = directory
+        self._places = places
         self._cgroups = cgroups
         self._network = network
-        self._first_uid = first_uid
-        self._uids: set[int] = set()
         self._memories: dict[str, asyncio.Task[int]] = {}
         self._machines: set[QemuMachine] = set()
-        self._numbers = itertools.count(1)
         self._shapes: dict[str, Shape] = {}  # by vm
 
-    def manifest(self, image: Path) -> Manifest:
-        """Raises StateLost when the image is not whole."""
-        try:
-            return msgspec.json.decode((image / MANIFEST).read_bytes(), type=Manifest)
-        except (OSError, msgspec.DecodeError) as error:
-            raise StateLost(f"image {image.name} cannot be read: {error}") from error
-
     async def standby(self, image: Path) -> QemuMachine:
-        manifest = self.manifest(image)
+        shape = manifest.read(image, NAME).shape
         descriptor = await self._memory(image)
         with contextlib.ExitStack() as files:
             base = files.enter_context((image / "disk.raw").open("rb")).fileno()
             boot = files.enter_context((image / "boot.qcow2").open("rb")).fileno()
             return await self._spawn(
-                image.name, manifest.shape,
-                lambda qmp, agent: topology.standby(manifest.shape, descriptor, base, boot, qmp, agent),
+                image.name, shape, lambda qmp, agent: topology.standby(shape, descriptor, base, boot, qmp, agent)
             )  # fmt: skip
 
     async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> QemuMachine:
@@ -117,33 +96,25 @@ class QemuDriver:
             await machine.save_devices(image)
             await asyncio.to_thread(sync, [image / DEVICES])
             stored = await asyncio.to_thread(memory.store_memory, machine.image_memory, image / "memory.raw")
-            await disks.create_overlay(image / "overlay.qcow2", shape.disk_bytes)
+            await disks.create_overlay(image / self.disk_template, shape.disk_bytes)
         except (QmpError, OSError) as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise DiskFull(f"no room for image {image.name}: free some, or move --root") from error
             raise VmmError(f"image {image.name} could not be stored: {error}") from error
         finally:
             await machine.kill()
-        for name in ("disk.raw", "boot.qcow2", "overlay.qcow2"):
+        for name in ("disk.raw", "boot.qcow2", self.disk_template):
             with (image / name).open("rb") as file:
                 os.fsync(file.fileno())
-        manifest = Manifest(shape, stored, disks.stored_bytes(image / "boot.qcow2"))
-        temporary = image / f"{MANIFEST}.new"
-        temporary.write_bytes(msgspec.json.encode(manifest))
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(image / MANIFEST)
-        disks.sync_directory(image)
+        manifest.write(image, Manifest(shape, stored, disks.stored_bytes(image / "boot.qcow2"), NAME))
         return Sealed(stored, disks.stored_bytes(image / "disk.raw"), int((image / "code_bytes").read_text(encoding="ascii")))
 
     async def adopt(self, record: Process) -> QemuMachine | None:
-        directory = self._directory / record.vm
+        place = self._places.of(record)
         if not is_alive(record):
-            self._cgroups.remove(record.vm)
-            shutil.rmtree(directory, ignore_errors=True)
+            await self._places.remove(place)
             return None
-        self._uids.add(record.uid)
-        machine = QemuMachine(record, directory, self._network, lambda: self._remove(record))
+        machine = QemuMachine(record, place.directory, self._network, lambda: self._remove(machine, place))
         self._machines.add(machine)
         try:
             await machine.connect()
@@ -153,16 +124,7 @@ class QemuDriver:
         return machine
 
     def records(self) -> list[Process]:
-        """Every process that a daemon of this instance recorded, alive or not."""
-        found = []
-        self._directory.mkdir(parents=True, exist_ok=True)
-        for directory in sorted(self._directory.iterdir()):
-            try:
-                found.append(msgspec.json.decode((directory / RECORD).read_bytes(), type=Process))
-            except (OSError, msgspec.DecodeError):
-                self._cgroups.remove(directory.name)
-                shutil.rmtree(directory, ignore_errors=True)
-        return found
+        return self._places.records()
 
     async def forget_image(self, image: str) -> None:
         """Lets go of an image's memory; clones that still run keep theirs."""
@@ -195,11 +157,8 @@ class QemuDriver:
         )
 
     async def _spawn(self, image: str, shape: Shape, compose: Callable[[int, int], topology.Command]) -> QemuMachine:
-        vm = f"{next(self._numbers)}-{secrets.token_hex(4)}"
-        directory = self._directory / vm
-        directory.mkdir(mode=0o700, parents=True)
-        uid = self._take_uid()
-        self._cgroups.create(vm, limits(shape))
+        place = self._places.make(shape)
+        vm, directory = place.vm, place.directory
         self._shapes[vm] = shape
         qmp, agent = listen(directory / "qmp.sock"), listen(directory / "agent.sock")
         ours, theirs = socket.socketpair()
@@ -207,7 +166,7 @@ class QemuDriver:
         try:
             command = compose(qmp.fileno(), agent.fileno())
             process = await asyncio.create_subprocess_exec(
-                *jail.command(self._assets.jail_root, self._cgroups.joins(vm), uid, command.arguments),
+                *jail.command(self._assets.jail_root, self._cgroups.joins(vm), place.uid, command.arguments),
                 pass_fds=[*command.descriptors, theirs.fileno()], start_new_session=True,
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
                 stderr=(directory / "stderr").open("wb"),
@@ -221,7 +180,7 @@ class QemuDriver:
             theirs.close()
             qmp.close()
             agent.close()
-        record = Process(vm, 0, 0, image, uid)
+        record = Process(vm, 0, 0, image, place.uid)
         try:
             async with asyncio.timeout(_SPAWN_SECONDS):
                 while (pid := child_of(process.pid)) is None:
@@ -229,7 +188,7 @@ class QemuDriver:
                         raise VmmError(self._why(directory))
                     await asyncio.sleep(0.0005)
                 record.pid, record.started = pid, host.start_time(pid) or 0
-                machine = QemuMachine(record, directory, self._network, lambda: self._remove(record), mapper)
+                machine = QemuMachine(record, directory, self._network, lambda: self._remove(machine, place), mapper)
                 self._machines.add(machine)
                 machine.save_record()
                 await machine.connect()
@@ -240,7 +199,7 @@ class QemuDriver:
             mapper.close()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()  # and with it, by --kill-child, what runs inside
-            await asyncio.shield(self._remove(record))
+            await asyncio.shield(self._remove(None, place))
             if isinstance(error, TimeoutError | QmpError | VmmError | OSError | LookupError):
                 raise VmmError(f"the hypervisor of image {image} did not start: {reason or error}") from error
             raise
@@ -252,25 +211,8 @@ class QemuDriver:
         except OSError:
             return ""
 
-    def _take_uid(self) -> int:
-        uid = next(uid for uid in range(self._first_uid, self._first_uid + _USERS) if uid not in self._uids)
-        self._uids.add(uid)
-        return uid
-
-    async def _remove(self, record: Process) -> None:
-        self._machines = {machine for machine in self._machines if machine.record is not record}
-        await asyncio.to_thread(self._cgroups.remove, record.vm)
-        shutil.rmtree(self._directory / record.vm, ignore_errors=True)
-        self._shapes.pop(record.vm, None)
-        self._uids.discard(record.uid)
-
-
-def limits(shape: Shape) -> Limits:
-    """A microVM's share of the host: its peak as the bound, its baseline as its weight (reference, section 4)."""
-    return Limits(
-        memory_bytes=(shape.memory_mib << 20) + _OVERHEAD_BYTES,
-        cpus=shape.vcpus,
-        weight=max(1, shape.baseline_mib // 20),
-        pids=256,
-        io_bytes_per_second=_IO_BYTES_PER_SECOND * max(1, shape.baseline_mib // 512),
-    )
+    async def _remove(self, machine: QemuMachine | None, place: Place) -> None:
+        if machine is not None:
+            self._machines.discard(machine)
+        await self._places.remove(place)
+        self._shapes.pop(place.vm, None)

@@ -14,20 +14,15 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from gateway.observe.steps import Steps
 
-from .. import diffs, host, mapping, memory
+from .. import diffs, mapping, memory, places
 from ..diffs import Sum
-from ..driver import DiskFull, Process, StateLost, VmmError
+from ..driver import DEVICES, WALL_CLOCK_AT, DiskFull, Process, StateLost, VmmError
 from ..network import Link, Network
 from .machine import NIC
 from .qmp import Qmp, QmpError
 
-RECORD = "process.json"
-DEVICES = "devices.state"
-_WALL_CLOCK_AT = 12  # behind the frame's header (vmm/guest/guest.h)
 _KILL_SECONDS = 10
 _LOAD_SECONDS = 30
 _OVERLAY_SET, _STATE_SET = 10, 11
@@ -88,10 +83,7 @@ class QemuMachine:
         return self._qmp
 
     def save_record(self) -> None:
-        target = self._directory / RECORD
-        temporary = target.with_suffix(".new")
-        temporary.write_bytes(msgspec.json.encode(self.record))
-        temporary.rename(target)
+        places.save_record(self._directory, self.record)
 
     async def status(self) -> str:
         answer = await self.qmp.run("query-status")
@@ -135,7 +127,7 @@ class QemuMachine:
         manifest = diffs.read_manifest(snapshot)
         await asyncio.gather(
             asyncio.to_thread(mapping.load, self.mapping(), self._mapper, snapshot, manifest),
-            asyncio.to_thread(_verify, snapshot, manifest),
+            asyncio.to_thread(diffs.verify_all, snapshot, manifest),
         )
         self.record.chain = manifest.chain
 
@@ -154,7 +146,7 @@ class QemuMachine:
             self.record.phase = "starting"
             self.save_record()
             stamped = bytearray(wake)
-            struct.pack_into("<Q", stamped, _WALL_CLOCK_AT, time.time_ns())
+            struct.pack_into("<Q", stamped, WALL_CLOCK_AT, time.time_ns())
             os.write(channel, stamped)
             await self.qmp.run("cont")
             self.record.phase = "running"
@@ -279,18 +271,8 @@ class QemuMachine:
         self._ended.set_result(None)
 
 
-def _verify(snapshot: Path, manifest: diffs.Manifest) -> None:
-    """Raises StateLost for a file that is not what was written."""
-    for one in manifest.files:
-        diffs.verify(snapshot / one.name, one)
-
-
 def child_of(pid: int) -> int | None:
     """The one child of a process, None while there is none."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()[0])
     return None
-
-
-def is_alive(record: Process) -> bool:
-    return host.start_time(record.pid) == record.started

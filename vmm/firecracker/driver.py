@@ -1,0 +1,161 @@
+"""Firecracker behind vmm.driver.Driver, for hosts whose /dev/kvm works.
+
+Written against Firecracker's published contract (its API description, docs/snapshotting, docs/jailer.md, docs/vsock.md), release
+1.13 or later. An image is a raw disk, the guest's memory in a sparse file that its clones map, and the devices' state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import disks, host, manifest, memory
+from ..cgroups import Cgroups
+from ..driver import DEVICES, GUEST_CID, DiskFull, Machine, Process, Sealed, Shape, VmmError
+from ..manifest import Manifest
+from ..network import GUEST_MAC, TAP, Link
+from ..places import Places, is_alive
+from ..snapshots import sync
+from .api import ApiError
+from .jail import DISK, INITRD, KERNEL, MEMORY, VSOCK, Jail, Programs, remove_others
+from .machine import NETWORK, FirecrackerMachine
+
+NAME = "firecracker"
+DRIVE = "disk"
+KERNEL_LINE = "console=ttyS0 quiet loglevel=3 reboot=k panic=-1 mitigations=off random.trust_cpu=on"
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What was made once per host: the guest's kernel as an ELF file, and its initramfs with the modules for this machine."""
+
+    kernel: Path
+    initrd: Path
+
+
+class FirecrackerDriver:
+    """Implements vmm.driver.Driver. `jails` must be on the file system of images and sessions."""
+
+    disk_template = DISK
+
+    def __init__(self, programs: Programs, assets: Assets, jails: Path, places: Places, cgroups: Cgroups) -> None:
+        self._programs, self._assets, self._jails, self._places, self._cgroups = programs, assets, jails, places, cgroups
+        self._warmed: set[str] = set()
+
+    async def standby(self, image: Path) -> FirecrackerMachine:
+        shape = manifest.read(image, NAME).shape
+        if image.name not in self._warmed:
+            self._warmed.add(image.name)
+            await asyncio.to_thread(_read_ahead, [image / MEMORY, image / DISK])
+        machine = self._machine(image, shape)
+        try:
+            machine.jail.give(image / MEMORY, MEMORY)
+        except OSError as error:
+            await machine.kill()
+            raise VmmError(f"image {image.name} could not be put into a jail: {error}") from error
+        return machine
+
+    async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> FirecrackerMachine:
+        machine = self._machine(image, shape)
+        try:
+            for file, name in ((self._assets.kernel, KERNEL), (self._assets.initrd, INITRD)):
+                machine.jail.give_copy(file, name)
+            machine.jail.give(image / DISK, DISK, writable=True)
+            await machine.spawn(link, console)
+            await self._configure(machine, shape)
+        except (ApiError, OSError) as error:
+            await machine.kill()
+            raise VmmError(f"image {image.name} did not boot: {error}") from error
+        except BaseException:
+            await asyncio.shield(machine.kill())
+            raise
+        machine.record.phase = "running"
+        machine.save_record()
+        return machine
+
+    async def _configure(self, machine: FirecrackerMachine, shape: Shape) -> None:
+        """Everything before InstanceStart; none of it is possible after. Raises ApiError."""
+        api = machine.api
+        await api.put("/machine-config", vcpu_count=shape.vcpus, mem_size_mib=shape.memory_mib)
+        await api.put("/boot-source", kernel_image_path=f"/{KERNEL}", initrd_path=f"/{INITRD}", boot_args=KERNEL_LINE)
+        await api.put(
+            f"/drives/{DRIVE}", drive_id=DRIVE, path_on_host=f"/{DISK}", is_root_device=False, is_read_only=False, cache_type="Writeback"
+        )
+        await api.put(f"/network-interfaces/{NETWORK}", iface_id=NETWORK, host_dev_name=TAP, guest_mac=GUEST_MAC)
+        await api.put("/vsock", guest_cid=GUEST_CID, uds_path=f"/{VSOCK}")
+        await api.put("/actions", action_type="InstanceStart")
+
+    async def seal(self, machine: Machine, image: Path) -> Sealed:
+        assert isinstance(machine, FirecrackerMachine)
+        shape = machine.shape
+        assert shape is not None  # it was booted by us, and not adopted
+        try:
+            written = await machine.seal(image / DEVICES)
+            stored = await asyncio.to_thread(_store, written, image / MEMORY)
+        except (ApiError, OSError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise DiskFull(f"no room for image {image.name}: free some, or move --root") from error
+            raise VmmError(f"image {image.name} could not be stored: {error}") from error
+        finally:
+            await machine.kill()
+        os.chown(image / DISK, 0, 0)
+        await asyncio.to_thread(sync, [image / DEVICES, image / DISK])
+        manifest.write(image, Manifest(shape, stored, 0, NAME))
+        return Sealed(stored, disks.stored_bytes(image / DISK), int((image / "code_bytes").read_text(encoding="ascii")))
+
+    async def adopt(self, record: Process) -> FirecrackerMachine | None:
+        place = self._places.of(record)
+        jail = Jail(self._jails, self._programs, place)
+        if not is_alive(record):
+            await self._places.remove(place)
+            jail.remove()
+            return None
+        machine = FirecrackerMachine(record, place, jail, self._cgroups, lambda: self._remove(machine))
+        try:
+            await machine.connect()
+        except (ApiError, OSError):
+            await machine.kill()
+            return None
+        return machine
+
+    def records(self) -> list[Process]:
+        found = self._places.records()
+        remove_others(self._jails, self._programs, [record.vm for record in found])
+        return found
+
+    async def forget_image(self, image: str) -> None:
+        """Nothing is kept: clones have the image's files open."""
+        self._warmed.discard(image)
+
+    def _machine(self, image: Path, shape: Shape) -> FirecrackerMachine:
+        place = self._places.make(shape)
+        jail = Jail(self._jails, self._programs, place)
+        jail.make()
+        record = Process(place.vm, 0, 0, image.name, place.uid)
+        machine = FirecrackerMachine(record, place, jail, self._cgroups, lambda: self._remove(machine), shape)
+        machine.save_record()
+        return machine
+
+    async def _remove(self, machine: FirecrackerMachine) -> None:
+        await self._places.remove(machine.place)
+        machine.jail.remove()
+
+
+def _store(written: Path, target: Path) -> int:
+    """The memory that Firecracker wrote in full, without its zero pages; returns the bytes stored."""
+    with written.open("r+b") as file:
+        stored = memory.store_memory(file.fileno(), target)
+    written.unlink()
+    return stored
+
+
+def _read_ahead(files: list[Path]) -> None:
+    """Into the page cache, in order: touching cold pages one by one is what makes a first resume slow."""
+    for path in files:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            for start, end in host.data_segments(file.fileno()):
+                os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)

@@ -1,0 +1,94 @@
+"""What a Firecracker process sees: the folder that its jailer makes the root of (docs/jailer.md of Firecracker's repository).
+
+Everything it is given is a hard link in there, under the same name in every process, because a snapshot's state remembers paths.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..cgroups import Cgroups
+from ..places import Place
+
+DISK, MEMORY, STATE, OUT, VSOCK = "disk.raw", "memory.raw", "devices.state", "out", "v.sock"
+KERNEL, INITRD = "vmlinux", "initrd"
+
+# $1… files of cgroups up to "--", then the jailer: it closes every descriptor but the first three, and forgets the environment.
+_ENTER = 'while [ "$1" != -- ]; do echo $$ > "$1"; shift; done; shift; exec "$@"'
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Both of one release, statically linked, as Firecracker asks for."""
+
+    firecracker: Path
+    jailer: Path
+
+
+class Jail:
+    """One process's root. `base` must be on the file system of images and sessions, for hard links."""
+
+    def __init__(self, base: Path, programs: Programs, place: Place) -> None:
+        self._base, self._programs, self._place = base, programs, place
+        self._top = base / programs.firecracker.name / place.vm
+        self.root = self._top / "root"
+
+    def make(self) -> None:
+        self.root.mkdir(parents=True)
+        self.root.parent.chmod(0o711)
+        out = self.root / OUT
+        out.mkdir(mode=0o700)
+        os.chown(out, self._place.uid, self._place.uid)
+
+    def give(self, file: Path, name: str, writable: bool = False) -> None:
+        """Links a file into the root; only one that the guest writes becomes the process's own. Raises OSError."""
+        target = self.root / name
+        target.unlink(missing_ok=True)
+        os.link(file, target)
+        if writable:
+            os.chown(target, self._place.uid, self._place.uid)
+        else:
+            target.chmod(0o444)
+
+    def give_copy(self, file: Path, name: str) -> None:
+        """For files that may lie on another file system. Raises OSError."""
+        shutil.copyfile(file, self.root / name)
+        (self.root / name).chmod(0o444)
+
+    def take(self, name: str, target: Path) -> None:
+        """Moves what the process wrote into its `out` folder to `target`, as ours. Raises OSError."""
+        os.replace(self.root / OUT / name, target)
+        os.chown(target, 0, 0)
+
+    def command(self, cgroups: Cgroups, namespace: Path) -> list[str]:
+        """The jailer enters the session's network namespace; a process cannot be given another one later."""
+        version = "2" if cgroups.unified else "1"
+        return [
+            "/bin/sh", "-c", _ENTER, "sh", *map(str, cgroups.joins(self._place.vm)), "--",
+            str(self._programs.jailer), "--id", self._place.vm, "--exec-file", str(self._programs.firecracker),
+            "--uid", str(self._place.uid), "--gid", str(self._place.uid), "--chroot-base-dir", str(self._base),
+            "--netns", str(namespace), "--cgroup-version", version, "--parent-cgroup", cgroups.relative(self._place.vm),
+            "--new-pid-ns", "--", "--api-sock", "/api.sock",
+        ]  # fmt: skip
+
+    def pid(self) -> int | None:
+        """The process's id, once the jailer has written it (`<exec file>.pid`, in the root)."""
+        try:
+            return int((self.root / f"{self._programs.firecracker.name}.pid").read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return None
+
+    def remove(self) -> None:
+        shutil.rmtree(self._top, ignore_errors=True)
+
+
+def remove_others(base: Path, programs: Programs, keep: Sequence[str]) -> None:
+    """Roots of processes that nobody knows any more."""
+    directory = base / programs.firecracker.name
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if path.name not in keep:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,258 @@
+"""One jailed Firecracker process, and what a session's life asks of it.
+
+Unlike QEMU's, a standby is no process yet: the jailer enters a network namespace before it starts Firecracker, and which one is
+known only when a session comes. What can be made ahead is: root, user, control group, links to the image's files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import socket
+import struct
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from gateway.observe.steps import Steps
+
+from .. import diffs, host, places
+from ..cgroups import Cgroups
+from ..diffs import Sum
+from ..driver import DEVICES, VSOCK_PORT, WALL_CLOCK_AT, DiskFull, Process, Shape, StateLost, VmmError
+from ..network import TAP, Link
+from ..places import Place
+from . import memory
+from .api import Api, ApiError
+from .jail import DISK, MEMORY, OUT, STATE, VSOCK, Jail
+
+NETWORK = "net0"
+_START_SECONDS = 20.0
+_KILL_SECONDS = 10.0
+_AGENT_SECONDS = 5.0
+_SNAPSHOT_SECONDS = 60.0
+_RETRY_SECONDS = 0.002
+
+
+class FirecrackerMachine:
+    """Implements vmm.driver.Machine. `remove` undoes what was made for the process."""
+
+    def __init__(
+        self, record: Process, place: Place, jail: Jail, cgroups: Cgroups, remove: Callable[[], Awaitable[None]],
+        shape: Shape | None = None,
+    ) -> None:  # fmt: skip
+        self.record = record
+        self.steps = Steps("vmm", "")
+        self.jail = jail
+        self.place = place
+        self.shape = shape
+        self._cgroups, self._remove = cgroups, remove
+        self._api: Api | None = None
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def api(self) -> Api:
+        if self._api is None:
+            raise StateLost(f"hypervisor {self.record.vm} does not run")
+        return self._api
+
+    def save_record(self) -> None:
+        places.save_record(self.place.directory, self.record)
+
+    # ---- the process ----
+
+    async def spawn(self, link: Link, console: int = asyncio.subprocess.DEVNULL) -> None:
+        """Starts the jailer, which becomes the process's parent only until it has written its id. Raises VmmError."""
+        self.record.link = link.name
+        errors = self.place.directory / "stderr"
+        try:
+            with errors.open("wb") as log:
+                jailer = await asyncio.create_subprocess_exec(
+                    *self.jail.command(self._cgroups, link.path), start_new_session=True,
+                    stdin=asyncio.subprocess.DEVNULL, stdout=console, stderr=log,
+                )  # fmt: skip
+            async with asyncio.timeout(_START_SECONDS):
+                if await jailer.wait():
+                    raise ApiError("the jailer refused")
+                pid = self.jail.pid()
+                if pid is None:
+                    raise ApiError("the jailer left no process id")
+                self.attach(pid)
+                await self.api.ready(_START_SECONDS)
+        except (ApiError, OSError, TimeoutError) as error:
+            words = errors.read_text(encoding="utf-8", errors="replace").strip()[-400:]
+            raise VmmError(f"the hypervisor of image {self.record.image} did not start: {words or error}") from error
+
+    def attach(self, pid: int) -> None:
+        """Watches a process that runs, and talks to it. Raises OSError when it is gone."""
+        pidfd = os.pidfd_open(pid)
+        self.record.pid, self.record.started = pid, host.start_time(pid) or 0
+        self.save_record()
+        self._api = Api(self.jail.root)
+        asyncio.get_running_loop().add_reader(pidfd, self._gone, pidfd)
+
+    async def connect(self) -> None:
+        """To a process that another daemon started: its phase is what it says. Raises ApiError, OSError."""
+        self.attach(self.record.pid)
+        is_running = await self.api.ready(_AGENT_SECONDS) == "Running"
+        if self.record.phase == "starting":
+            self.record.phase = "running" if is_running else "prepared"
+        elif self.record.phase in ("running", "stopped"):
+            self.record.phase = "running" if is_running else "stopped"
+
+    # ---- what a session's life asks ----
+
+    async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
+        try:
+            self.jail.give(overlay, DISK, writable=True)
+            self.jail.give(snapshot / DEVICES, STATE)
+            await self.spawn(link)
+            self.steps.mark("process started")
+            await self.api.put(
+                "/snapshot/load", _SNAPSHOT_SECONDS, snapshot_path=f"/{STATE}",
+                mem_backend={"backend_type": "File", "backend_path": f"/{MEMORY}"}, track_dirty_pages=True, resume_vm=False,
+                network_overrides=[{"iface_id": NETWORK, "host_dev_name": TAP}],
+            )  # fmt: skip
+            self.steps.mark("device state loaded")
+            if (snapshot / diffs.MANIFEST).exists():
+                await self._load_memory(snapshot)
+                self.steps.mark("memory written and checked")
+        except (ApiError, OSError, LookupError) as error:
+            raise StateLost(f"session {self.record.session} could not be loaded from {snapshot}: {error}") from error
+        self.record.phase = "prepared"
+        self.save_record()
+
+    async def _load_memory(self, snapshot: Path) -> None:
+        manifest = diffs.read_manifest(snapshot)
+        await asyncio.gather(
+            asyncio.to_thread(memory.write_in, self.record.pid, self._regions(), snapshot, manifest),
+            asyncio.to_thread(diffs.verify_all, snapshot, manifest),
+        )
+        self.record.chain = manifest.chain
+
+    def _regions(self) -> list[memory.Region]:
+        return memory.regions(self.record.pid, self.jail.root / MEMORY)
+
+    async def resume(self, wake: bytes) -> int:
+        """The wake message follows the start here, by some milliseconds: a vsock has nobody who listens before."""
+        self.steps.mark("control stored the start")
+        self.record.phase = "starting"
+        self.save_record()
+        try:
+            await self.api.patch("/vm", state="Resumed")
+            self.record.phase = "running"
+            self.save_record()
+            self.steps.mark("resumed")
+            channel = await self.agent()
+            stamped = bytearray(wake)
+            struct.pack_into("<Q", stamped, WALL_CLOCK_AT, time.time_ns())
+            os.write(channel, stamped)
+        except (ApiError, OSError) as error:
+            raise StateLost(f"session {self.record.session} could not be started: {error}") from error
+        return channel
+
+    async def agent(self) -> int:
+        """A connection to the guest's port, by the Unix socket of its vsock device (docs/vsock.md). A guest that was just restored
+        resets the device first, so it is tried again."""
+        deadline = asyncio.get_running_loop().time() + _AGENT_SECONDS
+        while True:
+            try:
+                return await self._connect_agent()
+            except OSError as error:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise StateLost(f"session {self.record.session}: agent channel: {error}") from error
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _connect_agent(self) -> int:
+        loop = asyncio.get_running_loop()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            async with asyncio.timeout(_AGENT_SECONDS):
+                await loop.sock_connect(sock, f"{self.api.path}/{VSOCK}")
+                await loop.sock_sendall(sock, f"CONNECT {VSOCK_PORT}\n".encode())
+                answer = b""
+                while not answer.endswith(b"\n"):  # byte by byte: what follows the line is the guest's
+                    byte = await loop.sock_recv(sock, 1)
+                    if not byte or len(answer) > 64:
+                        raise ConnectionResetError(errno.ECONNRESET, "nobody listens in the guest")
+                    answer += byte
+                if not answer.startswith(b"OK "):
+                    raise ConnectionError(answer.decode(errors="replace"))
+        except BaseException:
+            sock.close()
+            raise
+        return sock.detach()
+
+    async def save(self, directory: Path) -> list[Sum]:
+        """Pages that were dirtied since the load; but all that are the process's own, where a save came before and was called off:
+        it emptied the log of dirty pages."""
+        number, repeated = self.record.incarnation, self.record.saved
+        try:
+            await self.api.patch("/vm", state="Paused")
+            self.record.phase, self.record.saved = "stopped", True
+            self.save_record()
+            self.steps.mark("stop")
+            await self._create_snapshot("Diff")
+            self.jail.take(STATE, directory / DEVICES)
+            summed = await asyncio.to_thread(diffs.checksum, directory / DEVICES)
+            written = self.jail.root / OUT / MEMORY
+            if repeated:
+                self.record.chain = []
+                pages = await asyncio.to_thread(memory.save_private, self.record.pid, self._regions(), directory, number)
+            else:
+                pages = await asyncio.to_thread(memory.pack, written, directory, number)
+            written.unlink()
+            self.steps.mark("devices and changed pages written")
+            return [summed, *pages]
+        except (ApiError, OSError, LookupError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(f"no room for the snapshot in {directory}: free some, or move --root") from error
+            raise VmmError(f"session {self.record.session} could not be saved: {error}") from error
+
+    async def seal(self, state: Path) -> Path:
+        """Stops a booted guest and writes all of its memory; returns where that is. Raises ApiError, OSError."""
+        await self.api.patch("/vm", state="Paused")
+        await self._create_snapshot("Full")
+        self.jail.take(STATE, state)
+        return self.jail.root / OUT / MEMORY
+
+    async def _create_snapshot(self, kind: str) -> None:
+        await self.api.put(
+            "/snapshot/create", _SNAPSHOT_SECONDS, snapshot_type=kind, snapshot_path=f"/{OUT}/{STATE}", mem_file_path=f"/{OUT}/{MEMORY}"
+        )
+
+    async def unpause(self) -> None:
+        try:
+            await self.api.patch("/vm", state="Resumed")
+        except ApiError as error:
+            raise VmmError(f"session {self.record.session} does not run on: {error}") from error
+        self.record.phase = "running"
+        self.save_record()
+
+    async def kill(self) -> None:
+        if self._api is None:  # nothing was started
+            if not self._ended.done():
+                await self._clean()
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.record.pid, signal.SIGKILL)
+        async with asyncio.timeout(_KILL_SECONDS):
+            await self.wait()
+
+    async def wait(self) -> None:
+        await asyncio.shield(self._ended)
+
+    def _gone(self, pidfd: int) -> None:
+        asyncio.get_running_loop().remove_reader(pidfd)
+        os.close(pidfd)
+        asyncio.get_running_loop().create_task(self._clean())
+
+    async def _clean(self) -> None:
+        self.record.phase = "ended"
+        if self._api is not None:
+            await self._api.close()
+        await self._remove()
+        self._ended.set_result(None)

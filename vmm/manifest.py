@@ -1,0 +1,47 @@
+"""What an image directory holds. The manifest is written last, so its presence says that the image is whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from . import disks
+from .driver import Shape
+from .errors import StateLost, VmmError
+
+MANIFEST = "manifest.json"
+
+
+class Manifest(msgspec.Struct):
+    """`hypervisor` made the states, and none but it can load them."""
+
+    shape: Shape
+    memory_bytes: int
+    boot_bytes: int
+    hypervisor: str = "qemu"
+
+
+def read(image: Path, hypervisor: str) -> Manifest:
+    """Raises StateLost when the image is not whole, VmmError when another hypervisor made it."""
+    try:
+        manifest = msgspec.json.decode((image / MANIFEST).read_bytes(), type=Manifest)
+    except (OSError, msgspec.DecodeError) as error:
+        raise StateLost(f"image {image.name} cannot be read: {error}") from error
+    if manifest.hypervisor != hypervisor:
+        raise VmmError(
+            f"image {image.name} was made with {manifest.hypervisor}, and this host runs {hypervisor}: "
+            f'set hypervisor = "{manifest.hypervisor}", or build a new version'
+        )
+    return manifest
+
+
+def write(image: Path, manifest: Manifest) -> None:
+    """Durable when it returns."""
+    temporary = image / f"{MANIFEST}.new"
+    temporary.write_bytes(msgspec.json.encode(manifest))
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.rename(image / MANIFEST)
+    disks.sync_directory(image)

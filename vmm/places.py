@@ -1,0 +1,92 @@
+"""What each hypervisor process has of its own on the host: a directory with its record, a user, a control group."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from . import host
+from .cgroups import Cgroups, Limits
+from .driver import Process, Shape
+
+RECORD = "process.json"
+_OVERHEAD_BYTES = 256 << 20  # the hypervisor's own memory: heap, translated code
+_IO_BYTES_PER_SECOND = 128 << 20  # for each 512 MiB of the size asked for
+_USERS = 4096
+
+
+@dataclass(frozen=True)
+class Place:
+    vm: str
+    uid: int
+    directory: Path
+
+
+class Places:
+    def __init__(self, directory: Path, cgroups: Cgroups, first_uid: int) -> None:
+        self._directory = directory
+        self._cgroups = cgroups
+        self._first_uid = first_uid
+        self._uids: set[int] = set()
+        self._numbers = itertools.count(1)
+
+    def make(self, shape: Shape) -> Place:
+        vm = f"{next(self._numbers)}-{secrets.token_hex(4)}"
+        directory = self._directory / vm
+        directory.mkdir(mode=0o700, parents=True)
+        uid = next(uid for uid in range(self._first_uid, self._first_uid + _USERS) if uid not in self._uids)
+        self._uids.add(uid)
+        self._cgroups.create(vm, limits(shape))
+        return Place(vm, uid, directory)
+
+    def of(self, record: Process) -> Place:
+        """The place of a process that another daemon started."""
+        self._uids.add(record.uid)
+        return Place(record.vm, record.uid, self._directory / record.vm)
+
+    async def remove(self, place: Place) -> None:
+        """Ends what is left in the control group."""
+        await asyncio.to_thread(self._cgroups.remove, place.vm)
+        shutil.rmtree(place.directory, ignore_errors=True)
+        self._uids.discard(place.uid)
+
+    def records(self) -> list[Process]:
+        """Every process that a daemon of this instance recorded, alive or not."""
+        found = []
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for directory in sorted(self._directory.iterdir()):
+            try:
+                found.append(msgspec.json.decode((directory / RECORD).read_bytes(), type=Process))
+            except (OSError, msgspec.DecodeError):
+                self._cgroups.remove(directory.name)
+                shutil.rmtree(directory, ignore_errors=True)
+        return found
+
+
+def save_record(directory: Path, record: Process) -> None:
+    """Writes the record where a restarted daemon finds it."""
+    target = directory / RECORD
+    temporary = target.with_suffix(".new")
+    temporary.write_bytes(msgspec.json.encode(record))
+    temporary.rename(target)
+
+
+def is_alive(record: Process) -> bool:
+    return record.pid > 0 and host.start_time(record.pid) == record.started
+
+
+def limits(shape: Shape) -> Limits:
+    """A microVM's share of the host: its peak as the bound, its baseline as its weight (reference, section 4)."""
+    return Limits(
+        memory_bytes=(shape.memory_mib << 20) + _OVERHEAD_BYTES,
+        cpus=shape.vcpus,
+        weight=max(1, shape.baseline_mib // 20),
+        pids=256,
+        io_bytes_per_second=_IO_BYTES_PER_SECOND * max(1, shape.baseline_mib // 512),
+    )
