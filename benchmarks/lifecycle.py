@@ -10,6 +10,7 @@ A bare name is the p50 of a 512 MiB guest with 2 MiB changed, on a small static 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,7 @@ class Bench:
     def __init__(self, size: int, uid: int, **settings: str) -> None:
         self.instance = Instance(f"bench{size}", uid, LIMITS__GUEST_MIB=str(size), STANDBYS__LINKS="8", **settings)
         self.size = size
+        self.port = 8080
         self.seen: dict[str, list[float]] = {}
 
     def start(self) -> None:
@@ -65,7 +67,7 @@ class Bench:
         """Seconds from the connect to the first byte of a 200."""
         started = time.perf_counter()
         one = Endpoint(vm["endpoint"], self.ca)
-        one.request(path, vm["token"])
+        one.request(path, vm["token"], X_aws_proxy_port=str(self.port))
         first = one.sock.recv(12)
         seconds = time.perf_counter() - started
         assert first == b"HTTP/1.1 200", first
@@ -219,6 +221,32 @@ def warm(bench: Bench, rounds: int) -> None:
     bench.instance.terminate(vm["microvmId"])
 
 
+def ahead(bench: Bench, rounds: int) -> None:
+    """Launches of the Flask example from microVMs that answered a request before, and from ones that did not."""
+    files = {path.name: path.read_bytes() for path in (REPO / "config/examples/flask").iterdir()}
+    uri, bench.port = bench.instance.upload(files, "flask.zip"), 5000
+    seen: dict[str, list[float]] = {}
+    for name in ("flask", "plain"):
+        bench.arn = bench.instance.create(name, uri)
+        assert bench.instance.built(bench.arn)["buildState"] == "SUCCESSFUL"
+        for _ in range(rounds):
+            until(lambda: name == "plain" or waiting(bench.instance))
+            time.sleep(1.5)
+            bench.seen["launch"] = []
+            vm = bench.launch()
+            seen.setdefault(name, []).extend(bench.seen["launch"])
+            bench.instance.terminate(vm["microvmId"])
+        bench.instance.client().delete_microvm_image(imageIdentifier=bench.arn)
+    percentiles("launch_ahead_first_byte", seen["flask"], "ms", "not_ahead", seen["plain"])
+
+
+def waiting(instance: Instance) -> bool:
+    """Whether a microVM that ran ahead waits."""
+    port = instance.environment["TORPOR_API__METRICS_PORT"]
+    metrics = instance.command("curl", "-s", f"http://127.0.0.1:{port}/metrics").stdout
+    return not re.search(r"^torpor_ran_ahead 0", metrics, re.MULTILINE)
+
+
 def report(bench: Bench) -> None:
     seen = bench.seen
     percentiles("resume_cold_first_byte", seen["resume_2mib"], "ms", "floor", seen["floor_resume_2mib"])
@@ -264,13 +292,15 @@ def main() -> None:
         finally:
             bench.close()
         small = small or bench
-    paused = Bench(SIZES[0], 700_000 + 3 * 262_144, STANDBYS__WARM="4")
+    paused = Bench(SIZES[0], 700_000 + 3 * 262_144, STANDBYS__WARM="4", IMAGES__RUN_AHEAD='{"flask": ":5000/random"}')
     try:
         note("warm sessions")
         paused.start()
         warm(paused, ROUNDS)
         added = [one - percentile(paused.seen["running"], 0.5) for one in paused.seen["warm"]]
         percentiles("resume_warm_added_ms", added, "ms")
+        note("launches from microVMs that ran ahead")
+        ahead(paused, max(5, ROUNDS // 2))
     finally:
         paused.close()
 

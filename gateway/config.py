@@ -87,6 +87,9 @@ class Images(BaseModel):
     unpacked_entries: int = Field(50_000, ge=1)
     ratio: int = Field(200, ge=2, description="unpacked to packed; beyond is a bomb")
     settle_seconds: float = Field(2.0, ge=0, description="an application without a ready hook gets this long before its snapshot")
+    run_ahead: dict[str, str] = Field(
+        {}, description="image names whose launches may come from microVMs that ran ahead, and what to ask of them: /path, or :port/path"
+    )
     start_seconds: float = Field(60.0, gt=0, description="to boot, and for an EXPOSEd port to listen when no ready hook is enabled")
 
 
@@ -151,6 +154,7 @@ class Suspend(BaseModel):
 class Standbys(BaseModel):
     per_image: int = Field(2, ge=0, le=64, description="hypervisors kept waiting for each image in use")
     most_per_image: int = Field(48, ge=0, le=256, description="… where that many were wanted in the last two minutes, memory permitting")
+    ahead: int = Field(2, ge=0, le=64, description="microVMs that ran ahead, kept for each image in use whose owner allows it")
     links: int = Field(4, ge=0, le=256, description="network namespaces kept ready")
     warm: int = Field(4, ge=0, le=256, description="suspended sessions whose paused hypervisors are kept, memory permitting")
     warm_seconds: float = Field(300.0, gt=0, description="how long a paused hypervisor is kept")

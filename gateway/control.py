@@ -72,6 +72,8 @@ class Control:
         self.lifecycle.on_steps = lambda session, steps: self.spans.steps(steps, session.id)
         self.actions = Actions(self.lifecycle)
         self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds)
+        self.registry.ahead = self.actions.ahead
+        self.actions.ahead.on_count = metrics.ran_ahead.set
         root_keys = self._access_keys()
         self.directory = Directory(self.store, settings.account, root_keys, _secret_file(directory / "sessions.key"))
         store = settings.object_store
@@ -246,6 +248,7 @@ async def main(settings: Settings) -> None:
         task.cancel()
     edges.close()
     await control.registry.close()
+    await control.actions.ahead.close()
     await control.lifecycle.close()
     await control.store.close()
     control.audit.close()

@@ -102,6 +102,15 @@ class PrepareRequest(msgspec.Struct):
     egress: EgressRules | None = None
 
 
+class ClaimRequest(msgspec.Struct):
+    """Makes a prepared session another one: a microVM that ran ahead becomes the session it was made for."""
+
+    ahead: str
+    session: str
+    incarnation: int
+    egress: EgressRules | None = None
+
+
 class StartRequest(msgspec.Struct):
     """Runs what was prepared. `wake` is a frame for the agent; its first field takes the wall clock."""
 

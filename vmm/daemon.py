@@ -209,6 +209,29 @@ class Vmm:
                     raise
                 log.warning("prepare.retry", session=body.session, error=str(error))
 
+    async def rpc_pause(self, connection: Connection, body: m.SessionRef) -> None:
+        held = self.held(body.session, body.incarnation)
+        async with held.lock:
+            await held.machine.pause()
+
+    async def rpc_claim(self, connection: Connection, body: m.ClaimRequest) -> None:
+        """Its disk moves first, so that a daemon that dies in between finds a session without one, and forgets it."""
+        done = self._sessions.get(body.session)
+        if done is not None and done.machine.record.incarnation == body.incarnation:
+            return
+        held = self.held(body.ahead, 1)
+        if held.machine.record.phase != "prepared":
+            raise VmmError(f"{body.ahead} has not run ahead")
+        held.machine.steps = self._trace(body.session, "launch, ran ahead")
+        async with held.lock:
+            if body.egress is not None:
+                await self.network.let_out(held.link, body.egress)
+            self.snapshots.rename(body.ahead, body.session)
+            held.machine.record.session, held.machine.record.incarnation = body.session, body.incarnation
+            held.machine.save_record()
+            self._sessions[body.session] = self._sessions.pop(body.ahead)
+        held.machine.steps.mark("one that ran ahead")
+
     async def rpc_start(self, connection: Connection, body: m.StartRequest) -> Reply:
         """Lets a prepared session run. From here on its snapshot is void, so it is removed."""
         held = self.held(body.session, body.incarnation)
@@ -387,11 +410,12 @@ class Vmm:
     def hold(self, session: str, machine: Machine, link: Link) -> _Held:
         held = _Held(machine, link)
         self._sessions[session] = held
-        self._spawn(self._watch(session, held))
+        self._spawn(self._watch(held))
         return held
 
-    async def _watch(self, session: str, held: _Held) -> None:
+    async def _watch(self, held: _Held) -> None:
         await held.machine.wait()
+        session = held.machine.record.session
         if held.expected:
             if self._warm.pop(session, None) is not None:  # a paused one died: the session is as cold as any
                 await self.let_go(session, held)

@@ -65,6 +65,9 @@ class Machine(Protocol):
     async def save(self, directory: Path) -> list[Sum]:
         """Stops the guest; writes device state and changed pages into `directory`, synced."""
 
+    async def pause(self) -> None:
+        """Stops a guest that runs; it is prepared again, and `resume` lets it go on."""
+
     async def unpause(self) -> None:
         """Lets a guest that was stopped for a snapshot run on."""
 

@@ -21,11 +21,11 @@ from typing import TypeVar
 
 from gateway.config import Egress
 from gateway.messages import EgressRules
+from gateway.observe.use import Use
 
 from . import host
 from .egress import METADATA_ADDRESS, Uplink, accepts_of, link_rules, run_batch, run_nft
 from .errors import VmmError
-from .use import Use
 
 HOST_ADDRESS = "169.254.77.1"
 GUEST_ADDRESS = "169.254.77.2"

@@ -141,6 +141,14 @@ class Snapshots:
         found = {directory.name: self.parked_link(directory.name) for directory in self._directory.iterdir()}
         return {session: name for session, name in found.items() if name}
 
+    def rename(self, session: str, new: str) -> None:
+        """All files of a session become another's, which has none. Raises StateLost."""
+        shutil.rmtree(self.of(new), ignore_errors=True)
+        try:
+            self.of(session).rename(self.of(new))
+        except OSError as error:
+            raise StateLost(f"session {session} has no files: {error}") from error
+
     def forget(self, session: str) -> None:
         shutil.rmtree(self.of(session), ignore_errors=True)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import structlog
 
+from gateway.observe.use import Use
+
 from .driver import Driver, Machine, StateLost, VmmError
-from .use import Use
 
 log = structlog.get_logger()
 

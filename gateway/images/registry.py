@@ -10,6 +10,7 @@ from typing import Any
 
 import structlog
 
+from gateway.sessions.ahead import Ahead
 from gateway.sessions.logs import LineWriter, LogStore, build_stream, default_group
 from gateway.sessions.model import Build, Image, Version
 from gateway.sessions.store import Store
@@ -31,6 +32,7 @@ class Registry:
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by image version's key, or by ARN for what is about all of it
         self._state_before: dict[str, str] = {}
         self.pipeline: Pipeline
+        self.ahead: Ahead
 
     # ---- what calls ask ----
 
@@ -158,6 +160,8 @@ class Registry:
             self._set_state(image, ("CREATE_FAILED" if first else "UPDATE_FAILED") if failed else ("CREATED" if first else "UPDATED"))
         self._store.put_image(image)
         await self._store.commit()
+        if not failed:
+            self.ahead.want(image.arn, version.version)
 
     async def _delete_version(
         self, image: Image, version: Version, after: str, building: asyncio.Task[None] | None = None
@@ -166,6 +170,7 @@ class Registry:
             await asyncio.wait([building])
         if version.build is not None:
             await self.pipeline.clean(self._job(image, version, version.build), keep_image=False)
+        await self.ahead.drop(version.key)
         await self.pipeline.delete(version.key)
         image.versions.remove(version)
         self._set_state(image, after)
@@ -176,6 +181,7 @@ class Registry:
 
     async def _delete(self, image: Image) -> None:
         for version in image.versions:
+            await self.ahead.drop(version.key)
             await self.pipeline.delete(version.key)
         self._store.add_event(image.arn, "deleted", image.state, "DELETED")
         self._store.drop_image(image.arn)

@@ -24,6 +24,7 @@ edge_now = Gauge(
 )
 asleep = Gauge("torpor_asleep", "Sleeping sessions: warm (paused), cold (files), archived (object store).", ["tier"], registry=registry)
 asleep_bytes = Gauge("torpor_asleep_bytes", "What sleeping sessions take there.", ["tier"], registry=registry)
+ran_ahead = Gauge("torpor_ran_ahead", "MicroVMs that ran ahead and wait for launches.", registry=registry)
 _counted: dict[str, Counters] = {}  # by worker, as last reported: a worker's own counts only grow
 
 

@@ -18,6 +18,7 @@ from gateway.observe.steps import Steps
 
 from . import hooks
 from .agent import Agent, AgentError, wake_frame
+from .ahead import Ahead
 from .archive import Archive, ArchiveError
 from .egress import rules_of
 from .host import RpcError, RpcLost
@@ -45,6 +46,7 @@ class Actions:
         # A herd on few cores is served best a few at a time (docs/architecture.md).
         self._turn = asyncio.Semaphore(2 * (os.cpu_count() or 1))
         self.archive: Archive | None = None
+        self.ahead = Ahead(self._host, lifecycle.store, lifecycle.settings, lifecycle.spawn)
         lifecycle.actions = self.carry_out
         lifecycle.archive_it = self.archive_it
 
@@ -74,8 +76,11 @@ class Actions:
         try:
             async with self._turn:
                 steps.mark("turn")
-                await self._patiently(lambda: self._host.prepare(session.id, 1, session.image, False, self._egress(session)))
-                steps.mark("prepared by the host")
+                if await self.ahead.claim(session, self._egress(session)):
+                    steps.mark("one that ran ahead")
+                else:
+                    await self._patiently(lambda: self._host.prepare(session.id, 1, session.image, False, self._egress(session)))
+                    steps.mark("prepared by the host")
                 await self._begin(session, Event.STARTED)
                 begun = True
                 self._routes.publish(session, is_begun=True)

@@ -13,6 +13,7 @@ import httptools
 import msgspec
 
 GUEST_ADDRESS = "169.254.77.2"
+DEFAULT_PORT = 9000
 PATH = "/aws/lambda-microvms/runtime/v1/"
 _REQUEST_ID_FIELD = "x-amzn-requestid"
 _RETRY_SECONDS = 0.05
@@ -39,14 +40,17 @@ class _Status:
 
 async def post(connect: Connect, name: str, port: int, body: bytes, request_id: str) -> int:
     """Sends one hook; returns the status. Raises OSError, HookError for an answer that is not HTTP."""
+    fields = f"{_REQUEST_ID_FIELD}: {request_id}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    return await ask(connect, port, f"POST {PATH}{name}", fields, body)
+
+
+async def ask(connect: Connect, port: int, request: str, fields: str = "", body: bytes = b"") -> int:
+    """One request (its method and target), on a connection of its own; returns the status. Raises OSError, HookError."""
     sock = await connect()
     loop = asyncio.get_running_loop()
     try:
         await loop.sock_connect(sock, (GUEST_ADDRESS, port))
-        head = (
-            f"POST {PATH}{name} HTTP/1.1\r\nHost: localhost:{port}\r\nUser-Agent: torpor\r\n{_REQUEST_ID_FIELD}: {request_id}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
+        head = f"{request} HTTP/1.1\r\nHost: localhost:{port}\r\nUser-Agent: torpor\r\n{fields}Connection: close\r\n\r\n"
         await loop.sock_sendall(sock, head.encode() + body)
         state = _Status()
         parser = httptools.HttpResponseParser(state)

@@ -49,6 +49,14 @@ class Host:
         """Lets a prepared session run; returns the agent's channel."""
         return await self._descriptor("start", m.StartRequest(session, incarnation, wake))
 
+    async def claim(self, ahead: str, session: str, incarnation: int, egress: m.EgressRules | None) -> None:
+        """A microVM that ran ahead becomes this session, prepared."""
+        await self._client.call("claim", m.ClaimRequest(ahead, session, incarnation, egress))
+
+    async def pause(self, session: str, incarnation: int) -> None:
+        """Stops a guest; it is prepared again, as before its start."""
+        await self._client.call("pause", m.SessionRef(session, incarnation))
+
     async def agent(self, session: str, incarnation: int) -> int:
         return await self._descriptor("agent", m.SessionRef(session, incarnation))
 

@@ -106,8 +106,10 @@ class ApiRig:
         self.registry.pipeline = self.pipeline  # type: ignore[assignment]
         self.accounts = Directory(self.store, ACCOUNT, {KEY: SECRET}, b"seal")
         self.audit = AuditTrail(self.directory / "audit")
+        actions = Actions(self.lifecycle)
+        self.registry.ahead = actions.ahead
         service = Service(
-            self.settings, self.store, self.lifecycle, Actions(self.lifecycle), self.registry, self.host,  # type: ignore[arg-type]
+            self.settings, self.store, self.lifecycle, actions, self.registry, self.host,  # type: ignore[arg-type]
             Minter(self.directory / "keys.json"), Pager(b"pages"), 443,
         )  # fmt: skip
         served = application.make(service, self.accounts, self.logs, self.audit, "x86_64")

@@ -44,6 +44,14 @@ class ScriptedHost:
         guest.sendall(woken(wake))
         return ours.detach()
 
+    async def claim(self, ahead: str, session: str, incarnation: int, egress: object) -> None:
+        await self._call("claim", session)
+        self.held[session] = m.SessionState(session, incarnation, self.held.pop(ahead).phase, 0, 0.0)
+
+    async def pause(self, session: str, incarnation: int) -> None:
+        await self._call("pause", session)
+        self.held[session].phase = "prepared"
+
     async def services(self, session: str, incarnation: int) -> list[socket.socket]:
         return []
 

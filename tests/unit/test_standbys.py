@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from gateway.observe.use import USE_SECONDS, Use
 from vmm import standbys
 from vmm.driver import Process
 from vmm.standbys import Standbys
-from vmm.use import USE_SECONDS, Use
 
 IMAGE = Path("/images/a")
 

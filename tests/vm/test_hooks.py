@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from service import Instance
+from service import Instance, until
 from wire import get
 
 pytestmark = pytest.mark.vm
@@ -74,17 +75,46 @@ def test_run_hook_that_refuses(instance: Instance, app: str) -> None:
     instance.client().delete_microvm_image(imageIdentifier=arn)
 
 
-def test_validate_hook_runs_in_a_throw_away_clone(instance: Instance, app: str) -> None:
+def names(facts: dict[str, Any]) -> list[str]:
+    return [name for name, *_ in facts["hooks"]]
+
+
+def test_validate_hook_runs_in_clones_and_those_that_ran_ahead_become_sessions(instance: Instance, app: str) -> None:
+    """The build's clone is thrown away; later ones, which the owner's validate hook allows, wait for launches."""
     from service import app_files
 
     hooks = {"port": 9000, "microvmImageHooks": {"ready": "ENABLED", "validate": "ENABLED", "validateTimeoutInSeconds": 20}}
     arn = instance.create("validated", instance.upload(app_files(), "validated.zip"), hooks=hooks)
     bad = instance.create("invalid", "s3://artifacts/validated.zip", hooks=hooks, environmentVariables={"HOOK_VALIDATE": "500"})
     assert instance.built(arn)["buildState"] == "SUCCESSFUL"
-    vm = launch(instance, arn)
-    assert "validate" not in [name for name, *_ in call(instance, vm).json()["hooks"]]
-    instance.terminate(vm["microvmId"])
+    waiting = until(lambda: ahead(instance) if len(ahead(instance)) == 2 else None)
+    vms = [launch(instance, arn) for _ in range(2)]
+    facts = []
+    for vm in vms:
+        facts.append(call(instance, vm).json())
+        assert abs(facts[-1]["time"] - time.time()) < 1
+    assert {instance.hypervisors()[vm["microvmId"]]["pid"] for vm in vms} == waiting
+    for vm, seen in zip(vms, facts, strict=True):
+        assert names(seen).count("validate") == 1 and seen["env"]["AWS_LAMBDA_MICROVM_IMAGE_ARN"] == arn
+        trace = instance.command("torpor", "trace", vm["microvmId"]).stdout
+        assert "one that ran ahead" in trace
+    assert len({seen["random"] for seen in facts}) == 2
+    # From here on it is a session like any other: it sleeps, wakes, and has lost nothing.
+    instance.client().suspend_microvm(microvmIdentifier=vms[0]["microvmId"])
+    instance.state(vms[0]["microvmId"], "SUSPENDED")
+    again = call(instance, vms[0]).json()
+    assert (again["counter"], again["pid"], names(again)) == (facts[0]["counter"] + 1, facts[0]["pid"], names(facts[0]))
+    instance.terminate(*(vm["microvmId"] for vm in vms))
     build = instance.built(bad)
     assert build["stateReason"] == "Validate hook check failed: the application returned a server error (HTTP 5xx) response"
     for image in (arn, bad):
         instance.client().delete_microvm_image(imageIdentifier=image)
+    until(lambda: not [name for name in instance.hypervisors() if name.startswith("ahead-")])
+
+
+def ahead(instance: Instance) -> set[int]:
+    """The processes that ran ahead, once as many wait as the metrics say."""
+    metrics = instance.command("curl", "-s", f"http://127.0.0.1:{instance.environment['TORPOR_API__METRICS_PORT']}/metrics").stdout
+    count = next(line for line in metrics.splitlines() if line.startswith("torpor_ran_ahead "))
+    found = {record["pid"] for name, record in instance.hypervisors().items() if name.startswith("ahead-")}
+    return found if len(found) == float(count.split()[1]) else set()

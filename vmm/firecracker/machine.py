@@ -224,6 +224,14 @@ class FirecrackerMachine:
             "/snapshot/create", _SNAPSHOT_SECONDS, snapshot_type=kind, snapshot_path=f"/{OUT}/{STATE}", mem_file_path=f"/{OUT}/{MEMORY}"
         )
 
+    async def pause(self) -> None:
+        try:
+            await self.api.patch("/vm", state="Paused")
+        except ApiError as error:
+            raise VmmError(f"session {self.record.session} could not be stopped: {error}") from error
+        self.record.phase = "prepared"
+        self.save_record()
+
     async def unpause(self) -> None:
         try:
             await self.api.patch("/vm", state="Resumed")

@@ -223,6 +223,14 @@ class QemuMachine:
         self.record.phase = "running"
         self.save_record()
 
+    async def pause(self) -> None:
+        try:
+            await self.stop()
+        except QmpError as error:
+            raise VmmError(f"session {self.record.session} could not be stopped: {error}") from error
+        self.record.phase = "prepared"
+        self.save_record()
+
     async def stop(self) -> None:
         await self.qmp.run("stop")
 
