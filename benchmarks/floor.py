@@ -79,7 +79,7 @@ class Floor:
         while self._run("query-status")["status"] == "inmigrate":
             pass
         agent, nonce = self._connect("agent"), secrets.randbits(63)
-        wake = bytearray(wake_frame(nonce))
+        wake = bytearray(wake_frame(nonce, reset_tcp=False))  # as the service, whose guests have no way out here
         struct.pack_into("<Q", wake, 12, time.time_ns())
         agent.sendall(wake)
         self._run("cont")

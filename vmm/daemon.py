@@ -28,12 +28,11 @@ from .cgroups import Cgroups
 from .driver import DiskFull, Machine, StateLost, VmmError
 from .image_calls import ImageCalls
 from .network import Link, Network
-from .snapshots import Snapshots, sync
+from .snapshots import Snapshots
 from .standbys import Standbys
 
 log = structlog.get_logger()
 
-_DRAIN_SECONDS = 0.05
 _HOUSEKEEPING_SECONDS = 10
 _PREPARE_TRIES = 2
 
@@ -261,18 +260,14 @@ class Vmm:
         async with held.lock:
             started = time.monotonic()
             steps = held.machine.steps = self._trace(body.session, "suspend")
-            await self.network.drained(held.link, _DRAIN_SECONDS)
-            steps.mark("sockets drained")
             overlay = self.snapshots.overlay(body.session)
             work = self.snapshots.begin(body.session)
             try:
                 written = await held.machine.save(work)
-                await asyncio.gather(*(asyncio.to_thread(sync, [path]) for path in (*(work / one.name for one in written), overlay)))
-                steps.mark("files synced")
                 manifest = await asyncio.to_thread(
                     self.snapshots.commit, body.session, body.incarnation, work, held.machine.record.chain, written
                 )
-                steps.mark("manifest written and renamed")
+                steps.mark("synced and renamed")
             except (VmmError, OSError) as error:
                 shutil.rmtree(work, ignore_errors=True)
                 with contextlib.suppress(VmmError):

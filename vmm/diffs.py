@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from . import disks
+from . import host
 from .errors import StateLost
 from .host import PAGE
 
@@ -160,12 +160,8 @@ def read_manifest(snapshot: Path) -> Manifest:
 
 
 def write_manifest(snapshot: Path, manifest: Manifest) -> None:
-    path = snapshot / MANIFEST
-    with path.open("wb") as file:
-        file.write(msgspec.json.encode(manifest))
-        file.flush()
-        os.fsync(file.fileno())
-    disks.sync_directory(snapshot)
+    """Does not sync."""
+    (snapshot / MANIFEST).write_bytes(msgspec.json.encode(manifest))
 
 
 def names(chain: list[int]) -> list[str]:
@@ -179,29 +175,26 @@ def link_chain(source: Path, target: Path, chain: list[int]) -> None:
 
 
 def fold(snapshot: Path, manifest: Manifest, target: Path) -> Manifest:
-    """Writes the chain as one diff into `target`, named after the newest, with links to what else the snapshot has."""
-    chain = [(number, runs_of(snapshot / f"{number}.runs")) for number in manifest.chain]
-    segments = merge(chain)
+    """Writes the chain as one diff into `target`, named after the newest, with links to what else the snapshot has. Does not sync.
+    Raises StateLost, OSError."""
+    segments = merge([(number, runs_of(snapshot / f"{number}.runs")) for number in manifest.chain])
     newest = manifest.chain[-1]
     runs: list[tuple[int, int]] = []
     with contextlib.ExitStack() as files:
         sources = {number: files.enter_context((snapshot / f"{number}.pages").open("rb")).fileno() for number in manifest.chain}
-        out = files.enter_context((target / f"{newest}.pages").open("wb", buffering=0))
+        out, at = files.enter_context((target / f"{newest}.pages").open("wb", buffering=0)), 0
         for one in segments:
-            offset, left = one.at * PAGE, (one.after - one.first) * PAGE
-            while left:
-                moved = os.sendfile(out.fileno(), sources[one.diff], offset, min(left, _CHUNK))
-                if not moved:
-                    raise StateLost(f"{snapshot}/{one.diff}.pages is shorter than its runs")
-                offset, left = offset + moved, left - moved
+            length = (one.after - one.first) * PAGE
+            try:
+                host.copy_range(sources[one.diff], one.at * PAGE, out.fileno(), at, length)
+            except EOFError as error:
+                raise StateLost(f"{snapshot}/{one.diff}.pages is shorter than its runs") from error
+            at += length
             if runs and runs[-1][1] == one.first:
                 runs[-1] = (runs[-1][0], one.after)
             else:
                 runs.append((one.first, one.after))
-        os.fsync(out.fileno())
     write_runs(target / f"{newest}.runs", runs)
-    with (target / f"{newest}.runs").open("rb") as written:
-        os.fsync(written.fileno())
     kept = [file for file in manifest.files if file.name not in names(manifest.chain)]
     for file in kept:
         os.link(snapshot / file.name, target / file.name)

@@ -24,7 +24,7 @@ _DEADLINE_SECONDS = 20
 async def create_overlay(path: Path, size_bytes: int) -> None:
     """An empty overlay (mode 0600). Raises OSError with qemu-img's words."""
     process = await asyncio.create_subprocess_exec(
-        "qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", str(path), str(size_bytes),
+        "qemu-img", "create", "-q", "-f", "qcow2", str(path), str(size_bytes),
         stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:

@@ -191,15 +191,6 @@ class Network:
 
         return await self._call(lambda: self._inside(link, make))
 
-    async def drained(self, link: Link, seconds: float) -> bool:
-        """Whether, within `seconds`, the guest acknowledged everything that the host's sockets had sent and closed."""
-        deadline = asyncio.get_running_loop().time() + seconds
-        while not await self._call(lambda: self._inside(link, _nothing_unacknowledged)):
-            if asyncio.get_running_loop().time() > deadline:
-                return False
-            await asyncio.sleep(0.002)
-        return True
-
     async def _call(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
@@ -264,14 +255,3 @@ def _services() -> tuple[socket.socket, ...]:
             one.listen(64)
         made.append(one)
     return tuple(made)
-
-
-def _nothing_unacknowledged() -> bool:
-    with open("/proc/thread-self/net/tcp", encoding="ascii") as table:
-        next(table)
-        for line in table:
-            # sl local remote st tx_queue:rx_queue …: 04 FIN_WAIT1, 0B CLOSING, 09 LAST_ACK wait for an acknowledgement
-            fields = line.split()
-            if fields[3] in ("04", "09", "0B") or (fields[3] != "0A" and int(fields[4].split(":")[0], 16)):
-                return False
-    return True

@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import diffs, disks, host
@@ -20,6 +21,7 @@ from .errors import StateLost
 
 _PREFIX, _BASE, _NEW, _FOLD, _LINK = "snapshot-", "memory", "snapshot.new", "fold.new", "link"
 OVERLAY = "overlay"
+_SYNCERS = ThreadPoolExecutor(8, "fsync")
 
 
 class Snapshots:
@@ -57,7 +59,7 @@ class Snapshots:
         return work
 
     def commit(self, session: str, incarnation: int, work: Path, chain: list[int], written: list[Sum]) -> Manifest:
-        """Makes what was written, with the diffs under it, the session's snapshot. Raises OSError, StateLost."""
+        """Makes what was written, with the diffs under it, durable, and then the session's snapshot. Raises OSError, StateLost."""
         files = list(written)
         if chain:
             base = self._base(session, chain)
@@ -66,6 +68,7 @@ class Snapshots:
             files += [known[name] for name in diffs.names(chain)]
         manifest = Manifest([*chain, incarnation], files, self.overlay(session).stat().st_size)
         diffs.write_manifest(work, manifest)
+        sync([*(work / one.name for one in written), work / diffs.MANIFEST, work, self.overlay(session)])
         target = self.of(session) / f"{_PREFIX}{incarnation}"
         shutil.rmtree(target, ignore_errors=True)
         work.rename(target)
@@ -114,7 +117,8 @@ class Snapshots:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         try:
-            diffs.fold(snapshot, diffs.read_manifest(snapshot), work)
+            folded = diffs.fold(snapshot, diffs.read_manifest(snapshot), work)
+            sync([*(work / name for name in diffs.names(folded.chain)), work / diffs.MANIFEST, work])
             host.exchange(work, snapshot)
             disks.sync_directory(self.of(session))
         finally:
@@ -160,10 +164,14 @@ def _snapshots(directory: Path) -> Iterator[tuple[int, Path]]:
 
 
 def sync(paths: list[Path]) -> None:
-    """Makes files durable (fsync(2)). Raises OSError."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Makes files and directories durable (fsync(2)), side by side: a file system's journal commits once for all that wait.
+    Raises OSError."""
+    list(_SYNCERS.map(_sync, paths))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

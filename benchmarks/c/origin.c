@@ -102,9 +102,9 @@ static int readable(struct peer *p)
 
 int main(int count, char **words)
 {
-    if (count != 2) return 2;
+    if (count < 2 || count > 3) return 2; /* PORT [ADDRESS] */
     int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1, events = epoll_create1(0);
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(words[1])), .sin_addr = {htonl(0x7f000001)}};
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(words[1])), .sin_addr = {inet_addr(count > 2 ? words[2] : "127.0.0.1")}};
     setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
     if (bind(listener, (void *)&address, sizeof address) || listen(listener, 8192)) { perror("origin"); return 1; }
     struct epoll_event event = {EPOLLIN, {.ptr = NULL}}, ready[256];

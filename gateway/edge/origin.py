@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from .chunked import ChunkedBody, encode_end
 from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, allowed_trailers, parse_response
 from .memo import Memo
-from .parking import HELD_BYTES
+from .parking import HELD_BYTES, unacknowledged
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -150,9 +150,19 @@ class Origin(asyncio.Protocol):
         exchange, transport = self.exchange, self.transport
         if exchange is None or transport is None or transport.is_closing() or self.is_paused or self._state == _AT_HEAD:
             return False
-        if transport.get_write_buffer_size() or transport.get_extra_info("ssl_object") is not None:
+        if transport.get_write_buffer_size() or unacknowledged(transport):
             return False
         return exchange.response_started and (self._state == _TUNNEL or exchange.request_complete)
+
+    @property
+    def parked_streams(self) -> int:
+        return 1
+
+    def park(self) -> None:
+        self.is_parked = True
+
+    def join(self, upstream: Upstream) -> None:
+        upstream.pool(self.key).open.add(self)
 
     def unpark(self) -> None:
         """The session runs again: what was held goes to the application."""

@@ -12,6 +12,7 @@ from .flow import FLOW_SLOTS, Flow
 from .frames import Code, StreamBroken
 from .head import CHUNKED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, allowed_trailers
 from .multiplex import Multiplex
+from .parking import HELD_BYTES, unacknowledged
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -57,6 +58,7 @@ class OriginStream(Flow):
     def send(self, data: bytes) -> None:
         if self.number in self.connection.streams:
             self.connection.send_data(self, data, False)
+            self.connection.spoken_to(self)
 
     def finish(self, trailers: Trailers | None) -> None:
         if self.number not in self.connection.streams or self.queue_end is not None:
@@ -65,6 +67,7 @@ class OriginStream(Flow):
             self.connection.send_trailers(self, f.encode(allowed_trailers(trailers)))
         else:
             self.connection.send_data(self, b"", True)
+        self.connection.spoken_to(self)
 
     def pause(self) -> None:
         self.taken = False
@@ -140,6 +143,11 @@ class OriginStream(Flow):
         exchange.response_done(trailers)
         self.connection.answered(self)
 
+    @property
+    def is_silent(self) -> bool:
+        """Its head is out, and nothing is under way."""
+        return self.exchange is not None and self._head is not None and not self.queue and not self.source_paused and self.taken
+
     def failed(self) -> None:
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
@@ -147,7 +155,7 @@ class OriginStream(Flow):
 
 
 class Http2Origin(Multiplex):
-    __slots__ = ("_most", "_upstream", "idle_since", "key", "ready", "scheme", "worker")
+    __slots__ = ("_most", "_upstream", "idle_since", "is_parked", "key", "ready", "scheme", "worker")
 
     def __init__(self, worker: Worker, upstream: Upstream, key: Key, scheme: bytes = b"http") -> None:
         super().__init__(worker.time, _LIST_BYTES)
@@ -155,6 +163,7 @@ class Http2Origin(Multiplex):
         self._upstream = upstream
         self.key = key
         self.scheme = scheme
+        self.is_parked = False  # its session sleeps; what is to be sent waits in `_out`
         self.idle_since = worker.time()
         self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()  # the application speaks HTTP/2, or not
         self._most = _STREAMS_MOST
@@ -261,6 +270,52 @@ class Http2Origin(Multiplex):
         self.put(f.goaway(0, Code.NO_ERROR))
         self.flush()
         self._maybe_end()
+
+    # ---- through a suspend ----
+
+    @property
+    def can_park(self) -> bool:
+        """All of its streams are silent, and so is the connection itself."""
+        self.flush()
+        transport = self.transport
+        if transport is None or transport.is_closing() or self.goaway_sent or not self.streams or self._buffer or self._block is not None:
+            return False
+        if transport.get_write_buffer_size() or unacknowledged(transport):
+            return False
+        return all(stream.is_silent for stream in self.streams.values())
+
+    @property
+    def parked_streams(self) -> int:
+        return len(self.streams)
+
+    def park(self) -> None:
+        self.is_parked = True
+
+    def join(self, upstream: Upstream) -> None:
+        upstream.pool(self.key).multiplexed.append(self)
+
+    def unpark(self) -> None:
+        self.is_parked = False
+        self.flush()
+        for stream in self.streams.values():
+            if not stream.source_paused:
+                stream.resume_source()
+
+    def flush(self) -> None:
+        """Of a parked connection nothing is written; a client that leaves is forgotten (its RST_STREAM waits with the rest)."""
+        if not self.is_parked:
+            super().flush()
+        elif not self.streams and self.transport is not None:
+            self.transport.close()  # whose FIN is sent again until the guest runs
+        else:
+            self._flush_due = False
+
+    def spoken_to(self, stream: OriginStream) -> None:
+        """A client has sent something on a stream: a session that sleeps wakes for it."""
+        if self.is_parked:
+            self.worker.parking.wake(self)
+            if sum(map(len, self._out)) > HELD_BYTES:
+                stream.pause_source()
 
     def cut(self) -> None:
         """The incarnation ends."""

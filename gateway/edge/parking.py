@@ -6,17 +6,52 @@ within a bound, and resumes the session; the next incarnation has the same conne
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import fcntl
+import struct
+import termios
+from typing import TYPE_CHECKING, Protocol
 
 from gateway.messages import Route
 
 from .hold import HoldFull
 
 if TYPE_CHECKING:
-    from .origin import Origin
+    from .upstream import Key, Upstream
     from .worker import Worker
 
 HELD_BYTES = 64 << 10  # of what a client says to a parked stream; then it is not read further
+
+_OUTQ = struct.Struct("i")
+
+
+def unacknowledged(transport: asyncio.Transport) -> int:
+    """Bytes that the guest has not acknowledged (tcp(7), SIOCOUTQ): after a sleep they would wait for a retransmission."""
+    sock = transport.get_extra_info("socket")
+    return int(_OUTQ.unpack(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]) if sock is not None else 0
+
+
+class Parkable(Protocol):
+    """A connection to an application, or a shell, that may outlive its incarnation."""
+
+    key: Key
+
+    @property
+    def can_park(self) -> bool:
+        """Whether nothing is under way on it in either direction."""
+
+    @property
+    def parked_streams(self) -> int: ...
+
+    def park(self) -> None: ...
+
+    def join(self, upstream: Upstream) -> None:
+        """It belongs to the incarnation that its key names now."""
+
+    def unpark(self) -> None:
+        """The session runs again: what was held goes to the application."""
+
+    def cut(self) -> None: ...
 
 
 class _Waker:
@@ -30,13 +65,13 @@ class _Waker:
 class Parking:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._parked: dict[str, set[Origin]] = {}
+        self._parked: dict[str, set[Parkable]] = {}
         self._waking: set[str] = set()
 
-    def add(self, origin: Origin) -> None:
+    def add(self, origin: Parkable) -> None:
         self._parked.setdefault(origin.key[0], set()).add(origin)
 
-    def discard(self, origin: Origin) -> None:
+    def discard(self, origin: Parkable) -> None:
         """A parked connection is over: its client left, or it was cut."""
         parked = self._parked.get(origin.key[0])
         if parked is not None:
@@ -44,7 +79,7 @@ class Parking:
             if not parked:
                 del self._parked[origin.key[0]]
 
-    def wake(self, origin: Origin) -> None:
+    def wake(self, origin: Parkable) -> None:
         """Somebody spoke: the session is resumed, once."""
         session = origin.key[0]
         if session not in self._waking:
@@ -85,4 +120,4 @@ class Parking:
 
     @property
     def count(self) -> int:
-        return sum(map(len, self._parked.values()))
+        return sum(origin.parked_streams for parked in self._parked.values() for origin in parked)

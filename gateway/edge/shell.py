@@ -18,10 +18,13 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import Protocol, Side, State
 
 from .head import NO_BODY, RequestHead, ResponseHead, Trailers, split_block
+from .parking import HELD_BYTES
 from .websocket import accept_of
 
 if TYPE_CHECKING:
     from .exchange import Exchange
+    from .upstream import Key, Upstream
+    from .worker import Worker
 
 _TYPED_MAX_BYTES = 4096
 _MESSAGE_BYTES = 65536
@@ -38,7 +41,11 @@ class ShellOrigin:
 
     takes_raw = False
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, worker: Worker, key: Key, sock: socket.socket) -> None:
+        self._worker = worker
+        self.key = key
+        self.is_parked = False  # its session sleeps; what is typed waits
+        self._size = b""  # the size that its window has come to have meanwhile
         self._socket = sock
         self._loop = asyncio.get_running_loop()
         self._exchange: Exchange | None = None
@@ -70,6 +77,7 @@ class ShellOrigin:
 
     def send(self, data: bytes) -> None:
         """The client's frames."""
+        before = len(self._typed)
         self._frames.receive_data(data)  # of a mistake it says so itself, in a closing frame
         for event in self._frames.events_received():
             assert isinstance(event, Frame)
@@ -78,6 +86,8 @@ class ShellOrigin:
             elif event.opcode in (Opcode.BINARY, Opcode.CONT):
                 self._type(bytes(event.data))
         self._flush()
+        if self.is_parked and len(self._typed) > before:
+            self._worker.parking.wake(self)
 
     def finish(self, trailers: Trailers | None) -> None:
         self._frames.receive_eof()
@@ -107,6 +117,29 @@ class ShellOrigin:
     def is_over(self) -> bool:
         return self._socket.fileno() < 0
 
+    # ---- through a suspend: control keeps the other end of the socket, and the guest its terminal ----
+
+    @property
+    def can_park(self) -> bool:
+        return self._exchange is not None and self._exchange.response_started and not self.is_over and not self._typed
+
+    @property
+    def parked_streams(self) -> int:
+        return 1
+
+    def park(self) -> None:
+        self.is_parked = True
+
+    def join(self, upstream: Upstream) -> None:
+        upstream.add_shell(self)
+
+    def unpark(self) -> None:
+        self.is_parked = False
+        if self._size:
+            self._write(self._size)
+            self._size = b""
+        self._typable()
+
     # ---- typing ----
 
     def _text(self, data: bytes) -> None:
@@ -116,11 +149,17 @@ class ShellOrigin:
         except msgspec.DecodeError:
             self._type(data)
             return
-        self._write(message)
+        if self.is_parked:
+            self._size = message
+        else:
+            self._write(message)
 
     def _type(self, data: bytes) -> None:
         self._typed += data
-        self._typable()
+        if not self.is_parked:
+            self._typable()
+        elif len(self._typed) > HELD_BYTES and self._exchange is not None:
+            self._exchange.pause_reading()
 
     def _typable(self) -> None:
         """Stops the client while the terminal takes nothing."""
@@ -186,6 +225,9 @@ class ShellOrigin:
                 return
 
     def _close(self) -> None:
+        if self.is_parked:
+            self.is_parked = False
+            self._worker.parking.discard(self)
         if self._socket.fileno() >= 0:
             self._loop.remove_reader(self._socket.fileno())
             self._loop.remove_writer(self._socket.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from . import frames as f
@@ -277,4 +278,5 @@ class Request(Exchange, Flow):
         if self.frames is not None and self.frames.at_boundary and not self.queue:
             connection.send_data(self, GOING_AWAY, True)
         connection.reset(self, Code.CANCEL)
-        connection.go_away()
+        # After the resets of all streams that are cut now: clients built on h2 take nothing that follows a GOAWAY.
+        asyncio.get_running_loop().call_soon(connection.go_away)

@@ -19,6 +19,9 @@ from gateway.config import Edge
 from gateway.messages import Route, ShellRequest, SocketsRequest
 from gateway.rpc import Client, RpcError
 
+from .admission import SHELL_PORT
+from .parking import Parkable, unacknowledged
+
 if TYPE_CHECKING:
     from .exchange import Exchange, OriginSide
     from .head import RequestHead
@@ -66,6 +69,9 @@ class Pool:
         self.ramping = False
         self.making = False  # a connection of HTTP/2, which will serve many: they wait for it
         self.tls: bool | None = None  # whether the port speaks TLS; None: not known yet
+
+    def all(self) -> list[Origin | Http2Origin]:
+        return [*self.open, *self.multiplexed]
 
 
 class _ByAlpn(asyncio.Protocol):
@@ -131,6 +137,8 @@ class Upstream:
         self._wake(pool)
 
     def forget_multiplexed(self, origin: Http2Origin) -> None:
+        if origin.is_parked:
+            self._worker.parking.discard(origin)
         pool = self._pools.get(origin.key)
         if pool is not None:
             with contextlib.suppress(ValueError):
@@ -328,11 +336,14 @@ class Upstream:
             _, (descriptor,) = await self._worker.control.call_with_descriptors("shell", request, timeout=5.0)
         except RpcError as error:
             raise ConnectFailed(str(error)) from error
-        origin = ShellOrigin(socket.socket(fileno=descriptor))
-        shells = self._shells.setdefault(session, set())
+        origin = ShellOrigin(self._worker, (*session, SHELL_PORT), socket.socket(fileno=descriptor))
+        self.add_shell(origin)
+        return origin
+
+    def add_shell(self, origin: ShellOrigin) -> None:
+        shells = self._shells.setdefault(origin.key[:2], set())
         shells -= {one for one in shells if one.is_over}
         shells.add(origin)
-        return origin
 
     # ---- sockets ----
 
@@ -373,37 +384,47 @@ class Upstream:
         parked = 0
         for key in [key for key in self._pools if key[:2] == (session, incarnation)]:
             pool = self._pools.pop(key)
-            for origin in list(pool.open):
-                if parked < park and origin.can_park:
-                    origin.is_parked = True
-                    self._worker.parking.add(origin)
-                    parked += 1
-                else:
-                    origin.cut()
-            for multiplexed in list(pool.multiplexed):
-                multiplexed.cut()
+            for origin in pool.all():
+                parked += self._end(origin, park - parked)
             for waiter in pool.waiters:
                 if not waiter.done():
                     waiter.set_result(None)
         for key in [key for key in self._ahead if key[:2] == (session, incarnation)]:
             self._drop_ahead(self._ahead.pop(key))
         for shell in self._shells.pop((session, incarnation), ()):
-            shell.cut()
+            parked += self._end(shell, park - parked)
         for descriptor in self._stock.pop((session, incarnation), ()):
             os.close(descriptor)
         return parked
+
+    def _end(self, origin: Parkable, room: int) -> int:
+        """Parks it, and says how many streams that were, or cuts it."""
+        if not origin.can_park or origin.parked_streams > room:
+            origin.cut()
+            return 0
+        origin.park()
+        self._worker.parking.add(origin)
+        return origin.parked_streams
+
+    def unacknowledged(self, session: str, incarnation: int) -> bool:
+        """Whether the guest has yet to acknowledge something of its streams."""
+        pools = [pool for key, pool in self._pools.items() if key[:2] == (session, incarnation)]
+        origins = [one for pool in pools for one in pool.all()]
+        return any(one.transport is not None and unacknowledged(one.transport) for one in origins)
 
     def _drop_ahead(self, task: asyncio.Task[socket.socket]) -> None:
         task.cancel()
         if task.done() and not task.cancelled() and task.exception() is None:
             task.result().close()
 
-    def adopt(self, origin: Origin, incarnation: int) -> None:
+    def adopt(self, origin: Parkable, incarnation: int) -> None:
         """A stream that was parked goes on in this incarnation."""
-        origin.key = key = (origin.key[0], incarnation, origin.key[2])
-        pool = self._pools.setdefault(key, Pool())
-        pool.open.add(origin)
+        origin.key = (origin.key[0], incarnation, origin.key[2])
+        origin.join(self)
         origin.unpark()
+
+    def pool(self, key: Key) -> Pool:
+        return self._pools.setdefault(key, Pool())
 
     def sweep(self, now: float) -> None:
         """Closes connections that have been idle for long, and those ahead that nobody came for."""

@@ -42,6 +42,7 @@ _SWEEP_SECONDS = 1.0
 _MEMO_ENTRIES = 2048
 _MISS_SECONDS = 1.0
 _MISSES_MAX = 10_000
+_ACKNOWLEDGE_SECONDS = 0.05
 
 
 class Worker:
@@ -187,6 +188,10 @@ class Worker:
         deadline = self.time() + body.seconds
         while account.waiting and self.time() < deadline:
             await asyncio.sleep(0.005)
+        if body.park:
+            deadline = self.time() + _ACKNOWLEDGE_SECONDS
+            while self.upstream.unacknowledged(body.session, body.incarnation) and self.time() < deadline:
+                await asyncio.sleep(0.001)
         if body.cut or account.waiting:
             return m.Drained(self.upstream.end(body.session, body.incarnation, body.park))
         return m.Drained(0)

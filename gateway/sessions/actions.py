@@ -162,7 +162,8 @@ class Actions:
 
     async def _start(self, session: Session, steps: Steps | None = None) -> None:
         nonce = secrets.randbits(63)
-        agent = self.attach(session, await self._host.start(session.id, session.incarnation, wake_frame(nonce)))
+        wake = wake_frame(nonce, reset_tcp=self._egress(session) is not None)
+        agent = self.attach(session, await self._host.start(session.id, session.incarnation, wake))
         if steps is not None:
             steps.mark("cont")
         woken = agent.expect(nonce)
@@ -177,6 +178,10 @@ class Actions:
     def attach(self, session: Session, descriptor: int) -> Agent:
         """Reads a running guest's agent: its output goes to the logs, its end ends the session."""
         live = self._lifecycle.live(session)
+        if live.agent is not None and live.agent.is_detached:  # its shells slept with it
+            live.agent.attach(descriptor)
+            self._lifecycle.spawn(self._serve(session, live, live.agent))
+            return live.agent
         self._lifecycle.close_agent(live)
         writer = None
         if session.log_group is not None and session.log_stream is not None:
@@ -240,11 +245,15 @@ class Actions:
                 await self._call_off(session, live)
                 return
             session.parked = await self._routes.drain(session, 0, cut=True, park=self._may_park(session))
+            if live.agent is not None and live.agent.shells.count:
+                await live.agent.quiet(_WOKEN_SECONDS)
             steps.mark("streams parked or cut")
             saved = await self._host.suspend(session.id, session.incarnation)
             steps.mark("saved by the host")
         except hooks.HookError as error:
             await fire(session, Event.FAILED, hooks.runtime_reason("suspend", error))
+        except AgentError as error:
+            await self._not_saved(session, RpcError("AgentError", str(error)))
         except RpcError as error:
             await self._not_saved(session, error)
         else:
@@ -283,6 +292,9 @@ class Actions:
         await self._lifecycle.fire(session, Event.NOT_SAVED, str(error))
 
     async def rest(self, session: Session) -> None:
+        live = self._lifecycle.live(session)
+        if live.agent is not None and live.agent.shells.count:
+            live.agent.detach()
         policy = session.idle_policy
         is_over = policy is not None and session.suspended_by == "idle" and policy.suspended == 0
         keep = not is_over and session.suspended_by != "stop"

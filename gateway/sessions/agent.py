@@ -24,9 +24,10 @@ class AgentError(Exception):
     """The agent did not answer in time, or its channel closed."""
 
 
-def wake_frame(nonce: int) -> bytes:
-    """What a restored guest must do. vmm stamps the wall clock (the first field) just before the guest runs."""
-    return frame(_WAKE, struct.pack("<QQI", 0, nonce, 1) + os.urandom(64))
+def wake_frame(nonce: int, reset_tcp: bool = True) -> bytes:
+    """What a restored guest must do. vmm stamps the wall clock (the first field) just before the guest runs. Connections to the
+    outside are reset where there can be any; looking for them costs an emulated guest some 20 ms."""
+    return frame(_WAKE, struct.pack("<QQI", 0, nonce, reset_tcp) + os.urandom(64))
 
 
 def start_frames(entries: Iterable[tuple[str, str]]) -> list[bytes]:
@@ -48,6 +49,7 @@ class Agent:
         self._synced = False
         self._nonces: dict[int, asyncio.Future[bytes]] = {}
         self._out = bytearray()
+        self._holds = False
         self.shells = Shells(self.send)
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self._loop.add_reader(descriptor, self._readable)
@@ -63,16 +65,56 @@ class Agent:
 
         Raises AgentError when it does not answer in time.
         """
+        _, state, code = struct.unpack("<QIi", await self._hello(seconds, _RESYNC))
+        return state, code
+
+    async def _hello(self, seconds: float, before: bytes = b"") -> bytes:
         nonce = secrets.randbits(63)
         future = self.expect(nonce)
-        self.send(_RESYNC + frame(_HELLO, struct.pack("<Q", nonce)))
+        self.send(before + frame(_HELLO, struct.pack("<Q", nonce)))
         try:
             async with asyncio.timeout(seconds):
-                payload = await future
+                return await future
         except TimeoutError as error:
             raise AgentError(f"the guest's agent did not answer in {seconds:g} s") from error
-        _, state, code = struct.unpack("<QIi", payload)
-        return state, code
+
+    # ---- through a suspend, where shells are parked: the guest keeps its side of each in its memory ----
+
+    async def quiet(self, seconds: float) -> None:
+        """Returns when the guest has taken what was sent, and we what it had said by then. What is sent from now on waits, until
+        `attach` or `release`: a guest that is stopped would not take it. Raises AgentError."""
+        await self._hello(seconds)
+        self._holds = True
+
+    def release(self) -> None:
+        """The suspend was called off."""
+        self._holds = False
+        self._writable()
+
+    @property
+    def is_detached(self) -> bool:
+        return self._descriptor < 0
+
+    def detach(self) -> None:
+        """The guest sleeps: its channel goes, and what is sent meanwhile waits."""
+        self._holds = True
+        while not self.is_detached and self._read():
+            pass
+        self._drop()
+
+    def attach(self, descriptor: int) -> None:
+        """The channel of the next incarnation: what the guest says goes on where it stopped."""
+        os.set_blocking(descriptor, False)
+        self._descriptor = descriptor
+        self._loop.add_reader(descriptor, self._readable)
+        self.release()
+
+    def _drop(self) -> None:
+        if not self.is_detached:
+            self._loop.remove_reader(self._descriptor)
+            self._loop.remove_writer(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def send(self, data: bytes) -> None:
         self._out += data
@@ -81,9 +123,7 @@ class Agent:
     def close(self) -> None:
         if self.closed.done():
             return
-        self._loop.remove_reader(self._descriptor)
-        self._loop.remove_writer(self._descriptor)
-        os.close(self._descriptor)
+        self._drop()
         self.closed.set_result(None)
         self.shells.close()
         for future in self._nonces.values():
@@ -92,7 +132,7 @@ class Agent:
                 future.exception()
 
     def _writable(self) -> None:
-        if self.closed.done():
+        if self.is_detached or self._holds:
             return
         try:
             while self._out:
@@ -106,17 +146,22 @@ class Agent:
         self._loop.remove_writer(self._descriptor)
 
     def _readable(self) -> None:
+        if self._read() is None:
+            self.close()
+
+    def _read(self) -> int | None:
+        """Takes what is there; how many bytes, None at the channel's end."""
         try:
             data = os.read(self._descriptor, _BUDGET_BYTES)
         except BlockingIOError:
-            return
+            return 0
         except OSError:
-            data = b""
+            return None
         if not data:
-            self.close()
-            return
+            return None
         self._buffer += data
         self._parse()
+        return len(data)
 
     def _parse(self) -> None:
         """Skips what is not a frame: the first bytes of a new channel may be the rest of an old one."""

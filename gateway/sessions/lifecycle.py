@@ -110,12 +110,17 @@ class Lifecycle:
         if new is State.TERMINATED:
             session.terminated_at = self.clock()
         self.on_transition(event)
+        # That this incarnation runs was stored before it did, and a control that starts finds it running: its requests need not wait
+        # for the commit that says no more than that it answered.
+        is_open = event in (Event.STARTED, Event.RESUMED)
+        if is_open:
+            self.routes.publish(session)
         log.info("session", id=session.id, on=event.value, old=old.value, new=new.value, detail=detail)
         # A resume is stored when its snapshot has been loaded and the guest is about to run: until then the snapshot is
         # good, and a crash must find the session SUSPENDED.
         if new is not State.RESUMING and not (old is State.RESUMING and new is State.SUSPENDED):
             await self._store(session, event, old, detail)
-        if new is not State.SUSPENDING:  # whose gate is closed, and answers counted, by its action
+        if new is not State.SUSPENDING and not is_open:  # whose gate is closed, and answers counted, by its action
             self.routes.publish(session)
 
     async def _store(self, session: Session, event: Event, old: State, detail: str) -> None:
@@ -197,6 +202,8 @@ class Lifecycle:
 
     def _opened(self, session: Session, live: Live) -> None:
         live.last_active = self._loop.time()
+        if live.agent is not None:
+            live.agent.release()
         self._watch_idle(session, live.last_active)
         deferred, live.deferred = live.deferred, []
         for event in (Event.TERMINATE, Event.EXPIRED, Event.SUSPEND):
@@ -213,7 +220,12 @@ class Lifecycle:
         """Called when a suspended session's hypervisor is gone: deferred events, then the window."""
         live = self.live(session)
         live.resting = None
-        self.close_agent(live)
+        sleeps_with_shells = live.agent is not None and live.agent.is_detached
+        if not sleeps_with_shells:
+            self.close_agent(live)
+        elif live.services is not None:
+            live.services.close()
+            live.services = None
         if session.state is not State.SUSPENDED:  # a request came meanwhile, and waits for this
             return
         deferred, live.deferred = live.deferred, []
@@ -229,7 +241,7 @@ class Lifecycle:
             after = self.settings.archive.after_seconds
             if after and session.archived is None and session.suspended_at is not None:
                 self._at((_ARCHIVE, session.id), session.suspended_at + after)
-            if live.task is asyncio.current_task() and not live.lock.locked():
+            if live.task is asyncio.current_task() and not live.lock.locked() and not sleeps_with_shells:
                 self._live.pop(session.id, None)
 
     def _watch_idle(self, session: Session, since: float) -> None:

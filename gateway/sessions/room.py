@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 
 from gateway.config import Limits
+from gateway.messages import Usage
 
 from .host import Host
 
 _SHOWS_SECONDS = 2.0  # until what an admitted microVM uses shows in the host's figures
+_KNOWN_SECONDS = 0.1  # a herd asks once
 
 
 class Room:
@@ -18,10 +20,15 @@ class Room:
         self._host = host
         self._limits = limits
         self._promised = 0
+        self._usage: Usage | None = None
+        self._asked = 0.0
 
     async def take(self) -> bool:
         """True when memory and disk have room for one more, which then counts. Raises RpcError."""
-        usage = await self._host.usage()
+        now = asyncio.get_running_loop().time()
+        if self._usage is None or now - self._asked > _KNOWN_SECONDS:
+            self._usage, self._asked = await self._host.usage(), now
+        usage = self._usage
         free = usage.memory_available - (self._limits.reserve_mib << 20) - self._promised * usage.expected_growth
         if free < usage.expected_growth or usage.disk_free < self._limits.disk_reserve_mib << 20:
             return False

@@ -62,6 +62,10 @@ class Shells:
         if (shell := self._shells.get(number)) is not None:
             shell.exited(code)
 
+    @property
+    def count(self) -> int:
+        return len(self._shells)
+
     def close(self) -> None:
         """The channel is gone: edges see the end of their sockets."""
         for shell in list(self._shells.values()):

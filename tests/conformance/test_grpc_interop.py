@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from service import Instance
 
 pytestmark = [pytest.mark.vm, pytest.mark.conformance]
 SERVICE = "/grpc.testing.TestService/"
@@ -89,6 +90,25 @@ def test_ping_pong(stub: Stub) -> None:
         seen.append(len(answer))
         turn.release()
     assert seen == [27182, 8, 1828, 45904]
+
+
+def test_ping_pong_with_sleep_between(service: Instance, guest: dict[str, Any]) -> None:
+    """Ours: a silent stream is parked when its microVM falls asleep, and its next message wakes it: same call, same server."""
+    one, turns = Stub(guest), threading.Semaphore(1)
+
+    def requests() -> Iterator[bytes]:
+        for size in (10, 20_000, 30):
+            assert turns.acquire(timeout=60)
+            yield b"x" * size
+
+    seen = []
+    for answer in one.call("stream_stream", "FullDuplexCall", requests(), timeout=120):
+        seen.append(len(answer))
+        service.client().suspend_microvm(microvmIdentifier=guest["microvmId"])
+        service.state(guest["microvmId"], "SUSPENDED")
+        turns.release()
+    assert seen == [10, 20_000, 30]
+    one.channel.close()
 
 
 def test_empty_stream(stub: Stub) -> None:

@@ -8,12 +8,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import h2.config
+import h2.connection
+import h2.events
 import pytest
 from edge_rig import HOST, Rig
+from h2_client import Judge
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import messages as m
+from gateway.edge import frames as f
 from gateway.edge.websocket import PING, PONG, FrameCounter, pong
 
 UPGRADED = b"HTTP/1.1 101 Switching\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -192,3 +197,128 @@ def test_control_frames_are_told_from_messages(frames: list[tuple[int, bytes, bo
     assert FrameCounter().only_control(data) == (expected if only else None)
     if data:
         assert FrameCounter().only_control(data[:-1]) is None or len(frames) > 1 or not only
+
+
+async def grpc_like(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """An application of HTTP/2 that echoes each message of a stream at once, and ends a stream when its client does."""
+    server = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="latin-1"))
+    server.initiate_connection()
+    writer.write(server.data_to_send())
+    while data := await reader.read(65536):
+        for event in server.receive_data(data):
+            if isinstance(event, h2.events.RequestReceived):
+                server.send_headers(event.stream_id, [(":status", "200"), ("content-type", "application/grpc")])
+            elif isinstance(event, h2.events.DataReceived):
+                server.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                server.send_data(event.stream_id, event.data)
+            elif isinstance(event, h2.events.StreamEnded):
+                server.send_headers(event.stream_id, [("grpc-status", "0")], end_stream=True)
+            elif isinstance(event, h2.events.StreamReset):
+                writer.cancelled = [*getattr(writer, "cancelled", []), event.stream_id]  # type: ignore[attr-defined]
+        writer.write(server.data_to_send())
+
+
+class Calls:
+    """Streams of one client's connection of HTTP/2 to an application that speaks it too."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+
+    async def open(self) -> None:
+        self.rig.script = grpc_like
+        self.client = Judge(*await asyncio.open_connection("127.0.0.1", self.rig.port))
+
+    def call(self) -> int:
+        fields = [
+            (":method", "POST"), (":scheme", "https"), (":authority", HOST), (":path", "/echo"), ("te", "trailers"),
+            ("x-aws-proxy-auth", self.rig.token), ("x-aws-proxy-port", str(self.rig.app_port)), ("x-aws-proxy-force-h2", "true"),
+        ]  # fmt: skip
+        return self.client.ask(fields, end=False)
+
+    async def say(self, number: int, data: bytes, end: bool = False) -> None:
+        self.client.h2.send_data(number, data, end_stream=end)
+        self.client.flush()
+        before = len(self.client.answers[number].body)
+        while len(self.client.answers[number].body) < before + len(data):
+            assert await self.client.turn()
+        assert self.client.answers[number].body[before:] == data
+
+
+@pytest.fixture
+async def calls(tmp_path: Path, monkeypatch: Any) -> AsyncIterator[Calls]:
+    rig = Rig(tmp_path, monkeypatch)
+    await rig.start(http2=True)
+    one = Calls(rig)
+    await one.open()
+    yield one
+    one.client.writer.close()
+    await rig.stop()
+
+
+async def test_silent_calls_of_grpc_go_on_in_the_next_incarnation(calls: Calls) -> None:
+    first, second = calls.call(), calls.call()
+    await calls.say(first, b"one")
+    await calls.say(second, b"two")
+    assert await suspend(calls.rig) == 2 and calls.rig.worker.parking.count == 2
+    calls.client.h2.ping(b"12345678")
+    calls.client.flush()
+    while not any(isinstance(event, h2.events.PingAckReceived) for event in calls.client.events):
+        assert await calls.client.turn()
+    assert not calls.rig.control.resumed, "a ping wakes nobody"
+    calls.rig.control.on_resume = lambda: calls.rig.control.change("open", 2)
+    await calls.say(first, b"three")
+    assert [ask.incarnation for ask in calls.rig.control.resumed] == [1]
+    await calls.say(second, b"four", end=True)
+    answer = await calls.client.answer(second)
+    assert answer.trailers == {"grpc-status": "0"} and calls.rig.connects == 1
+    assert await suspend_again(calls.rig, 2) == 1
+
+
+async def suspend_again(rig: Rig, incarnation: int) -> int:
+    rig.control.change("hold", incarnation)
+    (connection,) = rig.control.connections
+    return int((await connection.call("drain", m.DrainRequest("s1", incarnation, 0.0, True, 8), m.Drained)).parked)
+
+
+async def test_calls_that_wait_for_a_head_are_cut_with_their_connection(calls: Calls) -> None:
+    async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(f.settings({}))
+        while await reader.read(65536):
+            pass
+
+    calls.rig.script = deaf
+    number = calls.call()
+    await asyncio.sleep(0.05)
+    assert await suspend(calls.rig) == 0
+    assert (await calls.client.answer(number)).reset is not None
+
+
+async def test_more_streams_than_may_be_parked_are_cut(calls: Calls) -> None:
+    numbers = [calls.call() for _ in range(3)]
+    for number in numbers:
+        await calls.say(number, b"x")
+    assert await suspend(calls.rig, park=2) == 0
+    for number in numbers:
+        assert (await calls.client.answer(number)).reset is not None
+
+
+async def test_a_client_that_leaves_parked_calls_wakes_nobody(calls: Calls) -> None:
+    first, second = calls.call(), calls.call()
+    for number in (first, second):
+        await calls.say(number, b"x")
+    assert await suspend(calls.rig) == 2
+    calls.client.h2.reset_stream(first)
+    calls.client.flush()
+    await asyncio.sleep(0.05)
+    assert calls.rig.worker.parking.count == 1 and not calls.rig.control.resumed
+    calls.client.writer.close()
+    await asyncio.sleep(0.05)
+    assert calls.rig.worker.parking.count == 0 and not calls.rig.control.resumed
+
+
+async def test_a_session_that_ends_resets_parked_calls(calls: Calls) -> None:
+    number = calls.call()
+    await calls.say(number, b"x")
+    assert await suspend(calls.rig) == 1
+    calls.rig.control.change("refuse", 1)
+    assert (await calls.client.answer(number)).reset is not None

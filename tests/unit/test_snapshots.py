@@ -32,6 +32,7 @@ class Power:
         self._names: dict[int, dict[str, int]] = {}  # by a directory's inode: its synced entries
         self._fsync = os.fsync
         monkeypatch.setattr(os, "fsync", self.fsync)
+        monkeypatch.setattr(snapshots, "_SYNCERS", OneByOne())
         for owner, name in ((Path, "rename"), (host, "exchange"), (os, "link")):
             monkeypatch.setattr(owner, name, self._noting(getattr(owner, name)))
 
@@ -66,12 +67,19 @@ class Power:
             self.moments.append({name: self._content(path) for name, path in entries.items()})
 
     def _content(self, directory: Path) -> dict[str, bytes | None]:
-        synced = self._names.get(directory.stat().st_ino)
+        synced = self._names.get(directory.stat().st_ino, {})
         return {
             one.name: self._bytes.get(one.stat().st_ino)
             for one in directory.iterdir()
-            if synced is None or one.name in synced or directory.name.endswith(".new")
+            if one.name in synced or directory.name.endswith(".new")
         }
+
+
+class OneByOne:
+    """Syncs in their order, each a step at which the power may go."""
+
+    def map(self, work: Callable[[Path], None], paths: list[Path]) -> list[None]:
+        return [work(path) for path in paths]
 
 
 def whole(content: dict[str, bytes | None], directory: Path) -> bool:
@@ -97,7 +105,6 @@ def save(kept: Snapshots, incarnation: int, chain: list[int], pages: list[int]) 
     diffs.write_runs(work / f"{incarnation}.runs", runs)
     (work / f"{incarnation}.pages").write_bytes(bytes([incarnation]) * PAGE * len(pages))
     written = [diffs.checksum(work / name) for name in ("devices.state", f"{incarnation}.runs", f"{incarnation}.pages")]
-    snapshots.sync([*(work / one.name for one in written), kept.overlay(SESSION)])
     kept.commit(SESSION, incarnation, work, chain, written)
 
 

@@ -91,7 +91,7 @@ def test_validate_hook_runs_in_clones_and_those_that_ran_ahead_become_sessions(i
     vms = [launch(instance, arn) for _ in range(2)]
     facts = []
     for vm in vms:
-        facts.append(call(instance, vm).json())
+        facts.append(call(instance, vm, "/").json())
         assert abs(facts[-1]["time"] - time.time()) < 1
     assert {instance.hypervisors()[vm["microvmId"]]["pid"] for vm in vms} == waiting
     for vm, seen in zip(vms, facts, strict=True):
@@ -102,7 +102,7 @@ def test_validate_hook_runs_in_clones_and_those_that_ran_ahead_become_sessions(i
     # From here on it is a session like any other: it sleeps, wakes, and has lost nothing.
     instance.client().suspend_microvm(microvmIdentifier=vms[0]["microvmId"])
     instance.state(vms[0]["microvmId"], "SUSPENDED")
-    again = call(instance, vms[0]).json()
+    again = call(instance, vms[0], "/").json()
     assert (again["counter"], again["pid"], names(again)) == (facts[0]["counter"] + 1, facts[0]["pid"], names(facts[0]))
     instance.terminate(*(vm["microvmId"] for vm in vms))
     build = instance.built(bad)

@@ -77,6 +77,27 @@ def test_frames_of_the_recorded_shell(instance: Instance, vm: dict[str, Any]) ->
     assert ended.value.rcvd is not None and (ended.value.rcvd.code, ended.value.rcvd.reason) == (1000, "shell exited")
 
 
+def test_a_silent_shell_sleeps_with_its_microvm(instance: Instance, vm: dict[str, Any]) -> None:
+    """Same terminal, same processes, its variables too; a resize wakes nobody, a key does. Twice, and the exit code is told."""
+    with open_shell(instance, vm, additional_headers={"X-torpor-exit-code": "1"}) as socket:
+        socket.recv(timeout=20)
+        socket.send(b"stty -echo; mine=kept; sleep 1000 & job=$!; echo re''ady\n")
+        read_until(socket, b"ready\r\n")
+        for cols in (101, 102):
+            instance.client().suspend_microvm(microvmIdentifier=vm["microvmId"])
+            instance.state(vm["microvmId"], "SUSPENDED")
+            socket.send(json.dumps({"type": "resize", "cols": cols, "rows": 33}))
+            assert socket.ping().wait(10), "the edge answers"
+            assert instance.describe(vm["microvmId"])["state"] == "SUSPENDED"
+            socket.send(b"stty size; kill -0 $job && echo $mine\n")
+            assert b"33 %d\r\nkept\r\n" % cols in read_until(socket, b"kept\r\n")
+        socket.send(b"exit 7\n")
+        with pytest.raises(ConnectionClosed):
+            while True:
+                last = socket.recv(timeout=20)
+    assert json.loads(last) == {"type": "exit", "code": 7}
+
+
 def test_who_gets_none(instance: Instance, vm: dict[str, Any], app: str) -> None:
     answer = get(vm["endpoint"], instance.root / "tls/ca.crt", shell_token(instance, vm))
     assert (answer.status, answer.body) == (502, b"")
@@ -102,16 +123,23 @@ def test_much_output_and_a_slow_reader(instance: Instance, vm: dict[str, Any]) -
         assert get(vm["endpoint"], instance.root / "tls/ca.crt", token, "/state").status == 200
 
 
-def test_suspend_ends_it_and_the_next_one_wakes(instance: Instance, vm: dict[str, Any]) -> None:
-    with open_shell(instance, vm) as socket:
+def test_a_suspend_ends_it_where_no_key_may_wake(instance: Instance, app: str) -> None:
+    made = instance.launch(app, ingressNetworkConnectors=[CONNECTOR + "HTTP_INGRESS", CONNECTOR + "SHELL_INGRESS"])
+    with open_shell(instance, made) as socket:
         read_until_first = socket.recv(timeout=20)
         assert "session_init" in str(read_until_first)
         read_until(socket, b"$ ")
-        instance.client().suspend_microvm(microvmIdentifier=vm["microvmId"])
+        instance.client().suspend_microvm(microvmIdentifier=made["microvmId"])
         with pytest.raises(ConnectionClosed) as ended:
             while True:
                 socket.recv(timeout=20)
         assert ended.value.rcvd is not None and ended.value.rcvd.code == 1001
+    instance.state(made["microvmId"], "SUSPENDED")
+    instance.terminate(made["microvmId"])
+
+
+def test_a_new_shell_wakes_its_microvm(instance: Instance, vm: dict[str, Any]) -> None:
+    instance.client().suspend_microvm(microvmIdentifier=vm["microvmId"])
     instance.state(vm["microvmId"], "SUSPENDED")
     with open_shell(instance, vm, open_timeout=30) as socket:
         socket.recv(timeout=20)

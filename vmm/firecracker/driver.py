@@ -83,7 +83,7 @@ class FirecrackerDriver:
         await api.put("/machine-config", vcpu_count=shape.vcpus, mem_size_mib=shape.memory_mib)
         await api.put("/boot-source", kernel_image_path=f"/{KERNEL}", initrd_path=f"/{INITRD}", boot_args=KERNEL_LINE)
         await api.put(
-            f"/drives/{DRIVE}", drive_id=DRIVE, path_on_host=f"/{DISK}", is_root_device=False, is_read_only=False, cache_type="Writeback"
+            f"/drives/{DRIVE}", drive_id=DRIVE, path_on_host=f"/{DISK}", is_root_device=False, is_read_only=False, cache_type="Unsafe"
         )
         await api.put(f"/network-interfaces/{NETWORK}", iface_id=NETWORK, host_dev_name=TAP, guest_mac=GUEST_MAC)
         await api.put("/vsock", guest_cid=GUEST_CID, uds_path=f"/{VSOCK}")

@@ -92,8 +92,7 @@ class QemuDriver:
         assert isinstance(machine, QemuMachine) and machine.image_memory is not None
         shape = self._shapes[machine.record.vm]
         try:
-            await machine.stop()
-            await machine.save_devices(image)
+            await machine.save_devices(image / DEVICES)
             await asyncio.to_thread(sync, [image / DEVICES])
             stored = await asyncio.to_thread(memory.store_memory, machine.image_memory, image / "memory.raw")
             await disks.create_overlay(image / self.disk_template, shape.disk_bytes)

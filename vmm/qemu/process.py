@@ -20,8 +20,9 @@ from .. import diffs, mapping, memory, places
 from ..diffs import Sum
 from ..driver import DEVICES, WALL_CLOCK_AT, DiskFull, Process, StateLost, VmmError
 from ..network import Link, Network
+from . import machine as topology
 from .machine import NIC
-from .qmp import Qmp, QmpError
+from .qmp import COMMAND_SECONDS, Qmp, QmpError
 
 _KILL_SECONDS = 10
 _LOAD_SECONDS = 30
@@ -57,12 +58,14 @@ class QemuMachine:
         self._pidfd = os.pidfd_open(record.pid)
         self._mapper = mapper
         self._starving: asyncio.Task[None] | None = None
+        self._loaded: asyncio.Future[str] | None = None
         asyncio.get_running_loop().add_reader(self._pidfd, self._gone)
 
     async def connect(self) -> None:
         """Raises QmpError."""
         self._qmp = await Qmp.connect(self._directory / "qmp.sock")
         self._qmp.on_event = self._event
+        await self._qmp.run("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
         status = await self.status()
         if status == _STARVED:
             self._starve()
@@ -90,31 +93,20 @@ class QemuMachine:
         return str(answer["status"])
 
     async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
-        qmp = self.qmp
         self.record.link = link.name
         self.save_record()
         try:
             tap = await self._network.tap(link)
-            await self._give("getfd", tap, fdname="tap")
-            disk = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
-            qmp.send("netdev_add", type="tap", id="n0", fd="tap")
-            qmp.send("device_add", (), **NIC)
-            await self._give("add-fd", disk, fdset_id=_OVERLAY_SET)
-            qmp.send(
-                "blockdev-add", driver="qcow2", node_name="d1", backing="img",
-                file={"driver": "file", "filename": f"/dev/fdset/{_OVERLAY_SET}", "node-name": "d1f"},
-            )  # fmt: skip
-            qmp.send("qom-set", path="/machine/peripheral/vd0", property="drive", value="d1")
-            removed = qmp.send("blockdev-del", node_name="d0")
+            attached = self._attach(tap, overlay, snapshot / DEVICES)
+            attached.add_done_callback(lambda done: done.cancelled() or done.exception())  # also where the memory fails first
+            self.steps.mark("tap opened")
             if (snapshot / diffs.MANIFEST).exists() and self._mapper is not None:
                 await self._load_memory(snapshot)
-            self.steps.mark("memory mapped and checked")
-            await removed
+                self.steps.mark("memory mapped and checked")
+            async with asyncio.timeout(COMMAND_SECONDS):
+                await attached
             self.steps.mark("network and disk attached")
-            state = os.open(snapshot / DEVICES, os.O_RDONLY | os.O_CLOEXEC)
-            await self._give("getfd", state, fdname="state")
-            await qmp.run("migrate-incoming", uri="fd:state")
-            await self._loaded()
+            await self._load_devices()
             self.steps.mark("device state loaded")
         except (QmpError, OSError, ValueError, LookupError) as error:
             raise StateLost(f"session {self.record.session} could not be loaded from {snapshot}: {error}") from error
@@ -131,13 +123,40 @@ class QemuMachine:
         )
         self.record.chain = manifest.chain
 
-    async def _loaded(self) -> None:
-        deadline = time.monotonic() + _LOAD_SECONDS
-        while (status := await self.status()) == "inmigrate":
-            if time.monotonic() > deadline:
-                raise QmpError(f"device state not loaded in {_LOAD_SECONDS} s")
-        if status not in ("paused", "prelaunch", "postmigrate"):
-            raise QmpError(f"unexpected status {status} after the load")
+    def _attach(self, tap: int, overlay: Path, state: Path) -> asyncio.Future[Any]:
+        """Sends all of it at once, descriptors too (QEMU reads on when it has done what it read), and works on the memory meanwhile."""
+        descriptors = [tap]
+        try:
+            descriptors += [os.open(overlay, os.O_RDWR | os.O_CLOEXEC), os.open(state, os.O_RDONLY | os.O_CLOEXEC)]
+            send = self.qmp.send
+            return asyncio.gather(
+                send("getfd", descriptors[:1], fdname="tap"),
+                send("netdev_add", type="tap", id="n0", fd="tap"),
+                send("device_add", (), **NIC),
+                send("add-fd", descriptors[1:2], fdset_id=_OVERLAY_SET),
+                send(
+                    "blockdev-add", driver="qcow2", node_name="d1", backing="img", cache=topology.NO_FLUSH,
+                    file={
+                        "driver": "file", "filename": f"/dev/fdset/{_OVERLAY_SET}", "node-name": "d1f", "cache": topology.NO_FLUSH,
+                    },
+                ),
+                send("qom-set", path="/machine/peripheral/vd0", property="drive", value="d1"),
+                send("blockdev-del", node_name="d0"),
+                send("getfd", descriptors[2:], fdname="state"),
+            )  # fmt: skip
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    async def _load_devices(self) -> None:
+        """The state is loaded when its event says so: asking again and again would hold up who loads it. Raises QmpError."""
+        self._loaded = asyncio.get_running_loop().create_future()
+        await self.qmp.run("migrate-incoming", uri="fd:state")
+        await asyncio.wait([self._loaded, self.qmp.closed], timeout=_LOAD_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if not self._loaded.done():
+            raise QmpError("the hypervisor has ended" if self.qmp.closed.done() else f"device state not loaded in {_LOAD_SECONDS} s")
+        if self._loaded.result() != "completed":
+            raise QmpError("the hypervisor refused the device state")
 
     async def resume(self, wake: bytes) -> int:
         self.steps.mark("control stored the start")
@@ -149,8 +168,7 @@ class QemuMachine:
             struct.pack_into("<Q", stamped, WALL_CLOCK_AT, time.time_ns())
             os.write(channel, stamped)
             await self.qmp.run("cont")
-            self.record.phase = "running"
-            self.save_record()
+            self.record.phase = "running"  # not written: who reads "starting" asks the hypervisor
             self._close_mapper()
             self.steps.mark("cont")
         except (QmpError, OSError) as error:
@@ -170,7 +188,10 @@ class QemuMachine:
         return sock.detach()
 
     def _event(self, message: dict[str, Any]) -> None:
-        if message["event"] == "BLOCK_IO_ERROR" and message["data"].get("action") == "stop":
+        if message["event"] == "MIGRATION" and message["data"]["status"] in ("completed", "failed"):
+            if self._loaded is not None and not self._loaded.done():
+                self._loaded.set_result(message["data"]["status"])
+        elif message["event"] == "BLOCK_IO_ERROR" and message["data"].get("action") == "stop":
             self._starve()
 
     def _starve(self) -> None:
@@ -188,14 +209,12 @@ class QemuMachine:
 
     async def save(self, directory: Path) -> list[Sum]:
         try:
-            self.record.phase = "stopped"
-            await self.qmp.run("stop")
+            stopped, saved = await self._stop_and_save(directory / DEVICES)
+            await stopped
             self.save_record()
             self.steps.mark("stop")
-            _, written = await asyncio.gather(
-                self.save_devices(directory),
-                asyncio.to_thread(memory.save_diff, self.mapping(), directory, self.record.incarnation),
-            )
+            written = await asyncio.to_thread(memory.save_diff, self.mapping(), directory, self.record.incarnation)
+            await saved
             summed = await asyncio.to_thread(diffs.checksum, directory / DEVICES)
             self.steps.mark("devices and changed pages written")
             return [summed, *written]
@@ -204,16 +223,28 @@ class QemuMachine:
                 raise DiskFull(f"no room for the snapshot in {directory}: free some, or move --root") from error
             raise VmmError(f"session {self.record.session} could not be saved: {error}") from error
 
-    async def save_devices(self, directory: Path) -> None:
-        path = directory / DEVICES
+    async def save_devices(self, path: Path) -> None:
+        """Stops the guest and writes its devices' state. Raises QmpError, OSError."""
+        _, saved = await self._stop_and_save(path)
+        await saved
+
+    async def _stop_and_save(self, path: Path) -> tuple[asyncio.Future[Any], asyncio.Future[Any]]:
+        """All commands at once; what is answered when the guest has stopped, and when its state is written.
+
+        The first answer says that QEMU has been round its loop, so that what the host sent before (the ends of connections) lies in
+        the guest's ring, and with it in the snapshot. `live` off: disks stay open, and `cont` need not activate them again.
+        """
         state = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        copy = os.dup(state)
-        try:
-            await self._give("add-fd", state, fdset_id=_STATE_SET)
-            await self.qmp.run("xen-save-devices-state", filename=f"/dev/fdset/{_STATE_SET}")
-            await self.qmp.run("remove-fd", fdset_id=_STATE_SET)
-        finally:
-            os.close(copy)
+        await self._give("add-fd", state, fdset_id=_STATE_SET)
+        self.record.phase = "stopped"
+        stopped = asyncio.ensure_future(self.qmp.run("stop"))
+        saved = asyncio.gather(
+            self.qmp.run("xen-save-devices-state", filename=f"/dev/fdset/{_STATE_SET}", live=False),
+            self.qmp.run("remove-fd", fdset_id=_STATE_SET),
+        )
+        for future in (stopped, saved):
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # whichever is waited for first
+        return stopped, saved
 
     async def unpause(self) -> None:
         try:
