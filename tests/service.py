@@ -87,11 +87,12 @@ class Instance:
 
     # ---- processes ----
 
-    def start(self) -> None:
+    def start(self, prefix: tuple[str, ...] = (), pass_fds: tuple[int, ...] = ()) -> None:
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [str(BIN / "torpor"), "serve"], env=self.environment, stdout=subprocess.PIPE, stderr=log, text=True, cwd="/"
-            )
+                [*prefix, str(BIN / "torpor"), "serve"], env=self.environment, stdout=subprocess.PIPE, stderr=log, text=True, cwd="/",
+                pass_fds=pass_fds,
+            )  # fmt: skip
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("export CURL_CA_BUNDLE"):

@@ -93,12 +93,13 @@ class Agent:
 
     @property
     def is_detached(self) -> bool:
-        return self._descriptor < 0
+        """Whether it waits for the channel of the next incarnation."""
+        return self._descriptor < 0 and not self.closed.done()
 
     def detach(self) -> None:
         """The guest sleeps: its channel goes, and what is sent meanwhile waits."""
         self._holds = True
-        while not self.is_detached and self._read():
+        while self._descriptor >= 0 and self._read():
             pass
         self._drop()
 
@@ -110,7 +111,7 @@ class Agent:
         self.release()
 
     def _drop(self) -> None:
-        if not self.is_detached:
+        if self._descriptor >= 0:
             self._loop.remove_reader(self._descriptor)
             self._loop.remove_writer(self._descriptor)
             os.close(self._descriptor)
@@ -132,7 +133,7 @@ class Agent:
                 future.exception()
 
     def _writable(self) -> None:
-        if self.is_detached or self._holds:
+        if self._descriptor < 0 or self._holds:
             return
         try:
             while self._out:

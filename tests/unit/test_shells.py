@@ -145,3 +145,15 @@ async def test_a_session_that_ends_asleep_ends_its_shells(guest: Guest) -> None:
     agent.close()
     assert await edge.hear() == b"" and agent.closed.done()
     edge.sock.close()
+
+
+async def test_a_channel_that_ended_is_over_and_not_asleep(guest: Guest) -> None:
+    """A hypervisor that is killed ends its channel: nothing waits for another one, and nothing is read any more."""
+    agent = agent_of(guest)
+    assert guest.channel is not None
+    guest.channel.close()
+    async with asyncio.timeout(5):
+        await agent.closed
+    assert not agent.is_detached
+    agent.send(b"to nobody")
+    agent.close()

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,25 @@ def test_unix_socket_and_redirect(instance: Instance, guest: dict[str, Any]) -> 
         plain.sendall(b"GET /a?b=c HTTP/1.1\r\nHost: x.localhost:80\r\n\r\n")
         answer = plain.recv(4096)
     assert b"308" in answer.split(b"\r\n")[0] and b"Location: https://x.localhost:%d/a?b=c\r\n" % instance.edge_port in answer
+
+
+def test_sockets_that_systemd_passes(host_before: dict[str, set[str]]) -> None:
+    """sd_listen_fds(3): descriptors from 3 on, for the process that LISTEN_PID names."""
+    one = Instance("testa", 700_000 + 7 * 262_144, EDGE__ADDRESSES=json.dumps(["127.0.0.1", "systemd"]), STANDBYS__LINKS="0")
+    activate = 'exec 3<&$0; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
+    with socket.create_server(("127.0.0.1", 0)) as passed:
+        try:
+            one.start(("/bin/sh", "-c", activate, str(passed.fileno())), (passed.fileno(),))
+            context = ssl.create_default_context(cafile=str(ca(one)))
+            for port in (passed.getsockname()[1], one.edge_port):
+                host = f"{uuid.uuid4()}.lambda-microvm.us-east-1.localhost"
+                with context.wrap_socket(socket.create_connection(("127.0.0.1", port), 20), server_hostname=host) as client:
+                    client.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+                    assert client.recv(12) == b"HTTP/1.1 403"
+        finally:
+            if one.process is not None:
+                one.stop()
+            one.remove()
 
 
 def test_metrics_count_what_was_answered(instance: Instance, guest: dict[str, Any]) -> None:
