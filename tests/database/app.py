@@ -18,7 +18,7 @@ def connect():
 
 
 def start():
-    subprocess.Popen(["su", "postgres", "-c", f"{BIN}/postgres -D /data -c shared_buffers=16MB"])
+    subprocess.Popen(["su", "postgres", "-c", f"{BIN}/postgres -D /data -k /tmp -c shared_buffers=16MB"])
     while True:
         try:
             connect().close()
@@ -29,6 +29,7 @@ def start():
 
 def write():
     """One connection for ever: it must live through every sleep."""
+    start()
     link = connect()
     link.autocommit = True
     cursor = link.cursor()
@@ -66,6 +67,5 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-start()
 threading.Thread(target=write, daemon=True).start()
 http.server.ThreadingHTTPServer(("", 8080), Handler).serve_forever()

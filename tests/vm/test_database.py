@@ -27,7 +27,7 @@ def test_postgresql_through_twenty_sleeps(instance: Instance) -> None:
     assert build["buildState"] == "SUCCESSFUL", build
     vm = instance.launch(arn, idlePolicy=POLICY)
     vm["token"] = instance.token(vm["microvmId"])
-    until(lambda: ask(instance, vm)["committed"] > 10)
+    until(lambda: ask(instance, vm)["committed"] > 10, 120)
     committed = 0
     for _ in range(CYCLES):
         instance.client().suspend_microvm(microvmIdentifier=vm["microvmId"])

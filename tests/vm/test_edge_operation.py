@@ -144,7 +144,7 @@ def test_sockets_that_systemd_passes(host_before: dict[str, set[str]]) -> None:
     activate = 'exec 3<&$0; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
     with socket.create_server(("127.0.0.1", 0)) as passed:
         try:
-            one.start(("/bin/sh", "-c", activate, str(passed.fileno())), (passed.fileno(),))
+            one.start(("/bin/bash", "-c", activate, str(passed.fileno())), (passed.fileno(),))
             context = ssl.create_default_context(cafile=str(ca(one)))
             for port in (passed.getsockname()[1], one.edge_port):
                 host = f"{uuid.uuid4()}.lambda-microvm.us-east-1.localhost"
