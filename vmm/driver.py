@@ -40,6 +40,7 @@ class Process(msgspec.Struct):
     phase: str = "standby"  # standby, prepared, starting, running, stopped, warm, ended
     memory: tuple[int, int] = (0, 0)  # where the guest's lies in the process: first address, and the one after
     chain: list[int] = []  # the diffs that lie mapped over it
+    shape: Shape | None = None
     saved: bool = False  # a snapshot was taken of this incarnation; it may have been called off
 
 

@@ -91,9 +91,10 @@ class FirecrackerDriver:
 
     async def seal(self, machine: Machine, image: Path) -> Sealed:
         assert isinstance(machine, FirecrackerMachine)
-        shape = machine.shape
-        assert shape is not None  # it was booted by us, and not adopted
+        shape = machine.record.shape
         try:
+            if shape is None:
+                raise VmmError(f"image {image.name} was not booted by this service")
             written = await machine.seal(image / DEVICES)
             stored = await asyncio.to_thread(_store, written, image / MEMORY)
         except (ApiError, OSError) as error:
@@ -135,8 +136,8 @@ class FirecrackerDriver:
         place = self._places.make(shape)
         jail = Jail(self._jails, self._programs, place)
         jail.make()
-        record = Process(place.vm, 0, 0, image.name, place.uid)
-        machine = FirecrackerMachine(record, place, jail, self._cgroups, lambda: self._remove(machine), shape)
+        record = Process(place.vm, 0, 0, image.name, place.uid, shape=shape)
+        machine = FirecrackerMachine(record, place, jail, self._cgroups, lambda: self._remove(machine))
         machine.save_record()
         return machine
 

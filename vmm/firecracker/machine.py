@@ -22,7 +22,7 @@ from gateway.observe.steps import Steps
 from .. import diffs, host, places
 from ..cgroups import Cgroups
 from ..diffs import Sum
-from ..driver import DEVICES, VSOCK_PORT, WALL_CLOCK_AT, DiskFull, Process, Shape, StateLost, VmmError
+from ..driver import DEVICES, VSOCK_PORT, WALL_CLOCK_AT, DiskFull, Process, StateLost, VmmError
 from ..network import TAP, Link
 from ..places import Place
 from . import memory
@@ -42,13 +42,11 @@ class FirecrackerMachine:
 
     def __init__(
         self, record: Process, place: Place, jail: Jail, cgroups: Cgroups, remove: Callable[[], Awaitable[None]],
-        shape: Shape | None = None,
     ) -> None:  # fmt: skip
         self.record = record
         self.steps = Steps("vmm", "")
         self.jail = jail
         self.place = place
-        self.shape = shape
         self._cgroups, self._remove = cgroups, remove
         self._api: Api | None = None
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()

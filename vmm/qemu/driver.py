@@ -48,7 +48,6 @@ class QemuDriver:
         self._network = network
         self._memories: dict[str, asyncio.Task[int]] = {}
         self._machines: set[QemuMachine] = set()
-        self._shapes: dict[str, Shape] = {}  # by vm
 
     async def standby(self, image: Path) -> QemuMachine:
         shape = manifest.read(image, NAME).shape
@@ -89,9 +88,13 @@ class QemuDriver:
         return machine
 
     async def seal(self, machine: Machine, image: Path) -> Sealed:
-        assert isinstance(machine, QemuMachine) and machine.image_memory is not None
-        shape = self._shapes[machine.record.vm]
+        assert isinstance(machine, QemuMachine)
+        shape = machine.record.shape
         try:
+            if machine.image_memory is None:  # booted by an earlier daemon
+                machine.image_memory = memory.adopt_image_memory(image.name, [machine.record.pid])
+            if shape is None or machine.image_memory is None:
+                raise VmmError(f"image {image.name} was not booted by this service")
             await machine.save_devices(image / DEVICES)
             await asyncio.to_thread(sync, [image / DEVICES])
             stored = await asyncio.to_thread(memory.store_memory, machine.image_memory, image / "memory.raw")
@@ -158,7 +161,6 @@ class QemuDriver:
     async def _spawn(self, image: str, shape: Shape, compose: Callable[[int, int], topology.Command]) -> QemuMachine:
         place = self._places.make(shape)
         vm, directory = place.vm, place.directory
-        self._shapes[vm] = shape
         qmp, agent = listen(directory / "qmp.sock"), listen(directory / "agent.sock")
         ours, theirs = socket.socketpair()
         mapper = Mapper(ours)
@@ -179,7 +181,7 @@ class QemuDriver:
             theirs.close()
             qmp.close()
             agent.close()
-        record = Process(vm, 0, 0, image, place.uid)
+        record = Process(vm, 0, 0, image, place.uid, shape=shape)
         try:
             async with asyncio.timeout(_SPAWN_SECONDS):
                 while (pid := child_of(process.pid)) is None:
@@ -214,4 +216,3 @@ class QemuDriver:
         if machine is not None:
             self._machines.discard(machine)
         await self._places.remove(place)
-        self._shapes.pop(place.vm, None)
