@@ -104,8 +104,9 @@ def test_ping_pong_with_sleep_between(service: Instance, guest: dict[str, Any]) 
     seen = []
     for answer in one.call("stream_stream", "FullDuplexCall", requests(), timeout=120):
         seen.append(len(answer))
-        service.client().suspend_microvm(microvmIdentifier=guest["microvmId"])
-        service.state(guest["microvmId"], "SUSPENDED")
+        if len(seen) < 3:
+            service.client().suspend_microvm(microvmIdentifier=guest["microvmId"])
+            service.state(guest["microvmId"], "SUSPENDED")
         turns.release()
     assert seen == [10, 20_000, 30]
     one.channel.close()
