@@ -231,7 +231,7 @@ async def settled(agent: Agent) -> tuple[int, int]:
     return state
 
 
-@pytest.mark.parametrize("kind", ["qemu", "firecracker"])
+@pytest.mark.parametrize("kind", [pytest.param("qemu", marks=pytest.mark.long), "firecracker"])
 def test_bad_files(kind: str) -> None:
     life(bad_files, kind)
 
@@ -320,6 +320,7 @@ async def refusals(one: Rig) -> None:
     await fresh.kill()
 
 
+@pytest.mark.long
 def test_the_kernel_for_firecracker_boots(tmp_path: Path) -> None:
     """The ELF file that is unpacked for it, by its PVH entry, which QEMU takes as well; and the initramfs with its modules."""
     cache = Settings().cache
