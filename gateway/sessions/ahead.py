@@ -26,7 +26,7 @@ from gateway.observe.use import Use
 
 from . import hooks
 from .agent import Agent, AgentError, wake_frame
-from .host import Host, RpcError
+from .host import Host, RpcError, RpcLost
 from .model import Session, Version
 from .store import Store
 
@@ -79,6 +79,8 @@ class Ahead:
             except RpcError as error:
                 log.warning("ahead.lost", image=session.image, error=str(error))
                 self._spawn(self._forget(name))
+                if isinstance(error, RpcLost):  # it may be this session by now, which the host knows: another one would be nobody's
+                    return False
         return False
 
     def want(self, arn: str, number: str) -> _Pool | None:

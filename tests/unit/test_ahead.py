@@ -13,7 +13,7 @@ import pytest
 from test_lifecycle import Rig
 
 from gateway import messages as m
-from gateway.rpc import RpcError
+from gateway.rpc import RpcError, RpcLost
 from gateway.sessions import ahead, hooks
 from gateway.sessions.model import Image, Version
 from gateway.sessions.states import State
@@ -136,6 +136,17 @@ async def test_one_that_died_is_passed_over(rig: Rig) -> None:
     rig.host.fail["claim"] = [RpcError("StateLost", "gone")]
     session = await rig.launched()
     assert count(rig, "claim") == 2 and session.state is State.RUNNING
+
+
+async def test_a_claim_whose_answer_was_lost_takes_no_other_one(rig: Rig) -> None:
+    """The host may have done it: it is asked to prepare the session, which it then has, and the second one goes on waiting."""
+    image(rig, **VALIDATES)
+    rig.actions.ahead.want(ARN, "1.0")
+    await until(lambda: len(waiting(rig)) == 2)
+    rig.host.fail["claim"] = [RpcLost("away")]
+    session = await rig.launched()
+    assert session.state is State.RUNNING and (count(rig, "claim"), count(rig, "prepare")) == (1, 3)
+    assert waiting(rig)
 
 
 async def test_a_full_host_keeps_none(rig: Rig) -> None:
