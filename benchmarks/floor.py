@@ -21,7 +21,7 @@ from gateway.config import Settings
 from gateway.sessions.agent import wake_frame
 from gateway.sessions.frame import frame
 from vmm import diffs, egress, host, mapping, memory, network
-from vmm.disks import sync_directory
+from vmm.disks import sync_path
 from vmm.manifest import Manifest
 from vmm.qemu import machine
 
@@ -108,7 +108,7 @@ class Floor:
                 os.fsync(written.fileno())
         with (self.work / "overlay").open("rb") as overlay:
             os.fsync(overlay.fileno())
-        sync_directory(target)
+        sync_path(target)
         return time.perf_counter() - started
 
     def end(self) -> None:

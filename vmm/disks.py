@@ -56,9 +56,9 @@ def stored_bytes(path: Path) -> int:
     return os.stat(path).st_blocks * 512
 
 
-def sync_directory(path: Path) -> None:
-    """Makes renames inside a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync_path(path: Path) -> None:
+    """Makes a file durable, or the renames inside a directory (fsync(2)). Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

@@ -59,7 +59,7 @@ class ImageCalls:
         sealed = await self._vmm.driver.seal(held.machine, making)
         await self._vmm.let_go(body.session, held)
         making.rename(target)
-        disks.sync_directory(target.parent)
+        disks.sync_path(target.parent)
         self._vmm.standbys.want(target)
         return sealed
 

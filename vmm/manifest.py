@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import msgspec
@@ -41,7 +40,6 @@ def write(image: Path, manifest: Manifest) -> None:
     """Durable when it returns."""
     temporary = image / f"{MANIFEST}.new"
     temporary.write_bytes(msgspec.json.encode(manifest))
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    disks.sync_path(temporary)
     temporary.rename(image / MANIFEST)
-    disks.sync_directory(image)
+    disks.sync_path(image)

@@ -9,7 +9,6 @@ sessions/<id>/snapshot.new, fold.new what was being written when somebody died
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +71,7 @@ class Snapshots:
         target = self.of(session) / f"{_PREFIX}{incarnation}"
         shutil.rmtree(target, ignore_errors=True)
         work.rename(target)
-        disks.sync_directory(self.of(session))
+        disks.sync_path(self.of(session))
         return manifest
 
     def _base(self, session: str, chain: list[int]) -> Path:
@@ -120,7 +119,7 @@ class Snapshots:
             folded = diffs.fold(snapshot, diffs.read_manifest(snapshot), work)
             sync([*(work / name for name in diffs.names(folded.chain)), work / diffs.MANIFEST, work])
             host.exchange(work, snapshot)
-            disks.sync_directory(self.of(session))
+            disks.sync_path(self.of(session))
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -166,12 +165,4 @@ def _snapshots(directory: Path) -> Iterator[tuple[int, Path]]:
 def sync(paths: list[Path]) -> None:
     """Makes files and directories durable (fsync(2)), side by side: a file system's journal commits once for all that wait.
     Raises OSError."""
-    list(_SYNCERS.map(_sync, paths))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    list(_SYNCERS.map(disks.sync_path, paths))

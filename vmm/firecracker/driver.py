@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import disks, host, manifest, memory
 from ..cgroups import Cgroups
-from ..driver import DEVICES, GUEST_CID, DiskFull, Machine, Process, Sealed, Shape, VmmError
+from ..driver import DEVICES, GUEST_CID, Machine, Process, Sealed, Shape, VmmError
+from ..errors import not_written
 from ..manifest import Manifest
 from ..network import GUEST_MAC, TAP, Link
 from ..places import Places, is_alive
@@ -98,9 +98,7 @@ class FirecrackerDriver:
             written = await machine.seal(image / DEVICES)
             stored = await asyncio.to_thread(_store, written, image / MEMORY)
         except (ApiError, OSError) as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise DiskFull(f"no room for image {image.name}: free some, or move --root") from error
-            raise VmmError(f"image {image.name} could not be stored: {error}") from error
+            raise not_written(error, f"image {image.name}", f"image {image.name} could not be stored") from error
         finally:
             await machine.kill()
         os.chown(image / DISK, 0, 0)

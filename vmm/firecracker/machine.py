@@ -22,7 +22,8 @@ from gateway.observe.steps import Steps
 from .. import diffs, host, places
 from ..cgroups import Cgroups
 from ..diffs import Sum
-from ..driver import DEVICES, VSOCK_PORT, WALL_CLOCK_AT, DiskFull, Process, StateLost, VmmError
+from ..driver import DEVICES, VSOCK_PORT, WALL_CLOCK_AT, Process, StateLost, VmmError
+from ..errors import not_written
 from ..network import TAP, Link
 from ..places import Place
 from . import memory
@@ -206,9 +207,7 @@ class FirecrackerMachine:
             self.steps.mark("devices and changed pages written")
             return [summed, *pages]
         except (ApiError, OSError, LookupError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFull(f"no room for the snapshot in {directory}: free some, or move --root") from error
-            raise VmmError(f"session {self.record.session} could not be saved: {error}") from error
+            raise not_written(error, f"the snapshot in {directory}", f"session {self.record.session} could not be saved") from error
 
     async def seal(self, state: Path) -> Path:
         """Stops a booted guest and writes all of its memory; returns where that is. Raises ApiError, OSError."""
@@ -223,19 +222,17 @@ class FirecrackerMachine:
         )
 
     async def pause(self) -> None:
-        try:
-            await self.api.patch("/vm", state="Paused")
-        except ApiError as error:
-            raise VmmError(f"session {self.record.session} could not be stopped: {error}") from error
-        self.record.phase = "prepared"
-        self.save_record()
+        await self._turn("Paused", "prepared")
 
     async def unpause(self) -> None:
+        await self._turn("Resumed", "running")
+
+    async def _turn(self, state: str, phase: str) -> None:
         try:
-            await self.api.patch("/vm", state="Resumed")
+            await self.api.patch("/vm", state=state)
         except ApiError as error:
-            raise VmmError(f"session {self.record.session} does not run on: {error}") from error
-        self.record.phase = "running"
+            raise VmmError(f"session {self.record.session} could not be {state.lower()}: {error}") from error
+        self.record.phase = phase
         self.save_record()
 
     async def kill(self) -> None:

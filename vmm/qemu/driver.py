@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import socket
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from pathlib import Path
 
 from .. import disks, host, jail, manifest, memory
 from ..cgroups import Cgroups
-from ..driver import DEVICES, DiskFull, Machine, Process, Sealed, Shape, StateLost, VmmError
+from ..driver import DEVICES, Machine, Process, Sealed, Shape, StateLost, VmmError
+from ..errors import not_written
 from ..manifest import Manifest
 from ..mapping import Mapper
 from ..network import Link, Network
@@ -100,14 +100,10 @@ class QemuDriver:
             stored = await asyncio.to_thread(memory.store_memory, machine.image_memory, image / "memory.raw")
             await disks.create_overlay(image / self.disk_template, shape.disk_bytes)
         except (QmpError, OSError) as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise DiskFull(f"no room for image {image.name}: free some, or move --root") from error
-            raise VmmError(f"image {image.name} could not be stored: {error}") from error
+            raise not_written(error, f"image {image.name}", f"image {image.name} could not be stored") from error
         finally:
             await machine.kill()
-        for name in ("disk.raw", "boot.qcow2", self.disk_template):
-            with (image / name).open("rb") as file:
-                os.fsync(file.fileno())
+        await asyncio.to_thread(sync, [image / name for name in ("disk.raw", "boot.qcow2", self.disk_template)])
         manifest.write(image, Manifest(shape, stored, disks.stored_bytes(image / "boot.qcow2"), NAME))
         return Sealed(stored, disks.stored_bytes(image / "disk.raw"), int((image / "code_bytes").read_text(encoding="ascii")))
 

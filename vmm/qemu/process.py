@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import signal
 import socket
@@ -18,7 +17,8 @@ from gateway.observe.steps import Steps
 
 from .. import diffs, mapping, memory, places
 from ..diffs import Sum
-from ..driver import DEVICES, WALL_CLOCK_AT, DiskFull, Process, StateLost, VmmError
+from ..driver import DEVICES, WALL_CLOCK_AT, Process, StateLost, VmmError
+from ..errors import not_written
 from ..network import Link, Network
 from . import machine as topology
 from .machine import NIC
@@ -219,9 +219,7 @@ class QemuMachine:
             self.steps.mark("devices and changed pages written")
             return [summed, *written]
         except (QmpError, OSError, LookupError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFull(f"no room for the snapshot in {directory}: free some, or move --root") from error
-            raise VmmError(f"session {self.record.session} could not be saved: {error}") from error
+            raise not_written(error, f"the snapshot in {directory}", f"session {self.record.session} could not be saved") from error
 
     async def save_devices(self, path: Path) -> None:
         """Stops the guest and writes its devices' state. Raises QmpError, OSError."""
