@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from .chunked import ChunkedBody, encode_end
 from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, allowed_trailers, parse_response
 from .memo import Memo
-from .parking import HELD_BYTES, unacknowledged
+from .parking import HELD_BYTES, Parked, unacknowledged
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -24,7 +24,7 @@ BUFFER_HIGH_BYTES = 512 << 10
 _responses: Memo[bytes, ResponseHead] = Memo(2048)
 
 
-class Origin(asyncio.Protocol):
+class Origin(Parked, asyncio.Protocol):
     __slots__ = (
         "_body", "_buffer", "_encodes", "_held", "_left", "_request", "_state", "_upstream", "_worker", "exchange",
         "idle_since", "is_head", "is_parked", "is_paused", "key", "seen", "transport", "unclean",
@@ -153,13 +153,6 @@ class Origin(asyncio.Protocol):
         if transport.get_write_buffer_size() or unacknowledged(transport):
             return False
         return exchange.response_started and (self._state == _TUNNEL or exchange.request_complete)
-
-    @property
-    def parked_streams(self) -> int:
-        return 1
-
-    def park(self) -> None:
-        self.is_parked = True
 
     def join(self, upstream: Upstream) -> None:
         upstream.pool(self.key).open.add(self)

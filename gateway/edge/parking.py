@@ -54,6 +54,20 @@ class Parkable(Protocol):
     def cut(self) -> None: ...
 
 
+class Parked:
+    """What those have in common: most are one stream."""
+
+    __slots__ = ()
+    is_parked: bool
+
+    @property
+    def parked_streams(self) -> int:
+        return 1
+
+    def park(self) -> None:
+        self.is_parked = True  # type: ignore[misc]  # a slot of whoever is parked
+
+
 class _Waker:
     """What the holds keep for a session whose parked stream was spoken to."""
 

@@ -18,7 +18,7 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import Protocol, Side, State
 
 from .head import NO_BODY, RequestHead, ResponseHead, Trailers, split_block
-from .parking import HELD_BYTES
+from .parking import HELD_BYTES, Parked
 from .websocket import accept_of
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class _Resize(msgspec.Struct, tag_field="type", tag="resize"):
     rows: int
 
 
-class ShellOrigin:
+class ShellOrigin(Parked):
     """`sock` is the edge's end of gateway/sessions/shells.py."""
 
     takes_raw = False
@@ -122,13 +122,6 @@ class ShellOrigin:
     @property
     def can_park(self) -> bool:
         return self._exchange is not None and self._exchange.response_started and not self.is_over and not self._typed
-
-    @property
-    def parked_streams(self) -> int:
-        return 1
-
-    def park(self) -> None:
-        self.is_parked = True
 
     def join(self, upstream: Upstream) -> None:
         upstream.add_shell(self)
