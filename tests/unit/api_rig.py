@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import logging
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -219,3 +220,34 @@ class ApiRig:
 
 def encoded(arn: str) -> str:
     return quote(arn, safe="")
+
+
+# ---- for the rows of the reference ----
+
+VMS, IMAGES, TAGS = "/2025-09-09/microvms", "/2025-09-09/microvm-images", "/2017-03-31/tags"
+DETAILS = {"resourceId": None, "resourceType": None}
+PLAIN, HOOKED = image_arn("plain"), image_arn("hooked")
+
+
+@contextlib.contextmanager
+def with_images(directory: Path) -> Iterator[ApiRig]:
+    """A service with two images that are built: PLAIN, and HOOKED with every hook."""
+    one = ApiRig(directory)
+    one.image("plain")
+    one.image("hooked", hooks=HOOKS)
+    yield one
+    one.close()
+
+
+def refused(answer: tuple[int, str, dict[str, Any]], status: int, kind: str, text: str, **members: Any) -> None:
+    assert (answer[0], answer[1]) == (status, kind), answer
+    assert answer[2] == {"message": text, **members}
+
+
+def create(api: ApiRig, name: str = "refused", **request: Any) -> tuple[int, str, dict[str, Any]]:
+    body = {"baseImageArn": BASE, "buildRoleArn": ROLE, "codeArtifact": {"uri": "s3://bucket/app.zip"}, "name": name, **request}
+    return api.call("POST", IMAGES, {member: value for member, value in body.items() if value is not None})
+
+
+def run(api: ApiRig, arn: str = PLAIN, **request: Any) -> tuple[int, str, dict[str, Any]]:
+    return api.call("POST", VMS, {"imageIdentifier": arn, **request})
