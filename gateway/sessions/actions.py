@@ -154,6 +154,7 @@ class Actions:
         except StoreError:
             session.incarnation -= 1
             raise
+        self._lifecycle.live(session).stored = session.state
 
     def _steps(self, session: Session, work: str) -> Steps:
         steps = Steps("control", work)

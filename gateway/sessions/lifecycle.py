@@ -58,6 +58,7 @@ class Live:
         self.counts: dict[str, int] = {}  # by worker, as last reported
         self.waiting: dict[str, int] = {}
         self.last_active = now
+        self.stored: State | None = None  # as its last row says; a resume is not stored before its guest is about to run
 
 
 class Lifecycle:
@@ -120,15 +121,19 @@ class Lifecycle:
         # good, and a crash must find the session SUSPENDED.
         if new is not State.RESUMING and not (old is State.RESUMING and new is State.SUSPENDED):
             await self._store(session, event, old, detail)
+        elif new is State.RESUMING:
+            self.live(session).stored = old
         if new is not State.SUSPENDING and not is_open:  # whose gate is closed, and answers counted, by its action
             self.routes.publish(session)
 
     async def _store(self, session: Session, event: Event, old: State, detail: str) -> None:
         """A call that cannot be stored is taken back and refused; what has happened is stored as soon as that works."""
+        live = self.live(session)
         while True:
-            self.record(session, event, old, detail)
+            self.record(session, event, live.stored or old, detail)
             try:
                 await self.store.commit()
+                live.stored = session.state
                 return
             except StoreError as error:
                 if event in CALLS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -279,3 +280,18 @@ async def test_a_full_host_resumes_nothing_until_there_is_room(rig: Rig, monkeyp
 async def test_what_was_just_admitted_counts(rig: Rig) -> None:
     rig.host.memory_available = (1024 + 3 * 96 + 50) << 20  # the reserve, and room for three
     assert [await rig.lifecycle.room.take() for _ in range(5)] == [True, True, True, False, False]
+
+
+async def test_a_session_that_ends_while_it_is_being_loaded_has_rows_that_follow(rig: Rig) -> None:
+    """A resume is stored when its guest is about to run: what ends it before that came, for who reads the rows, while it slept."""
+    session = await rig.launched(idle_policy=IdlePolicy(600, 600, True))
+    await rig.lifecycle.fire(session, Event.SUSPEND)
+    await rig.reach(session, State.SUSPENDED)
+    rig.host.block["prepare"] = asyncio.Event()
+    await rig.lifecycle.fire(session, Event.RESUME)
+    assert session.state is State.RESUMING
+    await rig.lifecycle.fire(session, Event.TERMINATE)
+    await rig.reach(session, State.TERMINATED)
+    rows = await rig.store.events(session.id)
+    assert [row.new for row in rows][-2:] == ["TERMINATING", "TERMINATED"]
+    assert all(after.old == before.new for before, after in itertools.pairwise(rows))
