@@ -148,13 +148,13 @@ class Actions:
     async def _begin(self, session: Session, event: Event) -> None:
         """Stores that the next incarnation runs, before it does."""
         session.incarnation += 1
-        self._lifecycle.record(session, event, State.SUSPENDED if session.incarnation > 1 else State.PENDING, "started")
+        undo = self._lifecycle.record(session, event, State.SUSPENDED if session.incarnation > 1 else State.PENDING, "started")
         try:
             await self._lifecycle.store.commit()
         except StoreError:
             session.incarnation -= 1
+            undo()
             raise
-        self._lifecycle.live(session).stored = session.state
 
     def _steps(self, session: Session, work: str) -> Steps:
         steps = Steps("control", work)

@@ -128,23 +128,27 @@ class Lifecycle:
 
     async def _store(self, session: Session, event: Event, old: State, detail: str) -> None:
         """A call that cannot be stored is taken back and refused; what has happened is stored as soon as that works."""
-        live = self.live(session)
         while True:
-            self.record(session, event, live.stored or old, detail)
+            undo = self.record(session, event, old, detail)
             try:
                 await self.store.commit()
-                live.stored = session.state
                 return
             except StoreError as error:
+                undo()
                 if event in CALLS:
                     session.state = old
                     raise
                 log.error("store.retry", id=session.id, error=str(error))
                 await asyncio.sleep(_RETRY_SECONDS)
 
-    def record(self, session: Session, event: Event, old: State, detail: str = "") -> None:
+    def record(self, session: Session, event: Event, old: State, detail: str = "") -> Callable[[], None]:
+        """Puts the session and a row that follows its last one into the next commit; what is returned is for one that failed."""
+        live = self.live(session)
+        before = live.stored
         self.store.put_session(session)
-        self.store.add_event(session.id, event.value, old.value, session.state.value, session.incarnation, detail)
+        self.store.add_event(session.id, event.value, (before or old).value, session.state.value, session.incarnation, detail)
+        live.stored = session.state
+        return lambda: setattr(live, "stored", before)
 
     def _act(self, session: Session, action: Action, event: Event, detail: str) -> None:
         live = self.live(session)
