@@ -76,11 +76,22 @@ class ObjectStore(BaseModel):
     addressing: str = Field("path", pattern="^(path|virtual|auto)$", description="how buckets are named to the endpoint")
 
 
+class Login(BaseModel):
+    """A registry's login, for builds with some roles."""
+
+    user: str
+    password_file: str = Field(description="its only line is the password; root only")
+    roles: list[str] = Field(description="build role ARNs that may use it; * matches any run of characters")
+
+
 class Images(BaseModel):
     """Image builds."""
 
     base_names: list[str] = Field([LOCAL_BASE], description="names after FROM that mean the local base")
     pull: bool = Field(False, description="pull other base images from their registries")
+    logins: dict[str, Login] = Field({}, description="registry hosts (host or host:port) to logins for private base images")
+    ecr_endpoint: str = Field("", description="an ECR endpoint whose GetAuthorizationToken the build role is asked for; empty: AWS's own")
+    registry_ca: str = Field("", description="PEM file of authorities that registries' certificates may have, beside the host's")
     concurrent_builds: int = Field(2, ge=1)
     archive_bytes: int = Field(512 << 20, ge=1024, description="of an artifact")
     unpacked_bytes: int = Field(2 << 30, ge=1024, description="of an artifact's files in all")

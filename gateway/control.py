@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import secrets
 import signal
 from pathlib import Path
@@ -18,7 +19,7 @@ from aiohttp import web
 from . import messages as m
 from . import process
 from .accounts.admin import Admin
-from .accounts.directory import Directory
+from .accounts.directory import Credentials, Directory
 from .api import application
 from .api.paging import Pager
 from .api.service import Service as ApiService
@@ -81,7 +82,7 @@ class Control:
         self.actions.archive = Archive(settings, self.host, lambda: default_store(settings, artifacts))
         guests = Guests(settings, Issuer(settings.credentials, settings.region, self.directory), self.store)
         self.lifecycle.serve_guest = guests.for_session
-        self.registry.pipeline = Pipeline(settings, self.host, artifacts, self._phase, guests)
+        self.registry.pipeline = Pipeline(settings, self.host, Credentials(*artifacts, "", math.inf), self._phase, guests)
 
     def _access_keys(self) -> dict[str, str]:
         """Access key to secret, as the supervisor wrote them."""

@@ -50,13 +50,16 @@ class EgressRules(msgspec.Struct, frozen=True):
 
 
 class BuildRequest(msgspec.Struct):
-    """Builds the container image and the disk of `image` from the unpacked context in `context`."""
+    """Builds the container image and the disk of `image` from the unpacked context in `context`.
+
+    `logins`: registry hosts to base64 of `user:password`; they are reached even where their addresses are private.
+    """
 
     build: str
     image: str
     context: str
     disk_bytes: int
-    environment: dict[str, str]
+    logins: dict[str, str]
 
 
 class BuildResult(msgspec.Struct):

@@ -1,10 +1,10 @@
 # Makes the build's jail and enters it. $1 its root (an empty directory), $2 the first id of the builder's range, $3 the
 # instance's build directory (store, runroot), $4 the context, $5 the output directory, $6 the host's settings for RUN steps,
-# $7 the base archive, $8 the script; then files of cgroups up to "--"; the rest are the script's arguments.
+# $7 the base archive, $8 the script, $9 the logins; then files of cgroups up to "--"; the rest are the script's arguments.
 set -eu
 umask 022
-root=$1 id=$2 store=$3 context=$4 out=$5 settings=$6 base=$7 script=$8
-shift 8
+root=$1 id=$2 store=$3 context=$4 out=$5 settings=$6 base=$7 script=$8 login=$9
+shift 9
 while [ "$1" != -- ]; do echo $$ > "$1"; shift; done; shift
 
 mount --make-rprivate /
@@ -23,7 +23,7 @@ printf '127.0.0.1 localhost\n' > etc/hosts
 printf 'root:%s:65536\n' "$id" > etc/subuid
 printf 'root:%s:65536\n' "$id" > etc/subgid
 cp /etc/ld.so.cache etc/
-mkdir -p etc/ssl/certs; cp "$settings/ca.pem" etc/ssl/certs/ca-certificates.crt 2>/dev/null || :
+mkdir -p etc/ssl/certs; cp "$settings/registries.pem" etc/ssl/certs/ca-certificates.crt 2>/dev/null || :
 if [ -d /etc/alternatives ]; then mkdir etc/alternatives; cp -P /etc/alternatives/* etc/alternatives/; fi
 cp /etc/mke2fs.conf etc/ 2>/dev/null || :
 for node in null zero full random urandom tty; do : > dev/$node; mount --bind /dev/$node dev/$node; done
@@ -38,6 +38,7 @@ while read -r source target; do mount --bind "$source" "buildhost/$target"; moun
 mount -o remount,bind,ro buildhost
 mount --bind "$out" out
 : > base.tar; mount --bind "$base" base.tar; mount -o remount,bind,ro base.tar
+cp "$login" auth.json; chown "$id:$id" auth.json; chmod 400 auth.json
 : > build.sh; mount --bind "$script" build.sh; mount -o remount,bind,ro build.sh
 chown "$id:$id" tmp var/tmp run out
 mount --rbind /proc proc

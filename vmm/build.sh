@@ -16,6 +16,16 @@ for name in $names; do
     b config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin $(cat /buildhost/environment) "$container"
     b commit -q --rm "$container" "$name" >/dev/null
 done
+# What an earlier build pulled gives this one no right to it: the names go, layers stay where cached ones stand on them. What
+# builds that were killed left in the store goes with them.
+b rm --all >/dev/null 2>&1 || :
+listed=$(b images --noheading --format '{{.ID}} {{.Name}} {{.Tag}}')
+echo "$listed" | while read -r id name tag; do
+    case "$name" in ""|localhost/*) continue;; esac
+    case " $names " in *" $name:$tag "*) continue;; esac
+    [ "$tag" = "<none>" ] || id=$name:$tag
+    b rmi --force "$id" >/dev/null || exit 75
+done
 for name in $names; do
     if grep -qiE "^[[:space:]]*FROM[^#]*$name" /ctx/Dockerfile; then
         echo "torpor: $name is the local base (Debian, with a dnf that calls apt): no container registry is asked for it"
@@ -23,9 +33,9 @@ for name in $names; do
 done
 
 phase CONTAINER
-never=--pull-never
-[ "$pull" = pull ] && never=--pull
-b bud $never --layers --isolation chroot --network host --volume /buildhost:/run/buildhost:ro,rbind --tag "$tag" /ctx 2>&1
+policy=never
+[ "$pull" = pull ] && policy=false # only what is missing: the local base is there, nothing else is
+b bud --pull=$policy --authfile /auth.json --layers --isolation chroot --network host --volume /buildhost:/run/buildhost:ro,rbind --tag "$tag" /ctx 2>&1
 
 phase DISK
 b inspect --type image "$tag" > /out/config.json

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -40,6 +41,7 @@ class BuildSettings:
     base_names: tuple[str, ...]
     pull: bool
     first_uid: int
+    registry_ca: str = ""
 
 
 @dataclass
@@ -73,6 +75,12 @@ class Builder:
         for name in ("store", "runroot", "tmp"):
             os.chown(self._directory / name, self._settings.first_uid, self._settings.first_uid)
         lending.prepare(self._lent)
+        self._trust()
+
+    def _trust(self) -> None:
+        """Whose certificates the builder itself takes: what the host trusts, and the settings' own authorities."""
+        files = [self._lent / "ca.pem", *([Path(self._settings.registry_ca)] if self._settings.registry_ca else [])]
+        (self._lent / "registries.pem").write_text("".join(path.read_text(encoding="utf-8") + "\n" for path in files if path.exists()))
 
     @property
     def names(self) -> list[str]:
@@ -126,15 +134,16 @@ class Builder:
         (work / "root").mkdir(parents=True)
         (work / "out").mkdir()
         free = disks.free_bytes(work)
+        self._log_in(work / "auth.json", request.logins)
         self._cgroups.create(group, Limits(_MEMORY_BYTES, os.cpu_count() or 1, 50, 4096, 1 << 30))
         try:
             await asyncio.to_thread(make_namespace, namespace, lambda: run_batch("link set lo up\n"))
-            slirp = await self._connect(namespace, log)
+            slirp = await self._connect(namespace, {host.rpartition(":")[0] or host for host in request.logins})
             build.processes.append(slirp)
             process = await asyncio.create_subprocess_exec(
                 "nsenter", f"--net={namespace}", "unshare", "--mount", "--fork", "--kill-child", "/bin/sh", str(_HERE / "build-jail.sh"),
                 str(work / "root"), str(self._settings.first_uid), str(self._directory), request.context, str(work / "out"),
-                str(self._lent), str(self._settings.base_archive), str(_HERE / "build.sh"),
+                str(self._lent), str(self._settings.base_archive), str(_HERE / "build.sh"), str(work / "auth.json"),
                 *map(str, self._cgroups.joins(group)), "--",
                 " ".join(self._settings.base_names), f"localhost/torpor-build:{request.build}", str(request.disk_bytes),
                 "pull" if self._settings.pull else "never", str(phases),
@@ -162,7 +171,13 @@ class Builder:
         (image / "disk.raw").chmod(0o600)
         return (out / "config.json").read_text(encoding="utf-8")
 
-    async def _connect(self, namespace: Path, log: int) -> asyncio.subprocess.Process:
+    def _log_in(self, path: Path, logins: dict[str, str]) -> None:
+        """Writes containers-auth.json(5), for the builder's eyes only: RUN steps have another root directory."""
+        path.write_text(json.dumps({"auths": {host: {"auth": login} for host, login in logins.items()}}), encoding="utf-8")
+        os.chown(path, self._settings.first_uid, self._settings.first_uid)
+        path.chmod(0o400)
+
+    async def _connect(self, namespace: Path, registries: set[str]) -> asyncio.subprocess.Process:
         ready_out, ready_in = os.pipe2(os.O_CLOEXEC)
         try:
             # Its sandbox detaches what is mounted below "/", and where a mount is shared (/run/netns of ip-netns(8)), the
@@ -183,12 +198,12 @@ class Builder:
                 os.close(ready_in)
         if not ready:
             raise VmmError("slirp4netns did not start: the build has no network")
-        await asyncio.to_thread(self._close_private, namespace)
+        await asyncio.to_thread(self._close_private, namespace, registries)
         return process
 
-    def _close_private(self, namespace: Path) -> None:
+    def _close_private(self, namespace: Path, registries: set[str]) -> None:
         allowed = {_DNS}
-        for name in lending.mirror_hosts(self._lent):
+        for name in {*lending.mirror_hosts(self._lent), *registries}:
             with contextlib.suppress(OSError):
                 allowed |= {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET)}
         rules = (

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from gateway.accounts.directory import Credentials
 from gateway.config import Settings
 from gateway.messages import EgressRules
 from gateway.sessions.egress import rules_of
@@ -118,6 +119,10 @@ class Guests:
     async def open(self, sockets: list[socket.socket], version: Version, session: str) -> Services:
         """For a build's microVM: with the build role."""
         return await self._open(sockets, session, version.request.get("buildRoleArn"), self.egress(version))
+
+    async def role(self, version: Version, session: str) -> Credentials:
+        """The build role's own, for what a build fetches. Raises botocore's errors where an STS refuses them."""
+        return await self._issuer.make(str(version.request["buildRoleArn"]), session)
 
     async def _open(self, sockets: list[socket.socket], name: str, role: str | None, rules: EgressRules | None) -> Services:
         services = Services()

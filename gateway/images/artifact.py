@@ -15,6 +15,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from gateway.accounts.directory import Credentials
 from gateway.config import Settings
 
 _URI = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([^\x00-\x1f]+?)(?:\?versionId=([^\s?&]+))?")
@@ -55,19 +56,19 @@ def _failure(error: ClientError, bucket: str, key: str) -> BuildFailed:
     return BuildFailed("INTERNAL_PLATFORM_ERROR", f"s3://{bucket}/{key}: {error}")
 
 
-def _client(settings: Settings, credentials: tuple[str, str]) -> Any:
+def _client(settings: Settings, credentials: Credentials) -> Any:
     endpoint = settings.object_store.endpoint
     if not endpoint and settings.object_store.embedded:
         endpoint = f"http://127.0.0.1:{settings.object_store.port}"
     styles: Any = {"addressing_style": settings.object_store.addressing}
     return boto3.client(
         "s3", region_name=settings.region, endpoint_url=endpoint or None,
-        aws_access_key_id=credentials[0], aws_secret_access_key=credentials[1],
+        aws_access_key_id=credentials.access_key, aws_secret_access_key=credentials.secret, aws_session_token=credentials.token or None,
         config=Config(connect_timeout=5, read_timeout=30, retries={"max_attempts": 3}, s3=styles),
     )  # fmt: skip
 
 
-def fetch(settings: Settings, credentials: tuple[str, str], uri: str, target: Path) -> int:
+def fetch(settings: Settings, credentials: Credentials, uri: str, target: Path) -> int:
     """Streams the artifact into a file; returns its bytes. Blocking. Raises BuildFailed."""
     parsed = parse_uri(uri)
     if parsed is None:

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Protocol
 
 import structlog
+from botocore.exceptions import BotoCoreError, ClientError
 
+from gateway.accounts.directory import Credentials
 from gateway.config import Settings
 from gateway.messages import BuildRequest, EgressRules, HostInfo, Shape
 from gateway.sessions import hooks
@@ -27,7 +29,7 @@ from gateway.sessions.lifecycle import GuestServices
 from gateway.sessions.logs import LineWriter
 from gateway.sessions.model import Build, Hooks, Image, Version
 
-from . import artifact
+from . import artifact, bases
 from .artifact import BuildFailed
 from .container import ContainerError, agent_entries, exposed_ports, parse_config, reserved_variables
 
@@ -92,12 +94,17 @@ class Serve(Protocol):
 
     async def open(self, sockets: list[socket.socket], version: Version, session: str) -> GuestServices: ...
 
+    async def role(self, version: Version, session: str) -> Credentials: ...
+
 
 class Pipeline:
     def __init__(
-        self, settings: Settings, host: Host, credentials: tuple[str, str], on_phase: Callable[[Job], None], serve: Serve,
+        self, settings: Settings, host: Host, credentials: Credentials, on_phase: Callable[[Job], None], serve: Serve,
     ) -> None:  # fmt: skip
-        """`serve` answers what a build's microVM asks its host: names, and credentials of the build role."""
+        """`serve` answers what a build's microVM asks its host: names, and credentials of the build role.
+
+        `credentials` are the object store's, used where no STS gives the build role credentials that it would take.
+        """
         self._serve = serve
         self._settings = settings
         self._host = host
@@ -145,8 +152,9 @@ class Pipeline:
         job.version.shape = shape
         if usage.disk_free < (self._settings.limits.disk_reserve_mib << 20) + _ROOM_BYTES:
             raise BuildFailed("DISK_STORAGE_FULL", "the host has no room for another image: free some, or move --root")
-        await self._fetch(job)
-        config = await self._container(job, shape)
+        role = await self._role(job)
+        await self._fetch(job, role)
+        config = await self._container(job, shape, role)
         await self._boot(job, shape, config)
         self._phase(job, "SNAPSHOT")
         sealed = await self._host.seal(job.session, job.version.key)
@@ -162,18 +170,26 @@ class Pipeline:
     def _work(self, job: Job) -> Path:
         return self._settings.control_dir / "builds" / job.build.id
 
-    async def _fetch(self, job: Job) -> None:
+    async def _role(self, job: Job) -> Credentials:
+        try:
+            return await self._serve.role(job.version, job.session)
+        except (BotoCoreError, ClientError) as error:
+            raise BuildFailed("S3_ACCESS_DENIED", f"the build role cannot be assumed: {error}") from error
+
+    async def _fetch(self, job: Job, role: Credentials) -> None:
         self._phase(job, "FETCH")
         work = self._work(job)
         work.mkdir(parents=True, exist_ok=True)
         uri = str(job.version.request["codeArtifact"]["uri"])
-        size = await asyncio.to_thread(artifact.fetch, self._settings, self._credentials, uri, work / "artifact.zip")
+        credentials = role if self._settings.credentials.sts_endpoint else self._credentials
+        size = await asyncio.to_thread(artifact.fetch, self._settings, credentials, uri, work / "artifact.zip")
         job.say(f"fetched {uri}, {size} bytes")
         await artifact.unpack(self._settings, work / "artifact.zip", work / "context")
 
-    async def _container(self, job: Job, shape: Shape) -> dict[str, object]:
+    async def _container(self, job: Job, shape: Shape, role: Credentials) -> dict[str, object]:
         context = self._work(job) / "context"
-        request = BuildRequest(job.build.id, job.version.key, str(context), shape.disk_bytes, {})
+        logins = await asyncio.to_thread(self._logins, job, context / "Dockerfile", role) if self._settings.images.pull else {}
+        request = BuildRequest(job.build.id, job.version.key, str(context), shape.disk_bytes, logins)
         full = _Watch(b"No space left on device")
         for attempt in range(1, _CONTAINER_TRIES + 1):
             try:
@@ -197,6 +213,12 @@ class Pipeline:
             return parse_config(result.config)
         except ContainerError as error:
             raise BuildFailed("CONTAINER_BUILD_FAILED", str(error)) from error
+
+    def _logins(self, job: Job, dockerfile: Path, role: Credentials) -> dict[str, str]:
+        real = self._settings.credentials.sts_endpoint or self._settings.images.ecr_endpoint
+        arn = str(job.version.request["buildRoleArn"])
+        text = dockerfile.read_text(encoding="utf-8", errors="replace")
+        return bases.logins(self._settings.images, self._settings.region, arn, role if real else None, text, job.say)
 
     async def _boot(self, job: Job, shape: Shape, config: dict[str, object]) -> None:
         self._phase(job, "BOOT")

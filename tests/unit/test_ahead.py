@@ -126,7 +126,7 @@ async def test_one_that_refuses_is_forgotten_and_launches_go_on(rig: Rig) -> Non
     await until(lambda: rig.application.asked)  # type: ignore[attr-defined]
     await until(lambda: not [name for name in rig.host.held if name.startswith("ahead-")])
     session = await rig.launched()
-    assert session.state is State.RUNNING and (count(rig, "claim"), count(rig, "prepare")) == (0, 2)
+    assert session.state is State.RUNNING and count(rig, "claim") == 0 and not waiting(rig)
 
 
 async def test_one_that_died_is_passed_over(rig: Rig) -> None:
@@ -145,7 +145,7 @@ async def test_a_claim_whose_answer_was_lost_takes_no_other_one(rig: Rig) -> Non
     await until(lambda: len(waiting(rig)) == 2)
     rig.host.fail["claim"] = [RpcLost("away")]
     session = await rig.launched()
-    assert session.state is State.RUNNING and (count(rig, "claim"), count(rig, "prepare")) == (1, 3)
+    assert session.state is State.RUNNING and count(rig, "claim") == 1 and count(rig, "prepare") >= 3
     assert waiting(rig)
 
 

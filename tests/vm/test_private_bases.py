@@ -1,0 +1,105 @@
+"""Private base images: pulled with a login that a build was given, and by no build that was not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from registry import Ecr, Registry, running, served
+from service import Instance, app_files
+from service import served as serving
+
+from gateway.messages import BuildRequest, BuildResult
+from vmm.builds import Builder, BuildSettings
+from vmm.cgroups import Cgroups
+
+pytestmark = pytest.mark.vm
+UID = 900_000
+# Says what of the builder's logins a RUN step can see: its own root, and every other process's.
+PROBE = r"""
+#include <dirent.h>
+#include <fcntl.h>
+#include <stdio.h>
+int main(void) {
+    char path[300];
+    int seen = open("/auth.json", O_RDONLY) >= 0;
+    DIR *proc = opendir("/proc");
+    for (struct dirent *one; proc && (one = readdir(proc));) {
+        snprintf(path, sizeof path, "/proc/%s/root/auth.json", one->d_name);
+        if (open(path, O_RDONLY) >= 0) seen++;
+    }
+    printf("logins seen: %d\n", seen);
+    return 0;
+}
+"""
+
+
+@pytest.fixture
+def registry(tmp_path: Path, host_before: object) -> Iterator[tuple[Registry, Path]]:
+    (tmp_path / "probe.c").write_text(PROBE)
+    subprocess.run(["musl-gcc", "-static", "-O1", "-o", tmp_path / "probe", tmp_path / "probe.c"], check=True, timeout=60)
+    with served(tmp_path, "secret") as (one, trusted):
+        one.put("private/base:1", {"probe": (tmp_path / "probe").read_bytes()})
+        yield one, trusted
+
+
+async def test_a_login_is_one_builds_and_stays_outside_of_it(registry: tuple[Registry, Path], tmp_path: Path) -> None:
+    private, trusted = registry
+    directory = Path(f"/var/tmp/torpor-bases-{os.getpid()}")
+    directory.mkdir()
+    cgroups = Cgroups("bases", directory)
+    (tmp_path / "base.tar").touch()
+    builder = Builder(directory, tmp_path / "netns", cgroups, BuildSettings(tmp_path / "base.tar", (), True, UID, str(trusted)))
+    context = directory / "context"
+    context.mkdir()
+    (context / "Dockerfile").write_text(f'FROM {private.host}/private/base:1\nRUN ["/probe"]\nCMD ["/probe"]\n')
+
+    async def build(logins: dict[str, str]) -> tuple[BuildResult, str]:
+        request = BuildRequest(uuid.uuid4().hex, "image", str(context), 64 << 20, logins)
+        log, phases = builder.begin(request, directory / "image")
+        with os.fdopen(log) as lines, os.fdopen(phases):
+            text = await asyncio.to_thread(lines.read)
+        return await builder.result(request.build), text
+
+    try:
+        cgroups.start()
+        builder.start()
+        refused, said = await build({})
+        assert refused.status and private.refused and not private.pulled, said
+        made, said = await build({private.host: private.login})
+        assert made.status == 0 and "/probe" in made.config and "logins seen: 0" in said, said
+        assert private.pulled == ["private/base"]
+        # Its layers are in the store now, and do not open it to a build without the login; with it they are used again.
+        again, said = await build({})
+        assert again.status and private.pulled == ["private/base"], said
+        more, said = await build({private.host: private.login})
+        assert more.status == 0 and "Using cache" in said and private.login not in said, said
+        assert not list((directory / "work").iterdir())
+    finally:
+        cgroups.close()
+        subprocess.run(["rm", "-rf", directory], check=True)
+
+
+@pytest.mark.long
+def test_ecr_gives_it_to_the_build_role(registry: tuple[Registry, Path]) -> None:
+    private, trusted = registry
+    ecr = Ecr(private)
+    files = app_files(**{"FROM ": f"FROM {private.host}/private/base:1 AS private\nFROM "})
+    files["Dockerfile"] = str(files["Dockerfile"]) + "\nCOPY --from=private /probe /srv/probe\n"
+    one = Instance("bases", 910_000, IMAGES__PULL="true", IMAGES__REGISTRY_CA=str(trusted), IMAGES__ECR_ENDPOINT=ecr.endpoint)
+    with running(ecr), serving(one):
+        arn = one.create("private", one.upload(files))
+        build = one.built(arn)
+        assert build["buildState"] == "SUCCESSFUL", build
+        assert private.pulled == ["private/base"] and [key[:4] for key in ecr.asked] == ["ASIA"]
+        ecr.open = False
+        failed = one.built(one.create("refused", one.upload(files)))
+        events = one.client("logs").filter_log_events(logGroupName="/aws/lambda-microvms/refused")["events"]
+        said = " ".join(event["message"] for event in events)
+        assert failed.get("stateReason") == "CONTAINER_BUILD_FAILED: The container image build failed.", said
+        assert "no login to ECR in us-east-1" in said and "AccessDeniedException" in said and private.login not in said
