@@ -80,7 +80,7 @@ class Login(BaseModel):
     """A registry's login, for builds with some roles."""
 
     user: str
-    password_file: str = Field(description="its only line is the password; root only")
+    password_file: str = Field(description="its only line is the password; control's user must be able to read it")
     roles: list[str] = Field(description="build role ARNs that may use it; * matches any run of characters")
 
 

@@ -17,6 +17,7 @@ class ScriptedHost:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.prepared: list[str] = []
         self.fail: dict[str, list[Exception]] = {}
         self.held: dict[str, m.SessionState] = {}
         self.snapshots: dict[str, int] = {}
@@ -34,6 +35,7 @@ class ScriptedHost:
 
     async def prepare(self, session: str, incarnation: int, image: str, from_snapshot: bool, egress: object = None) -> None:
         await self._call("prepare", session)
+        self.prepared.append(session)
         self.held[session] = m.SessionState(session, incarnation, "prepared", 0, 0.0)
 
     async def start(self, session: str, incarnation: int, wake: bytes) -> int:

@@ -17,7 +17,7 @@ ALLOWED = {
     "gateway.edge": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc", "gateway.tokens", "gateway.listeners"},
     "gateway.sessions": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.accounts.model", "gateway.observe.steps", "gateway.observe.use"},
     "gateway.accounts": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.store"},
-    "gateway.images": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions"},
+    "gateway.images": {"gateway.accounts.directory", "gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions"},
     "gateway.guest": {"gateway.config", "gateway.messages", "gateway.accounts.directory", "gateway.sessions.egress", "gateway.sessions.model", "gateway.sessions.store"},
     "gateway.observe": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.states"},
     "vmm": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc"},
