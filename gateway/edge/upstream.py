@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 
 from gateway.config import Edge
 from gateway.messages import Route, ShellRequest, SocketsRequest
-from gateway.rpc import Client, RpcError
+from gateway.rpc import Client, RpcError, RpcLost
 
 from .admission import SHELL_PORT
 from .parking import Parkable, unacknowledged
@@ -40,6 +40,7 @@ _RAMP, _RAMP_SECONDS = 16, 0.1
 _RETRY_SECONDS = 0.02
 _COLUMNS, _ROWS = 80, 24  # of a shell, until its client says
 _SYN_SECONDS = 10.0
+_VMM_SECONDS = 10.0  # for sockets; a vmm that is restarted is there again within two or three
 _FRESH_SECONDS = 0.5  # idle for longer, a connection may have been closed by the application just now: it is looked at
 _TLS_SECONDS = 3.0  # for a handshake with an application, which may be emulated; one that has no TLS may just be silent
 _H2_SECONDS = 5.0  # an application that was said to speak HTTP/2 sends its SETTINGS within this
@@ -219,8 +220,8 @@ class Upstream:
             self._loop.call_later(_RAMP_SECONDS, self._ramp, pool)
 
     async def _connect_once(self, key: Key, pool: Pool, head: RequestHead) -> Origin | Http2Origin:
-        ahead = self._ahead.pop(key, None)
-        sock = await ahead if ahead is not None else socket.socket(fileno=await self._socket(key[:2]))
+        ahead = await self._came_ahead(key)
+        sock = ahead or socket.socket(fileno=await self._socket(key[:2]))
         sock.setblocking(False)
         reserved = self.new(key, pool, head.wants_h2, b"http") if not pool.tls else _ByAlpn(self, key, pool)
         try:
@@ -256,6 +257,14 @@ class Upstream:
         if port > 0 and key not in self._ahead:
             task = self._ahead[key] = self._loop.create_task(self._knock(key))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def _came_ahead(self, key: Key) -> socket.socket | None:
+        """The connection made ahead; None where there is none, or it failed: nobody was at home yet, which says nothing of now."""
+        task = self._ahead.pop(key, None)
+        try:
+            return await task if task is not None else None
+        except (OSError, TimeoutError, SessionGone):
+            return None
 
     async def _knock(self, key: Key) -> socket.socket:
         sock = socket.socket(fileno=await self._socket(key[:2]))
@@ -360,8 +369,15 @@ class Upstream:
             return stock.popleft()
 
     async def _fetch(self, session: tuple[str, int]) -> None:
+        request, until = SocketsRequest(*session, _STOCK), self._loop.time() + _VMM_SECONDS
         try:
-            _, descriptors = await self._vmm.call_with_descriptors("sockets", SocketsRequest(session[0], session[1], _STOCK), timeout=5.0)
+            while True:
+                try:
+                    _, descriptors = await self._vmm.call_with_descriptors("sockets", request, timeout=5.0)
+                    break
+                except RpcLost:  # it is being restarted
+                    if self._loop.time() > until:
+                        raise
         except RpcError as error:
             if error.kind == "StateLost":
                 raise SessionGone(str(error)) from error

@@ -65,10 +65,17 @@ class Vmm:
 
     def __init__(self) -> None:
         self.gone: set[int] = set()
+        self.away = False
+        self.drops = 0  # so many calls lose their connection
 
     async def rpc_sockets(self, connection: Connection, body: m.SocketsRequest) -> Reply:
         if body.incarnation in self.gone:
             raise StateLost("no such incarnation")
+        if self.drops:
+            self.drops -= 1
+            connection.close()
+        if self.away:
+            raise RpcError("Busy", "not now")
         return Reply(None, [socket.socket().detach() for _ in range(body.count)])
 
 

@@ -280,6 +280,25 @@ async def test_a_connection_is_made_before_the_guest_runs(rig: Rig) -> None:
     assert (await pending)[0][0] == 200 and rig.connects == 1
 
 
+async def test_a_connection_ahead_that_found_nobody_says_nothing_of_later(rig: Rig) -> None:
+    rig.control.change("hold", is_live=False)
+    await asyncio.sleep(0.01)
+    pending = asyncio.create_task(rig.ask(rig.request("/held")))
+    while not rig.control.resumed:
+        await asyncio.sleep(0.001)
+    rig.vmm.away = True
+    rig.control.change("hold", incarnation=2, is_live=True)
+    await asyncio.sleep(0.05)
+    rig.vmm.away = False
+    rig.control.change("open", incarnation=2)
+    assert (await pending)[0][0] == 200
+
+
+async def test_sockets_are_asked_for_again_when_vmm_is_restarted(rig: Rig) -> None:
+    rig.vmm.drops = 2
+    assert (await rig.ask(rig.request("/")))[0][0] == 200 and not rig.vmm.drops
+
+
 async def test_a_connection_ahead_that_fails_is_made_again(rig: Rig) -> None:
     rig.control.change("hold", is_live=False)
     await asyncio.sleep(0.01)
