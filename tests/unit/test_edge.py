@@ -296,6 +296,8 @@ async def test_a_connection_ahead_that_found_nobody_says_nothing_of_later(rig: R
 
 async def test_sockets_are_asked_for_again_when_vmm_is_restarted(rig: Rig) -> None:
     rig.vmm.drops = 2
+    rig.control.change("open", incarnation=2)
+    await asyncio.sleep(0.01)
     assert (await rig.ask(rig.request("/")))[0][0] == 200 and not rig.vmm.drops
 
 
