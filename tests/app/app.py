@@ -140,6 +140,13 @@ async def respond(method, path, query, fields, body, writer, peer):
             file.write("line\n")
         print("visit", STATE["counter"], flush=True)
         writer.write(answer(200, facts(peer)))
+    elif path == "/tls":
+        import ssl  # only here: it makes every launch longer
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain("tls.pem")
+        STATE.setdefault("servers", []).append(await asyncio.start_server(serve, "0.0.0.0", 8443, ssl=context))
+        writer.write(answer(200, b"listening"))
     elif path == "/state":
         writer.write(answer(200, facts(peer)))
     elif path == "/fields":

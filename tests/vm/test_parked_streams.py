@@ -15,7 +15,7 @@ from wire import Endpoint, get
 pytestmark = pytest.mark.vm
 
 
-def websocket(instance: Instance, vm: dict[str, Any]) -> ClientConnection:
+def websocket(instance: Instance, vm: dict[str, Any], app_port: int = 8080) -> ClientConnection:
     host, _, port = vm["endpoint"].partition(":")
     context = ssl.create_default_context(cafile=str(instance.root / "tls/ca.crt"))
     import socket
@@ -25,7 +25,7 @@ def websocket(instance: Instance, vm: dict[str, Any]) -> ClientConnection:
         f"wss://{host}:{port}/",
         sock=raw,
         ssl=context,
-        additional_headers={"X-aws-proxy-auth": vm["token"]},
+        additional_headers={"X-aws-proxy-auth": vm["token"], "X-aws-proxy-port": str(app_port)},
         ping_interval=1,
         ping_timeout=5,
     )
@@ -50,6 +50,17 @@ def test_a_websocket_outlives_many_sleeps(instance: Instance, vm: dict[str, Any]
         one.send("and the first")
         assert one.recv(timeout=30) == "and the first"
         assert get(vm["endpoint"], instance.root / "tls/ca.crt", vm["token"], "/state").json()["counter"] == 5
+
+
+def test_a_websocket_to_an_application_that_speaks_tls_outlives_sleeps(instance: Instance, vm: dict[str, Any]) -> None:
+    assert get(vm["endpoint"], instance.root / "tls/ca.crt", vm["token"], "/tls").status == 200
+    with websocket(instance, vm, 8443) as one:
+        for number in range(3):
+            one.send(f"message {number}")
+            assert one.recv(timeout=30) == f"message {number}"
+            suspend(instance, vm)
+        one.send("the last")
+        assert one.recv(timeout=30) == "the last"
 
 
 def test_an_event_stream_goes_on_after_somebody_elses_request(instance: Instance, vm: dict[str, Any]) -> None:
