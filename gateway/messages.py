@@ -283,20 +283,27 @@ class GateAnswer(msgspec.Struct):
 
 
 class DrainRequest(msgspec.Struct):
-    """control -> edge: wait up to `seconds` until nothing of the session waits for a head, then park up to `park` streams and cut
-    all that is left. With `cut` false only the waiting is done."""
+    """control -> edge: wait up to `seconds` until nothing of the session waits for a head or, where streams are to be parked, is
+    under way; then park up to `park` streams and cut all that is left. With `cut` false only the waiting is done.
+
+    `if_quiet`: where something passed since the gate closed, or a stream cannot be parked, all is left as it is.
+    """
 
     session: str
     incarnation: int
     seconds: float
     cut: bool
     park: int = 0
+    if_quiet: bool = False
 
 
 class Drained(msgspec.Struct):
-    """edge -> control: how many streams are parked."""
+    """edge -> control: how many streams are parked; whether a client spoke on one since the gate closed, so that the application
+    may owe it an answer; and whether it was quiet, where only that was to be parked."""
 
-    parked: int
+    parked: int = 0
+    spoken: bool = False
+    quiet: bool = True
 
 
 class Activity(msgspec.Struct):

@@ -243,6 +243,7 @@ class Exchange:
             if frames is not None:
                 frames.feed(data)
             self.account.count += 1
+            self.account.spoken += 1
             self.account.last = self.worker.time()
         elif getattr(origin, "is_parked", False) and self._answer_pings(control):
             return

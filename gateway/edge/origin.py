@@ -145,6 +145,10 @@ class Origin(Parked, asyncio.Protocol):
             )
 
     @property
+    def stream_count(self) -> int:
+        return int(self.exchange is not None)
+
+    @property
     def can_park(self) -> bool:
         """A stream whose head is out, and on which nothing is under way in either direction."""
         exchange, transport = self.exchange, self.transport

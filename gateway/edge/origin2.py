@@ -285,7 +285,7 @@ class Http2Origin(Parked, Multiplex):
         return all(stream.is_silent for stream in self.streams.values())
 
     @property
-    def parked_streams(self) -> int:
+    def stream_count(self) -> int:
         return len(self.streams)
 
     def join(self, upstream: Upstream) -> None:

@@ -41,7 +41,8 @@ class Parkable(Protocol):
         """Whether nothing is under way on it in either direction."""
 
     @property
-    def parked_streams(self) -> int: ...
+    def stream_count(self) -> int:
+        """Its streams, parked or not."""
 
     def park(self) -> None: ...
 
@@ -55,14 +56,10 @@ class Parkable(Protocol):
 
 
 class Parked:
-    """What those have in common: most are one stream."""
+    """What those have in common."""
 
     __slots__ = ()
     is_parked: bool
-
-    @property
-    def parked_streams(self) -> int:
-        return 1
 
     def park(self) -> None:
         self.is_parked = True  # type: ignore[misc]  # a slot of whoever is parked
@@ -134,4 +131,4 @@ class Parking:
 
     @property
     def count(self) -> int:
-        return sum(origin.parked_streams for parked in self._parked.values() for origin in parked)
+        return sum(origin.stream_count for parked in self._parked.values() for origin in parked)

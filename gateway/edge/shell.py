@@ -120,6 +120,10 @@ class ShellOrigin(Parked):
     # ---- through a suspend: control keeps the other end of the socket, and the guest its terminal ----
 
     @property
+    def stream_count(self) -> int:
+        return int(self._exchange is not None)
+
+    @property
     def can_park(self) -> bool:
         return self._exchange is not None and self._exchange.response_started and not self.is_over and not self._typed
 

@@ -78,6 +78,7 @@ class Request(Exchange, Flow):
             return
         account = self.account
         account.count += 1
+        account.spoken += 1
         account.last = self.worker.time()
         if self.origin is None:
             if data and not self.response_started:

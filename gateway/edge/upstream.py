@@ -20,7 +20,7 @@ from gateway.messages import Route, ShellRequest, SocketsRequest
 from gateway.rpc import Client, RpcError, RpcLost
 
 from .admission import SHELL_PORT
-from .parking import Parkable, unacknowledged
+from .parking import Parkable
 
 if TYPE_CHECKING:
     from .exchange import Exchange, OriginSide
@@ -415,18 +415,18 @@ class Upstream:
 
     def _end(self, origin: Parkable, room: int) -> int:
         """Parks it, and says how many streams that were, or cuts it."""
-        if not origin.can_park or origin.parked_streams > room:
+        if not origin.can_park or origin.stream_count > room:
             origin.cut()
             return 0
         origin.park()
         self._worker.parking.add(origin)
-        return origin.parked_streams
+        return origin.stream_count
 
-    def unacknowledged(self, session: str, incarnation: int) -> bool:
-        """Whether the guest has yet to acknowledge something of its streams."""
+    def is_busy(self, session: str, incarnation: int) -> bool:
+        """Whether something is under way on a stream of it, or has yet to be acknowledged by the guest."""
         pools = [pool for key, pool in self._pools.items() if key[:2] == (session, incarnation)]
-        origins = [one for pool in pools for one in pool.all()]
-        return any(one.transport is not None and unacknowledged(one.transport) for one in origins)
+        origins: list[Parkable] = [one for pool in pools for one in pool.all()]
+        return any(one.stream_count and not one.can_park for one in [*origins, *self._shells.get((session, incarnation), ())])
 
     def _drop_ahead(self, task: asyncio.Task[socket.socket]) -> None:
         task.cancel()

@@ -181,20 +181,23 @@ class Worker:
     async def rpc_gate(self, connection: Connection, body: m.GateRequest) -> m.GateAnswer:
         self.table.change(body.change)
         account = self.table.account(body.change.route.session)
+        account.gated = (account.count, account.spoken)
         return m.GateAnswer(account.count, account.waiting)
 
     async def rpc_drain(self, connection: Connection, body: m.DrainRequest) -> m.Drained:
         account = self.table.account(body.session)
-        deadline = self.time() + body.seconds
-        while account.waiting and self.time() < deadline:
-            await asyncio.sleep(0.005)
-        if body.park:
-            deadline = self.time() + _ACKNOWLEDGE_SECONDS
-            while self.upstream.unacknowledged(body.session, body.incarnation) and self.time() < deadline:
-                await asyncio.sleep(0.001)
+        deadline = self.time() + max(body.seconds, _ACKNOWLEDGE_SECONDS if body.park else 0)
+
+        def is_busy() -> bool:
+            return account.waiting > 0 or (body.park > 0 and self.upstream.is_busy(body.session, body.incarnation))
+
+        while is_busy() and self.time() < deadline:
+            await asyncio.sleep(0.005 if account.waiting else 0.001)
+        if body.if_quiet and (account.count != account.gated[0] or is_busy()):
+            return m.Drained(quiet=False)
         if body.cut or account.waiting:
-            return m.Drained(self.upstream.end(body.session, body.incarnation, body.park))
-        return m.Drained(0)
+            return m.Drained(self.upstream.end(body.session, body.incarnation, body.park), account.spoken != account.gated[1])
+        return m.Drained()
 
     def _ask_for(self, route: m.Route) -> None:
         self.control.notify("resume", m.ResumeRequest(route.session, route.incarnation))

@@ -237,15 +237,19 @@ class Actions:
                 await self._call_off(session, live)
                 return
         else:
-            await self._routes.drain(session, self._settings.suspend.drain_seconds, cut=False)
+            await self._routes.drain(session, self._settings.suspend.drain_seconds, cut=False, park=self._may_park(session))
         steps.mark("gate closed, answers drained")
         try:
             await self._hook(session, "suspend")
             steps.mark("suspend hook")
-            if idle and session.hooks.timeout("suspend") is None and self._wanted(live):
+            may_be_called_off = idle and session.hooks.timeout("suspend") is None
+            drained = await self._routes.drain(session, 0, cut=True, park=self._may_park(session), if_quiet=may_be_called_off)
+            if may_be_called_off and (not drained.quiet or self._wanted(live)):
                 await self._call_off(session, live)
                 return
-            session.parked = await self._routes.drain(session, 0, cut=True, park=self._may_park(session))
+            session.parked = drained.parked
+            if drained.parked and drained.spoken:  # to an application that may not have had the time to answer
+                live.deferred.append(Event.REQUEST)
             if live.agent is not None and live.agent.shells.count:
                 await live.agent.quiet(_WOKEN_SECONDS)
             steps.mark("streams parked or cut")

@@ -131,16 +131,16 @@ class Routes:
             return False
         return True
 
-    async def drain(self, session: Session, seconds: float, cut: bool, park: int = 0) -> int:
-        """Waits until no request of the session waits for its head, then, if asked, parks up to `park` silent streams at each
-        worker and cuts every other connection. How many are parked."""
-        request = DrainRequest(session.id, session.incarnation, seconds, cut, park)
+    async def drain(self, session: Session, seconds: float, cut: bool, park: int = 0, if_quiet: bool = False) -> Drained:
+        """Has every worker do what DrainRequest says; what they answered, together."""
+        request = DrainRequest(session.id, session.incarnation, seconds, cut, park, if_quiet)
 
-        async def ask(connection: Connection) -> int:
+        async def ask(connection: Connection) -> Drained:
             try:
-                return (await connection.call("drain", request, Drained, timeout=seconds + _DRAIN_MARGIN_SECONDS)).parked
+                return await connection.call("drain", request, Drained, timeout=seconds + _DRAIN_MARGIN_SECONDS)
             except RpcError:
                 connection.close()
-                return 0
+                return Drained(quiet=False)
 
-        return sum(await asyncio.gather(*(ask(connection) for connection in list(self._workers))))
+        done = await asyncio.gather(*(ask(connection) for connection in list(self._workers)))
+        return Drained(sum(one.parked for one in done), any(one.spoken for one in done), all(one.quiet for one in done))

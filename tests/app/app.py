@@ -102,6 +102,9 @@ async def websocket(reader, writer, fields):
         if first & 15 == 8:
             writer.write(bytes([0x88, len(data)]) + data)
             return
+        if first & 15 in (9, 10):  # as RFC 6455 wants it: a pong for a ping
+            writer.write(bytes([0x8A, len(data)]) + data if first & 15 == 9 else b"")
+            continue
         STATE["counter"] += 1
         writer.write(bytes([0x80 | first & 15]) + (bytes([length]) if length < 126 else struct.pack(">BH", 126, length)) + data)
 

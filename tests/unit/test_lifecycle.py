@@ -295,3 +295,41 @@ async def test_a_session_that_ends_while_it_is_being_loaded_has_rows_that_follow
     rows = await rig.store.events(session.id)
     assert [row.new for row in rows][-2:] == ["TERMINATING", "TERMINATED"]
     assert all(after.old == before.new for before, after in itertools.pairwise(rows))
+
+
+def scripted_drains(rig: Rig, *answers: m.Drained) -> list[bool]:
+    """What workers answer to drains; whether each was asked to leave alone what is not quiet."""
+    asked: list[bool] = []
+    left = list(answers)
+
+    async def drain(session: Session, seconds: float, cut: bool, park: int = 0, if_quiet: bool = False) -> m.Drained:
+        if not cut:
+            return m.Drained()
+        asked.append(if_quiet)
+        return left.pop(0)
+
+    rig.lifecycle.routes.drain = drain  # type: ignore[method-assign]
+    return asked
+
+
+async def test_an_idle_suspend_is_called_off_where_a_stream_is_not_quiet(rig: Rig) -> None:
+    one = await rig.launched(idle_policy=POLICY)
+    asked = scripted_drains(rig, m.Drained(quiet=False), m.Drained(1))
+    rig.lifecycle.routes._expected = 0
+    await rig.lifecycle.fire(one, Event.IDLE)
+    await rig.reach(one, State.RUNNING)
+    assert [row.event for row in await rig.store.events("s1")][-2:] == ["idle", "called_off"] and "suspend" not in " ".join(rig.host.calls)
+    await rig.lifecycle.fire(one, Event.IDLE)
+    await rig.reach(one, State.SUSPENDED)
+    assert one.parked == 1 and asked == [True, True]
+
+
+async def test_who_spoke_while_a_suspend_was_under_way_is_answered_after_it(rig: Rig) -> None:
+    one = await rig.launched(idle_policy=POLICY)
+    asked = scripted_drains(rig, m.Drained(1, spoken=True))
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    async with asyncio.timeout(5):
+        while one.incarnation != 2 or one.state is not State.RUNNING:
+            await asyncio.sleep(0.001)
+    assert asked == [False]
+    assert [row.event for row in await rig.store.events("s1")][-4:] == ["suspend", "saved", "request", "resumed"]

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from gateway import messages as m
 from gateway.edge import frames as f
+from gateway.edge import origin
 from gateway.edge.websocket import PING, PONG, FrameCounter, pong
 
 UPGRADED = b"HTTP/1.1 101 Switching\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -89,6 +90,60 @@ async def test_a_silent_tunnel_goes_on_in_the_next_incarnation(rig: Rig) -> None
     (connection,) = rig.control.connections
     assert (await connection.call("drain", m.DrainRequest("s1", 2, 0.0, True, 8), m.Drained)).parked == 1, "and again"
     tunnel.writer.close()
+
+
+async def gated(rig: Rig, incarnation: int = 1) -> m.GateAnswer:
+    rig.control.number += 1
+    change = m.RouteChange(rig.control.number, m.Route(HOST, "s1", incarnation, "hold"))
+    (connection,) = rig.control.connections
+    answer: m.GateAnswer = await connection.call("gate", m.GateRequest(change), m.GateAnswer)
+    return answer
+
+
+async def drained(rig: Rig, if_quiet: bool) -> m.Drained:
+    (connection,) = rig.control.connections
+    answer: m.Drained = await connection.call("drain", m.DrainRequest("s1", 1, 0.0, True, 8, if_quiet), m.Drained)
+    return answer
+
+
+async def test_a_word_after_the_gate_keeps_an_idle_session_awake(rig: Rig) -> None:
+    tunnel = Tunnel(rig)
+    await tunnel.open()
+    await gated(rig)
+    await tunnel.say(frame(1, b"wait", b"abcd"))
+    assert await drained(rig, if_quiet=True) == m.Drained(0, False, quiet=False)
+    assert await tunnel.say(frame(1, b"on", b"abcd")) and rig.worker.parking.count == 0
+    await gated(rig)
+    assert await drained(rig, if_quiet=True) == m.Drained(1, False, quiet=True)
+    tunnel.writer.close()
+
+
+async def test_a_word_after_the_gate_of_another_suspend_is_told(rig: Rig) -> None:
+    tunnel = Tunnel(rig)
+    await tunnel.open()
+    await gated(rig)
+    tunnel.application.write(frame(1, b"from the application"))  # which owes nobody an answer
+    await tunnel.reader.readexactly(22)
+    assert await drained(rig, if_quiet=False) == m.Drained(1, False)
+    rig.control.change("open", 1)
+    await tunnel.say(frame(1, b"back", b"abcd"))
+    await gated(rig)
+    await tunnel.say(frame(1, b"wait", b"abcd"))
+    assert await drained(rig, if_quiet=False) == m.Drained(1, True)
+    tunnel.writer.close()
+
+
+async def test_what_the_guest_has_not_acknowledged_counts_as_active(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    tunnel = Tunnel(rig)
+    await tunnel.open()
+    await tunnel.say(frame(1, b"x", b"abcd"))
+    await gated(rig)
+    monkeypatch.setattr(origin, "unacknowledged", lambda transport: 1)
+    assert await drained(rig, if_quiet=True) == m.Drained(quiet=False)
+    assert await tunnel.say(frame(1, b"y", b"abcd"))
+    assert (await drained(rig, if_quiet=False)).parked == 0
+    async with asyncio.timeout(5):
+        assert await tunnel.reader.read() is not None  # a suspend that is not called off cuts it
 
 
 async def test_pings_to_a_parked_tunnel_are_answered_here(rig: Rig) -> None:
