@@ -28,7 +28,7 @@ _NONE: dict[str, Limiter] = {}  # shared: replaced before it is written to
 
 class Http1(Exchange, asyncio.Protocol):
     __slots__ = (
-        "_ahead", "_block", "_body", "_buffer", "_frames", "_joined", "_keep", "_left", "_no_more", "_paused", "_state",
+        "_ahead", "_awaits_turn", "_block", "_body", "_buffer", "_frames", "_joined", "_keep", "_left", "_no_more", "_paused", "_state",
         "_stuck_since", "is_raw", "touched", "transport",
     )  # fmt: skip
 
@@ -40,6 +40,7 @@ class Http1(Exchange, asyncio.Protocol):
         self._state = _AT_HEAD
         self._buffer = b""  # of a head that is not complete
         self._ahead = b""  # read, but not looked at yet: the next requests, or a body whose origin is not there yet
+        self._awaits_turn = False  # what is in the buffer is a whole head, and waits for a turn of its session's
         self._paused = False
         self._no_more = False  # the client has closed its half
         self._stuck_since = 0.0  # the client reads nothing, since
@@ -75,7 +76,7 @@ class Http1(Exchange, asyncio.Protocol):
         self._no_more = True
         if self._state == _TUNNEL and self.origin is not None:
             self.origin.finish(None)
-        elif self._state in (_AT_HEAD, _IN_BODY) and not self._ahead:
+        elif self._state in (_AT_HEAD, _IN_BODY) and not self._ahead and not self._awaits_turn:
             self._close()
 
     def eof_received(self) -> bool:
@@ -108,7 +109,7 @@ class Http1(Exchange, asyncio.Protocol):
 
     # ---- the head ----
 
-    def _on_head(self, data: bytes) -> None:
+    def _on_head(self, data: bytes, is_due: bool = False) -> None:
         worker = self.worker
         if self._buffer:
             data = self._buffer + data
@@ -124,6 +125,10 @@ class Http1(Exchange, asyncio.Protocol):
         self.touched = now = worker.time()
         raw = data[:end]
         again = worker.repeated.get(raw)
+        if again is not None and not is_due and worker.turns.is_over(again.memo.account, now):
+            self._buffer, self._awaits_turn = data, True
+            worker.turns.wait(again.memo.account, self._due)
+            return
         if again is not None and (origin := self.admitted(again.memo, now)) is not None:
             self._state = _WAITING
             self._keep = again.memo.keep_alive
@@ -144,6 +149,13 @@ class Http1(Exchange, asyncio.Protocol):
                 self._ahead = data[end + 4 :]
             return
         self._parsed(line, block, data[end + 4 :], now)
+
+    def _due(self) -> None:
+        """The turn has come of a head that had to wait for it."""
+        if self._state == _AT_HEAD and self._awaits_turn:
+            self._awaits_turn = False
+            data, self._buffer = self._buffer, b""
+            self._on_head(data, is_due=True)
 
     def _incomplete(self, data: bytes) -> None:
         if len(data) > self.worker.settings.head_bytes:

@@ -127,10 +127,26 @@ class Http2(Multiplex):
         now = self.touched
         request = self.streams[number] = Request(self, number, now)
         request.received_end = end
-        if again is not None and not self.goaway_sent and (origin := request.admitted(again.memo, now)) is not None:
+        if again is None:
+            self._parsed(request, key, end, now)
+        elif worker.turns.is_over(again.memo.account, now):
+            known = key or tuple(f.decode(self._decoder, block))  # now, because the table goes on
+            worker.turns.wait(again.memo.account, lambda: self._due(request, again, known))
+        elif not self.goaway_sent and (origin := request.admitted(again.memo, now)) is not None:
             request.forward_now(origin, again, now)
         else:
             self._parsed(request, key or tuple(f.decode(self._decoder, block)), end, now)
+
+    def _due(self, request: Request, again: Repeated, key: Key) -> None:
+        """The turn has come of a request that had to wait for it."""
+        if self.streams.get(request.number) is not request:
+            return  # its client has given it up
+        now = self.worker.time()
+        if (origin := request.admitted(again.memo, now)) is not None:
+            request.forward_now(origin, again, now)
+        else:
+            self._parsed(request, key, True, now)
+            self.flush()
 
     def _parsed(self, request: Request, key: Key, end: bool, now: float) -> None:
         settings = self.worker.settings

@@ -14,14 +14,17 @@ _UNREPORTED = -1
 
 class Account:
     """Activity of one session at this worker. `count` grows with every byte or request that counts, `spoken` with what clients
-    say on streams; `gated` is both when the gate closed. `waiting` requests wait for the head of their final response."""
+    say on streams; `gated` is both when the gate closed. `waiting` requests wait for the head of their final response.
+    `in_turn` requests came in the loop's turn of the time `turn`."""
 
-    __slots__ = ("count", "gated", "last", "reported", "reported_waiting", "spoken", "waiting")
+    __slots__ = ("count", "gated", "in_turn", "last", "reported", "reported_waiting", "spoken", "turn", "waiting")
 
     def __init__(self) -> None:
         self.count = 0
         self.spoken = 0
         self.gated = (0, 0)
+        self.turn = 0.0
+        self.in_turn = 0
         self.waiting = 0
         self.last = 0.0
         self.reported = 0

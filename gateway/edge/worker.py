@@ -33,6 +33,7 @@ from .parking import Parking
 from .stream import Key as FieldsKey
 from .table import RouteTable
 from .tls import TlsServer
+from .turns import Turns
 from .upstream import Upstream
 
 log = structlog.get_logger()
@@ -61,6 +62,7 @@ class Worker:
         self.answers = [[0] * 10 for _ in PROTOCOLS]  # by protocol and first digit of the status
         self.checker = Checker([])
         self.table = RouteTable(loop.time, self._route_changed, settings)
+        self.turns = Turns()
         self.holds = Holds(settings, self._ask_for)
         self.parking = Parking(self)
         self.spans = Spans("", name)
