@@ -264,13 +264,19 @@ async def test_tunnel_both_ways_with_early_bytes(rig: Rig) -> None:
 # ---- holding ----
 
 
-async def test_a_connection_is_made_before_the_guest_runs(rig: Rig) -> None:
-    """Control says that the next incarnation is about to run: held requests go on waiting, and find a connection."""
+async def held(rig: Rig) -> asyncio.Task[Any]:
+    """A request to a session that sleeps, which control was asked to resume."""
     rig.control.change("hold", is_live=False)
     await asyncio.sleep(0.01)
     pending = asyncio.create_task(rig.ask(rig.request("/held")))
     while not rig.control.resumed:
         await asyncio.sleep(0.001)
+    return pending
+
+
+async def test_a_connection_is_made_before_the_guest_runs(rig: Rig) -> None:
+    """Control says that the next incarnation is about to run: held requests go on waiting, and find a connection."""
+    pending = await held(rig)
     rig.control.change("hold", incarnation=2, is_live=True)
     async with asyncio.timeout(5):
         while not rig.connects:
@@ -281,11 +287,7 @@ async def test_a_connection_is_made_before_the_guest_runs(rig: Rig) -> None:
 
 
 async def test_a_connection_ahead_that_found_nobody_says_nothing_of_later(rig: Rig) -> None:
-    rig.control.change("hold", is_live=False)
-    await asyncio.sleep(0.01)
-    pending = asyncio.create_task(rig.ask(rig.request("/held")))
-    while not rig.control.resumed:
-        await asyncio.sleep(0.001)
+    pending = await held(rig)
     rig.vmm.away = True
     rig.control.change("hold", incarnation=2, is_live=True)
     await asyncio.sleep(0.05)
@@ -302,11 +304,7 @@ async def test_sockets_are_asked_for_again_when_vmm_is_restarted(rig: Rig) -> No
 
 
 async def test_a_connection_ahead_that_fails_is_made_again(rig: Rig) -> None:
-    rig.control.change("hold", is_live=False)
-    await asyncio.sleep(0.01)
-    pending = asyncio.create_task(rig.ask(rig.request("/held")))
-    while not rig.control.resumed:
-        await asyncio.sleep(0.001)
+    pending = await held(rig)
     rig.application.close()
     await rig.application.wait_closed()
     rig.control.change("hold", incarnation=2, is_live=True)
