@@ -264,7 +264,7 @@ async def test_tunnel_both_ways_with_early_bytes(rig: Rig) -> None:
 # ---- holding ----
 
 
-async def held(rig: Rig) -> asyncio.Task[Any]:
+async def held(rig: Rig) -> asyncio.Task[list[tuple[int, dict[str, str], bytes]]]:
     """A request to a session that sleeps, which control was asked to resume."""
     rig.control.change("hold", is_live=False)
     await asyncio.sleep(0.01)
