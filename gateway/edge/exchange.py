@@ -61,7 +61,7 @@ class Exchange:
 
     __slots__ = (
         "_held_since", "_limiter", "_task", "_throttled", "_timing", "_waiting", "account", "again", "began", "client_frames",
-        "first_byte", "head", "held_for", "held_seconds", "origin", "request_id", "response_started", "sent", "status", "worker",
+        "first_byte", "head", "held_for", "held_seconds", "origin", "owed", "request_id", "response_started", "sent", "status", "worker",
     )  # fmt: skip
 
     protocol: ClassVar[int] = replies.HTTP1
@@ -87,6 +87,7 @@ class Exchange:
         self._held_since = self.held_seconds = 0.0
         self.held_for: str | None = None
         self.client_frames: FrameCounter | None = None
+        self.owed: list[tuple[int, bytes]] = []  # pings that the application was sent last, and has not answered
 
     # ---- the answer: implemented by a protocol, called by origins ----
 
@@ -247,6 +248,8 @@ class Exchange:
             self.account.last = self.worker.time()
         elif getattr(origin, "is_parked", False) and self._answer_pings(control):
             return
+        else:
+            self.owed = control
         if origin is not None:
             origin.send(data)
 
@@ -260,7 +263,16 @@ class Exchange:
     def is_only_control(self, data: bytes) -> bool:
         """The application's pings and pongs alone: no activity."""
         server = self.server_frames
-        return server is not None and server.only_control(data) is not None
+        control = server.only_control(data) if server is not None else None
+        if control is not None and self.owed:
+            self.owed = []
+        return control is not None
+
+    def parked(self) -> None:
+        """The application is about to freeze: what it owes is answered here, for its client would give up."""
+        owed, self.owed = self.owed, []
+        if owed:
+            self._answer_pings(owed)
 
     # ---- limits ----
 

@@ -158,6 +158,11 @@ class Origin(Parked, asyncio.Protocol):
             return False
         return exchange.response_started and (self._state == _TUNNEL or exchange.request_complete)
 
+    def park(self) -> None:
+        super().park()
+        if self.exchange is not None:
+            self.exchange.parked()
+
     def join(self, upstream: Upstream) -> None:
         upstream.pool(self.key).open.add(self)
 

@@ -39,10 +39,11 @@ async def rig(tmp_path: Path, monkeypatch: Any) -> AsyncIterator[Rig]:
 
 
 class Tunnel:
-    """A WebSocket through the edge to an application that echoes bytes as they are."""
+    """A WebSocket through the edge to an application that echoes bytes as they are, or only listens."""
 
-    def __init__(self, rig: Rig) -> None:
-        self.rig = rig
+    def __init__(self, rig: Rig, echoes: bool = True) -> None:
+        self.rig, self.echoes = rig, echoes
+        self.heard = asyncio.Event()
 
     async def open(self) -> None:
         async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -50,7 +51,8 @@ class Tunnel:
             writer.write(UPGRADED)
             self.application = writer
             while data := await reader.read(65536):
-                writer.write(data)
+                self.heard.set()
+                writer.write(data if self.echoes else b"")
 
         self.rig.script = echo
         self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.rig.port)
@@ -156,6 +158,18 @@ async def test_pings_to_a_parked_tunnel_are_answered_here(rig: Rig) -> None:
             assert await tunnel.reader.readexactly(2 + len(payload)) == pong(payload)
     tunnel.writer.write(frame(PONG, b"", b"abcd"))
     await asyncio.sleep(0.05)
+    assert not rig.control.resumed
+    tunnel.writer.close()
+
+
+async def test_a_ping_that_the_application_did_not_come_to_is_answered_here(rig: Rig) -> None:
+    tunnel = Tunnel(rig, echoes=False)
+    await tunnel.open()
+    tunnel.writer.write(frame(PING, b"there?", b"abcd"))
+    await tunnel.heard.wait()
+    assert await suspend(rig) == 1
+    async with asyncio.timeout(5):
+        assert await tunnel.reader.readexactly(8) == pong(b"there?")
     assert not rig.control.resumed
     tunnel.writer.close()
 
