@@ -19,7 +19,7 @@ from .hold import HoldFull
 from .memo import Admitted, Repeated
 from .table import Account, RouteEntry
 from .upstream import ConnectFailed, SessionGone
-from .websocket import PING, FrameCounter, pong
+from .websocket import PING, PONG, FrameCounter, pong
 
 if TYPE_CHECKING:
     from .head import Trailers
@@ -249,7 +249,8 @@ class Exchange:
         elif getattr(origin, "is_parked", False) and self._answer_pings(control):
             return
         else:
-            self.owed = control
+            # The latest alone: a pong answers those before it too (RFC 6455, 5.5.3).
+            self.owed = [one for one in control if one[0] == PING] or self.owed
         if origin is not None:
             origin.send(data)
 
@@ -257,14 +258,16 @@ class Exchange:
         server = self.server_frames
         if server is None or not server.at_boundary:
             return False
-        self.tunnel_write(b"".join(pong(payload) for opcode, payload in control if opcode == PING))
+        pongs = b"".join(pong(payload) for opcode, payload in control if opcode == PING)
+        if pongs:
+            self.tunnel_write(pongs)
         return True
 
     def is_only_control(self, data: bytes) -> bool:
         """The application's pings and pongs alone: no activity."""
         server = self.server_frames
         control = server.only_control(data) if server is not None else None
-        if control is not None and self.owed:
+        if control is not None and self.owed and any(opcode == PONG for opcode, _ in control):
             self.owed = []
         return control is not None
 
