@@ -78,7 +78,7 @@ class Request(Exchange, Flow):
             return
         account = self.account
         account.count += 1
-        account.spoken += 1
+        account.spoken += self.response_started  # a stream that goes on both ways, not a request's body
         account.last = self.worker.time()
         if self.origin is None:
             if data and not self.response_started:

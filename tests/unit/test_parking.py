@@ -349,6 +349,15 @@ async def suspend_again(rig: Rig, incarnation: int) -> int:
     return int((await connection.call("drain", m.DrainRequest("s1", incarnation, 0.0, True, 8), m.Drained)).parked)
 
 
+async def test_a_word_on_a_call_after_the_gate_is_told(calls: Calls) -> None:
+    number = calls.call()
+    await calls.say(number, b"before")
+    await gated(calls.rig)
+    await calls.say(number, b"after")
+    assert await drained(calls.rig, if_quiet=True) == m.Drained(quiet=False)
+    assert await drained(calls.rig, if_quiet=False) == m.Drained(1, spoken=True)
+
+
 async def test_calls_that_wait_for_a_head_are_cut_with_their_connection(calls: Calls) -> None:
     async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(f.settings({}))
