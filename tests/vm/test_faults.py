@@ -63,7 +63,7 @@ def test_request_to_a_sleeper_while_its_waker_is_dead_is_answered(instance: Inst
 
 
 @pytest.mark.parametrize("victim", ["control", "vmm"])
-@pytest.mark.parametrize("delay", [0.01, 0.04])  # all of it, twenty times: test_killed_at_every_step.py
+@pytest.mark.parametrize("delay", [0.04])  # all of it, twenty times: test_killed_at_every_step.py
 def test_killed_in_the_middle_of_suspend_and_resume(instance: Instance, vm: dict[str, Any], victim: str, delay: float) -> None:
     assert call(instance, vm).json()["counter"] == 1
     for action in ("suspend_microvm", "resume_microvm"):
