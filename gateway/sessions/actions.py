@@ -300,14 +300,15 @@ class Actions:
         live = self._lifecycle.live(session)
         if live.agent is not None and live.agent.shells.count:
             live.agent.detach()
-        policy = session.idle_policy
-        is_over = policy is not None and session.suspended_by == "idle" and policy.suspended == 0
-        keep = not is_over and session.suspended_by != "stop"
-        await self._patiently(lambda: self._host.rest(session.id, session.incarnation, keep, session.parked > 0))
-        if is_over:
+        await self._rest(session)
+        if _is_over(session):
             await self._lifecycle.fire(session, Event.WINDOW_OVER, "MicroVM exceeded maximum lifetime.")
             return
         self._lifecycle.rested(session)
+
+    async def _rest(self, session: Session) -> None:
+        keep = not _is_over(session) and session.suspended_by != "stop"
+        await self._patiently(lambda: self._host.rest(session.id, session.incarnation, keep, session.parked > 0))
 
     # ---- the archive ----
 
@@ -380,7 +381,9 @@ class Actions:
         elif session.state is State.TERMINATING:
             await self.destroy(session, Event.LOST)
         elif session.state is State.SUSPENDED:
-            if held is not None and held.phase != "warm":
+            if held is not None and held.phase == "stopped" and saved == session.incarnation:
+                await self._rest(session)  # which was interrupted
+            elif held is not None and held.phase != "warm":
                 await self._host.kill(session.id, held.incarnation)
             if saved != session.incarnation and session.archived is None:
                 await fire(session, Event.LOST, "The snapshot of the MicroVM is not on this host any more.")
@@ -435,3 +438,9 @@ class Actions:
             except RpcLost:
                 await asyncio.sleep(_AWAY_RETRY_SECONDS)
         raise RpcLost("vmm did not come back")
+
+
+def _is_over(session: Session) -> bool:
+    """Its suspended window is nothing: it ends when it falls asleep."""
+    policy = session.idle_policy
+    return policy is not None and session.suspended_by == "idle" and policy.suspended == 0

@@ -171,6 +171,12 @@ class Lifecycle:
         live = self.live(session)
         live.task = self.spawn(work)
 
+    def settle(self, session: Session, work: Coroutine[Any, Any, None]) -> None:
+        """The same after a restart; who wakes a session that sleeps waits for the end of it."""
+        self.run(session, work)
+        live = self.live(session)
+        live.resting = live.task if session.state is State.SUSPENDED else None
+
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = self._loop.create_task(work)
         self._tasks.add(task)

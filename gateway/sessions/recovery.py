@@ -12,6 +12,7 @@ from .states import State
 async def recover(lifecycle: Lifecycle, actions: Actions, state: HostState) -> None:
     """What the host holds for nobody is forgotten. Routes are published before anything else happens."""
     sessions = lifecycle.store.sessions
+    held = {one.session: one for one in state.sessions}
     for session in sessions.values():
         lifecycle.routes.publish(session)
     for session in list(sessions.values()):
@@ -20,13 +21,13 @@ async def recover(lifecycle: Lifecycle, actions: Actions, state: HostState) -> N
             continue
         lifecycle.watch_lifetime(session)
         is_saved = session.archived is not None or state.snapshots.get(session.id) == session.incarnation
-        if session.state is State.SUSPENDED and is_saved and session.suspended_by != "stop":
+        is_at_rest = session.id not in held or held[session.id].phase == "warm"
+        if session.state is State.SUSPENDED and is_saved and is_at_rest and session.suspended_by != "stop":
             lifecycle.rested(session)
         else:
-            lifecycle.run(session, actions.settle(session, state))
-    for held in state.sessions:
-        if held.session not in sessions:
-            await lifecycle.host.forget(held.session)
+            lifecycle.settle(session, actions.settle(session, state))
+    for orphan in set(held) - set(sessions):
+        await lifecycle.host.forget(orphan)
     archived = {session.id for session in sessions.values() if session.archived is not None}
     for orphan in set(state.snapshots) - (set(sessions) - archived):
         await lifecycle.host.forget(orphan)

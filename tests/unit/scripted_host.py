@@ -7,6 +7,7 @@ import socket
 import struct
 
 from gateway import messages as m
+from gateway.rpc import RpcError
 from gateway.sessions.agent import frame
 
 _WOKEN = 0x82
@@ -18,6 +19,7 @@ class ScriptedHost:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.prepared: list[str] = []
+        self.rested: list[tuple[str, int, bool, bool]] = []
         self.fail: dict[str, list[Exception]] = {}
         self.held: dict[str, m.SessionState] = {}
         self.snapshots: dict[str, int] = {}
@@ -35,6 +37,9 @@ class ScriptedHost:
 
     async def prepare(self, session: str, incarnation: int, image: str, from_snapshot: bool, egress: object = None) -> None:
         await self._call("prepare", session)
+        held = self.held.get(session)
+        if held is not None and held.incarnation != incarnation and held.phase != "warm":
+            raise RpcError("VmmError", f"session {session} is held by incarnation {held.incarnation}")
         self.prepared.append(session)
         self.held[session] = m.SessionState(session, incarnation, "prepared", 0, 0.0)
 
@@ -68,6 +73,9 @@ class ScriptedHost:
         self.held.pop(session, None)
 
     async def rest(self, session: str, incarnation: int, keep: bool, parked: bool) -> None:
+        self.rested.append((session, incarnation, keep, parked))
+        if "rest" in self.block:
+            await self.block["rest"].wait()
         await self.kill(session, incarnation)
 
     async def forget(self, session: str) -> None:

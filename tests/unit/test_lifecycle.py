@@ -19,6 +19,7 @@ from gateway.sessions.actions import Actions
 from gateway.sessions.lifecycle import Lifecycle
 from gateway.sessions.logs import LogStore
 from gateway.sessions.model import IdlePolicy, Session
+from gateway.sessions.recovery import recover
 from gateway.sessions.routes import Routes
 from gateway.sessions.states import Action, Event, State
 from gateway.sessions.store import Store
@@ -333,3 +334,28 @@ async def test_who_spoke_while_a_suspend_was_under_way_is_answered_after_it(rig:
             await asyncio.sleep(0.001)
     assert asked == [False]
     assert [row.event for row in await rig.store.events("s1")][-4:] == ["suspend", "saved", "request", "resumed"]
+
+
+@pytest.mark.parametrize("parked", [0, 1])
+async def test_a_rest_that_was_interrupted_is_finished_before_anybody_wakes_the_session(rig: Rig, parked: int) -> None:
+    """Control was killed when the snapshot was stored and its hypervisor not ended yet, which then still holds the session."""
+    one = await rig.launched(idle_policy=POLICY)
+    scripted_drains(rig, m.Drained(parked))
+    rig.host.block["rest"] = asyncio.Event()
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.SUSPENDED)
+    assert rig.host.held["s1"].phase == "stopped"
+    host = rig.host
+    await rig.lifecycle.close()
+    await rig.store.close()
+    await rig.start()
+    rig.host.__dict__.update(host.__dict__)
+    rig.host.rested.clear()
+    await recover(rig.lifecycle, rig.actions, await rig.host.state())
+    again = rig.store.sessions["s1"]
+    rig.lifecycle.post(again, Event.REQUEST)
+    await asyncio.sleep(0.01)
+    assert again.incarnation == 1, "the request waits"
+    rig.host.block.pop("rest").set()
+    await rig.reach(again, State.RUNNING)
+    assert rig.host.rested == [("s1", 1, True, parked > 0)] and again.incarnation == 2
