@@ -44,6 +44,7 @@ class Sessions(RuleBasedStateMachine):
     def teardown(self) -> None:
         self._rig.host.fail.clear()
         self._do(self._settle())
+        self._check_wakes()
         for session in list(self._rig.store.sessions.values()):
             if not session.state.is_over:
                 self._do(self._rig.lifecycle.fire(session, Event.TERMINATE, "Success."))
@@ -163,6 +164,14 @@ class Sessions(RuleBasedStateMachine):
             if live.live(session).task is not None and not live.live(session).task.done():  # type: ignore[union-attr]
                 continue
             assert session.state in (State.RUNNING, State.SUSPENDED, State.TERMINATED, State.PENDING, *_MOVING), session
+
+    def _check_wakes(self) -> None:
+        """With a host that works, whoever sleeps can be woken."""
+        asleep = [session for session in self._rig.store.sessions.values() if session.state is State.SUSPENDED]
+        for session in asleep:
+            self._do(self._rig.lifecycle.fire(session, Event.RESUME))
+        self._do(self._settle())
+        assert all(session.state is State.RUNNING or session.state.is_over for session in asleep), asleep
 
     def _check_events(self) -> None:
         for session in self._rig.store.sessions.values():
