@@ -26,6 +26,7 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 from floor import Floor  # noqa: E402
 from report import figure, note, percentile, percentiles  # noqa: E402
 from service import Instance, until  # noqa: E402
+from stored import stored  # noqa: E402
 from wire import Endpoint  # noqa: E402
 
 ROUNDS = int(os.environ.get("ROUNDS", "15"))
@@ -236,6 +237,11 @@ def ahead(bench: Bench, rounds: int) -> None:
             bench.seen["launch"] = []
             vm = bench.launch()
             seen.setdefault(name, []).extend(bench.seen["launch"])
+            bench.instance.terminate(vm["microvmId"])
+        if name == "plain":
+            vm = bench.launch()
+            bench.suspend(vm, cold=False)
+            stored(bench.instance.root, vm["microvmId"])
             bench.instance.terminate(vm["microvmId"])
         bench.instance.client().delete_microvm_image(imageIdentifier=bench.arn)
     percentiles("launch_ahead_first_byte", seen["flask"], "ms", "not_ahead", seen["plain"])
