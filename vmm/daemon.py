@@ -59,8 +59,10 @@ class Vmm:
         self.standbys = Standbys(self.driver, settings.standbys.per_image, settings.standbys.most_per_image, self._has_memory)
         self.builder = Builder(
             settings.root / "builds", runtime / "build-netns", cgroups,
-            BuildSettings(settings.cache / "base.tar", tuple(settings.images.base_names), settings.images.pull, settings.users.builder,
-                settings.images.registry_ca),
+            BuildSettings(
+                settings.cache / "base.tar", tuple(settings.images.base_names), settings.images.pull, settings.users.builder,
+                settings.images.registry_ca,
+            ),
         )  # fmt: skip
         self.snapshots = Snapshots(settings.sessions_dir)
         self._folds: dict[str, asyncio.Task[None]] = {}

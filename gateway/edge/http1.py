@@ -113,7 +113,7 @@ class Http1(Exchange, asyncio.Protocol):
         worker = self.worker
         if self._buffer:
             data = self._buffer + data
-            self._buffer = b""
+            self._buffer, self._awaits_turn = b"", False
         else:
             self.touched = worker.time()
             if data[:1] in b"\r\n":
@@ -153,9 +153,7 @@ class Http1(Exchange, asyncio.Protocol):
     def _due(self) -> None:
         """The turn has come of a head that had to wait for it."""
         if self._state == _AT_HEAD and self._awaits_turn:
-            self._awaits_turn = False
-            data, self._buffer = self._buffer, b""
-            self._on_head(data, is_due=True)
+            self._on_head(b"", is_due=True)
 
     def _incomplete(self, data: bytes) -> None:
         if len(data) > self.worker.settings.head_bytes:

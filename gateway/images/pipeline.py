@@ -173,8 +173,10 @@ class Pipeline:
     async def _role(self, job: Job) -> Credentials:
         try:
             return await self._serve.role(job.version, job.session)
-        except (BotoCoreError, ClientError) as error:
+        except ClientError as error:
             raise BuildFailed("S3_ACCESS_DENIED", f"the build role cannot be assumed: {error}") from error
+        except BotoCoreError as error:
+            raise BuildFailed("INTERNAL_PLATFORM_ERROR", f"the STS cannot be reached: {error}") from error
 
     async def _fetch(self, job: Job, role: Credentials) -> None:
         self._phase(job, "FETCH")
