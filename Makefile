@@ -1,6 +1,6 @@
 # Torpor. `make demo` and `make test` set up what they need on a bare Debian 12 (as root) and then do their work.
 
-PACKAGES = python3 python3-venv gcc make musl-tools linux-libc-dev qemu-system-x86 qemu-utils buildah uidmap slirp4netns \
+PACKAGES = python3 python3-venv python3-dev gcc make musl-tools linux-libc-dev qemu-system-x86 qemu-utils buildah uidmap slirp4netns \
 	mmdebstrap lz4 e2fsprogs nftables iproute2 kmod util-linux curl ca-certificates libnss-myhostname
 BENCH_PACKAGES = nginx-light haproxy nghttp2-client wrk hey libssl-dev
 CONFORMANCE_PACKAGES = nghttp2-client nodejs chromium openssl curl awscli
@@ -13,12 +13,12 @@ install = missing=""; for package in $(1); do dpkg -s $$package >/dev/null 2>&1 
 	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; apt-get -q update >/dev/null && \
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
-.PHONY: help setup deps assets demo serve test test-long check lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-neighbours bench-packages lock clean
+.PHONY: help setup deps assets compiled demo serve test test-long check lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-neighbours bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-setup: deps assets ## install packages and Python libraries, make kernel, initramfs and base image
+setup: deps assets compiled ## install packages and Python libraries, make kernel, initramfs and base image, compile the edge
 
 deps: $(VENV)/ready
 $(VENV)/ready: requirements.lock pyproject.toml
@@ -32,6 +32,9 @@ $(VENV)/ready: requirements.lock pyproject.toml
 
 assets: deps
 	@$(VENV)/bin/torpor assets
+
+compiled: deps
+	@$(PY) -c "from gateway.edge.native import main; main()"
 
 demo: setup ## the walk-through, on real microVMs (IDLE=1: let the idle policy suspend)
 	@$(PY) config/demo.py

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import host_state
 import hypothesis
 import pytest
+import uvloop
 from outside import NAME_SERVER, PORT, PRIVATE, Outside, outside
 from service import HOOKS, Instance, app_files, free_port, served
 
@@ -18,6 +20,11 @@ _QUIET = {"deadline": None, "database": None, "suppress_health_check": [hypothes
 hypothesis.settings.register_profile("repeat", derandomize=True, **_QUIET)
 hypothesis.settings.register_profile("explore", max_examples=2000, **_QUIET)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The service's loop."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")

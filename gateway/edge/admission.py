@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Final
 
 from gateway.messages import Route
 from gateway.tokens import SHELL, Checker, Grant, MalformedToken, TokenError
 
 from .head import RequestHead
 
-DEFAULT_PORT = 8080
-SHELL_PORT = 0  # in place of a port: the microVM's shell
+DEFAULT_PORT: Final = 8080
+SHELL_PORT: Final = 0  # in place of a port: the microVM's shell
 _PORT = re.compile(rb"[0-9]{1,5}\Z")
 
 MISSING = b"Request missing authentication"

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from .head import Malformed, Trailers
 
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\Z")
 _TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\Z")
-_LINE_MAX_BYTES = 4096
-_TRAILERS_MAX_BYTES = 16384
+_LINE_MAX_BYTES: Final = 4096
+_TRAILERS_MAX_BYTES: Final = 16384
 
-_AT_SIZE, _IN_DATA, _AFTER_DATA, _IN_TRAILERS, _DONE = range(5)
+_AT_SIZE: Final = 0
+_IN_DATA: Final = 1
+_AFTER_DATA: Final = 2
+_IN_TRAILERS: Final = 3
+_DONE: Final = 4
 
 
 class ChunkedBody:

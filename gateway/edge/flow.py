@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Final
+
+from mypy_extensions import trait
 
 FLOW_SLOTS = (
-    "_grown_at", "_owed", "number", "queue", "queue_end", "receive_window", "receive_size", "received_end", "send_window",
+    "_grown_ms", "_owed", "number", "queue", "queue_end", "receive_window", "receive_size", "received_end", "send_window",
     "source_paused", "taken",
 )  # fmt: skip
 
-STREAM_WINDOW = 64 << 10
-STREAM_WINDOW_MOST = 8 << 20
+STREAM_WINDOW: Final = 64 << 10
+STREAM_WINDOW_MOST: Final = 8 << 20
 
 
+@trait
 class Flow:
     """A stream's flow control and what waits to be sent on it. Its slots are FLOW_SLOTS, in the classes that have others too."""
 
-    if not TYPE_CHECKING:
-        __slots__ = ()
     number: int
     send_window: int
     receive_window: int
@@ -28,7 +29,7 @@ class Flow:
     taken: bool  # what is received goes on at once, so it is credited at once
     source_paused: bool
     _owed: int
-    _grown_at: float
+    _grown_ms: int
 
     def open_flow(self, number: int, send_window: int, now: float) -> None:
         self.number = number
@@ -39,7 +40,7 @@ class Flow:
         self.received_end = self.source_paused = False
         self.taken = True
         self._owed = 0
-        self._grown_at = now
+        self._grown_ms = int(now * 1000)
 
     def pause_source(self) -> None:
         """Too much waits to be sent: whoever produces it should stop."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Final
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 # Every line a field: a token, a colon with no space before it, and a value without control characters (RFC 9112, 5).
@@ -26,7 +27,10 @@ _PROXY_PREFIX = b"x-aws-proxy-"
 # A Connection field may not take these away from the message (RFC 9110, 7.6.1: end-to-end fields).
 _UNLISTABLE = frozenset((b"host", b"content-length", b"transfer-encoding", b"cache-control", b"authorization"))
 
-NO_BODY, FIXED, CHUNKED, UNTIL_CLOSE = range(4)
+NO_BODY: Final = 0
+FIXED: Final = 1
+CHUNKED: Final = 2
+UNTIL_CLOSE: Final = 3
 Fields = list[tuple[bytes, bytes, bytes]]  # name in lower case, name as sent, value
 Trailers = list[tuple[bytes, bytes]]  # name in lower case, value
 # Fields that say how a message is framed or routed: a trailer may not bring them (RFC 9110, 6.5.1).

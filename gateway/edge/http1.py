@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from . import replies
 from .admission import Refuse
@@ -18,15 +18,19 @@ if TYPE_CHECKING:
     from .limits import Limiter
     from .worker import Worker
 
-_AT_HEAD, _IN_BODY, _WAITING, _TUNNEL, _ENDING = range(5)
+_AT_HEAD: Final = 0
+_IN_BODY: Final = 1
+_WAITING: Final = 2
+_TUNNEL: Final = 3
+_ENDING: Final = 4
 _FAST_LINE = re.compile(rb"(?:GET|POST|PUT|DELETE|HEAD|OPTIONS|PATCH) /[\x21-\x7e\x80-\xff]* HTTP/1\.1\Z").match
-_AHEAD_MAX_BYTES = 64 << 10  # read beyond the request under way, or while it is held
-_BUFFER_HIGH_BYTES = 512 << 10
+_AHEAD_MAX_BYTES: Final = 64 << 10  # read beyond the request under way, or while it is held
+_BUFFER_HIGH_BYTES: Final = 512 << 10
 _LINGER_SECONDS = 1.0
 _NONE: dict[str, Limiter] = {}  # shared: replaced before it is written to
 
 
-class Http1(Exchange, asyncio.Protocol):
+class Http1(Exchange):
     __slots__ = (
         "_ahead", "_awaits_turn", "_block", "_body", "_buffer", "_frames", "_joined", "_keep", "_left", "_no_more", "_paused", "_state",
         "_stuck_since", "is_raw", "touched", "transport",

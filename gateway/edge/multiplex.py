@@ -9,24 +9,26 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from . import frames as f
 from .flow import STREAM_WINDOW, STREAM_WINDOW_MOST, Budget, Flow
 from .frames import Code, Fatal, StreamBroken
 
-CONNECTION_WINDOW = 16 << 20  # credited at once: what bounds memory is the streams' windows
-_GROWTH_MOST = 16 << 20  # of all streams' windows beyond their first size
-_GROW_SECONDS = 0.5  # a window that is used up faster than this is doubled
-QUEUE_HIGH, QUEUE_LOW = 128 << 10, 32 << 10
+CONNECTION_WINDOW: Final = 16 << 20  # credited at once: what bounds memory is the streams' windows
+_GROWTH_MOST: Final = 16 << 20  # of all streams' windows beyond their first size
+_GROW_MS: Final = 500  # a window that is used up faster than this is doubled
+QUEUE_HIGH: Final = 128 << 10
+QUEUE_LOW: Final = 32 << 10
 _CONTROL_BURST, _CONTROL_PER_SECOND = 1000.0, 50.0  # frames that cost us an answer and the peer nothing
 _RESET_BURST, _RESET_PER_SECOND = 200.0, 20.0
 _CLOSED_KEPT = 256
 _CONTINUATIONS_MOST = 16
-BY_PEER, BY_US = 1, 2
+BY_PEER: Final = 1
+BY_US: Final = 2
 
 
-class Multiplex(asyncio.Protocol):
+class Multiplex:
     __slots__ = (
         "_block",
         "_block_frames",
@@ -201,14 +203,14 @@ class Multiplex(asyncio.Protocol):
         """What was received is gone on: the peer may send as much again, and more where it is fast."""
         if stream._owed < stream.receive_size // 2 or stream.received_end:
             return
-        update, now = stream._owed, self.time()
-        if now - stream._grown_at < _GROW_SECONDS:
+        update, now_ms = stream._owed, int(self.time() * 1000)
+        if now_ms - stream._grown_ms < _GROW_MS:
             growth = min(stream.receive_size, STREAM_WINDOW_MOST - stream.receive_size, _GROWTH_MOST - self._growth)
             if growth > 0:
                 stream.receive_size += growth
                 self._growth += growth
                 update += growth
-        stream._grown_at = now
+        stream._grown_ms = now_ms
         stream.receive_window += update
         stream._owed = 0
         self.put(f.window_update(stream.number, update))

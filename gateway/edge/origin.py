@@ -5,26 +5,30 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from .chunked import ChunkedBody, encode_end
 from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, allowed_trailers, parse_response
 from .memo import Memo
-from .parking import HELD_BYTES, Parked, unacknowledged
+from .parking import HELD_BYTES, unacknowledged
 
 if TYPE_CHECKING:
     from .exchange import Exchange
     from .upstream import Key, Upstream
     from .worker import Worker
 
-_AT_HEAD, _IN_FIXED, _IN_CHUNKED, _TO_CLOSE, _TUNNEL = range(5)
-_MEMO_HEAD_MAX_BYTES = 2048
-BUFFER_HIGH_BYTES = 512 << 10
+_AT_HEAD: Final = 0
+_IN_FIXED: Final = 1
+_IN_CHUNKED: Final = 2
+_TO_CLOSE: Final = 3
+_TUNNEL: Final = 4
+_MEMO_HEAD_MAX_BYTES: Final = 2048
+BUFFER_HIGH_BYTES: Final = 512 << 10
 
 _responses: Memo[bytes, ResponseHead] = Memo(2048)
 
 
-class Origin(Parked, asyncio.Protocol):
+class Origin:
     __slots__ = (
         "_body", "_buffer", "_encodes", "_held", "_left", "_request", "_state", "_upstream", "_worker", "exchange",
         "idle_since", "is_head", "is_parked", "is_paused", "key", "seen", "transport", "unclean",
@@ -159,7 +163,7 @@ class Origin(Parked, asyncio.Protocol):
         return exchange.response_started and (self._state == _TUNNEL or exchange.request_complete)
 
     def park(self) -> None:
-        super().park()
+        self.is_parked = True
         if self.exchange is not None:
             self.exchange.parked()
 

@@ -12,7 +12,7 @@ from .flow import FLOW_SLOTS, Flow
 from .frames import Code, StreamBroken
 from .head import CHUNKED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, allowed_trailers
 from .multiplex import Multiplex
-from .parking import HELD_BYTES, Parked, unacknowledged
+from .parking import HELD_BYTES, unacknowledged
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -154,7 +154,7 @@ class OriginStream(Flow):
             exchange.origin_failed(head_sent=self._head is not None)
 
 
-class Http2Origin(Parked, Multiplex):
+class Http2Origin(Multiplex):
     __slots__ = ("_most", "_upstream", "idle_since", "is_parked", "key", "ready", "scheme", "worker")
 
     def __init__(self, worker: Worker, upstream: Upstream, key: Key, scheme: bytes = b"http") -> None:
@@ -185,6 +185,9 @@ class Http2Origin(Parked, Multiplex):
             stream.failed()
 
     # ---- streams ----
+
+    def park(self) -> None:
+        self.is_parked = True
 
     @property
     def has_room(self) -> bool:

@@ -55,16 +55,6 @@ class Parkable(Protocol):
     def cut(self) -> None: ...
 
 
-class Parked:
-    """What those have in common."""
-
-    __slots__ = ()
-    is_parked: bool
-
-    def park(self) -> None:
-        self.is_parked = True  # type: ignore[misc]  # a slot of whoever is parked
-
-
 class _Waker:
     """What the holds keep for a session whose parked stream was spoken to."""
 

@@ -18,7 +18,7 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import Protocol, Side, State
 
 from .head import NO_BODY, RequestHead, ResponseHead, Trailers, split_block
-from .parking import HELD_BYTES, Parked
+from .parking import HELD_BYTES
 from .websocket import accept_of
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class _Resize(msgspec.Struct, tag_field="type", tag="resize"):
     rows: int
 
 
-class ShellOrigin(Parked):
+class ShellOrigin:
     """`sock` is the edge's end of gateway/sessions/shells.py."""
 
     takes_raw = False
@@ -52,6 +52,9 @@ class ShellOrigin(Parked):
         self._frames = Protocol(Side.SERVER, state=State.OPEN, max_size=1 << 20)
         self._typed = bytearray()
         self._tells_code = False
+
+    def park(self) -> None:
+        self.is_parked = True
 
     @property
     def is_paused(self) -> bool:

@@ -12,11 +12,11 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
-_READ_BYTES = 256 << 10
+_READ_BYTES: Final = 256 << 10
 _HANDSHAKE_SECONDS = 10.0
-_RECORD_BYTES = 16384
+_RECORD_BYTES: Final = 16384
 
 # One for the process: what is in it is used up before the loop comes round.
 _cipher = memoryview(bytearray(_READ_BYTES))
@@ -39,7 +39,7 @@ class Application(Protocol):
 Factory = Callable[[str | None], Application]
 
 
-class TlsServer(asyncio.BufferedProtocol):
+class TlsServer:
     """One accepted connection; to the application it is the transport. `factory` is given the ALPN protocol."""
 
     __slots__ = (

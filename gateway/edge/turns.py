@@ -10,13 +10,17 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from typing import Final
+
+from mypy_extensions import mypyc_attr
 
 from .table import Account
 
-SHARE = 8  # requests of one session in a turn
-_SHARED_SECONDS = 1.0  # since two sessions were asked in turns
+SHARE: Final = 8  # requests of one session in a turn
+_SHARED_SECONDS: Final = 1.0  # since two sessions were asked in turns
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Turns:
     __slots__ = ("_last", "_loop", "_shared_until", "_waiting")
 

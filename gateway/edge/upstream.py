@@ -13,7 +13,7 @@ import os
 import socket
 import ssl
 from collections import deque
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from gateway.config import Edge
 from gateway.messages import Route, ShellRequest, SocketsRequest
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 GUEST_ADDRESS = "169.254.77.2"
 _STOCK = 8
-_MOST = 256  # connections to one port of one session; more requests wait in line
+_MOST: Final = 256  # connections to one port of one session; more requests wait in line
 # What an application gets at once after a resume. More follows with each answer, and with time for those that answer late:
 # a listen queue of the usual 100 or 128 must not overflow, because a lost SYN costs a second.
 _FIRST = 64
@@ -41,7 +41,7 @@ _RETRY_SECONDS = 0.02
 _COLUMNS, _ROWS = 80, 24  # of a shell, until its client says
 _SYN_SECONDS = 10.0
 _VMM_SECONDS = 10.0  # for sockets; a vmm that is restarted is there again within two or three
-_FRESH_SECONDS = 0.5  # idle for longer, a connection may have been closed by the application just now: it is looked at
+_FRESH_SECONDS: Final = 0.5  # idle for longer, a connection may have been closed by the application just now: it is looked at
 _TLS_SECONDS = 3.0  # for a handshake with an application, which may be emulated; one that has no TLS may just be silent
 _H2_SECONDS = 5.0  # an application that was said to speak HTTP/2 sends its SETTINGS within this
 _H2_MOST = 16
@@ -85,7 +85,7 @@ class _ByAlpn(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         tls = transport.get_extra_info("ssl_object")
         self.made = self._upstream.new(self._key, self._pool, tls is not None and tls.selected_alpn_protocol() == "h2", b"https")
-        cast(asyncio.Transport, transport).set_protocol(self.made)
+        cast(asyncio.Transport, transport).set_protocol(cast(asyncio.Protocol, self.made))
         self.made.connection_made(transport)
 
 
@@ -239,7 +239,7 @@ class Upstream:
                         ssl_handshake_timeout=_TLS_SECONDS,
                     )
                 else:
-                    await self._loop.create_connection(lambda: reserved, sock=sock)
+                    await self._loop.create_connection(lambda: cast(asyncio.Protocol, reserved), sock=sock)
         except BaseException:
             sock.close()
             self._unreserve(reserved)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from typing import Final
 
 # A close frame of a server with status 1001, going away (RFC 6455, 7.4.1).
 GOING_AWAY = b"\x88\x02\x03\xe9"
-PING, PONG = 9, 10
-_CONTROL_MOST = 125
+PING: Final = 9
+PONG: Final = 10
+_CONTROL_MOST: Final = 125
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 

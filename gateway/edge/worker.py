@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import structlog
 
@@ -104,14 +104,14 @@ class Worker:
 
     def _accept(self) -> asyncio.BaseProtocol:
         if self._certificates is None:
-            return self._application(None)
+            return cast(asyncio.BaseProtocol, self._application(None))
         if self._balancers:
             return ProxyDoor(self._balancers, self._behind)
-        return TlsServer(self._certificates.context, self._application)
+        return self._behind(None)
 
-    def _behind(self, peer: str | None) -> TlsServer:
+    def _behind(self, peer: str | None) -> asyncio.BaseProtocol:
         assert self._certificates is not None
-        return TlsServer(self._certificates.context, self._application, peer)
+        return cast(asyncio.BaseProtocol, TlsServer(self._certificates.context, self._application, peer))
 
     def _application(self, protocol: str | None) -> Http1 | Http2:
         return Http2(self) if protocol == "h2" else Http1(self)

@@ -1,0 +1,69 @@
+"""The data path compiled: mypyc makes it from the same sources that otherwise are interpreted.
+
+The result lies in the virtual environment, in a directory that is named by a digest of the sources. The package looks there
+first (`__init__.py`), so what was compiled is used for exactly these sources and for no others: after an edit they are
+interpreted until they are compiled again. TORPOR_INTERPRETED=1 leaves the compiled form aside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+# What a request or its bytes pass through. Their classes cannot inherit from asyncio's, which uvloop does not ask for.
+MODULES = (
+    "admission", "chunked", "exchange", "flow", "frames", "head", "head2", "http1", "http2", "limits", "memo", "multiplex", "origin",
+    "origin2", "replies", "stream", "table", "tls", "turns", "upstream", "websocket",
+)  # fmt: skip
+_HERE = Path(__file__).resolve().parent
+_PREFIX = "torpor-edge-"
+
+
+def directory() -> Path:
+    """Where the compiled form of these sources is, if there is one."""
+    digest = hashlib.sha256(sys.version.encode())
+    for file in sorted([*_HERE.glob("*.py"), *_HERE.parent.glob("*.py")]):  # types of the package around it are compiled in
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return Path(sys.prefix) / "lib" / f"{_PREFIX}{digest.hexdigest()[:16]}"
+
+
+def is_wanted() -> bool:
+    return not os.environ.get("TORPOR_INTERPRETED")
+
+
+def build() -> None:
+    """Raises what setuptools raises where there is no compiler or no Python.h."""
+    from mypyc.build import mypycify
+    from setuptools import Distribution
+
+    target = directory()
+    os.chdir(_HERE.parents[1])
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=target.parent) as work:
+        sources = [f"gateway/edge/{name}.py" for name in MODULES]
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                extensions = mypycify(sources, opt_level="2", debug_level="0", group_name="gateway.edge.native", target_dir=f"{work}/c")
+        except SystemExit:
+            print(said.getvalue())
+            raise
+        command = Distribution({"name": "edge", "ext_modules": extensions}).get_command_obj("build_ext")
+        command.build_lib, command.build_temp = f"{work}/lib", f"{work}/objects"
+        command.ensure_finalized()
+        command.run()
+        for old in target.parent.glob(f"{_PREFIX}*[0-9a-f]"):
+            if len(old.name) == len(target.name) and old.is_dir():
+                shutil.rmtree(old)
+        Path(f"{work}/lib/gateway/edge").rename(target)
+
+
+def main() -> None:
+    if not directory().is_dir():
+        print("setup: compiling the edge's data path", flush=True)
+        build()
