@@ -189,7 +189,7 @@ class Exchange:
         self._timing = ""
         self._held_since = self.held_seconds = 0.0
         self.sent = 0
-        self.request_id = request_id = self.worker.request_id()
+        self.request_id = request_id = self.worker.ledger.request_id()
         origin.begin(self, again.is_head)
         assert origin.transport is not None
         origin.transport.write(b"%b%b\r\n\r\n" % (again.rewritten, request_id))
@@ -206,7 +206,7 @@ class Exchange:
         self.sent = 0
         self._timing = ""
         self._held_since = self.held_seconds = 0.0
-        self.request_id = worker.request_id()
+        self.request_id = worker.ledger.request_id()
         wall = worker.wall()
         grant = check_token(head, worker.checker, wall)
         entry = worker.table.get(head.host)

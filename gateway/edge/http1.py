@@ -95,7 +95,7 @@ class Http1(Exchange):
         self.transport = None
         if self._state in (_IN_BODY, _WAITING, _TUNNEL):  # the client left in the middle
             self.status = self.status if self.response_started else 499
-            self.worker.count(self, "client")
+            self.worker.ledger.count(self, "client")
         self._state = _ENDING
         self.leave()
         for limiter in self._joined.values():
@@ -269,7 +269,7 @@ class Http1(Exchange):
             self._answered()
             self.response_started = True
             self.status = head.status
-            if worker.access is not None:
+            if worker.ledger.access is not None:
                 self.first_byte = worker.time()
             if self.transport is not None:
                 self.transport.write(b"%b\r\nx-amzn-requestid: %b%b\r\n\r\n%b" % (head.status_line, self.request_id, head.block, body))
@@ -293,7 +293,7 @@ class Http1(Exchange):
         block = head.block
         if head.framing == CHUNKED and not self.is_raw:
             block = b"".join(b"\r\n" + line for line in block.split(b"\r\n")[1:] if not line.lower().startswith(b"transfer-encoding:"))
-        if worker.access is not None:
+        if worker.ledger.access is not None:
             self.first_byte = worker.time()
         if self.transport is not None:
             self.transport.write(b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n%b" % (head.status_line, self.request_id, extra, block, body))
@@ -315,7 +315,7 @@ class Http1(Exchange):
     def response_done(self, trailers: Trailers | None = None) -> None:
         """The response is complete. An upload that still runs ends with it: its rest has no reader."""
         self.origin = None
-        self.worker.count(self)
+        self.worker.ledger.count(self)
         if self._state == _IN_BODY:
             self._linger()
         elif not self._keep or (self._no_more and not self._ahead):
@@ -347,7 +347,7 @@ class Http1(Exchange):
         self.origin = None
         self._answered()
         if head_sent or self.response_started:
-            self.worker.count(self, "origin")
+            self.worker.ledger.count(self, "origin")
             self._state = _ENDING
             if self.transport is not None:
                 self.transport.abort()
@@ -399,7 +399,7 @@ class Http1(Exchange):
 
     def response_over(self) -> None:
         self.origin = None
-        self.worker.count(self)
+        self.worker.ledger.count(self)
         self._linger()
 
     def cut(self) -> None:
@@ -407,7 +407,7 @@ class Http1(Exchange):
             self.origin_failed(head_sent=self.response_started)
             return
         self.origin = None
-        self.worker.count(self, "origin")
+        self.worker.ledger.count(self, "origin")
         if self._frames is not None and self._frames.at_boundary and self.transport is not None:
             self.transport.write(GOING_AWAY)
             self._linger()
@@ -438,8 +438,8 @@ class Http1(Exchange):
         self._answered()
         self.status = status
         if self.transport is not None and not self.response_started:
-            self.transport.write(replies.make(Refuse(status, body), self.worker.request_id(), False, False))
-        self.worker.count(self, "client")
+            self.transport.write(replies.make(Refuse(status, body), self.worker.ledger.request_id(), False, False))
+        self.worker.ledger.count(self, "client")
         self._linger()
 
     def _linger(self) -> None:

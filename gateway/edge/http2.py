@@ -159,7 +159,7 @@ class Http2(Multiplex):
         except Malformed as error:
             if error.status == 400:
                 raise StreamBroken(request.number, Code.PROTOCOL_ERROR, str(error)) from error
-            request.request_id = self.worker.request_id()
+            request.request_id = self.worker.ledger.request_id()
             request.refuse(Refuse(error.status, str(error).encode()))
             return
         if not end and head.framing == FIXED:
@@ -199,7 +199,7 @@ class Http2(Multiplex):
     def _left(self, stream: Request) -> None:
         """The client gave it up."""
         stream.status = stream.status or 499
-        self.worker.count(stream, "client")
+        self.worker.ledger.count(stream, "client")
         stream.leave()
 
     def on_goaway(self, last: int, code: int) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 # What a request or its bytes pass through. Their classes cannot inherit from asyncio's, which uvloop does not ask for.
 MODULES = (
-    "admission", "chunked", "exchange", "flow", "frames", "head", "head2", "http1", "http2", "limits", "memo", "multiplex", "origin",
-    "origin2", "replies", "stream", "table", "tls", "turns", "upstream", "websocket",
+    "admission", "chunked", "exchange", "flow", "frames", "head", "head2", "http1", "http2", "ledger", "limits", "memo", "multiplex",
+    "origin", "origin2", "replies", "stream", "table", "tls", "turns", "upstream", "websocket",
 )  # fmt: skip
 _HERE = Path(__file__).resolve().parent
 _PREFIX = "torpor-edge-"
@@ -49,7 +49,7 @@ def build() -> None:
         said = io.StringIO()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                extensions = mypycify(sources, opt_level="2", debug_level="0", group_name="gateway.edge.native", target_dir=f"{work}/c")
+                extensions = mypycify(sources, opt_level="1", debug_level="0", group_name="gateway.edge.native", target_dir=f"{work}/c")
         except SystemExit:
             print(said.getvalue())
             raise

@@ -143,7 +143,7 @@ class Request(Exchange, Flow):
         self.response_started = True
         self.status = head.status
         self.sent = size
-        if self.worker.access is not None:
+        if self.worker.ledger.access is not None:
             self.first_byte = self.worker.time()
         self.origin = None
         if self.number not in connection.streams:
@@ -152,14 +152,14 @@ class Request(Exchange, Flow):
         self.send_window -= size
         data = f.frame(f.DATA, f.END_STREAM, self.number, body) if size else b""
         connection.put(f.headers(self.number, self._fields(head), not size) + data)
-        self.worker.count(self)
+        self.worker.ledger.count(self)
         connection.sent_end(self)
 
     def response_head(self, head: ResponseHead) -> None:
         self._answered()
         self.response_started = True
         self.status = head.status
-        if self.worker.access is not None:
+        if self.worker.ledger.access is not None:
             self.first_byte = self.worker.time()
         if self.number in self.connection.streams:
             self.connection.put(f.headers(self.number, self._fields(head), False))
@@ -180,7 +180,7 @@ class Request(Exchange, Flow):
     def response_done(self, trailers: Trailers | None = None, body: bytes = b"") -> None:
         self.origin = None
         self.sent += len(body)
-        self.worker.count(self)
+        self.worker.ledger.count(self)
         if self.number not in self.connection.streams:
             return
         if trailers:
@@ -200,7 +200,7 @@ class Request(Exchange, Flow):
         self.origin = None
         self._answered()
         if head_sent or self.response_started:
-            self.worker.count(self, "origin")
+            self.worker.ledger.count(self, "origin")
             self.connection.reset(self, Code.INTERNAL_ERROR)
         else:
             self.refuse(replies.UNAVAILABLE)
@@ -217,7 +217,7 @@ class Request(Exchange, Flow):
         if not body:
             self.connection.put(f.headers(self.number, block, True))
             self.connection.sent_end(self)
-            self.worker.count(self)
+            self.worker.ledger.count(self)
             return
         self.connection.put(f.headers(self.number, block, False))
         self.response_done(body=body)
@@ -274,7 +274,7 @@ class Request(Exchange, Flow):
             self.origin_failed(head_sent=False)
             return
         self.origin = None
-        self.worker.count(self, "origin")
+        self.worker.ledger.count(self, "origin")
         connection = self.connection
         if self.frames is not None and self.frames.at_boundary and not self.queue:
             connection.send_data(self, GOING_AWAY, True)

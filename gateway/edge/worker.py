@@ -7,7 +7,6 @@ import ipaddress
 import signal
 import socket
 import time
-import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,13 +20,14 @@ from gateway.rpc import Client as RpcClient
 from gateway.rpc import Connection, RpcError, Service
 from gateway.tokens import Checker
 
+from . import tls
 from .access import PROTOCOLS, AccessLog
 from .certificates import Certificates
 from .doors import ProxyDoor, RedirectDoor
-from .exchange import Exchange
 from .hold import Holds
 from .http1 import Http1
 from .http2 import Http2
+from .ledger import Ledger
 from .memo import Admitted, Memo, Repeated
 from .parking import Parking
 from .stream import Key as FieldsKey
@@ -58,8 +58,8 @@ class Worker:
         self.repeated: Memo[bytes, Repeated] = Memo(_MEMO_ENTRIES)
         self.streams: Memo[FieldsKey, Repeated] = Memo(_MEMO_ENTRIES)
         self.access = AccessLog(Path(settings.access_log)) if settings.access_log else None
+        self.ledger = Ledger(self.access, loop.time, time.time)
         self._counted: list[list[int]] = []
-        self.answers = [[0] * 10 for _ in PROTOCOLS]  # by protocol and first digit of the status
         self.checker = Checker([])
         self.table = RouteTable(loop.time, self._route_changed, settings)
         self.turns = Turns()
@@ -71,8 +71,6 @@ class Worker:
         self._misses: dict[str, float] = {}
         self._lookups: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._id_prefix = f"{uuid.uuid4()}"[:24].encode("ascii")
-        self._id_count = 0
         self._certificates: Certificates | None = None
         self._balancers = [ipaddress.ip_network(one) for one in settings.proxy_protocol_from]
         self._ready = asyncio.Event()
@@ -92,7 +90,7 @@ class Worker:
             await self._listen(sock, lambda: RedirectDoor(self.settings.port))
         self.spawn(self._report())
         self.spawn(self._sweep())
-        log.info("edge.ready", worker=self.name, routes=len(self.table))
+        log.info("edge.ready", worker=self.name, routes=len(self.table), compiled=tls.__file__.endswith(".so"))
 
     async def _listen(self, sock: socket.socket, factory: Callable[[], asyncio.BaseProtocol]) -> None:
         loop = asyncio.get_running_loop()
@@ -115,12 +113,6 @@ class Worker:
 
     def _application(self, protocol: str | None) -> Http1 | Http2:
         return Http2(self) if protocol == "h2" else Http1(self)
-
-    def count(self, exchange: Exchange, closed_by: str = "") -> None:
-        """An exchange has ended."""
-        self.answers[exchange.protocol][exchange.status // 100] += 1
-        if self.access is not None:
-            self.access.add(exchange, self.wall(), self.time(), closed_by)
 
     async def drain(self) -> None:
         """Stops accepting; finishes what is under way. Idle connections may still bring a request: it is answered with
@@ -156,11 +148,6 @@ class Worker:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("edge.task_failed", exc_info=task.exception())
-
-    def request_id(self) -> bytes:
-        """A UUID's form: random for the worker, counted for the request."""
-        self._id_count += 1
-        return b"%b%012x" % (self._id_prefix, self._id_count)
 
     # ---- control ----
 
@@ -266,8 +253,8 @@ class Worker:
             return
         if (report := self.table.report()) is not None:
             connection.notify("activity", report)
-        if self.answers != self._counted:
-            self._counted = [list(one) for one in self.answers]
+        if self.ledger.answers != self._counted:
+            self._counted = [list(one) for one in self.ledger.answers]
             held = self.holds.statistics()["requests"]
             answers = dict(zip(PROTOCOLS, self._counted, strict=True))
             connection.notify(

@@ -1,0 +1,43 @@
+"""The edge's compiled form is used for exactly the sources that it was made from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gateway.edge import http1, native
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def test_these_tests_run_on_what_was_compiled_from_these_sources() -> None:
+    assert http1.__file__.endswith(".so") == (native.is_wanted() and native.directory().is_dir())
+
+
+def test_an_edit_leaves_the_compiled_form_aside(tmp_path: Path) -> None:
+    before = native.directory()
+    shutil.copytree(REPO / "gateway", tmp_path / "gateway")
+    show = "from gateway.edge import native; print(native.directory())"
+
+    def directory() -> str:
+        return subprocess.run([sys.executable, "-c", show], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert directory() == str(before)
+    with (tmp_path / "gateway/edge/http1.py").open("a") as file:
+        file.write("\n# edited\n")
+    assert directory() != str(before)
+
+
+@pytest.mark.service
+def test_the_sources_themselves_run_as_well() -> None:
+    tests = [f"tests/unit/test_{name}.py" for name in ("edge", "http2", "parking", "turns")]
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(
+        words, cwd=REPO, env={**os.environ, "TORPOR_INTERPRETED": "1"}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert not done.returncode, done.stdout[-2000:]
