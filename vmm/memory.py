@@ -23,6 +23,7 @@ PAGE = host.PAGE
 _CHUNK = 4 << 20
 _F_ADD_SEALS, _SEALS = 1033, 1 | 2 | 4 | 8  # F_SEAL_SEAL, SHRINK, GROW, WRITE
 _FILL_DEADLINE_SECONDS = 120
+_LOOKED_AT_PAGES, _WORTH = 8192, 32  # one in so many must be as the image has it, or comparing is given up
 
 
 @dataclass(frozen=True)
@@ -121,17 +122,48 @@ def adopt_image_memory(image: str, pids: list[int]) -> int | None:
     return None
 
 
-def save_diff(mapping: Mapping, directory: Path, number: int) -> list[Sum]:
-    """Writes the pages that are the process's own as diff `number` (vmm/diffs.py); the process must be stopped.
+def differing(runs: list[tuple[int, int]], process: int, start: int, image: int) -> list[tuple[int, int]]:
+    """Of the pages in `runs` those that are not as the image has them: a guest writes many with what was there (zeros above all).
+
+    `process` and `image` are descriptors; the guest's page 0 is at `start` of the one and at 0 of the other. Where hardly any of the
+    first pages are equal the rest is taken unseen: a suspend must not read all of a large change twice for them.
+    """
+    made: list[tuple[int, int]] = []
+    seen = equal = 0
+    for place, (first, after) in enumerate(runs):
+        if seen > _LOOKED_AT_PAGES and equal * _WORTH < seen:
+            return made + runs[place:]
+        size, seen = (after - first) * PAGE, seen + after - first
+        ours, theirs = os.pread(process, size, start + first * PAGE), os.pread(image, size, first * PAGE)
+        if len(ours) < size or len(theirs) < size:  # the kernel reads 2 GiB at a time at most
+            made.append((first, after))
+            continue
+        for page in range(first, after):
+            at = (page - first) * PAGE
+            if ours[at : at + PAGE] == theirs[at : at + PAGE]:
+                equal += 1
+            elif made and made[-1][1] == page:
+                made[-1] = (made[-1][0], page + 1)
+            else:
+                made.append((page, page + 1))
+    return made
+
+
+def save_diff(mapping: Mapping, directory: Path, number: int, image: int | None = None) -> list[Sum]:
+    """Writes the pages that are the process's own as diff `number` (vmm/diffs.py); the process must be stopped. `image` is the memory
+    under them where that is the image's alone: pages that are as they were there are left out.
 
     Raises OSError (ENOSPC) before it writes where they would only fit into what the file system keeps for root.
     """
-    runs = diffs.filled(host.private_pages(mapping.pid, mapping.start, mapping.end))
-    if diffs.page_count(runs) * PAGE > disks.free_bytes(directory):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
     source = os.open(f"/proc/{mapping.pid}/mem", os.O_RDONLY)
     state, total = xxhash.xxh3_64(), 0
     try:
+        runs = host.private_pages(mapping.pid, mapping.start, mapping.end)
+        if image is not None:
+            runs = differing(runs, source, mapping.start, image)
+        runs = diffs.filled(runs)
+        if diffs.page_count(runs) * PAGE > disks.free_bytes(directory):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
         with (directory / f"{number}.pages").open("wb", buffering=0) as pages:
             for first, after in runs:
                 at, end = mapping.start + first * PAGE, mapping.start + after * PAGE

@@ -213,13 +213,22 @@ class QemuMachine:
             await stopped
             self.save_record()
             self.steps.mark("stop")
-            written = await asyncio.to_thread(memory.save_diff, self.mapping(), directory, self.record.incarnation)
+            written = await asyncio.to_thread(self._save_memory, directory)
             await saved
             summed = await asyncio.to_thread(diffs.checksum, directory / DEVICES)
             self.steps.mark("devices and changed pages written")
             return [summed, *written]
         except (QmpError, OSError, LookupError) as error:
             raise not_written(error, f"the snapshot in {directory}", f"session {self.record.session} could not be saved") from error
+
+    def _save_memory(self, directory: Path) -> list[Sum]:
+        record = self.record
+        image = memory.adopt_image_memory(record.image, [record.pid]) if not record.chain else None
+        try:
+            return memory.save_diff(self.mapping(), directory, record.incarnation, image)
+        finally:
+            if image is not None:
+                os.close(image)
 
     async def save_devices(self, path: Path) -> None:
         """Stops the guest and writes its devices' state. Raises QmpError, OSError."""

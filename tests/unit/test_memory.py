@@ -1,0 +1,63 @@
+"""What of a guest's memory is stored: the pages that are its own and not as its image has them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from vmm import diffs, memory
+from vmm.host import PAGE
+
+
+class Guest:
+    """A private mapping of an image's memory, in this process."""
+
+    PAGES = 64
+
+    def __init__(self) -> None:
+        self.image = memory.new_memory("unit", self.PAGES * PAGE)
+        for page in range(0, self.PAGES, 2):  # every other one is a hole
+            os.pwrite(self.image, bytes([page + 1]) * PAGE, page * PAGE)
+        self.mapped = mmap.mmap(self.image, self.PAGES * PAGE, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self.mapped))
+        self.mapping = memory.Mapping(os.getpid(), start, start + self.PAGES * PAGE)
+
+    def write(self, page: int, data: bytes) -> None:
+        self.mapped[page * PAGE : page * PAGE + len(data)] = data
+
+
+def test_pages_that_are_as_the_image_has_them_are_not_stored(tmp_path: Path) -> None:
+    guest = Guest()
+    guest.write(4, bytes([5]) * PAGE)  # as it was
+    guest.write(7, bytes(PAGE))  # a hole of the image, zeroed
+    for page in (10, 11, 12, 40):
+        guest.write(page, b"changed")
+    guest.write(12, bytes([13]) * PAGE)  # between changed ones and back to what it was
+    memory.save_diff(guest.mapping, tmp_path, 1, guest.image)
+    assert diffs.runs_of(tmp_path / "1.runs") == [(10, 12), (40, 41)]
+    pages = (tmp_path / "1.pages").read_bytes()
+    assert pages == bytes(guest.mapped[10 * PAGE : 12 * PAGE]) + bytes(guest.mapped[40 * PAGE : 41 * PAGE])
+    memory.save_diff(guest.mapping, tmp_path, 2)  # over older diffs the image says nothing
+    assert diffs.page_count(diffs.runs_of(tmp_path / "2.runs")) == 6
+
+
+def test_a_large_change_is_not_compared_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest()
+    reads = open_for_reading(guest)
+    runs = [(page, page + 1) for page in range(0, guest.PAGES, 2)]
+    for page, _ in runs:
+        guest.write(page, b"changed" if page < 60 else bytes([page + 1]) * PAGE)
+    try:
+        assert memory.differing(runs, reads, guest.mapping.start, guest.image) == runs[:30]
+        monkeypatch.setattr(memory, "_LOOKED_AT_PAGES", 8)
+        assert memory.differing(runs, reads, guest.mapping.start, guest.image) == runs
+    finally:
+        os.close(reads)
+
+
+def open_for_reading(guest: Guest) -> int:
+    return os.open(f"/proc/{guest.mapping.pid}/mem", os.O_RDONLY)
