@@ -97,7 +97,7 @@ class Images(BaseModel):
     unpacked_bytes: int = Field(2 << 30, ge=1024, description="of an artifact's files in all")
     unpacked_entries: int = Field(50_000, ge=1)
     ratio: int = Field(200, ge=2, description="unpacked to packed; beyond is a bomb")
-    settle_seconds: float = Field(2.0, ge=0, description="an application without a ready hook gets this long before its snapshot")
+    settle_seconds: float = Field(2.0, ge=0, description="an application without ready hook and port gets this long before its snapshot")
     run_ahead: dict[str, str] = Field(
         {}, description="image names whose launches may come from microVMs that ran ahead, and what to ask of them: /path, or :port/path"
     )

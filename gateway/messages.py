@@ -80,7 +80,9 @@ class BootRequest(msgspec.Struct):
     egress: EgressRules | None = None
 
 
-class SealRequest(msgspec.Struct):
+class BootedRequest(msgspec.Struct):
+    """Of the machine that boots for an image."""
+
     session: str
     image: str
 

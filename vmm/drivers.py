@@ -22,7 +22,8 @@ def choose(settings: Settings, hypervisor: str, cgroups: Cgroups, network: Netwo
     cache = settings.cache
     places = Places(settings.runtime / "vms", cgroups, settings.users.machines)
     if hypervisor != "firecracker":
-        return QemuDriver(QemuAssets(cache / "qemu-root", cache / "kernel/vmlinuz", cache / "initrd"), places, cgroups, network)
+        made_of = QemuAssets(cache / "qemu-root", cache / "kernel/vmlinuz", cache / "initrd")
+        return QemuDriver(made_of, settings.root / "boots", places, cgroups, network)
     programs = probe.firecracker_programs()
     assert programs is not None
     try:

@@ -51,7 +51,10 @@ class ImageCalls:
         self._vmm.hold(body.session, machine, link)
         return Reply(None, [await machine.agent()])
 
-    async def rpc_seal(self, connection: Connection, body: m.SealRequest) -> m.Sealed:
+    async def rpc_give_disk(self, connection: Connection, body: m.BootedRequest) -> None:
+        await self._vmm.driver.give_disk(self._vmm.held(body.session, 0).machine, self._making(body.image))
+
+    async def rpc_seal(self, connection: Connection, body: m.BootedRequest) -> m.Sealed:
         """Stores the booted machine as the image; it exists from the moment of one rename."""
         held = self._vmm.held(body.session, 0)
         making, target = self._making(body.image), self._directory / body.image

@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def new_memory(image: str, size_bytes: int) -> int:
 
 
 def store_memory(descriptor: int, target: Path) -> int:
-    """Writes a guest's memory to a sparse file, without its zero pages; returns the bytes stored."""
+    """Writes a guest's memory to a sparse file, without its zero pages, and does not sync; returns the bytes stored."""
     size = os.fstat(descriptor).st_size
     zeros, stored = bytes(PAGE), 0
     with target.open("wb") as file, mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
@@ -76,22 +77,31 @@ def store_memory(descriptor: int, target: Path) -> int:
                     stored += at - run
                 else:
                     at += PAGE
-        os.fsync(file.fileno())
     return stored
 
 
 def fill(source: Path, descriptor: int) -> None:
-    """Copies the data of a sparse file into a memfd, in order, holes kept, then seals it."""
+    """Copies the data of a sparse file into a memfd, in order, holes kept."""
     with source.open("rb") as file:
         for start, end in host.data_segments(file.fileno()):
             host.copy_range(file.fileno(), start, descriptor, start, end - start)
-    fcntl.fcntl(descriptor, _F_ADD_SEALS, _SEALS)
 
 
 async def load_image_memory(image: str, source: Path, disk: list[Path], cgroup_files: list[Path]) -> int:
-    """The image's memory as a sealed memfd. A helper process fills it, in the image's cgroup: pages are charged to
-    whoever touches them first, and clones must not pay for what they share."""
+    """The image's memory as a sealed memfd; `disk` is read ahead with it. Raises OSError."""
     descriptor = new_memory(image, source.stat().st_size)
+    try:
+        await fill_apart(source, descriptor, cgroup_files, disk)
+        fcntl.fcntl(descriptor, _F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+async def fill_apart(source: Path, descriptor: int, cgroup_files: list[Path], disk: Sequence[Path] = ()) -> None:
+    """A helper process fills the memory, in a cgroup of its own: pages are charged to whoever touches them first, and clones must not
+    pay for what they share. Raises OSError."""
     helper = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "vmm.memory", str(source), str(descriptor), *map(str, disk), "--", *map(str, cgroup_files),
         pass_fds=[descriptor], stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[1],
@@ -101,12 +111,9 @@ async def load_image_memory(image: str, source: Path, disk: list[Path], cgroup_f
             _, errors = await helper.communicate()
     except BaseException:
         helper.kill()
-        os.close(descriptor)
         raise
     if helper.returncode:
-        os.close(descriptor)
-        raise OSError(f"memory of image {image} from {source}: {errors.decode(errors='replace').strip()[-300:]}")
-    return descriptor
+        raise OSError(f"memory from {source}: {errors.decode(errors='replace').strip()[-300:]}")
 
 
 def adopt_image_memory(image: str, pids: list[int]) -> int | None:

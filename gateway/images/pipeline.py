@@ -229,6 +229,8 @@ class Pipeline:
         services = await self._serve.open(await self._host.services(job.session, 0), job.version, job.session)
         try:
             await agent.hello(_BOOT_SECONDS)
+            await self._host.give_disk(job.session, job.version.key)
+            await self._set_right(agent)
             request = job.version.request
             reserved = reserved_variables(job.image.arn, job.image.name, job.version.version, self._settings.region)
             capabilities = "ALL" in (request.get("additionalOsCapabilities") or [])
@@ -239,6 +241,17 @@ class Pipeline:
         finally:
             agent.close()
             services.close()
+
+    async def _set_right(self, agent: Agent) -> None:
+        """Its boot may have been kept from another build: the clock and the randomness are not."""
+        nonce = secrets.randbits(63)
+        woken = agent.expect(nonce)
+        agent.send(wake_frame(nonce, reset_tcp=False, wall_ns=time.time_ns()))
+        try:
+            async with asyncio.timeout(_BOOT_SECONDS):
+                await woken
+        except TimeoutError as error:
+            raise AgentError("the guest did not take its clock") from error
 
     async def _until_exit(self, job: Job, work: object) -> None:
         """Runs `work` unless the application ends first."""
@@ -259,13 +272,15 @@ class Pipeline:
             return
         ports = exposed_ports(config)
         deadline = time.monotonic() + self._settings.images.start_seconds
+        settle = self._settings.images.settle_seconds
         if ports:
+            settle = min(settle, _QUIET_STEP_SECONDS)  # it says itself when it has started
             while not await self._listens(job.session, ports):
                 if time.monotonic() > deadline:
                     job.say(f"nothing listens on EXPOSEd port {', '.join(map(str, ports))}: the snapshot is taken all the same")
                     break
                 await asyncio.sleep(0.1)
-        await self._quiet(job, deadline)
+        await self._quiet(job, deadline, settle)
 
     async def _listens(self, session: str, ports: list[int]) -> bool:
         for port in ports:
@@ -280,9 +295,9 @@ class Pipeline:
                 sock.close()
         return False
 
-    async def _quiet(self, job: Job, deadline: float) -> None:
+    async def _quiet(self, job: Job, deadline: float, settle_seconds: float) -> None:
         """Without a ready hook, a guest whose processors rest has finished starting."""
-        settle = time.monotonic() + self._settings.images.settle_seconds
+        settle = time.monotonic() + settle_seconds
         used = -1.0
         while time.monotonic() < max(deadline, settle):
             state = await self._host.state()

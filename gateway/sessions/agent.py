@@ -24,10 +24,10 @@ class AgentError(Exception):
     """The agent did not answer in time, or its channel closed."""
 
 
-def wake_frame(nonce: int, reset_tcp: bool = True) -> bytes:
-    """What a restored guest must do. vmm stamps the wall clock (the first field) just before the guest runs. Connections to the
+def wake_frame(nonce: int, reset_tcp: bool = True, wall_ns: int = 0) -> bytes:
+    """What a restored guest must do. vmm stamps the wall clock (the first field) just before a session's guest runs. Connections to the
     outside are reset where there can be any; looking for them costs an emulated guest some 20 ms."""
-    return frame(_WAKE, struct.pack("<QQI", 0, nonce, reset_tcp) + os.urandom(64))
+    return frame(_WAKE, struct.pack("<QQI", wall_ns, nonce, reset_tcp) + os.urandom(64))
 
 
 def start_frames(entries: Iterable[tuple[str, str]]) -> list[bytes]:

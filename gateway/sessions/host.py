@@ -110,8 +110,11 @@ class Host:
     async def boot(self, session: str, image: str, shape: m.Shape, egress: m.EgressRules | None = None) -> int:
         return await self._descriptor("boot", m.BootRequest(session, image, shape, egress), _BOOT_SECONDS)
 
+    async def give_disk(self, session: str, image: str) -> None:
+        await self._client.call("give_disk", m.BootedRequest(session, image), timeout=_SEAL_SECONDS)
+
     async def seal(self, session: str, image: str) -> m.Sealed:
-        return await self._client.call("seal", m.SealRequest(session, image), m.Sealed, timeout=_SEAL_SECONDS)  # type: ignore[no-any-return]
+        return await self._client.call("seal", m.BootedRequest(session, image), m.Sealed, timeout=_SEAL_SECONDS)  # type: ignore[no-any-return]
 
     async def image_delete(self, image: str) -> None:
         await self._client.call("image_delete", m.ImageName(image), timeout=_DELETE_SECONDS)

@@ -114,7 +114,8 @@ async def rig(kind: str) -> AsyncIterator[Rig]:
         def make() -> Driver:
             places = Places(directory / "run/vms", cgroups, FIRST_UID)
             if kind == "qemu":
-                return QemuDriver(QemuAssets(cache / "qemu-root", cache / "kernel/vmlinuz", cache / "initrd"), places, cgroups, network)
+                assets = QemuAssets(cache / "qemu-root", cache / "kernel/vmlinuz", cache / "initrd")
+                return QemuDriver(assets, directory / "boots", places, cgroups, network)
             kernel.extract_elf(cache / "kernel/vmlinuz", directory / "vmlinux")
             assets = FirecrackerAssets(directory / "vmlinux", cache / "initrd")
             (directory / "jails").mkdir(exist_ok=True)
@@ -152,6 +153,7 @@ async def booted(one: Rig) -> None:
     machine.save_record()
     agent = Agent(await machine.agent(), lambda channel, data: None, lambda code: None)
     assert await agent.hello(60) == (0, 0)
+    await one.driver.give_disk(machine, one.image)
     sealed = await one.driver.seal(machine, one.image)
     agent.close()
     assert 0 < sealed.memory_bytes < SHAPE.memory_mib << 20
@@ -169,6 +171,43 @@ def life(test: Callable[[Rig], Coroutine[Any, Any, None]], kind: str) -> None:
 @pytest.mark.parametrize("kind", ["qemu", "firecracker"])
 def test_a_life(kind: str) -> None:
     life(whole_life, kind)
+
+
+def test_the_next_image_goes_on_from_a_boot_that_was_kept() -> None:
+    life(next_image, "qemu")
+
+
+async def next_image(one: Rig) -> None:
+    kept = next((one.image.parents[1] / "boots").iterdir())
+    for damaged in (False, True):
+        if damaged:
+            (kept / "memory.raw").write_bytes(b"not a memory")
+            one.driver = one.make()
+        image = one.image.parent / f"two-{damaged}"
+        image.mkdir()
+        disk(image / "disk.raw")
+        console = os.open(image / "console.log", os.O_WRONLY | os.O_CREAT)
+        machine = await one.driver.boot(image, SHAPE, await one.network.take(), console)
+        os.close(console)
+        assert isinstance(machine, QemuMachine)
+        assert (b"-kernel" in Path(f"/proc/{machine.record.pid}/cmdline").read_bytes()) == damaged
+        agent = Agent(await machine.agent(), lambda channel, data: None, lambda code: None)
+        assert await agent.hello(60) == (0, 0)
+        await one.driver.give_disk(machine, image)
+        empty = (image / "boot.qcow2").stat().st_size
+        assert kept.is_dir(), "a boot that could not be used was not made anew"
+        for piece in start_frames([("GREETING", "hello")]):
+            agent.send(piece)
+        assert await settled(agent) == (2, 127)
+        agent.close()
+        await machine.kill()
+        # The guest mounted the disk that it was given: what it wrote lies in this image's layer.
+        assert (image / "boot.qcow2").stat().st_size > empty
+    console = os.open("/dev/null", os.O_WRONLY)
+    machine = await one.driver.boot(image, SHAPE, await one.network.take(), console)
+    os.close(console)
+    await machine.kill()
+    assert not kept.exists(), "a boot whose guest was never heard of would be used again"
 
 
 async def whole_life(one: Rig) -> None:
@@ -333,4 +372,4 @@ def test_the_kernel_for_firecracker_boots(tmp_path: Path) -> None:
         stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False,
     )  # fmt: skip
     said = done.stdout.decode(errors="replace")
-    assert "mount /dev/vda" in said and ".ko" not in said, said[-2000:]  # every module loaded; that machine has no disk
+    assert "find /dev/vda" in said and ".ko" not in said, said[-2000:]  # every module loaded; that machine has no disk

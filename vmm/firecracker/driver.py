@@ -77,6 +77,9 @@ class FirecrackerDriver:
         machine.save_record()
         return machine
 
+    async def give_disk(self, machine: Machine, image: Path) -> None:
+        """It was there from the start: a drive cannot be given to a machine that runs."""
+
     async def _configure(self, machine: FirecrackerMachine, shape: Shape) -> None:
         """Everything before InstanceStart; none of it is possible after. Raises ApiError."""
         api = machine.api
@@ -102,7 +105,7 @@ class FirecrackerDriver:
         finally:
             await machine.kill()
         os.chown(image / DISK, 0, 0)
-        await asyncio.to_thread(sync, [image / DEVICES, image / DISK])
+        await asyncio.to_thread(sync, [image / DEVICES, image / MEMORY, image / DISK])
         manifest.write(image, Manifest(shape, stored, 0, NAME))
         return Sealed(stored, disks.stored_bytes(image / DISK), int((image / "code_bytes").read_text(encoding="ascii")))
 

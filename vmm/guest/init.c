@@ -9,6 +9,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/signalfd.h>
@@ -73,17 +74,19 @@ static void make(const char *path, mode_t mode)
 /* The image's disk becomes the root; nothing of ours is on it. */
 static void enter_disk(void)
 {
-    for (int i = 0; i < 1000 && access("/dev/vda", F_OK); i++) usleep(5000);
+    /* What was there when the kernel looked for partitions was a placeholder. */
+    int disk = open("/dev/vda", O_RDONLY | O_CLOEXEC);
+    if (disk >= 0) { (void)ioctl(disk, BLKFLSBUF, 0); close(disk); }
     must(mount("/dev/vda", "/root", "ext4", MS_NOATIME, ""), "mount /dev/vda");
     make("/root/dev", 0755); make("/root/proc", 0755); make("/root/sys", 0755);
     make("/root/tmp", 01777); make("/root/run", 0755); make("/root/etc", 0755);
     must(mount("/dev", "/root/dev", NULL, MS_MOVE, NULL), "move /dev");
+    must(mount("/proc", "/root/proc", NULL, MS_MOVE, NULL), "move /proc");
+    must(mount("/sys", "/root/sys", NULL, MS_MOVE, NULL), "move /sys");
     must(chdir("/root"), "chdir");
     must(mount(".", "/", NULL, MS_MOVE, NULL), "move root");
     must(chroot("."), "chroot");
     must(chdir("/"), "chdir");
-    must(mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "proc");
-    must(mount("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "sysfs");
     must(mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755"), "run");
 }
 
@@ -92,6 +95,16 @@ static void name_host(void)
     (void)!sethostname("localhost", 9);
     put("/etc/hosts", "127.0.0.1 localhost\n::1 localhost ip6-localhost\n");
     put("/etc/resolv.conf", "nameserver " HOST_ADDRESS "\n");
+}
+
+/* Not before it is needed: a boot is kept, and goes on with another image's disk (vmm/qemu/boots.py). */
+static void have_disk(void)
+{
+    static int has_disk;
+    if (has_disk) return;
+    has_disk = 1;
+    enter_disk();
+    name_host();
 }
 
 static uint16_t two(const uint8_t *bytes) { return (uint16_t)(bytes[0] | bytes[1] << 8); }
@@ -116,9 +129,11 @@ static void handle(uint8_t type, uint16_t channel, const uint8_t *payload, uint3
         return;
     }
     case FRAME_CONFIG:
+        have_disk();
         app_configure(payload, length);
         return;
     case FRAME_START:
+        have_disk();
         if (app_state == APP_NONE && app_start() < 0) app_exited(127 << 8);
         return;
     case FRAME_SHELL_OPEN:
@@ -189,9 +204,11 @@ int main(void)
     must(mount("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=755"), "devtmpfs");
     int console = open("/dev/console", O_RDWR);
     if (console >= 0) { dup2(console, 0); dup2(console, 1); dup2(console, 2); if (console > 2) close(console); }
+    must(mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "proc");
+    must(mount("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "sysfs");
     load_modules("/modules.list");
-    enter_disk();
-    name_host();
+    for (int i = 0; i < 1000 && access("/dev/vda", F_OK); i++) usleep(5000);
+    must(access("/dev/vda", F_OK), "find /dev/vda");
     network_up();
     gate_open();
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from .. import disks, host, jail, manifest, memory
 from ..cgroups import Cgroups
 from ..driver import DEVICES, Machine, Process, Sealed, Shape, StateLost, VmmError
@@ -20,8 +22,11 @@ from ..network import Link, Network
 from ..places import Place, Places, is_alive
 from ..snapshots import sync
 from . import machine as topology
+from .boots import MEMORY, Boots
 from .process import QemuMachine, child_of, listen
 from .qmp import QmpError
+
+log = structlog.get_logger()
 
 NAME = "qemu"
 _SPAWN_SECONDS = 20
@@ -41,11 +46,13 @@ class QemuDriver:
 
     disk_template = "overlay.qcow2"
 
-    def __init__(self, assets: Assets, places: Places, cgroups: Cgroups, network: Network) -> None:
+    def __init__(self, assets: Assets, boots: Path, places: Places, cgroups: Cgroups, network: Network) -> None:
+        """`boots`: where boots are kept."""
         self._assets = assets
         self._places = places
         self._cgroups = cgroups
         self._network = network
+        self._boots = Boots(boots, assets.kernel, assets.initrd)
         self._memories: dict[str, asyncio.Task[int]] = {}
         self._machines: set[QemuMachine] = set()
 
@@ -60,32 +67,68 @@ class QemuDriver:
             )  # fmt: skip
 
     async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> QemuMachine:
-        overlay_path = image / "boot.qcow2"
-        await disks.create_overlay(overlay_path, shape.disk_bytes)
+        await disks.create_overlay(image / "boot.qcow2", shape.disk_bytes)
+        kept = await asyncio.to_thread(self._boots.find, shape)
         descriptor = memory.new_memory(image.name, shape.memory_mib << 20)
         tap = await self._network.tap(link)
         try:
             with contextlib.ExitStack() as files:
-                base = files.enter_context((image / "disk.raw").open("rb")).fileno()
-                kernel = files.enter_context(self._assets.kernel.open("rb")).fileno()
-                initrd = files.enter_context(self._assets.initrd.open("rb")).fileno()
-                overlay = files.enter_context(overlay_path.open("r+b")).fileno()
+                assets = (self._assets.kernel, self._assets.initrd)
+                kernel, initrd = (files.enter_context(path.open("rb")).fileno() for path in assets)
+                programs = (kernel, initrd) if kept is None else None
                 machine = await self._spawn(
-                    image.name, shape,
-                    lambda qmp, agent: topology.boot(
-                        shape, descriptor, base, overlay, kernel, initrd, tap, qmp, agent, console
-                    ),
-                )  # fmt: skip
+                    image.name, shape, lambda qmp, agent: topology.boot(shape, descriptor, programs, tap, qmp, agent, console)
+                )
         except BaseException:
             os.close(descriptor)
             raise
         finally:
             os.close(tap)
-        machine.record.phase = "running"
         machine.record.link = link.name
         machine.image_memory = descriptor
+        if kept is not None:
+            await self._go_on(machine, kept, descriptor)
+        machine.record.phase = "running"
         machine.save_record()
         return machine
+
+    async def _go_on(self, machine: QemuMachine, kept: Path, descriptor: int) -> None:
+        """From a boot that was kept. One whose guest is not heard of until it is given its disk is not used again."""
+        machine.went_on_from = kept
+        try:
+            await memory.fill_apart(kept / MEMORY, descriptor, self._cgroups.joins(machine.record.vm))
+            await machine.load_devices(kept / DEVICES)
+            await machine.unpause()
+        except (QmpError, OSError) as error:
+            await machine.kill()
+            raise VmmError(f"image {machine.record.image} did not boot: {error}") from error
+        except BaseException:
+            await asyncio.shield(machine.kill())
+            raise
+
+    async def give_disk(self, machine: Machine, image: Path) -> None:
+        assert isinstance(machine, QemuMachine)
+        shape = machine.record.shape
+        try:
+            if shape is not None and machine.image_memory is not None and self._boots.find(shape) is None:
+                await self._keep(machine, shape, machine.image_memory)
+            await machine.give_disk(image / "disk.raw", image / "boot.qcow2")
+            machine.went_on_from = None
+        except (QmpError, OSError) as error:
+            raise VmmError(f"image {image.name} could not be given its disk: {error}") from error
+
+    async def _keep(self, machine: QemuMachine, shape: Shape, descriptor: int) -> None:
+        """A boot that cannot be kept is no reason to fail: the next one is made anew."""
+        try:
+            work = self._boots.begin()
+            try:
+                await machine.save_devices(work / DEVICES)
+                await asyncio.to_thread(self._boots.keep, work, shape, descriptor)
+            finally:
+                self._boots.drop(work)  # where it has not become one
+        except OSError as error:
+            log.warning("boot.not_kept", error=str(error))
+        await machine.unpause()
 
     async def seal(self, machine: Machine, image: Path) -> Sealed:
         assert isinstance(machine, QemuMachine)
@@ -96,8 +139,8 @@ class QemuDriver:
             if shape is None or machine.image_memory is None:
                 raise VmmError(f"image {image.name} was not booted by this service")
             await machine.save_devices(image / DEVICES)
-            await asyncio.to_thread(sync, [image / DEVICES])
-            stored = await asyncio.to_thread(memory.store_memory, machine.image_memory, image / "memory.raw")
+            stored = await asyncio.to_thread(memory.store_memory, machine.image_memory, image / MEMORY)
+            await asyncio.to_thread(sync, [image / DEVICES, image / MEMORY])
             await disks.create_overlay(image / self.disk_template, shape.disk_bytes)
         except (QmpError, OSError) as error:
             raise not_written(error, f"image {image.name}", f"image {image.name} could not be stored") from error
@@ -211,4 +254,6 @@ class QemuDriver:
     async def _remove(self, machine: QemuMachine | None, place: Place) -> None:
         if machine is not None:
             self._machines.discard(machine)
+            if machine.went_on_from is not None:
+                await asyncio.to_thread(self._boots.drop, machine.went_on_from)
         await self._places.remove(place)

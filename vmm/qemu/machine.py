@@ -22,6 +22,8 @@ ROOT_PORT = ["-device", "pcie-root-port,id=rp,addr=0x6,chassis=1,slot=1"]
 NO_FLUSH = {"no-flush": True}
 NIC = {"driver": "virtio-net-pci", "netdev": "n0", "id": "vn0", "bus": "rp", "addr": "0x0", "mac": GUEST_MAC, "romfile": ""}
 
+_WAITING = ["-S", "-incoming", "defer"]
+
 
 @dataclass
 class Command:
@@ -45,6 +47,11 @@ def _common(shape: Shape, memory: int, share: bool, qmp: int, agent: int) -> lis
     ]  # fmt: skip
 
 
+def _placeholder(shape: Shape) -> list[str]:
+    disk = _block(driver="null-co", node_name="d0", size=shape.disk_bytes, read_zeroes=True)
+    return [*disk, "-device", "virtio-blk-pci,id=vd0,addr=0x4,drive=d0"]
+
+
 def _block(**node: object) -> list[str]:
     return ["-blockdev", json.dumps({name.replace("_", "-"): value for name, value in node.items()})]
 
@@ -53,22 +60,28 @@ def _file(set_id: int, read_only: bool) -> dict[str, object]:
     return {"driver": "file", "filename": f"/dev/fdset/{set_id}", "read-only": read_only}
 
 
-def boot(
-    shape: Shape, memory: int, base: int, overlay: int, kernel: int, initrd: int, tap: int, qmp: int, agent: int, console: int
-) -> Command:
-    """The image's machine on its first boot: kernel given, memory shared, NIC there from the start."""
+def boot(shape: Shape, memory: int, programs: tuple[int, int] | None, tap: int, qmp: int, agent: int, console: int) -> Command:
+    """A machine whose memory becomes an image: shared, a NIC from the start, and a placeholder until it is given its disk. `programs`:
+    kernel and initramfs; None where it goes on from a boot that was kept."""
+    kernel, initrd = programs or (-1, -1)
+    start = ["-kernel", f"/proc/self/fd/{kernel}", "-initrd", f"/proc/self/fd/{initrd}", "-append", KERNEL_LINE]
     arguments = [
         *_common(shape, memory, True, qmp, agent),
-        "-kernel", f"/proc/self/fd/{kernel}", "-initrd", f"/proc/self/fd/{initrd}", "-append", KERNEL_LINE,
-        "-add-fd", f"fd={base},set=1", "-add-fd", f"fd={overlay},set=2", "-add-fd", f"fd={console},set=3",
-        *_block(driver="raw", node_name="base", read_only=True, file=_file(1, True)),
-        *_block(driver="qcow2", node_name="d0", file=_file(2, False), backing="base"),
-        "-device", "virtio-blk-pci,id=vd0,addr=0x4,drive=d0",
+        *(start if programs is not None else _WAITING),
+        *_placeholder(shape),
         *ROOT_PORT,
         "-netdev", f"tap,fd={tap},id=n0", "-device", json.dumps(NIC),
-        "-chardev", "file,id=s0,path=/dev/fdset/3,append=on", "-serial", "chardev:s0",
+        "-add-fd", f"fd={console},set=3", "-chardev", "file,id=s0,path=/dev/fdset/3,append=on", "-serial", "chardev:s0",
     ]  # fmt: skip
-    return Command(arguments, [memory, base, overlay, kernel, initrd, tap, qmp, agent, console])
+    return Command(arguments, [memory, *(programs or ()), tap, qmp, agent, console])
+
+
+def boot_disk() -> list[dict[str, object]]:
+    """The nodes of a booted machine's disk: what booting writes, in descriptor set 2, over the container's files, in set 1."""
+    return [
+        {"driver": "raw", "node-name": "base", "read-only": True, "file": _file(1, True)},
+        {"driver": "qcow2", "node-name": "d1", "file": _file(2, False), "backing": "base"},
+    ]
 
 
 def standby(shape: Shape, memory: int, base: int, boot_layer: int, qmp: int, agent: int) -> Command:
@@ -78,9 +91,8 @@ def standby(shape: Shape, memory: int, base: int, boot_layer: int, qmp: int, age
         "-add-fd", f"fd={base},set=1", "-add-fd", f"fd={boot_layer},set=2",
         *_block(driver="raw", node_name="base", read_only=True, file=_file(1, True)),
         *_block(driver="qcow2", node_name="img", read_only=True, file=_file(2, True), backing="base"),
-        *_block(driver="null-co", node_name="d0", size=shape.disk_bytes),
-        "-device", "virtio-blk-pci,id=vd0,addr=0x4,drive=d0",
+        *_placeholder(shape),
         *ROOT_PORT,
-        "-serial", "null", "-S", "-incoming", "defer",
+        "-serial", "null", *_WAITING,
     ]  # fmt: skip
     return Command(arguments, [memory, base, boot_layer, qmp, agent])

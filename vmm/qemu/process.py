@@ -50,6 +50,7 @@ class QemuMachine:
         self.record = record
         self.steps = Steps("vmm", "")
         self.image_memory: int | None = None  # of a machine that boots: what will be the image's memory
+        self.went_on_from: Path | None = None  # the kept boot of a machine that has yet to be given its disk
         self._directory = directory
         self._network = network
         self._remove = remove
@@ -220,6 +221,20 @@ class QemuMachine:
             return [summed, *written]
         except (QmpError, OSError, LookupError) as error:
             raise not_written(error, f"the snapshot in {directory}", f"session {self.record.session} could not be saved") from error
+
+    async def load_devices(self, path: Path) -> None:
+        """Raises QmpError, OSError."""
+        await self._give("getfd", os.open(path, os.O_RDONLY | os.O_CLOEXEC), fdname="state")
+        await self._load_devices()
+
+    async def give_disk(self, base: Path, overlay: Path) -> None:
+        """A booted guest, which has not looked at its disk, gets it in place of the placeholder. Raises QmpError, OSError."""
+        for number, path, flags in ((1, base, os.O_RDONLY), (2, overlay, os.O_RDWR)):
+            await self._give("add-fd", os.open(path, flags | os.O_CLOEXEC), fdset_id=number)
+        for node in topology.boot_disk():
+            await self.qmp.run("blockdev-add", (), **node)
+        await self.qmp.run("qom-set", path="/machine/peripheral/vd0", property="drive", value="d1")
+        await self.qmp.run("blockdev-del", node_name="d0")
 
     def _save_memory(self, directory: Path) -> list[Sum]:
         record = self.record
