@@ -18,7 +18,8 @@ install = missing=""; for package in $(1); do dpkg -s $$package >/dev/null 2>&1 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-setup: deps assets compiled ## install packages and Python libraries, make kernel, initramfs and base image, compile the edge
+setup: deps ## install packages and Python libraries, make kernel, initramfs and base image, compile the edge
+	@$(MAKE) --no-print-directory -j2 assets compiled
 
 deps: $(VENV)/ready
 $(VENV)/ready: requirements.lock pyproject.toml
