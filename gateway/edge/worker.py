@@ -20,7 +20,7 @@ from gateway.rpc import Client as RpcClient
 from gateway.rpc import Connection, RpcError, Service
 from gateway.tokens import Checker
 
-from . import tls
+from . import origin, origin2, shell, tls
 from .access import PROTOCOLS, AccessLog
 from .certificates import Certificates
 from .doors import ProxyDoor, RedirectDoor
@@ -37,6 +37,9 @@ from .turns import Turns
 from .upstream import Upstream
 
 log = structlog.get_logger()
+
+# Loaded at the start, though `upstream` would ask for them later: what is on the disk may have been replaced by then.
+_ON_DEMAND = (origin, origin2, shell)
 
 _REPORT_SECONDS = 0.25
 _SWEEP_SECONDS = 1.0
