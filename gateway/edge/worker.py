@@ -60,8 +60,8 @@ class Worker:
         self.memo: Memo[bytes, Admitted] = Memo(_MEMO_ENTRIES)
         self.repeated: Memo[bytes, Repeated] = Memo(_MEMO_ENTRIES)
         self.streams: Memo[FieldsKey, Repeated] = Memo(_MEMO_ENTRIES)
-        self.access = AccessLog(Path(settings.access_log)) if settings.access_log else None
-        self.ledger = Ledger(self.access, loop.time, time.time)
+        access = AccessLog(Path(settings.access_log)) if settings.access_log else None
+        self.ledger = Ledger(access, loop.time, time.time)
         self._counted: list[list[int]] = []
         self.checker = Checker([])
         self.table = RouteTable(loop.time, self._route_changed, settings)
@@ -258,13 +258,11 @@ class Worker:
             connection.notify("activity", report)
         if self.ledger.answers != self._counted:
             self._counted = [list(one) for one in self.ledger.answers]
-            held = self.holds.statistics()["requests"]
+            held, access = self.holds.statistics()["requests"], self.ledger.access
             answers = dict(zip(PROTOCOLS, self._counted, strict=True))
             connection.notify(
                 "counters",
-                m.Counters(
-                    answers, len(self.clients), held, self.upstream.statistics(), self.parking.count, self.access.lost if self.access else 0
-                ),
+                m.Counters(answers, len(self.clients), held, self.upstream.statistics(), self.parking.count, access.lost if access else 0),
             )
 
     async def _sweep(self) -> None:
@@ -289,9 +287,9 @@ async def run(
     ready()
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    if worker.access is not None:
-        loop.add_signal_handler(signal.SIGUSR1, worker.access.reopen)
+    if worker.ledger.access is not None:
+        loop.add_signal_handler(signal.SIGUSR1, worker.ledger.access.reopen)
     await stop.wait()
     await worker.drain()
-    if worker.access is not None:
-        worker.access.close()
+    if worker.ledger.access is not None:
+        worker.ledger.access.close()

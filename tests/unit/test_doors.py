@@ -140,17 +140,17 @@ async def test_access_log_has_a_line_a_request_and_no_secrets(tmp_path: Path, mo
     await rig.start(access_log=str(path))
     try:
         await rig.ask(rig.request("/a?secret=1") + rig.request("/b", token="no"), 2)
-        assert rig.worker.access is not None
-        rig.worker.access.flush()
+        assert rig.worker.ledger.access is not None
+        rig.worker.ledger.access.flush()
         text = path.read_text()
         lines = [json.loads(line) for line in text.splitlines()]
         assert [(line["path"], line["status"], line["protocol"]) for line in lines] == [("/a", 200, "HTTP/1.1"), ("/b", 403, "HTTP/1.1")]
         assert lines[0]["host"] == HOST and lines[0]["client"] == "127.0.0.1" and lines[0]["sent_bytes"] == 11
         assert "secret" not in text and rig.token not in text
         path.rename(tmp_path / "rotated")
-        rig.worker.access.reopen()
+        rig.worker.ledger.access.reopen()
         await rig.ask(rig.request())
-        rig.worker.access.flush()
+        rig.worker.ledger.access.flush()
         assert len(path.read_text().splitlines()) == 1
     finally:
         await rig.stop()
