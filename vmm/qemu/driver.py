@@ -110,7 +110,7 @@ class QemuDriver:
         assert isinstance(machine, QemuMachine)
         shape = machine.record.shape
         try:
-            if shape is not None and machine.image_memory is not None and self._boots.find(shape) is None:
+            if shape is not None and machine.image_memory is not None and await asyncio.to_thread(self._boots.find, shape) is None:
                 await self._keep(machine, shape, machine.image_memory)
             await machine.give_disk(image / "disk.raw", image / "boot.qcow2")
             machine.went_on_from = None
