@@ -37,6 +37,8 @@ class Floor:
         self.shape = msgspec.json.decode((image / "manifest.json").read_bytes(), type=Manifest).shape
         self.memory = memory.new_memory(image.name, (image / "memory.raw").stat().st_size)
         memory.fill(image / "memory.raw", self.memory)
+        template = (image / "overlay.qcow2").read_bytes()
+        self.stand_ins = machine.StandIns(memory.sealed("floor-disk", template), network.open_tap_to_nowhere())
 
     def standby(self) -> None:
         """Everything that the service has ready before a request comes: the process, the link, a copy of the disk."""
@@ -46,7 +48,7 @@ class Floor:
         network.make_namespace(self.work / "netns", lambda: egress.run_batch(network.SETUP))
         sockets = [self._listen(name) for name in ("qmp", "agent")]
         files = [os.open(self.image / name, os.O_RDONLY) for name in ("disk.raw", "boot.qcow2")]
-        command = machine.standby(self.shape, self.memory, *files, *(sock.fileno() for sock in sockets))
+        command = machine.standby(self.shape, self.memory, *files, self.stand_ins, *(sock.fileno() for sock in sockets))
         ours, theirs = socket.socketpair()
         environment = {"LD_PRELOAD": str(MAPPER), "TORPOR_MAPPER": str(theirs.fileno())}
         self.process = subprocess.Popen(
@@ -58,34 +60,35 @@ class Floor:
         self.replies = self.qmp.makefile("rb")
         self.replies.readline()
         self._run("qmp_capabilities")
+        self._run("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        self.incoming, theirs = socket.socketpair()
+        self._run("getfd", [theirs.detach()], fdname="state")
+        self._run("migrate-incoming", uri="fd:state")
+        self.agent = self._connect("agent")
         self.guest = memory.find_mapping(self.process.pid, self.image.name)
 
     def restore(self, is_launch: bool) -> float:
         """Loads a state, runs it, waits for its agent and for the first byte of an answer; the seconds it took."""
         started = time.perf_counter()
         source = self.image if is_launch else self.snapshot
-        self._run("getfd", [self._inside(lambda: host.open_tap(network.TAP))], fdname="tap")
-        self._run("netdev_add", type="tap", id="n0", fd="tap")
-        self._run("device_add", **machine.NIC)
-        self._run("add-fd", [os.open(self.work / "overlay", os.O_RDWR)], **{"fdset-id": 10})
-        node = {"driver": "file", "filename": "/dev/fdset/10", "node-name": "d1f"}
-        self._run("blockdev-add", **{"driver": "qcow2", "node-name": "d1", "backing": "img", "file": node})
-        self._run("qom-set", path="/machine/peripheral/vd0", property="drive", value="d1")
-        self._run("blockdev-del", **{"node-name": "d0"})
+        tap, overlay = self._inside(lambda: host.open_tap(network.TAP)), os.open(self.work / "overlay", os.O_RDWR)
+        self.mapper.put(tap, self.stand_ins.tap)
+        self.mapper.put(overlay, self.stand_ins.disk)
+        os.close(tap)
+        os.close(overlay)
         if not is_launch:
             mapping.load(self.guest, self.mapper, source, diffs.read_manifest(source))
-        self._run("getfd", [os.open(source / "devices.state", os.O_RDONLY)], fdname="state")
-        self._run("migrate-incoming", uri="fd:state")
-        while self._run("query-status")["status"] == "inmigrate":
-            pass
-        agent, nonce = self._connect("agent"), secrets.randbits(63)
+        self.incoming.sendall((source / "devices.state").read_bytes())
+        while (event := json.loads(self.replies.readline())).get("data", {}).get("status") != "completed":
+            assert "event" in event, event
+        nonce = secrets.randbits(63)
         wake = bytearray(wake_frame(nonce, reset_tcp=False))  # as the service, whose guests have no way out here
         struct.pack_into("<Q", wake, 12, time.time_ns())
-        agent.sendall(wake)
+        self.agent.sendall(wake)
         self._run("cont")
         answer, wanted = b"", frame(_WOKEN, struct.pack("<Q", nonce))
         while wanted not in answer:
-            answer += agent.recv(65536)
+            answer += self.agent.recv(65536)
         guest = self._inside(socket.socket)
         guest.connect((network.GUEST_ADDRESS, 8080))
         guest.sendall(b"GET / HTTP/1.1\r\nHost: floor\r\n\r\n")
@@ -112,14 +115,16 @@ class Floor:
         return time.perf_counter() - started
 
     def end(self) -> None:
-        self.mapper.close()
+        for end in (self.mapper, self.incoming, self.agent):
+            end.close()
         self.process.kill()
         self.process.wait()
         network.destroy_namespace(self.work / "netns")
         shutil.rmtree(self.work)
 
     def close(self) -> None:
-        os.close(self.memory)
+        for descriptor in (self.memory, self.stand_ins.disk, self.stand_ins.tap):
+            os.close(descriptor)
 
     def cpu_seconds(self) -> float:
         """Processor time of the hypervisor so far."""

@@ -1,7 +1,8 @@
 """`make bench-lifecycle`: launch, suspend, resume through the whole service, interleaved with the bare hypervisor.
 
-What is timed begins with the user's first byte and ends with the first byte of a 200 (TLS, token, hold and resume included), or,
-for a suspend, with the API saying SUSPENDED, which it does when the snapshot is durable. The floor is the best hand-made
+What is timed begins with the user's first byte and ends with the first byte of a 200 (TLS, token, hold and resume included). A suspend
+is timed from the call until its snapshot is synced and has its name, `cont` from the request's last byte, both as `torpor trace` has
+them: asking the API again and again would take a processor from what is measured. The floor is the best hand-made
 sequence: a waiting process, mapped pages, device state by descriptor, `cont`, the agent's answer, then a GET.
 
 A bare name is the p50 of a 512 MiB guest with 2 MiB changed, on a small static server; ROUNDS, SIZES and CHANGES may be set.
@@ -9,6 +10,7 @@ A bare name is the p50 of a 512 MiB guest with 2 MiB changed, on a small static 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -69,6 +71,7 @@ class Bench:
         started = time.perf_counter()
         one = Endpoint(vm["endpoint"], self.ca)
         one.request(path, vm["token"], X_aws_proxy_port=str(self.port))
+        self.sent_at = time.time()
         first = one.sock.recv(12)
         seconds = time.perf_counter() - started
         assert first == b"HTTP/1.1 200", first
@@ -85,25 +88,21 @@ class Bench:
         return vm
 
     def suspend(self, vm: dict[str, Any], cold: bool = True) -> float:
-        """Seconds until the API says SUSPENDED."""
+        """Seconds until the snapshot is durable."""
         identifier = vm["microvmId"]
-        started = time.perf_counter()
+        called = time.time()
         self.api.suspend_microvm(microvmIdentifier=identifier)
-        while self.api.get_microvm(microvmIdentifier=identifier)["state"] != "SUSPENDED":
-            pass
-        seconds = time.perf_counter() - started
+        self.instance.state(identifier, "SUSPENDED")
         if cold:
             until(lambda: identifier not in self.instance.hypervisors())
         time.sleep(0.7)  # what is made anew after a while is made: the next figure is of a host at rest
-        return seconds
+        return self.done_at(vm, "suspend") - called
 
-    def steps(self, vm: dict[str, Any]) -> dict[str, float]:
-        """Milliseconds to `cont` of the last resume, and of the last suspend in the host, as `torpor trace` has them."""
-        import json
-
+    def done_at(self, vm: dict[str, Any], work: str) -> float:
+        """When the host's part of the last suspend or resume was done: its snapshot durable, its guest running. Seconds of the epoch."""
         found = json.loads(self.instance.command("torpor", "trace", vm["microvmId"], "--json").stdout)
-        host = [one for one in found if one["steps"] and one["steps"][0]["where"] == "vmm"]
-        return {("suspend" if one["work"] == "suspend" else "resume"): sum(step["took_ms"] for step in one["steps"]) for one in host}
+        (one,) = (one for one in found if one["steps"][0]["where"] == "vmm" and one["work"] == work)
+        return float(one["started_at"]) + sum(step["took_ms"] for step in one["steps"]) / 1e3
 
 
 def floor_of(bench: Bench, vm: dict[str, Any]) -> Floor:
@@ -130,9 +129,9 @@ def cold(bench: Bench, change: int, rounds: int) -> None:
             bench.seen = {name: values for name, values in bench.seen.items() if not name.endswith(suffix)}  # that was warming up
         bench.record(f"suspend{suffix}", bench.suspend(vm))
         bench.record(f"resume{suffix}", bench.first_byte(vm))
+        resumed = bench.sent_at
         bench.record(f"next{suffix}", bench.first_byte(vm))
-        steps = bench.steps(vm)
-        bench.record(f"to_cont{suffix}", steps["resume"] / 1e3)
+        bench.record(f"to_cont{suffix}", bench.done_at(vm, "resume") - resumed)
         floor.standby()
         bench.record(f"floor_resume{suffix}", floor.restore(is_launch=False))
         bench.record(f"floor_suspend{suffix}", floor.suspend())

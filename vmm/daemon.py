@@ -95,7 +95,7 @@ class Vmm:
             if session not in self._sessions and link.path.exists():
                 self._parked[session] = link
         keep = {held.link.path for held in self._sessions.values()} | {link.path for link in self._parked.values()}
-        self.network.start(keep, self.settings.standbys.links)
+        self.network.start(keep, self.settings.standbys.links, self.driver.takes_taps)
         self.builder.start()
         for leftover in self.settings.images_dir.glob(".*"):
             if leftover.name[1:] not in {held.machine.record.image for held in self._sessions.values()}:

@@ -86,6 +86,10 @@ class Driver(Protocol):
     def disk_template(self) -> str:
         """The file of an image that a new session's disk is a copy of."""
 
+    @property
+    def takes_taps(self) -> bool:
+        """Whether its processes are given open taps; otherwise they open them themselves, and nobody else may have them open."""
+
     async def standby(self, image: Path) -> Machine:
         """A process that waits for a session of this image."""
 

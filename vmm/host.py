@@ -174,7 +174,8 @@ _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 
 def open_tap(name: str) -> int:
-    """Opens an existing persistent tap of the calling thread's network namespace."""
+    """Opens a tap of the calling thread's network namespace: the persistent one that has this name, or a new one, which goes with the
+    last descriptor of it. Raises OSError."""
     descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))

@@ -1,4 +1,5 @@
-"""Puts a chain of diffs into a hypervisor that has not run: mapped over the guest's memory by its own thread (qemu/mapper.c).
+"""Puts what a session has into a hypervisor that has not run, by a thread of ours inside it (qemu/mapper.c): a chain of diffs, mapped over
+the guest's memory, and open files in the place of those that stood in for them.
 
 Mapping costs by the number of runs, copying by their bytes. Where runs are too many, the longest are mapped and the rest are
 copied: vm.max_map_count bounds a process's mappings, and each costs some 5 µs.
@@ -20,6 +21,7 @@ from .host import PAGE
 from .memory import Mapping
 
 _MAGIC = 0x70616D74
+_MAP, _PUT = 1, 2
 _MAPPED_MOST = 2000
 _SECONDS = 20.0
 _CHUNK = 4 << 20
@@ -34,16 +36,21 @@ class Mapper:
 
     def map(self, file: int, ranges: list[tuple[int, int, int]]) -> None:
         """`ranges`: (address in the hypervisor, bytes, offset in the file). Raises OSError."""
-        body = b"".join(struct.pack("<3Q", *one) for one in ranges)
-        head = struct.pack("<2I", _MAGIC, len(ranges))
-        socket.send_fds(self._socket, [head], [file])
+        self._ask(_MAP, [file], b"".join(struct.pack("<3Q", *one) for one in ranges), len(ranges))
+
+    def put(self, file: int, replaced: int) -> None:
+        """`file` from now on wherever the hypervisor has the file `replaced` open. Raises OSError."""
+        self._ask(_PUT, [file, replaced])
+
+    def _ask(self, what: int, files: list[int], body: bytes = b"", count: int = 0) -> None:
+        socket.send_fds(self._socket, [struct.pack("<3I", _MAGIC, what, count)], files)
         self._socket.sendall(body)
         answer = self._socket.recv(4, socket.MSG_WAITALL)
         if len(answer) < 4:
             raise OSError(errno.EPIPE, "the hypervisor's mapper is gone")
         (failure,) = struct.unpack("<i", answer)
         if failure:
-            raise OSError(failure, f"mmap: {os.strerror(failure)}")
+            raise OSError(failure, f"inside the hypervisor: {os.strerror(failure)}")
 
     def close(self) -> None:
         self._socket.close()
@@ -52,6 +59,8 @@ class Mapper:
 def load(mapping: Mapping, mapper: Mapper, snapshot: Path, manifest: Manifest) -> None:
     """Raises StateLost for files that do not fit, OSError."""
     segments = diffs.merge([(number, diffs.runs_of(snapshot / f"{number}.runs")) for number in manifest.chain])
+    if segments and segments[-1].after * PAGE > mapping.end - mapping.start:
+        raise StateLost(f"{snapshot} has pages beyond the guest's memory")
     mapped = segments
     if len(segments) > _MAPPED_MOST:
         mapped = sorted(sorted(segments, key=lambda one: one.first - one.after)[:_MAPPED_MOST])

@@ -61,6 +61,14 @@ def new_memory(image: str, size_bytes: int) -> int:
     return descriptor
 
 
+def sealed(name: str, data: bytes) -> int:
+    """A file in memory that nobody can change (memfd_create(2), F_ADD_SEALS)."""
+    descriptor = os.memfd_create(name, os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    os.write(descriptor, data)
+    fcntl.fcntl(descriptor, _F_ADD_SEALS, _SEALS)
+    return descriptor
+
+
 def store_memory(descriptor: int, target: Path) -> int:
     """Writes a guest's memory to a sparse file, without its zero pages, and does not sync; returns the bytes stored."""
     size = os.fstat(descriptor).st_size

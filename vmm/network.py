@@ -70,6 +70,25 @@ def make_namespace(path: Path, setup: Callable[[], None]) -> None:
         raise failure[0]
 
 
+def open_tap_to_nowhere() -> int:
+    """Raises OSError."""
+    made: list[int | OSError] = []
+
+    def work() -> None:
+        try:
+            host.unshare(host.CLONE_NEWNET)
+            made.append(host.open_tap(TAP))
+        except OSError as error:
+            made.append(error)
+
+    worker = threading.Thread(target=work)  # the descriptor keeps the namespace
+    worker.start()
+    worker.join()
+    if isinstance(made[0], OSError):
+        raise made[0]
+    return made[0]
+
+
 def destroy_namespace(path: Path) -> None:
     with contextlib.suppress(OSError):
         host.umount(str(path))
@@ -101,14 +120,19 @@ class Network:
         self._thread = ThreadPoolExecutor(1, "netns")
         self._ready: deque[Link] = deque()
         self._wanted = 0
+        self._opens_taps = False
         self._filling: asyncio.Task[None] | None = None
         self._used = 0.0
         self._use = Use()
+        self._taps: dict[Path, int] = {}  # opened ahead, until somebody takes them
+        self._nowhere: int | None = None
         # Never a name that an earlier daemon gave away: a namespace may live on in somebody's socket.
         self._count = secrets.randbelow(900_000)
 
-    def start(self, keep: set[Path], wanted: int) -> None:
-        """Destroys links that no session in `keep` uses, then keeps `wanted` of them ready."""
+    def start(self, keep: set[Path], wanted: int, opens_taps: bool = False) -> None:
+        """Destroys links that no session in `keep` uses, then keeps `wanted` of them ready, with their taps open where hypervisors take
+        a descriptor."""
+        self._opens_taps = opens_taps
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.iterdir():
             if path not in keep:
@@ -136,6 +160,9 @@ class Network:
         """Destroys the link; its tap goes with the last descriptor of the namespace."""
         for service in link.services:
             service.close()
+        tap = self._taps.pop(link.path, None)
+        if tap is not None:
+            os.close(tap)
         await self._call(lambda: destroy_namespace(link.path))
 
     async def close(self, is_empty: bool) -> None:
@@ -148,6 +175,8 @@ class Network:
         if is_empty:
             with contextlib.suppress(OSError):
                 await self._call(self._uplink.stop)
+        if self._nowhere is not None:
+            os.close(self._nowhere)
         self._thread.shutdown()
 
     async def trim(self) -> None:
@@ -156,7 +185,15 @@ class Network:
             await self.release(self._ready.popleft())
 
     async def tap(self, link: Link) -> int:
-        return await self._call(lambda: self._inside(link, lambda: host.open_tap(TAP)))
+        """A descriptor of the link's tap, which is the caller's. Raises OSError."""
+        ready = self._taps.pop(link.path, None)
+        return ready if ready is not None else await self._call(lambda: self._inside(link, lambda: host.open_tap(TAP)))
+
+    async def tap_to_nowhere(self) -> int:
+        """An open tap that is no session's, in a namespace of its own: it stands in for one in hypervisors that wait."""
+        if self._nowhere is None:
+            self._nowhere = await asyncio.to_thread(open_tap_to_nowhere)
+        return self._nowhere
 
     async def let_out(self, link: Link, rules: EgressRules) -> None:
         """Opens the link's way out. Raises VmmError."""
@@ -225,6 +262,8 @@ class Network:
                 run_nft(self._uplink.internet(TAP))
             run_batch(commands)
             made.append(_services())
+            if self._opens_taps:
+                self._taps[path] = host.open_tap(TAP)
 
         make_namespace(path, setup)
         return Link(path, made[0])

@@ -124,7 +124,7 @@ async def rig(kind: str) -> AsyncIterator[Rig]:
             )
 
         one = Rig(directory, make(), network, Snapshots(directory / "sessions"), make)
-        network.start(set(), 1)
+        network.start(set(), 1, one.driver.takes_taps)
         await booted(one)
         try:
             yield one

@@ -41,6 +41,7 @@ class FirecrackerDriver:
     """Implements vmm.driver.Driver. `jails` must be on the file system of images and sessions."""
 
     disk_template = DISK
+    takes_taps = False
 
     def __init__(self, programs: Programs, assets: Assets, jails: Path, places: Places, cgroups: Cgroups) -> None:
         self._programs, self._assets, self._jails, self._places, self._cgroups = programs, assets, jails, places, cgroups

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
@@ -41,10 +42,18 @@ class Assets:
     initrd: Path
 
 
+class _Shared(NamedTuple):
+    """What all clones of an image have open."""
+
+    memory: int
+    disk: int  # a copy of the empty overlay, which nobody can write: it stands in for a session's
+
+
 class QemuDriver:
     """Implements vmm.driver.Driver."""
 
     disk_template = "overlay.qcow2"
+    takes_taps = True
 
     def __init__(self, assets: Assets, boots: Path, places: Places, cgroups: Cgroups, network: Network) -> None:
         """`boots`: where boots are kept."""
@@ -53,18 +62,28 @@ class QemuDriver:
         self._cgroups = cgroups
         self._network = network
         self._boots = Boots(boots, assets.kernel, assets.initrd)
-        self._memories: dict[str, asyncio.Task[int]] = {}
+        self._shared: dict[str, asyncio.Task[_Shared]] = {}
         self._machines: set[QemuMachine] = set()
 
     async def standby(self, image: Path) -> QemuMachine:
         shape = manifest.read(image, NAME).shape
-        descriptor = await self._memory(image)
+        shared = await self._share(image)
+        stand_ins = topology.StandIns(shared.disk, await self._network.tap_to_nowhere())
         with contextlib.ExitStack() as files:
             base = files.enter_context((image / "disk.raw").open("rb")).fileno()
             boot = files.enter_context((image / "boot.qcow2").open("rb")).fileno()
-            return await self._spawn(
-                image.name, shape, lambda qmp, agent: topology.standby(shape, descriptor, base, boot, qmp, agent)
+            machine = await self._spawn(
+                image.name, shape, lambda qmp, agent: topology.standby(shape, shared.memory, base, boot, stand_ins, qmp, agent)
             )  # fmt: skip
+        try:
+            await machine.await_session(stand_ins)
+        except (QmpError, OSError, VmmError) as error:
+            await machine.kill()
+            raise VmmError(f"the hypervisor of image {image.name} does not wait: {error}") from error
+        except BaseException:
+            await asyncio.shield(machine.kill())
+            raise
+        return machine
 
     async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> QemuMachine:
         await disks.create_overlay(image / "boot.qcow2", shape.disk_bytes)
@@ -168,23 +187,32 @@ class QemuDriver:
         return self._places.records()
 
     async def forget_image(self, image: str) -> None:
-        """Lets go of an image's memory; clones that still run keep theirs."""
-        task = self._memories.pop(image, None)
+        """Lets go of what an image's clones share; those that still run keep theirs."""
+        task = self._shared.pop(image, None)
         if task is not None:
             with contextlib.suppress(OSError, StateLost):
-                os.close(await task)
+                for descriptor in await task:
+                    os.close(descriptor)
         self._cgroups.remove(f"image-{image}")
 
-    async def _memory(self, image: Path) -> int:
-        task = self._memories.get(image.name)
+    async def _share(self, image: Path) -> _Shared:
+        task = self._shared.get(image.name)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._load_memory(image))
-            self._memories[image.name] = task
+            task = asyncio.get_running_loop().create_task(self._load(image))
+            self._shared[image.name] = task
         try:
             return await asyncio.shield(task)
         except OSError as error:
-            self._memories.pop(image.name, None)
+            self._shared.pop(image.name, None)
             raise StateLost(str(error)) from error
+
+    async def _load(self, image: Path) -> _Shared:
+        disk = memory.sealed(f"torpor-disk-{image.name}", (image / self.disk_template).read_bytes())
+        try:
+            return _Shared(await self._load_memory(image), disk)
+        except BaseException:
+            os.close(disk)
+            raise
 
     async def _load_memory(self, image: Path) -> int:
         pids = [machine.record.pid for machine in self._machines if machine.record.image == image.name]

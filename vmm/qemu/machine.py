@@ -25,6 +25,15 @@ NIC = {"driver": "virtio-net-pci", "netdev": "n0", "id": "vn0", "bus": "rp", "ad
 _WAITING = ["-S", "-incoming", "defer"]
 
 
+@dataclass(frozen=True)
+class StandIns:
+    """Open files that a hypervisor that waits has in the place of a session's: a disk of the same size, which is not active, and a tap
+    that leads nowhere."""
+
+    disk: int
+    tap: int
+
+
 @dataclass
 class Command:
     """A command line and the descriptors it names; `descriptors` must be inherited by the process."""
@@ -49,7 +58,15 @@ def _common(shape: Shape, memory: int, share: bool, qmp: int, agent: int) -> lis
 
 def _placeholder(shape: Shape) -> list[str]:
     disk = _block(driver="null-co", node_name="d0", size=shape.disk_bytes, read_zeroes=True)
-    return [*disk, "-device", "virtio-blk-pci,id=vd0,addr=0x4,drive=d0"]
+    return [*disk, *_disk("d0")]
+
+
+def _disk(node: str) -> list[str]:
+    return ["-device", f"virtio-blk-pci,id=vd0,addr=0x4,drive={node}"]
+
+
+def _network(tap: int) -> list[str]:
+    return ["-netdev", f"tap,fd={tap},id=n0", "-device", json.dumps(NIC)]
 
 
 def _block(**node: object) -> list[str]:
@@ -57,7 +74,8 @@ def _block(**node: object) -> list[str]:
 
 
 def _file(set_id: int, read_only: bool) -> dict[str, object]:
-    return {"driver": "file", "filename": f"/dev/fdset/{set_id}", "read-only": read_only}
+    """Stays in the page cache when it is activated: who loads a snapshot would drop it there, of what all clones share."""
+    return {"driver": "file", "filename": f"/dev/fdset/{set_id}", "read-only": read_only, "drop-cache": False}
 
 
 def boot(shape: Shape, memory: int, programs: tuple[int, int] | None, tap: int, qmp: int, agent: int, console: int) -> Command:
@@ -70,7 +88,7 @@ def boot(shape: Shape, memory: int, programs: tuple[int, int] | None, tap: int, 
         *(start if programs is not None else _WAITING),
         *_placeholder(shape),
         *ROOT_PORT,
-        "-netdev", f"tap,fd={tap},id=n0", "-device", json.dumps(NIC),
+        *_network(tap),
         "-add-fd", f"fd={console},set=3", "-chardev", "file,id=s0,path=/dev/fdset/3,append=on", "-serial", "chardev:s0",
     ]  # fmt: skip
     return Command(arguments, [memory, *(programs or ()), tap, qmp, agent, console])
@@ -84,15 +102,18 @@ def boot_disk() -> list[dict[str, object]]:
     ]
 
 
-def standby(shape: Shape, memory: int, base: int, boot_layer: int, qmp: int, agent: int) -> Command:
-    """The same machine, waiting for a session: a placeholder disk of the same size, no NIC yet, nothing to boot."""
+def standby(shape: Shape, memory: int, base: int, boot_layer: int, stand_ins: StandIns, qmp: int, agent: int) -> Command:
+    """The same machine, waiting for a session: all in place but what the session brings, and nothing to boot."""
+    overlay = {**_file(3, False), "cache": NO_FLUSH}
     arguments = [
         *_common(shape, memory, False, qmp, agent),
-        "-add-fd", f"fd={base},set=1", "-add-fd", f"fd={boot_layer},set=2",
+        "-add-fd", f"fd={base},set=1", "-add-fd", f"fd={boot_layer},set=2", "-add-fd", f"fd={stand_ins.disk},set=3",
         *_block(driver="raw", node_name="base", read_only=True, file=_file(1, True)),
         *_block(driver="qcow2", node_name="img", read_only=True, file=_file(2, True), backing="base"),
-        *_placeholder(shape),
+        *_block(driver="qcow2", node_name="d1", cache=NO_FLUSH, file=overlay, backing="img"),
+        *_disk("d1"),
         *ROOT_PORT,
+        *_network(stand_ins.tap),
         "-serial", "null", *_WAITING,
     ]  # fmt: skip
-    return Command(arguments, [memory, base, boot_layer, qmp, agent])
+    return Command(arguments, [memory, base, boot_layer, stand_ins.disk, stand_ins.tap, qmp, agent])

@@ -16,17 +16,17 @@ from typing import Any
 from gateway.observe.steps import Steps
 
 from .. import diffs, mapping, memory, places
-from ..diffs import Sum
+from ..diffs import Manifest, Sum
 from ..driver import DEVICES, WALL_CLOCK_AT, Process, StateLost, VmmError
 from ..errors import not_written
 from ..network import Link, Network
 from . import machine as topology
-from .machine import NIC
-from .qmp import COMMAND_SECONDS, Qmp, QmpError
+from .machine import StandIns
+from .qmp import Qmp, QmpError
 
 _KILL_SECONDS = 10
 _LOAD_SECONDS = 30
-_OVERLAY_SET, _STATE_SET = 10, 11
+_STATE_SET = 11
 _STARVED = "io-error"
 _STARVED_RETRY_SECONDS = 1
 
@@ -58,6 +58,9 @@ class QemuMachine:
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pidfd = os.pidfd_open(record.pid)
         self._mapper = mapper
+        self._stand_ins: StandIns | None = None
+        self._incoming: socket.socket | None = None  # where the state of the devices is waited for
+        self._channel: int | None = None  # the agent's, connected before it is asked for
         self._starving: asyncio.Task[None] | None = None
         self._loaded: asyncio.Future[str] | None = None
         asyncio.get_running_loop().add_reader(self._pidfd, self._gone)
@@ -93,75 +96,81 @@ class QemuMachine:
         answer = await self.qmp.run("query-status")
         return str(answer["status"])
 
+    async def await_session(self, stand_ins: StandIns) -> None:
+        """A standby: from now on what a session brings is put in without a word of QMP, which QEMU reads byte by byte, 5 µs each.
+        Raises QmpError, StateLost."""
+        self._stand_ins = stand_ins
+        await self._await_state()
+        self._channel = await self.agent()
+
     async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
         self.record.link = link.name
         self.save_record()
         try:
-            tap = await self._network.tap(link)
-            attached = self._attach(tap, overlay, snapshot / DEVICES)
-            attached.add_done_callback(lambda done: done.cancelled() or done.exception())  # also where the memory fails first
-            self.steps.mark("tap opened")
-            if (snapshot / diffs.MANIFEST).exists() and self._mapper is not None:
-                await self._load_memory(snapshot)
-                self.steps.mark("memory mapped and checked")
-            async with asyncio.timeout(COMMAND_SECONDS):
-                await attached
-            self.steps.mark("network and disk attached")
-            await self._load_devices()
-            self.steps.mark("device state loaded")
+            await self._prepare(snapshot, overlay, link)
         except (QmpError, OSError, ValueError, LookupError) as error:
             raise StateLost(f"session {self.record.session} could not be loaded from {snapshot}: {error}") from error
         self.record.phase = "prepared"
         self.save_record()
 
-    async def _load_memory(self, snapshot: Path) -> None:
-        """Checks the snapshot's files while its diffs are mapped; both take their time outside the loop."""
-        assert self._mapper is not None
-        manifest = diffs.read_manifest(snapshot)
-        await asyncio.gather(
-            asyncio.to_thread(mapping.load, self.mapping(), self._mapper, snapshot, manifest),
-            asyncio.to_thread(diffs.verify_all, snapshot, manifest),
-        )
-        self.record.chain = manifest.chain
-
-    def _attach(self, tap: int, overlay: Path, state: Path) -> asyncio.Future[Any]:
-        """Sends all of it at once, descriptors too (QEMU reads on when it has done what it read), and works on the memory meanwhile."""
-        descriptors = [tap]
+    async def _prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
+        """Files are checked while the devices load, and damage says more than what became of the load of it."""
+        tap = await self._network.tap(link)
         try:
-            descriptors += [os.open(overlay, os.O_RDWR | os.O_CLOEXEC), os.open(state, os.O_RDONLY | os.O_CLOEXEC)]
-            send = self.qmp.send
-            return asyncio.gather(
-                send("getfd", descriptors[:1], fdname="tap"),
-                send("netdev_add", type="tap", id="n0", fd="tap"),
-                send("device_add", (), **NIC),
-                send("add-fd", descriptors[1:2], fdset_id=_OVERLAY_SET),
-                send(
-                    "blockdev-add", driver="qcow2", node_name="d1", backing="img", cache=topology.NO_FLUSH,
-                    file={
-                        "driver": "file", "filename": f"/dev/fdset/{_OVERLAY_SET}", "node-name": "d1f", "cache": topology.NO_FLUSH,
-                    },
-                ),
-                send("qom-set", path="/machine/peripheral/vd0", property="drive", value="d1"),
-                send("blockdev-del", node_name="d0"),
-                send("getfd", descriptors[2:], fdname="state"),
-            )  # fmt: skip
+            manifest = diffs.read_manifest(snapshot) if (snapshot / diffs.MANIFEST).exists() else None
+            await asyncio.to_thread(self._put_in, tap, snapshot, overlay, manifest)
         finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            os.close(tap)
+        self.steps.mark("network, disk and memory put in")
+        checked = asyncio.ensure_future(asyncio.to_thread(_verify, snapshot, manifest))
+        try:
+            await self._load_devices(snapshot / DEVICES)
+            self.steps.mark("device state loaded")
+        finally:
+            await checked
+            self.steps.mark("files checked")
+        self.record.chain = manifest.chain if manifest is not None else []
 
-    async def _load_devices(self) -> None:
-        """The state is loaded when its event says so: asking again and again would hold up who loads it. Raises QmpError."""
+    def _put_in(self, tap: int, snapshot: Path, overlay: Path, manifest: Manifest | None) -> None:
+        """Raises StateLost, OSError."""
+        if self._mapper is None or self._stand_ins is None:
+            raise StateLost(f"hypervisor {self.record.vm} waits for no session")
+        disk = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._mapper.put(disk, self._stand_ins.disk)
+        finally:
+            os.close(disk)
+        self._mapper.put(tap, self._stand_ins.tap)
+        if manifest is not None:
+            mapping.load(self.mapping(), self._mapper, snapshot, manifest)
+
+    async def _await_state(self) -> None:
+        """The state of the devices is loaded as it comes over a socket. Raises QmpError."""
         self._loaded = asyncio.get_running_loop().create_future()
+        self._incoming, theirs = socket.socketpair()
+        self._incoming.settimeout(_LOAD_SECONDS)
+        await self._give("getfd", theirs.detach(), fdname="state")
         await self.qmp.run("migrate-incoming", uri="fd:state")
+
+    async def _load_devices(self, path: Path) -> None:
+        """The state is loaded when its event says so: asking again and again would hold up who loads it. Raises QmpError, OSError."""
+        assert self._loaded is not None
+        sent = asyncio.ensure_future(asyncio.to_thread(self._send_state, path))
         await asyncio.wait([self._loaded, self.qmp.closed], timeout=_LOAD_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if not self._loaded.done():
             raise QmpError("the hypervisor has ended" if self.qmp.closed.done() else f"device state not loaded in {_LOAD_SECONDS} s")
         if self._loaded.result() != "completed":
             raise QmpError("the hypervisor refused the device state")
+        await sent
+
+    def _send_state(self, path: Path) -> None:
+        assert self._incoming is not None
+        with self._incoming, path.open("rb") as file:
+            self._incoming.sendfile(file)
 
     async def resume(self, wake: bytes) -> int:
         self.steps.mark("control stored the start")
-        channel = await self.agent()
+        channel, self._channel = self._channel if self._channel is not None else await self.agent(), None
         try:
             self.record.phase = "starting"
             self.save_record()
@@ -224,8 +233,8 @@ class QemuMachine:
 
     async def load_devices(self, path: Path) -> None:
         """Raises QmpError, OSError."""
-        await self._give("getfd", os.open(path, os.O_RDONLY | os.O_CLOEXEC), fdname="state")
-        await self._load_devices()
+        await self._await_state()
+        await self._load_devices(path)
 
     async def give_disk(self, base: Path, overlay: Path) -> None:
         """A booted guest, which has not looked at its disk, gets it in place of the placeholder. Raises QmpError, OSError."""
@@ -323,6 +332,11 @@ class QemuMachine:
 
     async def _clean(self) -> None:
         self._close_mapper()
+        if self._incoming is not None:
+            self._incoming.close()
+        if self._channel is not None:
+            os.close(self._channel)
+            self._channel = None
         if self._qmp is not None:
             self._qmp.close()
         if self.image_memory is not None:
@@ -330,6 +344,12 @@ class QemuMachine:
             self.image_memory = None
         await self._remove()
         self._ended.set_result(None)
+
+
+def _verify(snapshot: Path, manifest: Manifest | None) -> None:
+    """Raises StateLost. An image's files are checked by whoever gets it."""
+    if manifest is not None:
+        diffs.verify_all(snapshot, manifest)
 
 
 def child_of(pid: int) -> int | None:
