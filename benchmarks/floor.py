@@ -48,7 +48,9 @@ class Floor:
         network.make_namespace(self.work / "netns", lambda: egress.run_batch(network.SETUP))
         sockets = [self._listen(name) for name in ("qmp", "agent")]
         files = [os.open(self.image / name, os.O_RDONLY) for name in ("disk.raw", "boot.qcow2")]
-        command = machine.standby(self.shape, self.memory, *files, self.stand_ins, *(sock.fileno() for sock in sockets))
+        state = os.open(self.work / "devices.state", os.O_WRONLY | os.O_CREAT)
+        ends = machine.Ends(*(sock.fileno() for sock in sockets), state)
+        command = machine.standby(self.shape, self.memory, *files, self.stand_ins, ends)
         ours, theirs = socket.socketpair()
         environment = {"LD_PRELOAD": str(MAPPER), "TORPOR_MAPPER": str(theirs.fileno())}
         self.process = subprocess.Popen(
@@ -78,6 +80,7 @@ class Floor:
         os.close(overlay)
         if not is_launch:
             mapping.load(self.guest, self.mapper, source, diffs.read_manifest(source))
+        self.mapper.finish()
         self.incoming.sendall((source / "devices.state").read_bytes())
         while (event := json.loads(self.replies.readline())).get("data", {}).get("status") != "completed":
             assert "event" in event, event
@@ -101,10 +104,8 @@ class Floor:
         target = self.work / "snapshot"
         target.mkdir()
         self._run("stop")
-        state = os.open(target / "devices.state", os.O_WRONLY | os.O_CREAT)
-        self._run("add-fd", [os.dup(state)], **{"fdset-id": 11})
-        self._run("xen-save-devices-state", filename="/dev/fdset/11")
-        os.fsync(state)
+        self._run("xen-save-devices-state", filename=f"/dev/fdset/{machine.STATE_SET}", live=False)
+        sync_path(self.work / "devices.state")
         memory.save_diff(self.guest, target, 1)
         for name in diffs.names([1]):
             with (target / name).open("rb") as written:

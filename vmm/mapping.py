@@ -28,11 +28,13 @@ _CHUNK = 4 << 20
 
 
 class Mapper:
-    """The socket to the thread inside; used before the guest runs, from one thread at a time."""
+    """The socket to the thread inside; used before the guest runs, from one thread at a time. What is asked for is under way at once;
+    whether it was done, `finish` says."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(_SECONDS)
         self._socket = sock
+        self._asked = 0
 
     def map(self, file: int, ranges: list[tuple[int, int, int]]) -> None:
         """`ranges`: (address in the hypervisor, bytes, offset in the file). Raises OSError."""
@@ -42,15 +44,22 @@ class Mapper:
         """`file` from now on wherever the hypervisor has the file `replaced` open. Raises OSError."""
         self._ask(_PUT, [file, replaced])
 
+    def finish(self) -> None:
+        """Waits for all that was asked for. Raises OSError for the first that failed."""
+        wanted, self._asked, answers = 4 * self._asked, 0, b""
+        while len(answers) < wanted:
+            got = self._socket.recv(wanted - len(answers))
+            if not got:
+                raise OSError(errno.EPIPE, "the hypervisor's mapper is gone")
+            answers += got
+        for (failure,) in struct.iter_unpack("<i", answers):
+            if failure:
+                raise OSError(failure, f"inside the hypervisor: {os.strerror(failure)}")
+
     def _ask(self, what: int, files: list[int], body: bytes = b"", count: int = 0) -> None:
         socket.send_fds(self._socket, [struct.pack("<3I", _MAGIC, what, count)], files)
         self._socket.sendall(body)
-        answer = self._socket.recv(4, socket.MSG_WAITALL)
-        if len(answer) < 4:
-            raise OSError(errno.EPIPE, "the hypervisor's mapper is gone")
-        (failure,) = struct.unpack("<i", answer)
-        if failure:
-            raise OSError(failure, f"inside the hypervisor: {os.strerror(failure)}")
+        self._asked += 1
 
     def close(self) -> None:
         self._socket.close()
@@ -77,6 +86,7 @@ def load(mapping: Mapping, mapper: Mapper, snapshot: Path, manifest: Manifest) -
             if ranges:
                 mapper.map(file.fileno(), ranges)
             _copy(mapping, file.fileno(), [one for one in copied if one.diff == number])
+    mapper.finish()
 
 
 def _copy(mapping: Mapping, file: int, segments: list[Segment]) -> None:

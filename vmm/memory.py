@@ -69,6 +69,15 @@ def sealed(name: str, data: bytes) -> int:
     return descriptor
 
 
+def write_only(name: str) -> int:
+    """An empty file in memory, opened to write: QEMU takes from a descriptor set only what has the very access that it wants."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_CLOEXEC)
+    finally:
+        os.close(descriptor)
+
+
 def store_memory(descriptor: int, target: Path) -> int:
     """Writes a guest's memory to a sparse file, without its zero pages, and does not sync; returns the bytes stored."""
     size = os.fstat(descriptor).st_size
@@ -124,14 +133,14 @@ async def fill_apart(source: Path, descriptor: int, cgroup_files: list[Path], di
         raise OSError(f"memory from {source}: {errors.decode(errors='replace').strip()[-300:]}")
 
 
-def adopt_image_memory(image: str, pids: list[int]) -> int | None:
-    """The image's memfd, taken from a process that has it open (a clone outlives this daemon)."""
-    marker = f"/memfd:{memfd_name(image)}"
+def adopt(name: str, pids: list[int]) -> int | None:
+    """A memfd of this name, taken from a process that has it open (a hypervisor outlives this daemon)."""
+    marker = f"/memfd:{name}"
     for pid in pids:
         try:
             for entry in os.listdir(f"/proc/{pid}/fd"):
                 if os.readlink(f"/proc/{pid}/fd/{entry}").startswith(marker):
-                    return os.open(f"/proc/{pid}/fd/{entry}", os.O_RDWR | os.O_CLOEXEC)
+                    return host.pidfd_getfd(pid, int(entry))
         except OSError:
             continue
     return None

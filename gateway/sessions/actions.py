@@ -229,6 +229,8 @@ class Actions:
         idle = event is Event.IDLE
         fire = self._lifecycle.fire
         known = dict(live.counts)
+        has_hook = session.hooks.timeout("suspend") is not None
+        patience = 0.0 if idle else self._settings.suspend.drain_seconds
         steps = self._steps(session, "suspend")
         answers, complete = await self._routes.close_gate(session, self._settings.suspend.gate_seconds)
         if idle:
@@ -236,14 +238,15 @@ class Actions:
             if moved or not complete or self._wanted(live):
                 await self._call_off(session, live)
                 return
-        else:
-            await self._routes.drain(session, self._settings.suspend.drain_seconds, cut=False, park=self._may_park(session))
+        elif has_hook:
+            await self._routes.drain(session, patience, cut=False, park=self._may_park(session))
+            patience = 0.0
         steps.mark("gate closed, answers drained")
         try:
             await self._hook(session, "suspend")
             steps.mark("suspend hook")
-            may_be_called_off = idle and session.hooks.timeout("suspend") is None
-            drained = await self._routes.drain(session, 0, cut=True, park=self._may_park(session), if_quiet=may_be_called_off)
+            may_be_called_off = idle and not has_hook
+            drained = await self._routes.drain(session, patience, cut=True, park=self._may_park(session), if_quiet=may_be_called_off)
             if may_be_called_off and (not drained.quiet or self._wanted(live)):
                 await self._call_off(session, live)
                 return

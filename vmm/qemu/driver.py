@@ -24,7 +24,7 @@ from ..places import Place, Places, is_alive
 from ..snapshots import sync
 from . import machine as topology
 from .boots import MEMORY, Boots
-from .process import QemuMachine, child_of, listen
+from .process import STATE, QemuMachine, child_of, listen
 from .qmp import QmpError
 
 log = structlog.get_logger()
@@ -72,9 +72,7 @@ class QemuDriver:
         with contextlib.ExitStack() as files:
             base = files.enter_context((image / "disk.raw").open("rb")).fileno()
             boot = files.enter_context((image / "boot.qcow2").open("rb")).fileno()
-            machine = await self._spawn(
-                image.name, shape, lambda qmp, agent: topology.standby(shape, shared.memory, base, boot, stand_ins, qmp, agent)
-            )  # fmt: skip
+            machine = await self._spawn(image.name, shape, lambda ends: topology.standby(shape, shared.memory, base, boot, stand_ins, ends))
         try:
             await machine.await_session(stand_ins)
         except (QmpError, OSError, VmmError) as error:
@@ -95,9 +93,7 @@ class QemuDriver:
                 assets = (self._assets.kernel, self._assets.initrd)
                 kernel, initrd = (files.enter_context(path.open("rb")).fileno() for path in assets)
                 programs = (kernel, initrd) if kept is None else None
-                machine = await self._spawn(
-                    image.name, shape, lambda qmp, agent: topology.boot(shape, descriptor, programs, tap, qmp, agent, console)
-                )
+                machine = await self._spawn(image.name, shape, lambda ends: topology.boot(shape, descriptor, programs, tap, ends, console))
         except BaseException:
             os.close(descriptor)
             raise
@@ -154,7 +150,7 @@ class QemuDriver:
         shape = machine.record.shape
         try:
             if machine.image_memory is None:  # booted by an earlier daemon
-                machine.image_memory = memory.adopt_image_memory(image.name, [machine.record.pid])
+                machine.image_memory = memory.adopt(memory.memfd_name(image.name), [machine.record.pid])
             if shape is None or machine.image_memory is None:
                 raise VmmError(f"image {image.name} was not booted by this service")
             await machine.save_devices(image / DEVICES)
@@ -174,11 +170,13 @@ class QemuDriver:
         if not is_alive(record):
             await self._places.remove(place)
             return None
-        machine = QemuMachine(record, place.directory, self._network, lambda: self._remove(machine, place))
+        state = memory.write_only(STATE)
+        machine = QemuMachine(record, place.directory, self._network, lambda: self._remove(machine, place), state)
         self._machines.add(machine)
         try:
             await machine.connect()
-        except QmpError:
+            await machine.give_state_file()
+        except (QmpError, OSError):
             await machine.kill()
             return None
         return machine
@@ -216,7 +214,7 @@ class QemuDriver:
 
     async def _load_memory(self, image: Path) -> int:
         pids = [machine.record.pid for machine in self._machines if machine.record.image == image.name]
-        adopted = memory.adopt_image_memory(image.name, pids)
+        adopted = memory.adopt(memory.memfd_name(image.name), pids)
         if adopted is not None:
             return adopted
         group = f"image-{image.name}"
@@ -225,14 +223,15 @@ class QemuDriver:
             image.name, image / "memory.raw", [image / "disk.raw", image / "boot.qcow2"], self._cgroups.joins(group)
         )
 
-    async def _spawn(self, image: str, shape: Shape, compose: Callable[[int, int], topology.Command]) -> QemuMachine:
+    async def _spawn(self, image: str, shape: Shape, compose: Callable[[topology.Ends], topology.Command]) -> QemuMachine:
         place = self._places.make(shape)
         vm, directory = place.vm, place.directory
         qmp, agent = listen(directory / "qmp.sock"), listen(directory / "agent.sock")
         ours, theirs = socket.socketpair()
         mapper = Mapper(ours)
+        state = memory.write_only(STATE)
         try:
-            command = compose(qmp.fileno(), agent.fileno())
+            command = compose(topology.Ends(qmp.fileno(), agent.fileno(), state))
             process = await asyncio.create_subprocess_exec(
                 *jail.command(self._assets.jail_root, self._cgroups.joins(vm), place.uid, command.arguments),
                 pass_fds=[*command.descriptors, theirs.fileno()], start_new_session=True,
@@ -243,6 +242,7 @@ class QemuDriver:
             )  # fmt: skip
         except BaseException:
             mapper.close()
+            os.close(state)
             raise
         finally:
             theirs.close()
@@ -256,7 +256,7 @@ class QemuDriver:
                         raise VmmError(self._why(directory))
                     await asyncio.sleep(0.0005)
                 record.pid, record.started = pid, host.start_time(pid) or 0
-                machine = QemuMachine(record, directory, self._network, lambda: self._remove(machine, place), mapper)
+                machine = QemuMachine(record, directory, self._network, lambda: self._remove(machine, place), state, mapper)
                 self._machines.add(machine)
                 machine.save_record()
                 await machine.connect()
@@ -265,6 +265,7 @@ class QemuDriver:
         except BaseException as error:
             reason = self._why(directory)
             mapper.close()
+            os.close(state)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()  # and with it, by --kill-child, what runs inside
             await asyncio.shield(self._remove(None, place))

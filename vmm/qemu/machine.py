@@ -22,6 +22,8 @@ ROOT_PORT = ["-device", "pcie-root-port,id=rp,addr=0x6,chassis=1,slot=1"]
 NO_FLUSH = {"no-flush": True}
 NIC = {"driver": "virtio-net-pci", "netdev": "n0", "id": "vn0", "bus": "rp", "addr": "0x0", "mac": GUEST_MAC, "romfile": ""}
 
+STATE_SET = 4  # the descriptor set of Ends.state
+
 _WAITING = ["-S", "-incoming", "defer"]
 
 
@@ -34,6 +36,20 @@ class StandIns:
     tap: int
 
 
+@dataclass(frozen=True)
+class Ends:
+    """The hypervisor's ends of what it is talked to by: listening sockets for QMP and the agent, and a file in memory that the
+    state of its devices is written to."""
+
+    qmp: int
+    agent: int
+    state: int
+
+    @property
+    def all(self) -> list[int]:
+        return [self.qmp, self.agent, self.state]
+
+
 @dataclass
 class Command:
     """A command line and the descriptors it names; `descriptors` must be inherited by the process."""
@@ -42,15 +58,16 @@ class Command:
     descriptors: list[int] = field(default_factory=list)
 
 
-def _common(shape: Shape, memory: int, share: bool, qmp: int, agent: int) -> list[str]:
+def _common(shape: Shape, memory: int, share: bool, ends: Ends) -> list[str]:
     accelerator = ["-accel", "kvm", "-cpu", "host"] if shape.accelerator == "kvm" else ["-accel", "tcg,tb-size=64", "-cpu", "max,erms=off"]
     return [
         BINARY, "-M", MACHINE, *accelerator, "-m", str(shape.memory_mib), "-smp", str(shape.vcpus),
         "-object", f"memory-backend-file,id=m,size={shape.memory_mib}M,mem-path=/proc/self/fd/{memory},share={'on' if share else 'off'}",
         "-nodefaults", "-no-user-config", "-nographic", "-sandbox", SANDBOX,
         "-global", "migration.send-configuration=off",
-        "-chardev", f"socket,id=q,fd={qmp},server=on,wait=off", "-mon", "chardev=q,mode=control",
-        "-chardev", f"socket,id=c0,fd={agent},server=on,wait=off",
+        "-chardev", f"socket,id=q,fd={ends.qmp},server=on,wait=off", "-mon", "chardev=q,mode=control",
+        "-chardev", f"socket,id=c0,fd={ends.agent},server=on,wait=off",
+        "-add-fd", f"fd={ends.state},set={STATE_SET}",
         "-device", "virtio-serial-pci,id=vs0,addr=0x7",
         "-device", f"virtserialport,bus=vs0.0,nr=1,chardev=c0,name={AGENT_PORT}",
     ]  # fmt: skip
@@ -78,20 +95,20 @@ def _file(set_id: int, read_only: bool) -> dict[str, object]:
     return {"driver": "file", "filename": f"/dev/fdset/{set_id}", "read-only": read_only, "drop-cache": False}
 
 
-def boot(shape: Shape, memory: int, programs: tuple[int, int] | None, tap: int, qmp: int, agent: int, console: int) -> Command:
+def boot(shape: Shape, memory: int, programs: tuple[int, int] | None, tap: int, ends: Ends, console: int) -> Command:
     """A machine whose memory becomes an image: shared, a NIC from the start, and a placeholder until it is given its disk. `programs`:
     kernel and initramfs; None where it goes on from a boot that was kept."""
     kernel, initrd = programs or (-1, -1)
     start = ["-kernel", f"/proc/self/fd/{kernel}", "-initrd", f"/proc/self/fd/{initrd}", "-append", KERNEL_LINE]
     arguments = [
-        *_common(shape, memory, True, qmp, agent),
+        *_common(shape, memory, True, ends),
         *(start if programs is not None else _WAITING),
         *_placeholder(shape),
         *ROOT_PORT,
         *_network(tap),
         "-add-fd", f"fd={console},set=3", "-chardev", "file,id=s0,path=/dev/fdset/3,append=on", "-serial", "chardev:s0",
     ]  # fmt: skip
-    return Command(arguments, [memory, *(programs or ()), tap, qmp, agent, console])
+    return Command(arguments, [memory, *(programs or ()), tap, *ends.all, console])
 
 
 def boot_disk() -> list[dict[str, object]]:
@@ -102,11 +119,11 @@ def boot_disk() -> list[dict[str, object]]:
     ]
 
 
-def standby(shape: Shape, memory: int, base: int, boot_layer: int, stand_ins: StandIns, qmp: int, agent: int) -> Command:
+def standby(shape: Shape, memory: int, base: int, boot_layer: int, stand_ins: StandIns, ends: Ends) -> Command:
     """The same machine, waiting for a session: all in place but what the session brings, and nothing to boot."""
     overlay = {**_file(3, False), "cache": NO_FLUSH}
     arguments = [
-        *_common(shape, memory, False, qmp, agent),
+        *_common(shape, memory, False, ends),
         "-add-fd", f"fd={base},set=1", "-add-fd", f"fd={boot_layer},set=2", "-add-fd", f"fd={stand_ins.disk},set=3",
         *_block(driver="raw", node_name="base", read_only=True, file=_file(1, True)),
         *_block(driver="qcow2", node_name="img", read_only=True, file=_file(2, True), backing="base"),
@@ -116,4 +133,4 @@ def standby(shape: Shape, memory: int, base: int, boot_layer: int, stand_ins: St
         *_network(stand_ins.tap),
         "-serial", "null", *_WAITING,
     ]  # fmt: skip
-    return Command(arguments, [memory, base, boot_layer, stand_ins.disk, stand_ins.tap, qmp, agent])
+    return Command(arguments, [memory, base, boot_layer, stand_ins.disk, stand_ins.tap, *ends.all])

@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from gateway.observe.steps import Steps
 
 from .. import diffs, mapping, memory, places
@@ -26,7 +28,7 @@ from .qmp import Qmp, QmpError
 
 _KILL_SECONDS = 10
 _LOAD_SECONDS = 30
-_STATE_SET = 11
+STATE = "torpor-state"  # the name of the memfd
 _STARVED = "io-error"
 _STARVED_RETRY_SECONDS = 1
 
@@ -44,7 +46,7 @@ class QemuMachine:
     """Implements vmm.driver.Machine. `remove` undoes what was made for the process (cgroup, directory)."""
 
     def __init__(
-        self, record: Process, directory: Path, network: Network, remove: Callable[[], Awaitable[None]],
+        self, record: Process, directory: Path, network: Network, remove: Callable[[], Awaitable[None]], state: int,
         mapper: mapping.Mapper | None = None,
     ) -> None:  # fmt: skip
         self.record = record
@@ -57,6 +59,7 @@ class QemuMachine:
         self._qmp: Qmp | None = None
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pidfd = os.pidfd_open(record.pid)
+        self._state: int | None = state  # what the state of its devices is written to
         self._mapper = mapper
         self._stand_ins: StandIns | None = None
         self._incoming: socket.socket | None = None  # where the state of the devices is waited for
@@ -74,6 +77,14 @@ class QemuMachine:
         if status == _STARVED:
             self._starve()
         self._correct_phase(is_running=status in ("running", _STARVED))
+
+    async def give_state_file(self) -> None:
+        """To a process that another daemon started: QEMU forgets descriptor sets that nothing uses when a connection ends. Raises
+        QmpError, OSError."""
+        assert self._state is not None
+        with contextlib.suppress(QmpError):
+            await self.qmp.run("remove-fd", fdset_id=topology.STATE_SET)
+        await self._give("add-fd", os.dup(self._state), fdset_id=topology.STATE_SET)
 
     def _correct_phase(self, is_running: bool) -> None:
         """A daemon that died between a command and its record left a question; the hypervisor has the answer."""
@@ -135,14 +146,15 @@ class QemuMachine:
         """Raises StateLost, OSError."""
         if self._mapper is None or self._stand_ins is None:
             raise StateLost(f"hypervisor {self.record.vm} waits for no session")
+        self._mapper.put(tap, self._stand_ins.tap)
         disk = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
         try:
             self._mapper.put(disk, self._stand_ins.disk)
         finally:
             os.close(disk)
-        self._mapper.put(tap, self._stand_ins.tap)
         if manifest is not None:
             mapping.load(self.mapping(), self._mapper, snapshot, manifest)
+        self._mapper.finish()
 
     async def _await_state(self) -> None:
         """The state of the devices is loaded as it comes over a socket. Raises QmpError."""
@@ -156,6 +168,7 @@ class QemuMachine:
         """The state is loaded when its event says so: asking again and again would hold up who loads it. Raises QmpError, OSError."""
         assert self._loaded is not None
         sent = asyncio.ensure_future(asyncio.to_thread(self._send_state, path))
+        sent.add_done_callback(lambda done: done.cancelled() or done.exception())  # where it was refused, that says more
         await asyncio.wait([self._loaded, self.qmp.closed], timeout=_LOAD_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if not self._loaded.done():
             raise QmpError("the hypervisor has ended" if self.qmp.closed.done() else f"device state not loaded in {_LOAD_SECONDS} s")
@@ -219,15 +232,14 @@ class QemuMachine:
 
     async def save(self, directory: Path) -> list[Sum]:
         try:
-            stopped, saved = await self._stop_and_save(directory / DEVICES)
+            stopped, saved = self._stop_and_save()
             await stopped
-            self.save_record()
             self.steps.mark("stop")
             written = await asyncio.to_thread(self._save_memory, directory)
             await saved
-            summed = await asyncio.to_thread(diffs.checksum, directory / DEVICES)
+            devices = await asyncio.to_thread(self._store_state, directory / DEVICES)
             self.steps.mark("devices and changed pages written")
-            return [summed, *written]
+            return [devices, *written]
         except (QmpError, OSError, LookupError) as error:
             raise not_written(error, f"the snapshot in {directory}", f"session {self.record.session} could not be saved") from error
 
@@ -247,7 +259,7 @@ class QemuMachine:
 
     def _save_memory(self, directory: Path) -> list[Sum]:
         record = self.record
-        image = memory.adopt_image_memory(record.image, [record.pid]) if not record.chain else None
+        image = memory.adopt(memory.memfd_name(record.image), [record.pid]) if not record.chain else None
         try:
             return memory.save_diff(self.mapping(), directory, record.incarnation, image)
         finally:
@@ -256,26 +268,36 @@ class QemuMachine:
 
     async def save_devices(self, path: Path) -> None:
         """Stops the guest and writes its devices' state. Raises QmpError, OSError."""
-        _, saved = await self._stop_and_save(path)
+        _, saved = self._stop_and_save()
         await saved
+        await asyncio.to_thread(self._store_state, path)
 
-    async def _stop_and_save(self, path: Path) -> tuple[asyncio.Future[Any], asyncio.Future[Any]]:
-        """All commands at once; what is answered when the guest has stopped, and when its state is written.
+    def _stop_and_save(self) -> tuple[asyncio.Future[Any], asyncio.Future[Any]]:
+        """What is answered when the guest has stopped, and when its state is written. Raises OSError.
 
         The first answer says that QEMU has been round its loop, so that what the host sent before (the ends of connections) lies in
         the guest's ring, and with it in the snapshot. `live` off: disks stay open, and `cont` need not activate them again.
         """
-        state = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        await self._give("add-fd", state, fdset_id=_STATE_SET)
-        self.record.phase = "stopped"
+        if self._state is None:
+            raise QmpError("the hypervisor has ended")
+        os.ftruncate(self._state, 0)
+        os.lseek(self._state, 0, os.SEEK_SET)  # QEMU goes on where it was
+        self.record.phase = "stopped"  # not written: a daemon that finds "running" asks the hypervisor
         stopped = asyncio.ensure_future(self.qmp.run("stop"))
-        saved = asyncio.gather(
-            self.qmp.run("xen-save-devices-state", filename=f"/dev/fdset/{_STATE_SET}", live=False),
-            self.qmp.run("remove-fd", fdset_id=_STATE_SET),
-        )
+        filename = f"/dev/fdset/{topology.STATE_SET}"
+        saved = asyncio.ensure_future(self.qmp.run("xen-save-devices-state", filename=filename, live=False))
         for future in (stopped, saved):
             future.add_done_callback(lambda done: done.cancelled() or done.exception())  # whichever is waited for first
         return stopped, saved
+
+    def _store_state(self, path: Path) -> Sum:
+        """Does not sync. Raises OSError."""
+        assert self._state is not None
+        state = Path(f"/proc/self/fd/{self._state}").read_bytes()
+        os.ftruncate(self._state, 0)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(state)
+        return Sum(path.name, len(state), xxhash.xxh3_64_hexdigest(state))
 
     async def unpause(self) -> None:
         try:
@@ -337,6 +359,9 @@ class QemuMachine:
         if self._channel is not None:
             os.close(self._channel)
             self._channel = None
+        if self._state is not None:
+            os.close(self._state)
+            self._state = None
         if self._qmp is not None:
             self._qmp.close()
         if self.image_memory is not None:
