@@ -167,21 +167,20 @@ class Actions:
         agent = self.attach(session, await self._host.start(session.id, session.incarnation, wake))
         if steps is not None:
             steps.mark("cont")
-        woken = agent.expect(nonce)
         try:
             async with asyncio.timeout(_WOKEN_SECONDS):
-                await woken
+                await agent.expect(nonce)
             if steps is not None:
                 steps.mark("agent answered")
         except TimeoutError as error:
             raise AgentError(f"the guest did not answer in {_WOKEN_SECONDS:g} s after it was restored") from error
+        self._serve_guest(session)
 
     def attach(self, session: Session, descriptor: int) -> Agent:
         """Reads a running guest's agent: its output goes to the logs, its end ends the session."""
         live = self._lifecycle.live(session)
         if live.agent is not None and live.agent.is_detached:  # its shells slept with it
             live.agent.attach(descriptor)
-            self._lifecycle.spawn(self._serve(session, live, live.agent))
             return live.agent
         self._lifecycle.close_agent(live)
         writer = None
@@ -194,14 +193,19 @@ class Actions:
         )
         if writer is not None:
             live.agent.closed.add_done_callback(lambda _: writer.flush())
-        self._lifecycle.spawn(self._serve(session, live, live.agent))
         return live.agent
 
     def _egress(self, session: Session) -> EgressRules | None:
         return rules_of(self._settings.egress, self._lifecycle.store, session.egress)
 
+    def _serve_guest(self, session: Session) -> None:
+        """Its questions for metadata and names are answered from now on; those that it had already wait in its sockets' queues."""
+        live = self._lifecycle.live(session)
+        if live.agent is not None:
+            self._lifecycle.spawn(self._serve(session, live, live.agent))
+
     async def _serve(self, session: Session, live: Live, agent: Agent) -> None:
-        """Answers the guest's questions for metadata and names, as long as its agent is ours."""
+        """As long as its agent is ours."""
         try:
             sockets = await self._patiently(lambda: self._host.services(session.id, session.incarnation))
         except RpcError as error:
@@ -418,6 +422,7 @@ class Actions:
                 if state == 2:
                     self._lifecycle.exited(session, code)
                     return
+                self._serve_guest(session)
             if session.state is State.PENDING:
                 await self.run_hook(session)
                 await fire(session, Event.STARTED)

@@ -249,6 +249,7 @@ class QemuDriver:
             qmp.close()
             agent.close()
         record = Process(vm, 0, 0, image, place.uid, shape=shape)
+        machine: QemuMachine | None = None  # which closes what it was given when its process ends
         try:
             async with asyncio.timeout(_SPAWN_SECONDS):
                 while (pid := child_of(process.pid)) is None:
@@ -264,8 +265,9 @@ class QemuDriver:
                 machine.save_record()
         except BaseException as error:
             reason = self._why(directory)
-            mapper.close()
-            os.close(state)
+            if machine is None:
+                mapper.close()
+                os.close(state)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()  # and with it, by --kill-child, what runs inside
             await asyncio.shield(self._remove(None, place))
