@@ -41,6 +41,7 @@ class Process(msgspec.Struct):
     memory: tuple[int, int] = (0, 0)  # where the guest's lies in the process: first address, and the one after
     chain: list[int] = []  # the diffs that lie mapped over it
     shape: Shape | None = None
+    unchecked: str = ""  # a snapshot whose diffs have yet to be compared with their checksums
     saved: bool = False  # a snapshot was taken of this incarnation; it may have been called off
 
 
@@ -58,7 +59,8 @@ class Machine(Protocol):
         not run yet. Raises StateLost."""
 
     async def resume(self, wake: bytes) -> int:
-        """Writes the wake message, lets the guest run, returns a connected descriptor of the agent's channel."""
+        """Writes the wake message, lets the guest run, returns a connected descriptor of the agent's channel. Raises StateLost, also for
+        a snapshot that turns out to be damaged."""
 
     async def agent(self) -> int:
         """The agent's channel of a running guest, for a control that restarted."""

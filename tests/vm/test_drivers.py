@@ -309,6 +309,7 @@ async def attempt(one: Rig, snapshot: Path) -> None:
     machine.record.session = "first"
     try:
         await machine.prepare(snapshot, one.snapshots.overlay("first"), await one.network.take())
+        os.close(await machine.resume(wake_frame(1)))  # files are compared beside it
     finally:
         await machine.kill()
 

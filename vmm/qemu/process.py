@@ -62,6 +62,7 @@ class QemuMachine:
         self._state: int | None = state  # what the state of its devices is written to
         self._mapper = mapper
         self._stand_ins: StandIns | None = None
+        self._checking: asyncio.Future[None] | None = None
         self._incoming: socket.socket | None = None  # where the state of the devices is waited for
         self._channel: int | None = None  # the agent's, connected before it is asked for
         self._starving: asyncio.Task[None] | None = None
@@ -125,7 +126,6 @@ class QemuMachine:
         self.save_record()
 
     async def _prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
-        """Files are checked while the devices load, and damage says more than what became of the load of it."""
         tap = await self._network.tap(link)
         try:
             manifest = diffs.read_manifest(snapshot) if (snapshot / diffs.MANIFEST).exists() else None
@@ -133,14 +133,28 @@ class QemuMachine:
         finally:
             os.close(tap)
         self.steps.mark("network, disk and memory put in")
-        checked = asyncio.ensure_future(asyncio.to_thread(_verify, snapshot, manifest))
+        self._check(snapshot)
         try:
             await self._load_devices(snapshot / DEVICES)
-            self.steps.mark("device state loaded")
-        finally:
-            await checked
-            self.steps.mark("files checked")
+        except BaseException:
+            await self._checked()  # damage says more than what became of the load of it
+            raise
+        self.steps.mark("device state loaded")
         self.record.chain = manifest.chain if manifest is not None else []
+
+    def _check(self, snapshot: Path) -> None:
+        """Beside the load and the guest's first steps; `resume` returns when it is done. Large diffs take longer than all the rest."""
+        self.record.unchecked = str(snapshot)
+        self._checking = asyncio.ensure_future(asyncio.to_thread(_verify, snapshot))
+        self._checking.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def _checked(self) -> None:
+        """Raises StateLost."""
+        if self.record.unchecked and self._checking is None:  # prepared by an earlier daemon
+            self._check(Path(self.record.unchecked))
+        if self._checking is not None:
+            await self._checking
+            self._checking, self.record.unchecked = None, ""
 
     def _put_in(self, tap: int, snapshot: Path, overlay: Path, manifest: Manifest | None) -> None:
         """Raises StateLost, OSError."""
@@ -194,7 +208,9 @@ class QemuMachine:
             self.record.phase = "running"  # not written: who reads "starting" asks the hypervisor
             self._close_mapper()
             self.steps.mark("cont")
-        except (QmpError, OSError) as error:
+            await self._checked()
+            self.steps.mark("files checked")
+        except (QmpError, OSError, StateLost) as error:
             os.close(channel)
             raise StateLost(f"session {self.record.session} could not be started: {error}") from error
         return channel
@@ -371,10 +387,10 @@ class QemuMachine:
         self._ended.set_result(None)
 
 
-def _verify(snapshot: Path, manifest: Manifest | None) -> None:
-    """Raises StateLost. An image's files are checked by whoever gets it."""
-    if manifest is not None:
-        diffs.verify_all(snapshot, manifest)
+def _verify(snapshot: Path) -> None:
+    """Raises StateLost. An image's files have no manifest: they are checked by whoever gets it."""
+    if (snapshot / diffs.MANIFEST).exists():
+        diffs.verify_all(snapshot, diffs.read_manifest(snapshot))
 
 
 def child_of(pid: int) -> int | None:
