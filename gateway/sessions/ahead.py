@@ -1,4 +1,4 @@
-"""MicroVMs that ran ahead: launched from their image for nobody yet, asked one request, and stopped.
+"""MicroVMs that ran ahead: launched from their image for nobody yet, asked a request, and stopped.
 
 Under emulation a launch spends nearly all of its time on translating guest code anew; one that has run already answers at once
 (docs/performance.md). The application then has seen that request, so this is only done where the image's owner allows it: by its
@@ -39,6 +39,7 @@ _UNUSED_SECONDS = 900.0
 _SECONDS = 30.0
 _TARGET = re.compile(r"(?::(\d{1,5}))?(/[!-~]*)")
 _DEFAULT_PORT = 8080
+_PASSES = 3  # of a named path: what an application does between two requests is translated too then
 
 
 @dataclass
@@ -192,7 +193,8 @@ class Ahead:
                 if hook:
                     status = await hooks.post(connect, hook, port, b"", str(uuid.uuid4()))
                 else:
-                    status = await hooks.ask(connect, port, f"GET {target}")
+                    for _ in range(_PASSES):
+                        status = await hooks.ask(connect, port, f"GET {target}")
         except TimeoutError as error:
             raise AgentError(f"no answer in {_SECONDS:g} s") from error
         finally:
