@@ -1,0 +1,105 @@
+"""The thread inside a hypervisor (vmm/qemu/mapper.c), in a process that only has its name."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmm.mapping import Mapper
+from vmm.memory import sealed
+
+SOURCE = Path(__file__).parents[2] / "vmm/qemu/mapper.c"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("mapper") / "mapper.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wall", "-Werror", "-pthread", "-o", str(made), str(SOURCE)], check=True)
+    return made
+
+
+@contextlib.contextmanager
+def waiting(library: Path, descriptors: list[int]) -> Iterator[tuple[Mapper, int]]:
+    """A mapper, and the pid of a process that has `descriptors` open and does nothing."""
+    program = Path(shutil.copy("/bin/sleep", library.with_name("qemu-system-sleep")))
+    ours, theirs = socket.socketpair()
+    environment = {"LD_PRELOAD": str(library), "TORPOR_MAPPER": str(theirs.fileno())}
+    process = subprocess.Popen([str(program), "60"], pass_fds=[*descriptors, theirs.fileno()], env=environment)
+    theirs.close()
+    mapper = Mapper(ours)
+    try:
+        yield mapper, process.pid
+    finally:
+        mapper.close()
+        process.kill()
+        process.wait()
+
+
+def open_in(pid: int, number: int) -> str:
+    return os.readlink(f"/proc/{pid}/fd/{number}").removesuffix(" (deleted)")
+
+
+def test_a_file_takes_the_place_of_another_wherever_that_is_open(library: Path, tmp_path: Path) -> None:
+    stand_in, other = sealed("stand-in", b"nothing"), sealed("other", b"nothing")
+    again = os.dup(stand_in)
+    (tmp_path / "disk").write_bytes(b"the session's")
+    with waiting(library, [stand_in, again, other]) as (mapper, pid), (tmp_path / "disk").open("r+b") as disk:
+        mapper.put(disk.fileno(), stand_in)
+        mapper.finish()
+        assert open_in(pid, stand_in) == open_in(pid, again) == str(tmp_path / "disk")
+        assert open_in(pid, other) == "/memfd:other"
+        left = {open_in(pid, int(entry)) for entry in os.listdir(f"/proc/{pid}/fd")}
+        assert "/memfd:stand-in" not in left, "what was replaced is still open"
+    for descriptor in (stand_in, again, other):
+        os.close(descriptor)
+
+
+def test_what_fails_is_said_at_the_end_and_the_rest_is_done(library: Path, tmp_path: Path) -> None:
+    stand_in, nobody_has = sealed("stand-in", b"nothing"), sealed("nobody-has", b"nothing")
+    (tmp_path / "disk").write_bytes(b"the session's")
+    with waiting(library, [stand_in]) as (mapper, pid), (tmp_path / "disk").open("r+b") as disk:
+        mapper.put(disk.fileno(), nobody_has)
+        mapper.put(disk.fileno(), stand_in)
+        with pytest.raises(OSError, match="inside the hypervisor") as caught:
+            mapper.finish()
+        assert caught.value.errno == errno.EBADF
+        assert open_in(pid, stand_in) == str(tmp_path / "disk")
+        mapper.map(disk.fileno(), [(4097, mmap.PAGESIZE, 0)])  # no address of a page
+        with pytest.raises(OSError) as caught:
+            mapper.finish()
+        assert caught.value.errno == errno.EINVAL
+        mapper.finish()  # nothing was asked
+    for descriptor in (stand_in, nobody_has):
+        os.close(descriptor)
+
+
+def test_files_are_mapped_where_they_are_wanted(library: Path, tmp_path: Path) -> None:
+    pages = tmp_path / "pages"
+    pages.write_bytes(b"a" * mmap.PAGESIZE + b"b" * mmap.PAGESIZE)
+    with waiting(library, []) as (mapper, pid), pages.open("rb") as file:
+        free = 0x10_0000_0000
+        mapper.map(file.fileno(), [(free, mmap.PAGESIZE, mmap.PAGESIZE), (free + mmap.PAGESIZE, mmap.PAGESIZE, 0)])
+        mapper.finish()
+        with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+            assert os.pread(memory.fileno(), 2 * mmap.PAGESIZE, free) == b"b" * mmap.PAGESIZE + b"a" * mmap.PAGESIZE
+
+
+def test_an_end_of_the_process_is_an_error(library: Path, tmp_path: Path) -> None:
+    stand_in = sealed("stand-in", b"nothing")
+    with waiting(library, [stand_in]) as (mapper, pid):
+        mapper.put(stand_in, stand_in)
+        os.kill(pid, 9)
+        with pytest.raises(OSError):
+            mapper.finish()
+            mapper.put(stand_in, stand_in)
+            mapper.finish()
+    os.close(stand_in)
