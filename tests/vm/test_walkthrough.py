@@ -80,13 +80,17 @@ def test_clones_are_strangers_to_each_other(instance: Instance, app: str, vm: di
 def test_clone_cannot_change_its_images_memory(instance: Instance, app: str, vm: dict[str, Any]) -> None:
     """The sealed memory that clones map is the same after a clone wrote a lot; and the devices that could punch holes
     into it are not there."""
-    pid = instance.hypervisors()[vm["microvmId"]]["pid"]
+    record = instance.hypervisors()[vm["microvmId"]]
+    pid, name = record["pid"], f"memfd:torpor-{record['image']}"
     command = Path(f"/proc/{pid}/cmdline").read_bytes()
     assert b"balloon" not in command and b"free-page" not in command
-    maps = [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "memfd:torpor-" in line]
+    maps = [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if name in line]
     assert maps and all(line.split()[1] == "rw-p" for line in maps)
-    fds = [fd for fd in Path(f"/proc/{pid}/fd").iterdir() if "memfd:torpor-" in os.readlink(fd)]
-    stored = instance.root / "images" / instance.hypervisors()[vm["microvmId"]]["image"] / "memory.raw"
+    fds = [fd for fd in Path(f"/proc/{pid}/fd").iterdir() if name in os.readlink(fd)]
+    assert not [fd for fd in Path(f"/proc/{pid}/fd").iterdir() if "memfd:torpor-disk" in os.readlink(fd)], (
+        "the disk's stand-in is still there"
+    )
+    stored = instance.root / "images" / record["image"] / "memory.raw"
     assert get(vm["endpoint"], bundle(instance), vm["token"], "/dirty?mib=64").status == 200
     with fds[0].open("rb") as memory, stored.open("rb") as image:
         assert os.fstat(memory.fileno()).st_size == os.fstat(image.fileno()).st_size
