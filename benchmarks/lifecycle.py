@@ -100,10 +100,12 @@ class Bench:
         return self.done_at(vm, "suspend") - called
 
     def done_at(self, vm: dict[str, Any], work: str) -> float:
-        """When the host's part of the last suspend or resume was done: its snapshot durable, its guest running. Seconds of the epoch."""
+        """When the last suspend's snapshot was durable, or the guest of the last resume ran. Seconds of the epoch."""
         found = json.loads(self.instance.command("torpor", "trace", vm["microvmId"], "--json").stdout)
         (one,) = (one for one in found if one["steps"][0]["where"] == "vmm" and one["work"] == work)
-        return float(one["started_at"]) + sum(step["took_ms"] for step in one["steps"]) / 1e3
+        names = [step["what"] for step in one["steps"]]
+        steps = one["steps"][: names.index("cont") + 1] if "cont" in names else one["steps"]
+        return float(one["started_at"]) + sum(step["took_ms"] for step in steps) / 1e3
 
 
 def floor_of(bench: Bench, vm: dict[str, Any]) -> Floor:

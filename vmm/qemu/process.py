@@ -62,7 +62,6 @@ class QemuMachine:
         self._state: int | None = state  # what the state of its devices is written to
         self._mapper = mapper
         self._stand_ins: StandIns | None = None
-        self._checking: asyncio.Future[None] | None = None
         self._incoming: socket.socket | None = None  # where the state of the devices is waited for
         self._channel: int | None = None  # the agent's, connected before it is asked for
         self._starving: asyncio.Task[None] | None = None
@@ -133,28 +132,21 @@ class QemuMachine:
         finally:
             os.close(tap)
         self.steps.mark("network, disk and memory put in")
-        self._check(snapshot)
+        self.record.unchecked = str(snapshot)
         try:
             await self._load_devices(snapshot / DEVICES)
         except BaseException:
-            await self._checked()  # damage says more than what became of the load of it
+            await self._check()  # damage says more than what became of the load of it
             raise
         self.steps.mark("device state loaded")
         self.record.chain = manifest.chain if manifest is not None else []
 
-    def _check(self, snapshot: Path) -> None:
-        """Beside the load and the guest's first steps; `resume` returns when it is done. Large diffs take longer than all the rest."""
-        self.record.unchecked = str(snapshot)
-        self._checking = asyncio.ensure_future(asyncio.to_thread(_verify, snapshot))
-        self._checking.add_done_callback(lambda done: done.cancelled() or done.exception())
-
-    async def _checked(self) -> None:
-        """Raises StateLost."""
-        if self.record.unchecked and self._checking is None:  # prepared by an earlier daemon
-            self._check(Path(self.record.unchecked))
-        if self._checking is not None:
-            await self._checking
-            self._checking, self.record.unchecked = None, ""
+    async def _check(self) -> None:
+        """Compares the files that were loaded, beside the guest's first steps: large diffs take longer than all the rest of a resume. Who
+        let it run hears of it when this is done. Raises StateLost."""
+        if self.record.unchecked:
+            await asyncio.to_thread(_verify, Path(self.record.unchecked))
+            self.record.unchecked = ""
 
     def _put_in(self, tap: int, snapshot: Path, overlay: Path, manifest: Manifest | None) -> None:
         """Raises StateLost, OSError."""
@@ -208,7 +200,7 @@ class QemuMachine:
             self.record.phase = "running"  # not written: who reads "starting" asks the hypervisor
             self._close_mapper()
             self.steps.mark("cont")
-            await self._checked()
+            await self._check()
             self.steps.mark("files checked")
         except (QmpError, OSError, StateLost) as error:
             os.close(channel)
