@@ -299,8 +299,9 @@ class QemuMachine:
         return stopped, saved
 
     def _store_state(self, path: Path) -> Sum:
-        """Does not sync. Raises OSError."""
-        assert self._state is not None
+        """Does not sync. Raises QmpError, OSError."""
+        if self._state is None:
+            raise QmpError("the hypervisor has ended")
         state = Path(f"/proc/self/fd/{self._state}").read_bytes()
         os.ftruncate(self._state, 0)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
