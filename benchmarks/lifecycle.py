@@ -3,7 +3,7 @@
 What is timed begins with the user's first byte and ends with the first byte of a 200 (TLS, token, hold and resume included). A suspend
 is timed from the call until its snapshot is synced and has its name, `cont` from the request's last byte, both as `torpor trace` has
 them: asking the API again and again would take a processor from what is measured. The floor is the best hand-made
-sequence: a waiting process, mapped pages, device state by descriptor, `cont`, the agent's answer, then a GET.
+sequence, the service's own: a process with everything in place, files put in, device state, `cont`, the agent's answer, then a GET.
 
 A bare name is the p50 of a 512 MiB guest with 2 MiB changed, on a small static server; ROUNDS, SIZES and CHANGES may be set.
 """

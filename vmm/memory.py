@@ -133,14 +133,14 @@ async def fill_apart(source: Path, descriptor: int, cgroup_files: list[Path], di
         raise OSError(f"memory from {source}: {errors.decode(errors='replace').strip()[-300:]}")
 
 
-def adopt(name: str, pids: list[int]) -> int | None:
-    """A memfd of this name, taken from a process that has it open (a hypervisor outlives this daemon)."""
-    marker = f"/memfd:{name}"
+def adopt_image_memory(image: str, pids: list[int]) -> int | None:
+    """The image's memfd, taken from a process that has it open (a clone outlives this daemon)."""
+    marker = f"/memfd:{memfd_name(image)}"
     for pid in pids:
         try:
             for entry in os.listdir(f"/proc/{pid}/fd"):
                 if os.readlink(f"/proc/{pid}/fd/{entry}").startswith(marker):
-                    return host.pidfd_getfd(pid, int(entry))
+                    return os.open(f"/proc/{pid}/fd/{entry}", os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             continue
     return None

@@ -150,7 +150,7 @@ class QemuDriver:
         shape = machine.record.shape
         try:
             if machine.image_memory is None:  # booted by an earlier daemon
-                machine.image_memory = memory.adopt(memory.memfd_name(image.name), [machine.record.pid])
+                machine.image_memory = memory.adopt_image_memory(image.name, [machine.record.pid])
             if shape is None or machine.image_memory is None:
                 raise VmmError(f"image {image.name} was not booted by this service")
             await machine.save_devices(image / DEVICES)
@@ -214,7 +214,7 @@ class QemuDriver:
 
     async def _load_memory(self, image: Path) -> int:
         pids = [machine.record.pid for machine in self._machines if machine.record.image == image.name]
-        adopted = memory.adopt(memory.memfd_name(image.name), pids)
+        adopted = memory.adopt_image_memory(image.name, pids)
         if adopted is not None:
             return adopted
         group = f"image-{image.name}"
