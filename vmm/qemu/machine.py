@@ -68,7 +68,7 @@ def _common(shape: Shape, memory: int, share: bool, ends: Ends) -> list[str]:
         "-chardev", f"socket,id=q,fd={ends.qmp},server=on,wait=off", "-mon", "chardev=q,mode=control",
         "-chardev", f"socket,id=c0,fd={ends.agent},server=on,wait=off",
         "-add-fd", f"fd={ends.state},set={STATE_SET}",
-        "-device", "virtio-serial-pci,id=vs0,addr=0x7",
+        "-device", "virtio-serial-pci,id=vs0,addr=0x7,max_ports=2",
         "-device", f"virtserialport,bus=vs0.0,nr=1,chardev=c0,name={AGENT_PORT}",
     ]  # fmt: skip
 
