@@ -65,7 +65,7 @@ class Control:
         self.logs = LogStore(directory / "logs")
         self.audit = AuditTrail(directory / "audit")
         self.vmm = Client(settings.vmm_socket, Service(self))
-        self.host = Host(self.vmm)
+        self.host = Host(self.vmm, settings.root)
         self.lifecycle = Lifecycle(settings, self.store, self.host, self.routes, self.logs)
         self.lifecycle.on_transition = metrics.transition
         self.lifecycle.on_action = metrics.action_took

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gateway.messages import BuildRequest, BuildResult
+from gateway.observe.room import disk_free_bytes
 
-from . import disks, lending
+from . import lending
 from .cgroups import Cgroups, Limits
 from .driver import VmmError
 from .egress import run_batch
@@ -133,7 +134,7 @@ class Builder:
         build = self._builds[request.build]
         (work / "root").mkdir(parents=True)
         (work / "out").mkdir()
-        free = disks.free_bytes(work)
+        free = disk_free_bytes(work)
         self._log_in(work / "auth.json", request.logins)
         self._cgroups.create(group, Limits(_MEMORY_BYTES, os.cpu_count() or 1, 50, 4096, 1 << 30))
         try:
@@ -152,7 +153,7 @@ class Builder:
             )  # fmt: skip
             build.processes.append(process)
             status = await process.wait()
-            full = status != 0 and (disks.free_bytes(work) < 64 << 20 <= free)
+            full = status != 0 and (disk_free_bytes(work) < 64 << 20 <= free)
             if status:
                 return BuildResult(status, "", full, status in (137, -9))
             return BuildResult(0, self._collect(work / "out", image), False, False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import os
 import shutil
 import signal
 import time
@@ -19,10 +18,12 @@ import structlog
 
 from gateway import messages as m
 from gateway.config import Settings
+from gateway.observe.room import disk_free_bytes, memory_available_bytes
 from gateway.observe.steps import Steps
 from gateway.rpc import Connection, Reply, Server, Service
 
-from . import archives, disks, drivers, probe
+from . import disks, drivers, probe
+from .archive_calls import ArchiveCalls
 from .builds import Builder, BuildSettings
 from .cgroups import Cgroups
 from .driver import DiskFull, Machine, StateLost, VmmError
@@ -35,6 +36,7 @@ log = structlog.get_logger()
 
 _HOUSEKEEPING_SECONDS = 10
 _PREPARE_TRIES = 2
+_QUIET_SECONDS = 0.6  # after a start
 
 
 @dataclass
@@ -87,6 +89,8 @@ class Vmm:
                 await machine.kill()
                 continue
             held = self.hold(record.session, machine, Link(self.settings.runtime / "netns" / record.link))
+            if record.phase == "running":
+                self._spawn(self._void(held, record.incarnation))
             if record.phase == "warm":
                 held.parked = self.snapshots.parked_link(record.session) is not None
                 self._keep_warm(record.session, held)
@@ -122,13 +126,13 @@ class Vmm:
     async def rpc_usage(self, connection: Connection, body: None) -> m.Usage:
         """What is warm is given up where its memory is wanted."""
         wanted = (self.settings.limits.reserve_mib + 2 * self.settings.limits.growth_mib) << 20
-        while self._warm and probe.memory_available_bytes() < wanted:
+        while self._warm and memory_available_bytes() < wanted:
             await self._cool(next(iter(self._warm)))
         running = [self._cgroups.memory_bytes(held.machine.record.vm) for held in self._sessions.values()]
         expected = self.settings.limits.growth_mib << 20
         return m.Usage(
-            memory_available=probe.memory_available_bytes(),
-            disk_free=disks.free_bytes(self.settings.root),
+            memory_available=memory_available_bytes(),
+            disk_free=disk_free_bytes(self.settings.root),
             expected_growth=max(expected, sum(running) // len(running)) if running else expected,
         )
 
@@ -164,7 +168,7 @@ class Vmm:
         image = self.settings.images_dir / body.image
         overlay = self.snapshots.overlay(body.session)
         if body.from_snapshot:
-            await self._folded(body.session)
+            await self.folded(body.session)
             snapshot = self.snapshots.newest(body.session)
         else:
             snapshot = image
@@ -235,14 +239,22 @@ class Vmm:
         held.machine.steps.mark("one that ran ahead")
 
     async def rpc_start(self, connection: Connection, body: m.StartRequest) -> Reply:
-        """Lets a prepared session run. From here on its snapshot is void, so it is removed."""
+        """Lets a prepared session run. From here on its snapshot is void."""
         held = self.held(body.session, body.incarnation)
         async with held.lock:
             if held.machine.record.phase == "running":
                 return Reply(None, [await held.machine.agent()])
             channel = await held.machine.resume(body.wake)
-        self._spawn(asyncio.to_thread(self.snapshots.started, body.session, body.incarnation))
+        self._spawn(self._void(held, body.incarnation))
         return Reply(None, [channel])
+
+    async def _void(self, held: _Held, incarnation: int) -> None:
+        """What `incarnation` was loaded from goes once its first requests have been answered: removing files competes with them."""
+        await asyncio.sleep(_QUIET_SECONDS)
+        async with held.lock:
+            record = held.machine.record
+            if record.incarnation == incarnation and record.phase in ("starting", "running"):
+                await asyncio.to_thread(self.snapshots.started, record.session, incarnation)
 
     async def rpc_agent(self, connection: Connection, body: m.SessionRef) -> Reply:
         held = self.held(body.session, body.incarnation)
@@ -292,30 +304,6 @@ class Vmm:
             session, link = self._parked.popitem()
             await asyncio.to_thread(self.snapshots.park_link, session, None)
             await self.network.release(link)
-
-    async def rpc_pack(self, connection: Connection, body: m.PackRequest, descriptors: list[int]) -> m.Packed:
-        """Of a session at rest; one that is warm is not."""
-        try:
-            await self._folded(body.session)
-            snapshot = self.snapshots.newest(body.session)
-            if body.session in self._sessions or snapshot.name != f"snapshot-{body.incarnation}":
-                raise VmmError(f"session {body.session} does not rest with snapshot {body.incarnation}")
-            size, digest = await asyncio.to_thread(archives.pack, self.snapshots.of(body.session), snapshot, descriptors[0])
-        except OSError as error:
-            raise VmmError(f"session {body.session} could not be packed: {error}") from error
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-        return m.Packed(size, digest)
-
-    async def rpc_unpack(self, connection: Connection, body: m.UnpackRequest, descriptors: list[int]) -> None:
-        try:
-            await asyncio.to_thread(archives.unpack, descriptors[0], body.digest, self.snapshots.of(body.session))
-        except OSError as error:
-            raise DiskFull(f"session {body.session} could not be unpacked: {error}") from error
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
 
     async def rpc_unpause(self, connection: Connection, body: m.SessionRef) -> None:
         """Calls a suspend off: the guest runs on, its snapshot is void."""
@@ -385,7 +373,7 @@ class Vmm:
         parked = self._parked.pop(body.session, None)
         if parked is not None:
             await self.network.release(parked)
-        await self._folded(body.session)
+        await self.folded(body.session)
         self._traces.pop(body.session, None)
         await asyncio.to_thread(self.snapshots.forget, body.session)
 
@@ -446,7 +434,11 @@ class Vmm:
         finally:
             self._folds.pop(session, None)
 
-    async def _folded(self, session: str) -> None:
+    def is_at_rest(self, session: str) -> bool:
+        """It has no hypervisor, not even a paused one."""
+        return session not in self._sessions
+
+    async def folded(self, session: str) -> None:
         """Waits until the session's files are not being folded."""
         task = self._folds.get(session)
         if task is not None:
@@ -464,7 +456,7 @@ class Vmm:
     def _has_memory(self) -> bool:
         """Enough of it for hypervisors that only wait."""
         limits = self.settings.limits
-        return probe.memory_available_bytes() > (2 * limits.reserve_mib + 4 * limits.growth_mib) << 20
+        return memory_available_bytes() > (2 * limits.reserve_mib + 4 * limits.growth_mib) << 20
 
     def _spawn(self, work: object) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
@@ -479,7 +471,7 @@ async def serve(settings: Settings, ready: object) -> None:
     info.memory_cap_mib = settings.limits.guest_mib or info.memory_cap_mib
     vmm = Vmm(settings, info, cgroups)
     await vmm.start()
-    server = Server(settings.vmm_socket, Service(vmm, ImageCalls(vmm)), {0, settings.users.control, settings.users.edge})
+    server = Server(settings.vmm_socket, Service(vmm, ImageCalls(vmm), ArchiveCalls(vmm)), {0, settings.users.control, settings.users.edge})
     server.on_connect = vmm.connected
     log.info("vmm.ready", hypervisor=info.hypervisor, accelerator=info.accelerator, note=info.accelerator_note)
     ready()  # type: ignore[operator]

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import xxhash
 
-from . import diffs, disks, host
+from gateway.observe.room import disk_free_bytes
+
+from . import diffs, host
 from .diffs import Sum
 
 PAGE = host.PAGE
@@ -186,7 +188,7 @@ def save_diff(mapping: Mapping, directory: Path, number: int, image: int | None 
         if image is not None:
             runs = differing(runs, source, mapping.start, image)
         runs = diffs.filled(runs)
-        if diffs.page_count(runs) * PAGE > disks.free_bytes(directory):
+        if diffs.page_count(runs) * PAGE > disk_free_bytes(directory):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
         with (directory / f"{number}.pages").open("wb", buffering=0) as pages:
             for first, after in runs:

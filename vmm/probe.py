@@ -75,14 +75,6 @@ def memory_total_mib() -> int:
         return int(file.readline().split()[1]) // 1024
 
 
-def memory_available_bytes() -> int:
-    with open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
 def firecracker_programs() -> tuple[Path, Path] | None:
     """Firecracker and its jailer, where both are on the path."""
     found = [shutil.which(name) for name in ("firecracker", "jailer")]

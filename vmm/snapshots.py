@@ -101,9 +101,11 @@ class Snapshots:
         shutil.rmtree(self.of(session) / f"{_PREFIX}{incarnation}", ignore_errors=True)
 
     def rest(self, session: str) -> None:
-        """Nothing is mapped any more: the base of the snapshot, whose files it shares, goes."""
-        for name in (_BASE, _NEW, _FOLD):
-            shutil.rmtree(self.of(session) / name, ignore_errors=True)
+        """Nothing is mapped any more: what the newest snapshot was made over, whose files it shares, goes."""
+        directory = self.of(session)
+        older = [path.name for _, path in sorted(_snapshots(directory))[:-1]]
+        for name in (_BASE, _NEW, _FOLD, *older):
+            shutil.rmtree(directory / name, ignore_errors=True)
 
     def needs_fold(self, session: str) -> bool:
         with contextlib.suppress(StateLost):

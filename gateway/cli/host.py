@@ -17,6 +17,7 @@ import typer
 
 from gateway import config, instance, listeners
 from gateway.observe import log
+from gateway.observe.room import disk_free_bytes, memory_available_bytes
 
 from .output import console, errors, fail, show_json, show_table
 
@@ -147,7 +148,7 @@ def doctor(
 
     Example: torpor doctor --repair
     """
-    from vmm import cgroups, disks, leftovers, probe
+    from vmm import cgroups, leftovers, probe
     from vmm.errors import VmmError
 
     from .repair import is_served, leftovers_of
@@ -170,9 +171,9 @@ def doctor(
     for what in ("kernel/complete", "initrd", "qemu-root/complete", "base.tar"):
         there = (settings.cache / what).exists()
         rows.append((f"asset {what.split('/')[0]}", there, str(settings.cache) if there else "missing: run `torpor assets`"))
-    free = disks.free_bytes(place) >> 20
+    free = disk_free_bytes(place) >> 20
     rows.append(("disk", free > settings.limits.disk_reserve_mib, f"{free} MiB free below {place}"))
-    free = probe.memory_available_bytes() >> 20
+    free = memory_available_bytes() >> 20
     rows.append(("memory", free > settings.limits.reserve_mib, f"{free} MiB available, {settings.limits.reserve_mib} MiB kept back"))
     kept = settings.root / "edge-port"
     if kept.exists():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 from gateway import messages as m
+from gateway.observe.room import disk_free_bytes, memory_available_bytes
 from gateway.rpc import Client, RpcError, RpcLost
 
 _PREPARE_SECONDS = 60.0
@@ -22,14 +24,20 @@ __all__ = ["Host", "RpcError", "RpcLost"]
 class Host:
     """Raises RpcError with the host's words (kind: StateLost, DiskFull, VmmError), RpcLost when vmm is away."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, root: Path) -> None:
+        """`root`: where the host keeps what it stores."""
         self._client = client
+        self._root = root
 
     async def info(self) -> m.HostInfo:
         return await self._client.call("host_info", None, m.HostInfo)  # type: ignore[no-any-return]
 
     async def usage(self) -> m.Usage:
         return await self._client.call("usage", None, m.Usage)  # type: ignore[no-any-return]
+
+    def free(self) -> tuple[int, int]:
+        """Memory available and disk free, in bytes, without asking: the host is this one. Raises OSError."""
+        return memory_available_bytes(), disk_free_bytes(self._root)
 
     async def state(self) -> m.HostState:
         return await self._client.call("state", None, m.HostState)  # type: ignore[no-any-return]

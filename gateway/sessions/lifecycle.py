@@ -36,6 +36,7 @@ SUCCESS = "Success."
 _IDLE, _WINDOW, _LIFETIME, _RETRY, _PURGE, _ARCHIVE = "idle", "window", "lifetime", "retry", "purge", "archive"
 _TERMINATED_KEPT_SECONDS = 3600.0  # reference: at least 20 minutes
 _RETRY_SECONDS = 1.0
+_FIRST_SECONDS = 0.03  # for the requests that were held: what is then stored says no more than that they could be let through
 
 
 class GuestServices(Protocol):
@@ -112,10 +113,11 @@ class Lifecycle:
             session.terminated_at = self.clock()
         self.on_transition(event)
         # That this incarnation runs was stored before it did, and a control that starts finds it running: its requests need not wait
-        # for the commit that says no more than that it answered.
+        # for the commit, nor share a processor with it.
         is_open = event in (Event.STARTED, Event.RESUMED)
         if is_open:
             self.routes.publish(session)
+            await asyncio.sleep(_FIRST_SECONDS)
         log.info("session", id=session.id, on=event.value, old=old.value, new=new.value, detail=detail)
         # A resume is stored when its snapshot has been loaded and the guest is about to run: until then the snapshot is
         # good, and a crash must find the session SUSPENDED.

@@ -3,38 +3,63 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from gateway.config import Limits
 from gateway.messages import Usage
 
-from .host import Host
+from .host import Host, RpcError
 
 _SHOWS_SECONDS = 2.0  # until what an admitted microVM uses shows in the host's figures
 _KNOWN_SECONDS = 0.1  # a herd asks once
+_PLENTY = 8  # microVMs for which there is room: one more is admitted by a look at the host's memory
+_PLENTY_SECONDS = 10.0  # then the host is asked behind the answer
 
 
 class Room:
-    """Asks the host for each launch and resume. What was admitted a moment ago counts as expected to grow."""
+    """For each launch and resume. What was admitted a moment ago counts as expected to grow."""
 
     def __init__(self, host: Host, limits: Limits) -> None:
         self._host = host
         self._limits = limits
         self._promised = 0
-        self._usage: Usage | None = None
-        self._asked = 0.0
+        self._usage = Usage(0, 0, limits.growth_mib << 20)
+        self._asked = -_PLENTY_SECONDS
+        self._asking: asyncio.Task[None] | None = None
 
     async def take(self) -> bool:
         """True when memory and disk have room for one more, which then counts. Raises RpcError."""
-        now = asyncio.get_running_loop().time()
-        if self._usage is None or now - self._asked > _KNOWN_SECONDS:
-            self._usage, self._asked = await self._host.usage(), now
-        usage = self._usage
-        free = usage.memory_available - (self._limits.reserve_mib << 20) - self._promised * usage.expected_growth
-        if free < usage.expected_growth or usage.disk_free < self._limits.disk_reserve_mib << 20:
+        if not await self._is_free():
             return False
         self._promised += 1
         asyncio.get_running_loop().call_later(_SHOWS_SECONDS, self._shown)
         return True
+
+    async def _is_free(self) -> bool:
+        now = asyncio.get_running_loop().time()
+        if now - self._asked > _KNOWN_SECONDS:
+            if self._has(*self._host.free(), count=_PLENTY):
+                if now - self._asked > _PLENTY_SECONDS and self._asking is None:
+                    self._asking = asyncio.get_running_loop().create_task(self._ask_behind())
+                return True
+            await self._ask()
+        return self._has(self._usage.memory_available, self._usage.disk_free, count=1)
+
+    def _has(self, memory: int, disk: int, count: int) -> bool:
+        """Whether so much, in bytes, has room for `count` more."""
+        growth = self._usage.expected_growth
+        free = memory - (self._limits.reserve_mib << 20) - self._promised * growth
+        return free >= count * growth and disk >= self._limits.disk_reserve_mib << 20
+
+    async def _ask(self) -> None:
+        self._usage, self._asked = await self._host.usage(), asyncio.get_running_loop().time()
+
+    async def _ask_behind(self) -> None:
+        """What microVMs have grown to lately. Who has to know asks again: nothing is raised."""
+        await asyncio.sleep(_SHOWS_SECONDS)
+        with contextlib.suppress(RpcError):
+            await self._ask()
+        self._asking = None
 
     def _shown(self) -> None:
         self._promised -= 1

@@ -83,6 +83,9 @@ class ScriptedHost:
         self.held.pop(session, None)
         self.snapshots.pop(session, None)
 
+    def free(self) -> tuple[int, int]:
+        return self.memory_available, 1 << 40
+
     async def usage(self) -> m.Usage:
         return m.Usage(self.memory_available, 1 << 40, 96 << 20)
 

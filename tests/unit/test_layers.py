@@ -15,13 +15,13 @@ REPO = Path(__file__).resolve().parents[2]
 # Package to what of the project it may import, besides itself.
 ALLOWED = {
     "gateway.edge": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc", "gateway.tokens", "gateway.listeners"},
-    "gateway.sessions": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.accounts.model", "gateway.observe.steps", "gateway.observe.use"},
+    "gateway.sessions": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.accounts.model", "gateway.observe.room", "gateway.observe.steps", "gateway.observe.use"},
     "gateway.accounts": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.store"},
     "gateway.images": {"gateway.accounts.directory", "gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions"},
     "gateway.guest": {"gateway.config", "gateway.messages", "gateway.accounts.directory", "gateway.sessions.egress", "gateway.sessions.model", "gateway.sessions.store"},
     "gateway.observe": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.states"},
     "vmm": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc"},
-    "gateway.cli": {"gateway.config", "gateway.instance", "gateway.supervisor", "vmm.assets", "vmm.probe", "vmm.cgroups", "vmm.disks", "vmm.errors", "vmm.leftovers", "gateway.listeners", "gateway.process", "gateway.sessions.logs", "gateway.sessions.model", "gateway.observe", "gateway.rpc", "gateway.messages"},
+    "gateway.cli": {"gateway.config", "gateway.instance", "gateway.supervisor", "vmm.assets", "vmm.probe", "vmm.cgroups", "vmm.errors", "vmm.leftovers", "gateway.listeners", "gateway.process", "gateway.sessions.logs", "gateway.sessions.model", "gateway.observe", "gateway.rpc", "gateway.messages"},
 }  # fmt: skip
 
 

@@ -12,7 +12,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import diffs, disks, host
+from gateway.observe.room import disk_free_bytes
+
+from .. import diffs, host
 from ..diffs import Manifest, Segment, Sum
 from ..errors import StateLost
 from ..host import PAGE
@@ -89,7 +91,7 @@ def save_private(pid: int, where: list[Region], directory: Path, number: int) ->
         for region in where
         for first, after in host.private_pages(pid, region.address, region.address + region.pages * PAGE)
     ]
-    if diffs.page_count(runs) * PAGE > disks.free_bytes(directory):
+    if diffs.page_count(runs) * PAGE > disk_free_bytes(directory):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
     source = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
     try:
