@@ -339,6 +339,12 @@ class Vmm:
     def _keep_warm(self, session: str, held: _Held) -> None:
         held.expected = True  # its end is no loss: the snapshot is durable
         self._warm[session] = asyncio.get_running_loop().time()
+        self._spawn(self._restock(session, held))
+
+    async def _restock(self, session: str, held: _Held) -> None:
+        if session in self._warm:
+            with contextlib.suppress(OSError):
+                await self.network.restock(held.link)
 
     def _warm_up(self, held: _Held, incarnation: int) -> None:
         """The paused process becomes the session's next incarnation, as if it had been loaded from the snapshot."""

@@ -43,6 +43,7 @@ link set {TAP} up
 addr add {METADATA_ADDRESS}/32 dev lo
 neigh replace {GUEST_ADDRESS} lladdr {GUEST_MAC} dev {TAP} nud permanent
 """
+SOCKETS = 8  # as many as an edge asks for at once
 _MOST = 48
 _QUIET_SECONDS = 0.6  # after a take: a refill must not compete with the resume that it follows
 T = TypeVar("T")
@@ -125,6 +126,7 @@ class Network:
         self._used = 0.0
         self._use = Use()
         self._taps: dict[Path, int] = {}  # opened ahead, until somebody takes them
+        self._stock: dict[Path, list[socket.socket]] = {}  # the same for what edges connect with
         self._nowhere: int | None = None
         # Never a name that an earlier daemon gave away: a namespace may live on in somebody's socket.
         self._count = secrets.randbelow(900_000)
@@ -158,8 +160,8 @@ class Network:
 
     async def release(self, link: Link) -> None:
         """Destroys the link; its tap goes with the last descriptor of the namespace."""
-        for service in link.services:
-            service.close()
+        for one in (*link.services, *self._stock.pop(link.path, ())):
+            one.close()
         tap = self._taps.pop(link.path, None)
         if tap is not None:
             os.close(tap)
@@ -216,17 +218,25 @@ class Network:
         return [os.dup(service.fileno()) for service in made]
 
     async def sockets(self, link: Link, count: int) -> list[socket.socket]:
-        """Unconnected TCP sockets that live in the session's namespace: whoever holds one can reach that guest only."""
+        """Up to `count` unconnected TCP sockets that live in the session's namespace: whoever holds one can reach that guest only. The
+        first ones were made ahead: making some beside a resume would hold up its first connection."""
+        stock = self._stock.get(link.path)
+        if not stock:
+            return await self._call(lambda: self._inside(link, lambda: _sockets(count)))
+        self._stock[link.path] = stock[count:]
+        return stock[:count]
 
-        def make() -> list[socket.socket]:
-            made = []
-            for _ in range(count):
-                one = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                made.append(one)
-            return made
-
-        return await self._call(lambda: self._inside(link, make))
+    async def restock(self, link: Link) -> None:
+        """For the next resume of a session that keeps its link. Raises OSError."""
+        if self._stock.get(link.path):
+            return
+        self._stock[link.path] = []
+        made = await self._call(lambda: self._inside(link, lambda: _sockets(SOCKETS)))
+        if link.path in self._stock:
+            self._stock[link.path] += made
+            return
+        for one in made:  # it was released meanwhile
+            one.close()
 
     async def _call(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -262,6 +272,7 @@ class Network:
                 run_nft(self._uplink.internet(TAP))
             run_batch(commands)
             made.append(_services())
+            self._stock[path] = _sockets(SOCKETS)
             if self._opens_taps:
                 self._taps[path] = host.open_tap(TAP)
 
@@ -280,6 +291,15 @@ class Network:
         finally:
             os.close(inside)
             os.close(outside)
+
+
+def _sockets(count: int) -> list[socket.socket]:
+    made = []
+    for _ in range(count):
+        one = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        made.append(one)
+    return made
 
 
 def _services() -> tuple[socket.socket, ...]:

@@ -20,6 +20,7 @@ from gateway.messages import Route, ShellRequest, SocketsRequest
 from gateway.rpc import Client, RpcError, RpcLost
 
 from .admission import SHELL_PORT
+from .dial import dial
 from .parking import Parkable
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ class Upstream:
         try:
             async with asyncio.timeout(_SYN_SECONDS):
                 if ahead is None:
-                    await self._loop.sock_connect(sock, (GUEST_ADDRESS, key[2]))
+                    await dial(sock, (GUEST_ADDRESS, key[2]))
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if isinstance(reserved, _ByAlpn):
                     context = self._contexts[("http/1.1",) if head.upgrade is not None else ("h2", "http/1.1")]
@@ -271,7 +272,7 @@ class Upstream:
         sock.setblocking(False)
         try:
             async with asyncio.timeout(_SYN_SECONDS):
-                await self._loop.sock_connect(sock, (GUEST_ADDRESS, key[2]))
+                await dial(sock, (GUEST_ADDRESS, key[2]))
         except BaseException:
             sock.close()
             raise

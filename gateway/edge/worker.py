@@ -45,6 +45,7 @@ _REPORT_SECONDS = 0.25
 _SWEEP_SECONDS = 1.0
 _MEMO_ENTRIES = 2048
 _MISS_SECONDS = 1.0
+_PREFETCH_SECONDS = 0.1  # after a route opens: whoever holds requests for it has sockets already, and goes first
 _MISSES_MAX = 10_000
 _ACKNOWLEDGE_SECONDS = 0.05
 
@@ -208,16 +209,19 @@ class Worker:
             self.upstream.end(old.session, old.incarnation)
         if new.gate == "hold" and new.is_live and old is not None and old.incarnation < new.incarnation:
             # The guest is about to run: what is held goes on waiting, and its connections are made meanwhile.
-            self.upstream.prefetch(new)
             for port in self.holds.ports(session):
                 self.upstream.connect_ahead(new, port)
             return
         if new.gate == "open":
-            self.upstream.prefetch(new)
+            asyncio.get_running_loop().call_later(_PREFETCH_SECONDS, self._prefetch, new)
             self.parking.opened(new)
         elif new.gate == "refuse":
             self.parking.over(session)
         self.holds.changed(session)
+
+    def _prefetch(self, route: m.Route) -> None:
+        if self.route_of_session(route.session) == route:
+            self.upstream.prefetch(route)
 
     async def lookup(self, host: str) -> None:
         """Asks control for a host that is not in the table; misses are remembered for a second."""

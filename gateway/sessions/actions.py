@@ -30,6 +30,7 @@ from .store import StoreError
 
 log = structlog.get_logger()
 
+_SERVE_SECONDS = 0.01  # after a guest has woken
 _WOKEN_SECONDS = 30.0  # a loaded host and an emulated guest; usually some 20 ms
 _DESTROY_RETRY_SECONDS = 0.5
 _AWAY_RETRY_SECONDS = 0.2
@@ -83,7 +84,6 @@ class Actions:
                     steps.mark("prepared by the host")
                 await self._begin(session, Event.STARTED)
                 begun = True
-                self._routes.publish(session, is_begun=True)
                 steps.mark("start stored")
                 await self._start(session, steps)
             await self.run_hook(session)
@@ -120,7 +120,6 @@ class Actions:
                 steps.mark("prepared by the host")
                 await self._begin(session, event)
                 begun = True
-                self._routes.publish(session, is_begun=True)  # who holds requests connects from now on
                 steps.mark("start stored")
                 await self._start(session, steps)
             await self._hook(session, "resume")
@@ -148,6 +147,7 @@ class Actions:
     async def _begin(self, session: Session, event: Event) -> None:
         """Stores that the next incarnation runs, before it does."""
         session.incarnation += 1
+        self._lifecycle.spawn(self._announce(session, session.incarnation))
         undo = self._lifecycle.record(session, event, State.SUSPENDED if session.incarnation > 1 else State.PENDING, "started")
         try:
             await self._lifecycle.store.commit()
@@ -155,6 +155,12 @@ class Actions:
             session.incarnation -= 1
             undo()
             raise
+
+    async def _announce(self, session: Session, incarnation: int) -> None:
+        """To whoever holds requests, while the disk is waited for: connections are made, and their SYNs wait in the link."""
+        await asyncio.sleep(0)  # the commit goes first
+        if session.incarnation == incarnation:
+            self._routes.publish(session, is_begun=True)
 
     def _steps(self, session: Session, work: str) -> Steps:
         steps = Steps("control", work)
@@ -199,13 +205,17 @@ class Actions:
         return rules_of(self._settings.egress, self._lifecycle.store, session.egress)
 
     def _serve_guest(self, session: Session) -> None:
-        """Its questions for metadata and names are answered from now on; those that it had already wait in its sockets' queues."""
+        """Its questions for metadata and names are answered once its first requests are on their way; until then they wait in its sockets'
+        queues."""
         live = self._lifecycle.live(session)
         if live.agent is not None:
             self._lifecycle.spawn(self._serve(session, live, live.agent))
 
     async def _serve(self, session: Session, live: Live, agent: Agent) -> None:
         """As long as its agent is ours."""
+        await asyncio.sleep(_SERVE_SECONDS)
+        if live.agent is not agent:
+            return
         try:
             sockets = await self._patiently(lambda: self._host.services(session.id, session.incarnation))
         except RpcError as error:

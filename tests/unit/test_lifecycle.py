@@ -283,6 +283,23 @@ async def test_what_was_just_admitted_counts(rig: Rig) -> None:
     assert [await rig.lifecycle.room.take() for _ in range(5)] == [True, True, True, False, False]
 
 
+async def test_a_host_with_plenty_of_room_is_not_asked(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    async def usage() -> m.Usage:
+        nonlocal asked
+        asked += 1
+        return m.Usage(rig.host.memory_available, 1 << 40, 96 << 20)
+
+    monkeypatch.setattr(rig.host, "usage", usage)
+    rig.host.memory_available = 64 << 30
+    assert await rig.lifecycle.room.take() and not asked
+    rig.host.memory_available = (1024 + 8 * 96) << 20  # one was promised: not plenty
+    assert await rig.lifecycle.room.take() and asked == 1
+    rig.host.memory_available = 1 << 30
+    assert await rig.lifecycle.room.take() and asked == 1, "what was said a moment ago holds"
+
+
 async def test_a_session_that_ends_while_it_is_being_loaded_has_rows_that_follow(rig: Rig) -> None:
     """A resume is stored when its guest is about to run: what ends it before that came, for who reads the rows, while it slept."""
     session = await rig.launched(idle_policy=IdlePolicy(600, 600, True))

@@ -182,3 +182,14 @@ def test_what_a_start_a_call_off_and_a_rest_leave(kept: Snapshots) -> None:
     assert diffs.read_manifest(kept.newest(SESSION)).chain == [1, 2]
     with pytest.raises(StateLost, match="has lost diffs"):
         save(kept, 4, [7], [3])
+
+
+def test_what_is_void_and_not_yet_gone_is_no_snapshot_any_more(kept: Snapshots) -> None:
+    """A session that sleeps again before its old files went: diffs are found in them, and the rest takes them."""
+    save(kept, 1, [], [1])
+    save(kept, 2, [1], [2])
+    assert kept.held() == {SESSION: 2} and kept.newest(SESSION).name == "snapshot-2"
+    kept.rest(SESSION)
+    assert [path.name for path in kept.of(SESSION).glob("snapshot-*")] == ["snapshot-2"]
+    kept.started(SESSION, 2)
+    assert kept.held() == {SESSION: 2}, "a start that is noted late takes nothing that is newer"
