@@ -13,7 +13,7 @@ install = missing=""; for package in $(1); do dpkg -s $$package >/dev/null 2>&1 
 	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; apt-get -q update >/dev/null && \
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
-.PHONY: help setup deps assets compiled demo serve test test-long check lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-neighbours bench-builds bench-packages lock clean
+.PHONY: help setup deps assets compiled demo serve test test-long check lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -77,6 +77,9 @@ bench-edge: setup bench-packages ## the endpoint proxy, beside nginx, haproxy an
 
 bench-neighbours: setup bench-packages ## what slow clients and a flood on one session cost another
 	@$(PY) benchmarks/neighbours.py
+
+bench-idle: setup ## what 1,000 suspended sessions cost
+	@$(PY) benchmarks/idle.py
 
 bench-builds: setup ## a first build, and the same again with another app.py
 	@$(PY) benchmarks/builds.py
