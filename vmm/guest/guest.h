@@ -88,6 +88,7 @@ int shell_reaped(pid_t pid, int status); /* whether it was one */
 
 /* ---- after a restore, and the network ---- */
 
+void wake_prepare(void);
 void wake_up(const struct wake *wake);
 void gate_open(void); /* one ruleset: connections from the host reach the application on 127.0.0.1 */
 void network_up(void);

@@ -208,6 +208,7 @@ int main(void)
     must(access("/dev/vda", F_OK), "find /dev/vda");
     network_up();
     gate_open();
+    wake_prepare();
 
     sigset_t set;
     sigemptyset(&set);
