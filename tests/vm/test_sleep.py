@@ -88,6 +88,21 @@ def race(instance: Instance, vm: dict[str, Any], rounds: int, chance: random.Ran
     assert len([1 for event, _, _ in events(instance, vm["microvmId"]) if event == "saved"]) > rounds // 2
 
 
+def test_what_it_slept_with_goes_once_it_runs(instance: Instance, vm: dict[str, Any]) -> None:
+    """Also where it sleeps again before that: only its newest snapshot stays."""
+    files = instance.root / "sessions" / vm["microvmId"]
+    asleep(instance, vm)
+    get(vm["endpoint"], ca(instance), vm["token"])
+    until(lambda: not list(files.glob("snapshot-*")))
+    for _ in range(2):
+        asleep(instance, vm)
+        get(vm["endpoint"], ca(instance), vm["token"])
+    asleep(instance, vm)
+    until(lambda: vm["microvmId"] not in instance.hypervisors() and not (files / "memory").exists())
+    until(lambda: [path.name for path in files.glob("snapshot-*")] == ["snapshot-4"])
+    assert get(vm["endpoint"], ca(instance), vm["token"]).status == 200
+
+
 def test_idle_microvm_falls_asleep_and_the_next_request_wakes_it(instance: Instance, app: str) -> None:
     vm = instance.launch(app, idlePolicy=SHORT_IDLE)
     token = instance.token(vm["microvmId"])
