@@ -52,6 +52,7 @@ class RouteTable:
         self._on_change = on_change
         self._entries: dict[str, RouteEntry] = {}
         self._accounts: dict[str, Account] = {}
+        self._awake: dict[str, Account] = {}  # of sessions that run: a sleeper costs no look, however many there are
         self.number = -1
         self.get = self._entries.get  # the hot path's lookup
 
@@ -91,6 +92,7 @@ class RouteTable:
             self._entries.pop(route.endpoint, None)
             if old is not None:
                 self._accounts.pop(old.session, None)
+                self._awake.pop(old.session, None)
         elif entry is None:
             entry = self._entries[route.endpoint] = RouteEntry(route, self.account(route.session), self._clock())
             bounds = bounds_of(self._settings, route.baseline_mib)
@@ -101,13 +103,17 @@ class RouteTable:
                 entry.opened_at = self._clock()
                 entry.account.reported = _UNREPORTED  # control has forgotten what it knew while the session slept
             entry.route = route
+        if entry is not None and route.is_live:
+            self._awake[route.session] = entry.account
+        else:
+            self._awake.pop(route.session, None)
         self._on_change(old, route)
 
     def report(self) -> Activity | None:
-        """What changed since the last report."""
+        """What changed since the last report, of sessions that run: control hears all of one anew when it opens."""
         now = self._clock()
         changed: dict[str, tuple[int, float, int]] = {}
-        for session, account in self._accounts.items():
+        for session, account in self._awake.items():
             if account.count != account.reported or account.waiting != account.reported_waiting:
                 changed[session] = (account.count, now - account.last, account.waiting)
                 account.reported, account.reported_waiting = account.count, account.waiting

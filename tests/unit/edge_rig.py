@@ -127,7 +127,7 @@ class Rig:
         self.token = self.minter.mint("s1", [(1, 65535)], 600)
 
     async def stop(self) -> None:
-        for task in list(self.worker._tasks):
+        for task in [*self.worker._tasks, *self.worker.upstream._fetching.values()]:
             task.cancel()
         for server in self.worker._servers:
             server.close()

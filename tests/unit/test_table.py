@@ -39,6 +39,7 @@ def test_looked_up_routes_do_not_replace_known_ones() -> None:
 
 def test_reports_only_what_changed() -> None:
     table, _ = made()
+    table.add(Route("h", "s", 1, "open"))
     account = table.account("s")
     assert table.report() is None
     account.count, account.waiting, account.last = 3, 1, 5.0
@@ -47,6 +48,22 @@ def test_reports_only_what_changed() -> None:
     assert table.report() is None
     account.waiting = 0
     assert table.report() is not None
+
+
+def test_sleepers_are_not_looked_at() -> None:
+    """However many there are: what came for one meanwhile is said when it runs again."""
+    table, _ = made()
+    table.replace(Table(1, [Route(f"h{n}", f"s{n}", 1, "hold", is_live=n == 0) for n in range(100)], []))
+    for n in range(100):
+        table.account(f"s{n}").waiting = 1
+    assert list(table._awake) == ["s0"]
+    report = table.report()
+    assert report is not None and list(report.sessions) == ["s0"]
+    table.change(RouteChange(2, Route("h7", "s7", 2, "open")))
+    report = table.report()
+    assert report is not None and report.sessions["s7"][2] == 1
+    table.change(RouteChange(3, Route("h7", "", 0, "refuse", is_live=False)))
+    assert list(table._awake) == ["s0"]
 
 
 ROUTES = st.builds(
