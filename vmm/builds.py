@@ -49,6 +49,7 @@ class BuildSettings:
 class _Build:
     task: asyncio.Task[BuildResult]
     processes: list[asyncio.subprocess.Process] = field(default_factory=list)
+    tether: int | None = None  # a pipe's end: when it closes, however the daemon ends, its network ends
 
 
 class Builder:
@@ -139,8 +140,7 @@ class Builder:
         self._cgroups.create(group, Limits(_MEMORY_BYTES, os.cpu_count() or 1, 50, 4096, 1 << 30))
         try:
             await asyncio.to_thread(make_namespace, namespace, lambda: run_batch("link set lo up\n"))
-            slirp = await self._connect(namespace, {host.rpartition(":")[0] or host for host in request.logins})
-            build.processes.append(slirp)
+            await self._connect(build, namespace, {host.rpartition(":")[0] or host for host in request.logins})
             process = await asyncio.create_subprocess_exec(
                 "nsenter", f"--net={namespace}", "unshare", "--mount", "--fork", "--kill-child", "/bin/sh", str(_HERE / "build-jail.sh"),
                 str(work / "root"), str(self._settings.first_uid), str(self._directory), request.context, str(work / "out"),
@@ -178,29 +178,31 @@ class Builder:
         os.chown(path, self._settings.first_uid, self._settings.first_uid)
         path.chmod(0o400)
 
-    async def _connect(self, namespace: Path, registries: set[str]) -> asyncio.subprocess.Process:
+    async def _connect(self, build: _Build, namespace: Path, registries: set[str]) -> None:
         ready_out, ready_in = os.pipe2(os.O_CLOEXEC)
+        tethered, build.tether = os.pipe2(os.O_CLOEXEC)
         try:
             # Its sandbox detaches what is mounted below "/", and where a mount is shared (/run/netns of ip-netns(8)), the
             # host's too: it gets mounts of its own.
             process = await asyncio.create_subprocess_exec(
                 "unshare", "--mount", "--propagation=private",
                 "slirp4netns", "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox", "--enable-seccomp",
-                "--netns-type=path", f"--ready-fd={ready_in}", str(namespace), "tap0",
-                pass_fds=[ready_in], stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+                "--netns-type=path", f"--ready-fd={ready_in}", f"--exit-fd={tethered}", str(namespace), "tap0",
+                pass_fds=[ready_in, tethered], stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
+            build.processes.append(process)
             os.close(ready_in)
             ready_in = -1
             ready = await asyncio.wait_for(asyncio.to_thread(os.read, ready_out, 1), _SLIRP_SECONDS)
         finally:
+            os.close(tethered)
             os.close(ready_out)
             if ready_in >= 0:
                 os.close(ready_in)
         if not ready:
             raise VmmError("slirp4netns did not start: the build has no network")
         await asyncio.to_thread(self._close_private, namespace, registries)
-        return process
 
     def _close_private(self, namespace: Path, registries: set[str]) -> None:
         allowed = {_DNS}
@@ -217,6 +219,8 @@ class Builder:
         )
 
     async def _clean(self, build: _Build, group: str, namespace: Path, work: Path) -> None:
+        if build.tether is not None:
+            os.close(build.tether)
         for process in build.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)

@@ -156,9 +156,28 @@ def everything(instance: Instance) -> list[int]:
     return pids
 
 
-def test_supervisor_that_dies_is_replaced_without_losing_anything(second: Instance) -> None:
+def networks(instance: Instance) -> set[str]:
+    """Processes that are a build's network."""
+    found = set()
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = line.read_bytes().split(b"\0")
+            if words[0] == b"slirp4netns" and any(word.startswith(os.fsencode(instance.run)) for word in words):
+                found.add(line.parent.name)
+    return found
+
+
+def test_a_build_whose_host_is_killed_is_made_again_and_its_network_ends(second: Instance) -> None:
     arn = second.create("app", second.upload(app_files()))
+    first = until(lambda: networks(second))
+    second.kill("vmm")
+    until(lambda: not first & networks(second))
     assert second.built(arn)["buildState"] == "SUCCESSFUL"
+    assert not networks(second)
+
+
+def test_supervisor_that_dies_is_replaced_without_losing_anything(second: Instance) -> None:
+    arn = second.client().list_microvm_images()["items"][0]["imageArn"]
     vm = second.launch(arn, idlePolicy=POLICY)
     vm["token"] = second.token(vm["microvmId"])
     assert call(second, vm).json()["counter"] == 1
