@@ -29,6 +29,11 @@ _WOKEN = 0x82
 MAPPER = Settings().cache / "qemu-root/usr/lib/torpor-mapper.so"
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process's threads so far (Documentation/scheduler/sched-stats.rst)."""
+    return sum(int(one.read_text(encoding="ascii").split()[0]) for one in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
+
+
 class Floor:
     """One restored microVM after another, each from a process that waits, as the service's do."""
 
@@ -128,9 +133,8 @@ class Floor:
             os.close(descriptor)
 
     def cpu_seconds(self) -> float:
-        """Processor time of the hypervisor's threads so far (Documentation/scheduler/sched-stats.rst)."""
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
-        return sum(int(one.read_text(encoding="ascii").split()[0]) for one in tasks) / 1e9
+        """Processor time of the hypervisor so far."""
+        return cpu_seconds(self.process.pid)
 
     def _listen(self, name: str) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)

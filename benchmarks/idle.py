@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lifecycle import Bench, note, percentile, until
-from report import figure
+from floor import cpu_seconds
+from lifecycle import Bench, until
+from report import figure, note, percentile
 
 SESSIONS = int(os.environ.get("SESSIONS", "1000"))
 SECONDS = float(os.environ.get("SECONDS", "20"))
@@ -43,10 +44,6 @@ def service_processes(bench: Bench) -> list[int]:
     return found
 
 
-def cpu_seconds(pids: list[int]) -> float:
-    return sum(int(path.read_text().split()[0]) for pid in pids for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
-
-
 def memory_kib(pids: list[int]) -> int:
     found = [re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE) for pid in pids]
     return sum(int(one[1]) for one in found if one)
@@ -55,9 +52,9 @@ def memory_kib(pids: list[int]) -> int:
 def cost(bench: Bench) -> Cost:
     time.sleep(_QUIET_SECONDS)
     pids = service_processes(bench)
-    before, started = cpu_seconds(pids), time.perf_counter()
+    before, started = sum(map(cpu_seconds, pids)), time.perf_counter()
     time.sleep(SECONDS)
-    used = (cpu_seconds(pids) - before) / (time.perf_counter() - started)
+    used = (sum(map(cpu_seconds, pids)) - before) / (time.perf_counter() - started)
     run = bench.instance.run / bench.instance.name
     disk = sum(path.stat().st_blocks for path in (bench.instance.root / "sessions").rglob("*")) / 2
     return Cost(len(list((run / "vms").iterdir())), len(list((run / "netns").iterdir())), used * 1e3, memory_kib(pids), disk)

@@ -18,7 +18,7 @@ def figure(name: str, value: float, unit: str, ratio_to: str | None = None, peer
 
 
 def percentiles(name: str, values: list[float], unit: str, ratio_to: str | None = None, peer: list[float] | None = None) -> None:
-    """The p50 under the bare name, p95 and p99 with a suffix."""
+    """The p50 under the bare name, p95 and p99 with a suffix; of fewer than 20 values or 100 they are the largest."""
     for suffix, share in (("", 0.5), ("_p95", 0.95), ("_p99", 0.99)):
         figure(name + suffix, percentile(values, share), unit, ratio_to, percentile(peer, share) if peer else None)
 
