@@ -27,18 +27,22 @@ async def test_a_refusal_is_raised() -> None:
         await dial(sock, address)
 
 
-async def test_a_deadline_leaves_nothing_watched() -> None:
-    """A full listen queue answers no SYN."""
-    with socket.socket() as server:
+def test_a_deadline_leaves_nothing_watched() -> None:
+    """A full listen queue answers no SYN. On the standard library's loop, which says whether there was something to remove."""
+
+    async def dialled(address: tuple[str, int]) -> bool:
+        with unconnected() as sock:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await dial(sock, address)
+            return asyncio.get_running_loop().remove_writer(sock.fileno())
+
+    with socket.socket() as server, asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
         server.bind(("127.0.0.1", 0))
         server.listen(0)
         full = [unconnected() for _ in range(3)]
         for one in full:
             one.connect_ex(server.getsockname())
-        with unconnected() as sock:
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.05):
-                    await dial(sock, server.getsockname())
-            assert not asyncio.get_running_loop().remove_writer(sock.fileno())
+        assert runner.run(dialled(server.getsockname())) is False
         for one in full:
             one.close()
