@@ -15,6 +15,7 @@ import time
 import uuid
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import jwt
@@ -30,6 +31,7 @@ LONGEST_SECONDS = 3600
 ROTATE_SECONDS = 30 * 86_400
 _ALGORITHM, _ENCRYPTION = "dir", "A256GCM"
 _TOKEN_MAX_BYTES = 8000
+_REMEMBERED = 4096  # tokens
 ALL_PORTS = [(1, 65535)]
 
 
@@ -135,13 +137,21 @@ class Minter:
 
 
 class Checker:
-    """Verifies tokens with the keys that control sent."""
+    """Verifies tokens with the keys that control sent. What a token grants is remembered: a request that is held is decided anew after
+    each wait, and clients send the same token with other fields."""
 
     def __init__(self, keys: list[Verifier]) -> None:
         self._keys = {key.kid: (AESGCM(key.encryption_key), Ed25519PublicKey.from_public_bytes(key.public_key)) for key in keys}
+        self._seen = lru_cache(_REMEMBERED)(self._open)
 
     def verify(self, token: str, now: float) -> Grant:
         """Raises MalformedToken for what is no token, TokenError for one that is not ours or has expired."""
+        grant = self._seen(token)
+        if grant.expires <= now:
+            raise TokenError("expired")
+        return grant
+
+    def _open(self, token: str) -> Grant:
         kid, vector, sealed, header = _open_envelope(token)
         key = self._keys.get(kid)
         if key is None:
@@ -154,8 +164,6 @@ class Checker:
             claims = jwt.decode(inner, key[1], algorithms=["EdDSA"], options={"verify_exp": False, "require": ["sub", "exp"]})
         except jwt.PyJWTError as error:
             raise TokenError("not signed with our key") from error
-        if claims["exp"] <= now:
-            raise TokenError("expired")
         ports = tuple((first, last) for first, last in claims["ports"])
         return Grant(claims["sub"], ports, float(claims["exp"]), claims["kind"], kid)
 

@@ -7,6 +7,7 @@ import asyncio
 import errno
 import os
 import socket
+from typing import cast
 
 
 async def dial(sock: socket.socket, address: tuple[str, int]) -> None:
@@ -28,3 +29,25 @@ async def dial(sock: socket.socket, address: tuple[str, int]) -> None:
 def _set(done: asyncio.Future[None]) -> None:
     if not done.done():
         done.set_result(None)
+
+
+class Unread(asyncio.Protocol):
+    """A connection without a request yet. What its application says first, as HTTP/2 does, waits."""
+
+    def __init__(self) -> None:
+        self._said = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._said += data
+        self.transport.pause_reading()
+
+    def hand_over(self, protocol: asyncio.Protocol) -> None:
+        """The connection is `protocol`'s from now on."""
+        self.transport.set_protocol(protocol)
+        protocol.connection_made(self.transport)
+        if self._said:
+            protocol.data_received(self._said)
+            self.transport.resume_reading()

@@ -20,7 +20,7 @@ from gateway.messages import Route, ShellRequest, SocketsRequest
 from gateway.rpc import Client, RpcError, RpcLost
 
 from .admission import SHELL_PORT
-from .dial import dial
+from .dial import Unread, dial
 from .parking import Parkable
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Upstream:
         self._pools: dict[Key, Pool] = {}
         self._stock: dict[tuple[str, int], deque[int]] = {}
         self._fetching: dict[tuple[str, int], asyncio.Task[None]] = {}
-        self._ahead: dict[Key, asyncio.Task[socket.socket]] = {}
+        self._ahead: dict[Key, asyncio.Task[Unread]] = {}
         self._shells: dict[tuple[str, int], set[ShellOrigin]] = {}
         self._contexts = {alpn: _client_context(list(alpn)) for alpn in (("h2", "http/1.1"), ("http/1.1",))}
 
@@ -222,14 +222,21 @@ class Upstream:
 
     async def _connect_once(self, key: Key, pool: Pool, head: RequestHead) -> Origin | Http2Origin:
         ahead = await self._came_ahead(key)
-        sock = ahead or socket.socket(fileno=await self._socket(key[:2]))
+        if ahead is not None and self._pools.get(key) is not pool:
+            ahead.transport.abort()
+            raise ConnectFailed("the MicroVM was suspended")
+        if ahead is not None and pool.tls:
+            ahead.transport.abort()  # it speaks TLS from its first byte on: one that is made for that
+        elif ahead is not None:
+            taken = self.new(key, pool, head.wants_h2, b"http")
+            ahead.hand_over(cast(asyncio.Protocol, taken))
+            return taken
+        sock = socket.socket(fileno=await self._socket(key[:2]))
         sock.setblocking(False)
         reserved = self.new(key, pool, head.wants_h2, b"http") if not pool.tls else _ByAlpn(self, key, pool)
         try:
             async with asyncio.timeout(_SYN_SECONDS):
-                if ahead is None:
-                    await dial(sock, (GUEST_ADDRESS, key[2]))
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                await dial(sock, (GUEST_ADDRESS, key[2]))
                 if isinstance(reserved, _ByAlpn):
                     context = self._contexts[("http/1.1",) if head.upgrade is not None else ("h2", "http/1.1")]
                     await self._loop.create_connection(
@@ -259,24 +266,25 @@ class Upstream:
             task = self._ahead[key] = self._loop.create_task(self._knock(key))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    async def _came_ahead(self, key: Key) -> socket.socket | None:
+    async def _came_ahead(self, key: Key) -> Unread | None:
         """The connection made ahead; None where there is none, or it failed: nobody was at home yet, which says nothing of now."""
         task = self._ahead.pop(key, None)
         try:
-            return await task if task is not None else None
+            made = await task if task is not None else None
         except (OSError, TimeoutError, SessionGone):
             return None
+        return made if made is not None and not made.transport.is_closing() else None
 
-    async def _knock(self, key: Key) -> socket.socket:
+    async def _knock(self, key: Key) -> Unread:
         sock = socket.socket(fileno=await self._socket(key[:2]))
         sock.setblocking(False)
         try:
             async with asyncio.timeout(_SYN_SECONDS):
                 await dial(sock, (GUEST_ADDRESS, key[2]))
+                return (await self._loop.create_connection(Unread, sock=sock))[1]
         except BaseException:
             sock.close()
             raise
-        return sock
 
     def new(self, key: Key, pool: Pool, http2: bool, scheme: bytes) -> Origin | Http2Origin:
         """Counts as open from now on."""
@@ -429,10 +437,10 @@ class Upstream:
         origins: list[Parkable] = [one for pool in pools for one in pool.all()]
         return any(one.stream_count and not one.can_park for one in [*origins, *self._shells.get((session, incarnation), ())])
 
-    def _drop_ahead(self, task: asyncio.Task[socket.socket]) -> None:
+    def _drop_ahead(self, task: asyncio.Task[Unread]) -> None:
         task.cancel()
         if task.done() and not task.cancelled() and task.exception() is None:
-            task.result().close()
+            task.result().transport.abort()
 
     def adopt(self, origin: Parkable, incarnation: int) -> None:
         """A stream that was parked goes on in this incarnation."""

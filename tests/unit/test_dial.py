@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from gateway.edge.dial import dial
+from gateway.edge.dial import Unread, dial
 
 
 def unconnected() -> socket.socket:
@@ -46,3 +46,26 @@ def test_a_deadline_leaves_nothing_watched() -> None:
         assert runner.run(dialled(server.getsockname())) is False
         for one in full:
             one.close()
+
+
+async def test_what_an_application_says_first_waits_for_who_takes_the_connection() -> None:
+    """HTTP/2 servers speak before they are spoken to."""
+    said = asyncio.Queue[bytes]()
+
+    class Reader(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            said.put_nowait(data)
+
+    with socket.create_server(("127.0.0.1", 0)) as server, unconnected() as sock:
+        await dial(sock, server.getsockname())
+        peer, _ = server.accept()
+        with peer:
+            transport, unread = await asyncio.get_running_loop().create_connection(Unread, sock=sock)
+            peer.sendall(b"SETTINGS")
+            async with asyncio.timeout(2):
+                while transport.is_reading():
+                    await asyncio.sleep(0)
+                unread.hand_over(Reader())
+                peer.sendall(b"more")
+                assert await said.get() + await said.get() == b"SETTINGSmore"
+            transport.abort()

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway import tokens
 from gateway.tokens import LONGEST_SECONDS, ROTATE_SECONDS, Checker, Grant, MalformedToken, Minter, TokenError, merge
 
 NOW = 1_800_000_000.0
@@ -60,6 +61,17 @@ def test_expires_to_the_second(minter: Minter) -> None:
     checker.verify(token, NOW + 59.9)
     with pytest.raises(TokenError, match="expired"):
         checker.verify(token, NOW + 60)
+    assert checker.verify(token, NOW).expires == NOW + 60
+
+
+def test_what_is_remembered_is_bounded_and_refusals_are_not(minter: Minter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_REMEMBERED", 8)
+    checker = Checker(minter.verifiers())
+    for number in range(20):
+        assert checker.verify(minter.mint(f"s{number}", [(1, 1)], 60), NOW).session == f"s{number}"
+        with pytest.raises(TokenError):
+            checker.verify(f"{number}", NOW)
+    assert checker._seen.cache_info().currsize == 8
 
 
 @given(st.data())
