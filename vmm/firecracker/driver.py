@@ -16,6 +16,7 @@ from .. import disks, host, manifest, memory
 from ..cgroups import Cgroups
 from ..driver import DEVICES, GUEST_CID, Machine, Process, Sealed, Shape, VmmError
 from ..errors import not_written
+from ..kernel import WORDS
 from ..manifest import Manifest
 from ..network import GUEST_MAC, TAP, Link
 from ..places import Places, is_alive
@@ -26,7 +27,7 @@ from .machine import NETWORK, FirecrackerMachine
 
 NAME = "firecracker"
 DRIVE = "disk"
-KERNEL_LINE = "console=ttyS0 quiet loglevel=3 reboot=k panic=-1 mitigations=off random.trust_cpu=on"
+KERNEL_LINE = f"reboot=k {WORDS}"
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,7 @@ void network_up(void)
     int sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     must(sock, "socket");
     put("/proc/sys/net/ipv6/conf/default/accept_ra", "0");
+    put("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "1"); /* there is no way out by it; it would look for routers */
     put("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
     address(sock, "lo", NULL);
     address(sock, "eth0", GUEST_ADDRESS);

@@ -10,17 +10,22 @@ import json
 from dataclasses import dataclass, field
 
 from ..driver import Shape
+from ..kernel import WORDS
 from ..network import GUEST_MAC
 
 BINARY = "/usr/bin/qemu-system-x86_64"
 AGENT_PORT = "torpor.agent"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-KERNEL_LINE = "console=ttyS0 quiet loglevel=3 reboot=t panic=-1 mitigations=off random.trust_cpu=on"
+KERNEL_LINE = f"reboot=t {WORDS}"
 MACHINE = "q35,smm=off,vmport=off,sata=off,smbus=off,usb=off,graphics=off,memory-backend=m,suppress-vmdesc=on"
 ROOT_PORT = ["-device", "pcie-root-port,id=rp,addr=0x6,chassis=1,slot=1"]
 # A guest's flush need not reach the disk: a running session does not outlive its host, and what sleeps was synced by us.
 NO_FLUSH = {"no-flush": True}
-NIC = {"driver": "virtio-net-pci", "netdev": "n0", "id": "vn0", "bus": "rp", "addr": "0x0", "mac": GUEST_MAC, "romfile": ""}
+# Nobody on a link has to hear that the guest is somewhere else now: all links look alike to it.
+NIC = {
+    "driver": "virtio-net-pci", "netdev": "n0", "id": "vn0", "bus": "rp", "addr": "0x0", "mac": GUEST_MAC, "romfile": "",
+    "guest_announce": False,
+}  # fmt: skip
 
 STATE_SET = 4  # the descriptor set of Ends.state
 
@@ -64,7 +69,7 @@ def _common(shape: Shape, memory: int, share: bool, ends: Ends) -> list[str]:
         BINARY, "-M", MACHINE, *accelerator, "-m", str(shape.memory_mib), "-smp", str(shape.vcpus),
         "-object", f"memory-backend-file,id=m,size={shape.memory_mib}M,mem-path=/proc/self/fd/{memory},share={'on' if share else 'off'}",
         "-nodefaults", "-no-user-config", "-nographic", "-sandbox", SANDBOX,
-        "-global", "migration.send-configuration=off",
+        "-global", "migration.send-configuration=off", "-global", "migration.announce-rounds=0",
         "-chardev", f"socket,id=q,fd={ends.qmp},server=on,wait=off", "-mon", "chardev=q,mode=control",
         "-chardev", f"socket,id=c0,fd={ends.agent},server=on,wait=off",
         "-add-fd", f"fd={ends.state},set={STATE_SET}",
