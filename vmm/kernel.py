@@ -13,8 +13,7 @@ from pathlib import Path
 # In the order in which they load; dependencies are resolved by modprobe.
 MODULES = (
     *("virtio_pci", "virtio_net", "virtio_blk", "virtio_console"),
-    *("crc32c-intel", "libcrc32c", "nfnetlink", "nf_tables", "nf_conntrack", "nf_nat"),
-    *("nft_chain_nat", "nft_nat", "nft_ct", "tcp_diag"),
+    *("crc32c-intel", "libcrc32c", "nfnetlink", "nf_tables", "tcp_diag"),
 )
 # Firecracker's machine: virtio over MMIO, announced by ACPI; the agent's channel is a vsock.
 FIRECRACKER_MODULES = (

@@ -43,6 +43,8 @@ link set {TAP} up
 addr add {METADATA_ADDRESS}/32 dev lo
 neigh replace {GUEST_ADDRESS} lladdr {GUEST_MAC} dev {TAP} nud permanent
 """
+# Of our own ends: a guest's are from 32768 on, and its connections to itself must look like none of ours (vmm/guest/gate.c).
+PORTS = "10000 32767"
 SOCKETS = 8  # as many as an edge asks for at once
 _MOST = 48
 _QUIET_SECONDS = 0.6  # after a take: a refill must not compete with the resume that it follows
@@ -271,6 +273,7 @@ class Network:
                 commands += self._uplink.inner_setup(number)
                 run_nft(self._uplink.internet(TAP))
             run_batch(commands)
+            Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(PORTS, encoding="ascii")
             made.append(_services())
             self._stock[path] = _sockets(SOCKETS)
             if self._opens_taps:
