@@ -48,6 +48,7 @@ class Outside:
                 self._listen(inside(f"/run/netns/{namespace}", lambda port=port: bound(socket.SOCK_STREAM, ("0.0.0.0", port))))
             self._answer(inside(f"/run/netns/{namespace}", lambda: bound(socket.SOCK_DGRAM, ("0.0.0.0", PORT))), lambda data: data)
         self._answer(bound(socket.SOCK_DGRAM, (NAME_SERVER, 53)), name_answer)
+        self._listen(bound(socket.SOCK_STREAM, (NAME_SERVER, 53)))
 
     def stop(self) -> None:
         for sock in self._sockets:

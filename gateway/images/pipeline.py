@@ -23,7 +23,7 @@ from gateway.accounts.directory import Credentials
 from gateway.config import Settings
 from gateway.messages import BuildRequest, EgressRules, HostInfo, Shape
 from gateway.sessions import hooks
-from gateway.sessions.agent import Agent, AgentError, start_frames, wake_frame
+from gateway.sessions.agent import Agent, AgentError, start_frames, sync_frame, wake_frame
 from gateway.sessions.host import Host, RpcError, RpcLost
 from gateway.sessions.lifecycle import GuestServices
 from gateway.sessions.logs import LineWriter
@@ -38,6 +38,7 @@ log = structlog.get_logger()
 DISK_GIB = {512: 8, 1024: 8, 2048: 8, 4096: 16, 8192: 32}  # reference, section 4
 _PEAK = 4  # the guest sees four times the size that was asked for
 _BOOT_SECONDS = 60.0
+_SYNC_SECONDS = 300.0  # for what an emulated application has written
 _ROOM_BYTES = 1 << 30
 _QUIET_STEP_SECONDS = 0.5
 _QUIET_SHARE = 0.15  # of one processor: an application below it has finished starting
@@ -230,7 +231,8 @@ class Pipeline:
         try:
             await agent.hello(_BOOT_SECONDS)
             await self._host.give_disk(job.session, job.version.key)
-            await self._set_right(agent)
+            # Its boot may have been kept from another build: the clock and the randomness are not.
+            await self._tell(agent, lambda nonce: wake_frame(nonce, reset_tcp=False, wall_ns=time.time_ns()))
             request = job.version.request
             reserved = reserved_variables(job.image.arn, job.image.name, job.version.version, self._settings.region)
             capabilities = "ALL" in (request.get("additionalOsCapabilities") or [])
@@ -238,20 +240,21 @@ class Pipeline:
                 agent.send(frame)
             self._phase(job, "READY")
             await self._until_exit(job, self._ready(job, config))
+            await self._tell(agent, sync_frame, _SYNC_SECONDS)
         finally:
             agent.close()
             services.close()
 
-    async def _set_right(self, agent: Agent) -> None:
-        """Its boot may have been kept from another build: the clock and the randomness are not."""
+    async def _tell(self, agent: Agent, order: Callable[[int], bytes], seconds: float = _BOOT_SECONDS) -> None:
+        """Returns when the guest has done it. Raises AgentError."""
         nonce = secrets.randbits(63)
-        woken = agent.expect(nonce)
-        agent.send(wake_frame(nonce, reset_tcp=False, wall_ns=time.time_ns()))
+        done = agent.expect(nonce)
+        agent.send(order(nonce))
         try:
-            async with asyncio.timeout(_BOOT_SECONDS):
-                await woken
+            async with asyncio.timeout(seconds):
+                await done
         except TimeoutError as error:
-            raise AgentError("the guest did not take its clock") from error
+            raise AgentError(f"the guest did not do what it was told in {seconds:g} s") from error
 
     async def _until_exit(self, job: Job, work: object) -> None:
         """Runs `work` unless the application ends first."""

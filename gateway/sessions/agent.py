@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from .frame import HEADER, MAGIC, MAGIC_BYTES, frame
 from .shells import Shells
 
-_HELLO, _WAKE, _CONFIG, _START = 0x01, 0x02, 0x03, 0x04
+_HELLO, _WAKE, _CONFIG, _START, _SYNC = 0x01, 0x02, 0x03, 0x04, 0x0A
 _IS_HELLO, _WOKEN, _OUTPUT, _EXIT = 0x81, 0x82, 0x83, 0x84
 _SHELL_OUTPUT, _SHELL_TAKEN, _SHELL_EXIT = 0x85, 0x86, 0x87
 _FRAME_MAX_IN = 4096
@@ -28,6 +28,11 @@ def wake_frame(nonce: int, reset_tcp: bool = True, wall_ns: int = 0) -> bytes:
     """What a restored guest must do. vmm stamps the wall clock (the first field) just before a session's guest runs. Connections to the
     outside are reset where there can be any; looking for them costs an emulated guest some 20 ms."""
     return frame(_WAKE, struct.pack("<QQI", wall_ns, nonce, reset_tcp) + os.urandom(64))
+
+
+def sync_frame(nonce: int) -> bytes:
+    """Before an image is made of a guest: what its files have yet to write, each of its clones would write, to a disk of its own."""
+    return frame(_SYNC, struct.pack("<Q", nonce))
 
 
 def start_frames(entries: Iterable[tuple[str, str]]) -> list[bytes]:

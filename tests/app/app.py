@@ -45,8 +45,8 @@ def connect(query):
         sock.settimeout(float(query.get("s", 3)))
         try:
             sock.connect((query["host"], int(query["port"])))
-            sock.sendall(b"hello")
-            return {"heard": sock.recv(100).decode()}
+            sock.sendall(bytes.fromhex(query["hex"]) if "hex" in query else b"hello")
+            return {"heard": sock.recv(100).decode("latin-1")}
         except OSError as error:
             return {"error": str(error)}
 
@@ -186,6 +186,9 @@ async def respond(method, path, query, fields, body, writer, peer):
         writer.write(answer(200, b"bye"))
         await writer.drain()
         os.kill(os.getpid(), signal.SIGKILL) if query.get("kill") else os._exit(int(query.get("code", 0)))
+    elif path == "/sync":
+        await asyncio.to_thread(os.sync)
+        writer.write(answer(200, b"synced"))
     elif path == "/dirty":
         STATE["dirty"] = os.urandom(1 << 20) * int(query["mib"])
         writer.write(answer(200, b"dirty"))
@@ -216,6 +219,8 @@ async def main():
     await asyncio.start_server(serve, "0.0.0.0", int(os.environ.get("APP_PORT", "8080")))
     await asyncio.start_server(serve, "127.0.0.1", 7001)
     await asyncio.start_server(serve, "0.0.0.0", 9000)
+    with open("/var/tmp/started", "wb") as file:  # which no clone should have to write to its disk
+        file.write(os.urandom(1 << 20) * 4)
     print("serving", os.environ["GREETING"], flush=True)
     await asyncio.Event().wait()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import socket
 import ssl
@@ -195,3 +197,32 @@ def test_tls_versions(instance: Instance, shared: dict[str, Any], ca: Path) -> N
     if socket.has_ipv6:
         with socket.create_connection(("::1", instance.edge_port), 5):
             pass
+
+
+def test_the_link_answers_at_once_where_nothing_listens(instance: Instance, shared: dict[str, Any]) -> None:
+    """A guest's reset has to find back to the host, though its socket, if it had one, would be bound to loopback."""
+
+    def knock() -> int:
+        with socket.socket() as sock:
+            sock.settimeout(3)
+            return sock.connect_ex(("169.254.77.2", 7777))
+
+    assert instance.inside(shared["microvmId"], knock) == errno.ECONNREFUSED
+
+
+def test_no_connection_of_ours_looks_like_one_that_the_guest_makes_to_itself(instance: Instance, shared: dict[str, Any], ca: Path) -> None:
+    """Both are from 127.0.0.1 to 127.0.0.1 there: the ports differ."""
+
+    def numbers() -> list[int]:
+        opened = [socket.create_connection(("169.254.77.2", 8080), 3) for _ in range(50)]
+        try:
+            return [one.getsockname()[1] for one in opened]
+        finally:
+            for one in opened:
+                one.close()
+
+    assert all(10_000 <= number <= 32_767 for number in instance.inside(shared["microvmId"], numbers))
+    for _ in range(3):
+        body = json.dumps({"url": "http://127.0.0.1:8080/"}).encode()
+        answer = get(shared["endpoint"], ca, shared["token"], "/fetch", method="POST", body=body)
+        assert answer.json()["status"] == 200

@@ -54,6 +54,11 @@ def test_internet_egress_reaches_the_outside_by_tcp_and_name(guest: Guest) -> No
     assert guest.connect("example.com")["heard"].endswith("hello")
 
 
+def test_questions_for_names_over_tcp_are_relayed(guest: Guest) -> None:
+    """They come from the host's end of the link, whose connections the guest otherwise takes for its own (vmm/guest/gate.c)."""
+    assert guest.connect("169.254.77.1", 53, hex=b"question".hex())["heard"].endswith("question")
+
+
 @pytest.mark.parametrize(
     ("host", "query"),
     [

@@ -42,6 +42,13 @@ def test_listener_on_loopback_only_is_reached(instance: Instance, vm: dict[str, 
     assert answer.status == 200 and answer.json()["peer"] == "127.0.0.1"
 
 
+def test_a_clone_writes_nothing_that_was_its_images_to_write(instance: Instance, vm: dict[str, Any]) -> None:
+    """The application wrote 4 MiB when it started, before the image was made of it."""
+    assert get(vm["endpoint"], bundle(instance), vm["token"], "/sync").body == b"synced"
+    overlay = instance.root / "sessions" / vm["microvmId"] / "overlay"
+    assert overlay.stat().st_blocks * 512 < 2 << 20
+
+
 def test_sleep_and_wake_keep_memory_disk_clock_and_threads(instance: Instance, vm: dict[str, Any]) -> None:
     before = get(vm["endpoint"], bundle(instance), vm["token"]).json()
     for round_ in range(3):

@@ -25,6 +25,7 @@ enum frame_type {
     FRAME_SHELL_RESIZE = 0x07, /* host: u16 columns, u16 rows */
     FRAME_SHELL_CREDIT = 0x08, /* host: u32 bytes of output that may be sent */
     FRAME_SHELL_CLOSE = 0x09,  /* host: hang up */
+    FRAME_SYNC = 0x0a,         /* host: u64 nonce; answered as a wake is, when all files are on the disk */
     FRAME_IS_HELLO = 0x81, /* u64 nonce, u32 application state, i32 exit code */
     FRAME_WOKEN = 0x82,    /* u64 nonce */
     FRAME_OUTPUT = 0x83,   /* channel 1 standard output, 2 standard error */

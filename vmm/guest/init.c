@@ -133,6 +133,11 @@ static void handle(uint8_t type, uint16_t channel, const uint8_t *payload, uint3
         port_send(FRAME_WOKEN, 0, &wake.nonce, 8);
         return;
     }
+    case FRAME_SYNC:
+        if (length != 8) return;
+        sync();
+        port_send(FRAME_WOKEN, 0, payload, 8);
+        return;
     case FRAME_CONFIG:
         have_disk();
         app_configure(payload, length);
