@@ -74,7 +74,7 @@ class Boots:
         shutil.rmtree(kept, ignore_errors=True)
 
     def _place(self, shape: Shape) -> Path:
-        programs = hashlib.sha256()
+        programs = hashlib.sha256(topology.KERNEL_LINE.encode())
         for path in self._made_of:
             found = path.stat()
             programs.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())

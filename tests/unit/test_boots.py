@@ -1,0 +1,35 @@
+"""A kept boot is of the very programs, and of what the kernel was told."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from gateway.messages import Shape
+from vmm.driver import DEVICES
+from vmm.qemu import machine
+from vmm.qemu.boots import Boots
+
+SHAPE = Shape(memory_mib=1, vcpus=1, disk_bytes=1 << 20, accelerator="tcg", baseline_mib=1)
+
+
+def test_another_kernel_line_or_program_finds_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = [tmp_path / name for name in ("qemu", "kernel", "initrd")]
+    for path in programs:
+        path.write_bytes(b"program")
+    monkeypatch.setattr(machine, "BINARY", str(programs[0]))
+    boots = Boots(tmp_path / "boots", *programs[1:])
+    work = boots.begin()
+    (work / DEVICES).write_bytes(b"state")
+    memory = os.memfd_create("memory")
+    os.write(memory, b"memory" * 1000)
+    boots.keep(work, SHAPE, memory)
+    os.close(memory)
+    assert boots.find(SHAPE) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "KERNEL_LINE", "another")
+        assert boots.find(SHAPE) is None
+    programs[2].write_bytes(b"another program")
+    assert boots.find(SHAPE) is None
