@@ -180,7 +180,7 @@ static void compose(void)
     end(m);
 }
 
-/* Sends what was composed; it fails where its last message does. */
+/* Sends what was composed. Only the last message asks for an answer, so the first that comes is that one, or an error. */
 static void submit(int protocol, const char *what)
 {
     int netlink = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, protocol);
