@@ -140,7 +140,10 @@ class Control:
 
     async def rpc_resume(self, connection: Connection, body: m.ResumeRequest) -> None:
         session = self.store.sessions.get(body.session)
-        if session is not None and session.incarnation == body.incarnation:
+        if session is None:
+            return
+        self.routes.holds(connection, session)
+        if session.incarnation == body.incarnation:
             await self.lifecycle.request(session)
 
     async def rpc_counters(self, connection: Connection, body: m.Counters) -> None:

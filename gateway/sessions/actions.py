@@ -147,18 +147,17 @@ class Actions:
     async def _begin(self, session: Session, event: Event) -> None:
         """Stores that the next incarnation runs, before it does."""
         session.incarnation += 1
-        self._lifecycle.spawn(self._announce(session, session.incarnation))
+        incarnation = session.incarnation
         undo = self._lifecycle.record(session, event, State.SUSPENDED if session.incarnation > 1 else State.PENDING, "started")
         try:
-            await self._lifecycle.store.commit()
+            await self._lifecycle.store.commit(lambda: self._announce(session, incarnation))
         except StoreError:
             session.incarnation -= 1
             undo()
             raise
 
-    async def _announce(self, session: Session, incarnation: int) -> None:
+    def _announce(self, session: Session, incarnation: int) -> None:
         """To whoever holds requests, while the disk is waited for: connections are made, and their SYNs wait in the link."""
-        await asyncio.sleep(0)  # the commit goes first
         if session.incarnation == incarnation:
             self._routes.publish(session, is_begun=True)
 

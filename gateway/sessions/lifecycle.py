@@ -11,6 +11,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -118,7 +119,11 @@ class Lifecycle:
         if is_open:
             self.routes.publish(session)
             await asyncio.sleep(_FIRST_SECONDS)
-        log.info("session", id=session.id, on=event.value, old=old.value, new=new.value, detail=detail)
+        note = partial(log.info, "session", id=session.id, on=event.value, old=old.value, new=new.value, detail=detail)
+        if new is State.RESUMING:  # a request waits
+            self._loop.call_later(_FIRST_SECONDS, note)
+        else:
+            note()
         # A resume is stored when its snapshot has been loaded and the guest is about to run: until then the snapshot is
         # good, and a crash must find the session SUSPENDED.
         if new is not State.RESUMING and not (old is State.RESUMING and new is State.SUSPENDED):

@@ -6,6 +6,7 @@ A worker takes the whole table, then changes in order; it serves only after its 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 
 import structlog
 
@@ -19,6 +20,7 @@ log = structlog.get_logger()
 
 OPEN, HOLD, REFUSE = "open", "hold", "refuse"
 _DRAIN_MARGIN_SECONDS = 2.0
+_OTHERS_SECONDS = 0.01  # after those that hold requests
 
 
 def gate(session: Session) -> str:
@@ -53,6 +55,7 @@ class Routes:
         self._number = 0
         self._routes: dict[str, Route] = {}
         self._workers: dict[Connection, str] = {}
+        self._holders: dict[str, set[Connection]] = {}  # by session: who said that requests wait for it
         self.keys: list[Verifier] = []
 
     def table(self) -> Table:
@@ -70,15 +73,33 @@ class Routes:
     def find(self, endpoint: str) -> Route | None:
         return self._routes.get(endpoint)
 
+    def holds(self, connection: Connection, session: Session) -> None:
+        """A worker holds requests for this session."""
+        if connection in self._workers:
+            self._holders.setdefault(session.id, set()).add(connection)
+
     def publish(self, session: Session, is_begun: bool = False) -> None:
+        """Who holds requests hears first that they may go on, and alone that their guest is about to run: the others' looks at it would
+        take a processor from them."""
         route = route_of(session, is_begun=is_begun)
-        if self._routes.get(session.endpoint) != route:
-            self._routes[session.endpoint] = route
-            self._broadcast(route)
+        if self._routes.get(session.endpoint) == route:
+            return
+        self._routes[session.endpoint] = route
+        if is_begun:
+            self._tell(route, self._holders.get(session.id, ()))
+            return
+        holders = self._holders.pop(session.id, set()) if route.gate != HOLD else set()
+        if route.gate != OPEN or not holders:
+            self._tell(route, self._workers)
+            return
+        self._tell(route, holders)
+        others = [connection for connection in self._workers if connection not in holders]
+        asyncio.get_running_loop().call_later(_OTHERS_SECONDS, self._tell_others, session.endpoint, others)
 
     def remove(self, session: Session) -> None:
+        self._holders.pop(session.id, None)
         if self._routes.pop(session.endpoint, None) is not None:
-            self._broadcast(Route(session.endpoint, "", 0, REFUSE, is_live=False))
+            self._tell(Route(session.endpoint, "", 0, REFUSE, is_live=False), self._workers)
 
     def publish_keys(self, keys: list[Verifier]) -> None:
         self.keys = keys
@@ -89,10 +110,16 @@ class Routes:
         self._number += 1
         return RouteChange(self._number, route)
 
-    def _broadcast(self, route: Route) -> None:
+    def _tell(self, route: Route, workers: Collection[Connection]) -> None:
         change = self._change(route)
-        for connection in self._workers:
+        for connection in workers:
             connection.notify("route", change)
+
+    def _tell_others(self, endpoint: str, workers: Collection[Connection]) -> None:
+        """What the route is by now."""
+        route = self._routes.get(endpoint)
+        if route is not None:
+            self._tell(route, workers)
 
     async def close_gate(self, session: Session, seconds: float) -> tuple[dict[str, GateAnswer], bool]:
         """Closes the session's gate everywhere; answers by worker, and whether all were there to answer in time.

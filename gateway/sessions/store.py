@@ -10,7 +10,7 @@ import asyncio
 import bisect
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Store:
         self._path = path
         self._pending: list[tuple[str, Sequence[Any]]] = []
         self._waiters: list[asyncio.Future[None]] = []
+        self._asides: list[Callable[[], None]] = []
         self._writer: asyncio.Task[None] | None = None
         self._db: aiosqlite.Connection | None = None
         self.sessions: dict[str, Session] = {}
@@ -185,12 +186,15 @@ class Store:
         )
         return [EventRow(*row) for row in rows]
 
-    async def commit(self) -> None:
-        """Returns when everything put before is on the disk. Raises StoreError."""
+    async def commit(self, aside: Callable[[], None] | None = None) -> None:
+        """Returns when everything put before is on the disk. Raises StoreError. `aside` is called while the disk is waited for: what
+        it starts takes no processor from the commit."""
         if not self._pending and not self._waiters:
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(future)
+        if aside is not None:
+            self._asides.append(aside)
         if self._writer is None or self._writer.done():
             self._writer = asyncio.get_running_loop().create_task(self._write())
         await asyncio.shield(future)
@@ -202,8 +206,9 @@ class Store:
         while self._pending or self._waiters:
             batch, self._pending = self._pending, []
             waiters, self._waiters = self._waiters, []
+            asides, self._asides = self._asides, []
             try:
-                await self.db._execute(self._transaction, batch)  # type: ignore[no-untyped-call]
+                await self.db._execute(self._transaction, batch, asides, asyncio.get_running_loop())  # type: ignore[no-untyped-call]
             except sqlite3.Error as error:
                 # Nothing of it was written; who waits takes its change back, or makes it again.
                 for waiter in waiters:
@@ -212,13 +217,17 @@ class Store:
             for waiter in waiters:
                 waiter.set_result(None)
 
-    def _transaction(self, batch: list[tuple[str, Sequence[Any]]]) -> None:
+    def _transaction(
+        self, batch: list[tuple[str, Sequence[Any]]], asides: list[Callable[[], None]], loop: asyncio.AbstractEventLoop
+    ) -> None:  # fmt: skip
         """One hop to the writer's thread for the whole batch."""
         connection = self.db._conn
         connection.execute("BEGIN IMMEDIATE")
         try:
             for statement, values in batch:
                 connection.execute(statement, values)
+            for aside in asides:
+                loop.call_soon_threadsafe(aside)
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:  # SQLite has rolled back by itself where the disk is full
