@@ -178,12 +178,13 @@ class SessionState(msgspec.Struct):
 
 
 class HostState(msgspec.Struct):
-    """Everything vmm holds: live sessions, sessions with a usable snapshot, images, builds under way."""
+    """Everything vmm holds: live sessions, those that are being prepared, sessions with a usable snapshot, images, builds under way."""
 
     sessions: list[SessionState]
     snapshots: dict[str, int]
     images: list[str]
     builds: list[str]
+    preparing: list[str] = []
 
 
 class Ended(msgspec.Struct):

@@ -139,6 +139,7 @@ class Vmm:
     async def rpc_state(self, connection: Connection, body: None) -> m.HostState:
         return m.HostState(
             sessions=[self._state(name, held) for name, held in self._sessions.items()],
+            preparing=list(self._preparing),
             snapshots=self.snapshots.held(),
             images=[path.name for path in self.settings.images_dir.iterdir() if (path / "manifest.json").exists()],
             builds=self.builder.names,
@@ -154,6 +155,8 @@ class Vmm:
     # ---- sessions ----
 
     async def rpc_prepare(self, connection: Connection, body: m.PrepareRequest) -> None:
+        if (under_way := self._preparing.get(body.session)) is not None:  # asked for by a control that has gone since
+            await asyncio.wait([under_way])
         held = self._sessions.get(body.session)
         if held is not None and held.machine.record.phase == "cooling":
             await held.machine.wait()

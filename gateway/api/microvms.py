@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from typing import Any
@@ -54,14 +55,14 @@ class Microvms:
         store.add_event(session.id, "run", "", session.state.value)
         answer = self._describe(session)
         remember(answer)
+        stored = asyncio.ensure_future(store.commit(lambda: lifecycle.routes.publish(session)))
+        lifecycle.run(session, self._service.actions.launch(session, stored))
         try:
-            await store.commit()
+            await asyncio.shield(stored)
         except StoreError:
-            store.forget_session(session)
+            lifecycle.never_was(session)
             raise
-        lifecycle.routes.publish(session)
         lifecycle.watch_lifetime(session)
-        lifecycle.run(session, self._service.actions.launch(session))
         return answer
 
     def _version(self, call: dict[str, Any]) -> Version:

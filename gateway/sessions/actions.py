@@ -70,18 +70,19 @@ class Actions:
 
     # ---- launch and wake ----
 
-    async def launch(self, session: Session) -> None:
-        """From the image to RUNNING. Not started yet: incarnation 0 is stored until the guest is about to run."""
+    async def launch(self, session: Session, stored: asyncio.Future[None] | None = None) -> None:
+        """From the image to RUNNING. Not started yet: incarnation 0 is stored until the guest is about to run. `stored`: the session's
+        first commit, where it is still under way; what is prepared beside it goes again where that fails."""
         fire, begun = self._lifecycle.fire, False
         steps = self._steps(session, "launch")
         try:
             async with self._turn:
                 steps.mark("turn")
-                if await self.ahead.claim(session, self._egress(session)):
-                    steps.mark("one that ran ahead")
-                else:
-                    await self._patiently(lambda: self._host.prepare(session.id, 1, session.image, False, self._egress(session)))
-                    steps.mark("prepared by the host")
+                try:
+                    await self._prepare_launch(session, steps)
+                finally:
+                    if stored is not None:
+                        await asyncio.shield(stored)
                 await self._begin(session, Event.STARTED)
                 begun = True
                 steps.mark("start stored")
@@ -91,6 +92,9 @@ class Actions:
         except hooks.HookError as error:
             await fire(session, Event.FAILED, hooks.runtime_reason("run", error))
         except (RpcError, AgentError, StoreError) as error:
+            if stored is not None and stored.done() and stored.exception() is not None:  # there is no such session
+                await self._patiently(lambda: self._host.forget(session.id))
+                return
             if begun and isinstance(error, RpcLost):
                 await self.settle(session)
                 return
@@ -98,6 +102,14 @@ class Actions:
         else:
             await fire(session, Event.STARTED)
             self._lifecycle.on_steps(session, steps)
+
+    async def _prepare_launch(self, session: Session, steps: Steps) -> None:
+        """Raises RpcError."""
+        if await self.ahead.claim(session, self._egress(session)):
+            steps.mark("one that ran ahead")
+            return
+        await self._patiently(lambda: self._host.prepare(session.id, 1, session.image, False, self._egress(session)))
+        steps.mark("prepared by the host")
 
     async def run_hook(self, session: Session) -> None:
         payload = {"microvmId": session.id, "runHookPayload": session.run_hook_payload}

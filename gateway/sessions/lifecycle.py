@@ -285,6 +285,12 @@ class Lifecycle:
     def _at(self, key: Hashable, wall: float) -> None:
         self._deadlines.set(key, self._loop.time() + max(0.0, wall - self.clock()))
 
+    def never_was(self, session: Session) -> None:
+        """A session that could not be stored."""
+        self.routes.remove(session)
+        self.store.forget_session(session)
+        self._live.pop(session.id, None)
+
     def ended(self, session: Session) -> None:
         """A terminated session stays listed for a while, then its row goes."""
         live = self._live.pop(session.id, None)

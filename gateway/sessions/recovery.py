@@ -26,7 +26,7 @@ async def recover(lifecycle: Lifecycle, actions: Actions, state: HostState) -> N
             lifecycle.rested(session)
         else:
             lifecycle.settle(session, actions.settle(session, state))
-    for orphan in set(held) - set(sessions):
+    for orphan in (set(held) | set(state.preparing)) - set(sessions):
         await lifecycle.host.forget(orphan)
     archived = {session.id for session in sessions.values() if session.archived is not None}
     for orphan in set(state.snapshots) - (set(sessions) - archived):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from gateway.sessions.model import IdlePolicy, Session
 from gateway.sessions.recovery import recover
 from gateway.sessions.routes import Routes
 from gateway.sessions.states import Action, Event, State
-from gateway.sessions.store import Store
+from gateway.sessions.store import Store, StoreError
 
 
 class NoWorkers(Routes):
@@ -47,8 +48,8 @@ class Rig:
         self.actions = Actions(self.lifecycle)
         transaction = self.store._transaction
 
-        def seen(batch: Any) -> None:
-            transaction(batch)
+        def seen(batch: Any, *rest: Any) -> None:
+            transaction(batch, *rest)
             self.host.stored |= {values[0]: str(values[1]) for statement, values in batch if "INTO sessions" in statement}
 
         self.store._transaction = seen  # type: ignore[method-assign]
@@ -200,13 +201,9 @@ async def test_an_old_hypervisors_end_means_nothing(rig: Rig) -> None:
 
 
 async def test_a_call_that_cannot_be_stored_is_refused_and_changes_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sqlite3
-
-    from gateway.sessions.store import StoreError
-
     one = await rig.launched()
 
-    def full(batch: Any) -> None:
+    def full(*_: Any) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as patch:
@@ -216,6 +213,22 @@ async def test_a_call_that_cannot_be_stored_is_refused_and_changes_nothing(rig: 
     assert one.state is State.RUNNING and "suspend SUSPENDING" not in rig.host.calls
     await rig.lifecycle.fire(one, Event.SUSPEND)
     await rig.reach(one, State.SUSPENDED)
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+async def test_a_launch_is_prepared_while_its_session_is_stored_and_starts_after_that(rig: Rig, is_stored: bool) -> None:
+    one = rig.session()
+    stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    rig.lifecycle.run(one, rig.actions.launch(one, stored))
+    await asyncio.sleep(0.01)
+    assert rig.host.calls == ["prepare -"] and one.incarnation == 0
+    if is_stored:
+        stored.set_result(None)
+        await rig.reach(one, State.RUNNING)
+    else:
+        stored.set_exception(StoreError("full"))
+        await rig.lifecycle.quiet()
+        assert rig.host.calls == ["prepare -", "forget -"] and not rig.host.held and one.state is State.PENDING
 
 
 @pytest.mark.parametrize(
@@ -260,6 +273,12 @@ async def test_vmm_that_dies_while_a_guest_starts_costs_nothing(rig: Rig, is_lau
         await rig.lifecycle.fire(one, Event.RESUME)
         await rig.reach(one, State.RUNNING)
     assert one.incarnation == (1 if is_launch else 2) and rig.host.held["s1"].phase == "running"
+
+
+async def test_what_was_being_prepared_for_nobody_is_forgotten_after_a_restart(rig: Rig) -> None:
+    rig.session(state=State.SUSPENDED, incarnation=1)
+    await recover(rig.lifecycle, rig.actions, m.HostState([], {"s1": 1}, [], [], ["s1", "unknown"]))
+    assert rig.host.calls == ["forget -"]
 
 
 async def test_a_full_host_resumes_nothing_until_there_is_room(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ async def test_drop(store: Store, tmp_path: Path) -> None:
 async def test_many_commits_are_few_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     transactions = []
     original = store._transaction
-    monkeypatch.setattr(store, "_transaction", lambda batch: (transactions.append(len(batch)), original(batch)))
+    monkeypatch.setattr(store, "_transaction", lambda batch, *rest: (transactions.append(len(batch)), original(batch, *rest)))
 
     async def change(number: int) -> None:
         store.put_session(session(f"s{number}"))
@@ -75,6 +75,14 @@ async def test_many_commits_are_few_transactions(store: Store, monkeypatch: pyte
 
     await asyncio.gather(*(change(number) for number in range(200)))
     assert sum(transactions) == 200 and len(transactions) < 10
+
+
+async def test_an_aside_is_called_before_the_commit_is_done(store: Store) -> None:
+    order: list[str] = []
+    store.put_session(session("one"))
+    await store.commit(lambda: order.append("aside"))
+    order.append("committed")
+    assert order == ["aside", "committed"]
 
 
 async def test_a_failed_write_is_an_error_and_the_next_succeeds(store: Store) -> None:

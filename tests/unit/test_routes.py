@@ -1,0 +1,78 @@
+"""Control's side of routing: who hears of a change, and when."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from gateway.messages import RouteChange
+from gateway.sessions import routes as routing
+from gateway.sessions.model import Session
+from gateway.sessions.routes import Routes
+from gateway.sessions.states import State
+
+
+class Worker:
+    """A connection to an edge that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[int, str, bool]] = []
+        self.numbers: list[int] = []
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def notify(self, method: str, body: Any) -> None:
+        assert method == "route" and isinstance(body, RouteChange)
+        self.numbers.append(body.number)
+        self.heard.append((body.route.incarnation, body.route.gate, body.route.is_live))
+
+
+@pytest.fixture
+async def table() -> tuple[Routes, Worker, Worker, Session]:
+    routes, holder, other = Routes(2, 0.1), Worker(), Worker()
+    routes.add_worker(holder, "1")  # type: ignore[arg-type]
+    routes.add_worker(other, "2")  # type: ignore[arg-type]
+    one = Session("s1", "h1", "arn", "1.0", "image", 512, 0.0, 3600, state=State.SUSPENDED, incarnation=1)
+    routes.publish(one)
+    for worker in (holder, other):
+        worker.heard.clear()
+    return routes, holder, other, one
+
+
+async def test_who_holds_requests_hears_first(table: tuple[Routes, Worker, Worker, Session], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "_OTHERS_SECONDS", 0)
+    routes, holder, other, one = table
+    routes.holds(holder, one)  # type: ignore[arg-type]
+    one.state, one.incarnation = State.RESUMING, 2
+    routes.publish(one, is_begun=True)
+    one.state = State.RUNNING
+    routes.publish(one)
+    assert holder.heard == [(2, "hold", True), (2, "open", True)] and other.heard == []
+    await asyncio.sleep(0.005)
+    assert len(holder.heard) == 2 and other.heard == [(2, "open", True)]
+    one.state = State.TERMINATING
+    routes.publish(one)
+    assert holder.heard[-1] == other.heard[-1] == (2, "refuse", False)
+    assert other.numbers == sorted(other.numbers) and len(set(other.numbers)) == len(other.numbers)
+
+
+async def test_who_hears_late_hears_what_is_true_by_then(
+    table: tuple[Routes, Worker, Worker, Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "_OTHERS_SECONDS", 0)
+    routes, holder, other, one = table
+    routes.holds(holder, one)  # type: ignore[arg-type]
+    one.state = State.RUNNING
+    routes.publish(one)
+    one.state = State.TERMINATING
+    routes.publish(one)
+    await asyncio.sleep(0.005)
+    assert {gate for _, gate, _ in other.heard} == {"refuse"}
+
+
+async def test_a_microvm_that_nobody_waits_for_is_everybodys_at_once(table: tuple[Routes, Worker, Worker, Session]) -> None:
+    routes, holder, other, one = table
+    one.state = State.RUNNING
+    routes.publish(one)
+    assert holder.heard == other.heard == [(1, "open", True)]
