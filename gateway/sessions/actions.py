@@ -257,7 +257,8 @@ class Actions:
         has_hook = session.hooks.timeout("suspend") is not None
         patience = 0.0 if idle else self._settings.suspend.drain_seconds
         steps = self._steps(session, "suspend")
-        answers, complete = await self._routes.close_gate(session, self._settings.suspend.gate_seconds)
+        gate, live.gate = live.gate, None
+        answers, complete = await (gate or self._routes.close_gate(session, self._settings.suspend.gate_seconds))
         if idle:
             moved = any(answer.waiting or answer.count != known.get(worker, 0) for worker, answer in answers.items())
             if moved or not complete or self._wanted(live):

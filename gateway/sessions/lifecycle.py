@@ -26,7 +26,7 @@ from .host import Host, RpcError
 from .logs import LogStore
 from .model import Session
 from .room import Room
-from .routes import Routes
+from .routes import Gate, Routes
 from .states import CALLS, Action, Event, State, step
 from .store import Store, StoreError
 
@@ -55,6 +55,7 @@ class Live:
         self.services: GuestServices | None = None
         self.traces: dict[str, Steps] = {}
         self.task: asyncio.Task[None] | None = None
+        self.gate: asyncio.Task[Gate] | None = None  # being closed while the call that asked for it is stored
         self.resting: asyncio.Task[None] | None = None  # ends the hypervisor of a session that was just saved
         self.deferred: list[Event] = []
         self.counts: dict[str, int] = {}  # by worker, as last reported
@@ -120,33 +121,45 @@ class Lifecycle:
             self.routes.publish(session)
             await asyncio.sleep(_FIRST_SECONDS)
         note = partial(log.info, "session", id=session.id, on=event.value, old=old.value, new=new.value, detail=detail)
-        if new is State.RESUMING:  # a request waits
+        if new is State.RESUMING or event is Event.SUSPEND:  # somebody waits
             self._loop.call_later(_FIRST_SECONDS, note)
         else:
             note()
         # A resume is stored when its snapshot has been loaded and the guest is about to run: until then the snapshot is
         # good, and a crash must find the session SUSPENDED.
         if new is not State.RESUMING and not (old is State.RESUMING and new is State.SUSPENDED):
-            await self._store(session, event, old, detail)
+            await self._store(session, event, old, detail, partial(self._close_gate, session) if event is Event.SUSPEND else None)
         elif new is State.RESUMING:
             self.live(session).stored = old
         if new is not State.SUSPENDING and not is_open:  # whose gate is closed, and answers counted, by its action
             self.routes.publish(session)
 
-    async def _store(self, session: Session, event: Event, old: State, detail: str) -> None:
+    async def _store(self, session: Session, event: Event, old: State, detail: str, aside: Callable[[], None] | None = None) -> None:
         """A call that cannot be stored is taken back and refused; what has happened is stored as soon as that works."""
         while True:
             undo = self.record(session, event, old, detail)
             try:
-                await self.store.commit()
+                await self.store.commit(aside)
                 return
             except StoreError as error:
                 undo()
                 if event in CALLS:
                     session.state = old
+                    await self._open_again(session)
                     raise
                 log.error("store.retry", id=session.id, error=str(error))
                 await asyncio.sleep(_RETRY_SECONDS)
+
+    def _close_gate(self, session: Session) -> None:
+        """Requests may be held before it is known for how long: the disk need not be waited for."""
+        self.live(session).gate = self.spawn(self.routes.close_gate(session, self.settings.suspend.gate_seconds))
+
+    async def _open_again(self, session: Session) -> None:
+        live = self.live(session)
+        gate, live.gate = live.gate, None
+        if gate is not None:
+            await gate
+            self.routes.publish(session)
 
     def record(self, session: Session, event: Event, old: State, detail: str = "") -> Callable[[], None]:
         """Puts the session and a row that follows its last one into the next commit; what is returned is for one that failed."""

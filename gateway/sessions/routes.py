@@ -19,6 +19,7 @@ from .states import State
 log = structlog.get_logger()
 
 OPEN, HOLD, REFUSE = "open", "hold", "refuse"
+Gate = tuple[dict[str, GateAnswer], bool]  # what each worker said, and whether all were there to say it
 _DRAIN_MARGIN_SECONDS = 2.0
 _OTHERS_SECONDS = 0.01  # after those that hold requests
 
@@ -121,7 +122,7 @@ class Routes:
         if route is not None:
             self._tell(route, workers)
 
-    async def close_gate(self, session: Session, seconds: float) -> tuple[dict[str, GateAnswer], bool]:
+    async def close_gate(self, session: Session, seconds: float) -> Gate:
         """Closes the session's gate everywhere; answers by worker, and whether all were there to answer in time.
 
         A worker that is silent for `seconds` is disconnected: what it knows of activity is unknown.

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -203,14 +203,18 @@ async def test_an_old_hypervisors_end_means_nothing(rig: Rig) -> None:
 async def test_a_call_that_cannot_be_stored_is_refused_and_changes_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     one = await rig.launched()
 
-    def full(*_: Any) -> None:
+    def full(batch: Any, asides: list[Callable[[], None]], loop: asyncio.AbstractEventLoop) -> None:
+        for aside in asides:
+            loop.call_soon_threadsafe(aside)
         raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as patch:
         patch.setattr(rig.store, "_transaction", full)
         with pytest.raises(StoreError):
             await rig.lifecycle.fire(one, Event.SUSPEND)
+    route = rig.lifecycle.routes.find("h1")
     assert one.state is State.RUNNING and "suspend SUSPENDING" not in rig.host.calls
+    assert route is not None and route.gate == "open", "it was closed beside the commit"
     await rig.lifecycle.fire(one, Event.SUSPEND)
     await rig.reach(one, State.SUSPENDED)
 
