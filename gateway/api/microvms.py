@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from typing import Any
 
 from gateway.accounts.model import Caller
 from gateway.images.pipeline import read_hooks
+from gateway.sessions.actions import Arrival
 from gateway.sessions.host import RpcError
 from gateway.sessions.lifecycle import SUCCESS
 from gateway.sessions.logs import default_group, default_stream
@@ -22,6 +24,7 @@ from .errors import Conflict, InsufficientCapacity, NotFound, QuotaExceeded, Thr
 from .service import EGRESS, INGRESS, Service, reply
 
 _MAX_DURATION = 28_800
+_AWAY_SECONDS = 0.005
 _VM_MEMBERS = (
     "microvmId", "state", "endpoint", "imageArn", "imageVersion", "executionRoleArn", "idlePolicy",
     "maximumDurationInSeconds", "startedAt", "terminatedAt", "stateReason", "terminationReasonCode",
@@ -55,13 +58,17 @@ class Microvms:
         store.add_event(session.id, "run", "", session.state.value)
         answer = self._describe(session)
         remember(answer)
-        stored = asyncio.ensure_future(store.commit(lambda: lifecycle.routes.publish(session)))
-        lifecycle.run(session, self._service.actions.launch(session, stored))
+        arrival = Arrival(asyncio.ensure_future(store.commit(lambda: lifecycle.routes.publish(session))))
+        lifecycle.run(session, self._service.actions.launch(session, arrival))
         try:
-            await asyncio.shield(stored)
+            await asyncio.shield(arrival.stored)
         except StoreError:
             lifecycle.never_was(session)
             raise
+        # A guest that ran ahead is told to run before its answer is made, which would take this process from it.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_AWAY_SECONDS):
+                await arrival.is_away.wait()
         lifecycle.watch_lifetime(session)
         return answer
 

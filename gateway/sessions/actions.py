@@ -9,6 +9,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import structlog
@@ -36,6 +37,14 @@ _DESTROY_RETRY_SECONDS = 0.5
 _AWAY_RETRY_SECONDS = 0.2
 _AWAY_TRIES = 100
 T = TypeVar("T")
+
+
+@dataclass
+class Arrival:
+    """A session that a call brings into being: its first commit, and whether its guest has been told to run, or will take a while."""
+
+    stored: asyncio.Future[None]
+    is_away: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Actions:
@@ -70,29 +79,31 @@ class Actions:
 
     # ---- launch and wake ----
 
-    async def launch(self, session: Session, stored: asyncio.Future[None] | None = None) -> None:
-        """From the image to RUNNING. Not started yet: incarnation 0 is stored until the guest is about to run. `stored`: the session's
-        first commit, where it is still under way; what is prepared beside it goes again where that fails."""
+    async def launch(self, session: Session, arrival: Arrival | None = None) -> None:
+        """From the image to RUNNING. Not started yet: incarnation 0 is stored until the guest is about to run. What is prepared beside the
+        session's first commit goes again where that fails."""
         fire, begun = self._lifecycle.fire, False
         steps = self._steps(session, "launch")
         try:
             async with self._turn:
                 steps.mark("turn")
                 try:
-                    await self._prepare_launch(session, steps)
+                    await self._prepare_launch(session, steps, arrival)
                 finally:
-                    if stored is not None:
-                        await asyncio.shield(stored)
+                    if arrival is not None:
+                        await asyncio.shield(arrival.stored)
                 await self._begin(session, Event.STARTED)
                 begun = True
                 steps.mark("start stored")
+                if arrival is not None:
+                    asyncio.get_running_loop().call_soon(arrival.is_away.set)
                 await self._start(session, steps)
             await self.run_hook(session)
             steps.mark("run hook")
         except hooks.HookError as error:
             await fire(session, Event.FAILED, hooks.runtime_reason("run", error))
         except (RpcError, AgentError, StoreError) as error:
-            if stored is not None and stored.done() and stored.exception() is not None:  # there is no such session
+            if arrival is not None and arrival.stored.done() and arrival.stored.exception() is not None:  # there is no such session
                 await self._patiently(lambda: self._host.forget(session.id))
                 return
             if begun and isinstance(error, RpcLost):
@@ -103,11 +114,13 @@ class Actions:
             await fire(session, Event.STARTED)
             self._lifecycle.on_steps(session, steps)
 
-    async def _prepare_launch(self, session: Session, steps: Steps) -> None:
+    async def _prepare_launch(self, session: Session, steps: Steps, arrival: Arrival | None) -> None:
         """Raises RpcError."""
         if await self.ahead.claim(session, self._egress(session)):
             steps.mark("one that ran ahead")
             return
+        if arrival is not None:
+            arrival.is_away.set()
         await self._patiently(lambda: self._host.prepare(session.id, 1, session.image, False, self._egress(session)))
         steps.mark("prepared by the host")
 

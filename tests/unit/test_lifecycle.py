@@ -16,7 +16,7 @@ from scripted_host import ScriptedHost, no_services
 from gateway import messages as m
 from gateway.config import Settings
 from gateway.rpc import RpcError, RpcLost
-from gateway.sessions.actions import Actions
+from gateway.sessions.actions import Actions, Arrival
 from gateway.sessions.lifecycle import Lifecycle
 from gateway.sessions.logs import LogStore
 from gateway.sessions.model import IdlePolicy, Session
@@ -223,7 +223,7 @@ async def test_a_call_that_cannot_be_stored_is_refused_and_changes_nothing(rig: 
 async def test_a_launch_is_prepared_while_its_session_is_stored_and_starts_after_that(rig: Rig, is_stored: bool) -> None:
     one = rig.session()
     stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    rig.lifecycle.run(one, rig.actions.launch(one, stored))
+    rig.lifecycle.run(one, rig.actions.launch(one, Arrival(stored)))
     await asyncio.sleep(0.01)
     assert rig.host.calls == ["prepare -"] and one.incarnation == 0
     if is_stored:
