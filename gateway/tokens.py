@@ -124,10 +124,7 @@ class Minter:
 
     def verifiers(self) -> list[Verifier]:
         """What edges need, without anything that signs."""
-        return [
-            Verifier(key.kid, key.encryption_key, _signer(key.private_key).public_key().public_bytes_raw())
-            for key in self._keys
-        ]
+        return [Verifier(key.kid, key.encryption_key, _signer(key.private_key).public_key().public_bytes_raw()) for key in self._keys]
 
     def mint(self, session: str, ports: list[tuple[int, int]], seconds: int, kind: str = PROXY) -> str:
         key = self._keys[-1]

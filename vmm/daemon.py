@@ -11,6 +11,7 @@ import errno
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -182,13 +183,19 @@ class Vmm:
                 if error.errno == errno.ENOSPC:
                     raise DiskFull(f"no room for session {body.session}: free some, or move --root") from error
                 raise StateLost(f"image {body.image} is not there: {error}") from error
+        with self.preparing(body.session):
+            await self._prepare(body, image, snapshot, overlay)
+
+    @contextlib.contextmanager
+    def preparing(self, session: str) -> Iterator[None]:
+        """What is under way for a session is called off by `forget`."""
         task = asyncio.current_task()
         assert task is not None
-        self._preparing[body.session] = task
+        self._preparing[session] = task
         try:
-            await self._prepare(body, image, snapshot, overlay)
+            yield
         finally:
-            del self._preparing[body.session]
+            del self._preparing[session]
 
     async def _prepare(self, body: m.PrepareRequest, image: Path, snapshot: Path, overlay: Path) -> None:
         """A try that fails costs a standby; the files are untouched until the guest runs, so one more may follow."""

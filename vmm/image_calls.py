@@ -12,6 +12,7 @@ from gateway import messages as m
 from gateway.rpc import Connection, Reply
 
 from . import disks
+from .driver import Machine
 
 if TYPE_CHECKING:
     from .daemon import Vmm
@@ -34,6 +35,11 @@ class ImageCalls:
 
     async def rpc_boot(self, connection: Connection, body: m.BootRequest) -> Reply:
         """Boots an image's machine; the descriptor is the agent's channel."""
+        with self._vmm.preparing(body.session):
+            machine = await self._boot(body)
+        return Reply(None, [await machine.agent()])
+
+    async def _boot(self, body: m.BootRequest) -> Machine:
         image = self._making(body.image)
         link = await self._vmm.network.take()
         console = os.open(image / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -49,7 +55,7 @@ class ImageCalls:
         machine.record.session = body.session
         machine.save_record()
         self._vmm.hold(body.session, machine, link)
-        return Reply(None, [await machine.agent()])
+        return machine
 
     async def rpc_give_disk(self, connection: Connection, body: m.BootedRequest) -> None:
         await self._vmm.driver.give_disk(self._vmm.held(body.session, 0).machine, self._making(body.image))

@@ -144,6 +144,9 @@ class Registry:
             except Exception as error:
                 log.exception("build.failed", image=image.arn)
                 reason = f"INTERNAL_PLATFORM_ERROR: {error}"
+            except asyncio.CancelledError:  # the service stops: what the host has of it would stay there
+                await self.pipeline.clean(job, keep_image=False)
+                raise
             await self.pipeline.clean(job, keep_image=reason is None)
             await self._built(image, version, reason)
             job.say(reason if reason is not None else "the image is ready")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -145,7 +146,11 @@ def second(host_before: object) -> Iterator[Instance]:
 
 def everything(instance: Instance) -> list[int]:
     """Every process of the instance: by its users, and the supervisor and vmm."""
-    pids = [instance.pid_of("vmm")]
+    return [instance.pid_of("vmm"), *of_users(instance)]
+
+
+def of_users(instance: Instance) -> list[int]:
+    pids = []
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
@@ -174,6 +179,24 @@ def test_a_build_whose_host_is_killed_is_made_again_and_its_network_ends(second:
     until(lambda: not first & networks(second))
     assert second.built(arn)["buildState"] == "SUCCESSFUL"
     assert not networks(second)
+
+
+def phase(instance: Instance, arn: str) -> str:
+    """How far an image's build has come, as the store has it."""
+    with contextlib.closing(sqlite3.connect(f"file:{instance.root}/control/torpor.db?mode=ro", uri=True)) as store:
+        found = store.execute("SELECT new FROM events WHERE subject = ? AND event = 'build' ORDER BY number DESC", (arn,)).fetchone()
+    return str(found[0]) if found else ""
+
+
+@pytest.mark.parametrize("at", ["BOOT", *(pytest.param(one, marks=pytest.mark.long) for one in ("container", "READY", "SNAPSHOT"))])
+def test_a_stop_in_the_middle_of_a_build_takes_all_of_it_along(second: Instance, at: str) -> None:
+    arn = second.create(f"stopped-{at.lower()}", second.upload(app_files()))
+    until(lambda: networks(second) if at == "container" else phase(second, arn) == at, pause=0.001)
+    assert second.stop() == 0
+    assert not second.run.exists() and not of_users(second)
+    second.start()
+    assert second.built(arn)["stateReason"].startswith("INTERNAL_PLATFORM_ERROR")
+    second.client().delete_microvm_image(imageIdentifier=arn)
 
 
 def test_supervisor_that_dies_is_replaced_without_losing_anything(second: Instance) -> None:
