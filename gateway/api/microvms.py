@@ -58,7 +58,7 @@ class Microvms:
         store.add_event(session.id, "run", "", session.state.value)
         answer = self._describe(session)
         remember(answer)
-        arrival = Arrival(asyncio.ensure_future(store.commit(lambda: lifecycle.routes.publish(session))))
+        arrival = Arrival(store.begin_commit(lambda: lifecycle.routes.publish(session)))
         lifecycle.run(session, self._service.actions.launch(session, arrival))
         try:
             await asyncio.shield(arrival.stored)

@@ -46,6 +46,10 @@ class Arrival:
     stored: asyncio.Future[None]
     is_away: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def has_failed(self) -> bool:
+        return self.stored.done() and self.stored.exception() is not None
+
 
 class Actions:
     def __init__(self, lifecycle: Lifecycle) -> None:
@@ -103,7 +107,7 @@ class Actions:
         except hooks.HookError as error:
             await fire(session, Event.FAILED, hooks.runtime_reason("run", error))
         except (RpcError, AgentError, StoreError) as error:
-            if arrival is not None and arrival.stored.done() and arrival.stored.exception() is not None:  # there is no such session
+            if arrival is not None and arrival.has_failed:  # there is no such session
                 await self._patiently(lambda: self._host.forget(session.id))
                 return
             if begun and isinstance(error, RpcLost):

@@ -189,15 +189,18 @@ class Store:
     async def commit(self, aside: Callable[[], None] | None = None) -> None:
         """Returns when everything put before is on the disk. Raises StoreError. `aside` is called while the disk is waited for: what
         it starts takes no processor from the commit."""
-        if not self._pending and not self._waiters:
-            return
+        if self._pending or self._waiters:
+            await self.begin_commit(aside)
+
+    def begin_commit(self, aside: Callable[[], None] | None = None) -> asyncio.Future[None]:
+        """Of what was put in this turn of the loop: later, it may be on its way with a commit of somebody else's."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(future)
         if aside is not None:
             self._asides.append(aside)
         if self._writer is None or self._writer.done():
             self._writer = asyncio.get_running_loop().create_task(self._write())
-        await asyncio.shield(future)
+        return asyncio.shield(future)
 
     def _add(self, statement: str, values: Sequence[Any]) -> None:
         self._pending.append((statement, values))

@@ -77,6 +77,19 @@ async def test_many_commits_are_few_transactions(store: Store, monkeypatch: pyte
     assert sum(transactions) == 200 and len(transactions) < 10
 
 
+async def test_a_commit_that_is_begun_is_of_what_was_put(store: Store) -> None:
+    """Also where a commit is under way, whose writer looks for more before the caller's next turn."""
+    store.put_session(session("one"))
+    first = store.begin_commit()
+    await asyncio.sleep(0)  # its writer has begun
+    store.put_session(session("two"))
+    second = store.begin_commit()
+    await first
+    assert not second.done()
+    await second
+    assert len(list(await store.db.execute_fetchall("SELECT id FROM sessions"))) == 2
+
+
 async def test_an_aside_is_called_before_the_commit_is_done(store: Store) -> None:
     order: list[str] = []
     store.put_session(session("one"))
