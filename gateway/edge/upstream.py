@@ -422,6 +422,13 @@ class Upstream:
             os.close(descriptor)
         return parked
 
+    def close_idle(self, session: str, incarnation: int) -> None:
+        """Of a session that is about to fall asleep: what the guest does about their ends it does now, not when it is woken."""
+        for key, pool in self._pools.items():
+            if key[:2] == (session, incarnation):
+                for origin in list(pool.idle):
+                    origin.close()
+
     def _end(self, origin: Parkable, room: int) -> int:
         """Parks it, and says how many streams that were, or cuts it."""
         if not origin.can_park or origin.stream_count > room:

@@ -175,6 +175,7 @@ class Worker:
         self.table.change(body.change)
         account = self.table.account(body.change.route.session)
         account.gated = (account.count, account.spoken)
+        self.upstream.close_idle(body.change.route.session, body.change.route.incarnation)
         return m.GateAnswer(account.count, account.waiting)
 
     async def rpc_drain(self, connection: Connection, body: m.DrainRequest) -> m.Drained:

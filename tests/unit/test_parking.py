@@ -102,6 +102,25 @@ async def gated(rig: Rig, incarnation: int = 1) -> m.GateAnswer:
     return answer
 
 
+async def test_a_gate_that_closes_ends_idle_connections_while_the_guest_runs(rig: Rig) -> None:
+    ended = asyncio.Event()
+
+    async def until_it_ends(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await rig.answer_all(reader, writer)
+        finally:
+            ended.set()
+
+    rig.script = until_it_ends
+    await rig.ask(rig.request())
+    assert rig.worker.upstream.statistics()["idle"] == 1
+    await gated(rig)
+    async with asyncio.timeout(5):
+        await ended.wait()
+    rig.control.change("open")  # called off
+    assert [status for status, _, _ in await rig.ask(rig.request())] == [200] and rig.connects == 2
+
+
 async def drained(rig: Rig, if_quiet: bool) -> m.Drained:
     (connection,) = rig.control.connections
     answer: m.Drained = await connection.call("drain", m.DrainRequest("s1", 1, 0.0, True, 8, if_quiet), m.Drained)
