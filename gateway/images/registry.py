@@ -136,21 +136,26 @@ class Registry:
             self._store.put_image(image)
             await self._store.commit()
             job = self._job(image, version, version.build, build_stream(version.version, version.build.id))
-            reason: str | None = None
             try:
-                await self.pipeline.run(job)
-            except BuildFailed as error:
-                reason = str(error)
-            except Exception as error:
-                log.exception("build.failed", image=image.arn)
-                reason = f"INTERNAL_PLATFORM_ERROR: {error}"
+                reason = await self._run(job)
+                await self.pipeline.clean(job, keep_image=reason is None)
             except asyncio.CancelledError:  # the service stops: what the host has of it would stay there
                 await self.pipeline.clean(job, keep_image=False)
                 raise
-            await self.pipeline.clean(job, keep_image=reason is None)
             await self._built(image, version, reason)
             job.say(reason if reason is not None else "the image is ready")
             job.log.flush()
+
+    async def _run(self, job: Job) -> str | None:
+        """Why it failed; None where it did not."""
+        try:
+            await self.pipeline.run(job)
+        except BuildFailed as error:
+            return str(error)
+        except Exception as error:
+            log.exception("build.failed", image=job.image.arn)
+            return f"INTERNAL_PLATFORM_ERROR: {error}"
+        return None
 
     async def _built(self, image: Image, version: Version, reason: str | None) -> None:
         assert version.build is not None
