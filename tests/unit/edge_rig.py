@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,22 @@ from gateway.tokens import Minter
 HOST = "one.lambda-microvm.us-east-1.localhost"
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+class Sent:
+    """A route change that was sent to the workers. Awaiting it waits until they have applied it: a call on the same connection is
+    answered after every notification before it."""
+
+    def __init__(self, connections: list[Connection], change: m.RouteChange) -> None:
+        self._connections = connections
+        self._change = change
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._applied().__await__()
+
+    async def _applied(self) -> None:
+        for connection in self._connections:
+            await connection.call("route", self._change)  # the same number once more: it changes nothing
 
 
 class Control:
@@ -50,10 +66,13 @@ class Control:
     async def rpc_counters(self, connection: Connection, body: m.Counters) -> None:
         self.counters = body
 
-    def change(self, gate: str, incarnation: int = 1, session: str = "s1", is_live: bool = True) -> None:
+    def change(self, gate: str, incarnation: int = 1, session: str = "s1", is_live: bool = True) -> Sent:
+        """Sends a route change. `await control.change(...)` returns when it is applied."""
         self.number += 1
+        change = m.RouteChange(self.number, m.Route(HOST, session, incarnation, gate, is_live))
         for connection in self.connections:
-            connection.notify("route", m.RouteChange(self.number, m.Route(HOST, session, incarnation, gate, is_live)))
+            connection.notify("route", change)
+        return Sent(self.connections, change)
 
 
 class StateLost(Exception):
@@ -67,14 +86,17 @@ class Vmm:
         self.gone: set[int] = set()
         self.away = False
         self.drops = 0  # so many calls lose their connection
+        self.refused = 0  # calls that got no socket
 
     async def rpc_sockets(self, connection: Connection, body: m.SocketsRequest) -> Reply:
         if body.incarnation in self.gone:
+            self.refused += 1
             raise StateLost("no such incarnation")
         if self.drops:
             self.drops -= 1
             connection.close()
         if self.away:
+            self.refused += 1
             raise RpcError("Busy", "not now")
         return Reply(None, [socket.socket().detach() for _ in range(body.count)])
 

@@ -14,6 +14,7 @@ import pytest
 from edge_rig import HOST, Rig, response
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import until
 
 from gateway.config import Edge, Settings
 from gateway.edge.certificates import Certificates
@@ -98,10 +99,7 @@ async def test_limits_of_an_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyP
         answers = await rig.ask(rig.request() * 5, 5)
         assert [status for status, _, _ in answers] == [200] * 3 + [429] * 2
         assert answers[-1][1]["retry-after"] == "1" and answers[-1][2] == b"The rate limit of this MicroVM is exceeded"
-        for _ in range(100):  # connections that have ended do not count
-            if not rig.worker.clients:
-                break
-            await asyncio.sleep(0.001)
+        await until(lambda: not rig.worker.clients)  # connections that have ended do not count
         rig.worker.table.get(HOST).limiter._requests = 100.0  # type: ignore[union-attr]
         open_ones = []
         for expected in (200, 200, 429):

@@ -13,6 +13,7 @@ from edge_rig import HOST, Rig
 from h2_client import Judge
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import turn, until
 
 from gateway.edge import frames as f
 
@@ -37,24 +38,22 @@ def with_rig(work: Work, http2: bool = False) -> None:
 async def settled(rig: Rig) -> None:
     """Nothing is left: no client, held request, task, stream, or request that waits."""
     worker = rig.worker
-    for _ in range(400):
+
+    def left() -> tuple[int, ...]:
         upstream = worker.upstream.statistics()
-        busy = (
-            upstream["open"]
-            - upstream["idle"]
-            + sum(len(one.streams) for pool in worker.upstream._pools.values() for one in pool.multiplexed)
-        )
-        left = (
+        streams = sum(len(one.streams) for pool in worker.upstream._pools.values() for one in pool.multiplexed)
+        return (
             len(worker.clients),
             worker.holds.statistics()["requests"],
             len(worker._tasks) - 2,
-            busy,
+            upstream["open"] - upstream["idle"] + streams,
             worker.table.account("s1").waiting,
         )
-        if not any(left):
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError(f"clients, held, tasks, busy origins, waiting: {left}")
+
+    try:
+        await until(lambda: not any(left()))
+    except TimeoutError:
+        raise AssertionError(f"clients, held, tasks, busy origins, waiting: {left()}") from None
 
 
 BODIES = st.binary(max_size=300)
@@ -80,7 +79,7 @@ def test_any_cut_of_http1_reads_the_same(requests: list[tuple[str, bytes]], data
         while at < len(whole):
             step = cuts[number % len(cuts)]
             writer.write(whole[at : at + step])
-            await asyncio.sleep(0)
+            await turn()
             at, number = at + step, number + 1
         for kind, body in requests:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
@@ -116,7 +115,7 @@ def test_any_cut_of_http2_reads_the_same(bodies: list[bytes], data: st.DataObjec
         while at < len(whole):
             step = cuts[number % len(cuts)]
             writer.write(whole[at : at + step])
-            await asyncio.sleep(0)
+            await turn()
             at, number = at + step, number + 1
         del client.flush
         for one, body in zip(numbers, bodies, strict=True):
@@ -157,17 +156,17 @@ def any_frames(token: str, port: int) -> st.SearchStrategy[bytes]:
 def test_any_frames_leave_nothing_behind(data: st.DataObject, gate: str) -> None:
     async def work(rig: Rig) -> None:
         if gate != "open":
-            rig.control.change("hold")
-            await asyncio.sleep(0.005)
+            await rig.control.change("hold")
         _, writer = await rig.open()
         writer.write(f.PREFACE + f.settings({}))
         for one in data.draw(st.lists(any_frames(rig.token, rig.app_port), max_size=25)):
             writer.write(one)
             if data.draw(st.integers(0, 3)) == 0:
-                await asyncio.sleep(0)
+                await turn()
         if gate == "reopen":
-            rig.control.change("open", incarnation=2)
-        await asyncio.sleep(0.005)
+            await rig.control.change("open", incarnation=2)
+        for _ in range(data.draw(st.integers(0, 20))):
+            await turn()
         writer.transport.abort()
         await settled(rig)
 
@@ -195,9 +194,8 @@ def test_random_suspends_resumes_and_requests_lose_and_double_none(data: st.Data
             if step == "ask":
                 asked.append(asyncio.create_task(rig.ask(rig.request(f"/{number}", method="POST"))))
             elif step == "sleep":  # the gate closes, what waits for a head is waited for, the incarnation ends, the next begins
-                rig.control.change("hold", incarnation)
-                while rig.worker.table.account("s1").waiting:
-                    await asyncio.sleep(0.001)
+                await rig.control.change("hold", incarnation)
+                await until(lambda: not rig.worker.table.account("s1").waiting)
                 rig.control.change("hold", incarnation, is_live=False)
                 incarnation += 1
                 rig.control.change("open", incarnation)
