@@ -2,7 +2,7 @@
 
 PACKAGES = python3 python3-venv python3-dev gcc make musl-tools linux-libc-dev qemu-system-x86 qemu-utils buildah uidmap slirp4netns \
 	mmdebstrap lz4 e2fsprogs nftables iproute2 kmod util-linux curl ca-certificates libnss-myhostname
-BENCH_PACKAGES = nginx-light haproxy nghttp2-client wrk hey libssl-dev
+BENCH_PACKAGES = nginx-light haproxy nghttp2-client wrk hey libssl-dev valgrind
 CONFORMANCE_PACKAGES = nghttp2-client nodejs chromium openssl curl awscli
 VENV = .venv
 PY = $(VENV)/bin/python
@@ -13,7 +13,7 @@ install = missing=""; for package in $(1); do dpkg -s $$package >/dev/null 2>&1 
 	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; apt-get -q update >/dev/null && \
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
-.PHONY: help setup deps assets compiled demo serve test test-long check lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-neighbours bench-idle bench-builds bench-packages lock clean
+.PHONY: help setup deps assets compiled demo serve test test-long check lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -76,6 +76,9 @@ bench-api: deps ## the control plane, beside moto's server
 
 bench-edge: setup bench-packages ## the endpoint proxy, beside nginx, haproxy and aiohttp
 	@$(PY) benchmarks/edge.py
+
+bench-edge-instructions: setup bench-packages ## what the endpoint proxy executes for a request, beside an older checkout: OLD=DIR
+	@$(PY) benchmarks/instructions.py "$(OLD)"
 
 bench-neighbours: setup bench-packages ## what slow clients and a flood on one session cost another
 	@$(PY) benchmarks/neighbours.py
