@@ -36,6 +36,7 @@ from .sessions.actions import Actions
 from .sessions.agent import AgentError
 from .sessions.archive import Archive
 from .sessions.archive import default_client as default_store
+from .sessions.faults import FaultLog
 from .sessions.host import Host
 from .sessions.lifecycle import Lifecycle
 from .sessions.logs import LogStore
@@ -63,6 +64,7 @@ class Control:
         self.routes = Routes(settings.edge.worker_count, settings.edge.connect_wait_seconds)
         self.routes.keys = self.minter.verifiers()
         self.logs = LogStore(directory / "logs")
+        self.faults = FaultLog(self.logs)
         self.audit = AuditTrail(directory / "audit")
         self.vmm = Client(settings.vmm_socket, Service(self))
         self.host = Host(self.vmm, settings.root)
@@ -148,6 +150,18 @@ class Control:
 
     async def rpc_counters(self, connection: Connection, body: m.Counters) -> None:
         metrics.edge_counted(self.routes.worker_name(connection), body)
+
+    async def rpc_faults(self, connection: Connection, body: m.Faults) -> None:
+        for identifier, texts in body.lines.items():
+            session = self.store.sessions.get(identifier)
+            if session is not None:
+                self.faults.write(session, texts)
+
+    async def rpc_microvm_log(self, connection: Connection, body: m.LogRequest) -> m.MicrovmLog:
+        session = self.store.sessions.get(body.session)
+        if connection.uid != 0 or session is None:
+            raise RpcError("NotFound", f"MicroVM not found: {body.session}")
+        return self.faults.read(session, body.after)
 
     async def rpc_shell(self, connection: Connection, body: m.ShellRequest) -> Reply:
         """Raises ShellsFull, AgentError."""

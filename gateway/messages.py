@@ -211,6 +211,30 @@ class Trace(msgspec.Struct):
     steps: list[Step]
 
 
+class LogRequest(msgspec.Struct):
+    """Root asks for the lines of a microVM's log that are kept in memory, from number `after` on."""
+
+    session: str
+    after: int = 0
+
+
+class LogLine(msgspec.Struct):
+    """`t` in milliseconds since the epoch."""
+
+    number: int
+    t: int
+    text: str
+
+
+class MicrovmLog(msgspec.Struct):
+    """Where the microVM's log stream is; `why` it has none, empty where it has one; our own lines that are in no stream."""
+
+    group: str
+    stream: str
+    why: str
+    lines: list[LogLine]
+
+
 class BuildName(msgspec.Struct):
     build: str
 
@@ -313,6 +337,12 @@ class Activity(msgspec.Struct):
     """edge -> control, in batches: session to (count, seconds since its last activity, waiting requests)."""
 
     sessions: dict[str, tuple[int, float, int]]
+
+
+class Faults(msgspec.Struct):
+    """edge -> control: what was wrong with applications; by session, lines for the microVM's log."""
+
+    lines: dict[str, list[str]]
 
 
 class Counters(msgspec.Struct):

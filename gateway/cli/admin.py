@@ -215,6 +215,14 @@ def tiers() -> dict[str, str]:
     return {session: f"{one.tier}, {mib(one.stored_bytes)}" for session, one in found.items()}
 
 
+def microvm_log(identifier: str, after: int) -> m.MicrovmLog | None:
+    """The service's own lines about a microVM, from number `after` on; None where the host cannot be asked."""
+    if os.geteuid() != 0 or not config.load().control_socket.exists():
+        return None
+    found: m.MicrovmLog = ask("microvm_log", m.LogRequest(identifier, after), m.MicrovmLog)
+    return found
+
+
 def trace(
     identifier: Annotated[str, typer.Argument(metavar="ID", help="The microVM's id, or the beginning of it.")], as_json: Json = False
 ) -> None:

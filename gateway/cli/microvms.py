@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 
 from gateway.sessions.logs import default_group, default_stream
 
-from .admin import tiers
+from .admin import microvm_log, tiers
 from .client import all_microvms, bundle, client, connector_arn, image_arn, resolve, role_arn, session
 from .output import fail, show_json, show_table
 
@@ -152,28 +153,35 @@ def logs(
     microvm: Id,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes.")] = False,
 ) -> None:
-    """Print what a microVM's application wrote.
+    """Print what a microVM's application wrote, and what the service says about the microVM (lines that begin with "torpor:").
 
     Example: torpor logs 3f2a -f
     """
     api, reader = client(), session().client("logs")
     identifier = resolve(microvm)
     vm = api.get_microvm(microvmIdentifier=identifier)
-    group = default_group(vm["imageArn"].rpartition(":")[2])
-    stream = default_stream(vm["imageVersion"], identifier, vm["startedAt"].timestamp())
+    own, after = microvm_log(identifier, 0), 0
+    why = own.why if own is not None else "" if vm.get("executionRoleArn") else "it has no execution role"
+    if why:
+        print(f"torpor: what the application of {identifier} writes is not kept: {why}", file=sys.stderr)
+    group = (own.group if own is not None else "") or default_group(vm["imageArn"].rpartition(":")[2])
+    stream = (own.stream if own is not None else "") or default_stream(vm["imageVersion"], identifier, vm["startedAt"].timestamp())
     arguments: dict[str, str] = {}
     while True:
         try:
             page = reader.get_log_events(logGroupName=group, logStreamName=stream, startFromHead=True, **arguments)
         except botocore.exceptions.ClientError:
             page = {"events": [], "nextForwardToken": arguments.get("nextToken", "f/0")}
-        for event in page["events"]:
-            print(event["message"], flush=True)
+        kept = own.lines if own is not None else []
+        for text in [event["message"] for event in page["events"]] + [line.text for line in kept]:
+            print(text, flush=True)
         arguments = {"nextToken": page["nextForwardToken"]}
+        after = kept[-1].number if kept else after
         if not page["events"]:
             if not follow or api.get_microvm(microvmIdentifier=identifier)["state"] == "TERMINATED":
                 return
             time.sleep(0.5)
+        own = microvm_log(identifier, after)
 
 
 def _wait_for(identifier: str, states: tuple[str, ...]) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .head import Trailers
     from .limits import Limiter
     from .origin import Origin
+    from .upstream import Key
     from .worker import Worker
 
 _STALE_SECONDS = 0.1
@@ -61,7 +62,8 @@ class Exchange:
 
     __slots__ = (
         "_held_since", "_limiter", "_task", "_throttled", "_timing", "_waiting", "account", "again", "began", "client_frames",
-        "first_byte", "head", "held_for", "held_seconds", "origin", "owed", "request_id", "response_started", "sent", "status", "worker",
+        "first_byte", "head", "held_for", "held_seconds", "origin", "owed", "reason", "request_id", "response_started", "sent", "status",
+        "worker",
     )  # fmt: skip
 
     protocol: ClassVar[int] = replies.HTTP1
@@ -76,6 +78,7 @@ class Exchange:
         self.request_id = b""
         self.response_started = False
         self.status = 0
+        self.reason = ""  # why the answer is ours and not the application's, for the access log
         self.sent = 0  # bytes of bodies towards the client
         self.began = 0.0
         self.first_byte = 0.0
@@ -214,6 +217,9 @@ class Exchange:
         if isinstance(decision, Refuse):
             self.refuse(decision)
         elif entry is not None and entry.limiter is not None and self._is_over(entry.route.session, entry.limiter):
+            if isinstance(decision, Forward | Hold):
+                limited = "more requests or connections than the endpoint's limits allow (edge.limits)"
+                self.fault((entry.route.session, entry.route.incarnation, decision.port), limited)
             self.refuse(replies.LIMITED)
         elif isinstance(decision, Forward) and entry is not None and not isinstance(grant, Refuse):
             self._forward(decision.port, entry, head, grant.expires)
@@ -321,6 +327,7 @@ class Exchange:
         worker = self.worker
         deadline = worker.time() + worker.settings.hold_seconds
         is_known = False
+        key: Key = ("", 0, 0)
         try:
             while True:
                 entry = worker.table.get(head.host)
@@ -331,16 +338,23 @@ class Exchange:
                 if isinstance(decision, Lookup):
                     await worker.lookup(head.host)
                     is_known = True
-                elif isinstance(decision, Refuse) or entry is None:
+                    continue
+                if isinstance(decision, Refuse) or entry is None:
                     self.refuse(decision if isinstance(decision, Refuse) else replies.UNAVAILABLE)
                     return
-                elif isinstance(decision, Hold):
+                key = (entry.route.session, entry.route.incarnation, decision.port)
+                if isinstance(decision, Hold):
                     await self._wait(entry, deadline, decision.port)
                 elif await self._connect(entry, decision.port, head, deadline):
                     return
-        except HoldFull:
+        except HoldFull as error:
+            self.fault(key, str(error))
             self.refuse(replies.TOO_MANY)
-        except (TimeoutError, ConnectFailed, SessionGone):
+        except TimeoutError:
+            self.fault(key, f"the MicroVM could not take the request within {worker.settings.hold_seconds:g} s (edge.hold_seconds)")
+            self.refuse(replies.UNAVAILABLE)
+        except (ConnectFailed, SessionGone) as error:
+            self.fault(key, str(error))
             self.refuse(replies.UNAVAILABLE)
         finally:
             self._task = None
@@ -389,6 +403,12 @@ class Exchange:
             self._timing += f", connect;dur={(worker.time() - started) * 1000:.1f}"
         self._start(origin, entry)
         return True
+
+    def fault(self, key: Key, text: str) -> None:
+        """The answer is ours because of the application at `key`: the access log and the microVM's log say why."""
+        self.reason = text
+        port = f"port {key[2]}" if key[2] != SHELL_PORT else "shell"
+        self.worker.report_fault(key[0], f"{port}: {text}")
 
     # ---- forwarding ----
 

@@ -58,7 +58,7 @@ class Holds:
             or line.held_bytes + size > self._settings.held_bytes
             or self._total >= 4 * self._settings.held_requests
         ):
-            raise HoldFull(route.session)
+            raise HoldFull("more requests, or bytes of bodies, wait for the MicroVM than are held (edge.held_requests, edge.held_bytes)")
         self._lines[route.session] = line
         if line.asked != (route.incarnation, route.gate):
             line.asked = (route.incarnation, route.gate)

@@ -24,6 +24,7 @@ from . import origin, origin2, shell, tls
 from .access import PROTOCOLS, AccessLog
 from .certificates import Certificates
 from .doors import ProxyDoor, RedirectDoor
+from .faults import FaultLines
 from .hold import Holds
 from .http1 import Http1
 from .http2 import Http2
@@ -71,6 +72,7 @@ class Worker:
         self.parking = Parking(self)
         self.spans = Spans("", name)
         self.is_draining = False
+        self._faults = FaultLines(loop.time)
         self._endpoints: dict[str, str] = {}  # by session
         self._misses: dict[str, float] = {}
         self._lookups: dict[str, asyncio.Task[None]] = {}
@@ -250,6 +252,11 @@ class Worker:
 
     # ---- in the background ----
 
+    def report_fault(self, session: str, text: str) -> None:
+        """Something was wrong with the session's application, and its client was told no more than 502: a line for the microVM's log.
+        `text` names the port, the rule that was broken, and its clause; nothing that the application or a client sent."""
+        self._faults.add(session, text)
+
     async def _report(self) -> None:
         while True:
             await asyncio.sleep(_REPORT_SECONDS)
@@ -261,6 +268,8 @@ class Worker:
             return
         if (report := self.table.report()) is not None:
             connection.notify("activity", report)
+        if lines := self._faults.take():
+            connection.notify("faults", m.Faults(lines))
         if self.ledger.answers != self._counted:
             self._counted = [list(one) for one in self.ledger.answers]
             held, access = self.holds.statistics()["requests"], self.ledger.access

@@ -47,6 +47,8 @@ class Control:
         self.lookups: list[str] = []
         self.on_resume: Callable[[], None] = lambda: None
         self.connections: list[Connection] = []
+        self.faults: list[str] = []  # lines for microVMs' logs
+        self.reported = asyncio.Event()  # set with each of them
 
     async def rpc_hello(self, connection: Connection, body: m.Hello) -> m.Table:
         self.connections.append(connection)
@@ -65,6 +67,18 @@ class Control:
 
     async def rpc_counters(self, connection: Connection, body: m.Counters) -> None:
         self.counters = body
+
+    async def rpc_faults(self, connection: Connection, body: m.Faults) -> None:
+        self.faults += [f"{session} {line}" for session, lines in body.lines.items() for line in lines]
+        self.reported.set()
+
+    async def fault(self) -> str:
+        """The one line that workers had written since this was last called."""
+        async with asyncio.timeout(5):
+            await self.reported.wait()
+        self.reported.clear()
+        (line,), self.faults = self.faults, []
+        return line
 
     def change(self, gate: str, incarnation: int = 1, session: str = "s1", is_live: bool = True) -> Sent:
         """Sends a route change. `await control.change(...)` returns when it is applied."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
+
+from gateway.messages import LogLine, MicrovmLog
 
 TORPOR = Path(sys.prefix) / "bin/torpor"
 
@@ -61,3 +65,43 @@ def test_every_command_has_an_example() -> None:
     assert len(found) > 25
     for name, text in found:
         assert name in text.partition("Example: ")[2], name
+
+
+class Logs:
+    """A log store whose stream has one page."""
+
+    def __init__(self, *lines: str) -> None:
+        self.lines = lines
+
+    def get_log_events(self, **call: object) -> dict[str, object]:
+        events = [] if "nextToken" in call else [{"message": line} for line in self.lines]
+        return {"events": events, "nextForwardToken": "f/1"}
+
+
+@pytest.mark.parametrize(
+    ("why", "printed", "said"),
+    [
+        ("", "hello\ntorpor: port 80: nothing listens\n", ""),
+        (
+            "it has no execution role",
+            "hello\ntorpor: port 80: nothing listens\n",
+            "torpor: what the application of vm-1 writes is not kept: it has no",
+        ),
+    ],
+)
+def test_logs_show_the_services_own_lines_and_say_why_the_applications_are_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], why: str, printed: str, said: str
+) -> None:
+    from gateway.cli import microvms
+
+    lines = [LogLine(7, 0, "torpor: port 80: nothing listens")]
+    vm = {"imageArn": "arn:x:app", "imageVersion": "1.0", "startedAt": datetime.datetime.now(tz=datetime.UTC), "state": "RUNNING"}
+    monkeypatch.setattr(microvms, "client", lambda: SimpleNamespace(get_microvm=lambda microvmIdentifier: vm))
+    monkeypatch.setattr(microvms, "session", lambda: SimpleNamespace(client=lambda name: Logs("hello")))
+    monkeypatch.setattr(microvms, "resolve", lambda text: "vm-1")
+    monkeypatch.setattr(
+        microvms, "microvm_log", lambda identifier, after: MicrovmLog("", "", why, [line for line in lines if line.number > after])
+    )
+    microvms.logs("vm", follow=False)
+    done = capsys.readouterr()
+    assert done.out == printed and done.err.startswith(said) and bool(done.err) is bool(why)
