@@ -1,18 +1,23 @@
 """Frames between Torpor's processes: Unix sockets, msgspec, descriptors, peer credentials.
 
 A frame is a 32-bit little-endian length and a msgpack array [kind, id, method, descriptors, body]. Descriptors travel by
-SCM_RIGHTS with the frame's first byte. Requests are answered by a reply or an error; notifications by nothing.
+SCM_RIGHTS with the frame's first byte; who sends some gives them away, and they are closed here once they are sent. Requests are
+answered by a reply or an error; notifications by nothing.
+
+A connection keeps the order of what is sent: handlers begin in the order of their frames, and whoever waits for an answer goes on
+before the handler of a frame that followed it begins. Routes and their gates rest on this (gateway/sessions/routes.py).
 """
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
 import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -24,8 +29,10 @@ log = structlog.get_logger()
 _REQUEST, _REPLY, _ERROR, _NOTIFY = range(4)
 _FRAME_MAX_BYTES = 64 << 20
 _FDS_MAX = 64
+_PAUSE_SECONDS, _PAUSE_MOST_SECONDS = 0.01, 0.25  # between two tries to connect
 _READ_BYTES = 1 << 18
 _CREDENTIALS = struct.Struct("3i")
+_FD = struct.Struct("i")
 T = TypeVar("T")
 
 
@@ -42,6 +49,10 @@ class RpcLost(RpcError):
 
     def __init__(self, text: str) -> None:
         super().__init__("RpcLost", text)
+
+
+class _Malformed(Exception):
+    """What came is not a frame, or not all of one."""
 
 
 class _Frame(msgspec.Struct, array_like=True):
@@ -95,7 +106,7 @@ class Connection:
         self._next = 0
         self._in = bytearray()
         self._fds: deque[int] = deque()
-        self._out: deque[tuple[memoryview, list[int], bool]] = deque()
+        self._out: deque[tuple[memoryview, list[int]]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self.uid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[1]
         self.closed: asyncio.Future[None] = self._loop.create_future()
@@ -105,30 +116,52 @@ class Connection:
         self, method: str, body: Any = None, kind: type[T] | Any = None, timeout: float = 10.0, descriptors: list[int] | None = None
     ) -> T:
         """Raises RpcError as the other side said, RpcLost when it is gone or silent for `timeout` seconds."""
-        answer: T = (await self.call_with_descriptors(method, body, kind, timeout, descriptors))[0]
-        return answer
+        answer, unasked = await self.start_call(method, body, kind, timeout, descriptors)
+        _close_all(unasked)
+        return answer  # type: ignore[no-any-return]
 
     async def call_with_descriptors(
         self, method: str, body: Any = None, kind: Any = None, timeout: float = 10.0, descriptors: list[int] | None = None
     ) -> tuple[Any, list[int]]:
-        if self.closed.done():
-            raise RpcLost(f"{method}: not connected")
+        """Like `call`; the descriptors that come with the answer are the caller's."""
+        return await self.start_call(method, body, kind, timeout, descriptors)
+
+    def start_call(
+        self, method: str, body: Any = None, kind: Any = None, timeout: float = 10.0, descriptors: list[int] | None = None
+    ) -> Coroutine[Any, Any, tuple[Any, list[int]]]:
+        """Sends a request at once, in the order of the calls of this method and of `notify`; what is returned waits for the answer."""
         self._next += 1
-        number = self._next
         future: asyncio.Future[tuple[msgspec.Raw, list[int]]] = self._loop.create_future()
-        self._calls[number] = future
-        self._send(_REQUEST, number, method, body, descriptors or [])
+        if self.closed.done():
+            _close_all(descriptors or ())
+            _fail(future, RpcLost(f"{method}: not connected"))
+        else:
+            self._calls[self._next] = future
+            self._send(_REQUEST, self._next, method, body, descriptors or [])
+        return self._answer(future, self._next, method, kind, timeout)
+
+    async def _answer(
+        self, future: asyncio.Future[tuple[msgspec.Raw, list[int]]], number: int, method: str, kind: Any, timeout: float
+    ) -> tuple[Any, list[int]]:
         try:
             async with asyncio.timeout(timeout):
-                raw, fds = await future
-        except TimeoutError as error:
-            raise RpcLost(f"{method}: no answer in {timeout:g} s") from error
+                raw, descriptors = await future
+        except BaseException as error:
+            if future.done() and not future.cancelled() and future.exception() is None:  # it came as its caller gave up
+                _close_all(future.result()[1])
+            if isinstance(error, TimeoutError):
+                raise RpcLost(f"{method}: no answer in {timeout:g} s") from error
+            raise
         finally:
             self._calls.pop(number, None)
-        return (msgspec.msgpack.decode(raw, type=kind) if kind is not None else None), fds
+        try:
+            return (msgspec.msgpack.decode(raw, type=kind) if kind is not None else None), descriptors
+        except msgspec.MsgspecError as error:
+            _close_all(descriptors)
+            raise RpcError(type(error).__name__, f"{method}: the answer: {error}") from error
 
     def notify(self, method: str, body: Any = None) -> None:
-        """Sends and forgets; nothing happens when the other side is gone."""
+        """Sends a notification; nothing happens when the other side is gone."""
         if not self.closed.done():
             self._send(_NOTIFY, 0, method, body, [])
 
@@ -138,25 +171,23 @@ class Connection:
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
-        for _, fds, ours in self._out:
-            if ours:
-                _close_all(fds)
+        for _, fds in self._out:
+            _close_all(fds)
         _close_all(self._fds)
         self.closed.set_result(None)
         for future in self._calls.values():
             if not future.done():
-                future.set_exception(RpcLost("the connection was closed"))
-                future.exception()
+                _fail(future, RpcLost("the connection was closed"))
 
-    def _send(self, kind: int, number: int, method: str, body: Any, descriptors: list[int], ours: bool = False) -> None:
+    def _send(self, kind: int, number: int, method: str, body: Any, descriptors: list[int]) -> None:
         payload = _encode([kind, number, method, len(descriptors), body])
-        self._out.append((memoryview(struct.pack("<I", len(payload)) + payload), descriptors, ours))
+        self._out.append((memoryview(struct.pack("<I", len(payload)) + payload), descriptors))
         if len(self._out) == 1:
             self._writable()
 
     def _writable(self) -> None:
         while self._out:
-            data, descriptors, ours = self._out[0]
+            data, descriptors = self._out[0]
             try:
                 sent = socket.send_fds(self._socket, [data], descriptors) if descriptors else self._socket.send(data)
             except BlockingIOError:
@@ -165,41 +196,57 @@ class Connection:
             except OSError:
                 self.close()
                 return
-            if ours:
-                _close_all(descriptors)
+            _close_all(descriptors)
             if sent < len(data):
-                self._out[0] = (data[sent:], [], False)
+                self._out[0] = (data[sent:], [])
                 continue
             self._out.popleft()
         self._loop.remove_writer(self._socket.fileno())
 
     def _readable(self) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(self._socket, _READ_BYTES, _FDS_MAX)
+            data = self._receive()
         except BlockingIOError:
             return
         except OSError:
-            data, fds = b"", []
-        self._fds.extend(fds)
+            data = b""
         if not data:
             self.close()
             return
         self._in += data
-        while len(self._in) >= 4:
+        try:
+            self._parse()
+        except (_Malformed, msgspec.MsgspecError) as error:
+            log.error("rpc.malformed", uid=self.uid, error=str(error))
+            self.close()
+
+    def _receive(self) -> bytes:
+        """Raises OSError, _Malformed."""
+        room = socket.CMSG_SPACE(_FDS_MAX * _FD.size)
+        data, ancillary, flags, _ = self._socket.recvmsg(_READ_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, payload in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._fds.extend(array.array("i", payload[: len(payload) - len(payload) % _FD.size]))
+        if flags & socket.MSG_CTRUNC:
+            log.error("rpc.descriptors_cut_off", uid=self.uid)
+            return b""
+        return data
+
+    def _parse(self) -> None:
+        """Raises _Malformed, MsgspecError: where the next frame begins is unknown then."""
+        while len(self._in) >= 4 and not self.closed.done():
             (length,) = struct.unpack_from("<I", self._in)
             if length > _FRAME_MAX_BYTES:
-                log.error("rpc.frame_too_long", bytes=length)
-                self.close()
-                return
+                raise _Malformed(f"a frame of {length} bytes")
             if len(self._in) < 4 + length:
                 return
             frame = _decode_frame(bytes(self._in[4 : 4 + length]))
             del self._in[: 4 + length]
             self._frame(frame)
-            if self.closed.done():
-                return
 
     def _frame(self, frame: _Frame) -> None:
+        if not 0 <= frame.descriptors <= len(self._fds):
+            raise _Malformed(f"{frame.descriptors} descriptors, of which {len(self._fds)} came")
         fds = [self._fds.popleft() for _ in range(frame.descriptors)]
         if frame.kind in (_REPLY, _ERROR):
             future = self._calls.get(frame.id)
@@ -216,24 +263,41 @@ class Connection:
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, frame: _Frame, fds: list[int]) -> None:
-        reply = Reply()
+        try:
+            result = await self._handle(frame, fds)
+        except Exception as error:
+            if frame.kind == _NOTIFY or isinstance(error, KeyError | TypeError | AttributeError | AssertionError):
+                log.exception("rpc.failed", method=frame.method)
+            if frame.kind == _REQUEST and not self.closed.done():
+                kind = error.kind if isinstance(error, RpcError) else type(error).__name__
+                self._send(_ERROR, frame.id, "", _Failure(kind, str(error)), [])
+            return
+        reply = result if isinstance(result, Reply) else Reply(result)
+        if frame.kind == _REQUEST and not self.closed.done():
+            self._send(_REPLY, frame.id, "", reply.body, reply.descriptors)
+        else:
+            _close_all(reply.descriptors)
+
+    async def _handle(self, frame: _Frame, fds: list[int]) -> Any:
+        """Calls the handler; descriptors are its own only where it takes some."""
         try:
             handler, kind, wants_fds = self._service.methods[frame.method] if self._service else (None, None, False)
             if handler is None:
                 raise KeyError(frame.method)
             body = msgspec.msgpack.decode(frame.body, type=kind)
-            result = await (handler(self, body, fds) if wants_fds else handler(self, body))
-            reply = result if isinstance(result, Reply) else Reply(result)
-        except Exception as error:
-            if frame.kind == _NOTIFY or isinstance(error, KeyError | TypeError | AttributeError | AssertionError):
-                log.exception("rpc.failed", method=frame.method)
-            if frame.kind == _REQUEST and not self.closed.done():
-                self._send(_ERROR, frame.id, "", _Failure(type(error).__name__, str(error)), [])
-            return
-        if frame.kind == _REQUEST and not self.closed.done():
-            self._send(_REPLY, frame.id, "", reply.body, reply.descriptors, ours=True)
-        else:
-            _close_all(reply.descriptors)
+        except BaseException:
+            _close_all(fds)
+            raise
+        if wants_fds:
+            return await handler(self, body, fds)
+        _close_all(fds)
+        return await handler(self, body)
+
+
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    """Nobody need be waiting for it."""
+    future.set_exception(error)
+    future.exception()
 
 
 def _close_all(descriptors: Collection[int]) -> None:
@@ -290,10 +354,12 @@ async def connect(path: Path, service: Service | None = None, timeout: float = 5
     try:
         async with asyncio.timeout(timeout):
             await asyncio.get_running_loop().sock_connect(sock, str(path))
-    except (OSError, TimeoutError) as error:
+        return Connection(sock, service)
+    except BaseException as error:
         sock.close()
-        raise RpcLost(f"{path}: {error}") from error
-    return Connection(sock, service)
+        if isinstance(error, OSError | TimeoutError):
+            raise RpcLost(f"{path}: {error}") from error
+        raise
 
 
 class Client:
@@ -307,7 +373,8 @@ class Client:
         self._on_connect = on_connect
         self._connection: Connection | None = None
         self._up = asyncio.Event()
-        self._task = asyncio.get_running_loop().create_task(self._keep())
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._keep())
 
     @property
     def connection(self) -> Connection | None:
@@ -316,19 +383,27 @@ class Client:
     async def call(
         self, method: str, body: Any = None, kind: Any = None, timeout: float = 10.0, descriptors: list[int] | None = None
     ) -> Any:
-        return (await self.call_with_descriptors(method, body, kind, timeout, descriptors))[0]
+        answer, unasked = await self.call_with_descriptors(method, body, kind, timeout, descriptors)
+        _close_all(unasked)
+        return answer
 
     async def call_with_descriptors(
         self, method: str, body: Any = None, kind: Any = None, timeout: float = 10.0, descriptors: list[int] | None = None
     ) -> tuple[Any, list[int]]:
-        """Waits for the connection, within the timeout, when it is down. Raises RpcError, RpcLost."""
+        """Waits for the connection when it is down, and for the answer, both within the timeout. Raises RpcError, RpcLost."""
         if self._connection is not None and self._connection.closed.done():
             self._up.clear()  # the task that connects again has not run yet
-        try:
-            async with asyncio.timeout(timeout):
-                await self._up.wait()
-        except TimeoutError as error:
-            raise RpcLost(f"{method}: {self._path.name} is not there") from error
+        if not self._up.is_set():
+            began = self._loop.time()
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._up.wait()
+            except BaseException as error:
+                _close_all(descriptors or ())
+                if isinstance(error, TimeoutError):
+                    raise RpcLost(f"{method}: {self._path.name} is not there") from error
+                raise
+            timeout -= self._loop.time() - began
         assert self._connection is not None
         return await self._connection.call_with_descriptors(method, body, kind, timeout, descriptors)
 
@@ -337,25 +412,28 @@ class Client:
             self._connection.notify(method, body)
 
     async def _keep(self) -> None:
-        pause = 0.01
+        """A connection on which `on_connect` fails is closed like one that was lost: the peer must not count it as a connected one."""
+        pause = _PAUSE_SECONDS
         while True:
             try:
-                connection = await connect(self._path, self._service)
-                self._connection = connection
-                if self._on_connect:
-                    await self._on_connect(connection)
-                self._up.set()
-                pause = 0.01
-                await connection.closed
+                self._connection = connection = await connect(self._path, self._service)
+                try:
+                    if self._on_connect:
+                        await self._on_connect(connection)
+                    self._up.set()
+                    pause = _PAUSE_SECONDS
+                    await asyncio.wait([connection.closed])  # a future that is awaited itself would be cancelled with this task
+                finally:
+                    self._up.clear()
+                    connection.close()
             except RpcError:
                 pass
             except Exception:
                 log.exception("rpc.connect_failed", path=str(self._path))
-            self._up.clear()
             await asyncio.sleep(pause)
-            pause = min(pause * 2, 0.25)
+            pause = min(pause * 2, _PAUSE_MOST_SECONDS)
 
     def close(self) -> None:
-        self._task.cancel()
         if self._connection is not None:
             self._connection.close()
+        self._task.cancel()

@@ -84,7 +84,7 @@ class Host:
         await self._client.call("leave", None, timeout=_DELETE_SECONDS)
 
     async def pack(self, session: str, incarnation: int, target: int) -> m.Packed:
-        """Into an open file; what is sent is a duplicate of its descriptor."""
+        """Writes to an open file. A duplicate of its descriptor is given away."""
         request = m.PackRequest(session, incarnation)
         return await self._client.call("pack", request, m.Packed, timeout=_ARCHIVE_SECONDS, descriptors=[os.dup(target)])  # type: ignore[no-any-return]
 
@@ -106,7 +106,7 @@ class Host:
 
     async def build(self, request: m.BuildRequest) -> tuple[int, int]:
         """Starts a container build; returns the log and the phases to read."""
-        _, (log, phases) = await self._client.call_with_descriptors("build", request, timeout=_BOOT_SECONDS)
+        log, phases = await self._descriptors("build", request, 2, _BOOT_SECONDS)
         return log, phases
 
     async def build_result(self, build: str) -> m.BuildResult:
@@ -128,5 +128,13 @@ class Host:
         await self._client.call("image_delete", m.ImageName(image), timeout=_DELETE_SECONDS)
 
     async def _descriptor(self, method: str, body: object, timeout: float = 30.0) -> int:
+        (descriptor,) = await self._descriptors(method, body, 1, timeout)
+        return descriptor
+
+    async def _descriptors(self, method: str, body: object, count: int, timeout: float) -> list[int]:
         _, descriptors = await self._client.call_with_descriptors(method, body, timeout=timeout)
-        return int(descriptors[0])
+        if len(descriptors) != count:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise RpcError("VmmError", f"{method}: {len(descriptors)} descriptors in place of {count}")
+        return descriptors

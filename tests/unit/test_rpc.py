@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
+import struct
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from gateway import rpc
 from gateway.messages import SessionRef
 from gateway.rpc import Client, Connection, Reply, RpcError, RpcLost, Server, Service, connect
 
@@ -20,12 +24,23 @@ class Trouble(Exception):
 class Target:
     def __init__(self) -> None:
         self.heard: list[str] = []
+        self.taken = 0
+        self.is_slow = asyncio.Event()
 
     async def rpc_echo(self, connection: Connection, body: SessionRef) -> SessionRef:
         return SessionRef(body.session * 2, body.incarnation)
 
     async def rpc_slow(self, connection: Connection, body: None) -> None:
-        await asyncio.sleep(60)
+        self.is_slow.set()
+        await asyncio.Event().wait()
+
+    async def rpc_refuse(self, connection: Connection, body: str) -> None:
+        raise RpcError("NotFound", body)
+
+    async def rpc_take(self, connection: Connection, body: None, descriptors: list[int]) -> None:
+        self.taken += len(descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
     async def rpc_fail(self, connection: Connection, body: str) -> None:
         raise Trouble(body)
@@ -79,23 +94,25 @@ async def test_large_frames_and_many_at_once(server: Server, tmp_path: Path) -> 
 
 
 async def test_descriptors_travel_and_are_closed_here(server: Server, tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors_open()
     connection = await connect(tmp_path / "s")
     for _ in range(20):
         _, descriptors = await connection.call_with_descriptors("pipe")
         assert os.read(descriptors[0], 10) == b"hello"
         os.close(descriptors[0])
     connection.close()
-    await asyncio.sleep(0.01)
-    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    async with asyncio.timeout(5):
+        await asyncio.wait([one.closed for one in server.connections])
+    assert descriptors_open() <= before
 
 
-async def test_silence_and_loss(server: Server, tmp_path: Path) -> None:
+async def test_silence_and_loss(server: Server, target: Target, tmp_path: Path) -> None:
     connection = await connect(tmp_path / "s")
     with pytest.raises(RpcLost, match="no answer"):
         await connection.call("slow", timeout=0.01)
+    target.is_slow.clear()
     waiting = asyncio.create_task(connection.call("slow"))
-    await asyncio.sleep(0.01)
+    await target.is_slow.wait()
     server.close()
     with pytest.raises(RpcLost):
         await waiting
@@ -121,8 +138,9 @@ async def test_client_connects_again_and_says_hello_first(target: Target, tmp_pa
     server = Server(tmp_path / "u", Service(target), {os.getuid()})
     client = Client(tmp_path / "u", on_connect=hello)
     await client.call("echo", SessionRef("a", 1), SessionRef)
+    assert client.connection is not None
     server.close()
-    await asyncio.sleep(0.001)
+    await asyncio.wait([client.connection.closed])
     server = Server(tmp_path / "u", Service(target), {os.getuid()})
     assert (await client.call("echo", SessionRef("b", 1), SessionRef)).session == "bb"
     assert len(hellos) == 2
@@ -140,3 +158,201 @@ async def test_a_frame_that_is_too_long_ends_the_connection(server: Server, tmp_
     sock.setblocking(False)
     assert await asyncio.get_running_loop().sock_recv(sock, 10) == b""
     sock.close()
+
+
+def descriptors_open() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def turns(count: int = 5) -> None:
+    """Lets callbacks run that are due already."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_a_connection_whose_greeting_failed_is_closed(target: Target, tmp_path: Path) -> None:
+    """Both ends: otherwise each try costs two descriptors, and its peer counts it as connected."""
+    tries, third = 0, asyncio.Event()
+
+    async def hello(connection: Connection) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise ValueError("the answer was not what was expected")
+        if tries == 2:
+            await connection.call("fail", "refused")
+        third.set()
+
+    server = Server(tmp_path / "u", Service(target), {os.getuid()})
+    client = Client(tmp_path / "u", on_connect=hello)
+    async with asyncio.timeout(5):
+        await third.wait()
+    assert await client.call("echo", SessionRef("a", 1), SessionRef) == SessionRef("aa", 1)
+    assert len(server.connections) == 1
+    client.close()
+    server.close()
+
+
+@pytest.mark.parametrize("is_up", [True, False])
+async def test_a_client_that_is_closed_leaves_no_descriptor(target: Target, tmp_path: Path, is_up: bool) -> None:
+    greeted = asyncio.Event()
+
+    async def hello(connection: Connection) -> None:
+        greeted.set()
+        if not is_up:
+            await connection.call("slow")
+
+    before = descriptors_open()
+    server = Server(tmp_path / "u", Service(target), {os.getuid()})
+    client = Client(tmp_path / "u", on_connect=hello)
+    async with asyncio.timeout(5):
+        await greeted.wait()
+    await turns()
+    client.close()
+    server.close()
+    await turns()
+    assert descriptors_open() == before
+
+
+async def test_a_refusal_keeps_the_kind_that_its_handler_gave_it(server: Server, tmp_path: Path) -> None:
+    connection = await connect(tmp_path / "s")
+    with pytest.raises(RpcError) as failed:
+        await connection.call("refuse", "not here")
+    assert (failed.value.kind, str(failed.value)) == ("NotFound", "not here")
+    connection.close()
+
+
+async def test_an_answer_of_another_type_is_an_rpc_error(server: Server, tmp_path: Path) -> None:
+    connection = await connect(tmp_path / "s")
+    with pytest.raises(RpcError) as failed:
+        await connection.call("echo", SessionRef("a", 1), int)
+    assert failed.value.kind == "ValidationError"
+    connection.close()
+
+
+async def test_a_call_waits_for_its_connection_and_its_answer_within_one_timeout(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[float] = []
+    start = Connection.start_call
+
+    def noted(self: Connection, method: str, body: object = None, kind: object = None, timeout: float = 10.0, *rest: object) -> object:
+        left.append(timeout)
+        return start(self, method, body, kind, timeout, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Connection, "start_call", noted)
+    loop = asyncio.get_running_loop()
+    client = Client(tmp_path / "late")
+    call = asyncio.create_task(client.call("echo", SessionRef("a", 1), SessionRef, timeout=5.0))
+    await turns()
+    began = loop.time()
+    await asyncio.sleep(0.02)  # the server comes late
+    server = Server(tmp_path / "late", Service(target), {os.getuid()})
+    late = loop.time() - began
+    await call
+    assert left[0] <= 5.0 - late
+    client.close()
+    server.close()
+
+
+async def test_descriptors_that_go_with_a_call_are_closed_once_sent(server: Server, target: Target, tmp_path: Path) -> None:
+    connection = await connect(tmp_path / "s")
+    await connection.call("echo", SessionRef("a", 1))
+    before = descriptors_open()
+    for _ in range(5):
+        reading, writing = os.pipe()
+        await connection.call("take", descriptors=[reading, writing])
+    assert target.taken == 10 and descriptors_open() == before
+    connection.close()
+
+
+@pytest.mark.parametrize("method", ["echo", "none"])
+async def test_descriptors_that_nobody_asked_for_are_closed(server: Server, tmp_path: Path, method: str) -> None:
+    connection = await connect(tmp_path / "s")
+    await connection.call("echo", SessionRef("a", 1))
+    before = descriptors_open()
+    for _ in range(5):
+        with contextlib.suppress(RpcError):
+            await connection.call(method, SessionRef("a", 1), descriptors=[os.dup(0)])
+        await connection.call("pipe")
+    assert descriptors_open() == before
+    connection.close()
+
+
+def frame(*fields: object) -> bytes:
+    payload = msgspec.msgpack.encode(list(fields))
+    return struct.pack("<I", len(payload)) + payload
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        frame(0, 1, "take", 3, None),  # names descriptors that did not come
+        frame(0, 1, "take", -1, None),
+        frame(0, 1),
+        frame(2, 1, "", 0, 7) + frame(0, "x", 0, 0, None),
+        struct.pack("<I", 3) + b"\xc1\xc1\xc1",
+    ],
+)
+async def test_a_frame_that_cannot_be_read_ends_its_connection(server: Server, tmp_path: Path, data: bytes) -> None:
+    before = descriptors_open()
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(tmp_path / "s"))
+    sock.setblocking(False)
+    socket.send_fds(sock, [data], [0])
+    async with asyncio.timeout(5):
+        assert await asyncio.get_running_loop().sock_recv(sock, 10) == b""
+    sock.close()
+    await turns()
+    assert descriptors_open() == before and not server.connections
+
+
+async def test_descriptors_that_the_kernel_cut_off_end_the_connection(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MSG_CTRUNC: what is missing cannot be told apart from what came."""
+    monkeypatch.setattr(rpc, "_FDS_MAX", 2)
+    before = descriptors_open()
+    connection = await connect(tmp_path / "s")
+    with pytest.raises(RpcLost):
+        await connection.call("take", descriptors=[os.dup(0) for _ in range(8)])
+    await turns()
+    assert descriptors_open() == before
+
+
+async def test_requests_and_answers_of_one_connection_keep_their_order(tmp_path: Path) -> None:
+    """What follows an answer is begun after whoever waited for that answer has gone on: a route change after a table, say."""
+    order: list[str] = []
+
+    class Speaker:
+        async def rpc_hello(self, connection: Connection, body: None) -> str:
+            asyncio.get_running_loop().call_soon(lambda: [connection.notify("note", number) for number in range(3)])
+            return "table"
+
+    class Listener:
+        async def rpc_note(self, connection: Connection, body: int) -> None:
+            order.append(f"note {body}")
+
+    async def hello(connection: Connection) -> None:
+        order.append(await connection.call("hello", None, str))
+        greeted.set()
+
+    server, greeted = Server(tmp_path / "u", Service(Speaker()), {os.getuid()}), asyncio.Event()
+    client = Client(tmp_path / "u", Service(Listener()), hello)
+    async with asyncio.timeout(5):
+        await greeted.wait()
+        while len(order) < 4:
+            await asyncio.sleep(0.001)
+    assert order == ["table", "note 0", "note 1", "note 2"]
+    client.close()
+    server.close()
+
+
+async def test_a_call_is_sent_when_it_is_made_not_when_it_is_waited_for(server: Server, target: Target, tmp_path: Path) -> None:
+    connection = await connect(tmp_path / "s")
+    answer = connection.start_call("echo", SessionRef("a", 1), SessionRef)
+    connection.notify("note", "after")
+    assert await answer == (SessionRef("aa", 1), [])
+    connection.close()
+    with pytest.raises(RpcLost):
+        await connection.start_call("echo", SessionRef("a", 1), SessionRef)
