@@ -49,5 +49,5 @@ class Unread(asyncio.Protocol):
         self.transport.set_protocol(protocol)
         protocol.connection_made(self.transport)
         if self._said:
+            self.transport.resume_reading()  # first: what is said may be a reason for `protocol` to pause
             protocol.data_received(self._said)
-            self.transport.resume_reading()

@@ -17,6 +17,7 @@ from .admission import SHELL_PORT, Forward, Hold, Lookup, Refuse, admit, check_t
 from .head import RequestHead, ResponseHead
 from .hold import HoldFull
 from .memo import Admitted, Repeated
+from .reading import PEER_SLOW, THROTTLED
 from .table import Account, RouteEntry
 from .upstream import ConnectFailed, SessionGone
 from .websocket import PING, PONG, FrameCounter, pong
@@ -50,8 +51,10 @@ class OriginSide(Protocol):
     def finish(self, trailers: Trailers | None) -> None:
         """The request's body, or the client's half of a tunnel, is complete."""
 
-    def pause(self) -> None: ...
-    def resume(self) -> None: ...
+    def pause(self, reason: int) -> None:
+        """The answer is not read while a reason (reading.py) holds."""
+
+    def resume(self, reason: int) -> None: ...
 
     def abandon(self) -> None:
         """The exchange is over before its end: the application must not be waited for."""
@@ -61,7 +64,7 @@ class Exchange:
     """Origins call the methods under "the answer"; a protocol implements them."""
 
     __slots__ = (
-        "_held_since", "_limiter", "_task", "_throttled", "_timing", "_waiting", "account", "again", "began", "client_frames",
+        "_held_since", "_limiter", "_task", "_throttle", "_timing", "_waiting", "account", "again", "began", "client_frames",
         "first_byte", "head", "held_for", "held_seconds", "origin", "owed", "reason", "request_id", "response_started", "sent", "status",
         "worker",
     )  # fmt: skip
@@ -85,7 +88,7 @@ class Exchange:
         self._waiting = False
         self._task: asyncio.Task[None] | None = None
         self._limiter: Limiter | None = None
-        self._throttled = False
+        self._throttle: asyncio.TimerHandle | None = None  # while the bytes a second are spent
         self._timing = ""
         self._held_since = self.held_seconds = 0.0
         self.held_for: str | None = None
@@ -140,10 +143,10 @@ class Exchange:
     def response_over(self) -> None:
         """A tunnel is over, in both directions."""
 
-    def pause_reading(self) -> None:
-        """The origin takes no more for now."""
+    def pause_reading(self, reason: int) -> None:
+        """The request is not read while a reason (reading.py) holds."""
 
-    def resume_reading(self) -> None: ...
+    def resume_reading(self, reason: int) -> None: ...
 
     def refuse(self, refusal: Refuse) -> None:
         """Answers without the application."""
@@ -191,6 +194,7 @@ class Exchange:
         self.origin = origin
         self._timing = ""
         self._held_since = self.held_seconds = 0.0
+        self._limiter = None
         self.sent = 0
         self.request_id = request_id = self.worker.ledger.request_id()
         origin.begin(self, again.is_head)
@@ -207,6 +211,7 @@ class Exchange:
         self.began = now
         self.response_started = False
         self.sent = 0
+        self._limiter = None
         self._timing = ""
         self._held_since = self.held_seconds = 0.0
         self.request_id = worker.ledger.request_id()
@@ -301,24 +306,18 @@ class Exchange:
     def throttle(self, size: int) -> None:
         """Bytes of a body passed: where they are too many a second, both sides wait."""
         delay = self._limiter.spend(size) if self._limiter is not None else 0.0
-        if delay and not self._throttled and self.origin is not None:
-            self._throttled = True
-            self.origin.pause()
-            self.pause_reading()
-            asyncio.get_running_loop().call_later(delay, self._unthrottle)
+        if delay and self.origin is not None:
+            self.origin.pause(THROTTLED)
+            if self._throttle is None:
+                self._throttle = asyncio.get_running_loop().call_later(delay, self._unthrottle)
+                self.pause_reading(THROTTLED)
 
     def _unthrottle(self) -> None:
-        self._throttled = False
+        """Another exchange may be under way by now, on the same connection of the client: it was throttled with the first."""
+        self._throttle = None
+        self.resume_reading(THROTTLED)
         if self.origin is not None:
-            if not self.is_stuck:
-                self.origin.resume()
-            if not self.origin.is_paused:
-                self.resume_reading()
-
-    @property
-    def is_stuck(self) -> bool:
-        """The client takes nothing at the moment."""
-        return False
+            self.origin.resume(THROTTLED)
 
     # ---- what has to wait ----
 
@@ -435,6 +434,8 @@ class Exchange:
         self._enter(entry.account)
         self.origin = origin
         origin.open(self, head)
+        if origin.is_paused:
+            self.pause_reading(PEER_SLOW)
         self.send_ahead()
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:

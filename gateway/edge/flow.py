@@ -8,7 +8,7 @@ from mypy_extensions import trait
 
 FLOW_SLOTS = (
     "_grown_ms", "_owed", "number", "queue", "queue_end", "receive_window", "receive_size", "received_end", "send_window",
-    "source_paused", "taken",
+    "paused", "source_paused",
 )  # fmt: skip
 
 STREAM_WINDOW: Final = 64 << 10
@@ -26,7 +26,7 @@ class Flow:
     queue: bytearray
     queue_end: bytes | None  # what is sent after the queue: b"" ends the stream with its last data, else a trailers' block
     received_end: bool
-    taken: bool  # what is received goes on at once, so it is credited at once
+    paused: int  # why the stream is not read (reading.py); while there is a reason, its window is not opened further
     source_paused: bool
     _owed: int
     _grown_ms: int
@@ -38,7 +38,7 @@ class Flow:
         self.queue = _NO_QUEUE
         self.queue_end = None
         self.received_end = self.source_paused = False
-        self.taken = True
+        self.paused = 0
         self._owed = 0
         self._grown_ms = int(now * 1000)
 

@@ -12,6 +12,7 @@ from .chunked import ChunkedBody
 from .exchange import Exchange, peer_of
 from .head import CHUNKED, FIXED, MARKER, NO_BODY, UNTIL_CLOSE, Malformed, ResponseHead, Trailers, parse_request
 from .memo import Admitted, Repeated
+from .reading import HELD, PEER_SLOW, READ_AHEAD, ReadGate
 from .websocket import GOING_AWAY, FrameCounter
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _NONE: dict[str, Limiter] = {}  # shared: replaced before it is written to
 
 class Http1(Exchange):
     __slots__ = (
-        "_ahead", "_awaits_turn", "_block", "_body", "_buffer", "_frames", "_joined", "_keep", "_left", "_no_more", "_paused", "_state",
+        "_ahead", "_awaits_turn", "_block", "_body", "_buffer", "_frames", "_joined", "_keep", "_left", "_no_more", "_reading", "_state",
         "_stuck_since", "is_raw", "touched", "transport",
     )  # fmt: skip
 
@@ -45,7 +46,7 @@ class Http1(Exchange):
         self._buffer = b""  # of a head that is not complete
         self._ahead = b""  # read, but not looked at yet: the next requests, or a body whose origin is not there yet
         self._awaits_turn = False  # what is in the buffer is a whole head, and waits for a turn of its session's
-        self._paused = False
+        self._reading: ReadGate | None = None
         self._no_more = False  # the client has closed its half
         self._stuck_since = 0.0  # the client reads nothing, since
         # the request under way
@@ -60,6 +61,7 @@ class Http1(Exchange):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self._reading = ReadGate(self.transport)
         self.transport.set_write_buffer_limits(high=_BUFFER_HIGH_BYTES)
         self.worker.clients.add(self)
 
@@ -92,7 +94,7 @@ class Http1(Exchange):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.worker.clients.discard(self)
-        self.transport = None
+        self.transport = self._reading = None
         if self._state in (_IN_BODY, _WAITING, _TUNNEL):  # the client left in the middle
             self.status = self.status if self.response_started else 499
             self.worker.ledger.count(self, "client")
@@ -104,12 +106,12 @@ class Http1(Exchange):
     def pause_writing(self) -> None:
         self._stuck_since = self.worker.time()
         if self.origin is not None:
-            self.origin.pause()
+            self.origin.pause(PEER_SLOW)
 
     def resume_writing(self) -> None:
         self._stuck_since = 0.0
         if self.origin is not None:
-            self.origin.resume()
+            self.origin.resume(PEER_SLOW)
 
     # ---- the head ----
 
@@ -210,15 +212,14 @@ class Http1(Exchange):
         if self.held_for is not None and not self.worker.holds.grow(self.held_for, len(data)):
             enough = True
         if enough:
-            self.pause_reading()
+            self.pause_reading(READ_AHEAD)
 
     def send_ahead(self) -> None:
         if self._state == _IN_BODY:
             ahead, self._ahead = self._ahead, b""
             if ahead:
                 self._on_body(ahead)
-            if self.origin is not None and not self.origin.is_paused:
-                self.resume_reading()
+            self.resume_reading(READ_AHEAD)
 
     def _on_body(self, data: bytes) -> None:
         """Body bytes: on to the origin, or kept, within a bound, until there is one."""
@@ -299,8 +300,9 @@ class Http1(Exchange):
             self.transport.write(b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n%b" % (head.status_line, self.request_id, extra, block, body))
 
     @property
-    def is_stuck(self) -> bool:
-        return self._stuck_since > 0
+    def is_paused(self) -> bool:
+        """The client is not read at the moment, so it cannot be late."""
+        return self._reading is not None and self._reading.is_paused
 
     def response_data(self, data: bytes) -> None:
         self.sent += len(data)
@@ -325,8 +327,7 @@ class Http1(Exchange):
 
     def _next_request(self) -> None:
         self._state = _AT_HEAD
-        if self._paused:
-            self.resume_reading()
+        self.resume_reading(PEER_SLOW | READ_AHEAD | HELD)  # reasons of the exchange that is over
         if self._ahead:
             ahead, self._ahead = self._ahead, b""
             # Not at once: a long pipeline must neither recurse nor keep the loop from others.
@@ -378,8 +379,7 @@ class Http1(Exchange):
         ahead, self._ahead = self._ahead, b""
         if ahead:
             self.data_received(ahead)
-        if self._paused:
-            self.resume_reading()
+        self.resume_reading(READ_AHEAD)
 
     @property
     def server_frames(self) -> FrameCounter | None:
@@ -445,8 +445,8 @@ class Http1(Exchange):
     def _linger(self) -> None:
         """Closes a little later, reading meanwhile: data that comes into a closed socket would reset the answer away."""
         self._state = _ENDING
-        if self._paused:
-            self.resume_reading()
+        if self._reading is not None:
+            self._reading.clear()
         asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._close)
 
     def _close(self) -> None:
@@ -454,15 +454,13 @@ class Http1(Exchange):
         if self.transport is not None:
             self.transport.close()
 
-    def pause_reading(self) -> None:
-        if not self._paused and self.transport is not None:
-            self._paused = True
-            self.transport.pause_reading()
+    def pause_reading(self, reason: int) -> None:
+        if self._reading is not None:
+            self._reading.pause(reason)
 
-    def resume_reading(self) -> None:
-        if self._paused and self.transport is not None and not self.transport.is_closing():
-            self._paused = False
-            self.transport.resume_reading()
+    def resume_reading(self, reason: int) -> None:
+        if self._reading is not None:
+            self._reading.resume(reason)
 
     # ---- the sweeper ----
 
@@ -477,7 +475,7 @@ class Http1(Exchange):
                 self._fail(408, b"The request's head did not come in time")
             elif not self._buffer and quiet > settings.idle_seconds:
                 self._close()
-        elif self._state == _IN_BODY and self.origin is not None and quiet > settings.body_seconds and not self._paused:
+        elif self._state == _IN_BODY and self.origin is not None and quiet > settings.body_seconds and not self.is_paused:
             self._fail(408, b"The request's body did not come in time")
 
     @property

@@ -12,6 +12,7 @@ from .frames import Code, Fatal, StreamBroken
 from .head import FIXED, Malformed
 from .memo import Repeated
 from .multiplex import Multiplex
+from .reading import READ_AHEAD
 from .stream import Key, Request
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ class Http2(Multiplex):
             return
         if not end and head.framing == FIXED:
             request.expected = head.length
-        request.taken = end
+        request.paused = 0 if end else READ_AHEAD
         request.decide(head, now)
 
     def _late_headers(self, number: int, stream: Request | None, block: bytes, end: bool) -> None:
@@ -257,7 +258,7 @@ class Http2(Multiplex):
         elif not self.streams and quiet > settings.idle_seconds:
             self.go_away()
         elif quiet > settings.body_seconds:
-            for stream in [one for one in self.streams.values() if one.origin is not None and not one.received_end and one.taken]:
+            for stream in [one for one in self.streams.values() if one.origin is not None and not one.received_end and not one.paused]:
                 if not stream.response_started:
                     stream.leave()
                     stream.refuse(Refuse(408, b"The request's body did not come in time"))

@@ -196,7 +196,7 @@ class Multiplex:
             stream.received_end = True
         stream._owed += size
         self.on_data(stream, data[at:end], last)
-        if stream.taken and not last:
+        if not stream.paused and not last:
             self.credit(stream)
 
     def credit(self, stream: Flow) -> None:

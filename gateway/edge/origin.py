@@ -11,6 +11,7 @@ from .chunked import ChunkedBody, encode_end
 from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, allowed_trailers, parse_response
 from .memo import Memo
 from .parking import HELD_BYTES, unacknowledged
+from .reading import HELD, PEER_SLOW, ReadGate
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -31,7 +32,7 @@ _responses: Memo[bytes, ResponseHead] = Memo(2048)
 class Origin:
     __slots__ = (
         "_body", "_buffer", "_encodes", "_held", "_left", "_request", "_state", "_upstream", "_worker", "exchange",
-        "idle_since", "is_head", "is_parked", "is_paused", "key", "seen", "transport", "unclean",
+        "idle_since", "is_head", "is_parked", "is_paused", "key", "reading", "seen", "transport", "unclean",
     )  # fmt: skip
 
     takes_raw = True
@@ -44,7 +45,8 @@ class Origin:
         self.exchange: Exchange | None = None
         self.idle_since = 0.0
         self.is_head = False  # the request's method is HEAD
-        self.is_paused = False
+        self.reading: ReadGate | None = None  # as long as there is a transport
+        self.is_paused = False  # its write buffer is full
         self.is_parked = False  # its session sleeps; what is sent meanwhile is held
         self._held: list[bytes] = []
         self.unclean = False  # not to be used again
@@ -59,6 +61,7 @@ class Origin:
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.reading = ReadGate(self.transport)
         self.transport.set_write_buffer_limits(high=BUFFER_HIGH_BYTES)
 
     def data_received(self, data: bytes) -> None:
@@ -88,7 +91,7 @@ class Origin:
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.transport = None
+        self.transport = self.reading = None
         self.forgotten()
         exchange, self.exchange = self.exchange, None
         if exchange is None:
@@ -105,12 +108,12 @@ class Origin:
     def pause_writing(self) -> None:
         self.is_paused = True
         if self.exchange is not None:
-            self.exchange.pause_reading()
+            self.exchange.pause_reading(PEER_SLOW)
 
     def resume_writing(self) -> None:
         self.is_paused = False
         if self.exchange is not None:
-            self.exchange.resume_reading()
+            self.exchange.resume_reading(PEER_SLOW)
 
     # ---- used by the exchange ----
 
@@ -141,8 +144,6 @@ class Origin:
     def open(self, exchange: Exchange, head: RequestHead) -> None:
         self.begin(exchange, head.method == b"HEAD")
         self._encodes = head.framing == CHUNKED and not exchange.is_raw
-        if self.is_paused:
-            exchange.pause_reading()
         if self.transport is not None:
             self.transport.write(
                 b"%b %b HTTP/1.1%b\r\nx-amzn-requestid: %b\r\n\r\n" % (head.method, head.target, head.block, exchange.request_id)
@@ -176,13 +177,13 @@ class Origin:
         held, self._held = self._held, []
         if held:
             self.send(b"".join(held))
-        if self.exchange is not None and not self.is_paused:
-            self.exchange.resume_reading()
+        if self.exchange is not None:
+            self.exchange.resume_reading(HELD)
 
     def _hold(self, data: bytes) -> None:
         self._held.append(data)
         if sum(map(len, self._held)) > HELD_BYTES and self.exchange is not None:
-            self.exchange.pause_reading()
+            self.exchange.pause_reading(HELD)
         self._worker.parking.wake(self)
 
     def send(self, data: bytes) -> None:
@@ -203,13 +204,18 @@ class Origin:
         elif self._encodes and self.transport is not None:
             self.transport.write(encode_end(trailers))
 
-    def pause(self) -> None:
-        if self.transport is not None:
-            self.transport.pause_reading()
+    def pause(self, reason: int) -> None:
+        if self.reading is not None:
+            self.reading.pause(reason)
 
-    def resume(self) -> None:
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.resume_reading()
+    def resume(self, reason: int) -> None:
+        if self.reading is not None:
+            self.reading.resume(reason)
+
+    @property
+    def is_reusable(self) -> bool:
+        """Its state is that of a new connection."""
+        return self.exchange is None and not self.is_paused and not self.unclean and self.reading is not None and not self.reading.reasons
 
     def abandon(self) -> None:
         self.exchange = None
@@ -363,7 +369,9 @@ class Origin:
             exchange.response_whole(head, body)
         else:
             exchange.response_done(trailers)
-        if reusable and not self.unclean:
+        if self.reading is not None:
+            self.reading.clear()  # its client's slowness was the exchange's
+        if reusable and not self.unclean and not self.is_paused:
             self._upstream.give_back(self)
         else:
             self.close()

@@ -13,6 +13,7 @@ from .frames import Code, StreamBroken
 from .head import CHUNKED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, allowed_trailers
 from .multiplex import Multiplex
 from .parking import HELD_BYTES, unacknowledged
+from .reading import HELD, PEER_SLOW
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -69,12 +70,12 @@ class OriginStream(Flow):
             self.connection.send_data(self, b"", True)
         self.connection.spoken_to(self)
 
-    def pause(self) -> None:
-        self.taken = False
+    def pause(self, reason: int) -> None:
+        self.paused |= reason
 
-    def resume(self) -> None:
-        self.taken = True
-        if self.number in self.connection.streams:
+    def resume(self, reason: int) -> None:
+        self.paused &= ~reason
+        if not self.paused and self.number in self.connection.streams:
             self.connection.credit(self)
 
     def abandon(self) -> None:
@@ -84,11 +85,11 @@ class OriginStream(Flow):
 
     def pause_source(self) -> None:
         if self.exchange is not None:
-            self.exchange.pause_reading()
+            self.exchange.pause_reading(PEER_SLOW)
 
     def resume_source(self) -> None:
         if self.exchange is not None:
-            self.exchange.resume_reading()
+            self.exchange.resume_reading(PEER_SLOW)
 
     # ---- the answer ----
 
@@ -146,7 +147,7 @@ class OriginStream(Flow):
     @property
     def is_silent(self) -> bool:
         """Its head is out, and nothing is under way."""
-        return self.exchange is not None and self._head is not None and not self.queue and not self.source_paused and self.taken
+        return self.exchange is not None and self._head is not None and not self.queue and not self.source_paused and not self.paused
 
     def failed(self) -> None:
         exchange, self.exchange = self.exchange, None
@@ -298,8 +299,8 @@ class Http2Origin(Multiplex):
         self.is_parked = False
         self.flush()
         for stream in self.streams.values():
-            if not stream.source_paused:
-                stream.resume_source()
+            if stream.exchange is not None:
+                stream.exchange.resume_reading(HELD)
 
     def flush(self) -> None:
         """Of a parked connection nothing is written; a client that leaves is forgotten (its RST_STREAM waits with the rest)."""
@@ -314,8 +315,8 @@ class Http2Origin(Multiplex):
         """A client has sent something on a stream: a session that sleeps wakes for it."""
         if self.is_parked:
             self.worker.parking.wake(self)
-            if sum(map(len, self._out)) > HELD_BYTES:
-                stream.pause_source()
+            if sum(map(len, self._out)) > HELD_BYTES and stream.exchange is not None:
+                stream.exchange.pause_reading(HELD)
 
     def cut(self) -> None:
         """The incarnation ends."""

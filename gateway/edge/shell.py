@@ -19,6 +19,7 @@ from websockets.protocol import Protocol, Side, State
 
 from .head import NO_BODY, RequestHead, ResponseHead, Trailers, split_block
 from .parking import HELD_BYTES
+from .reading import HELD, PEER_SLOW, ReadGate
 from .websocket import accept_of
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class ShellOrigin:
         self._exchange: Exchange | None = None
         self._frames = Protocol(Side.SERVER, state=State.OPEN, max_size=1 << 20)
         self._typed = bytearray()
+        self._reading = ReadGate(self)
         self._tells_code = False
 
     def park(self) -> None:
@@ -76,7 +78,8 @@ class ShellOrigin:
         exchange.switch(ResponseHead(101, NO_BODY, 0, True, line, block, b"websocket", frozenset((b"sec-websocket-accept",))), b"")
         self._frames.send_text(msgspec.json.encode({"type": "session_init", "session_id": str(uuid.uuid4())}))
         self._flush()
-        self.resume()
+        if not self._reading.is_paused:
+            self.resume_reading()
 
     def send(self, data: bytes) -> None:
         """The client's frames."""
@@ -97,13 +100,11 @@ class ShellOrigin:
         self._flush()
         self._close()
 
-    def pause(self) -> None:
-        if self._socket.fileno() >= 0:
-            self._loop.remove_reader(self._socket.fileno())
+    def pause(self, reason: int) -> None:
+        self._reading.pause(reason)
 
-    def resume(self) -> None:
-        if self._socket.fileno() >= 0:
-            self._loop.add_reader(self._socket.fileno(), self._readable)
+    def resume(self, reason: int) -> None:
+        self._reading.resume(reason)
 
     def abandon(self) -> None:
         self._exchange = None
@@ -119,6 +120,17 @@ class ShellOrigin:
     @property
     def is_over(self) -> bool:
         return self._socket.fileno() < 0
+
+    # ---- what its ReadGate calls ----
+
+    def pause_reading(self) -> None:
+        self._loop.remove_reader(self._socket.fileno())
+
+    def resume_reading(self) -> None:
+        self._loop.add_reader(self._socket.fileno(), self._readable)
+
+    def is_closing(self) -> bool:
+        return self.is_over
 
     # ---- through a suspend: control keeps the other end of the socket, and the guest its terminal ----
 
@@ -159,7 +171,7 @@ class ShellOrigin:
         if not self.is_parked:
             self._typable()
         elif len(self._typed) > HELD_BYTES and self._exchange is not None:
-            self._exchange.pause_reading()
+            self._exchange.pause_reading(HELD)
 
     def _typable(self) -> None:
         """Stops the client while the terminal takes nothing."""
@@ -168,13 +180,13 @@ class ShellOrigin:
             if not self._write(b"i" + bytes(self._typed[:_TYPED_MAX_BYTES])):
                 self._loop.add_writer(self._socket.fileno(), self._typable)
                 if exchange is not None:
-                    exchange.pause_reading()
+                    exchange.pause_reading(PEER_SLOW)
                 return
             del self._typed[:_TYPED_MAX_BYTES]
         if self._socket.fileno() >= 0:
             self._loop.remove_writer(self._socket.fileno())
         if exchange is not None:
-            exchange.resume_reading()
+            exchange.resume_reading(PEER_SLOW | HELD)
 
     def _write(self, message: bytes) -> bool:
         try:

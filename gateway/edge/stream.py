@@ -13,6 +13,7 @@ from .flow import FLOW_SLOTS, Flow
 from .frames import Code, StreamBroken
 from .head import MARKER, ResponseHead, Trailers, split_block
 from .memo import Admitted, Repeated
+from .reading import PEER_SLOW, READ_AHEAD
 from .websocket import GOING_AWAY, FrameCounter, accept_of
 
 if TYPE_CHECKING:
@@ -111,15 +112,16 @@ class Request(Exchange, Flow):
             origin.send(b"".join(ahead))
         if self.received_end and self.head is not None and self.head.framing != 0:
             origin.finish(None)
-        elif not origin.is_paused:
-            self.resume_reading()
+        else:
+            self.resume_reading(READ_AHEAD)
 
-    def pause_reading(self) -> None:
-        self.taken = False
+    def pause_reading(self, reason: int) -> None:
+        self.paused |= reason
 
-    def resume_reading(self) -> None:
-        self.taken = True
-        self.connection.credit(self)
+    def resume_reading(self, reason: int) -> None:
+        self.paused &= ~reason
+        if not self.paused and self.number in self.connection.streams:
+            self.connection.credit(self)
 
     # ---- the answer ----
 
@@ -164,10 +166,6 @@ class Request(Exchange, Flow):
         if self.number in self.connection.streams:
             self.connection.put(f.headers(self.number, self._fields(head), False))
 
-    @property
-    def is_stuck(self) -> bool:
-        return self.source_paused
-
     def response_data(self, data: bytes) -> None:
         self.sent += len(data)
         if self._limiter is not None:
@@ -190,11 +188,11 @@ class Request(Exchange, Flow):
 
     def pause_source(self) -> None:
         if self.origin is not None:
-            self.origin.pause()
+            self.origin.pause(PEER_SLOW)
 
     def resume_source(self) -> None:
         if self.origin is not None:
-            self.origin.resume()
+            self.origin.resume(PEER_SLOW)
 
     def origin_failed(self, head_sent: bool) -> None:
         self.origin = None
@@ -250,8 +248,8 @@ class Request(Exchange, Flow):
                 self.origin.send(b"".join(ahead))
             if self.received_end:
                 self.origin.finish(None)
-            elif not self.origin.is_paused:
-                self.resume_reading()
+            else:
+                self.resume_reading(READ_AHEAD)
 
     @property
     def server_frames(self) -> FrameCounter | None:

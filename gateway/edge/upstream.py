@@ -119,6 +119,7 @@ class Upstream:
         if pool is None or origin.is_closing:
             origin.close()
             return
+        assert origin.is_reusable
         origin.idle_since = self._loop.time()
         pool.idle.append(origin)
         if pool.allowed < _MOST:
@@ -476,6 +477,10 @@ class Upstream:
             if not waiter.done():
                 waiter.set_result(None)
                 return
+
+    def idle(self) -> list[Origin]:
+        """Connections that wait for their next request."""
+        return [origin for pool in self._pools.values() for origin in pool.idle]
 
     def statistics(self) -> dict[str, int]:
         pools = self._pools.values()

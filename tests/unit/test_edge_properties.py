@@ -36,7 +36,7 @@ def with_rig(work: Work, http2: bool = False) -> None:
 
 
 async def settled(rig: Rig) -> None:
-    """Nothing is left: no client, held request, task, stream, or request that waits."""
+    """Nothing is left: no client, held request, task, stream, or request that waits; and every idle connection is read."""
     worker = rig.worker
 
     def left() -> tuple[int, ...]:
@@ -54,6 +54,7 @@ async def settled(rig: Rig) -> None:
         await until(lambda: not any(left()))
     except TimeoutError:
         raise AssertionError(f"clients, held, tasks, busy origins, waiting: {left()}") from None
+    assert all(origin.is_reusable and origin.transport is not None and origin.transport.is_reading() for origin in worker.upstream.idle())
 
 
 BODIES = st.binary(max_size=300)

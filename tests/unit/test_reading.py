@@ -1,0 +1,167 @@
+"""Whoever pauses a connection's reading resumes it: a connection that goes back to its pool is read, whatever its last exchange did."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edge_rig import HOST, Rig, response
+from h2_client import Judge
+from waiting import until
+
+from gateway.edge.reading import HELD, PEER_SLOW, THROTTLED, ReadGate
+
+
+class Transport:
+    """Counts what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.closing = False
+
+    def pause_reading(self) -> None:
+        self.said.append("pause")
+
+    def resume_reading(self) -> None:
+        self.said.append("resume")
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+
+def test_a_transport_is_read_when_no_reason_to_pause_is_left() -> None:
+    transport = Transport()
+    gate = ReadGate(transport)
+    gate.pause(THROTTLED)
+    gate.pause(PEER_SLOW)
+    gate.pause(PEER_SLOW)
+    gate.resume(THROTTLED)
+    assert transport.said == ["pause"] and gate.is_paused
+    gate.resume(HELD)
+    assert gate.is_paused, "a reason that does not hold cannot be lifted"
+    gate.resume(PEER_SLOW)
+    assert transport.said == ["pause", "resume"] and not gate.is_paused
+    gate.resume(PEER_SLOW)
+    assert transport.said == ["pause", "resume"]
+
+
+def test_all_reasons_are_lifted_at_once() -> None:
+    transport = Transport()
+    gate = ReadGate(transport)
+    gate.pause(THROTTLED)
+    gate.pause(HELD)
+    gate.clear()
+    gate.clear()
+    assert transport.said == ["pause", "resume"] and not gate.reasons
+
+
+def test_a_transport_that_closes_is_left_alone() -> None:
+    transport = Transport()
+    gate = ReadGate(transport)
+    gate.pause(HELD)
+    transport.closing = True
+    gate.resume(HELD)
+    gate.pause(HELD)
+    assert transport.said == ["pause"]
+
+
+@pytest.fixture
+async def rig(tmp_path: Path, monkeypatch: Any) -> AsyncIterator[Rig]:
+    one = Rig(tmp_path, monkeypatch)
+    yield one
+    await one.stop()
+
+
+def sized(rig: Rig) -> None:
+    """The application answers /N with N bytes, for ever."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            size = int((await rig.head(reader)).split(b" ")[1][1:])
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+            writer.write(b"x" * size)
+            await writer.drain()
+
+    rig.script = script
+
+
+def idle_origins_read(rig: Rig) -> bool:
+    idle = rig.worker.upstream.idle()
+    return bool(idle) and all(one.transport is not None and one.transport.is_reading() for one in idle)
+
+
+async def test_a_throttled_answer_leaves_its_connection_reading(rig: Rig) -> None:
+    await rig.start(limits="custom", workers=1, limit_bytes_per_second=1_000_000)
+    sized(rig)
+    for size in (1_200_000, 1000, 1000):
+        ((status, _, body),) = await rig.ask(rig.request(f"/{size}"))
+        assert status == 200 and len(body) == size
+    assert idle_origins_read(rig) and rig.connects == 1
+
+
+async def test_an_answer_to_a_slow_client_leaves_its_connection_reading(rig: Rig) -> None:
+    await rig.start()
+    sized(rig)
+    size = 3_400_000
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(slow, ("127.0.0.1", rig.port))
+        await loop.sock_sendall(slow, rig.request(f"/{size}"))
+        await until(lambda: rig.worker.upstream.statistics()["open"] == 1)
+        (client,) = rig.worker.clients
+        await until(lambda: client.transport.get_write_buffer_size() > 1 << 19)  # type: ignore[union-attr]
+        left = size
+        while left > 0:
+            left -= len(await loop.sock_recv(slow, 1 << 20))
+    await until(lambda: bool(rig.worker.upstream.idle()))
+    assert [status for status, _, _ in await rig.ask(rig.request("/10"))] == [200]
+    assert idle_origins_read(rig) and rig.connects == 1
+
+
+async def test_an_answer_beyond_a_streams_window_leaves_its_connection_reading(rig: Rig) -> None:
+    await rig.start(http2=True)
+    sized(rig)
+    client = Judge(*await rig.open())
+    client.auto_credit = False
+    fields = [
+        (":method", "GET"), (":scheme", "https"), (":authority", HOST), (":path", "/200000"), ("x-aws-proxy-auth", rig.token),
+        ("x-aws-proxy-port", str(rig.app_port)),
+    ]  # fmt: skip
+    first = client.ask(fields)
+    while len(client.answers[first].body) < 65535:
+        assert await client.turn()
+    await until(lambda: bool(rig.worker.upstream.idle()))
+    client.h2.increment_flow_control_window(1 << 20)
+    client.h2.increment_flow_control_window(1 << 20, first)
+    client.flush()
+    assert len((await client.answer(first)).body) == 200_000
+    client.auto_credit = True
+    second = client.ask(fields)
+    assert len((await client.answer(second)).body) == 200_000
+    assert idle_origins_read(rig) and rig.connects == 1
+    client.writer.close()
+
+
+async def test_an_upload_that_is_answered_early_leaves_its_client_reading(rig: Rig) -> None:
+    """The application takes nothing of a large body, answers when some of it is there, and closes."""
+    await rig.start()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        await asyncio.sleep(0.05)  # the edge's buffer fills meanwhile
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+
+    rig.script = script
+    reader, writer = await rig.open()
+    size = 8 << 20
+    writer.write(rig.request("/", f"Content-Length: {size}", method="POST") + bytes(size))
+    status, fields, _ = await response(reader)
+    assert status == 200 and fields["connection"] == "close"
+    writer.close()
+    await until(lambda: not rig.worker.clients)
