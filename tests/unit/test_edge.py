@@ -414,7 +414,7 @@ async def test_a_client_that_does_not_read_stops_the_application(rig: Rig) -> No
     _, writer = await rig.open()
     writer.write(rig.request())
     (origin,) = await until(lambda: [one for pool in rig.worker.upstream._pools.values() for one in pool.open])
-    await until(lambda: not origin.transport.is_reading())
+    await until(lambda: origin.transport is not None and not origin.transport.is_reading())
     await until(lambda: applications[0].transport.get_write_buffer_size() > 64 << 10)  # the kernels' buffers are full, too
     assert sent < 30_000_000  # what kernels and the two bounds hold
     writer.transport.abort()
