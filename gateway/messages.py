@@ -355,6 +355,7 @@ class Counters(msgspec.Struct):
     origins: dict[str, int]
     parked: int = 0
     lost_lines: int = 0  # of the access log, which could not be written
+    not_reopened: int = 0  # how often the access log's file could not be opened again after a rotation
 
 
 class ShellRequest(msgspec.Struct):

@@ -7,7 +7,7 @@ session's token read the same; and nothing is looked up, and nothing wakes, befo
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from gateway.messages import Route
@@ -43,8 +43,15 @@ class Lookup:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
+    """`reason` is for the logs where the body, which the client sees, must not say it."""
+
     status: int
     body: bytes = b""
+    reason: str = field(default="", compare=False)
+
+    @property
+    def why(self) -> str:
+        return self.reason or self.body.decode("latin-1")
 
 
 Decision = Forward | Hold | Lookup | Refuse
@@ -93,9 +100,9 @@ def admit(head: RequestHead, grant: Grant | Refuse, route: Route | None, is_know
         return Refuse(403, PORT_DENIED)  # our choice: its connectors leave this door shut
     if grant.kind == SHELL:
         if head.upgrade is None or head.upgrade.lower() != b"websocket":
-            return Refuse(502)
+            return Refuse(502, reason="a shell needs a WebSocket upgrade")
     elif not grant.allows(port):
         return Refuse(403, PORT_DENIED)
     if route.gate == "open":
         return Forward(port)
-    return Hold(port) if route.gate == "hold" else Refuse(502)
+    return Hold(port) if route.gate == "hold" else Refuse(502, reason="the MicroVM is not running, and no request resumes it")

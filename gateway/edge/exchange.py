@@ -18,6 +18,7 @@ from .head import RequestHead, ResponseHead
 from .hold import HoldFull
 from .memo import Admitted, Repeated
 from .reading import PEER_SLOW, THROTTLED
+from .record import HTTP1, RequestRecord
 from .table import Account, RouteEntry
 from .upstream import ConnectFailed, SessionGone
 from .websocket import PING, PONG, FrameCounter, pong
@@ -65,11 +66,11 @@ class Exchange:
 
     __slots__ = (
         "_held_since", "_limiter", "_task", "_throttle", "_timing", "_waiting", "account", "again", "began", "client_frames",
-        "first_byte", "head", "held_for", "held_seconds", "origin", "owed", "reason", "request_id", "response_started", "sent", "status",
-        "worker",
+        "counted", "first_byte", "head", "held_for", "held_seconds", "origin", "owed", "reason", "request_id", "response_started",
+        "sent", "status", "worker",
     )  # fmt: skip
 
-    protocol: ClassVar[int] = replies.HTTP1
+    protocol: ClassVar[int] = HTTP1
     is_raw: bool = True  # the answer's body may come in HTTP/1.1's own framing
 
     def __init__(self, worker: Worker) -> None:
@@ -80,6 +81,7 @@ class Exchange:
         self.again: Repeated | None = None  # in place of a head, where the request is one that was seen before
         self.request_id = b""
         self.response_started = False
+        self.counted = True  # whatever ends an exchange counts it; the first that does so sets this
         self.status = 0
         self.reason = ""  # why the answer is ours and not the application's, for the access log
         self.sent = 0  # bytes of bodies towards the client
@@ -189,6 +191,7 @@ class Exchange:
         account.waiting += 1
         account.last = self.began = now
         self._waiting = True
+        self.counted = False
         self.response_started = False
         self.head = None
         self.origin = origin
@@ -209,6 +212,7 @@ class Exchange:
         self.head = head
         self.again = None
         self.began = now
+        self.counted = False
         self.response_started = False
         self.sent = 0
         self._limiter = None
@@ -437,6 +441,41 @@ class Exchange:
         if origin.is_paused:
             self.pause_reading(PEER_SLOW)
         self.send_ahead()
+
+    def unread(self, now: float) -> None:
+        """A request whose head could not be read, or did not come in time: it has an id and an answer, and names nothing."""
+        self.head, self.again, self.account = None, None, NOBODY
+        self.began = now
+        self.counted = False
+        self.response_started = False
+        self.status = self.sent = 0
+        self.held_seconds = 0.0
+        self.request_id = self.worker.ledger.request_id()
+
+    def record(self, closed_by: str = "") -> None:
+        """The exchange has ended, and is counted, once. `closed_by` is client or origin where this is not its usual end."""
+        if self.counted:
+            return
+        self.counted = True
+        ledger = self.worker.ledger
+        ledger.count(self.protocol, self.status)
+        if ledger.access is not None:
+            ledger.access.add(self._record(closed_by))
+            self.first_byte = 0.0
+            self.reason = ""
+
+    def _record(self, closed_by: str) -> RequestRecord:
+        head, again = self.head, self.again
+        host, method, target = "", b"", b""
+        if head is not None:
+            host, method, target = head.host, head.method, head.target
+        elif again is not None:
+            host = again.memo.host
+            method, target, _ = again.rewritten.split(b" ", 2)
+        return RequestRecord(
+            self.request_id, self.peer, self.protocol, host, method, target, self.status, self.sent, self.began, self.first_byte,
+            self.worker.time(), self.held_seconds, closed_by, self.reason,
+        )  # fmt: skip
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """The exchange's one task; it ends with the exchange."""

@@ -95,9 +95,9 @@ class Http1(Exchange):
     def connection_lost(self, error: Exception | None) -> None:
         self.worker.clients.discard(self)
         self.transport = self._reading = None
-        if self._state in (_IN_BODY, _WAITING, _TUNNEL):  # the client left in the middle
+        if not self.counted:  # the client left in the middle
             self.status = self.status if self.response_started else 499
-            self.worker.ledger.count(self, "client")
+            self.record("client")
         self._state = _ENDING
         self.leave()
         for limiter in self._joined.values():
@@ -171,7 +171,6 @@ class Http1(Exchange):
         try:
             head = parse_request(line, block, self.worker.settings.head_fields)
         except Malformed as error:
-            self.head, self.again, self.began = None, None, now
             self._fail(error.status, str(error).encode())
             return
         self._keep = head.keep_alive = head.keep_alive and head.minor == 1
@@ -317,7 +316,7 @@ class Http1(Exchange):
     def response_done(self, trailers: Trailers | None = None) -> None:
         """The response is complete. An upload that still runs ends with it: its rest has no reader."""
         self.origin = None
-        self.worker.ledger.count(self)
+        self.record()
         if self._state == _IN_BODY:
             self._linger()
         elif not self._keep or (self._no_more and not self._ahead):
@@ -348,7 +347,7 @@ class Http1(Exchange):
         self.origin = None
         self._answered()
         if head_sent or self.response_started:
-            self.worker.ledger.count(self, "origin")
+            self.record("origin")
             self._state = _ENDING
             if self.transport is not None:
                 self.transport.abort()
@@ -399,7 +398,7 @@ class Http1(Exchange):
 
     def response_over(self) -> None:
         self.origin = None
-        self.worker.ledger.count(self)
+        self.record()
         self._linger()
 
     def cut(self) -> None:
@@ -407,7 +406,7 @@ class Http1(Exchange):
             self.origin_failed(head_sent=self.response_started)
             return
         self.origin = None
-        self.worker.ledger.count(self, "origin")
+        self.record("origin")
         if self._frames is not None and self._frames.at_boundary and self.transport is not None:
             self.transport.write(GOING_AWAY)
             self._linger()
@@ -422,6 +421,7 @@ class Http1(Exchange):
         if self.transport is None:
             return
         self.status = refusal.status
+        self.reason = self.reason or refusal.why
         in_body = self._state == _IN_BODY
         self._keep = self._keep and not in_body and not self.worker.is_draining
         head_only = self.head is not None and self.head.method == b"HEAD"
@@ -430,6 +430,8 @@ class Http1(Exchange):
 
     def _fail(self, status: int, body: bytes) -> None:
         """What follows cannot be understood: say so, and close."""
+        if self._state == _AT_HEAD:
+            self.unread(self.worker.time())
         origin, self.origin = self.origin, None
         if origin is not None:
             origin.abandon()
@@ -438,8 +440,9 @@ class Http1(Exchange):
         self._answered()
         self.status = status
         if self.transport is not None and not self.response_started:
-            self.transport.write(replies.make(Refuse(status, body), self.worker.ledger.request_id(), False, False))
-        self.worker.ledger.count(self, "client")
+            self.transport.write(replies.make(Refuse(status, body), self.request_id, False, False))
+        self.reason = body.decode("latin-1")
+        self.record("client")
         self._linger()
 
     def _linger(self) -> None:

@@ -160,7 +160,7 @@ class Http2(Multiplex):
         except Malformed as error:
             if error.status == 400:
                 raise StreamBroken(request.number, Code.PROTOCOL_ERROR, str(error)) from error
-            request.request_id = self.worker.ledger.request_id()
+            request.unread(now)
             request.refuse(Refuse(error.status, str(error).encode()))
             return
         if not end and head.framing == FIXED:
@@ -200,7 +200,8 @@ class Http2(Multiplex):
     def _left(self, stream: Request) -> None:
         """The client gave it up."""
         stream.status = stream.status or 499
-        self.worker.ledger.count(stream, "client")
+        stream.sent -= len(stream.queue)
+        stream.record("client")
         stream.leave()
 
     def on_goaway(self, last: int, code: int) -> None:
@@ -215,7 +216,8 @@ class Http2(Multiplex):
     # ---- ends ----
 
     def sent_end(self, stream: Request) -> None:
-        """RFC 9113, 8.1: an answer that comes before the whole request asks for no more of it."""
+        """All of the answer has been sent. RFC 9113, 8.1: one that comes before the whole request asks for no more of it."""
+        stream.record()
         if stream.received_end:
             self.drop(stream)
         else:

@@ -1,27 +1,23 @@
-"""What a worker writes down of its requests: a number for each, the answers, the access log."""
+"""What a worker counts of its requests: a number for each, and the answers. The access log stands beside it."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from .access import PROTOCOLS, AccessLog
-
-if TYPE_CHECKING:
-    from .exchange import Exchange
+from .access import AccessLog
+from .record import PROTOCOLS
 
 _LOW: Final = 4096
 _ENDS = [b"%03x" % number for number in range(_LOW)]
 
 
 class Ledger:
-    __slots__ = ("_next", "_prefix", "_start", "_time", "_wall", "access", "answers")
+    __slots__ = ("_next", "_prefix", "_start", "access", "answers")
 
-    def __init__(self, access: AccessLog | None, time: Callable[[], float], wall: Callable[[], float]) -> None:
+    def __init__(self, access: AccessLog | None) -> None:
         self.access = access
         self.answers = [[0] * 10 for _ in PROTOCOLS]  # by protocol and first digit of the status
-        self._time, self._wall = time, wall
         self._prefix = f"{uuid.uuid4()}"[:24].encode("ascii")
         self._next = 0
         self._start = b""
@@ -34,8 +30,6 @@ class Ledger:
         self._next += 1
         return self._start + _ENDS[low]
 
-    def count(self, exchange: Exchange, closed_by: str = "") -> None:
-        """An exchange has ended."""
-        self.answers[exchange.protocol][exchange.status // 100] += 1
-        if self.access is not None:
-            self.access.add(exchange, self._wall(), self._time(), closed_by)
+    def count(self, protocol: int, status: int) -> None:
+        """A request has ended."""
+        self.answers[protocol][status // 100] += 1

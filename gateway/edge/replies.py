@@ -9,8 +9,6 @@ _REASONS = {
     500: b"Internal Server Error", 501: b"Not Implemented", 502: b"Bad Gateway",
 }  # fmt: skip
 
-HTTP1, HTTP2 = range(2)  # what an exchange is carried by
-
 UNAVAILABLE = Refuse(502)
 TOO_MANY = Refuse(429, b"Too many requests are waiting for this MicroVM")
 LIMITED = Refuse(429, b"The rate limit of this MicroVM is exceeded")

@@ -14,6 +14,7 @@ from .frames import Code, StreamBroken
 from .head import MARKER, ResponseHead, Trailers, split_block
 from .memo import Admitted, Repeated
 from .reading import PEER_SLOW, READ_AHEAD
+from .record import HTTP2
 from .websocket import GOING_AWAY, FrameCounter, accept_of
 
 if TYPE_CHECKING:
@@ -29,11 +30,13 @@ class Request(Exchange, Flow):
 
     __slots__ = ("_ahead", "expected", "frames", "key", "connection", *FLOW_SLOTS)
 
-    protocol = replies.HTTP2
+    protocol = HTTP2
     is_raw = False
 
     def __init__(self, connection: Http2, number: int, now: float) -> None:
         super().__init__(connection.worker)
+        self.counted = False
+        self.began = now
         self.connection = connection
         self.open_flow(number, connection.initial_window, now)
         self._ahead: list[bytes] = []  # body that was read while there is no origin
@@ -154,7 +157,6 @@ class Request(Exchange, Flow):
         self.send_window -= size
         data = f.frame(f.DATA, f.END_STREAM, self.number, body) if size else b""
         connection.put(f.headers(self.number, self._fields(head), not size) + data)
-        self.worker.ledger.count(self)
         connection.sent_end(self)
 
     def response_head(self, head: ResponseHead) -> None:
@@ -178,7 +180,6 @@ class Request(Exchange, Flow):
     def response_done(self, trailers: Trailers | None = None, body: bytes = b"") -> None:
         self.origin = None
         self.sent += len(body)
-        self.worker.ledger.count(self)
         if self.number not in self.connection.streams:
             return
         if trailers:
@@ -198,7 +199,7 @@ class Request(Exchange, Flow):
         self.origin = None
         self._answered()
         if head_sent or self.response_started:
-            self.worker.ledger.count(self, "origin")
+            self.record("origin")
             self.connection.reset(self, Code.INTERNAL_ERROR)
         else:
             self.refuse(replies.UNAVAILABLE)
@@ -206,6 +207,7 @@ class Request(Exchange, Flow):
     def refuse(self, refusal: Refuse) -> None:
         self._answered()
         self.status = refusal.status
+        self.reason = self.reason or refusal.why
         self.response_started = True
         if self.number not in self.connection.streams:
             return
@@ -215,7 +217,6 @@ class Request(Exchange, Flow):
         if not body:
             self.connection.put(f.headers(self.number, block, True))
             self.connection.sent_end(self)
-            self.worker.ledger.count(self)
             return
         self.connection.put(f.headers(self.number, block, False))
         self.response_done(body=body)
@@ -272,7 +273,7 @@ class Request(Exchange, Flow):
             self.origin_failed(head_sent=False)
             return
         self.origin = None
-        self.worker.ledger.count(self, "origin")
+        self.record("origin")
         connection = self.connection
         if self.frames is not None and self.frames.at_boundary and not self.queue:
             connection.send_data(self, GOING_AWAY, True)

@@ -21,7 +21,7 @@ from gateway.rpc import Connection, RpcError, Service
 from gateway.tokens import Checker
 
 from . import origin, origin2, shell, tls
-from .access import PROTOCOLS, AccessLog
+from .access import AccessLog
 from .certificates import Certificates
 from .doors import ProxyDoor, RedirectDoor
 from .faults import FaultLines
@@ -31,6 +31,7 @@ from .http2 import Http2
 from .ledger import Ledger
 from .memo import Admitted, Memo, Repeated
 from .parking import Parking
+from .record import PROTOCOLS
 from .stream import Key as FieldsKey
 from .table import RouteTable
 from .tls import TlsServer
@@ -62,8 +63,7 @@ class Worker:
         self.memo: Memo[bytes, Admitted] = Memo(_MEMO_ENTRIES)
         self.repeated: Memo[bytes, Repeated] = Memo(_MEMO_ENTRIES)
         self.streams: Memo[FieldsKey, Repeated] = Memo(_MEMO_ENTRIES)
-        access = AccessLog(Path(settings.access_log)) if settings.access_log else None
-        self.ledger = Ledger(access, loop.time, time.time)
+        self.ledger = Ledger(AccessLog(Path(settings.access_log), time.time) if settings.access_log else None)
         self._counted: list[list[int]] = []
         self.checker = Checker([])
         self.table = RouteTable(loop.time, self._route_changed, settings)
@@ -276,7 +276,15 @@ class Worker:
             answers = dict(zip(PROTOCOLS, self._counted, strict=True))
             connection.notify(
                 "counters",
-                m.Counters(answers, len(self.clients), held, self.upstream.statistics(), self.parking.count, access.lost if access else 0),
+                m.Counters(
+                    answers,
+                    len(self.clients),
+                    held,
+                    self.upstream.statistics(),
+                    self.parking.count,
+                    access.lost if access else 0,
+                    access.not_reopened if access else 0,
+                ),
             )
 
     async def _sweep(self) -> None:

@@ -55,6 +55,7 @@ def _edge_sums() -> dict[str, int]:
     sums = {"clients": sum(one.clients for one in _counted.values()), "held": sum(one.held for one in _counted.values())}
     sums["parked"] = sum(one.parked for one in _counted.values())
     sums["access_log_lines_lost"] = sum(one.lost_lines for one in _counted.values())
+    sums["access_log_not_reopened"] = sum(one.not_reopened for one in _counted.values())
     for one in _counted.values():
         for name, count in one.origins.items():
             sums[f"origins_{name}"] = sums.get(f"origins_{name}", 0) + count

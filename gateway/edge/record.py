@@ -1,0 +1,30 @@
+"""A request that has ended, as the counters and the access log know it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+PROTOCOLS: Final = ("HTTP/1.1", "HTTP/2")
+HTTP1: Final = 0
+HTTP2: Final = 1
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """Made once, when the exchange ends, and only where an access log is kept. Times are the loop's, in seconds."""
+
+    request_id: bytes
+    client: str  # the peer's address
+    protocol: int  # HTTP1 or HTTP2
+    host: str  # empty, like method and target, where the head could not be read
+    method: bytes
+    target: bytes
+    status: int
+    sent: int  # bytes of the response's body
+    began: float  # the head was complete
+    first_byte: float  # the response's head was sent; 0 where none was
+    ended: float
+    held: float
+    closed_by: str  # client or origin, where the exchange did not end in its usual way
+    reason: str  # why the answer is ours, or why the exchange was cut short
