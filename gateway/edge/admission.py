@@ -13,11 +13,12 @@ from typing import Final
 from gateway.messages import Route
 from gateway.tokens import SHELL, Checker, Grant, MalformedToken, TokenError
 
-from .head import RequestHead
+from .head import RequestHead, split_block
 
 DEFAULT_PORT: Final = 8080
 SHELL_PORT: Final = 0  # in place of a port: the microVM's shell
 _PORT = re.compile(rb"[0-9]{1,5}\Z")
+_WEBSOCKET_KEY = re.compile(rb"[A-Za-z0-9+/]{21}[AQgw]==\Z")  # 16 bytes in base64
 
 MISSING = b"Request missing authentication"
 FAILED = b"Token authentication failed"
@@ -57,6 +58,7 @@ class Refuse:
 Decision = Forward | Hold | Lookup | Refuse
 MISSING_TOKEN = Refuse(403, MISSING)
 BAD_TOKEN = Refuse(403, FAILED)
+NO_TRACE = Refuse(501, b"TRACE with Max-Forwards: 0 is not answered here")
 
 
 def check_token(head: RequestHead, checker: Checker, now: float) -> Grant | Refuse:
@@ -83,6 +85,18 @@ def check_port(head: RequestHead) -> int | Refuse:
     return int(head.port)
 
 
+def _check_shell(head: RequestHead) -> Refuse | None:
+    """A shell's handshake is answered here, so it is checked here (RFC 6455, 4.2.1 and 4.4)."""
+    if head.upgrade is None:
+        return Refuse(502, reason="a shell needs a WebSocket upgrade")
+    fields = dict(split_block(head.block))
+    if fields.get(b"sec-websocket-version") != b"13":
+        return Refuse(426, b"Sec-WebSocket-Version must be 13")
+    if not _WEBSOCKET_KEY.match(fields.get(b"sec-websocket-key", b"")):
+        return Refuse(400, b"Sec-WebSocket-Key must be 16 bytes in base64")
+    return None
+
+
 def admit(head: RequestHead, grant: Grant | Refuse, route: Route | None, is_known: bool, now: float) -> Decision:
     """`is_known` says that `route` is final: None then means that the host names nothing."""
     if isinstance(grant, Refuse):
@@ -97,12 +111,15 @@ def admit(head: RequestHead, grant: Grant | Refuse, route: Route | None, is_know
     if isinstance(port, Refuse):
         return port
     if not (route.opens_shell if grant.kind == SHELL else route.opens_http):
-        return Refuse(403, PORT_DENIED)  # our choice: its connectors leave this door shut
+        return Refuse(403, PORT_DENIED)  # no ingress connector for this kind of traffic: unspecified by the service, our choice
     if grant.kind == SHELL:
-        if head.upgrade is None or head.upgrade.lower() != b"websocket":
-            return Refuse(502, reason="a shell needs a WebSocket upgrade")
+        refusal = _check_shell(head)
+        if refusal is not None:
+            return refusal
     elif not grant.allows(port):
         return Refuse(403, PORT_DENIED)
+    if head.max_forwards == 0:  # RFC 9110, 7.6.2: it goes no further than here
+        return Refuse(200) if head.method == b"OPTIONS" else NO_TRACE
     if route.gate == "open":
         return Forward(port)
     return Hold(port) if route.gate == "hold" else Refuse(502, reason="the MicroVM is not running, and no request resumes it")

@@ -1,16 +1,25 @@
-"""Chunked bodies (RFC 9112, 7.1): the end found while they pass through unchanged, or taken apart for another protocol."""
+"""Chunked bodies (RFC 9112, 7.1): where they end, what they carry, and how they go on.
+
+A body goes on in the chunks that it came in, but what an intermediary must not pass on unseen is written anew: chunk
+extensions are left out, and so is the end (last chunk and trailer section), which whoever forwards the body writes with
+`encode_end` and the trailers that may go on.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Final
 
-from .head import Malformed, Trailers
+from .head import Malformed, Trailers, allowed_trailers
 
-_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\Z")
-_TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\Z")
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
+_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?)*)\Z")
+_TRAILER = re.compile(_TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\Z")
 _LINE_MAX_BYTES: Final = 4096
+_EXTENSIONS_MAX_BYTES: Final = 16384  # of one body, in all: a recipient ought to bound them (RFC 9112, 7.1.1)
 _TRAILERS_MAX_BYTES: Final = 16384
+_TRAILER_OVERHEAD: Final = 32  # of each field, beside its bytes
 
 _AT_SIZE: Final = 0
 _IN_DATA: Final = 1
@@ -22,67 +31,94 @@ _DONE: Final = 4
 class ChunkedBody:
     """Feed it bytes in any cut; it says how many belong to the body, and when the body is complete."""
 
-    __slots__ = ("_left", "_line", "_state", "_trailers", "trailers")
+    __slots__ = ("_extensions", "_left", "_line", "_state", "_trailers", "trailers")
 
     def __init__(self) -> None:
-        self.trailers: Trailers = []
+        self.trailers: Trailers = []  # once the body is complete: those that may go on
         self._state = _AT_SIZE
         self._left = 0
-        self._line = b""  # of a size or trailer line whose end has not come yet
+        self._line = b""  # of a line whose end has not come yet
+        self._extensions = 0
         self._trailers = 0
 
     @property
     def is_complete(self) -> bool:
         return self._state == _DONE
 
-    def feed(self, data: bytes, content: list[bytes] | None = None) -> int:
-        """The number of leading bytes of `data` that are the body's; what they carry goes to `content`. Raises Malformed."""
+    def feed(self, data: bytes, out: list[bytes] | None = None, in_chunks: bool = False) -> int:
+        """The number of leading bytes of `data` that are the body's. To `out` goes what they carry or, with `in_chunks`, the chunks to
+        forward. Raises Malformed."""
         at, end = 0, len(data)
+        kept = 0  # where in `data` the chunks begin that go on as they came
         while at < end and self._state != _DONE:
             if self._state == _IN_DATA:
                 step = min(self._left, end - at)
                 self._left -= step
-                if content is not None:
-                    content.append(data[at : at + step])
+                if out is not None and not in_chunks:
+                    out.append(data[at : at + step])
                 at += step
                 if not self._left:
                     self._state = _AFTER_DATA
                 continue
+            start = at
             newline = data.find(b"\n", at)
-            stop = end if newline < 0 else newline + 1
-            self._line += data[at:stop]
-            at = stop
-            if len(self._line) > _LINE_MAX_BYTES:
-                raise Malformed("chunk line too long")
+            at = end if newline < 0 else newline + 1
+            line = self._line + data[start:at]
+            if len(line) > _LINE_MAX_BYTES:
+                raise Malformed(f"chunked body has a line of more than {_LINE_MAX_BYTES} bytes (RFC 9112 7.1)")
+            is_cut = bool(self._line) or newline < 0
+            self._line = line if newline < 0 else b""
+            instead = line
             if newline >= 0:
-                line, self._line = self._line, b""
-                self._end_of_line(line)
+                instead = self._end_of_line(line)
+            if is_cut or instead is not line:
+                if out is not None and in_chunks:
+                    if start > kept:
+                        out.append(data[kept:start])
+                    if newline >= 0 and instead:
+                        out.append(instead)
+                kept = at
+        if out is not None and in_chunks and at > kept:
+            out.append(data[kept:at])
         return at
 
-    def _end_of_line(self, line: bytes) -> None:
+    def _end_of_line(self, line: bytes) -> bytes:
+        """The line as it goes on."""
         if not line.endswith(b"\r\n") or line.find(b"\r") != len(line) - 2:
-            raise Malformed("bare CR or LF in chunked body")
-        line = line[:-2]
+            raise Malformed("chunked body has a bare CR or LF (RFC 9112 7.1)")
         if self._state == _AFTER_DATA:
-            if line:
-                raise Malformed("chunk is longer than its size")
+            if len(line) > 2:
+                raise Malformed("chunked body has a chunk longer than its size (RFC 9112 7.1)")
             self._state = _AT_SIZE
-        elif self._state == _AT_SIZE:
-            match = _SIZE.match(line)
-            if match is None:
-                raise Malformed("malformed chunk size")
-            self._left = int(match[1], 16)
-            self._state = _IN_DATA if self._left else _IN_TRAILERS
-        else:
-            self._trailer(line)
+            return line
+        if self._state == _IN_TRAILERS:
+            self._trailer(line[:-2])
+            return b""
+        match = _SIZE.match(line[:-2])
+        if match is None:
+            raise Malformed("chunked body has a malformed chunk size or extension (RFC 9112 7.1)")
+        self._left = int(match[1], 16)
+        self._state = _IN_DATA if self._left else _IN_TRAILERS
+        if not self._left:
+            return b""
+        extension = len(match[2])
+        if not extension:
+            return line
+        self._extensions += extension
+        if self._extensions > _EXTENSIONS_MAX_BYTES:
+            raise Malformed(f"chunked body has more than {_EXTENSIONS_MAX_BYTES} bytes of chunk extensions (RFC 9112 7.1.1)")
+        return match[1] + b"\r\n"
 
     def _trailer(self, line: bytes) -> None:
         if not line:
+            self.trailers = allowed_trailers(self.trailers)
             self._state = _DONE
             return
-        self._trailers += len(line)
-        if not _TRAILER.match(line) or self._trailers > _TRAILERS_MAX_BYTES:
-            raise Malformed("malformed or oversized trailer")
+        self._trailers += len(line) + _TRAILER_OVERHEAD
+        if not _TRAILER.match(line):
+            raise Malformed("chunked body has a malformed trailer field (RFC 9112 7.1.2)")
+        if self._trailers > _TRAILERS_MAX_BYTES:
+            raise Malformed(f"chunked body has more than {_TRAILERS_MAX_BYTES} bytes of trailers (RFC 9112 7.1.2)")
         name, _, value = line.partition(b":")
         self.trailers.append((name.lower(), value.strip(b" \t")))
 

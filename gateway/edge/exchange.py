@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from . import replies
 from .admission import SHELL_PORT, Forward, Hold, Lookup, Refuse, admit, check_token
-from .head import RequestHead, ResponseHead
+from .head import Malformed, RequestHead, ResponseHead
 from .hold import HoldFull
 from .memo import Admitted, Repeated
 from .reading import PEER_SLOW, THROTTLED
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .worker import Worker
 
 _STALE_SECONDS = 0.1
+_INTERIMS_MOST: Final = 64  # of one exchange: progress (102) and hints (103) come in a few, a flood would cost memory
 _TRACEPARENT = re.compile(rb"\r\ntraceparent: *([^\r]{1,128})", re.I)
 NOBODY = Account()
 
@@ -65,7 +66,7 @@ class Exchange:
     """Origins call the methods under "the answer"; a protocol implements them."""
 
     __slots__ = (
-        "_held_since", "_limiter", "_task", "_throttle", "_timing", "_waiting", "account", "again", "began", "client_frames",
+        "_held_since", "_interims", "_limiter", "_task", "_throttle", "_timing", "_waiting", "account", "again", "began", "client_frames",
         "counted", "first_byte", "head", "held_for", "held_seconds", "origin", "owed", "reason", "request_id", "response_started",
         "sent", "status", "worker",
     )  # fmt: skip
@@ -87,6 +88,7 @@ class Exchange:
         self.sent = 0  # bytes of bodies towards the client
         self.began = 0.0
         self.first_byte = 0.0
+        self._interims = 0
         self._waiting = False
         self._task: asyncio.Task[None] | None = None
         self._limiter: Limiter | None = None
@@ -104,8 +106,8 @@ class Exchange:
         """All of the request has been read, and sent on if there is an origin."""
         raise AssertionError
 
-    def interim(self, head: ResponseHead) -> None:
-        """A 1xx response."""
+    def send_interim(self, head: ResponseHead) -> None:
+        """Passes on a 1xx response."""
 
     def response_head(self, head: ResponseHead) -> None: ...
 
@@ -170,6 +172,15 @@ class Exchange:
     def held_bytes(self) -> int:
         """Of the body, read while there is no origin."""
         return 0
+
+    # ---- what an answer may cost ----
+
+    def interim(self, head: ResponseHead) -> None:
+        """A 1xx response. Raises Malformed where an application sends them without end."""
+        self._interims += 1
+        if self._interims > _INTERIMS_MOST:
+            raise Malformed(f"response has more than {_INTERIMS_MOST} interim responses before it (RFC 9110 15.2)", 502)
+        self.send_interim(head)
 
     # ---- the fast path ----
 

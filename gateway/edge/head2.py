@@ -10,11 +10,13 @@ from .head import (
     CHUNKED,
     FIXED,
     NO_BODY,
+    OWN_FIELDS,
     Fields,
     Malformed,
     RequestHead,
     ResponseHead,
     Trailers,
+    allowed_trailers,
     host_of,
     read_fields,
     split_block,
@@ -81,7 +83,7 @@ def parse_request(fields: list[Field], end: bool, most: int) -> RequestHead:
     elif head.framing == CHUNKED:
         head.block += b"\r\ntransfer-encoding: chunked"
     head.keep_alive = True
-    head.is_memorable = end and protocol is None and not head.expects and path != b"*"
+    head.is_memorable &= end and protocol is None and not head.expects and path != b"*"
     return head
 
 
@@ -142,6 +144,8 @@ def parse_response(fields: list[Field], end: bool, most: int, is_head: bool) -> 
     lengths = [value for name, value in rest if name == b"content-length"]
     if status == 101 or len(lengths) > 1 or (lengths and not _DIGITS(lengths[0])):
         raise Malformed("malformed response", 502)
+    dropped = OWN_FIELDS | {b"content-length"} if status < 200 or status == 204 else OWN_FIELDS  # RFC 9110, 8.6
+    rest = [one for one in rest if one[0] not in dropped]
     block = b"".join(b"\r\n%b: %b" % one for one in rest)
     framing, length = NO_BODY, 0
     if not (status < 200 or status in (204, 304) or is_head or (end and not lengths)):
@@ -151,13 +155,14 @@ def parse_response(fields: list[Field], end: bool, most: int, is_head: bool) -> 
     elif end and status >= 200 and status not in (204, 304) and not is_head:
         framing, block = FIXED, block + b"\r\nContent-Length: 0"
     head = ResponseHead(status, framing, length, True, b"HTTP/1.1 %d " % status, block, None, frozenset(name for name, _ in rest))
+    head.is_dated = status < 200 or b"date" in head.names
     head.hpack = frames.encode_status(status) + frames.encode(rest)  # as it came, without what HTTP/1.1 needs for its framing
     return head
 
 
 def parse_trailers(fields: list[Field]) -> Trailers:
-    """Raises Malformed."""
-    return _check(fields, frozenset())[1]
+    """Those that may go on. Raises Malformed."""
+    return allowed_trailers(_check(fields, frozenset())[1])
 
 
 _NOT_IN_H2 = _OF_CONNECTION | {b"sec-websocket-accept"}

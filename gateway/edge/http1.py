@@ -229,10 +229,9 @@ class Http1(Exchange):
             return
         content: list[bytes] | None = None
         if self._body is not None:
-            if not origin.takes_raw:
-                content = []
+            content = []
             try:
-                used = self._body.feed(data, content)
+                used = self._body.feed(data, content, origin.takes_raw)
             except Malformed as error:
                 self._fail(error.status, str(error).encode())
                 return
@@ -250,13 +249,13 @@ class Http1(Exchange):
         if content is None:
             origin.send(data if used == len(data) else data[:used])
         elif content:
-            origin.send(b"".join(content))
+            origin.send(content[0] if len(content) == 1 else b"".join(content))
         if complete:
             origin.finish(self._body.trailers if self._body is not None else None)
 
     # ---- the answer ----
 
-    def interim(self, head: ResponseHead) -> None:
+    def send_interim(self, head: ResponseHead) -> None:
         """Clients of HTTP/1.0 do not know them."""
         if self.transport is not None and self.is_raw:
             self.transport.write(head.status_line + head.block + b"\r\n\r\n")
@@ -271,8 +270,9 @@ class Http1(Exchange):
             self.status = head.status
             if worker.ledger.access is not None:
                 self.first_byte = worker.time()
+            block = head.block if head.is_dated else head.block + replies.date_line()
             if self.transport is not None:
-                self.transport.write(b"%b\r\nx-amzn-requestid: %b%b\r\n\r\n%b" % (head.status_line, self.request_id, head.block, body))
+                self.transport.write(b"%b\r\nx-amzn-requestid: %b%b\r\n\r\n%b" % (head.status_line, self.request_id, block, body))
         else:
             self._head_out(head, body)
         self.response_done()
@@ -291,8 +291,10 @@ class Http1(Exchange):
         if self._timing and worker.settings.server_timing:
             extra += b"\r\nServer-Timing: " + self._timing.encode("ascii")
         block = head.block
-        if head.framing == CHUNKED and not self.is_raw:
+        if not self.is_raw and b"transfer-encoding" in head.names:  # RFC 9112, 6.1: never to HTTP/1.0
             block = b"".join(b"\r\n" + line for line in block.split(b"\r\n")[1:] if not line.lower().startswith(b"transfer-encoding:"))
+        if not head.is_dated:
+            block += replies.date_line()
         if worker.ledger.access is not None:
             self.first_byte = worker.time()
         if self.transport is not None:

@@ -8,7 +8,7 @@ import socket
 from typing import TYPE_CHECKING, Final, cast
 
 from .chunked import ChunkedBody, encode_end
-from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, allowed_trailers, parse_response
+from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, find_end, parse_response
 from .memo import Memo
 from .parking import HELD_BYTES, unacknowledged
 from .reading import HELD, PEER_SLOW, ReadGate
@@ -31,7 +31,7 @@ _responses: Memo[bytes, ResponseHead] = Memo(2048)
 
 class Origin:
     __slots__ = (
-        "_body", "_buffer", "_encodes", "_held", "_left", "_request", "_state", "_upstream", "_worker", "exchange",
+        "_body", "_buffer", "_encodes", "_held", "_in_chunks", "_left", "_request", "_state", "_upstream", "_worker", "exchange",
         "idle_since", "is_head", "is_parked", "is_paused", "key", "reading", "seen", "transport", "unclean",
     )  # fmt: skip
 
@@ -55,7 +55,8 @@ class Origin:
         self._left = 0
         self._buffer = b""
         self._body: ChunkedBody | None = None
-        self._encodes = False  # the request's body comes plain and goes on in chunks
+        self._in_chunks = False  # the request's body goes on in chunks
+        self._encodes = False  # which it did not come in
 
     # ---- asyncio ----
 
@@ -143,7 +144,8 @@ class Origin:
 
     def open(self, exchange: Exchange, head: RequestHead) -> None:
         self.begin(exchange, head.method == b"HEAD")
-        self._encodes = head.framing == CHUNKED and not exchange.is_raw
+        self._in_chunks = head.framing == CHUNKED
+        self._encodes = self._in_chunks and not exchange.is_raw
         if self.transport is not None:
             self.transport.write(
                 b"%b %b HTTP/1.1%b\r\nx-amzn-requestid: %b\r\n\r\n" % (head.method, head.target, head.block, exchange.request_id)
@@ -201,7 +203,7 @@ class Origin:
         elif self._state == _TUNNEL:
             if self.transport is not None and self.transport.can_write_eof():
                 self.transport.write_eof()
-        elif self._encodes and self.transport is not None:
+        elif self._in_chunks and self.transport is not None:
             self.transport.write(encode_end(trailers))
 
     def pause(self, reason: int) -> None:
@@ -247,35 +249,37 @@ class Origin:
         if self._buffer:
             data = self._buffer + data
             self._buffer = b""
+        settings = self._worker.settings
         while True:
-            end = data.find(b"\r\n\r\n")
-            if end < 0:
-                if len(data) > self._worker.settings.head_bytes or data[:5] != b"HTTP/"[: len(data)]:
-                    self._refuse(exchange, data)
-                    return
-                self._buffer = data
-                return
-            raw = data[:end]
-            head = _responses.get(raw) if not self.is_head else None
+            rest = data.find(b"\r\n\r\n") + 4
+            head = _responses.get(data[: rest - 4]) if rest > 4 and not self.is_head else None
             if head is None:
+                end, rest = find_end(data)
                 try:
-                    head = self._parse(raw)
+                    if (end if end >= 0 else len(data)) > settings.head_bytes:
+                        raise Malformed(f"response has a head of more than {settings.head_bytes} bytes (edge.head_bytes)", 502)
+                    if end < 0 and data[:5] == b"HTTP/"[: len(data)]:
+                        self._buffer = data
+                        return
+                    head = self._parse(data if end < 0 else data[:end])
                 except Malformed:
                     self._refuse(exchange, data)
                     return
-            data = data[end + 4 :]
+            data = data[rest:]
             if head.status >= 200 or head.status == 101:
                 break
-            exchange.interim(head)
+            try:
+                exchange.interim(head)
+            except Malformed:
+                self._refuse(exchange, b"HTTP/")
+                return
             if not data:
                 return
         self.seen = True
         self._final(exchange, head, data)
 
     def _parse(self, raw: bytes) -> ResponseHead:
-        at = raw.find(b"\r\n")
-        line, block = (raw, b"") if at < 0 else (raw[:at], raw[at:])
-        head = parse_response(line, block, self._worker.settings.head_fields, self.is_head)
+        head = parse_response(raw, self._worker.settings.head_fields, self.is_head)
         if not self.is_head and head.status >= 200 and len(raw) <= _MEMO_HEAD_MAX_BYTES:
             _responses.put(raw, head)
         return head
@@ -340,22 +344,22 @@ class Origin:
     def _chunked(self, exchange: Exchange, data: bytes) -> None:
         body = self._body
         assert body is not None
-        content: list[bytes] | None = None if exchange.is_raw else []
+        content: list[bytes] = []
         try:
-            used = body.feed(data, content)
+            used = body.feed(data, content, exchange.is_raw)
         except Malformed:
             self.exchange = None
             exchange.origin_failed(head_sent=True)
             self.cut()
             return
-        if content is None:
-            exchange.response_data(data if used == len(data) else data[:used])
-        elif content:
-            exchange.response_data(b"".join(content))
+        if body.is_complete and exchange.is_raw:
+            content.append(encode_end(body.trailers))
+        if content:
+            exchange.response_data(content[0] if len(content) == 1 else b"".join(content))
         if body.is_complete:
             self.unclean = self.unclean or used < len(data)
             self._body = None
-            self._finish(exchange, trailers=allowed_trailers(body.trailers))
+            self._finish(exchange, trailers=body.trailers)
 
     def _finish(self, exchange: Exchange, head: ResponseHead | None = None, body: bytes = b"", trailers: Trailers | None = None) -> None:
         """The response is complete; `head` is there when all of it came at once. A connection on which a request's body is

@@ -10,7 +10,7 @@ from . import head2, multiplex
 from .chunked import encode_end
 from .flow import FLOW_SLOTS, Flow
 from .frames import Code, StreamBroken
-from .head import CHUNKED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, allowed_trailers
+from .head import CHUNKED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers
 from .multiplex import Multiplex
 from .parking import HELD_BYTES, unacknowledged
 from .reading import HELD, PEER_SLOW
@@ -65,7 +65,7 @@ class OriginStream(Flow):
         if self.number not in self.connection.streams or self.queue_end is not None:
             return
         if trailers:
-            self.connection.send_trailers(self, f.encode(allowed_trailers(trailers)))
+            self.connection.send_trailers(self, f.encode(trailers))
         else:
             self.connection.send_data(self, b"", True)
         self.connection.spoken_to(self)
@@ -98,7 +98,7 @@ class OriginStream(Flow):
         if exchange is None:
             return
         if self._head is not None:
-            self._over(allowed_trailers(head2.parse_trailers(block)), end)
+            self._over(head2.parse_trailers(block), end)
             return
         head = head2.parse_response(block, end, self.connection.worker.settings.head_fields, self.is_head)
         if head.status < 200:

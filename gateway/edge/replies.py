@@ -1,12 +1,16 @@
-"""Answers that the edge makes itself (service reference, 3.4): plain text, no envelope, never stored."""
+"""Answers that the edge makes itself (service reference, 3.4): plain text, no envelope, never stored. And the Date of all answers."""
 
 from __future__ import annotations
 
+import time
+from email.utils import formatdate
+from typing import Final
+
 from .admission import Refuse
 
-_REASONS = {
-    400: b"Bad Request", 403: b"Forbidden", 408: b"Request Timeout", 429: b"Too Many Requests", 431: b"Request Header Fields Too Large",
-    500: b"Internal Server Error", 501: b"Not Implemented", 502: b"Bad Gateway",
+_REASONS: Final = {
+    200: b"OK", 400: b"Bad Request", 403: b"Forbidden", 408: b"Request Timeout", 426: b"Upgrade Required", 429: b"Too Many Requests",
+    431: b"Request Header Fields Too Large", 500: b"Internal Server Error", 501: b"Not Implemented", 502: b"Bad Gateway",
 }  # fmt: skip
 
 UNAVAILABLE = Refuse(502)
@@ -14,20 +18,52 @@ TOO_MANY = Refuse(429, b"Too many requests are waiting for this MicroVM")
 LIMITED = Refuse(429, b"The rate limit of this MicroVM is exceeded")
 
 
+class _Clock:
+    """The Date of this second, written once."""
+
+    __slots__ = ("second", "text")
+
+    def __init__(self) -> None:
+        self.second = 0
+        self.text = b""
+
+
+_clock: Final = _Clock()
+
+
+def date() -> bytes:
+    """Now, as the value of Date (RFC 9110, 5.6.7)."""
+    now = int(time.time())
+    if now != _clock.second:
+        _clock.second, _clock.text = now, formatdate(now, usegmt=True).encode("ascii")
+    return _clock.text
+
+
+def date_line() -> bytes:
+    """What a response without a Date is given on its way (RFC 9110, 6.6.1)."""
+    return b"\r\nDate: " + date()
+
+
 def fields(refusal: Refuse) -> list[tuple[bytes, bytes]]:
-    """Besides the request's id."""
-    found = [(b"cache-control", b"private, no-store"), (b"content-length", b"%d" % len(refusal.body))]
+    """The fields besides the request's id and those of the connection."""
+    found = [(b"date", date()), (b"cache-control", b"private, no-store"), (b"content-length", b"%d" % len(refusal.body))]
     if refusal.body:
         found.append((b"content-type", b"text/plain"))
     if refusal.status == 429:
         found.append((b"retry-after", b"1"))
+    if refusal.status == 426:
+        found.append((b"sec-websocket-version", b"13"))  # RFC 6455, 4.4
     return found
 
 
-def make(refusal: Refuse, request_id: bytes, keep_alive: bool, head_only: bool) -> bytes:
-    """The whole response in HTTP/1.1."""
+def make(refusal: Refuse, request_id: bytes, keep_alive: bool, head_only: bool, minor: int = 1) -> bytes:
+    """The whole response in HTTP/1.1, to a request of HTTP/1.x with `minor` for x."""
     head = [b"HTTP/1.1 %d %b\r\nx-amzn-requestid: %b" % (refusal.status, _REASONS.get(refusal.status, b"Error"), request_id)]
     head += [b"%b: %b" % one for one in fields(refusal)]
-    if not keep_alive:
-        head.append(b"Connection: close")
+    options = [] if keep_alive and minor else [b"keep-alive" if keep_alive else b"close"]
+    if refusal.status == 426:
+        head.append(b"Upgrade: websocket")  # RFC 9110, 15.5.22
+        options.append(b"upgrade")
+    if options:
+        head.append(b"Connection: " + b", ".join(options))
     return b"\r\n".join(head) + b"\r\n\r\n" + (b"" if head_only else refusal.body)

@@ -68,12 +68,7 @@ class ShellOrigin:
         self._exchange = exchange
         fields = dict(split_block(head.block))
         self._tells_code = fields.get(b"x-torpor-exit-code") == b"1"
-        key = fields.get(b"sec-websocket-key")
-        if key is None or fields.get(b"sec-websocket-version") != b"13":
-            self._close()
-            exchange.origin_failed(head_sent=False)
-            return
-        block = b"\r\nSec-WebSocket-Accept: " + accept_of(key)
+        block = b"\r\nSec-WebSocket-Accept: " + accept_of(fields[b"sec-websocket-key"])  # which admission has checked
         line = b"HTTP/1.1 101 Switching Protocols"
         exchange.switch(ResponseHead(101, NO_BODY, 0, True, line, block, b"websocket", frozenset((b"sec-websocket-accept",))), b"")
         self._frames.send_text(msgspec.json.encode({"type": "session_init", "session_id": str(uuid.uuid4())}))

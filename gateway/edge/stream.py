@@ -28,7 +28,7 @@ Key = tuple[f.Field, ...]
 class Request(Exchange, Flow):
     """One stream."""
 
-    __slots__ = ("_ahead", "expected", "frames", "key", "connection", *FLOW_SLOTS)
+    __slots__ = ("_ahead", "_trailers", "expected", "frames", "key", "connection", *FLOW_SLOTS)
 
     protocol = HTTP2
     is_raw = False
@@ -40,6 +40,7 @@ class Request(Exchange, Flow):
         self.connection = connection
         self.open_flow(number, connection.initial_window, now)
         self._ahead: list[bytes] = []  # body that was read while there is no origin
+        self._trailers: Trailers | None = None  # which may come before there is an origin
         self.expected = -1  # bytes of the body that are still to come by Content-Length
         self.frames: FrameCounter | None = None
         self.key: Key = ()
@@ -100,6 +101,7 @@ class Request(Exchange, Flow):
     def trailers(self, trailers: Trailers) -> None:
         if self.expected > 0:
             raise StreamBroken(self.number, Code.PROTOCOL_ERROR, "not the length that was said")
+        self._trailers = trailers
         if self.origin is not None:
             self.origin.finish(trailers)
 
@@ -114,7 +116,7 @@ class Request(Exchange, Flow):
         if ahead:
             origin.send(b"".join(ahead))
         if self.received_end and self.head is not None and self.head.framing != 0:
-            origin.finish(None)
+            origin.finish(self._trailers)
         else:
             self.resume_reading(READ_AHEAD)
 
@@ -130,11 +132,13 @@ class Request(Exchange, Flow):
 
     def _fields(self, head: ResponseHead) -> bytes:
         block = head2.response_block(head) + _REQUEST_ID + self.request_id
+        if not head.is_dated:
+            block += f.encode([(b"date", replies.date())])
         if self._timing and self.worker.settings.server_timing:
             block += f.encode([(b"server-timing", self._timing.encode("ascii"))])
         return block
 
-    def interim(self, head: ResponseHead) -> None:
+    def send_interim(self, head: ResponseHead) -> None:
         if self.number in self.connection.streams:
             self.connection.put(f.headers(self.number, head2.response_block(head), False))
 

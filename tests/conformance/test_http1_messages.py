@@ -24,7 +24,7 @@ REFUSED: dict[str, str] = {
     "3 no method": "/ HTTP/1.1\r\n" + GOOD, "3 no target": "GET HTTP/1.1\r\n" + GOOD, "3 method with a slash": "GE/T / HTTP/1.1\r\n" + GOOD,
     "3 method with a colon": "GET: / HTTP/1.1\r\n" + GOOD, "3.1 method with a brace": "G{T / HTTP/1.1\r\n" + GOOD,
     "3.2 target without a slash": "GET state HTTP/1.1\r\n" + GOOD, "3.2 target with a space": "GET /a b HTTP/1.1\r\n" + GOOD,
-    "3.2 CONNECT": "CONNECT example.com:80 HTTP/1.1\r\n" + GOOD, "3.2 asterisk of GET": "GET * HTTP/1.1\r\n" + GOOD,
+    "3.2 CONNECT": "CONNECT example.com:80 HTTP/1.1\r\n" + GOOD, "3.2 CONNECT in origin form": "CONNECT / HTTP/1.1\r\n" + GOOD, "3.2 asterisk of GET": "GET * HTTP/1.1\r\n" + GOOD,
     "3.2 absolute form of another scheme": "GET ftp://x/ HTTP/1.1\r\n" + GOOD, "3.2 absolute form without a host": "GET http:/// HTTP/1.1\r\n" + GOOD,
     "3.2 absolute form with user information": "GET http://u@x/ HTTP/1.1\r\n" + GOOD, "3.2 authority form of GET": "GET x:80 HTTP/1.1\r\n" + GOOD,
     "3.2 no Host": "GET / HTTP/1.1\r\nTOKEN\r\n\r\n", "3.2 two Hosts": "GET / HTTP/1.1\r\nHOST\r\nHOST\r\nTOKEN\r\n\r\n",
@@ -78,6 +78,7 @@ for code in (0, 9, 11, 127, *b'"(),/;<=>?@[\\]{}'):
     REFUSED[f"5.1 {chr(code)!r} in a name"] = f"GET / HTTP/1.1\r\nHOST\r\nX{chr(code)}Y: z\r\nTOKEN\r\n\r\n"
 for bad in ("5\nhello\r\n0\r\n\r\n", "5\r\nhello\n0\r\n\r\n", "0x5\r\nhello\r\n0\r\n\r\n", "+5\r\nhello\r\n0\r\n\r\n", "-5\r\nhello\r\n", " 5\r\nhello\r\n0\r\n\r\n", "5_\r\nhello\r\n",
             "\r\nhello\r\n0\r\n\r\n", "5\r\nhelloX\r\n0\r\n\r\n", "6\r\nhello\r\n0\r\n\r\n", "g\r\n", "ffffffffffffffff\r\n", "5 5\r\nhello\r\n", "5;a=\x00\r\nhello\r\n", "5;\nhello\r\n0\r\n\r\n",
+            "5;\r\nhello\r\n0\r\n\r\n", "5;;a\r\nhello\r\n0\r\n\r\n", '5;a="x\r\nhello\r\n0\r\n\r\n', "5 ;\r\nhello\r\n0\r\n\r\n",
             "0\r\nX : y\r\n\r\n", "0\r\n folded\r\n\r\n", "0\r\nX: y\n\r\n", "0\r\n: y\r\n\r\n", "0\r\nnocolon\r\n\r\n", "5\r\r\nhello\r\n", "5\rhello\r\n"):  # fmt: skip
     REFUSED[f"7.1 chunks {bad[:24]!r}"] = "POST /never HTTP/1.1\r\nHOST\r\nTransfer-Encoding: chunked\r\nTOKEN\r\n\r\n" + bad
 REFUSED["5.4 head too large"] = "GET / HTTP/1.1\r\nHOST\r\nX: " + "y" * 33_000 + "\r\nTOKEN\r\n\r\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.edge.admission import Forward, Hold, Lookup, Refuse, admit, check_token
+from gateway.edge.admission import SHELL_PORT, Forward, Hold, Lookup, Refuse, admit, check_token
 from gateway.edge.head import RequestHead
 from gateway.messages import Route
 from gateway.tokens import Checker, Grant, MalformedToken, TokenError
@@ -79,3 +79,38 @@ def test_subprotocol_token_needs_an_upgrade_and_the_marker(upgrade: bytes | None
     one = RequestHead(b"GET", b"/", 1, "h", token="t", subprotocol_auth=True, marker_offered=marker, upgrade=upgrade)
     decision = check_token(one, Fixed(GRANT), NOW)
     assert decision == GRANT if status is None else isinstance(decision, Refuse) and decision.status == status
+
+
+KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
+
+
+@pytest.mark.parametrize(
+    ("upgrade", "version", "key", "decision"),
+    [
+        (b"websocket", b"13", KEY, Forward(SHELL_PORT)),
+        (b"websocket", b"12", KEY, Refuse(426, b"Sec-WebSocket-Version must be 13")),
+        (b"websocket", b"", KEY, Refuse(426, b"Sec-WebSocket-Version must be 13")),
+        (b"websocket", b"13", b"", Refuse(400, b"Sec-WebSocket-Key must be 16 bytes in base64")),
+        (b"websocket", b"13", b"c2hvcnQ=", Refuse(400, b"Sec-WebSocket-Key must be 16 bytes in base64")),
+        (b"websocket", b"13", KEY[:-3] + b"!==", Refuse(400, b"Sec-WebSocket-Key must be 16 bytes in base64")),
+        (None, b"13", KEY, Refuse(502)),
+    ],
+)
+def test_a_shells_handshake_is_checked_before_its_shell_is_opened(
+    upgrade: bytes | None, version: bytes, key: bytes, decision: object
+) -> None:
+    one = head()
+    one.upgrade = upgrade
+    one.block = b"\r\nSec-WebSocket-Version: " + version + b"\r\nSec-WebSocket-Key: " + key
+    grant = Grant("s1", (), NOW + 60, "shell", "k")
+    assert admit(one, grant, Route("h", "s1", 1, "open", opens_shell=True), True, NOW) == decision
+
+
+@pytest.mark.parametrize(("method", "status"), [(b"OPTIONS", 200), (b"TRACE", 501)])
+def test_a_request_without_hops_left_goes_no_further_and_wakes_nobody(method: bytes, status: int) -> None:
+    one = head()
+    one.method, one.max_forwards = method, 0
+    for gate in ("open", "hold"):
+        decision = admit(one, GRANT, Route("h", "s1", 1, gate), True, NOW)
+        assert isinstance(decision, Refuse) and decision.status == status
+    assert admit(one, FAILED, None, False, NOW) == FAILED

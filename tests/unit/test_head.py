@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.edge.head import CHUNKED, FIXED, NO_BODY, UNTIL_CLOSE, Malformed, RequestHead, parse_request, parse_response
+from gateway.edge.head import CHUNKED, FIXED, NO_BODY, UNTIL_CLOSE, Malformed, RequestHead, find_end, parse_request, parse_response
 
 HOST = b"x.lambda-microvm.us-east-1.localhost"
 
@@ -29,10 +29,13 @@ REFUSED = {
     "a length with a separator": ([b"Content-Length: 1_0"], 400),
     "a huge length": ([b"Content-Length: 9999999999999999999999"], 400),
     "an empty length": ([b"Content-Length:"], 400),
-    "chunked twice": ([b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"], 501),
+    "chunked twice": ([b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"], 400),
+    "chunked twice in one field": ([b"Transfer-Encoding: chunked, chunked"], 400),
     "a coding before chunked": ([b"Transfer-Encoding: gzip, chunked"], 501),
-    "chunked before a coding": ([b"Transfer-Encoding: chunked, identity"], 501),
-    "an unknown coding": ([b"Transfer-Encoding: xchunked"], 501),
+    "chunked before a coding": ([b"Transfer-Encoding: chunked, gzip"], 400),
+    "a coding alone": ([b"Transfer-Encoding: gzip"], 400),
+    "an empty coding": ([b"Transfer-Encoding: chunked,"], 400),
+    "an unknown coding": ([b"Transfer-Encoding: xchunked"], 400),
     "chunked with a tab": ([b"Transfer-Encoding: \x0bchunked"], 400),
     "a space before the colon": ([b"Transfer-Encoding : chunked"], 400),
     "a folded line": ([b"X: a", b" b: c"], 400),
@@ -56,13 +59,13 @@ def test_refused(case: str) -> None:
     host = None if case == "a host with a path" else HOST
     with pytest.raises(Malformed) as refused:
         request(*fields, host=host)
-    assert refused.value.status == status
+    assert refused.value.status == status and str(refused.value).startswith("request has ")
 
 
 LINES = [
     b"GET  / HTTP/1.1", b"GET / HTTP/1.1 ", b" GET / HTTP/1.1", b"GET / HTTP/2.0", b"GET / http/1.1", b"GET /", b"GET / HTTP/1.2",
     b"GET /a b HTTP/1.1", b"G\x00T / HTTP/1.1", b"GET /\x7f HTTP/1.1", b"GET example.com HTTP/1.1", b"CONNECT a:1 HTTP/1.1",
-    b"GET ftp://a/ HTTP/1.1", b"* * HTTP/1.1", b"GET * HTTP/1.1", b"GET http://user@a/ HTTP/1.1", b"\x16\x03\x01\x02",
+    b"CONNECT / HTTP/1.1", b"CONNECT http://a/ HTTP/1.1", b"GET ftp://a/ HTTP/1.1", b"* * HTTP/1.1", b"GET * HTTP/1.1", b"GET http://user@a/ HTTP/1.1", b"\x16\x03\x01\x02",
 ]  # fmt: skip
 
 
@@ -114,8 +117,37 @@ def test_connection_cannot_take_framing_away() -> None:
 
 def test_upgrade_only_where_connection_says_so() -> None:
     assert request(b"Upgrade: websocket").upgrade is None
-    head = request(b"Upgrade: websocket", b"Connection: Upgrade")
+    head = request(b"Upgrade: WebSocket", b"Connection: Upgrade")
     assert head.upgrade == b"websocket" and head.block.endswith(b"\r\nConnection: upgrade\r\nUpgrade: websocket")
+    head = request(b"Upgrade: h2c, websocket", b"Connection: Upgrade")
+    assert head.upgrade == b"websocket" and head.block.endswith(b"\r\nUpgrade: websocket")
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        *[(b"GET / HTTP/1.1", (b"Upgrade: " + name,)) for name in (b"h2c", b"TLS/1.0", b"foo/1", b"websocket2", b"")],
+        (b"GET / HTTP/1.0", (b"Upgrade: websocket",)),
+        (b"POST / HTTP/1.1", (b"Upgrade: websocket",)),
+        (b"GET / HTTP/1.1", (b"Upgrade: websocket", b"Content-Length: 1")),
+        (b"GET / HTTP/1.1", (b"Upgrade: websocket", b"Transfer-Encoding: chunked")),
+    ],
+)
+def test_no_other_upgrade_is_passed_on(line: bytes, fields: tuple[bytes, ...]) -> None:
+    """RFC 9110, 7.8: what is not understood, and all of HTTP/1.0, is ignored; WebSocket is a GET without content."""
+    head = request(b"Connection: upgrade", *fields, line=line)
+    assert head.upgrade is None and b"pgrade" not in head.block
+
+
+@pytest.mark.parametrize(("method", "sent", "forwarded"), [(b"OPTIONS", 5, 4), (b"TRACE", 1, 0), (b"TRACE", 0, 0), (b"GET", 5, 5)])
+def test_max_forwards_counts_down(method: bytes, sent: int, forwarded: int) -> None:
+    head = request(b"Max-Forwards: %d" % sent, line=method + b" / HTTP/1.1")
+    assert head.block.endswith(b"\r\nMax-Forwards: %d" % forwarded) and not head.is_memorable
+    assert head.max_forwards == (-1 if method == b"GET" else sent)
+
+
+def test_a_request_id_of_the_clients_own_is_taken_away() -> None:
+    assert request(b"X-Amzn-RequestId: spoofed", b"A: b").block == b"\r\nHost: " + HOST + b"\r\nA: b"
 
 
 def test_subprotocols() -> None:
@@ -166,7 +198,7 @@ def test_what_goes_on_reads_the_same(fields: list[tuple[bytes, bytes]]) -> None:
 @given(st.binary(max_size=300))
 def test_garbage_is_refused_or_parsed_never_worse(data: bytes) -> None:
     line, _, rest = data.partition(b"\r\n")
-    for parse in (lambda: parse_request(line, b"\r\n" + rest, 200), lambda: parse_response(line, b"\r\n" + rest, 200, False)):
+    for parse in (lambda: parse_request(line, b"\r\n" + rest, 200), lambda: parse_response(data, 200, False)):
         with contextlib.suppress(Malformed):
             parse()
 
@@ -175,7 +207,7 @@ def test_garbage_is_refused_or_parsed_never_worse(data: bytes) -> None:
 
 
 def response(line: bytes, *fields: bytes, is_head: bool = False):  # type: ignore[no-untyped-def]
-    return parse_response(line, b"".join(b"\r\n" + one for one in fields), 200, is_head)
+    return parse_response(line + b"".join(b"\r\n" + one for one in fields), 200, is_head)
 
 
 @pytest.mark.parametrize(
@@ -194,19 +226,78 @@ def test_response_framing(line: bytes, fields: tuple[bytes, ...], is_head: bool,
     assert response(line, *fields, is_head=is_head).framing == framing
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [(b"Content-Length: 5", b"Content-Length: 6"), (b"Content-Length: 5", b"Transfer-Encoding: chunked"), (b"A : b",), (b"A: \0",)],
-)
-def test_response_that_could_be_read_two_ways(fields: tuple[bytes, ...]) -> None:
-    with pytest.raises(Malformed):
-        response(b"HTTP/1.1 200 OK", *fields)
+# Fields of a response with two meanings, made one; the block that goes on, its framing and length.
+SLOPPY = {
+    "both framings": (b"Content-Length: 5\r\nTransfer-Encoding: chunked", b"Transfer-Encoding: chunked", CHUNKED, 0),
+    "two equal lengths": (b"Content-Length: 5\r\nX: y\r\nContent-Length: 5", b"Content-Length: 5\r\nX: y", FIXED, 5),
+    "a list of equal lengths": (b"Content-Length: 5, 5", b"Content-Length: 5", FIXED, 5),
+    "a control character": (b"X: a\x01b\x7f\r\nContent-Length: 5", b"X: a b\r\nContent-Length: 5", FIXED, 5),
+    "a bare LF": (b"X: a\nContent-Length: 5", b"X: a\r\nContent-Length: 5", FIXED, 5),
+}
 
 
-@pytest.mark.parametrize("line", [b"HTTP/1.1 2000 OK", b"HTTP/2 200", b"HTTP/1.1 20", b"hello", b"HTTP/1.1 099 x", b""])
+@pytest.mark.parametrize("case", SLOPPY)
+def test_a_sloppy_response_goes_on_in_one_meaning(case: str) -> None:
+    sent, block, framing, length = SLOPPY[case]
+    head = response(b"HTTP/1.1 200 OK", sent)
+    assert (head.block, head.framing, head.length) == (b"\r\n" + block, framing, length)
+    assert head.keep_alive is (case != "both framings")  # RFC 9112, 6.1: that connection is not used again
+
+
+AMBIGUOUS = {
+    "two different Content-Length values (RFC 9112 6.3)": [b"Content-Length: 5", b"Content-Length: 6"],
+    "a Content-Length that is not a number (RFC 9112 6.3)": [b"Content-Length: +5"],
+    "a Transfer-Encoding other than one chunked (RFC 9112 6.1)": [b"Transfer-Encoding: gzip, chunked"],
+    "white space before a colon (RFC 9112 5.1)": [b"A : b"],
+    "a folded line (RFC 9112 5.2)": [b"A: b", b" c"],
+    "a bare CR (RFC 9112 2.2)": [b"A: b\rc"],
+    "a line without a colon (RFC 9112 5)": [b"A"],
+    "a field name that is no token (RFC 9110 5.1)": [b"A B: c"],
+    "a control character in a field value (RFC 9110 5.5)": [b"A: \0"],
+    "more than 200 fields (edge.head_fields)": [b"A: b"] * 201,
+}
+
+
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_a_response_that_could_be_read_two_ways_is_refused_by_its_rule(case: str) -> None:
+    with pytest.raises(Malformed) as refused:
+        response(b"HTTP/1.1 200 OK", *AMBIGUOUS[case])
+    assert str(refused.value) == f"response has {case}"
+
+
+def test_transfer_encoding_in_http_1_0_is_refused() -> None:
+    with pytest.raises(Malformed, match=r"HTTP/1\.0 \(RFC 9112 6\.1\)"):
+        response(b"HTTP/1.0 200 OK", b"Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize("line", [b"HTTP/1.1 2000 OK", b"HTTP/2 200", b"HTTP/1.1 20", b"hello", b"HTTP/1.1 099 x", b"", b"http/1.1 200 OK"])
 def test_refused_status_lines(line: bytes) -> None:
-    with pytest.raises(Malformed):
+    with pytest.raises(Malformed, match=r"^response has a malformed status line \(RFC 9112 4\)$"):
         response(line)
+
+
+@pytest.mark.parametrize("line", [b"HTTP/1.1 204 No Content", b"HTTP/1.1 103 Early Hints", b"HTTP/1.1 101 Switching Protocols"])
+def test_no_framing_goes_on_where_there_is_no_content(line: bytes) -> None:
+    """RFC 9110, 8.6; RFC 9112, 6.1."""
+    assert (
+        response(line, b"Content-Length: 5", b"A: b").block == response(line, b"Transfer-Encoding: chunked", b"A: b").block == b"\r\nA: b"
+    )
+    assert response(b"HTTP/1.1 304 Not Modified", b"Content-Length: 5").block == b"\r\nContent-Length: 5"
+
+
+def test_a_date_and_our_request_id_are_ours_to_add() -> None:
+    assert response(b"HTTP/1.1 200 OK", b"Date: Sun, 06 Nov 1994 08:49:37 GMT").is_dated and response(b"HTTP/1.1 100 Continue").is_dated
+    head = response(b"HTTP/1.1 200 OK", b"X-Amzn-Requestid: spoofed", b"A: b")
+    assert head.block == b"\r\nA: b" and not head.is_dated
+
+
+@given(st.sampled_from([b"\r\n", b"\n"]), st.sampled_from([b"\r\n\r\n", b"\n\n", b"\r\n\n", b"\n\r\n"]), st.binary(max_size=30))
+def test_the_end_of_a_head_is_its_first_empty_line(line_end: bytes, head_end: bytes, rest: bytes) -> None:
+    head = b"HTTP/1.1 200 OK" + line_end + b"A: b"
+    data = head + head_end + rest
+    assert find_end(data) == (len(head), len(head + head_end))
+    for length in range(len(head) + len(head_end)):
+        assert find_end(data[:length]) == (-1, 0)
 
 
 def test_response_fields() -> None:
