@@ -12,7 +12,7 @@ import re
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
-from . import replies
+from . import failures, replies
 from .admission import SHELL_PORT, Forward, Hold, Lookup, Refuse, admit, check_token
 from .head import Malformed, RequestHead, ResponseHead
 from .hold import HoldFull
@@ -24,6 +24,7 @@ from .upstream import ConnectFailed, SessionGone
 from .websocket import PING, PONG, FrameCounter, pong
 
 if TYPE_CHECKING:
+    from .failures import Failure
     from .head import Trailers
     from .limits import Limiter
     from .origin import Origin
@@ -40,6 +41,9 @@ class OriginSide(Protocol):
     """What an exchange needs of the connection, or stream, to its application."""
 
     takes_raw: bool  # bodies may come in HTTP/1.1's own framing
+
+    @property
+    def key(self) -> Key: ...
 
     @property
     def is_paused(self) -> bool: ...
@@ -123,12 +127,28 @@ class Exchange:
             self.response_data(body)
         self.response_done()
 
-    def origin_failed(self, head_sent: bool) -> None:
-        """The application went away, or what it said cannot be understood."""
+    def origin_failed(self, failure: Failure) -> None:
+        """There is no whole answer from the application. Before its head this is a 502; after it, the client must see that it is
+        cut short. Both are written into the microVM's log."""
+        origin = self.origin
+        key: Key = origin.key if origin is not None else ("", 0, 0)
+        if failure.kind == failures.NOT_HTTP and not self.response_started and self.worker.upstream.try_tls(key, self):
+            return
+        self.origin = None
+        if failure.kind != failures.ENDED or not self.response_started:
+            self.fault(key, failure.reason)
+        if self.response_started:
+            self._answered()
+            self.cut_short()
+        else:
+            self.refuse(replies.UNAVAILABLE)
+
+    def cut_short(self) -> None:
+        """Ends the answer so that its client sees that it is not complete."""
 
     def cut(self) -> None:
         """The incarnation ends, and with it a stream or tunnel that is open; the client is told so where it can be."""
-        self.origin_failed(head_sent=self.response_started)
+        self.origin_failed(failures.SUSPENDED)
 
     @property
     def server_frames(self) -> FrameCounter | None:
@@ -273,7 +293,7 @@ class Exchange:
             self.account.spoken += 1
             self.account.last = self.worker.time()
         elif getattr(origin, "is_parked", False) and self._answer_pings(control):
-            return
+            return  # nothing for the application
         else:
             # The latest alone: a pong answers those before it too (RFC 6455, 5.5.3).
             self.owed = [one for one in control if one[0] == PING] or self.owed
@@ -282,6 +302,8 @@ class Exchange:
 
     def _answer_pings(self, control: list[tuple[int, bytes]]) -> bool:
         server = self.server_frames
+        if server is not None and server.is_closed:
+            return True  # the application has ended its half, and so has nothing to say
         if server is None or not server.at_boundary:
             return False
         pongs = b"".join(pong(payload) for opcode, payload in control if opcode == PING)

@@ -6,7 +6,7 @@ import asyncio
 import re
 from typing import TYPE_CHECKING, Final, cast
 
-from . import replies
+from . import failures, replies
 from .admission import Refuse
 from .chunked import ChunkedBody
 from .exchange import Exchange, peer_of
@@ -344,17 +344,11 @@ class Http1(Exchange):
         if self._no_more and self._state == _AT_HEAD:  # half a request, whose other half will not come
             self._close()
 
-    def origin_failed(self, head_sent: bool) -> None:
-        """Before the answer's head this is a 502; after it, the client must see that it is cut short."""
-        self.origin = None
-        self._answered()
-        if head_sent or self.response_started:
-            self.record("origin")
-            self._state = _ENDING
-            if self.transport is not None:
-                self.transport.abort()
-        else:
-            self.refuse(replies.UNAVAILABLE)
+    def cut_short(self) -> None:
+        self.record("origin")
+        self._state = _ENDING
+        if self.transport is not None:
+            self.transport.abort()
 
     # ---- tunnels ----
 
@@ -391,6 +385,8 @@ class Http1(Exchange):
             self.transport.write(data)
 
     def tunnel_half_closed(self) -> None:
+        if self._frames is not None:
+            self._frames.end()
         if self.transport is not None and self.transport.can_write_eof():
             self.transport.write_eof()
             if self._no_more:
@@ -405,7 +401,7 @@ class Http1(Exchange):
 
     def cut(self) -> None:
         if self._state != _TUNNEL:
-            self.origin_failed(head_sent=self.response_started)
+            self.origin_failed(failures.SUSPENDED)
             return
         self.origin = None
         self.record("origin")

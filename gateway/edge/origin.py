@@ -7,7 +7,9 @@ import os
 import socket
 from typing import TYPE_CHECKING, Final, cast
 
+from . import failures
 from .chunked import ChunkedBody, encode_end
+from .failures import Failure
 from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, find_end, parse_response
 from .memo import Memo
 from .parking import HELD_BYTES, unacknowledged
@@ -101,10 +103,12 @@ class Origin:
             exchange.response_done()
         elif self._state == _TUNNEL:
             exchange.cut()
-        elif self._state == _AT_HEAD and not self._buffer and self._over_tls(exchange):
-            return
+        elif self._state != _AT_HEAD:
+            exchange.origin_failed(failures.CONTENT_CUT_SHORT)
+        elif self._buffer:
+            exchange.origin_failed(failures.HEAD_CUT_SHORT)
         else:
-            exchange.origin_failed(head_sent=self._state != _AT_HEAD)
+            exchange.origin_failed(failures.STALE_FAILURE if self.seen else failures.UNANSWERED_FAILURE)
 
     def pause_writing(self) -> None:
         self.is_paused = True
@@ -262,16 +266,17 @@ class Origin:
                         self._buffer = data
                         return
                     head = self._parse(data if end < 0 else data[:end])
-                except Malformed:
-                    self._refuse(exchange, data)
+                except Malformed as error:
+                    not_http = not self.seen and not data.startswith(b"HTTP/")
+                    self._refuse(exchange, failures.NOT_HTTP_FAILURE if not_http else Failure(failures.INVALID, str(error)))
                     return
             data = data[rest:]
             if head.status >= 200 or head.status == 101:
                 break
             try:
                 exchange.interim(head)
-            except Malformed:
-                self._refuse(exchange, b"HTTP/")
+            except Malformed as error:
+                self._refuse(exchange, Failure(failures.INVALID, str(error)))
                 return
             if not data:
                 return
@@ -284,17 +289,13 @@ class Origin:
             _responses.put(raw, head)
         return head
 
-    def _refuse(self, exchange: Exchange, data: bytes) -> None:
-        """What the application said cannot be taken. If it is not HTTP at all it is perhaps TLS; otherwise this is a 502."""
+    def _refuse(self, exchange: Exchange, failure: Failure) -> None:
+        """What the application said cannot be taken."""
         self.exchange = None
         self.unclean = True
-        if data.startswith(b"HTTP/") or not self._over_tls(exchange):
-            exchange.origin_failed(head_sent=False)
+        exchange.origin_failed(failure)
         if self.transport is not None:
             self.transport.abort()
-
-    def _over_tls(self, exchange: Exchange) -> bool:
-        return not self.seen and self._upstream.try_tls(self.key, exchange)
 
     def _final(self, exchange: Exchange, head: ResponseHead, data: bytes) -> None:
         if head.status == 101:
@@ -324,7 +325,7 @@ class Origin:
 
     def _switch(self, exchange: Exchange, head: ResponseHead, data: bytes) -> None:
         if head.upgrade is None or exchange.head is None or exchange.head.upgrade is None:
-            self._refuse(exchange, b"HTTP/")
+            self._refuse(exchange, failures.UNASKED_UPGRADE)
             return
         self._state = _TUNNEL
         self._encodes = False
@@ -347,10 +348,8 @@ class Origin:
         content: list[bytes] = []
         try:
             used = body.feed(data, content, exchange.is_raw)
-        except Malformed:
-            self.exchange = None
-            exchange.origin_failed(head_sent=True)
-            self.cut()
+        except Malformed as error:
+            self._refuse(exchange, Failure(failures.INVALID, str(error)))
             return
         if body.is_complete and exchange.is_raw:
             content.append(encode_end(body.trailers))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from . import failures, head2, multiplex
 from . import frames as f
-from . import head2, multiplex
 from .chunked import encode_end
+from .failures import Failure
 from .flow import FLOW_SLOTS, Flow
 from .frames import Code, StreamBroken
-from .head import CHUNKED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers
+from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers
 from .multiplex import Multiplex
 from .parking import HELD_BYTES, unacknowledged
 from .reading import HELD, PEER_SLOW
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 _STREAMS_MOST = 100  # until the application says how many it takes
 _LIST_BYTES = 128 << 10
 _NUMBER_MOST = 2**30  # numbers cannot be used again: a connection ends before they do
+
+
+_TOO_LITTLE: Final = "the content is shorter than content-length says (RFC 9113, 8.1.1)"
 
 
 class OriginStream(Flow):
@@ -39,9 +43,13 @@ class OriginStream(Flow):
         self.open_flow(number, connection.initial_window, connection.time())
         self._head: ResponseHead | None = None
         self._chunks = False
-        self._left = -1
+        self._left = -1  # of the content that the head announces; -1: of any length
 
     # ---- used by the exchange ----
+
+    @property
+    def key(self) -> Key:
+        return self.connection.key
 
     @property
     def is_paused(self) -> bool:
@@ -103,12 +111,14 @@ class OriginStream(Flow):
         head = head2.parse_response(block, end, self.connection.worker.settings.head_fields, self.is_head)
         if head.status < 200:
             if end:
-                raise Malformed("an interim response ended the stream", 502)
+                raise Malformed("an interim response ends the stream (RFC 9113, 8.1)", 502)
             exchange.interim(head)
             return
+        self._left = head.length if head.framing == FIXED else 0 if head.framing == NO_BODY else -1
+        if end and self._left > 0:
+            raise Malformed(_TOO_LITTLE, 502)
         self._head = head
         self._chunks = head.framing == CHUNKED and exchange.is_raw
-        self._left = head.length if head.framing not in (CHUNKED, NO_BODY) else -1
         if end:  # as gRPC says that a call failed at once: to its clients it must stay one frame
             self.exchange = None
             exchange.response_whole(head, b"")
@@ -121,14 +131,16 @@ class OriginStream(Flow):
         if exchange is None:
             return
         if self._head is None:
-            raise Malformed("data before the head", 502)
+            raise Malformed("content comes before the response's head (RFC 9113, 8.1)", 502)
         account = exchange.account
         account.count += 1
         account.last = self.connection.time()
         if self._left >= 0:
             self._left -= len(data)
-            if self._left < 0 or (end and self._left):
-                raise Malformed("not the length that was said", 502)
+            if self._left < 0:
+                raise Malformed("the content is longer than content-length says, or not allowed (RFC 9113, 8.1.1)", 502)
+            if end and self._left:
+                raise Malformed(_TOO_LITTLE, 502)
         if data:
             exchange.response_data(b"%x\r\n%b\r\n" % (len(data), data) if self._chunks else data)
         if end:
@@ -137,7 +149,9 @@ class OriginStream(Flow):
     def _over(self, trailers: Trailers | None, end: bool) -> None:
         exchange = self.exchange
         if not end or exchange is None:
-            raise Malformed("trailers must end the stream", 502)
+            raise Malformed("trailers do not end the stream (RFC 9113, 8.1)", 502)
+        if self._left > 0:
+            raise Malformed(_TOO_LITTLE, 502)
         self.exchange = None
         if self._chunks:
             exchange.response_data(encode_end(trailers))
@@ -145,14 +159,19 @@ class OriginStream(Flow):
         self.connection.answered(self)
 
     @property
+    def has_head(self) -> bool:
+        """The response's final head has come."""
+        return self._head is not None
+
+    @property
     def is_silent(self) -> bool:
         """Its head is out, and nothing is under way."""
         return self.exchange is not None and self._head is not None and not self.queue and not self.source_paused and not self.paused
 
-    def failed(self) -> None:
+    def failed(self, failure: Failure) -> None:
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
-            exchange.origin_failed(head_sent=self._head is not None)
+            exchange.origin_failed(failure)
 
 
 class Http2Origin(Multiplex):
@@ -183,7 +202,7 @@ class Http2Origin(Multiplex):
         self.forgotten()
         streams, self.streams = self.streams, {}
         for stream in streams.values():
-            stream.failed()
+            stream.failed(failures.CONTENT_CUT_SHORT if stream.has_head else failures.UNANSWERED_FAILURE)
 
     # ---- streams ----
 
@@ -221,17 +240,24 @@ class Http2Origin(Multiplex):
         try:
             stream.headers(fields, end)
         except Malformed as error:
-            raise StreamBroken(number, Code.PROTOCOL_ERROR, str(error)) from error
+            self._malformed(stream, error)
+
+    def _malformed(self, stream: OriginStream, error: Malformed) -> None:
+        """A malformed response is a stream error (RFC 9113, 8.1.1). The connection takes no further streams: an application that
+        frames one response wrongly is not trusted with the next."""
+        self.goaway_sent = True
+        stream.failed(Failure(failures.INVALID, str(error)))
+        raise StreamBroken(stream.number, Code.PROTOCOL_ERROR, str(error)) from error
 
     def on_data(self, stream: OriginStream, data: bytes, end: bool) -> None:
         try:
             stream.data(data, end)
         except Malformed as error:
-            raise StreamBroken(stream.number, Code.PROTOCOL_ERROR, str(error)) from error
+            self._malformed(stream, error)
 
     def on_reset(self, stream: OriginStream, code: int) -> None:
         """NO_ERROR after an answer only says that the rest of the request is not wanted."""
-        stream.failed()
+        stream.failed(failures.STREAM_RESET)
         self.freed()
 
     def on_goaway(self, last: int, code: int) -> None:
@@ -239,7 +265,7 @@ class Http2Origin(Multiplex):
         self.goaway_sent = True
         for stream in [one for one in self.streams.values() if one.number > last]:
             self.drop(stream)
-            stream.failed()
+            stream.failed(failures.STREAM_REFUSED)
         self._maybe_end()
 
     def answered(self, stream: OriginStream) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _TYPED_MAX_BYTES = 4096
 _MESSAGE_BYTES = 65536
 _SHELL_EXITED, _GOING_AWAY = 1000, 1001
+_CLOSE_SECONDS = 5.0  # for a client to answer a Close frame; then its connection is closed all the same
 
 
 class _Resize(msgspec.Struct, tag_field="type", tag="resize"):
@@ -54,6 +55,7 @@ class ShellOrigin:
         self._typed = bytearray()
         self._reading = ReadGate(self)
         self._tells_code = False
+        self._closing: asyncio.TimerHandle | None = None  # a Close frame was sent, and its answer is waited for
 
     def park(self) -> None:
         self.is_parked = True
@@ -102,15 +104,22 @@ class ShellOrigin:
         self._reading.resume(reason)
 
     def abandon(self) -> None:
-        self._exchange = None
+        self._leave()
         self._close()
 
     def cut(self) -> None:
         """The incarnation ends."""
-        exchange, self._exchange = self._exchange, None
+        exchange = self._leave()
         self._close()
         if exchange is not None:
             exchange.cut()
+
+    def _leave(self) -> Exchange | None:
+        """The exchange is over, and nothing of this shell may reach it any more: its connection carries others."""
+        exchange, self._exchange = self._exchange, None
+        if self._closing is not None:
+            self._closing.cancel()
+        return exchange
 
     @property
     def is_over(self) -> bool:
@@ -226,12 +235,14 @@ class ShellOrigin:
             if data:
                 exchange.response_data(bytes(data))
             else:
-                self._exchange = None
+                self._leave()
                 self._close()
                 exchange.response_over()
                 return
 
     def _close(self) -> None:
+        if self._exchange is not None and self._closing is None:
+            self._closing = self._loop.call_later(_CLOSE_SECONDS, self._give_up)
         if self.is_parked:
             self.is_parked = False
             self._worker.parking.discard(self)
@@ -239,3 +250,9 @@ class ShellOrigin:
             self._loop.remove_reader(self._socket.fileno())
             self._loop.remove_writer(self._socket.fileno())
             self._socket.close()
+
+    def _give_up(self) -> None:
+        """The client has not answered the Close frame (RFC 6455, 7.1.1)."""
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.response_over()

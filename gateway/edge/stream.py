@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from . import failures, head2, replies
 from . import frames as f
-from . import head2, replies
 from .admission import Refuse
 from .exchange import Exchange, peer_of
+from .failures import Failure
 from .flow import FLOW_SLOTS, Flow
 from .frames import Code, StreamBroken
 from .head import MARKER, ResponseHead, Trailers, split_block
@@ -199,14 +200,9 @@ class Request(Exchange, Flow):
         if self.origin is not None:
             self.origin.resume(PEER_SLOW)
 
-    def origin_failed(self, head_sent: bool) -> None:
-        self.origin = None
-        self._answered()
-        if head_sent or self.response_started:
-            self.record("origin")
-            self.connection.reset(self, Code.INTERNAL_ERROR)
-        else:
-            self.refuse(replies.UNAVAILABLE)
+    def cut_short(self) -> None:
+        self.record("origin")
+        self.connection.reset(self, Code.INTERNAL_ERROR)
 
     def refuse(self, refusal: Refuse) -> None:
         self._answered()
@@ -235,7 +231,7 @@ class Request(Exchange, Flow):
             origin = self.origin
             if origin is not None:
                 origin.abandon()
-            self.origin_failed(head_sent=False)
+            self.origin_failed(Failure(failures.INVALID, "Sec-WebSocket-Accept does not answer the request's key (RFC 6455, 4.2.2)"))
             return
         self._answered()
         self.response_started = True
@@ -265,6 +261,8 @@ class Request(Exchange, Flow):
             self.connection.send_data(self, data, False)
 
     def tunnel_half_closed(self) -> None:
+        if self.frames is not None:
+            self.frames.end()
         if self.number in self.connection.streams:
             self.connection.send_data(self, b"", True)
 
@@ -274,7 +272,7 @@ class Request(Exchange, Flow):
     def cut(self) -> None:
         """The client learns that this connection is no good for the session any more, and of a WebSocket why."""
         if not self.response_started:
-            self.origin_failed(head_sent=False)
+            self.origin_failed(failures.SUSPENDED)
             return
         self.origin = None
         self.record("origin")

@@ -19,6 +19,7 @@ from gateway.config import Edge
 from gateway.messages import Route, ShellRequest, SocketsRequest
 from gateway.rpc import Client, RpcError, RpcLost
 
+from . import failures
 from .admission import SHELL_PORT
 from .dial import Unread, dial
 from .parking import Parkable
@@ -338,7 +339,7 @@ class Upstream:
             origin = await self._ready_for_one(await self._connect_once(key, pool, head), pool)
         except (OSError, TimeoutError, ssl.SSLError, ConnectFailed):
             pool.tls = False
-            exchange.origin_failed(head_sent=False)
+            exchange.origin_failed(failures.UNANSWERED_FAILURE)
         except BaseException:
             pool.tls = None
             raise
@@ -477,6 +478,9 @@ class Upstream:
             if not waiter.done():
                 waiter.set_result(None)
                 return
+
+    def pools(self) -> list[Pool]:
+        return list(self._pools.values())
 
     def idle(self) -> list[Origin]:
         """Connections that wait for their next request."""

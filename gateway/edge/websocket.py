@@ -30,6 +30,10 @@ class FrameCounter:
         self._closed = False
 
     @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    @property
     def at_boundary(self) -> bool:
         return not self._left and not self._head and not self._closed
 
@@ -53,6 +57,10 @@ class FrameCounter:
             found.append((first & 15, payload))
             at = start + length
         return found or None
+
+    def end(self) -> None:
+        """The server's half has ended: there is nothing more to say."""
+        self._closed = True
 
     def feed(self, data: bytes) -> None:
         if not self._left and not self._head and len(data) > 3:  # the usual case: one whole frame
