@@ -20,7 +20,7 @@ import msgspec
 from gateway.config import Settings
 from gateway.sessions.agent import wake_frame
 from gateway.sessions.frame import frame
-from vmm import diffs, egress, host, mapping, memory, network
+from vmm import diffs, host, mapping, memory, namespaces, network
 from vmm.disks import sync_path
 from vmm.manifest import Manifest
 from vmm.qemu import machine
@@ -50,7 +50,7 @@ class Floor:
         self.work = self.directory / secrets.token_hex(4)
         self.work.mkdir()
         shutil.copy(self.overlay, self.work / "overlay")
-        network.make_namespace(self.work / "netns", lambda: egress.run_batch(network.SETUP))
+        namespaces.make_namespace(self.work / "netns", lambda: namespaces.run_batch(network.SETUP))
         sockets = [self._listen(name) for name in ("qmp", "agent")]
         files = [os.open(self.image / name, os.O_RDONLY) for name in ("disk.raw", "boot.qcow2")]
         state = os.open(self.work / "devices.state", os.O_WRONLY | os.O_CREAT)
@@ -125,7 +125,7 @@ class Floor:
             end.close()
         self.process.kill()
         self.process.wait()
-        network.destroy_namespace(self.work / "netns")
+        namespaces.destroy_namespace(self.work / "netns")
         shutil.rmtree(self.work)
 
     def close(self) -> None:

@@ -120,8 +120,8 @@ class Egress(BaseModel):
     """The way out of microVMs (docs/security.md)."""
 
     closed: bool = Field(False, description="no microVM gets a way out, whatever connector it names")
-    uplink: str = Field("", description="a network namespace's path through which the outside is reached; empty: the host's own")
-    pool: str = Field("100.64.0.0/16", description="addresses of the links to microVMs; must be free on the host")
+    uplink: str = Field("", description="the network namespace, by its path, that leads outside; empty: the host's own")
+    pool: str = Field("100.64.0.0/16", description="addresses of the way out; microVMs cannot reach the host's networks among them")
     resolvers: list[str] = Field([], description="DNS servers that microVMs' questions go to; empty: the host's")
     subnets: dict[str, list[str]] = Field({}, description="what a connector's SubnetIds mean: subnet-… to networks")
     security_groups: dict[str, list[str]] = Field({}, description="what SecurityGroupIds mean: sg-… to ports, as tcp:443 or udp:53-60")

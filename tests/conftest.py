@@ -47,7 +47,7 @@ def outside_world(host_before: dict[str, set[str]]) -> Iterator[Outside]:
 def instance(outside_world: Outside) -> Iterator[Instance]:
     one = Instance(
         "test", 700_000, IMAGES__START_SECONDS="20", EDGE__HOLD_SECONDS="30", EGRESS__CLOSED="false", EGRESS__UPLINK=outside_world.path,
-        EGRESS__RESOLVERS=json.dumps([NAME_SERVER]), EGRESS__SUBNETS=json.dumps({"subnet-1": [f"{PRIVATE}/32"]}),
+        EGRESS__RESOLVERS=json.dumps([NAME_SERVER]), EGRESS__SUBNETS=json.dumps({"subnet-1": [f"{PRIVATE}/32"], "subnet-all": ["0.0.0.0/0"]}),
         EGRESS__SECURITY_GROUPS=json.dumps({"sg-1": [f"tcp:{PORT}"]}),
     )  # fmt: skip
     log = one.directory / "access.log"

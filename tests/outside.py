@@ -61,9 +61,12 @@ class Outside:
             subprocess.run(["ip", "netns", "del", namespace], check=False, capture_output=True)
 
     def devices(self) -> list[str]:
-        """The uplink's devices that lead to microVMs."""
+        """The devices that lead to instances' microVMs."""
         listed = subprocess.run(["ip", "-n", self.uplink, "-o", "link"], capture_output=True, text=True, check=True).stdout
         return [line.split()[1].rstrip(":").partition("@")[0] for line in listed.splitlines() if line.split()[1].startswith("tp")]
+
+    def addresses(self) -> str:
+        return subprocess.run(["ip", "-n", self.uplink, "-o", "-4", "addr"], capture_output=True, text=True, check=True).stdout
 
     def rules(self) -> str:
         return subprocess.run(

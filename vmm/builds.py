@@ -23,8 +23,7 @@ from gateway.observe.room import disk_free_bytes
 from . import lending
 from .cgroups import Cgroups, Limits
 from .driver import VmmError
-from .egress import run_batch
-from .network import destroy_namespace, make_namespace
+from .namespaces import destroy_namespace, make_namespace, run_batch
 
 _HERE = Path(__file__).parent
 _RANGE = 65536

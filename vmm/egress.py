@@ -1,24 +1,26 @@
-"""The way out of microVMs: a veth from each link to an uplink namespace, translated and filtered in the link's own.
+"""The way out of microVMs: a veth from each link to the instance's uplink namespace, and one from there to the outside.
 
 A link's way out is shut until its session asks for it (`ip_forward` of its namespace is 0). The rules of INTERNET_EGRESS are
-there ahead; those of a VPC_EGRESS connector replace them. In the uplink namespace, the host's own unless the settings name
-another, one table drops what microVMs send to the host itself and to each other, whatever a link's rules say.
+there ahead; those of a VPC_EGRESS connector replace them. Whatever a link's rules say, the uplink namespace passes nothing from one
+link to another, and the outside (the host's own namespace, unless the settings name another) takes nothing for itself.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import subprocess
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gateway.config import Egress
 from gateway.messages import EgressRules
 
 from .errors import VmmError
+from .namespaces import destroy_namespace, inside, make_namespace, run_batch, run_nft
 
 DEVICE = "up0"
 METADATA_ADDRESS = "169.254.169.254"
@@ -28,20 +30,26 @@ CLOSED = (
     "198.18.0.0/15", "224.0.0.0/3",
 )  # fmt: skip
 _DEADLINE_SECONDS = 20
-
-
-def run_batch(commands: str) -> None:
-    """Runs ip(8) commands in the calling thread's namespace. Raises OSError with its words."""
-    done = subprocess.run(["ip", "-batch", "-"], check=False, input=commands.encode(), capture_output=True, timeout=_DEADLINE_SECONDS)
-    if done.returncode:
-        raise OSError(f"ip: {done.stderr.decode(errors='replace').strip()}")
-
-
-def run_nft(rules: str) -> None:
-    """Loads rules in the calling thread's namespace. Raises OSError with nft's words."""
-    done = subprocess.run(["nft", "-f", "-"], input=rules.encode(), capture_output=True, timeout=_DEADLINE_SECONDS, check=False)
-    if done.returncode:
-        raise OSError(f"nft: {done.stderr.decode(errors='replace').strip()}")
+_WAN = "wan0"
+# Links have addresses in this namespace, the outside knows one address of it; nothing here answers to anybody.
+_UPLINK_RULES = f"""\
+table inet uplink
+delete table inet uplink
+table inet uplink {{
+chain input {{
+type filter hook input priority 0; policy drop;
+}}
+chain forward {{
+type filter hook forward priority 0; policy drop;
+ct state established,related accept
+iifname != {_WAN} oifname {_WAN} ct state new accept
+}}
+chain translate {{
+type nat hook postrouting priority srcnat;
+oifname {_WAN} masquerade
+}}
+}}
+"""
 
 
 def link_rules(tap: str, accepts: list[str], closed: list[str]) -> str:
@@ -79,76 +87,184 @@ def accepts_of(rules: EgressRules) -> list[str]:
 
 @dataclass(frozen=True)
 class Ends:
-    """The two addresses of a link to the uplink, and the name of its device there."""
+    """The two addresses of a veth, a /31 (RFC 3021); `outer` is the end that lies nearer to the outside."""
 
-    device: str
     outer: str
     inner: str
 
 
-class Uplink:
-    """`inside` runs a function in the uplink namespace."""
+@dataclass(frozen=True)
+class _Seen:
+    """The IPv4 addresses of a namespace's devices that are up, and its directly connected networks with their devices."""
 
-    def __init__(self, settings: Egress, instance: str, inside: Callable[[Callable[[], None]], None]) -> None:
+    addresses: dict[str, list[str]]
+    networks: dict[str, str]
+
+
+class Uplink:
+    """The instance's namespace at `path` in which links end, and the one veth that leads from it to the outside.
+
+    It is made when the service starts, taken over by a daemon that is started again, and removed when the service stops. In between
+    nothing changes in the outside's devices, addresses and routes, whatever microVMs come and go: browsers on the host end their
+    connections at each such change.
+    """
+
+    def __init__(self, settings: Egress, instance: str, path: Path) -> None:
         self._settings = settings
-        self._inside = inside
-        self._prefix = f"tp{zlib.crc32(instance.encode()) & 0xFFFFF:05x}"
-        self._table = f"torpor_{self._prefix}"
+        self.path = path
+        self._outside = Path(settings.uplink or f"/proc/{os.getpid()}/ns/net")
+        self._hash = zlib.crc32(instance.encode())
+        prefix = f"tp{self._hash & 0xFFFFF:05x}"
+        self.device = f"{prefix}.up"
+        self._table = f"torpor_{prefix}"
         self._pool = ipaddress.IPv4Network(settings.pool)
+        self._pair = 0  # the pair of the pool's addresses that the veth to the outside has
         self._local: list[str] = []
 
     @property
     def is_open(self) -> bool:
         return not self._settings.closed
 
+    @property
+    def _pairs(self) -> int:
+        return self._pool.num_addresses // 2
+
     def start(self) -> None:
-        """Makes the uplink's table and lets it forward. Raises OSError."""
-        if self.is_open:
-            self._inside(self._prepare)
-
-    def stop(self) -> None:
-        """Takes the table away; forwarding stays as it is, since others may have asked for it."""
-        if self.is_open:
-            self._inside(lambda: run_nft(f"table inet {self._table}\ndelete table inet {self._table}\n"))
-
-    def _prepare(self) -> None:
-        Path("/proc/sys/net/ipv4/ip_forward").write_text("1", encoding="ascii")
-        listed = subprocess.run(
-            ["ip", "-j", "-4", "route", "show", "scope", "link"], capture_output=True, timeout=_DEADLINE_SECONDS, check=True
-        )
-        routes = {str(route["dst"]) for route in json.loads(listed.stdout or b"[]")} - {"default", str(self._pool)}
+        """Takes the namespace over or makes it, and loads the rules of both its sides. Raises OSError."""
+        if not self.is_open:
+            if self.path.exists():  # left by a daemon with other settings
+                self.remove()
+            return
+        outside = inside(self._outside, _look)
+        standing = self._standing(outside)
+        if standing is None:
+            self.remove()
+            self._pair = self._free_pair(outside)
+            self._make()
+        else:
+            self._pair = standing
         # The host's networks, also where their addresses are public.
-        self._local = [one for one in sorted(routes) if not any(_within(one, net) for net in CLOSED)]
-        mine = f'"{self._prefix}.*"'
-        run_nft(
-            f"table inet {self._table}\ndelete table inet {self._table}\n"
-            f"table inet {self._table} {{\n"
-            f"chain input {{\ntype filter hook input priority -10;\niifname {mine} drop\n}}\n"
-            f"chain forward {{\ntype filter hook forward priority -10;\niifname {mine} oifname {mine} drop\n}}\n"
-            f"chain translate {{\ntype nat hook postrouting priority srcnat;\nip saddr {self._pool} oifname != {mine} masquerade\n}}\n}}\n"
-        )
+        networks = [network for network, device in outside.networks.items() if device != self.device]
+        self._local = [one for one in sorted(networks) if not any(_within(one, closed) for closed in CLOSED)]
+        inside(self.path, lambda: run_nft(_UPLINK_RULES))
+        inside(self._outside, self._open_outside)
+
+    def remove(self) -> None:
+        """Removes the veth, the rules and the namespace. Forwarding stays on, since others may have asked for it. Raises OSError."""
+        try:
+            inside(self._outside, self._clear_outside)
+        finally:
+            destroy_namespace(self.path)
+
+    def is_left(self) -> bool:
+        """Whether anything of it is on the host. Raises OSError."""
+        return self.path.exists() or inside(self._outside, self._has_left)
 
     def ends(self, number: int) -> Ends:
-        """The link's addresses: pairs out of the pool, used again once it is through."""
-        at = (2 * number) % self._pool.num_addresses
-        return Ends(f"{self._prefix}.{number % 1_000_000:06d}", str(self._pool[at]), str(self._pool[at + 1]))
+        """The link's addresses: pairs out of the pool, used again once it is through. They are known in the uplink namespace only."""
+        pair = number % (self._pairs - 1)
+        return self._ends_of(pair + (pair >= self._pair))
 
     def attach(self, number: int, namespace: Path) -> None:
-        """Makes the veth, its inner end in `namespace`. Raises OSError."""
-        ends = self.ends(number)
-        self._inside(lambda: run_batch(
-            f"link add {ends.device} type veth peer name {DEVICE} netns {namespace}\n"
-            f"addr add {ends.outer}/31 dev {ends.device}\nlink set {ends.device} up\n"
+        """Makes the link's veth, its inner end in `namespace`. Raises OSError."""
+        device = f"vm.{number % 1_000_000:06d}"
+        inside(self.path, lambda: run_batch(
+            f"link add {device} type veth peer name {DEVICE} netns {namespace}\n"
+            f"addr add {self.ends(number).outer}/31 dev {device}\nlink set {device} up\n"
         ))  # fmt: skip
 
     def inner_setup(self, number: int) -> str:
         """ip(8) commands for the link's own namespace."""
-        ends = self.ends(number)
-        return f"addr add {ends.inner}/31 dev {DEVICE}\nlink set {DEVICE} up\nroute add default via {ends.outer}\n"
+        return _inner_setup(DEVICE, self.ends(number))
 
     def internet(self, tap: str) -> str:
         """The rules of INTERNET_EGRESS: TCP, to the internet only; UDP is shut, as the service has it."""
         return link_rules(tap, ["ip protocol tcp"], [*CLOSED, *self._local])
+
+    def _ends_of(self, pair: int) -> Ends:
+        return Ends(str(self._pool[2 * pair]), str(self._pool[2 * pair + 1]))
+
+    def _standing(self, outside: _Seen) -> int | None:
+        """The pair of a veth that an earlier daemon made and that is whole."""
+        try:
+            own = inside(self.path, _look).addresses.get(_WAN, [])
+        except OSError:
+            return None
+        for address in outside.addresses.get(self.device, []):
+            pair = (int(ipaddress.IPv4Address(address)) - int(self._pool.network_address)) // 2
+            if 0 <= pair < self._pairs and [self._ends_of(pair).inner] == own:
+                return pair
+        return None
+
+    def _free_pair(self, outside: _Seen) -> int:
+        """By the instance's name, so that instances on one host seldom meet, and stepping aside where they do. Raises OSError."""
+        used = {address for addresses in outside.addresses.values() for address in addresses}
+        for step in range(self._pairs):
+            ends = self._ends_of(pair := (self._hash + step) % self._pairs)
+            if not used & {ends.outer, ends.inner}:
+                return pair
+        raise OSError(f"egress.pool: no two addresses of {self._pool} are free")
+
+    def _make(self) -> None:
+        ends = self._ends_of(self._pair)
+
+        def setup() -> None:
+            Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1", encoding="ascii")
+            Path("/proc/sys/net/ipv4/ip_forward").write_text("1", encoding="ascii")
+            inside(self._outside, lambda: run_batch(
+                f"link add {self.device} type veth peer name {_WAN} netns {self.path}\nlink set {self.device} addrgenmode none\n"
+                f"addr add {ends.outer}/31 dev {self.device}\nlink set {self.device} up\n"
+            ))  # fmt: skip
+            run_batch("link set lo up\n" + _inner_setup(_WAN, ends))
+
+        make_namespace(self.path, setup)
+
+    def _open_outside(self) -> None:
+        Path("/proc/sys/net/ipv4/ip_forward").write_text("1", encoding="ascii")
+        run_nft(
+            f"table inet {self._table}\ndelete table inet {self._table}\n"
+            f"table inet {self._table} {{\n"
+            f"chain input {{\ntype filter hook input priority -10;\niifname {self.device} drop\n}}\n"
+            "chain forward {\ntype filter hook forward priority -10;\n"
+            f"oifname {self.device} ct state != {{ established, related }} drop\n}}\n"
+            "chain translate {\ntype nat hook postrouting priority srcnat;\n"
+            f"ip saddr {self._ends_of(self._pair).inner} oifname != {self.device} masquerade\n}}\n}}\n"
+        )
+
+    def _clear_outside(self) -> None:
+        run_nft(f"table inet {self._table}\ndelete table inet {self._table}\n")
+        if self.device in _devices():
+            run_batch(f"link del {self.device}\n")
+
+    def _has_left(self) -> bool:
+        tables = _read("nft", "-j", "list", "tables")["nftables"]
+        return self.device in _devices() or any(one.get("table", {}).get("name") == self._table for one in tables)
+
+
+def _inner_setup(device: str, ends: Ends) -> str:
+    return f"addr add {ends.inner}/31 dev {device}\nlink set {device} up\nroute add default via {ends.outer}\n"
+
+
+def _look() -> _Seen:
+    """What is in the calling thread's namespace. Raises OSError."""
+    devices = _read("ip", "-j", "-4", "address", "show", "up")
+    routes = _read("ip", "-j", "-4", "route", "show", "scope", "link")
+    return _Seen(
+        {one["ifname"]: [address["local"] for address in one["addr_info"]] for one in devices if one},
+        {route["dst"]: route["dev"] for route in routes if route["dst"] != "default"},
+    )
+
+
+def _devices() -> set[str]:
+    return {str(one["ifname"]) for one in _read("ip", "-j", "link", "show")}
+
+
+def _read(*command: str) -> Any:
+    """The JSON that a command prints. Raises OSError."""
+    done = subprocess.run(command, capture_output=True, timeout=_DEADLINE_SECONDS, check=False)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.decode(errors='replace').strip()}")
+    return json.loads(done.stdout or b"[]")
 
 
 def _within(network: str, outer: str) -> bool:

@@ -21,13 +21,14 @@ from gateway.config import Settings
 from . import host
 from .cgroups import Cgroups
 from .driver import Process
+from .egress import Uplink
 
 _HALF_MADE = ("snapshot.new", "fold.new")
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """`kind`: process, namespace, control group, directory, file. `why` says what makes it nobody's."""
+    """`kind`: process, namespace, uplink, control group, directory, file. `why` says what makes it nobody's."""
 
     kind: str
     what: str
@@ -38,8 +39,9 @@ def find(settings: Settings, sessions: Collection[str], images: Collection[str])
     """`sessions` and `images` are those that the store knows (ids, and keys of image versions)."""
     records = list(_records(settings))
     held = {record.link for record in records if record.session in sessions and host.start_time(record.pid) == record.started}
+    links = held | set(_parked(settings, sessions))
     return [
-        *_processes(records, sessions), *_namespaces(settings, held, sessions), *_groups(settings, records, sessions),
+        *_processes(records, sessions), *_namespaces(settings, links), *_uplinks(settings, links), *_groups(settings, records, sessions),
         *_jails(settings, records, sessions), *_files(settings, sessions, images),
     ]  # fmt: skip
 
@@ -56,15 +58,28 @@ def _processes(records: list[Process], sessions: Collection[str]) -> Iterator[Le
             yield Leftover("process", str(record.pid), f"hypervisor {record.vm} of {record.session or 'no session'}")
 
 
-def _namespaces(settings: Settings, held: Collection[str], sessions: Collection[str]) -> Iterator[Leftover]:
-    parked = set()
+def _parked(settings: Settings, sessions: Collection[str]) -> Iterator[str]:
     for session in sessions:
         with contextlib.suppress(OSError):
-            parked.add((settings.sessions_dir / session / "link").read_text(encoding="ascii"))
+            yield (settings.sessions_dir / session / "link").read_text(encoding="ascii")
+
+
+def _namespaces(settings: Settings, links: Collection[str]) -> Iterator[Leftover]:
     for directory in ("netns", "build-netns"):
         for path in sorted((settings.runtime / directory).glob("*")):
-            if path.name not in held and path.name not in parked:
+            if path.name not in links:
                 yield Leftover("namespace", str(path), "no microVM runs in it")
+
+
+def uplink_of(settings: Settings) -> Uplink:
+    return Uplink(settings.egress, settings.name, settings.runtime / "uplink")
+
+
+def _uplinks(settings: Settings, links: Collection[str]) -> Iterator[Leftover]:
+    uplink = uplink_of(settings)
+    with contextlib.suppress(OSError):  # what cannot be asked, for want of privileges or programs, is not reported
+        if not links and uplink.is_left():
+            yield Leftover("uplink", f"{uplink.device}, {uplink.path}", "no microVM has a way out through it")
 
 
 def _groups(settings: Settings, records: list[Process], sessions: Collection[str]) -> Iterator[Leftover]:
@@ -110,6 +125,8 @@ def mend(settings: Settings, found: Leftover) -> None:
         with contextlib.suppress(OSError):
             host.umount(found.what)
         Path(found.what).unlink(missing_ok=True)
+    elif found.kind == "uplink":
+        uplink_of(settings).remove()
     elif found.kind == "control group":
         Cgroups(settings.name, settings.root).remove(found.what)
     else:

@@ -24,8 +24,9 @@ from gateway.messages import EgressRules
 from gateway.observe.use import Use
 
 from . import host
-from .egress import METADATA_ADDRESS, Uplink, accepts_of, link_rules, run_batch, run_nft
+from .egress import METADATA_ADDRESS, Uplink, accepts_of, link_rules
 from .errors import VmmError
+from .namespaces import destroy_namespace, inside, make_namespace, run_batch, run_nft
 
 HOST_ADDRESS = "169.254.77.1"
 GUEST_ADDRESS = "169.254.77.2"
@@ -51,28 +52,6 @@ _QUIET_SECONDS = 0.6  # after a take: a refill must not compete with the resume 
 T = TypeVar("T")
 
 
-def make_namespace(path: Path, setup: Callable[[], None]) -> None:
-    """A network namespace pinned at `path`, with `setup` run inside it; nothing is left when that fails."""
-    path.touch(mode=0o600)
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            host.unshare(host.CLONE_NEWNET)
-            host.mount("/proc/thread-self/ns/net", str(path), None, host.MS_BIND)
-            setup()
-        except BaseException as error:
-            failure.append(error)
-
-    # A thread that ends with its namespace: a pool's thread would have to find its way back.
-    worker = threading.Thread(target=work)
-    worker.start()
-    worker.join()
-    if failure:
-        destroy_namespace(path)
-        raise failure[0]
-
-
 def open_tap_to_nowhere() -> int:
     """Raises OSError."""
     made: list[int | OSError] = []
@@ -90,12 +69,6 @@ def open_tap_to_nowhere() -> int:
     if isinstance(made[0], OSError):
         raise made[0]
     return made[0]
-
-
-def destroy_namespace(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        host.umount(str(path))
-    path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -118,8 +91,7 @@ class Network:
 
     def __init__(self, directory: Path, egress: Egress, instance: str) -> None:
         self._directory = directory
-        self._outside = Link(Path(egress.uplink or f"/proc/{os.getpid()}/ns/net"))
-        self._uplink = Uplink(egress, instance, self._in_uplink)
+        self._uplink = Uplink(egress, instance, directory.with_name("uplink"))
         self._thread = ThreadPoolExecutor(1, "netns")
         self._ready: deque[Link] = deque()
         self._wanted = 0
@@ -150,9 +122,6 @@ class Network:
         self._wanted = wanted
         self._refill()
 
-    def _in_uplink(self, work: Callable[[], None]) -> None:
-        self._inside(self._outside, work)
-
     async def take(self) -> Link:
         link = self._ready.popleft() if self._ready else await self._call(self._create)
         self._used = asyncio.get_running_loop().time()
@@ -176,9 +145,9 @@ class Network:
             await self._filling
         while self._ready:
             await self.release(self._ready.popleft())
-        if is_empty:
+        if is_empty and self._uplink.is_open:
             with contextlib.suppress(OSError):
-                await self._call(self._uplink.stop)
+                await self._call(self._uplink.remove)
         if self._nowhere is not None:
             os.close(self._nowhere)
         self._thread.shutdown()
@@ -191,7 +160,7 @@ class Network:
     async def tap(self, link: Link) -> int:
         """A descriptor of the link's tap, which is the caller's. Raises OSError."""
         ready = self._taps.pop(link.path, None)
-        return ready if ready is not None else await self._call(lambda: self._inside(link, lambda: host.open_tap(TAP)))
+        return ready if ready is not None else await self._call(lambda: inside(link.path, lambda: host.open_tap(TAP)))
 
     async def tap_to_nowhere(self) -> int:
         """An open tap that is no session's, in a namespace of its own: it stands in for one in hypervisors that wait."""
@@ -210,13 +179,13 @@ class Network:
             Path("/proc/sys/net/ipv4/ip_forward").write_text("1", encoding="ascii")
 
         try:
-            await self._call(lambda: self._inside(link, work))
+            await self._call(lambda: inside(link.path, work))
         except OSError as error:
             raise VmmError(f"the way out could not be opened: {error}") from error
 
     async def services(self, link: Link) -> list[int]:
         """Duplicates of the sockets that listen for the guest."""
-        made = link.services or await self._call(lambda: self._inside(link, _services))
+        made = link.services or await self._call(lambda: inside(link.path, _services))
         return [os.dup(service.fileno()) for service in made]
 
     async def sockets(self, link: Link, count: int) -> list[socket.socket]:
@@ -224,7 +193,7 @@ class Network:
         first ones were made ahead: making some beside a resume would hold up its first connection."""
         stock = self._stock.get(link.path)
         if not stock:
-            return await self._call(lambda: self._inside(link, lambda: _sockets(count)))
+            return await self._call(lambda: inside(link.path, lambda: _sockets(count)))
         self._stock[link.path] = stock[count:]
         return stock[:count]
 
@@ -233,7 +202,7 @@ class Network:
         if self._stock.get(link.path):
             return
         self._stock[link.path] = []
-        made = await self._call(lambda: self._inside(link, lambda: _sockets(SOCKETS)))
+        made = await self._call(lambda: inside(link.path, lambda: _sockets(SOCKETS)))
         if link.path in self._stock:
             self._stock[link.path] += made
             return
@@ -281,19 +250,6 @@ class Network:
 
         make_namespace(path, setup)
         return Link(path, made[0])
-
-    def _inside(self, link: Link, work: Callable[[], T]) -> T:
-        inside = os.open(link.path, os.O_RDONLY | os.O_CLOEXEC)
-        outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            host.setns(inside, host.CLONE_NEWNET)
-            try:
-                return work()
-            finally:
-                host.setns(outside, host.CLONE_NEWNET)
-        finally:
-            os.close(inside)
-            os.close(outside)
 
 
 def _sockets(count: int) -> list[socket.socket]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from typing import Any
 
 import boto3
 import pytest
-from outside import NEIGHBOUR, PORT, PRIVATE, SERVER, UPLINK, Outside
+from outside import NEIGHBOUR, PORT, PRIVATE, SERVER, UPLINK, Outside, bound
 from service import Instance, until
 from wire import get
 
@@ -75,48 +77,74 @@ def test_nothing_else_is_reached(guest: Guest, host: str, query: dict[str, Any])
     assert "error" in guest.connect(host, **query)
 
 
-def test_a_neighbour_is_not_reached(instance: Instance, app: str, guest: Guest, outside_world: Outside) -> None:
+def test_a_neighbour_is_not_reached(instance: Instance, app: str, guest: Guest) -> None:
     vm = instance.launch(app)
     try:
-        assert len(outside_world.devices()) >= 2
-        inners = set(re.findall(r"inet (100\.64\.\d+\.\d+)", _addresses(instance, vm["microvmId"])))
-        outers = set(re.findall(r"inet (100\.64\.\d+\.\d+)", _addresses_of(outside_world)))
-        assert inners and outers
-        for address in [*inners, *list(outers)[:2]]:
+        for address in _addresses(instance, vm["microvmId"]):
             assert "error" in guest.connect(address, 8080), address
     finally:
         instance.terminate(vm["microvmId"])
 
 
-def _addresses(instance: Instance, identifier: str) -> str:
-    return str(instance.inside(identifier, lambda: subprocess.run(["ip", "-4", "addr"], capture_output=True, text=True, check=True).stdout))
+def _addresses(instance: Instance, identifier: str) -> set[str]:
+    """Those of a microVM's way out: its link's, and all of the uplink namespace's, which has both ends' networks."""
+    list_them = ("ip", "-4", "addr")
+    inner = instance.inside(identifier, lambda: subprocess.run(list_them, capture_output=True, text=True, check=True).stdout)
+    found = [set(re.findall(r"inet (100\.64\.\d+\.\d+)", text)) for text in (inner, _in_uplink(instance, *list_them))]
+    assert all(found)
+    return found[0] | found[1]
 
 
-def _addresses_of(world: Outside) -> str:
-    return subprocess.run(["ip", "-n", world.uplink, "-4", "addr"], capture_output=True, text=True, check=True).stdout
+def _in_uplink(instance: Instance, *command: str) -> str:
+    path = instance.run / instance.name / "uplink"
+    return subprocess.run(["nsenter", f"--net={path}", *command], capture_output=True, text=True, check=True).stdout
 
 
-def test_a_vpc_connector_is_an_allow_list(instance: Instance, app: str) -> None:
+@contextlib.contextmanager
+def connected(instance: Instance, subnet: str) -> Iterator[str]:
+    """A VPC_EGRESS connector to one subnet of the settings'."""
     core = instance.client("lambda-core")
     egress = {
-        "SubnetIds": ["subnet-1"],
+        "SubnetIds": [subnet],
         "SecurityGroupIds": ["sg-1"],
         "NetworkProtocol": "IPv4",
         "AssociatedComputeResourceTypes": ["MicroVm"],
     }
     made = core.create_network_connector(
-        Name="private", ClientToken="t1", OperatorRole=ROLE, Configuration={"VpcEgressConfiguration": egress}
-    )  # fmt: skip
+        Name=f"to-{subnet}", ClientToken=subnet, OperatorRole=ROLE, Configuration={"VpcEgressConfiguration": egress}
+    )
     until(lambda: core.get_network_connector(Identifier=made["Id"])["State"] == "ACTIVE")
-    vm = instance.launch(app, egressNetworkConnectors=[made["Arn"]])
-    try:
-        guest = Guest(instance, vm)
-        assert guest.connect(PRIVATE)["heard"].endswith("hello")
-        assert "error" in guest.connect(PRIVATE, PORT + 1)
-        assert "error" in guest.connect(SERVER)
-    finally:
-        instance.terminate(vm["microvmId"])
-        core.delete_network_connector(Identifier=made["Id"])
+    yield made["Arn"]
+    core.delete_network_connector(Identifier=made["Id"])
+
+
+def test_host_and_neighbours_are_shut_to_a_connector_that_allows_everything(instance: Instance, app: str, outside_world: Outside) -> None:
+    """What the link's own filter passes meets the uplink's and the host's: somebody listens at each address."""
+    with connected(instance, "subnet-all") as arn:
+        vms = [instance.launch(app, egressNetworkConnectors=[arn]) for _ in range(2)]
+        try:
+            guest = Guest(instance, vms[0])
+            for address in (SERVER, NEIGHBOUR):  # the control: what a connector names is reached, also in the host's networks
+                assert guest.connect(address)["heard"].endswith("hello")
+            with instance.inside(vms[1]["microvmId"], lambda: bound(socket.SOCK_STREAM, ("0.0.0.0", PORT))):
+                hosts = set(re.findall(r"inet ([\d.]+)", outside_world.addresses())) - {"127.0.0.1"}
+                assert UPLINK in hosts and len(hosts) == 2
+                for address in _addresses(instance, vms[1]["microvmId"]) | hosts:
+                    assert "timed out" in guest.connect(address)["error"], address  # a refusal would have been somebody's answer
+        finally:
+            instance.terminate(*(vm["microvmId"] for vm in vms))
+
+
+def test_a_vpc_connector_is_an_allow_list(instance: Instance, app: str) -> None:
+    with connected(instance, "subnet-1") as arn:
+        vm = instance.launch(app, egressNetworkConnectors=[arn])
+        try:
+            guest = Guest(instance, vm)
+            assert guest.connect(PRIVATE)["heard"].endswith("hello")
+            assert "error" in guest.connect(PRIVATE, PORT + 1)
+            assert "error" in guest.connect(SERVER)
+        finally:
+            instance.terminate(vm["microvmId"])
 
 
 def test_the_way_out_is_there_again_after_a_sleep(instance: Instance, guest: Guest) -> None:
@@ -171,12 +199,14 @@ def test_services_are_there_after_control_was_killed(instance: Instance, guest: 
     assert guest.fetch(f"{METADATA}/latest/meta-data/")["status"] == 401
 
 
-def test_nothing_of_the_way_out_stays(outside_world: Outside, instance: Instance, app: str) -> None:
+def test_nothing_of_the_way_out_stays(instance: Instance, app: str) -> None:
+    def links() -> set[str]:
+        return set(re.findall(r"vm\.\d+", _in_uplink(instance, "ip", "-o", "link")))
+
     vm = instance.launch(app)
-    before = set(outside_world.devices())
+    before = links()
     instance.terminate(vm["microvmId"])
-    until(lambda: before - set(outside_world.devices()))
-    assert "torpor_tp" in outside_world.rules()
+    until(lambda: before - links())
 
 
 def test_logs_say_nothing_of_credentials(instance: Instance, guest: Guest) -> None:

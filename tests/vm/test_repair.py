@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outside import Outside
 from service import Instance, until
 from wire import get
+
+from gateway.config import Egress
+from vmm.egress import Uplink
 
 pytestmark = pytest.mark.vm
 
@@ -20,12 +24,12 @@ def found(instance: Instance, *words: str) -> list[dict[str, Any]]:
     return [row for row in json.loads(done.stdout) if row["check"].startswith("left over")]
 
 
-def test_a_stopped_instance_is_mended_and_its_sessions_stay(instance: Instance, vm: dict[str, Any]) -> None:
+def test_a_stopped_instance_is_mended_and_its_sessions_stay(instance: Instance, vm: dict[str, Any], outside_world: Outside) -> None:
     assert get(vm["endpoint"], instance.root / "tls/ca.crt", vm["token"]).json()["counter"] == 1
     refused = instance.command("torpor", "doctor", "--repair", check=False)
     assert refused.returncode == 1 and "is served" in refused.stderr
     instance.stop()
-    assert not found(instance)
+    assert not found(instance) and not outside_world.devices() and "torpor" not in outside_world.rules()
     (instance.root / "sessions/microvm-gone/snapshot-3").mkdir(parents=True)
     (instance.root / "sessions" / vm["microvmId"] / "snapshot.new").mkdir()
     (instance.root / "images/.half").mkdir()
@@ -34,10 +38,12 @@ def test_a_stopped_instance_is_mended_and_its_sessions_stay(instance: Instance, 
     namespace.touch()
     subprocess.run(["unshare", f"--net={namespace}", "true"], check=True)
     assert str(namespace) in Path("/proc/mounts").read_text()
+    Uplink(Egress(uplink=outside_world.path), instance.name, namespace.parent.with_name("uplink")).start()
+    assert outside_world.devices()
     kinds = sorted(row["check"] for row in found(instance))
-    assert kinds == ["left over: directory"] * 3 + ["left over: namespace"], kinds
+    assert kinds == ["left over: directory"] * 3 + ["left over: namespace", "left over: uplink"], kinds
     done = instance.command("torpor", "doctor", "--repair", check=False)
-    assert done.stderr.count("torpor: removed") == 4
+    assert done.stderr.count("torpor: removed") == 5 and not outside_world.devices() and "torpor" not in outside_world.rules()
     assert not found(instance) and str(namespace) not in Path("/proc/mounts").read_text() and not os.path.exists(namespace)
     instance.start()
     until(lambda: instance.describe(vm["microvmId"])["state"] == "RUNNING")
