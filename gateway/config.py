@@ -121,7 +121,7 @@ class Egress(BaseModel):
 
     closed: bool = Field(False, description="no microVM gets a way out, whatever connector it names")
     uplink: str = Field("", description="the network namespace, by its path, that leads outside; empty: the host's own")
-    pool: str = Field("100.64.0.0/16", description="addresses of the way out; microVMs cannot reach the host's networks among them")
+    pool: str = Field("100.64.0.0/16", description="addresses of microVMs' links and of the veth to the outside; must be free on the host")
     resolvers: list[str] = Field([], description="DNS servers that microVMs' questions go to; empty: the host's")
     subnets: dict[str, list[str]] = Field({}, description="what a connector's SubnetIds mean: subnet-… to networks")
     security_groups: dict[str, list[str]] = Field({}, description="what SecurityGroupIds mean: sg-… to ports, as tcp:443 or udp:53-60")
