@@ -25,7 +25,6 @@ class Edge(BaseModel):
     addresses: list[str] = Field(["127.0.0.1", "::1"], description="where endpoints are served")
     port: int = Field(0, ge=0, le=65535, description="0: 443, else 8443, else the next free port; kept for the instance")
     workers: int = Field(0, ge=0, le=256, description="0: one per processor")
-    connect_wait_seconds: float = Field(3.0, ge=0, description="a suspend waits this long for workers that are reconnecting")
     held_requests: int = Field(2048, ge=1, description="per session and worker; a request beyond is answered 429")
     held_bytes: int = Field(16 << 20, ge=65536, description="of request bodies read while held, per session and worker")
     hold_seconds: float = Field(30.0, gt=0, description="how long a request waits for its session; then 502")
@@ -159,7 +158,8 @@ class Sessions(BaseModel):
 
 class Suspend(BaseModel):
     drain_seconds: float = Field(5.0, ge=0, description="SuspendMicrovm waits this long for answers under way")
-    gate_seconds: float = Field(0.25, gt=0, description="a worker silent for longer at a gate is disconnected")
+    workers_seconds: float = Field(3.0, ge=0, description="how long edge workers that are reconnecting to control are waited for")
+    gate_seconds: float = Field(0.25, gt=0, description="a worker that has not confirmed a closed gate by then is disconnected")
 
 
 class Standbys(BaseModel):

@@ -61,7 +61,7 @@ class Control:
         self.settings = settings
         self.store = Store(directory / "torpor.db")
         self.minter = Minter(directory / "keys.json")
-        self.routes = Routes(settings.edge.worker_count, settings.edge.connect_wait_seconds)
+        self.routes = Routes(settings.edge.worker_count, settings.suspend.workers_seconds)
         self.routes.keys = self.minter.verifiers()
         self.logs = LogStore(directory / "logs")
         self.faults = FaultLog(self.logs)
@@ -130,10 +130,11 @@ class Control:
     # ---- what edges and vmm call ----
 
     async def rpc_hello(self, connection: Connection, body: m.Hello) -> m.Table:
-        connection.closed.add_done_callback(lambda _: self._worker_left(body.worker))
+        """The connection is the worker: one that is being replaced has its successor's name."""
+        connection.closed.add_done_callback(lambda _: self._worker_left(connection))
         return self.routes.add_worker(connection, body.worker)
 
-    def _worker_left(self, worker: str) -> None:
+    def _worker_left(self, worker: Connection) -> None:
         self.lifecycle.worker_left(worker)
         metrics.edge_left(worker)
 
@@ -149,7 +150,7 @@ class Control:
             await self.lifecycle.request(session)
 
     async def rpc_counters(self, connection: Connection, body: m.Counters) -> None:
-        metrics.edge_counted(self.routes.worker_name(connection), body)
+        metrics.edge_counted(connection, body)
 
     async def rpc_faults(self, connection: Connection, body: m.Faults) -> None:
         for identifier, texts in body.lines.items():
@@ -199,7 +200,7 @@ class Control:
         return await self.tiers()
 
     async def rpc_activity(self, connection: Connection, body: m.Activity) -> None:
-        self.lifecycle.activity(self.routes.worker_name(connection), body)
+        self.lifecycle.activity(connection, body)
 
     async def rpc_ended(self, connection: Connection, body: m.Ended) -> None:
         self.lifecycle.hypervisor_ended(body)

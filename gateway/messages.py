@@ -255,7 +255,7 @@ class SocketsRequest(msgspec.Struct):
 
 class Route(msgspec.Struct, frozen=True):
     """Where an endpoint's requests go. `gate`: open, hold (resume or wait), refuse (502). `is_live`: the incarnation's
-    hypervisor is there; when it is not, nothing may stay connected to it."""
+    hypervisor is there; when it is not, nothing may stay connected to it. A route without session removes the endpoint's."""
 
     endpoint: str
     session: str
@@ -282,38 +282,26 @@ class Hello(msgspec.Struct):
 
 
 class Table(msgspec.Struct):
-    """control -> edge: the whole table as of change `number`, and the keys."""
+    """control -> edge, the answer to Hello: all routes, and the keys. Changes of it follow on the same connection, in order."""
 
-    number: int
     routes: list[Route]
     keys: list[Verifier]
 
 
-class RouteChange(msgspec.Struct):
-    """control -> edge. A route without session is a removal. `wants_count`: answer with the session's activity."""
-
-    number: int
-    route: Route
-
-
-class GateRequest(msgspec.Struct):
-    """control -> edge: close the gate of a session before a suspend, and say what was counted until then."""
-
-    change: RouteChange
-
-
 class GateAnswer(msgspec.Struct):
-    """`count` grows with every activity; `waiting` requests still wait for the head of their final response."""
+    """edge -> control: a session's activity at the instant its gate was closed. `count` grows with every activity; `waiting` requests
+    still wait for the head of their final response. `is_closed` says what the worker's table holds now."""
 
     count: int
     waiting: int
+    is_closed: bool
 
 
 class DrainRequest(msgspec.Struct):
-    """control -> edge: wait up to `seconds` until nothing of the session waits for a head or, where streams are to be parked, is
-    under way; then park up to `park` streams and cut all that is left. With `cut` false only the waiting is done.
+    """control -> edge, when the session's gate is closed: wait up to `seconds` until no request waits for its response's head and,
+    where streams are to be parked, none is under way. Then, with `cut`, park up to `park` streams and cut the other connections.
 
-    `if_quiet`: where something passed since the gate closed, or a stream cannot be parked, all is left as it is.
+    `if_quiet`: nothing is parked or cut where something passed since the gate closed, or where a stream cannot be parked.
     """
 
     session: str
@@ -326,7 +314,7 @@ class DrainRequest(msgspec.Struct):
 
 class Drained(msgspec.Struct):
     """edge -> control: how many streams are parked; whether a client spoke on one since the gate closed, so that the application
-    may owe it an answer; and whether it was quiet, where only that was to be parked."""
+    may owe it an answer; and whether the request's condition was met: the gate is closed, and with `if_quiet` nothing passed since."""
 
     parked: int = 0
     spoken: bool = False

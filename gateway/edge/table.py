@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gateway.config import Edge
-from gateway.messages import Activity, Route, RouteChange, Table
+from gateway.messages import Activity, GateAnswer, Route, Table
 
 from .limits import Limiter, bounds_of
 
@@ -53,29 +53,29 @@ class RouteTable:
         self._entries: dict[str, RouteEntry] = {}
         self._accounts: dict[str, Account] = {}
         self._awake: dict[str, Account] = {}  # of sessions that run: a sleeper costs no look, however many there are
-        self.number = -1
         self.get = self._entries.get  # the hot path's lookup
 
     def replace(self, table: Table) -> None:
         """Takes the whole table, as after each connection to control."""
-        self.number = table.number
         for account in self._accounts.values():
             account.reported = _UNREPORTED  # another control, perhaps, which knows nothing yet
         known = {route.endpoint for route in table.routes}
         for endpoint in [name for name in self._entries if name not in known]:
-            self._apply(Route(endpoint, "", 0, "refuse", is_live=False))
+            self.change(Route(endpoint, "", 0, "refuse", is_live=False))
         for route in table.routes:
-            self._apply(route)
+            self.change(route)
 
-    def change(self, change: RouteChange) -> None:
-        if change.number > self.number:
-            self.number = change.number
-            self._apply(change.route)
+    def close_gate(self, route: Route) -> GateAnswer:
+        """Applies a route whose gate is not open; what the table holds then, and the activity until now."""
+        self.change(route)
+        entry = self._entries[route.endpoint]
+        entry.account.gated = (entry.account.count, entry.account.spoken)
+        return GateAnswer(entry.account.count, entry.account.waiting, entry.route.gate != "open")
 
     def add(self, route: Route) -> None:
-        """A route that was looked up."""
+        """Applies a route that was looked up, unless a change came first."""
         if route.endpoint not in self._entries:
-            self._apply(route)
+            self.change(route)
 
     def account(self, session: str) -> Account:
         account = self._accounts.get(session)
@@ -83,7 +83,8 @@ class RouteTable:
             account = self._accounts[session] = Account()
         return account
 
-    def _apply(self, route: Route) -> None:
+    def change(self, route: Route) -> None:
+        """Applies one route; control sends them in the order in which they came to be (gateway/sessions/routes.py)."""
         entry = self._entries.get(route.endpoint)
         old = entry.route if entry is not None else None
         if old == route:

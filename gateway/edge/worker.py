@@ -167,18 +167,17 @@ class Worker:
         self._ready.set()
         self.holds.ask_again(self.route_of_session)
 
-    async def rpc_route(self, connection: Connection, body: m.RouteChange) -> None:
+    async def rpc_route(self, connection: Connection, body: m.Route) -> None:
         self.table.change(body)
 
     async def rpc_keys(self, connection: Connection, body: list[m.Verifier]) -> None:
         self.checker = Checker(body)
 
-    async def rpc_gate(self, connection: Connection, body: m.GateRequest) -> m.GateAnswer:
-        self.table.change(body.change)
-        account = self.table.account(body.change.route.session)
-        account.gated = (account.count, account.spoken)
-        self.upstream.close_idle(body.change.route.session, body.change.route.incarnation)
-        return m.GateAnswer(account.count, account.waiting)
+    async def rpc_gate(self, connection: Connection, body: m.Route) -> m.GateAnswer:
+        """Closes a session's gate: from this answer on no request is forwarded to it."""
+        answer = self.table.close_gate(body)
+        self.upstream.close_idle(body.session, body.incarnation)
+        return answer
 
     async def rpc_drain(self, connection: Connection, body: m.DrainRequest) -> m.Drained:
         account = self.table.account(body.session)
@@ -189,6 +188,9 @@ class Worker:
 
         while is_busy() and self.time() < deadline:
             await asyncio.sleep(0.005 if account.waiting else 0.001)
+        route = self.route_of_session(body.session)
+        if route is None or route.incarnation != body.incarnation or route.gate == "open":
+            return m.Drained(quiet=False)  # another control has opened it again meanwhile
         if body.if_quiet and (account.count != account.gated[0] or is_busy()):
             return m.Drained(quiet=False)
         if body.cut or account.waiting:

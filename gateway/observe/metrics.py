@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -25,7 +25,7 @@ edge_now = Gauge(
 asleep = Gauge("torpor_asleep", "Sleeping sessions: warm (paused), cold (files), archived (object store).", ["tier"], registry=registry)
 asleep_bytes = Gauge("torpor_asleep_bytes", "What sleeping sessions take there.", ["tier"], registry=registry)
 ran_ahead = Gauge("torpor_ran_ahead", "MicroVMs that ran ahead and wait for launches.", registry=registry)
-_counted: dict[str, Counters] = {}  # by worker, as last reported: a worker's own counts only grow
+_counted: dict[Hashable, Counters] = {}  # by worker, as last reported: a worker's own counts only grow
 
 
 def transition(event: Event) -> None:
@@ -36,7 +36,7 @@ def action_took(action: str, taken: float) -> None:
     seconds.labels(action).observe(taken)
 
 
-def edge_counted(worker: str, counters: Counters) -> None:
+def edge_counted(worker: Hashable, counters: Counters) -> None:
     """Labels are bounded: protocol, and the status's first digit."""
     before = _counted.get(worker)
     for protocol, answers in counters.answers.items():
@@ -47,7 +47,7 @@ def edge_counted(worker: str, counters: Counters) -> None:
     _counted[worker] = counters
 
 
-def edge_left(worker: str) -> None:
+def edge_left(worker: Hashable) -> None:
     _counted.pop(worker, None)
 
 

@@ -58,8 +58,8 @@ class Live:
         self.gate: asyncio.Task[Gate] | None = None  # being closed while the call that asked for it is stored
         self.resting: asyncio.Task[None] | None = None  # ends the hypervisor of a session that was just saved
         self.deferred: list[Event] = []
-        self.counts: dict[str, int] = {}  # by worker, as last reported
-        self.waiting: dict[str, int] = {}
+        self.counts: dict[Hashable, int] = {}  # by worker, as last reported
+        self.waiting: dict[Hashable, int] = {}
         self.last_active = now
         self.stored: State | None = None  # as its last row says; a resume is not stored before its guest is about to run
 
@@ -355,7 +355,7 @@ class Lifecycle:
 
     # ---- what the edges and the host report ----
 
-    def activity(self, worker: str, report: Activity) -> None:
+    def activity(self, worker: Hashable, report: Activity) -> None:
         now = self._loop.time()
         for name, (count, ago, waiting) in report.sessions.items():
             session = self.store.sessions.get(name)
@@ -366,7 +366,7 @@ class Lifecycle:
             live.waiting[worker] = waiting
             live.last_active = max(live.last_active, now - ago)
 
-    def worker_left(self, worker: str) -> None:
+    def worker_left(self, worker: Hashable) -> None:
         """What it did not report counts as activity now."""
         now = self._loop.time()
         for live in self._live.values():

@@ -1,17 +1,19 @@
-"""Control's side of routing: a numbered log of changes, sent to every worker; gates closed and counted.
+"""Control's side of routing: the routes, sent to every worker; gates closed, and activity counted.
 
-A worker takes the whole table, then changes in order; it serves only after its first table.
+A worker takes the whole table, then each change; it serves only after its first table. Each change is sent in the turn of the loop in
+which it is made, and a connection keeps its order (gateway/rpc.py), so that a worker's table is always one that was control's.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from typing import Any, TypeVar
 
 import structlog
 
-from gateway.messages import Drained, DrainRequest, GateAnswer, GateRequest, Route, RouteChange, Table, Verifier
-from gateway.rpc import Connection, RpcError
+from gateway.messages import Drained, DrainRequest, GateAnswer, Route, Table, Verifier
+from gateway.rpc import Connection
 
 from .model import Session
 from .states import State
@@ -19,7 +21,8 @@ from .states import State
 log = structlog.get_logger()
 
 OPEN, HOLD, REFUSE = "open", "hold", "refuse"
-Gate = tuple[dict[str, GateAnswer], bool]  # what each worker said, and whether all were there to say it
+Gate = tuple[dict[Connection, GateAnswer], bool]  # what each worker answered, and whether all workers did
+T = TypeVar("T")
 _DRAIN_MARGIN_SECONDS = 2.0
 _OTHERS_SECONDS = 0.01  # after those that hold requests
 
@@ -53,23 +56,19 @@ class Routes:
         self._expected = expected
         self._wait_seconds = wait_seconds
         self._joined = asyncio.Event()
-        self._number = 0
         self._routes: dict[str, Route] = {}
         self._workers: dict[Connection, str] = {}
         self._holders: dict[str, set[Connection]] = {}  # by session: who said that requests wait for it
         self.keys: list[Verifier] = []
 
     def table(self) -> Table:
-        return Table(self._number, list(self._routes.values()), self.keys)
+        return Table(list(self._routes.values()), self.keys)
 
     def add_worker(self, connection: Connection, name: str) -> Table:
         self._workers[connection] = name
         self._joined.set()
         connection.closed.add_done_callback(lambda _: self._workers.pop(connection, None))
         return self.table()
-
-    def worker_name(self, connection: Connection) -> str:
-        return self._workers.get(connection, "")
 
     def find(self, endpoint: str) -> Route | None:
         return self._routes.get(endpoint)
@@ -107,14 +106,9 @@ class Routes:
         for connection in self._workers:
             connection.notify("keys", keys)
 
-    def _change(self, route: Route) -> RouteChange:
-        self._number += 1
-        return RouteChange(self._number, route)
-
     def _tell(self, route: Route, workers: Collection[Connection]) -> None:
-        change = self._change(route)
         for connection in workers:
-            connection.notify("route", change)
+            connection.notify("route", route)
 
     def _tell_others(self, endpoint: str, workers: Collection[Connection]) -> None:
         """What the route is by now."""
@@ -123,52 +117,55 @@ class Routes:
             self._tell(route, workers)
 
     async def close_gate(self, session: Session, seconds: float) -> Gate:
-        """Closes the session's gate everywhere; answers by worker, and whether all were there to answer in time.
+        """Closes the gate of a session that is SUSPENDING at every worker; the answers, and whether every worker confirmed it in time.
 
-        A worker that is silent for `seconds` is disconnected: what it knows of activity is unknown.
+        A worker that is silent for `seconds`, or whose gate is not closed, is disconnected: its activity is unknown, and it takes the
+        whole table when it is back. A session that has left SUSPENDING while workers were waited for keeps the gate that it has.
         """
         complete = await self._all_connected()
+        if session.state is not State.SUSPENDING:
+            return {}, False
         route = route_of(session, HOLD)
         self._routes[session.endpoint] = route
-        request = GateRequest(self._change(route))
-
-        async def ask(connection: Connection, name: str) -> tuple[str, GateAnswer] | None:
-            try:
-                return name, await connection.call("gate", request, GateAnswer, timeout=seconds)
-            except RpcError:
-                log.warning("gate.silent", worker=name)
-                connection.close()
-                return None
-
-        answers: dict[str, GateAnswer] = {}
-        for answer in await asyncio.gather(*(ask(*item) for item in list(self._workers.items()))):
-            if answer is None:
-                complete = False
+        answers: dict[Connection, GateAnswer] = {}
+        for connection, answer in (await self._ask_workers("gate", route, GateAnswer, seconds)).items():
+            if answer is not None and answer.is_closed:
+                answers[connection] = answer
             else:
-                answers[answer[0]] = answer[1]
+                complete = False
+                connection.close()
         return answers, complete
 
+    async def _ask_workers(self, method: str, body: Any, kind: type[T], seconds: float) -> dict[Connection, T | None]:
+        """Calls every worker, in this turn of the loop; the answers, None of those that gave none."""
+        workers = dict(self._workers)
+        calls = [connection.start_call(method, body, kind, seconds) for connection in workers]
+        answers: dict[Connection, T | None] = {}
+        for connection, answer in zip(workers, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            answers[connection] = None if isinstance(answer, BaseException) else answer[0]
+            if isinstance(answer, BaseException):
+                log.warning("worker.no_answer", worker=workers[connection], method=method, error=str(answer))
+        return answers
+
     async def _all_connected(self) -> bool:
+        """Waits until the expected workers are connected: so many names, because a worker that is being replaced has its successor's."""
         try:
             async with asyncio.timeout(self._wait_seconds):
-                while len(self._workers) < self._expected:
+                while len(set(self._workers.values())) < self._expected:
                     self._joined.clear()
                     await self._joined.wait()
         except TimeoutError:
-            log.warning("gate.workers_missing", connected=len(self._workers), expected=self._expected)
+            log.warning("gate.workers_missing", connected=sorted(self._workers.values()), expected=self._expected)
             return False
         return True
 
     async def drain(self, session: Session, seconds: float, cut: bool, park: int = 0, if_quiet: bool = False) -> Drained:
         """Has every worker do what DrainRequest says; what they answered, together."""
         request = DrainRequest(session.id, session.incarnation, seconds, cut, park, if_quiet)
-
-        async def ask(connection: Connection) -> Drained:
-            try:
-                return await connection.call("drain", request, Drained, timeout=seconds + _DRAIN_MARGIN_SECONDS)
-            except RpcError:
+        answers = await self._ask_workers("drain", request, Drained, seconds + _DRAIN_MARGIN_SECONDS)
+        done = []
+        for connection, answer in answers.items():
+            if answer is None:
                 connection.close()
-                return Drained(quiet=False)
-
-        done = await asyncio.gather(*(ask(connection) for connection in list(self._workers)))
+            done.append(answer or Drained(quiet=False))
         return Drained(sum(one.parked for one in done), any(one.spoken for one in done), all(one.quiet for one in done))

@@ -25,7 +25,7 @@ class Sent:
     """A route change that was sent to the workers. Awaiting it waits until they have applied it: a call on the same connection is
     answered after every notification before it."""
 
-    def __init__(self, connections: list[Connection], change: m.RouteChange) -> None:
+    def __init__(self, connections: list[Connection], change: m.Route) -> None:
         self._connections = connections
         self._change = change
 
@@ -34,13 +34,12 @@ class Sent:
 
     async def _applied(self) -> None:
         for connection in self._connections:
-            await connection.call("route", self._change)  # the same number once more: it changes nothing
+            await connection.call("route", self._change)  # the same route once more: it changes nothing
 
 
 class Control:
     def __init__(self, minter: Minter) -> None:
         self.minter = minter
-        self.number = 1
         self.routes = {HOST: m.Route(HOST, "s1", 1, "open")}
         self.hidden: dict[str, m.Route] = {}
         self.resumed: list[m.ResumeRequest] = []
@@ -52,7 +51,7 @@ class Control:
 
     async def rpc_hello(self, connection: Connection, body: m.Hello) -> m.Table:
         self.connections.append(connection)
-        return m.Table(self.number, list(self.routes.values()), self.minter.verifiers())
+        return m.Table(list(self.routes.values()), self.minter.verifiers())
 
     async def rpc_lookup(self, connection: Connection, body: m.LookupRequest) -> m.Route | None:
         self.lookups.append(body.endpoint)
@@ -82,8 +81,7 @@ class Control:
 
     def change(self, gate: str, incarnation: int = 1, session: str = "s1", is_live: bool = True) -> Sent:
         """Sends a route change. `await control.change(...)` returns when it is applied."""
-        self.number += 1
-        change = m.RouteChange(self.number, m.Route(HOST, session, incarnation, gate, is_live))
+        change = m.Route(HOST, session, incarnation, gate, is_live)
         for connection in self.connections:
             connection.notify("route", change)
         return Sent(self.connections, change)

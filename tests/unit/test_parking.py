@@ -95,10 +95,8 @@ async def test_a_silent_tunnel_goes_on_in_the_next_incarnation(rig: Rig) -> None
 
 
 async def gated(rig: Rig, incarnation: int = 1) -> m.GateAnswer:
-    rig.control.number += 1
-    change = m.RouteChange(rig.control.number, m.Route(HOST, "s1", incarnation, "hold"))
     (connection,) = rig.control.connections
-    answer: m.GateAnswer = await connection.call("gate", m.GateRequest(change), m.GateAnswer)
+    answer: m.GateAnswer = await connection.call("gate", m.Route(HOST, "s1", incarnation, "hold"), m.GateAnswer)
     return answer
 
 
