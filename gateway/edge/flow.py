@@ -1,4 +1,4 @@
-"""What an HTTP/2 connection keeps of a stream, and what it lets its peer do for nothing (RFC 9113, 5.2 and 10.5)."""
+"""One stream's flow control (RFC 9113, 5.2), and the budget of frames that cost us work and their sender nothing (10.5)."""
 
 from __future__ import annotations
 
@@ -7,52 +7,83 @@ from typing import Final
 from mypy_extensions import trait
 
 FLOW_SLOTS = (
-    "_grown_ms", "_owed", "number", "queue", "queue_end", "receive_window", "receive_size", "received_end", "send_window",
-    "paused", "source_paused",
+    "_grown_at", "blocked_at", "end_after_queue", "number", "paused", "queue", "receive_window", "receive_size", "received_at",
+    "received_end", "send_window", "source_paused", "trailers_after_queue", "uncredited",
 )  # fmt: skip
 
 STREAM_WINDOW: Final = 64 << 10
 STREAM_WINDOW_MOST: Final = 8 << 20
+GROW_SECONDS: Final = 0.5  # a window that is used up faster than this is doubled
 
 
 @trait
 class Flow:
-    """A stream's flow control and what waits to be sent on it. Its slots are FLOW_SLOTS, in the classes that have others too."""
+    """A stream's windows, and the data that waits to be sent on it. The connection (multiplex.py) calls the methods; whoever carries
+    a stream implements them. A class with this trait names FLOW_SLOTS in its own slots, because mypyc's traits have none."""
 
     number: int
+    # What we send: the peer's windows bound it, and what they do not let through is queued.
     send_window: int
+    queue: bytearray | None
+    end_after_queue: bool  # our half of the stream ends behind what is queued
+    trailers_after_queue: bytes  # a field block that ends it; empty: END_STREAM on the last DATA frame does
+    source_paused: bool  # whoever produces the data was asked to stop
+    blocked_at: float  # when something was last sent of what is queued
+    # What we receive: it is credited to the peer by WINDOW_UPDATE as soon as it is consumed.
     receive_window: int
-    receive_size: int
-    queue: bytearray
-    queue_end: bytes | None  # what is sent after the queue: b"" ends the stream with its last data, else a trailers' block
-    received_end: bool
+    receive_size: int  # the window when all is credited
+    uncredited: int  # bytes that were received, and not credited yet
     paused: int  # why the stream is not read (reading.py); while there is a reason, its window is not opened further
-    source_paused: bool
-    _owed: int
-    _grown_ms: int
+    received_end: bool
+    received_at: float  # when the peer last sent data, or was allowed to send on
+    _grown_at: float
 
     def open_flow(self, number: int, send_window: int, now: float) -> None:
         self.number = number
         self.send_window = send_window
+        self.queue = None
+        self.end_after_queue = False
+        self.trailers_after_queue = b""
+        self.source_paused = False
+        self.blocked_at = now
         self.receive_window = self.receive_size = STREAM_WINDOW
-        self.queue = _NO_QUEUE
-        self.queue_end = None
-        self.received_end = self.source_paused = False
+        self.uncredited = 0
         self.paused = 0
-        self._owed = 0
-        self._grown_ms = int(now * 1000)
+        self.received_end = False
+        self.received_at = self._grown_at = now
+
+    def credit(self, now: float, growth_left: int) -> tuple[int, int]:
+        """The WINDOW_UPDATE that is due, and how much of it the window has grown by: it doubles where it is used up fast, within
+        `growth_left`. (0, 0) while less than half of the window was consumed."""
+        if self.uncredited < self.receive_size // 2 or self.received_end:
+            return 0, 0
+        growth = 0
+        if now - self._grown_at < GROW_SECONDS:
+            growth = max(0, min(self.receive_size, STREAM_WINDOW_MOST - self.receive_size, growth_left))
+            self.receive_size += growth
+        self._grown_at = now
+        update = self.uncredited + growth
+        self.receive_window += update
+        self.uncredited = 0
+        return update, growth
+
+    def on_data(self, data: bytes, end: bool) -> None:
+        """DATA, without its padding. Raises StreamError where it may not come."""
+
+    def on_reset(self, code: int) -> None:
+        """The stream has ended before its time: by the peer's RST_STREAM, or by ours because of a mistake of the peer's."""
+
+    def on_end_sent(self) -> None:
+        """Our half of the stream has ended, and everything on it was sent."""
 
     def pause_source(self) -> None:
-        """Too much waits to be sent: whoever produces it should stop."""
+        """Too much is queued: whoever produces the data should stop."""
 
     def resume_source(self) -> None: ...
 
 
-_NO_QUEUE = bytearray()  # shared: replaced before it is written to
-
-
 class Budget:
-    """What a peer may do for nothing: a burst, refilled with time."""
+    """A token bucket: how often a peer may do what costs it nothing."""
 
     __slots__ = ("_at", "_left", "_most", "_rate")
 
@@ -60,6 +91,7 @@ class Budget:
         self._most, self._rate, self._left, self._at = most, rate, most, 0.0
 
     def spend(self, now: float) -> bool:
+        """Takes one; False when none is left."""
         self._left = min(self._most, self._left + (now - self._at) * self._rate) - 1
         self._at = now
         return self._left > 0

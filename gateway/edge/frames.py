@@ -24,7 +24,7 @@ END_STREAM: Final = 0x1
 ACK: Final = 0x1
 END_HEADERS: Final = 0x4
 PADDED: Final = 0x8
-PRIORITISED: Final = 0x20
+PRIORITY_FLAG: Final = 0x20
 
 HEADER_TABLE_SIZE: Final = 1
 ENABLE_PUSH: Final = 2
@@ -38,6 +38,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 FRAME_BYTES: Final = 16384
 WINDOW_BYTES: Final = 65535
 WINDOW_MAX_BYTES: Final = 2**31 - 1
+LAST_POSSIBLE: Final = 2**31 - 1  # a GOAWAY that refuses no stream yet (RFC 9113, 6.8)
 _HEAD = struct.Struct(">BHBBL")
 _SETTING = struct.Struct(">HL")
 
@@ -63,16 +64,16 @@ class Code(IntEnum):
     HTTP_1_1_REQUIRED = 13
 
 
-class Fatal(Exception):
-    """The connection cannot go on (RFC 9113, 5.4.1)."""
+class H2ConnectionError(Exception):
+    """A connection error: the connection cannot go on (RFC 9113, 5.4.1)."""
 
     def __init__(self, code: Code, text: str) -> None:
         super().__init__(text)
         self.code = code
 
 
-class StreamBroken(Exception):
-    """One stream cannot go on (RFC 9113, 5.4.2)."""
+class H2StreamError(Exception):
+    """A stream error: one stream cannot go on (RFC 9113, 5.4.2)."""
 
     def __init__(self, stream: int, code: Code, text: str) -> None:
         super().__init__(text)
@@ -126,13 +127,13 @@ def new_decoder(list_bytes: int) -> FieldDecoder:
 
 
 def decode(decoder: FieldDecoder, block: bytes) -> list[Field]:
-    """Raises Fatal: after an error the table is not the peer's any more."""
+    """Raises H2ConnectionError: after an error the table is not the peer's any more."""
     try:
         return decoder.decode(block, True)
     except OversizedHeaderListError as error:
-        raise Fatal(Code.ENHANCE_YOUR_CALM, "field list too large") from error
+        raise H2ConnectionError(Code.ENHANCE_YOUR_CALM, "field list too large") from error
     except HPACKError as error:
-        raise Fatal(Code.COMPRESSION_ERROR, "field block cannot be decoded") from error
+        raise H2ConnectionError(Code.COMPRESSION_ERROR, "field block cannot be decoded") from error
 
 
 def _integer(value: int, first: int, bits: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from . import frames, websocket
 from .frames import Field
@@ -31,13 +32,16 @@ _DIGITS = re.compile(rb"[0-9]{1,18}\Z").match
 _STATUS = re.compile(rb"[1-9][0-9][0-9]\Z").match
 _OF_CONNECTION = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"))
 _REQUEST_PSEUDO = frozenset((b":method", b":scheme", b":path", b":authority", b":protocol"))
-_FIELD_OVERHEAD = 32  # of each field, in what SETTINGS_MAX_HEADER_LIST_SIZE counts (RFC 9113, 6.5.2)
 
+# Names that were checked, from whomever: few and short, because nobody is asked for a token before.
 _known_names: dict[bytes, bool] = {}
+_KNOWN_MOST: Final = 4096
+_KNOWN_BYTES: Final = 64
 
 
-def list_size(fields: list[Field]) -> int:
-    return sum(len(name) + len(value) + _FIELD_OVERHEAD for name, value, _ in fields)
+def size_of(fields: list[Field]) -> int:
+    """Of names and values, which is what is bounded over HTTP/1.1."""
+    return sum([len(name) + len(value) for name, value, _ in fields])
 
 
 def _check(fields: list[Field], pseudo: frozenset[bytes]) -> tuple[dict[bytes, bytes], list[tuple[bytes, bytes]]]:
@@ -53,7 +57,7 @@ def _check(fields: list[Field], pseudo: frozenset[bytes]) -> tuple[dict[bytes, b
         good = _known_names.get(name)
         if good is None:
             good = _NAME(name) is not None and name not in _OF_CONNECTION
-            if len(_known_names) < 4096:
+            if len(name) <= _KNOWN_BYTES and len(_known_names) < _KNOWN_MOST:
                 _known_names[name] = good
         if not good or (name == b"te" and value.lower() != b"trailers"):
             raise Malformed("malformed field")
@@ -160,8 +164,10 @@ def parse_response(fields: list[Field], end: bool, most: int, is_head: bool) -> 
     return head
 
 
-def parse_trailers(fields: list[Field]) -> Trailers:
+def parse_trailers(fields: list[Field], most: int) -> Trailers:
     """Those that may go on. Raises Malformed."""
+    if len(fields) > most:
+        raise Malformed(f"message has more than {most} trailer fields (edge.head_fields)", 431)
     return allowed_trailers(_check(fields, frozenset())[1])
 
 

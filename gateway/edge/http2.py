@@ -1,51 +1,56 @@
-"""A client's HTTP/2 connection: every stream is an exchange (stream.py; RFC 9113, WebSocket by RFC 8441)."""
+"""A client's HTTP/2 connection, and its streams, each of which is an exchange (RFC 9113, WebSocket by RFC 8441)."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, cast
 
+from . import failures, head2, multiplex, replies
 from . import frames as f
-from . import head2, multiplex
 from .admission import Refuse
-from .frames import Code, Fatal, StreamBroken
-from .head import FIXED, Malformed
-from .memo import Repeated
+from .exchange import Exchange, peer_of
+from .failures import Failure
+from .flow import FLOW_SLOTS, Flow
+from .frames import Code, H2ConnectionError, H2StreamError
+from .head import FIXED, MARKER, Malformed, ResponseHead, Trailers, split_block
+from .memo import Admitted, Repeated
 from .multiplex import Multiplex
-from .reading import READ_AHEAD
-from .stream import Key, Request
+from .reading import PEER_SLOW, READ_AHEAD
+from .record import HTTP2
+from .websocket import GOING_AWAY, FrameCounter, accept_of
 
 if TYPE_CHECKING:
     from .limits import Limiter
     from .worker import Worker
 
-_STREAMS_MOST = 128
+_STREAMS_MOST: Final = 128
 _LIST_SLACK = 2  # a field list this many times too large is still decoded, to be answered with 431
 _BLOCKS_MOST = 256
 _INDEXED = bytes(range(0x80, 0x100))
 _DRAIN_PING = b"draining"
-_LAST_POSSIBLE = 2**31 - 1
+_REQUEST_ID = b"\0\x10x-amzn-requestid\x24"  # a literal without indexing; a value of 36 bytes follows
+Key = tuple[f.Field, ...]
 
 
 class Http2(Multiplex):
     """The connection. `clients` of the worker hold it until it is closed."""
 
-    __slots__ = ("_blocks", "draining", "joined", "opened", "touched", "worker", "write_stuck_since")
+    __slots__ = ("_blocks", "_closing_since", "draining", "idle_since", "joined", "opened", "worker", "write_paused_since")
 
     def __init__(self, worker: Worker) -> None:
-        super().__init__(worker.time, _LIST_SLACK * worker.settings.head_bytes)
+        super().__init__(worker.time, asyncio.get_running_loop().call_soon, _LIST_SLACK * worker.settings.head_bytes)
         self.worker = worker
-        self.touched = worker.time()
-        self.write_stuck_since = 0.0
+        self.write_paused_since = 0.0
+        self._closing_since = 0.0  # the transport was closed, and may still have something to write
+        self.idle_since = self.touched  # without streams since then
         self._blocks: dict[bytes, Repeated] = {}  # blocks of indexed fields only, as this connection's table has them
-        self._buffer = b""
         self.draining = False
         self.joined: dict[str, Limiter] = {}
         self.opened = False  # the preface is here
 
     # ---- asyncio ----
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: object) -> None:
         super().connection_made(transport)
         self.worker.clients.add(self)
         self.put(
@@ -58,7 +63,6 @@ class Http2(Multiplex):
         self._receive_window = multiplex.CONNECTION_WINDOW
 
     def data_received(self, data: bytes) -> None:
-        self.touched = self.worker.time()
         if self.opened:
             super().data_received(data)
             return
@@ -76,41 +80,46 @@ class Http2(Multiplex):
         self.eof_received()
 
     def eof_received(self) -> bool:
-        """Nothing more will come: what waits, or has not come whole, is forgotten; what runs is answered."""
-        for stream in list(self.streams.values()):
-            if not stream.received_end or (stream.origin is None and not stream.response_started):
-                self.drop(stream)
-                self._left(stream)
-        if not self.streams:
-            self.end()
-        self.goaway_sent = True  # the last stream's end closes
-        return bool(self.streams)
+        """The client will send nothing more, not even a window: it is gone, and so is what runs for it."""
+        self.is_shutting_down = True
+        for stream in self._requests():
+            self.drop(stream)
+            stream.on_reset(Code.CANCEL)
+        self.end()
+        return False
 
     def connection_lost(self, error: Exception | None) -> None:
         self.worker.clients.discard(self)
         self.transport = None
-        streams, self.streams = self.streams, {}
-        for stream in streams.values():
-            self._left(stream)
+        for stream in self._requests():
+            self.drop(stream)
+            stream.on_reset(Code.CANCEL)
         for limiter in self.joined.values():
             limiter.leave()
 
     def pause_writing(self) -> None:
+        """The client does not read: neither does the connection, for whatever it asks is answered with something."""
         super().pause_writing()
-        self.write_stuck_since = self.worker.time()
+        self.write_paused_since = self.time()
+        self.pause_receiving()
 
     def resume_writing(self) -> None:
-        self.write_stuck_since = 0.0
+        self.write_paused_since = 0.0
         super().resume_writing()
+        if not self.write_paused:
+            self.resume_receiving()
 
     # ---- frames ----
 
     def on_headers(self, number: int, block: bytes, end: bool) -> None:
         stream = self.streams.get(number)
         if stream is not None or not number & 1 or number <= self.last_number:
-            self._late_headers(number, stream, block, end)
+            self._late_headers(number, cast("Request | None", stream), block, end)
             return
         self.last_number = number
+        if number > self.goaway_last:
+            self._ignore(block)
+            return
         worker = self.worker
         again = self._blocks.get(block) if end else None
         key: Key = ()
@@ -124,7 +133,7 @@ class Http2(Multiplex):
             if again is not None and indexed and len(self._blocks) < _BLOCKS_MOST:
                 self._blocks[block] = again
         if len(self.streams) >= _STREAMS_MOST:
-            raise StreamBroken(number, Code.REFUSED_STREAM, "too many streams")
+            raise H2StreamError(number, Code.REFUSED_STREAM, "too many streams")
         now = self.touched
         request = self.streams[number] = Request(self, number, now)
         request.received_end = end
@@ -133,7 +142,7 @@ class Http2(Multiplex):
         elif worker.turns.is_over(again.memo.account, now):
             known = key or tuple(f.decode(self._decoder, block))  # now, because the table goes on
             worker.turns.wait(again.memo.account, lambda: self._due(request, again, known))
-        elif not self.goaway_sent and (origin := request.admitted(again.memo, now)) is not None:
+        elif (origin := request.admitted(again.memo, now)) is not None:
             request.forward_now(origin, again, now)
         else:
             self._parsed(request, key or tuple(f.decode(self._decoder, block)), end, now)
@@ -154,12 +163,12 @@ class Http2(Multiplex):
         request.key = key
         fields = list(key)
         try:
-            if head2.list_size(fields) > settings.head_bytes + 32 * len(fields):
+            if head2.size_of(fields) > settings.head_bytes:
                 raise Malformed("Request header fields too large", 431)
             head = head2.parse_request(fields, end, settings.head_fields)
         except Malformed as error:
             if error.status == 400:
-                raise StreamBroken(request.number, Code.PROTOCOL_ERROR, str(error)) from error
+                raise H2StreamError(request.number, Code.PROTOCOL_ERROR, str(error)) from error
             request.unread(now)
             request.refuse(Refuse(error.status, str(error).encode()))
             return
@@ -168,46 +177,42 @@ class Http2(Multiplex):
         request.paused = 0 if end else READ_AHEAD
         request.decide(head, now)
 
+    def _ignore(self, block: bytes) -> None:
+        """A stream that our GOAWAY has refused: its client sends it again elsewhere (RFC 9113, 6.8). The block is decoded, because the
+        table goes on."""
+        f.decode(self._decoder, block)
+        self._blocks.clear()
+        self.spend_reset()
+
     def _late_headers(self, number: int, stream: Request | None, block: bytes, end: bool) -> None:
         """A block on a stream that was opened before: trailers, or a mistake. It is decoded in any case, for the table."""
         fields = f.decode(self._decoder, block)
         self._blocks.clear()
         if not number & 1:
-            raise Fatal(Code.PROTOCOL_ERROR, "a client's streams have odd numbers")
+            raise H2ConnectionError(Code.PROTOCOL_ERROR, "a client's streams have odd numbers")
         if stream is None:
             if self._closed.get(number) is None and self.is_idle(number):
-                raise Fatal(Code.PROTOCOL_ERROR, "stream numbers must grow")
+                raise H2ConnectionError(Code.PROTOCOL_ERROR, "stream numbers must grow")
             self.closed_stream(number, None)
             return
         if stream.received_end:
-            raise StreamBroken(number, Code.STREAM_CLOSED, "HEADERS after the end")
+            raise H2StreamError(number, Code.STREAM_CLOSED, "HEADERS after the end")
         if not end:
-            raise StreamBroken(number, Code.PROTOCOL_ERROR, "trailers must end the stream")
+            raise H2StreamError(number, Code.PROTOCOL_ERROR, "trailers must end the stream")
+        settings = self.worker.settings
         try:
-            trailers = head2.parse_trailers(fields)
+            if head2.size_of(fields) > settings.head_bytes:
+                raise Malformed("Request header fields too large", 431)
+            trailers = head2.parse_trailers(fields, settings.head_fields)
         except Malformed as error:
-            raise StreamBroken(number, Code.PROTOCOL_ERROR, str(error)) from error
+            raise H2StreamError(number, Code.PROTOCOL_ERROR, str(error)) from error
         stream.received_end = True
-        stream.trailers(trailers)
-
-    def on_data(self, stream: Request, data: bytes, end: bool) -> None:
-        stream.body(data, end)
-
-    def on_reset(self, stream: Request, code: int) -> None:
-        self._left(stream)
-        self._maybe_end()
-
-    def _left(self, stream: Request) -> None:
-        """The client gave it up."""
-        stream.status = stream.status or 499
-        stream.sent -= len(stream.queue)
-        stream.record("client")
-        stream.leave()
+        stream.on_trailers(trailers)
 
     def on_goaway(self, last: int, code: int) -> None:
-        """The client opens no more streams."""
-        self.goaway_sent = True
-        self._maybe_end()
+        """The client takes no more streams of ours, of which there are none, and is about to leave."""
+        self.is_shutting_down = True
+        self.maybe_end()
 
     def on_ping_ack(self, payload: bytes) -> None:
         if payload == _DRAIN_PING:
@@ -215,22 +220,28 @@ class Http2(Multiplex):
 
     # ---- ends ----
 
-    def sent_end(self, stream: Request) -> None:
-        """All of the answer has been sent. RFC 9113, 8.1: one that comes before the whole request asks for no more of it."""
-        stream.record()
-        if stream.received_end:
-            self.drop(stream)
-        else:
-            self.reset(stream, Code.NO_ERROR)
-        self._maybe_end()
+    def _requests(self) -> list[Request]:
+        return [cast(Request, one) for one in self.streams.values()]
 
-    def _maybe_end(self) -> None:
-        if self.draining and not self.streams and not self.goaway_sent:
-            self.goaway_sent = True
-            self.put(f.goaway(self.last_number, Code.NO_ERROR))
-        if self.goaway_sent and not self.streams and self.transport is not None and not self.transport.is_closing():
+    def drop(self, stream: Flow, how: int = 0) -> None:
+        super().drop(stream, how)
+        if not self.streams:
+            self.idle_since = self.time()
+
+    def maybe_end(self) -> None:
+        """Closes where no stream is left, and none may come."""
+        if self.streams:
+            return
+        if self.draining and not self.is_shutting_down:
+            self.is_shutting_down = True
+            self.goaway(self.last_peer_stream, Code.NO_ERROR)
+        if self.is_shutting_down and self.transport is not None and not self.transport.is_closing():
             self.flush()
             self.end()
+
+    def end(self) -> None:
+        self._closing_since = self._closing_since or self.time()
+        super().end()
 
     def begin_drain(self) -> None:
         """The connection ends together with its last stream: a client that has an answer has the GOAWAY, too, and sends
@@ -240,30 +251,38 @@ class Http2(Multiplex):
     def press_drain(self) -> None:
         """A connection that is never without streams is told to open no more; the last number is said only when the client
         has seen that, so that no stream on its way is lost."""
-        self.put(f.goaway(_LAST_POSSIBLE, Code.NO_ERROR) + f.frame(f.PING, 0, 0, _DRAIN_PING))
+        self.goaway(f.LAST_POSSIBLE, Code.NO_ERROR)
+        self.put(f.frame(f.PING, 0, 0, _DRAIN_PING))
 
     def go_away(self) -> None:
-        if not self.goaway_sent:
-            self.goaway_sent = True
-            self.put(f.goaway(self.last_number, Code.NO_ERROR))
-        self._maybe_end()
+        """Begins a graceful shutdown: what runs is answered, and later streams are ignored (RFC 9113, 6.8)."""
+        if not self.is_shutting_down:
+            self.is_shutting_down = True
+            self.goaway(self.last_peer_stream, Code.NO_ERROR)
+        self.maybe_end()
 
     def sweep(self, now: float) -> None:
+        """Called about once a second: ends what has stood still for too long. Nothing that one stream does, and no PING, keeps
+        another one alive, or an idle connection."""
         settings = self.worker.settings
-        quiet = now - self.touched
-        if self.write_stuck_since and now - self.write_stuck_since > settings.idle_seconds:
+        long_ago = now - settings.idle_seconds
+        if 0 < self.write_paused_since < long_ago or 0 < self._closing_since < long_ago:
             if self.transport is not None:
-                self.transport.abort()
+                self.transport.abort()  # it reads nothing of what it asked for
             return
-        if (self._block is not None or not self._peer_settled) and quiet > settings.head_seconds:
+        for stream in [one for one in self._blocked if one.blocked_at < long_ago]:
+            self.reset(stream, Code.CANCEL)  # whose window the client does not open
+            stream.on_reset(Code.CANCEL)
+        if self.read_paused or self._closing_since:
+            return
+        begun = self.incomplete_since if self._peer_settled else self.idle_since
+        if 0 < begun < now - settings.head_seconds:
             self.fail(Code.PROTOCOL_ERROR, "not continued in time")
-        elif not self.streams and quiet > settings.idle_seconds:
+        elif not self.streams and self.idle_since < long_ago:
             self.go_away()
-        elif quiet > settings.body_seconds:
-            for stream in [one for one in self.streams.values() if one.origin is not None and not one.received_end and not one.paused]:
-                if not stream.response_started:
-                    stream.leave()
-                    stream.refuse(Refuse(408, b"The request's body did not come in time"))
+        else:
+            for request in self._requests():
+                request.sweep(now - settings.body_seconds)
 
     @property
     def is_quiet(self) -> bool:
@@ -271,3 +290,302 @@ class Http2(Multiplex):
 
     def close_idle(self) -> None:
         self.go_away()
+
+
+class Request(Exchange, Flow):
+    """One stream: one exchange, and its flow control."""
+
+    __slots__ = ("_ahead", "_frames", "_left", "_trailers", "connection", "expected", "key", *FLOW_SLOTS)
+
+    protocol = HTTP2
+    is_raw = False
+
+    def __init__(self, connection: Http2, number: int, now: float) -> None:
+        super().__init__(connection.worker)
+        self.counted = False
+        self.began = now
+        self.connection = connection
+        self.open_flow(number, connection.initial_window, now)
+        self._ahead: bytearray | None = None  # of the body, or for the tunnel, read while there is neither application nor 101
+        self._trailers: Trailers | None = None  # which may come before there is an application
+        self._left = -1  # bytes of the answer that Content-Length has promised, and that are still to come
+        self._frames: FrameCounter | None = None
+        self.expected = -1  # bytes of the request's body that are still to come by Content-Length
+        self.key: Key = ()
+
+    # ---- the request ----
+
+    @property
+    def joined(self) -> dict[str, Limiter]:
+        return self.connection.joined
+
+    @property
+    def peer(self) -> str:
+        return peer_of(cast(asyncio.BaseTransport, self.connection.transport))
+
+    @property
+    def request_complete(self) -> bool:
+        """Of a handshake that has not led to a tunnel: never. What its client sent behind it has no reader."""
+        return self.received_end and (self.head is None or self.head.upgrade is None)
+
+    @property
+    def held_bytes(self) -> int:
+        return len(self._ahead) if self._ahead is not None else 0
+
+    def remember(self, memo: Admitted) -> None:
+        head = self.head
+        assert head is not None
+        rewritten = b"%b %b HTTP/1.1%b\r\nx-amzn-requestid: " % (head.method, head.target, head.block)
+        self.worker.streams.put(self.key, Repeated(memo, rewritten, head.method == b"HEAD"))
+
+    def on_data(self, data: bytes, end: bool) -> None:
+        """Raises H2StreamError where the body is not what Content-Length says."""
+        if self.expected >= 0:
+            self.expected -= len(data)
+            if self.expected < 0 or (end and self.expected):
+                raise H2StreamError(self.number, Code.PROTOCOL_ERROR, "not the length that was said")
+        origin = self.origin
+        if origin is None or self._awaits_switch:
+            self._keep_ahead(data)
+            return
+        if self._frames is not None:
+            if data:
+                self.tunnel_in(data)
+        else:
+            account = self.account
+            account.count += 1
+            account.spoken += self.response_started  # a stream that goes on both ways, not a request's body
+            account.last = self.worker.time()
+            if data:
+                if self._limiter is not None:
+                    self.throttle(len(data))
+                origin.send(data)
+        if end:
+            origin.finish(None)
+
+    @property
+    def _awaits_switch(self) -> bool:
+        """An extended CONNECT that the application has not agreed to: nothing of a tunnel goes out (RFC 8441, 5)."""
+        return self._frames is None and self.head is not None and self.head.upgrade is not None
+
+    def _keep_ahead(self, data: bytes) -> None:
+        """Within the stream's window, which is not credited meanwhile, and the session's bound on what is held."""
+        if self.response_started or not data:
+            return  # it was refused: nobody will read this
+        if self._ahead is None:
+            self._ahead = bytearray()
+        self._ahead += data
+        if self.held_for is not None and not self.worker.holds.grow(self.held_for, len(data)):
+            self.leave()
+            self.refuse(replies.TOO_MANY)
+
+    def on_trailers(self, trailers: Trailers) -> None:
+        if self.expected > 0:
+            raise H2StreamError(self.number, Code.PROTOCOL_ERROR, "not the length that was said")
+        if self.origin is None:
+            self._trailers = trailers
+        elif not self._awaits_switch:
+            self.origin.finish(trailers)
+
+    def send_ahead(self) -> None:
+        origin = self.origin
+        if origin is None or self._awaits_switch:
+            return
+        ahead, self._ahead = self._ahead, None
+        if ahead:
+            origin.send(bytes(ahead))
+        if self.received_end and self.head is not None and self.head.framing != 0:
+            origin.finish(self._trailers)
+        else:
+            self.resume_reading(READ_AHEAD)
+
+    def pause_reading(self, reason: int) -> None:
+        self.paused |= reason
+
+    def resume_reading(self, reason: int) -> None:
+        self.paused &= ~reason
+        if not self.paused and self._is_open:
+            self.received_at = self.worker.time()
+            self.connection.credit(self)
+
+    def sweep(self, long_ago: float) -> None:
+        """An upload that stands still, though it is read, is given up."""
+        if self.origin is None or self.received_end or self.paused or self.response_started or self.received_at > long_ago:
+            return
+        self.leave()
+        self.refuse(Refuse(408, b"The request's body did not come in time"))
+
+    # ---- the answer ----
+
+    def _begin_answer(self, status: int) -> None:
+        self._answered()
+        self.response_started = True
+        self.status = status
+        if self.worker.ledger.access is not None:
+            self.first_byte = self.worker.time()
+
+    def _fields(self, head: ResponseHead) -> bytes:
+        block = head2.response_block(head) + _REQUEST_ID + self.request_id
+        if not head.is_dated:
+            block += f.encode([(b"date", replies.date())])
+        if self._timing and self.worker.settings.server_timing:
+            block += f.encode([(b"server-timing", self._timing.encode("ascii"))])
+        return block
+
+    @property
+    def _is_open(self) -> bool:
+        return self.number in self.connection.streams
+
+    def send_interim(self, head: ResponseHead) -> None:
+        if self._is_open:
+            self.connection.send_interim(self, head2.response_block(head))
+
+    def response_whole(self, head: ResponseHead, body: bytes) -> None:
+        if head.framing == FIXED and head.length != len(body):
+            self._inconsistent()
+            return
+        self._begin_answer(head.status)
+        self.sent = len(body)
+        self.origin = None
+        if self._is_open:
+            self.connection.send_message(self, self._fields(head), body)
+
+    def response_head(self, head: ResponseHead) -> None:
+        self._begin_answer(head.status)
+        self._left = head.length if head.framing == FIXED else -1
+        if self._is_open:
+            self.connection.put(f.headers(self.number, self._fields(head), False))
+
+    def response_data(self, data: bytes) -> None:
+        if self._left >= 0:
+            self._left -= len(data)
+            if self._left < 0:
+                self._inconsistent()
+                return
+        self.sent += len(data)
+        if self._limiter is not None:
+            self.throttle(len(data))
+        if self._frames is not None:
+            self._frames.feed(data)
+        if self._is_open:
+            self.connection.send_data(self, data, False)
+
+    def response_done(self, trailers: Trailers | None = None) -> None:
+        if self._left > 0:
+            self._inconsistent()
+            return
+        self.origin = None
+        if not self._is_open:
+            return
+        if trailers:
+            self.connection.send_trailers(self, f.encode(trailers))
+        else:
+            self.connection.send_data(self, b"", True)
+
+    def _inconsistent(self) -> None:
+        """The answer is not as long as its Content-Length says: an intermediary must not pass that on (RFC 9113, 8.1.1)."""
+        origin = self.origin
+        if origin is not None:
+            origin.abandon()
+        self.origin_failed(Failure(failures.INVALID, "the content is not as long as content-length says (RFC 9113, 8.1.1)"))
+
+    def pause_source(self) -> None:
+        if self.origin is not None:
+            self.origin.pause(PEER_SLOW)
+
+    def resume_source(self) -> None:
+        if self.origin is not None:
+            self.origin.resume(PEER_SLOW)
+
+    def cut_short(self) -> None:
+        self.record("origin")
+        self.connection.reset(self, Code.INTERNAL_ERROR)
+        self.connection.maybe_end()
+
+    def refuse(self, refusal: Refuse) -> None:
+        self._begin_answer(refusal.status)
+        self.reason = self.reason or refusal.why
+        if not self._is_open:
+            return
+        fields = [(b"x-amzn-requestid", self.request_id), *replies.fields(refusal)]
+        body = b"" if self.head is not None and self.head.method == b"HEAD" else refusal.body
+        self.sent = len(body)
+        self.connection.send_message(self, f.encode_status(refusal.status) + f.encode(fields), body)
+
+    # ---- ends ----
+
+    def on_end_sent(self) -> None:
+        """All of the answer has been sent. One that comes before the whole request asks for no more of it (RFC 9113, 8.1)."""
+        self.record()
+        if self.received_end:
+            self.connection.drop(self)
+        else:
+            self.connection.reset(self, Code.NO_ERROR)
+        self.connection.maybe_end()
+
+    def on_reset(self, code: int) -> None:
+        """The client has given it up, or was made to."""
+        self.status = self.status or 499
+        self.sent -= len(self.queue) if self.queue is not None else 0
+        self.record("client")
+        self.leave()
+        self.connection.maybe_end()
+
+    # ---- tunnels ----
+
+    def switch(self, head: ResponseHead, data: bytes) -> None:
+        """The application agrees to the handshake that we made; what came early belongs to the tunnel (RFC 8441, 5)."""
+        request, origin = self.head, self.origin
+        assert request is not None and origin is not None
+        accept = [value for name, value in split_block(head.block) if name == b"sec-websocket-accept"]
+        if accept != [accept_of(request.websocket_key)]:
+            origin.abandon()
+            self.origin_failed(Failure(failures.INVALID, "Sec-WebSocket-Accept does not answer the request's key (RFC 6455, 4.2.2)"))
+            return
+        self._begin_answer(200)
+        self._frames = FrameCounter()
+        block = self._fields(head)
+        if request.subprotocol_auth and b"sec-websocket-protocol" not in head.names:
+            block += f.encode([(b"sec-websocket-protocol", MARKER)])
+        if self._is_open:
+            self.connection.put(f.headers(self.number, block, False))
+        if data:
+            self.response_data(data)
+        ahead, self._ahead = self._ahead, None
+        if ahead:
+            self.tunnel_in(bytes(ahead))
+        if self.received_end:
+            origin.finish(None)
+        else:
+            self.resume_reading(READ_AHEAD)
+
+    @property
+    def server_frames(self) -> FrameCounter | None:
+        return self._frames
+
+    def tunnel_write(self, data: bytes) -> None:
+        if data and self._is_open:
+            self.connection.send_data(self, data, False)
+
+    def tunnel_half_closed(self) -> None:
+        if self._frames is not None:
+            self._frames.end()
+        if self._is_open:
+            self.connection.send_data(self, b"", True)
+
+    def response_over(self) -> None:
+        self.response_done()
+
+    def cut(self) -> None:
+        """The client learns that this connection is no good for the session any more, and of a WebSocket why."""
+        if not self.response_started:
+            self.origin_failed(failures.SUSPENDED)
+            return
+        self.origin = None
+        self.record("origin")
+        connection = self.connection
+        if self._frames is not None and self._frames.at_boundary and not self.queue and self._is_open:
+            connection.send_data(self, GOING_AWAY, True)
+        connection.reset(self, Code.CANCEL)
+        # After the resets of all streams that are cut now: clients built on h2 take nothing that follows a GOAWAY.
+        connection.call_soon(connection.go_away)

@@ -1,31 +1,48 @@
 """A connection of HTTP/2, whichever side is ours: frames in and out, flow control, floods (RFC 9113).
 
 `Flow` (flow.py) is what is kept of a stream. The sides (http2.py towards clients, origin2.py towards applications) say what a field
-block, data and an end mean. Output is collected and written once in a turn of the loop.
+block means, and their streams what data, a reset and an end mean. The machine knows no event loop: the clock and the scheduling of a
+flush are given to it, and bytes come in by `data_received` and go out by the transport. Output is collected and written once in a
+turn of the loop, earlier where it is much.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
 from . import frames as f
-from .flow import STREAM_WINDOW, STREAM_WINDOW_MOST, Budget, Flow
-from .frames import Code, Fatal, StreamBroken
+from .flow import STREAM_WINDOW, Budget, Flow
+from .frames import Code, H2ConnectionError, H2StreamError
+from .reading import PEER_SLOW, ReadGate
 
 CONNECTION_WINDOW: Final = 16 << 20  # credited at once: what bounds memory is the streams' windows
 _GROWTH_MOST: Final = 16 << 20  # of all streams' windows beyond their first size
-_GROW_MS: Final = 500  # a window that is used up faster than this is doubled
+WRITE_HIGH_BYTES: Final = 512 << 10  # of the transport's buffer: beyond, nothing more is given to it
+_OUT_BYTES: Final = 256 << 10  # collected output beyond this is written at once
 QUEUE_HIGH: Final = 128 << 10
 QUEUE_LOW: Final = 32 << 10
 _CONTROL_BURST, _CONTROL_PER_SECOND = 1000.0, 50.0  # frames that cost us an answer and the peer nothing
-_RESET_BURST, _RESET_PER_SECOND = 200.0, 20.0
+_RESET_BURST, _RESET_PER_SECOND = 200.0, 20.0  # CVE-2023-44487, CVE-2025-8671
 _CLOSED_KEPT = 256
 _CONTINUATIONS_MOST = 16
 BY_PEER: Final = 1
 BY_US: Final = 2
+
+
+class Transport(Protocol):
+    """The part of asyncio.Transport that is used."""
+
+    def write(self, data: bytes) -> None: ...
+    def close(self) -> None: ...
+    def abort(self) -> None: ...
+    def is_closing(self) -> bool: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+    def get_write_buffer_size(self) -> int: ...
+    def get_extra_info(self, name: str, default: Any = None) -> Any: ...
 
 
 class Multiplex:
@@ -41,37 +58,50 @@ class Multiplex:
         "_flush_due",
         "_growth",
         "_out",
+        "_out_bytes",
         "_peer_settled",
         "_receive_window",
         "_resets",
+        "call_soon",
         "frame_bytes",
-        "goaway_sent",
+        "goaway_last",
+        "incomplete_since",
         "initial_window",
+        "is_shutting_down",
         "last_number",
+        "reading",
         "send_window",
         "streams",
         "time",
+        "touched",
         "transport",
         "write_paused",
     )  # fmt: skip
 
-    def __init__(self, time: Callable[[], float], list_bytes: int) -> None:
+    def __init__(self, time: Callable[[], float], call_soon: Callable[[Callable[[], None]], object], list_bytes: int) -> None:
+        """`call_soon` calls a function later, once what was received in this turn is done; `list_bytes` bounds a decoded field list."""
         self.time = time
-        self.transport: asyncio.Transport | None = None
-        self.streams: dict[int, Any] = {}
+        self.call_soon = call_soon
+        self.transport: Transport | None = None
+        self.touched = time()  # when something was last received
+        self.streams: dict[int, Flow] = {}
         self.last_number = 0  # of the peer's streams, or of ours
         self.initial_window = f.WINDOW_BYTES
         self.send_window = f.WINDOW_BYTES
         self.frame_bytes = f.FRAME_BYTES
-        self.goaway_sent = False
+        self.is_shutting_down = False  # no stream begins any more, and the connection closes with its last one
+        self.goaway_last = f.LAST_POSSIBLE  # of the peer's streams, which our GOAWAY has named: later ones are ignored (RFC 9113, 6.8)
         self._decoder = f.new_decoder(list_bytes)
         self._buffer = b""
+        self.incomplete_since = 0.0  # a field block, or a frame other than DATA, has begun and not come whole
         self._block: tuple[int, int, list[bytes]] | None = None  # stream, flags, pieces of a field block that goes on
         self._block_frames = 0
         self._out: list[bytes] = []
+        self._out_bytes = 0
         self._flush_due = False
-        self.write_paused = False
-        self._blocked: dict[Any, None] = {}  # streams with a queue, in the order of their turn
+        self.write_paused = False  # the peer does not read, and the transport's buffer is full
+        self.reading: ReadGate | None = None  # while it is closed, frames that have come wait in the buffer
+        self._blocked: dict[Flow, None] = {}  # streams with a queue, in the order of their turn
         self._receive_window = f.WINDOW_BYTES
         self._credit = 0
         self._growth = 0
@@ -83,12 +113,8 @@ class Multiplex:
     # ---- what a side says ----
 
     def on_headers(self, number: int, block: bytes, end: bool) -> None:
-        """A complete field block. Raises Fatal, StreamBroken."""
+        """A complete field block. Raises H2ConnectionError, H2StreamError."""
         raise AssertionError("a side says what it means")
-
-    def on_data(self, stream: Any, data: bytes, end: bool) -> None: ...
-
-    def on_reset(self, stream: Any, code: int) -> None: ...
 
     def on_goaway(self, last: int, code: int) -> None: ...
 
@@ -100,82 +126,132 @@ class Multiplex:
         """A stream that was never opened (RFC 9113, 5.1)."""
         return number > self.last_number
 
+    @property
+    def last_peer_stream(self) -> int:
+        """The last stream of the peer's that we have acted on."""
+        return min(self.last_number, self.goaway_last)
+
     # ---- receiving ----
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self.transport.set_write_buffer_limits(high=512 << 10)
+    def connection_made(self, transport: object) -> None:
+        self.transport = cast(Transport, transport)
+        self.reading = ReadGate(self.transport)
+        self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
 
     def data_received(self, data: bytes) -> None:
+        self.touched = self.time()
         if self._buffer:
             data = self._buffer + data
             self._buffer = b""
         try:
             self._receive(data)
-        except Fatal as error:
+        except H2ConnectionError as error:
             self.fail(error.code, str(error))
 
-    def _receive(self, data: bytes, at: int = 0) -> None:
-        end = len(data)
-        while end - at >= 9:
+    def _receive(self, data: bytes) -> None:
+        at, end, reading = 0, len(data), self.reading
+        assert reading is not None
+        while end - at >= 9 and not reading.reasons:
             length = (data[at] << 16) | (data[at + 1] << 8) | data[at + 2]
             kind, flags = data[at + 3], data[at + 4]
             number = int.from_bytes(data[at + 5 : at + 9], "big") & 0x7FFFFFFF
             if length > f.FRAME_BYTES:
-                raise Fatal(Code.FRAME_SIZE_ERROR, "frame too long")
+                raise H2ConnectionError(Code.FRAME_SIZE_ERROR, "frame too long")
             begin = at + 9
             at = begin + length
             if at > end:
                 at = begin - 9
                 break
             if self._block is not None and kind != f.CONTINUATION:
-                raise Fatal(Code.PROTOCOL_ERROR, "a field block was not continued")
+                raise H2ConnectionError(Code.PROTOCOL_ERROR, "a field block was not continued")
             if not self._peer_settled and (kind != f.SETTINGS or flags & f.ACK):
-                raise Fatal(Code.PROTOCOL_ERROR, "the first frame must be SETTINGS")
+                raise H2ConnectionError(Code.PROTOCOL_ERROR, "the first frame must be SETTINGS")
             try:
                 if kind < 10:
                     _HANDLERS[kind](self, flags, number, data, begin, at)
-            except StreamBroken as error:
+            except H2StreamError as error:
                 self.break_stream(error)
             if self.transport is None:
                 return
         if at < end:
             self._buffer = data[at:]
+            if at and self._block is None:
+                self.incomplete_since = 0.0  # another frame has begun
+            self._incomplete()
+        elif self._block is None:
+            self.incomplete_since = 0.0
+
+    def _incomplete(self) -> None:
+        """Of a DATA frame that has not come whole, what has come is its stream's progress. Whatever else has begun has to end: its
+        clock runs from its first byte, whatever trickles in meanwhile."""
+        buffer = self._buffer
+        stream = None
+        if self._block is None and len(buffer) >= 9 and buffer[3] == f.DATA:
+            stream = self.streams.get(int.from_bytes(buffer[5:9], "big") & 0x7FFFFFFF)
+        if stream is not None:
+            stream.received_at = self.touched
+            self.incomplete_since = 0.0
+        else:
+            self.incomplete_since = self.incomplete_since or self.touched
+
+    @property
+    def read_paused(self) -> bool:
+        return self.reading is not None and self.reading.is_paused
+
+    def pause_receiving(self) -> None:
+        """The peer does not read: neither is it read, and frames that are here already wait."""
+        if self.reading is not None:
+            self.reading.pause(PEER_SLOW)
+
+    def resume_receiving(self) -> None:
+        if self.reading is None or not self.reading.is_paused:
+            return
+        if self.incomplete_since:
+            self.incomplete_since = self.time()
+        self.reading.resume(PEER_SLOW)
+        if self._buffer:
+            self.call_soon(self._receive_on)
+
+    def _receive_on(self) -> None:
+        if self._buffer and not self.read_paused and self.transport is not None and not self.transport.is_closing():
+            self.data_received(b"")
 
     def _on_headers(self, flags: int, number: int, data: bytes, at: int, end: int) -> None:
         if not number:
-            raise Fatal(Code.PROTOCOL_ERROR, "HEADERS on stream 0")
+            raise H2ConnectionError(Code.PROTOCOL_ERROR, "HEADERS on stream 0")
         at, end = _unpadded(flags, data, at, end)
-        if flags & f.PRIORITISED:
+        if flags & f.PRIORITY_FLAG:
             if end - at < 5:
-                raise Fatal(Code.FRAME_SIZE_ERROR, "HEADERS too short")
+                raise H2ConnectionError(Code.FRAME_SIZE_ERROR, "HEADERS too short")
             if int.from_bytes(data[at : at + 4], "big") & 0x7FFFFFFF == number:
-                raise Fatal(Code.PROTOCOL_ERROR, "a stream depends on itself")
+                raise H2ConnectionError(Code.PROTOCOL_ERROR, "a stream depends on itself")
             at += 5
         if flags & f.END_HEADERS:
             self.on_headers(number, data[at:end], bool(flags & f.END_STREAM))
         else:
             self._block, self._block_frames = (number, flags, [data[at:end]]), 1
+            self.incomplete_since = self.touched
 
     def _on_continuation(self, flags: int, number: int, data: bytes, at: int, end: int) -> None:
         if self._block is None or self._block[0] != number:
-            raise Fatal(Code.PROTOCOL_ERROR, "CONTINUATION out of place")
+            raise H2ConnectionError(Code.PROTOCOL_ERROR, "CONTINUATION out of place")
         _, first, pieces = self._block
         pieces.append(data[at:end])
         self._block_frames += 1
         if self._block_frames > _CONTINUATIONS_MOST:
-            raise Fatal(Code.ENHANCE_YOUR_CALM, "field block in too many frames")
+            raise H2ConnectionError(Code.ENHANCE_YOUR_CALM, "field block in too many frames")
         if flags & f.END_HEADERS:
             self._block = None
+            self.incomplete_since = 0.0
             self.on_headers(number, b"".join(pieces), bool(first & f.END_STREAM))
 
     def _on_data(self, flags: int, number: int, data: bytes, at: int, end: int) -> None:
         if not number:
-            raise Fatal(Code.PROTOCOL_ERROR, "DATA on stream 0")
+            raise H2ConnectionError(Code.PROTOCOL_ERROR, "DATA on stream 0")
         size = end - at
         self._receive_window -= size
         if self._receive_window < 0:
-            raise Fatal(Code.FLOW_CONTROL_ERROR, "the connection's window is exceeded")
+            raise H2ConnectionError(Code.FLOW_CONTROL_ERROR, "the connection's window is exceeded")
         self._credit += size
         if self._credit > CONNECTION_WINDOW // 4:
             self._receive_window += self._credit
@@ -188,113 +264,106 @@ class Multiplex:
             return
         stream.receive_window -= size
         if stream.receive_window < 0:
-            raise StreamBroken(number, Code.FLOW_CONTROL_ERROR, "the stream's window is exceeded")
+            raise H2StreamError(number, Code.FLOW_CONTROL_ERROR, "the stream's window is exceeded")
         last = bool(flags & f.END_STREAM)
-        if not size and not last and not self._control.spend(self.time()):
-            raise Fatal(Code.ENHANCE_YOUR_CALM, "too many empty frames")
+        if not size and not last and not self._control.spend(self.touched):
+            raise H2ConnectionError(Code.ENHANCE_YOUR_CALM, "too many empty frames")
         if last:
             stream.received_end = True
-        stream._owed += size
-        self.on_data(stream, data[at:end], last)
+        stream.uncredited += size
+        stream.received_at = self.touched
+        stream.on_data(data[at:end], last)
         if not stream.paused and not last:
             self.credit(stream)
 
     def credit(self, stream: Flow) -> None:
-        """What was received is gone on: the peer may send as much again, and more where it is fast."""
-        if stream._owed < stream.receive_size // 2 or stream.received_end:
-            return
-        update, now_ms = stream._owed, int(self.time() * 1000)
-        if now_ms - stream._grown_ms < _GROW_MS:
-            growth = min(stream.receive_size, STREAM_WINDOW_MOST - stream.receive_size, _GROWTH_MOST - self._growth)
-            if growth > 0:
-                stream.receive_size += growth
-                self._growth += growth
-                update += growth
-        stream._grown_ms = now_ms
-        stream.receive_window += update
-        stream._owed = 0
-        self.put(f.window_update(stream.number, update))
+        """What was received is consumed: the peer may send as much again, and more where it is fast."""
+        update, growth = stream.credit(self.time(), _GROWTH_MOST - self._growth)
+        if update:
+            self._growth += growth
+            self.put(f.window_update(stream.number, update))
 
-    def closed_stream(self, number: int, stream: Any) -> None:
+    def closed_stream(self, number: int, stream: Flow | None) -> None:
         """A frame for a stream on which the peer has nothing more to say (RFC 9113, 5.1)."""
+        if stream is None and number > self.goaway_last:
+            return
         if stream is not None:
-            raise StreamBroken(number, Code.STREAM_CLOSED, "the stream's half is closed")
+            raise H2StreamError(number, Code.STREAM_CLOSED, "the stream's half is closed")
         if self.is_idle(number):
-            raise Fatal(Code.PROTOCOL_ERROR, "frame on an idle stream")
+            raise H2ConnectionError(Code.PROTOCOL_ERROR, "frame on an idle stream")
         how = self._closed.get(number)
         if how == BY_US:
             return  # sent before our reset arrived
         if how == BY_PEER:
-            raise StreamBroken(number, Code.STREAM_CLOSED, "the stream was reset")
-        raise Fatal(Code.STREAM_CLOSED, "the stream is closed")
+            raise H2StreamError(number, Code.STREAM_CLOSED, "the stream was reset")
+        raise H2ConnectionError(Code.STREAM_CLOSED, "the stream is closed")
 
     def _on_priority(self, flags: int, number: int, data: bytes, at: int, end: int) -> None:
         if not number:
-            raise Fatal(Code.PROTOCOL_ERROR, "PRIORITY on stream 0")
+            raise H2ConnectionError(Code.PROTOCOL_ERROR, "PRIORITY on stream 0")
         if end - at != 5:
-            raise StreamBroken(number, Code.FRAME_SIZE_ERROR, "PRIORITY's length")
+            raise H2StreamError(number, Code.FRAME_SIZE_ERROR, "PRIORITY's length")
         if int.from_bytes(data[at : at + 4], "big") & 0x7FFFFFFF == number:
-            raise StreamBroken(number, Code.PROTOCOL_ERROR, "a stream depends on itself")
+            raise H2StreamError(number, Code.PROTOCOL_ERROR, "a stream depends on itself")
 
     def _on_rst_stream(self, flags: int, number: int, data: bytes, at: int, end: int) -> None:
         if end - at != 4:
-            raise Fatal(Code.FRAME_SIZE_ERROR, "RST_STREAM's length")
+            raise H2ConnectionError(Code.FRAME_SIZE_ERROR, "RST_STREAM's length")
         if not number or self.is_idle(number):
-            raise Fatal(Code.PROTOCOL_ERROR, "RST_STREAM on an idle stream")
+            raise H2ConnectionError(Code.PROTOCOL_ERROR, "RST_STREAM on an idle stream")
         stream = self.streams.get(number)
         if stream is None:
             return
         self.drop(stream, BY_PEER)
-        self.on_reset(stream, int.from_bytes(data[at:end], "big"))
-        if not self._resets.spend(self.time()):
-            raise Fatal(Code.ENHANCE_YOUR_CALM, "too many resets")
+        stream.on_reset(int.from_bytes(data[at:end], "big"))
+        self.spend_reset()
 
     def _on_settings(self, flags: int, number: int, data: bytes, at: int, end: int) -> None:
         if number:
-            raise Fatal(Code.PROTOCOL_ERROR, "SETTINGS on a stream")
+            raise H2ConnectionError(Code.PROTOCOL_ERROR, "SETTINGS on a stream")
         if flags & f.ACK:
             if end - at:
-                raise Fatal(Code.FRAME_SIZE_ERROR, "SETTINGS with ACK and a payload")
+                raise H2ConnectionError(Code.FRAME_SIZE_ERROR, "SETTINGS with ACK and a payload")
             return
         if (end - at) % 6:
-            raise Fatal(Code.FRAME_SIZE_ERROR, "SETTINGS's length")
+            raise H2ConnectionError(Code.FRAME_SIZE_ERROR, "SETTINGS's length")
         self._peer_settled = True
         self._spend_control()
         for place in range(at, end, 6):
             self._setting(int.from_bytes(data[place : place + 2], "big"), int.from_bytes(data[place + 2 : place + 6], "big"))
         self.put(f.frame(f.SETTINGS, f.ACK, 0))
         self.on_settings()
-        self._unblock()
+        self._unblock(deque(self._blocked))
 
     def _setting(self, name: int, value: int) -> None:
         if name == f.INITIAL_WINDOW_SIZE:
             if value > f.WINDOW_MAX_BYTES:
-                raise Fatal(Code.FLOW_CONTROL_ERROR, "SETTINGS_INITIAL_WINDOW_SIZE too large")
+                raise H2ConnectionError(Code.FLOW_CONTROL_ERROR, "SETTINGS_INITIAL_WINDOW_SIZE too large")
             change = value - self.initial_window
             self.initial_window = value
             for stream in self.streams.values():
                 stream.send_window += change
                 if stream.send_window > f.WINDOW_MAX_BYTES:
-                    raise Fatal(Code.FLOW_CONTROL_ERROR, "a window beyond its bound")
+                    raise H2ConnectionError(Code.FLOW_CONTROL_ERROR, "a window beyond its bound")
         elif name == f.MAX_FRAME_SIZE:
             if not f.FRAME_BYTES <= value < 1 << 24:
-                raise Fatal(Code.PROTOCOL_ERROR, "SETTINGS_MAX_FRAME_SIZE out of range")
+                raise H2ConnectionError(Code.PROTOCOL_ERROR, "SETTINGS_MAX_FRAME_SIZE out of range")
             self.frame_bytes = min(value, 4 * f.FRAME_BYTES)
         elif name in (f.ENABLE_PUSH, f.ENABLE_CONNECT_PROTOCOL) and value > 1:
-            raise Fatal(Code.PROTOCOL_ERROR, "a setting that is neither 0 nor 1")
+            raise H2ConnectionError(Code.PROTOCOL_ERROR, "a setting that is neither 0 nor 1")
         else:
             self.peer_setting(name, value)
 
     def peer_setting(self, name: int, value: int) -> None: ...
 
     def _on_push_promise(self, flags: int, number: int, data: bytes, at: int, end: int) -> None:
-        raise Fatal(Code.PROTOCOL_ERROR, "PUSH_PROMISE is not allowed")
+        raise H2ConnectionError(Code.PROTOCOL_ERROR, "PUSH_PROMISE is not allowed")
 
     def _on_ping(self, flags: int, number: int, data: bytes, at: int, end: int) -> None:
         if number:
-            raise Fatal(Code.PROTOCOL_ERROR, "PING on a stream")
+            raise H2ConnectionError(Code.PROTOCOL_ERROR, "PING on a stream")
         if end - at != 8:
-            raise Fatal(Code.FRAME_SIZE_ERROR, "PING's length")
+            raise H2ConnectionError(Code.FRAME_SIZE_ERROR, "PING's length")
         if flags & f.ACK:
             self.on_ping_ack(data[at:end])
             return
@@ -303,53 +372,71 @@ class Multiplex:
 
     def _on_goaway(self, flags: int, number: int, data: bytes, at: int, end: int) -> None:
         if number:
-            raise Fatal(Code.PROTOCOL_ERROR, "GOAWAY on a stream")
+            raise H2ConnectionError(Code.PROTOCOL_ERROR, "GOAWAY on a stream")
         if end - at < 8:
-            raise Fatal(Code.FRAME_SIZE_ERROR, "GOAWAY's length")
+            raise H2ConnectionError(Code.FRAME_SIZE_ERROR, "GOAWAY's length")
         self.on_goaway(int.from_bytes(data[at : at + 4], "big") & 0x7FFFFFFF, int.from_bytes(data[at + 4 : at + 8], "big"))
 
     def _on_window_update(self, flags: int, number: int, data: bytes, at: int, end: int) -> None:
         if end - at != 4:
-            raise Fatal(Code.FRAME_SIZE_ERROR, "WINDOW_UPDATE's length")
+            raise H2ConnectionError(Code.FRAME_SIZE_ERROR, "WINDOW_UPDATE's length")
         size = int.from_bytes(data[at:end], "big") & 0x7FFFFFFF
         if not number:
             if not size:
-                raise Fatal(Code.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
+                raise H2ConnectionError(Code.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
             self.send_window += size
             if self.send_window > f.WINDOW_MAX_BYTES:
-                raise Fatal(Code.FLOW_CONTROL_ERROR, "the connection's window beyond its bound")
-            self._unblock()
+                raise H2ConnectionError(Code.FLOW_CONTROL_ERROR, "the connection's window beyond its bound")
+            self._unblock(deque(self._blocked))
             return
         stream = self.streams.get(number)
         if stream is None:
             if self.is_idle(number):
-                raise Fatal(Code.PROTOCOL_ERROR, "WINDOW_UPDATE on an idle stream")
+                raise H2ConnectionError(Code.PROTOCOL_ERROR, "WINDOW_UPDATE on an idle stream")
             return
         if not size:
-            raise StreamBroken(number, Code.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
+            raise H2StreamError(number, Code.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
         stream.send_window += size
         if stream.send_window > f.WINDOW_MAX_BYTES:
-            raise StreamBroken(number, Code.FLOW_CONTROL_ERROR, "a window beyond its bound")
+            raise H2StreamError(number, Code.FLOW_CONTROL_ERROR, "a window beyond its bound")
         if stream in self._blocked:
-            self._unblock()
+            self._unblock(deque((stream,)))
 
     def _spend_control(self) -> None:
-        if not self._control.spend(self.time()):
-            raise Fatal(Code.ENHANCE_YOUR_CALM, "too many frames that want an answer")
+        if not self._control.spend(self.touched):
+            raise H2ConnectionError(Code.ENHANCE_YOUR_CALM, "too many frames that want an answer")
 
     # ---- sending ----
 
     def put(self, data: bytes) -> None:
+        """Frames that flow control does not bound, or that it has let through."""
         self._out.append(data)
-        if not self._flush_due:
+        self._out_bytes += len(data)
+        if self._out_bytes > _OUT_BYTES:
+            self.flush()
+        elif not self._flush_due:
             self._flush_due = True
-            asyncio.get_running_loop().call_soon(self.flush)
+            self.call_soon(self.flush)
 
     def flush(self) -> None:
         self._flush_due = False
-        out, self._out = self._out, []
+        out, self._out, self._out_bytes = self._out, [], 0
         if self.transport is not None and out:
             self.transport.write(b"".join(out) if len(out) > 1 else out[0])
+
+    def send_message(self, stream: Flow, block: bytes, content: bytes) -> None:
+        """All of an answer. Where the windows let it through it is one write, as usual."""
+        size = len(content)
+        if size and size <= self._window(stream) and size <= self.frame_bytes:
+            self._spend(stream, size)
+            self.put(f.headers(stream.number, block, False) + f.frame(f.DATA, f.END_STREAM, stream.number, content))
+            stream.on_end_sent()
+            return
+        self.put(f.headers(stream.number, block, not size))
+        if size:
+            self.send_data(stream, content, True)
+        else:
+            stream.on_end_sent()
 
     def send_data(self, stream: Flow, data: bytes, end: bool) -> None:
         """Sends what the windows allow and keeps the rest; `end` ends our half of the stream."""
@@ -359,113 +446,145 @@ class Multiplex:
                 if end:
                     if not data:
                         self.put(f.frame(f.DATA, f.END_STREAM, stream.number))
-                    self.sent_end(stream)
+                    stream.on_end_sent()
                 return
             data = data[sent:]
-            stream.queue = bytearray()
-        stream.queue += data
-        if end:
-            stream.queue_end = b""
+            stream.blocked_at = self.time()
+            stream.queue = bytearray(data)
+        else:
+            stream.queue += data
+        stream.end_after_queue = stream.end_after_queue or end
         self._blocked[stream] = None
-        if len(stream.queue) > QUEUE_HIGH and not stream.source_paused:
-            stream.source_paused = True
-            stream.pause_source()
+        if len(stream.queue) > QUEUE_HIGH:
+            self._pause_source(stream)
 
     def send_trailers(self, stream: Flow, block: bytes) -> None:
         if stream.queue:
-            stream.queue_end = block
+            stream.end_after_queue, stream.trailers_after_queue = True, block
         else:
             self.put(f.headers(stream.number, block, True))
-            self.sent_end(stream)
+            stream.on_end_sent()
 
-    def sent_end(self, stream: Any) -> None:
-        """Our half of the stream has ended, with everything sent."""
+    def send_interim(self, stream: Flow, block: bytes) -> None:
+        """A field block that flow control does not bound, and that does not end what can be said: while the peer does not read, no
+        more of them are taken from their source."""
+        self.put(f.headers(stream.number, block, False))
+        if self.write_paused:
+            self._blocked[stream] = None
+            self._pause_source(stream)
+
+    def _pause_source(self, stream: Flow) -> None:
+        if not stream.source_paused:
+            stream.source_paused = True
+            stream.pause_source()
+
+    def _window(self, stream: Flow) -> int:
+        """How much may be sent on a stream now."""
+        return 0 if self.write_paused else min(stream.send_window, self.send_window)
+
+    def _spend(self, stream: Flow, size: int) -> None:
+        stream.send_window -= size
+        self.send_window -= size
 
     def _emit(self, stream: Flow, data: bytes, end: bool) -> int:
+        """DATA frames of as much as the windows allow; how much that was. `end` puts END_STREAM on the last byte."""
         size, at = len(data), 0
-        window = 0 if self.write_paused else min(stream.send_window, self.send_window, size)
-        while at < window:
-            stop = min(window, at + self.frame_bytes)
-            self.put(f.frame(f.DATA, f.END_STREAM if end and stop == size else 0, stream.number, data[at:stop]))
-            at = stop
-        stream.send_window -= at
-        self.send_window -= at
+        while (step := min(size - at, self._window(stream), self.frame_bytes)) > 0:
+            self._spend(stream, step)
+            piece = data[at : at + step]
+            at += step
+            self.put(f.frame(f.DATA, f.END_STREAM if end and at == size else 0, stream.number, piece))
         return at
 
-    def _unblock(self) -> None:
-        """A frame for each stream that waits, in turn, until the windows are used up."""
-        turn = deque(self._blocked)
-        while turn and self.send_window > 0 and not self.write_paused:
+    def _unblock(self, turn: deque[Flow]) -> None:
+        """A frame for each of these streams that waits, in turn, until the windows are used up."""
+        while turn and not self.write_paused:
             stream = turn.popleft()
-            step = min(len(stream.queue), stream.send_window, self.send_window, self.frame_bytes)
-            if step <= 0 or stream not in self._blocked:
+            if stream not in self._blocked:
                 continue
-            piece = bytes(stream.queue[:step])
-            del stream.queue[:step]
-            stream.send_window -= step
-            self.send_window -= step
-            self.put(f.frame(f.DATA, f.END_STREAM if not stream.queue and stream.queue_end == b"" else 0, stream.number, piece))
-            if stream.queue:
-                turn.append(stream)
-            else:
+            queue = stream.queue
+            if queue:
+                step = min(len(queue), self.frame_bytes)
+                is_last = step == len(queue) and stream.end_after_queue and not stream.trailers_after_queue
+                sent = self._emit(stream, bytes(queue[:step]), is_last)
+                if not sent:
+                    continue
+                del queue[:sent]
+                stream.blocked_at = self.time()
+                if queue:
+                    turn.append(stream)
+            if not queue:
                 self._emptied(stream)
-            if stream.source_paused and len(stream.queue) < QUEUE_LOW:
+            if stream.source_paused and (not queue or len(queue) < QUEUE_LOW):
                 stream.source_paused = False
                 stream.resume_source()
 
-    def _emptied(self, stream: Any) -> None:
-        del self._blocked[stream]
-        if stream.queue_end:
-            self.put(f.headers(stream.number, stream.queue_end, True))
-        if stream.queue_end is not None:
-            self.sent_end(stream)
+    def _emptied(self, stream: Flow) -> None:
+        self._blocked.pop(stream, None)
+        if stream.trailers_after_queue:
+            self.put(f.headers(stream.number, stream.trailers_after_queue, True))
+        if stream.end_after_queue:
+            stream.on_end_sent()
 
     def pause_writing(self) -> None:
         self.write_paused = True
 
     def resume_writing(self) -> None:
         self.write_paused = False
-        self._unblock()
+        self._unblock(deque(self._blocked))
 
     # ---- ends ----
 
-    def drop(self, stream: Any, how: int = 0) -> None:
+    def drop(self, stream: Flow, how: int = 0) -> None:
         """A stream is over; what it had of windows is free again."""
         if self.streams.pop(stream.number, None) is None:
             return
         self._blocked.pop(stream, None)
         self._growth -= stream.receive_size - STREAM_WINDOW
         if how:
-            self._closed[stream.number] = how
-            if len(self._closed) > _CLOSED_KEPT:
-                del self._closed[next(iter(self._closed))]
+            self._remember_closed(stream.number, how)
 
-    def reset(self, stream: Any, code: Code) -> None:
+    def _remember_closed(self, number: int, how: int) -> None:
+        self._closed[number] = how
+        if len(self._closed) > _CLOSED_KEPT:
+            del self._closed[next(iter(self._closed))]
+
+    def reset(self, stream: Flow, code: Code) -> None:
         if stream.number in self.streams:
             self.drop(stream, BY_US)
             self.put(f.rst_stream(stream.number, code))
 
-    def break_stream(self, error: StreamBroken) -> None:
-        """The peer's mistake on one stream. Many of them are one way to make us work for nothing."""
+    def break_stream(self, error: H2StreamError) -> None:
+        """RST_STREAM for the peer's mistake. Many of them are one way to make us work for nothing."""
         stream = self.streams.get(error.stream)
         if stream is not None:
             self.drop(stream, BY_US)
-            self.on_reset(stream, error.code)
+            stream.on_reset(error.code)
         else:
-            self._closed[error.stream] = BY_US
+            self._remember_closed(error.stream, BY_US)
         self.put(f.rst_stream(error.stream, error.code))
-        if not self._resets.spend(self.time()):
-            raise Fatal(Code.ENHANCE_YOUR_CALM, "too many broken streams")
+        self.spend_reset()
+
+    def spend_reset(self) -> None:
+        """Counts a stream that cost us work, and was worth nothing to the peer. Raises H2ConnectionError."""
+        if not self._resets.spend(self.touched):
+            raise H2ConnectionError(Code.ENHANCE_YOUR_CALM, "too many broken streams")
+
+    def goaway(self, last: int, code: Code, text: str = "") -> None:
+        """The peer's streams beyond `last` will not be looked at; the number never grows again (RFC 9113, 6.8)."""
+        self.goaway_last = min(last, self.goaway_last)
+        self.put(f.goaway(self.goaway_last, code, text))
 
     def fail(self, code: Code, text: str) -> None:
         """GOAWAY, and the end of everything on this connection."""
-        self.put(f.goaway(self.last_number, code, text))
-        self.goaway_sent = True
+        self.goaway(self.last_peer_stream, code, text)
+        self.is_shutting_down = True
         self.flush()
         self.end()
 
     def end(self) -> None:
-        """Closes after what was written."""
+        """Closes after what was written; what has come behind it is not looked at."""
+        self.goaway_last = self.last_peer_stream
         if self.transport is not None:
             self.transport.close()
 
@@ -474,7 +593,7 @@ def _unpadded(flags: int, data: bytes, at: int, end: int) -> tuple[int, int]:
     if not flags & f.PADDED:
         return at, end
     if at == end or data[at] >= end - at:
-        raise Fatal(Code.PROTOCOL_ERROR, "padding is longer than its frame")
+        raise H2ConnectionError(Code.PROTOCOL_ERROR, "padding is longer than its frame")
     return at + 1, end - data[at]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from . import failures, head2, multiplex
 from . import frames as f
 from .chunked import encode_end
 from .failures import Failure
 from .flow import FLOW_SLOTS, Flow
-from .frames import Code, StreamBroken
+from .frames import Code, H2StreamError
 from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers
 from .multiplex import Multiplex
 from .parking import HELD_BYTES, unacknowledged
@@ -32,7 +32,7 @@ _TOO_LITTLE: Final = "the content is shorter than content-length says (RFC 9113,
 class OriginStream(Flow):
     """One exchange on the connection."""
 
-    __slots__ = ("_chunks", "_head", "_left", "connection", "exchange", "is_head", *FLOW_SLOTS)
+    __slots__ = ("_chunks", "_head", "_left", "connection", "exchange", "is_head", "sent_end", *FLOW_SLOTS)
 
     takes_raw = False
 
@@ -43,6 +43,7 @@ class OriginStream(Flow):
         self.open_flow(number, connection.initial_window, connection.time())
         self._head: ResponseHead | None = None
         self._chunks = False
+        self.sent_end = False  # our half of the stream has ended
         self._left = -1  # of the content that the head announces; -1: of any length
 
     # ---- used by the exchange ----
@@ -62,7 +63,7 @@ class OriginStream(Flow):
         bodyless = head.framing == NO_BODY or (exchange.request_complete and head.framing != CHUNKED and not head.length)
         self.connection.put(f.headers(self.number, block, bodyless))
         if bodyless:
-            self.connection.sent_end(self)
+            self.on_end_sent()
 
     def send(self, data: bytes) -> None:
         if self.number in self.connection.streams:
@@ -70,7 +71,7 @@ class OriginStream(Flow):
             self.connection.spoken_to(self)
 
     def finish(self, trailers: Trailers | None) -> None:
-        if self.number not in self.connection.streams or self.queue_end is not None:
+        if self.number not in self.connection.streams or self.sent_end or self.end_after_queue:
             return
         if trailers:
             self.connection.send_trailers(self, f.encode(trailers))
@@ -105,10 +106,13 @@ class OriginStream(Flow):
         exchange = self.exchange
         if exchange is None:
             return
+        settings = self.connection.worker.settings
+        if head2.size_of(block) > settings.head_bytes:
+            raise Malformed(f"response has more than {settings.head_bytes} bytes of fields (edge.head_bytes)", 502)
         if self._head is not None:
-            self._over(head2.parse_trailers(block), end)
+            self._over(head2.parse_trailers(block, settings.head_fields), end)
             return
-        head = head2.parse_response(block, end, self.connection.worker.settings.head_fields, self.is_head)
+        head = head2.parse_response(block, end, settings.head_fields, self.is_head)
         if head.status < 200:
             if end:
                 raise Malformed("an interim response ends the stream (RFC 9113, 8.1)", 502)
@@ -126,7 +130,13 @@ class OriginStream(Flow):
         else:
             exchange.response_head(head)
 
-    def data(self, data: bytes, end: bool) -> None:
+    def on_data(self, data: bytes, end: bool) -> None:
+        try:
+            self._data(data, end)
+        except Malformed as error:
+            self.connection.malformed(self, error)
+
+    def _data(self, data: bytes, end: bool) -> None:
         exchange = self.exchange
         if exchange is None:
             return
@@ -168,6 +178,17 @@ class OriginStream(Flow):
         """Its head is out, and nothing is under way."""
         return self.exchange is not None and self._head is not None and not self.queue and not self.source_paused and not self.paused
 
+    def on_reset(self, code: int) -> None:
+        """NO_ERROR after an answer only says that the rest of the request is not wanted."""
+        self.failed(failures.STREAM_RESET)
+        self.connection.freed()
+
+    def on_end_sent(self) -> None:
+        self.sent_end = True
+        if self.received_end:
+            self.connection.drop(self)
+            self.connection.freed()
+
     def failed(self, failure: Failure) -> None:
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
@@ -178,7 +199,7 @@ class Http2Origin(Multiplex):
     __slots__ = ("_most", "_upstream", "idle_since", "is_parked", "key", "ready", "scheme", "worker")
 
     def __init__(self, worker: Worker, upstream: Upstream, key: Key, scheme: bytes = b"http") -> None:
-        super().__init__(worker.time, _LIST_BYTES)
+        super().__init__(worker.time, asyncio.get_running_loop().call_soon, _LIST_BYTES)
         self.worker = worker
         self._upstream = upstream
         self.key = key
@@ -189,19 +210,20 @@ class Http2Origin(Multiplex):
         self._most = _STREAMS_MOST
         self.last_number = -1
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: object) -> None:
         super().connection_made(transport)
         self.put(f.PREFACE + f.settings({f.ENABLE_PUSH: 0}) + f.window_update(0, multiplex.CONNECTION_WINDOW - f.WINDOW_BYTES))
         self._receive_window = multiplex.CONNECTION_WINDOW
 
     def connection_lost(self, error: Exception | None) -> None:
         self.transport = None
-        self.goaway_sent = True
+        self.is_shutting_down = True
         if not self.ready.done():
             self.ready.set_result(False)
         self.forgotten()
-        streams, self.streams = self.streams, {}
-        for stream in streams.values():
+        streams = self._origin_streams()
+        self.streams = {}
+        for stream in streams:
             stream.failed(failures.CONTENT_CUT_SHORT if stream.has_head else failures.UNANSWERED_FAILURE)
 
     # ---- streams ----
@@ -211,7 +233,9 @@ class Http2Origin(Multiplex):
 
     @property
     def has_room(self) -> bool:
-        return not self.goaway_sent and self.transport is not None and len(self.streams) < self._most and self.last_number < _NUMBER_MOST
+        return (
+            not self.is_shutting_down and self.transport is not None and len(self.streams) < self._most and self.last_number < _NUMBER_MOST
+        )
 
     def new_stream(self) -> OriginStream:
         self.last_number += 2
@@ -230,9 +254,17 @@ class Http2Origin(Multiplex):
         if name == f.MAX_CONCURRENT_STREAMS:
             self._most = min(value, 1000)
 
+    def _origin_streams(self) -> list[OriginStream]:
+        return [cast(OriginStream, one) for one in self.streams.values()]
+
+    @property
+    def last_peer_stream(self) -> int:
+        """An application opens none."""
+        return 0
+
     def on_headers(self, number: int, block: bytes, end: bool) -> None:
         fields = f.decode(self._decoder, block)
-        stream = self.streams.get(number)
+        stream = cast("OriginStream | None", self.streams.get(number))
         if stream is None or stream.received_end:
             self.closed_stream(number, stream)
             return
@@ -240,30 +272,19 @@ class Http2Origin(Multiplex):
         try:
             stream.headers(fields, end)
         except Malformed as error:
-            self._malformed(stream, error)
+            self.malformed(stream, error)
 
-    def _malformed(self, stream: OriginStream, error: Malformed) -> None:
+    def malformed(self, stream: OriginStream, error: Malformed) -> None:
         """A malformed response is a stream error (RFC 9113, 8.1.1). The connection takes no further streams: an application that
         frames one response wrongly is not trusted with the next."""
-        self.goaway_sent = True
+        self.is_shutting_down = True
         stream.failed(Failure(failures.INVALID, str(error)))
-        raise StreamBroken(stream.number, Code.PROTOCOL_ERROR, str(error)) from error
-
-    def on_data(self, stream: OriginStream, data: bytes, end: bool) -> None:
-        try:
-            stream.data(data, end)
-        except Malformed as error:
-            self._malformed(stream, error)
-
-    def on_reset(self, stream: OriginStream, code: int) -> None:
-        """NO_ERROR after an answer only says that the rest of the request is not wanted."""
-        stream.failed(failures.STREAM_RESET)
-        self.freed()
+        raise H2StreamError(stream.number, Code.PROTOCOL_ERROR, str(error)) from error
 
     def on_goaway(self, last: int, code: int) -> None:
         """Streams beyond the last were not looked at."""
-        self.goaway_sent = True
-        for stream in [one for one in self.streams.values() if one.number > last]:
+        self.is_shutting_down = True
+        for stream in [one for one in self._origin_streams() if one.number > last]:
             self.drop(stream)
             stream.failed(failures.STREAM_REFUSED)
         self._maybe_end()
@@ -271,24 +292,18 @@ class Http2Origin(Multiplex):
     def answered(self, stream: OriginStream) -> None:
         """The answer is complete; where the request is not, nobody reads its rest."""
         self.idle_since = self.time()
-        if stream.queue_end is not None and not stream.queue:
+        if stream.sent_end:
             self.drop(stream)
         else:
             self.reset(stream, Code.CANCEL)
         self.freed()
-
-    def sent_end(self, stream: OriginStream) -> None:
-        stream.queue_end = b""
-        if stream.received_end:
-            self.drop(stream)
-            self.freed()
 
     def freed(self) -> None:
         self._upstream.freed(self)
         self._maybe_end()
 
     def _maybe_end(self) -> None:
-        if self.goaway_sent and not self.streams:
+        if self.is_shutting_down and not self.streams:
             self.end()
 
     def forgotten(self) -> None:
@@ -296,8 +311,8 @@ class Http2Origin(Multiplex):
 
     def retire(self) -> None:
         """Idle for long: no more streams."""
-        self.goaway_sent = True
-        self.put(f.goaway(0, Code.NO_ERROR))
+        self.is_shutting_down = True
+        self.goaway(0, Code.NO_ERROR)
         self.flush()
         self._maybe_end()
 
@@ -308,11 +323,18 @@ class Http2Origin(Multiplex):
         """All of its streams are silent, and so is the connection itself."""
         self.flush()
         transport = self.transport
-        if transport is None or transport.is_closing() or self.goaway_sent or not self.streams or self._buffer or self._block is not None:
+        if (
+            transport is None
+            or transport.is_closing()
+            or self.is_shutting_down
+            or not self.streams
+            or self._buffer
+            or self._block is not None
+        ):
             return False
-        if transport.get_write_buffer_size() or unacknowledged(transport):
+        if transport.get_write_buffer_size() or unacknowledged(cast(asyncio.Transport, transport)):
             return False
-        return all(stream.is_silent for stream in self.streams.values())
+        return all(stream.is_silent for stream in self._origin_streams())
 
     @property
     def stream_count(self) -> int:
@@ -324,7 +346,7 @@ class Http2Origin(Multiplex):
     def unpark(self) -> None:
         self.is_parked = False
         self.flush()
-        for stream in self.streams.values():
+        for stream in self._origin_streams():
             if stream.exchange is not None:
                 stream.exchange.resume_reading(HELD)
 
@@ -341,16 +363,17 @@ class Http2Origin(Multiplex):
         """A client has sent something on a stream: a session that sleeps wakes for it."""
         if self.is_parked:
             self.worker.parking.wake(self)
-            if sum(map(len, self._out)) > HELD_BYTES and stream.exchange is not None:
+            if self._out_bytes > HELD_BYTES and stream.exchange is not None:
                 stream.exchange.pause_reading(HELD)
 
     def cut(self) -> None:
         """The incarnation ends."""
-        self.goaway_sent = True
-        streams, self.streams = self.streams, {}
+        self.is_shutting_down = True
+        streams = self._origin_streams()
+        self.streams = {}
         if self.transport is not None:
             self.transport.abort()
-        for stream in streams.values():
+        for stream in streams:
             exchange, stream.exchange = stream.exchange, None
             if exchange is not None:
                 exchange.cut()

@@ -28,11 +28,11 @@ from .faults import FaultLines
 from .hold import Holds
 from .http1 import Http1
 from .http2 import Http2
+from .http2 import Key as FieldsKey
 from .ledger import Ledger
 from .memo import Admitted, Memo, Repeated
 from .parking import Parking
 from .record import PROTOCOLS
-from .stream import Key as FieldsKey
 from .table import RouteTable
 from .tls import TlsServer
 from .turns import Turns
