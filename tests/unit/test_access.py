@@ -263,7 +263,7 @@ async def test_an_aborted_http2_download_is_one_line_and_one_answer(rig: Rig, ho
         await client.turn()
     (connection,) = rig.worker.clients
     (stream,) = connection.streams.values()  # type: ignore[union-attr]
-    await until(lambda: stream.queue_end is not None or stream.source_paused)
+    await until(lambda: stream.end_after_queue or stream.source_paused)
     if how == "reset":
         client.h2.reset_stream(number, 8)
         client.flush()
