@@ -59,27 +59,48 @@ class AuditTrail:
         directory.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("ab", buffering=0)
         self._bytes = self._path.stat().st_size
+        self._is_torn = False  # the last record is not complete: a full disk took a part of it
 
     def write(self, event: str, **parts: Any) -> None:
         """A record that cannot be written is counted in the service's log, and the call goes on."""
         line = json.dumps(record(event, self._clock(), **parts), separators=(",", ":"), default=str).encode() + b"\n"
+        if self._bytes + len(line) > _FILE_BYTES:
+            self._rotate()
+        if self._is_torn:
+            line = b"\n" + line
         try:
-            if self._bytes + len(line) > _FILE_BYTES:
-                self._rotate()
-            self._file.write(line)
-            self._bytes += len(line)
+            written = self._file.write(line)
         except OSError as error:
-            log.error("audit.lost", event=event, error=str(error))
+            log.error("audit.lost", call=event, error=str(error))
+            return
+        self._bytes += written
+        self._is_torn = written < len(line)
+        if self._is_torn:
+            log.error("audit.lost", call=event, error="written in part")
 
     def _rotate(self) -> None:
+        """The full file stays open until the new one is: where there is no new one, it goes on being written."""
+        new = self._path.with_name(f"{self._path.name}.new")
+        try:
+            file = new.open("ab", buffering=0)
+        except OSError as error:
+            log.error("audit.not_rotated", error=str(error))
+            return
+        try:
+            for number in range(_FILES - 1, 0, -1):
+                old = self._path.with_name(f"{self._path.name}.{number}")
+                if old.exists():
+                    os.replace(old, self._path.with_name(f"{self._path.name}.{number + 1}"))
+            os.replace(self._path, self._path.with_name(f"{self._path.name}.1"))
+            os.replace(new, self._path)
+        except OSError as error:
+            log.error("audit.not_rotated", error=str(error))
+            file.close()
+            return
         self._file.close()
-        for number in range(_FILES - 1, 0, -1):
-            old = self._path.with_name(f"{self._path.name}.{number}")
-            if old.exists():
-                os.replace(old, self._path.with_name(f"{self._path.name}.{number + 1}"))
-        os.replace(self._path, self._path.with_name(f"{self._path.name}.1"))
-        self._file = self._path.open("ab", buffering=0)
+        self._file = file
         self._bytes = 0
+        self._is_torn = False
 
     def close(self) -> None:
         self._file.close()
