@@ -265,6 +265,7 @@ class Route(msgspec.Struct, frozen=True):
     baseline_mib: int = 0  # the size that was asked for, which bounds connections and rates where a profile does
     opens_http: bool = True  # by its ingress connectors
     opens_shell: bool = True
+    account: str = ""  # whose session it is: what is held is shared between accounts
 
 
 class Verifier(msgspec.Struct):

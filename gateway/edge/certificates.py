@@ -43,7 +43,7 @@ class Certificates:
             try:
                 status = path.stat()
                 stamps.append((status.st_ino, status.st_mtime_ns))
-            except FileNotFoundError:
+            except OSError:
                 stamps.append((0, 0))
         return tuple(stamps)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 from . import failures, replies
 from .admission import SHELL_PORT, Forward, Hold, Lookup, Refuse, admit, check_token
 from .head import Malformed, RequestHead, ResponseHead
-from .hold import HoldFull
+from .hold import HoldFull, Ticket
 from .memo import Admitted, Repeated
 from .reading import PEER_SLOW, THROTTLED
 from .record import HTTP1, RequestRecord
@@ -99,7 +99,7 @@ class Exchange:
         self._throttle: asyncio.TimerHandle | None = None  # while the bytes a second are spent
         self._timing = ""
         self._held_since = self.held_seconds = 0.0
-        self.held_for: str | None = None
+        self.held_for: Ticket | None = None
         self.client_frames: FrameCounter | None = None
         self.owed: list[tuple[int, bytes]] = []  # pings that the application was sent last, and has not answered
 

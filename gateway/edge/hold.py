@@ -1,4 +1,9 @@
-"""Requests that wait while their session sleeps or changes state: bounded, oldest first, one resume however many come."""
+"""Requests that wait while their session sleeps or changes state: bounded, oldest first, one resume however many come.
+
+What a worker holds is bounded in total, and shared: the sessions of an account may hold together three times what is still free, and one
+of them no more than what is left of that (dynamic thresholds, as switches share their buffers). So who holds much always leaves room for
+accounts and sessions that hold nothing, however many hold much.
+"""
 
 from __future__ import annotations
 
@@ -8,112 +13,162 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+import structlog
+
 from gateway.config import Edge
 from gateway.messages import Route
 
+log = structlog.get_logger()
+
+_TOTAL = 4  # times a session's bounds: what a worker holds in all
+_ACCOUNT = 3  # times what is free in all: what the sessions of one account may hold together
+
 
 class HoldFull(Exception):
-    """Too many requests, or too many bytes, are held for this session or in total."""
+    """Too many requests, or too many bytes of their bodies, are held; the text says which."""
+
+
+class Usage:
+    """What is held for a session, for an account, or in all."""
+
+    __slots__ = ("held_bytes", "requests")
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.held_bytes = 0
+
+
+class Ticket:
+    """One held request's part of the bounds."""
+
+    __slots__ = ("account", "held_bytes", "session")
+
+    def __init__(self, session: Usage, account: Usage, held_bytes: int) -> None:
+        self.session = session
+        self.account = account
+        self.held_bytes = held_bytes
 
 
 class Held(Protocol):
-    """What is held. `held_for` is the session while it is, and `held_bytes`, read meanwhile, are then reported to `grow`."""
+    """What is held. `held_for` is set while it is, and goes to `Holds.grow` with what more is read of the body."""
 
-    held_for: str | None
+    held_for: Ticket | None
 
     @property
-    def held_bytes(self) -> int: ...
+    def held_bytes(self) -> int:
+        """Of the body, read when the wait begins."""
 
 
-class _Line:
+class _Queue:
     """The requests held for one session, in order of arrival."""
 
-    __slots__ = ("asked", "asked_at", "held_bytes", "ports", "waiters")
+    __slots__ = ("asked", "asked_at", "ports", "usage", "waiters")
 
     def __init__(self) -> None:
-        self.asked_at = 0.0
+        self.usage = Usage()
         self.waiters: deque[asyncio.Future[None]] = deque()
-        self.held_bytes = 0
         self.ports: set[int] = set()
-        self.asked: tuple[int, str] | None = None
+        self.asked: tuple[int, str] | None = None  # incarnation and gate for which control was asked to resume the session
+        self.asked_at = 0.0
 
 
 class Holds:
-    """`ask(route)` tells control that a request waits. The bounds hold for a session, and fourfold in total."""
+    """`ask(route)` tells control that a request waits."""
 
     def __init__(self, settings: Edge, ask: Callable[[Route], None]) -> None:
         self._settings = settings
         self._ask = ask
-        self._lines: dict[str, _Line] = {}
-        self._total = 0
+        self._queues: dict[str, _Queue] = {}
+        self._accounts: dict[str, Usage] = {}
+        self._total = Usage()
 
     async def wait(self, route: Route, seconds: float, request: Held, port: int = 0) -> float:
         """Returns when the route has changed; the seconds since its change was asked for. Raises HoldFull, TimeoutError.
         `port` is the application's, where the request needs a connection to it."""
+        queue = self._queues.get(route.session) or _Queue()
+        account = self._accounts.get(route.account) or Usage()
         size = request.held_bytes
+        if not self._has_room(queue.usage.requests, account.requests):
+            raise HoldFull("more requests wait for the MicroVM than its share of what is held (edge.held_requests)")
+        if not self._has_room_for_bytes(queue.usage.held_bytes + size, account.held_bytes + size):
+            raise HoldFull("more of requests' bodies waits for the MicroVM than its share of what is held (edge.held_bytes)")
+        self._queues[route.session], self._accounts[route.account] = queue, account
         loop = asyncio.get_running_loop()
-        line = self._lines.get(route.session) or _Line()
-        if (
-            len(line.waiters) >= self._settings.held_requests
-            or line.held_bytes + size > self._settings.held_bytes
-            or self._total >= 4 * self._settings.held_requests
-        ):
-            raise HoldFull("more requests, or bytes of bodies, wait for the MicroVM than are held (edge.held_requests, edge.held_bytes)")
-        self._lines[route.session] = line
-        if line.asked != (route.incarnation, route.gate):
-            line.asked = (route.incarnation, route.gate)
-            line.asked_at = loop.time()
-            self._ask(route)
-        if port:
-            line.ports.add(port)
         waiter: asyncio.Future[None] = loop.create_future()
-        line.waiters.append(waiter)
-        line.held_bytes += size
-        self._total += 1
-        request.held_for = route.session
+        queue.waiters.append(waiter)
+        request.held_for = ticket = Ticket(queue.usage, account, size)
+        self._add(ticket, 1, size)
         try:
+            if port:
+                queue.ports.add(port)
+            if queue.asked != (route.incarnation, route.gate):
+                self._ask(route)
+                queue.asked = (route.incarnation, route.gate)
+                queue.asked_at = loop.time()
             async with asyncio.timeout(seconds):
                 await waiter
-            return loop.time() - line.asked_at
+            return loop.time() - queue.asked_at
         finally:
             request.held_for = None
-            self._total -= 1
-            line.held_bytes -= request.held_bytes
+            self._add(ticket, -1, -ticket.held_bytes)
             if not waiter.done() or waiter.cancelled():
                 with contextlib.suppress(ValueError):  # the route changed while its client left
-                    line.waiters.remove(waiter)
-            if not line.waiters and self._lines.get(route.session) is line:
-                del self._lines[route.session]
+                    queue.waiters.remove(waiter)
+            if not queue.usage.requests:
+                del self._queues[route.session]
+            if not account.requests:
+                del self._accounts[route.account]
 
-    def grow(self, session: str, size: int) -> bool:
-        """More of a held request's body was read; False when that is enough."""
-        line = self._lines[session]
-        line.held_bytes += size
-        return line.held_bytes < self._settings.held_bytes
+    def grow(self, ticket: Ticket, size: int) -> bool:
+        """More of a held request's body was read. False where that is more than may be held: the request is then refused, for what has been
+        read, or is on its way within a window that was granted, cannot be kept waiting elsewhere."""
+        ticket.held_bytes += size
+        self._add(ticket, 0, size)
+        return self._has_room_for_bytes(ticket.session.held_bytes, ticket.account.held_bytes)
+
+    def _add(self, ticket: Ticket, requests: int, size: int) -> None:
+        for usage in (ticket.session, ticket.account, self._total):
+            usage.requests += requests
+            usage.held_bytes += size
+
+    def _has_room(self, session: int, account: int) -> bool:
+        """For one request more than these."""
+        most = self._settings.held_requests
+        free = _TOTAL * most - self._total.requests
+        return session < min(most, _ACCOUNT * free - account)
+
+    def _has_room_for_bytes(self, session: int, account: int) -> bool:
+        """For these bytes, of which some may be counted in the total already."""
+        most = self._settings.held_bytes
+        free = _TOTAL * most - self._total.held_bytes
+        return session <= max(0, min(most, _ACCOUNT * free - account))
 
     def ports(self, session: str) -> set[int]:
         """Where the session's held requests will connect to."""
-        line = self._lines.get(session)
-        return line.ports if line is not None else set()
+        queue = self._queues.get(session)
+        return queue.ports if queue is not None else set()
 
     def changed(self, session: str) -> None:
         """The session's route is another now: everyone decides anew, oldest first."""
-        line = self._lines.get(session)
-        if line is None:
+        queue = self._queues.get(session)
+        if queue is None:
             return
-        line.asked = None
-        while line.waiters:
-            waiter = line.waiters.popleft()
+        queue.asked = None
+        while queue.waiters:
+            waiter = queue.waiters.popleft()
             if not waiter.done():
                 waiter.set_result(None)
 
     def ask_again(self, find: Callable[[str], Route | None]) -> None:
         """After control was away: whatever is held is asked for anew."""
-        for session, line in self._lines.items():
-            route = find(session)
-            if route is not None and line.waiters:
-                line.asked = (route.incarnation, route.gate)
-                self._ask(route)
+        for session, queue in list(self._queues.items()):
+            try:
+                route = find(session)
+                if route is not None and queue.waiters:
+                    self._ask(route)
+                    queue.asked = (route.incarnation, route.gate)
+            except Exception:
+                log.exception("edge.not_asked", session=session)
 
     def statistics(self) -> dict[str, int]:
-        return {"sessions": len(self._lines), "requests": self._total}
+        return {"sessions": len(self._queues), "requests": self._total.requests, "bytes": self._total.held_bytes}

@@ -131,9 +131,9 @@ class Http1(Exchange):
         self.touched = now = worker.time()
         raw = data[:end]
         again = worker.repeated.get(raw)
-        if again is not None and not is_due and worker.turns.is_over(again.memo.account, now):
+        if again is not None and not is_due and not worker.fairness.admit(again.memo.account, now):
             self._buffer, self._awaits_turn = data, True
-            worker.turns.wait(again.memo.account, self._due)
+            worker.fairness.defer(again.memo.account, self._due)
             return
         if again is not None and (origin := self.admitted(again.memo, now)) is not None:
             self._state = _WAITING
@@ -207,10 +207,10 @@ class Http1(Exchange):
 
     def _keep_ahead(self, data: bytes) -> None:
         self._ahead += data
-        enough = len(self._ahead) > _AHEAD_MAX_BYTES
         if self.held_for is not None and not self.worker.holds.grow(self.held_for, len(data)):
-            enough = True
-        if enough:
+            self.leave()
+            self.refuse(replies.TOO_MANY)
+        elif len(self._ahead) > _AHEAD_MAX_BYTES:
             self.pause_reading(READ_AHEAD)
 
     def send_ahead(self) -> None:

@@ -139,9 +139,9 @@ class Http2(Multiplex):
         request.received_end = end
         if again is None:
             self._parsed(request, key, end, now)
-        elif worker.turns.is_over(again.memo.account, now):
+        elif not worker.fairness.admit(again.memo.account, now):
             known = key or tuple(f.decode(self._decoder, block))  # now, because the table goes on
-            worker.turns.wait(again.memo.account, lambda: self._due(request, again, known))
+            worker.fairness.defer(again.memo.account, lambda: self._due(request, again, known))
         elif (origin := request.admitted(again.memo, now)) is not None:
             request.forward_now(origin, again, now)
         else:

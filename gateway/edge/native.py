@@ -18,9 +18,31 @@ from pathlib import Path
 
 # What a request or its bytes pass through. Their classes cannot inherit from asyncio's, which uvloop does not ask for.
 MODULES = (
-    "admission", "chunked", "exchange", "failures", "flow", "frames", "head", "head2", "http1", "http2", "ledger", "limits", "memo",
-    "multiplex", "origin", "origin2", "reading", "record", "replies", "table", "tls", "turns", "upstream", "websocket",
-)  # fmt: skip
+    "admission",
+    "chunked",
+    "exchange",
+    "failures",
+    "fairness",
+    "flow",
+    "frames",
+    "head",
+    "head2",
+    "http1",
+    "http2",
+    "ledger",
+    "limits",
+    "memo",
+    "multiplex",
+    "origin",
+    "origin2",
+    "reading",
+    "record",
+    "replies",
+    "table",
+    "tls",
+    "upstream",
+    "websocket",
+)
 _HERE = Path(__file__).resolve().parent
 _PREFIX = "torpor-edge-"
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from gateway.messages import Route
 
-from .hold import HoldFull
+from .hold import HoldFull, Ticket
 
 if TYPE_CHECKING:
     from .upstream import Key, Upstream
@@ -59,7 +59,7 @@ class _Waker:
     """What the holds keep for a session whose parked stream was spoken to."""
 
     def __init__(self) -> None:
-        self.held_for: str | None = None
+        self.held_for: Ticket | None = None
         self.held_bytes = 0
 
 

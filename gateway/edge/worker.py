@@ -24,6 +24,7 @@ from . import origin, origin2, shell, tls
 from .access import AccessLog
 from .certificates import Certificates
 from .doors import ProxyDoor, RedirectDoor
+from .fairness import FairQueue
 from .faults import FaultLines
 from .hold import Holds
 from .http1 import Http1
@@ -35,7 +36,6 @@ from .parking import Parking
 from .record import PROTOCOLS
 from .table import RouteTable
 from .tls import TlsServer
-from .turns import Turns
 from .upstream import Upstream
 
 log = structlog.get_logger()
@@ -67,7 +67,7 @@ class Worker:
         self._counted: list[list[int]] = []
         self.checker = Checker([])
         self.table = RouteTable(loop.time, self._route_changed, settings)
-        self.turns = Turns()
+        self.fairness = FairQueue()
         self.holds = Holds(settings, self._ask_for)
         self.parking = Parking(self)
         self.spans = Spans("", name)
@@ -126,22 +126,19 @@ class Worker:
         self.is_draining = True
         for server in self._servers:
             server.close()
-        self.parking.close()
-        for client in list(self.clients):
-            client.begin_drain()
+        self._guard(self.parking.close)
+        self._each_client("begin_drain")
         deadline = self.time() + self.settings.drain_seconds
         quiet_until = self.time() + min(2.0, self.settings.drain_seconds)
         press_at = self.time() + self.settings.drain_seconds / 2
         while self.clients and self.time() < deadline:
             if self.time() > press_at:
                 press_at = deadline
-                for client in list(self.clients):
-                    client.press_drain()
+                self._each_client("press_drain")
             if self.time() > quiet_until:
-                for client in [one for one in self.clients if one.is_quiet]:
-                    client.close_idle()
+                self._each_client("close_idle", only_quiet=True)
             await asyncio.sleep(0.05)
-        await self._send_report()
+        self._guard(self._send_report)
         self.control.close()
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -211,17 +208,17 @@ class Worker:
         else:
             self._endpoints.pop(session, None)
         if old is not None and (old.incarnation != new.incarnation or not new.is_live):
-            self.upstream.end(old.session, old.incarnation)
+            self._guard(self.upstream.end, old.session, old.incarnation)
         if new.gate == "hold" and new.is_live and old is not None and old.incarnation < new.incarnation:
             # The guest is about to run: what is held goes on waiting, and its connections are made meanwhile.
             for port in self.holds.ports(session):
-                self.upstream.connect_ahead(new, port)
+                self._guard(self.upstream.connect_ahead, new, port)
             return
         if new.gate == "open":
             asyncio.get_running_loop().call_later(_PREFETCH_SECONDS, self._prefetch, new)
-            self.parking.opened(new)
+            self._guard(self.parking.opened, new)
         elif new.gate == "refuse":
-            self.parking.over(session)
+            self._guard(self.parking.over, session)
         self.holds.changed(session)
 
     def _prefetch(self, route: m.Route) -> None:
@@ -262,9 +259,26 @@ class Worker:
     async def _report(self) -> None:
         while True:
             await asyncio.sleep(_REPORT_SECONDS)
-            await self._send_report()
+            self._guard(self._send_report)
 
-    async def _send_report(self) -> None:
+    def _guard(self, work: Callable[..., object], *arguments: object) -> bool:
+        """One step among several that do not depend on each other; False where it raised. What raises is logged, and ends itself alone."""
+        try:
+            work(*arguments)
+        except Exception:
+            log.exception("edge.step_failed", step=getattr(work, "__qualname__", ""))
+            return False
+        return True
+
+    def _each_client(self, step: str, *arguments: object, only_quiet: bool = False) -> None:
+        """A client whose step raises is ended: nobody could say what state it is in."""
+        for client in [one for one in self.clients if not only_quiet or one.is_quiet]:
+            if not self._guard(getattr(client, step), *arguments):
+                self.clients.discard(client)
+                if client.transport is not None:
+                    client.transport.abort()
+
+    def _send_report(self) -> None:
         connection = self.control.connection
         if connection is None:
             return
@@ -293,11 +307,10 @@ class Worker:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             now = self.time()
-            for client in list(self.clients):
-                client.sweep(now)
-            self.upstream.sweep(now)
+            self._each_client("sweep", now)
+            self._guard(self.upstream.sweep, now)
             if self._certificates is not None:
-                self._certificates.refresh()
+                self._guard(self._certificates.refresh)
 
 
 async def run(

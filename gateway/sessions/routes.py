@@ -45,6 +45,7 @@ def route_of(session: Session, gate_now: str = "", is_begun: bool = False) -> Ro
     return Route(
         session.endpoint, session.id, session.incarnation, gate_now or gate(session), is_live, session.minimum_mib,
         opens_http=bool(names & {"HTTP_INGRESS", "ALL_INGRESS"}), opens_shell=bool(names & {"SHELL_INGRESS", "ALL_INGRESS"}),
+        account=session.account,
     )  # fmt: skip
 
 

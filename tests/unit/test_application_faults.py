@@ -151,7 +151,7 @@ async def test_more_requests_than_are_held(rig: Rig) -> None:
     await until(lambda: rig.worker.holds.statistics()["requests"] == 1)
     ((status, _, _),) = await rig.ask(rig.request())
     assert status == 429
-    assert (await rig.control.fault()).startswith(f"s1 port {rig.app_port}: more requests, or bytes of bodies, wait")
+    assert (await rig.control.fault()).startswith(f"s1 port {rig.app_port}: more requests wait for the MicroVM than its share")
     writer.close()
 
 

@@ -31,7 +31,18 @@ async def table() -> tuple[Routes, Worker, Worker, Session]:
     routes, holder, other = Routes(2, 0.1), Worker(), Worker()
     routes.add_worker(holder, "1")  # type: ignore[arg-type]
     routes.add_worker(other, "2")  # type: ignore[arg-type]
-    one = Session("s1", "h1", "arn", "1.0", "image", 512, 0.0, 3600, state=State.SUSPENDED, incarnation=1)
+    one = Session(
+        "s1",
+        "h1",
+        "arn:aws:lambda:us-east-1:123456789012:microvm-image:a",
+        "1.0",
+        "image",
+        512,
+        0.0,
+        3600,
+        state=State.SUSPENDED,
+        incarnation=1,
+    )
     routes.publish(one)
     for worker in (holder, other):
         worker.heard.clear()

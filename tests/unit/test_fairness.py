@@ -11,23 +11,23 @@ import pytest
 from edge_rig import HOST, Rig
 from h2_client import Judge
 
+from gateway.edge.fairness import QUOTA, FairQueue
 from gateway.edge.table import Account
-from gateway.edge.turns import SHARE, Turns
 
 
-class Always(Turns):
+class Always(FairQueue):
     """Every request waits for another turn."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waited = 0
 
-    def is_over(self, account: Account, now: float) -> bool:
-        return True
+    def admit(self, account: Account, now: float) -> bool:
+        return False
 
-    def wait(self, account: Account, go_on: Callable[[], None]) -> None:
+    def defer(self, account: Account, proceed: Callable[[], None]) -> None:
         self.waited += 1
-        super().wait(account, go_on)
+        super().defer(account, proceed)
 
 
 @pytest.fixture
@@ -38,39 +38,39 @@ async def rig(tmp_path: Path, monkeypatch: Any) -> AsyncIterator[Rig]:
 
 
 async def test_alone_nobody_waits() -> None:
-    turns, account = Turns(), Account()
-    assert not any(turns.is_over(account, 1.0) for _ in range(10 * SHARE))
+    turns, account = FairQueue(), Account()
+    assert all(turns.admit(account, 1.0) for _ in range(10 * QUOTA))
 
 
 async def test_beside_another_one_a_flood_gets_its_share_of_each_turn_in_order() -> None:
-    turns, flood, quiet = Turns(), Account(), Account()
+    turns, flood, quiet = FairQueue(), Account(), Account()
     served: list[int] = []
-    assert not turns.is_over(quiet, 1.0)
-    for number in range(3 * SHARE):
-        if turns.is_over(flood, 1.0):
-            turns.wait(flood, lambda number=number: served.append(number))  # type: ignore[misc]
+    assert turns.admit(quiet, 1.0)
+    for number in range(3 * QUOTA):
+        if not turns.admit(flood, 1.0):
+            turns.defer(flood, lambda number=number: served.append(number))  # type: ignore[misc]
         else:
             served.append(number)
-    assert served == list(range(SHARE)) and not turns.is_over(quiet, 1.0)
-    assert turns.is_over(flood, 1.001), "a new turn's request does not overtake"
+    assert served == list(range(QUOTA)) and turns.admit(quiet, 1.0)
+    assert not turns.admit(flood, 1.001), "a new turn's request does not overtake"
     for turn in (2, 3):
         await asyncio.sleep(0)
-        assert served == list(range(turn * SHARE))
+        assert served == list(range(turn * QUOTA))
     await asyncio.sleep(0)
-    assert not turns.is_over(flood, 1.002)
+    assert turns.admit(flood, 1.002)
 
 
 async def test_a_second_after_the_other_one_it_is_alone_again() -> None:
-    turns, flood, quiet = Turns(), Account(), Account()
-    turns.is_over(quiet, 1.0)
-    assert [turns.is_over(flood, 1.5) for _ in range(SHARE + 1)][-1]
-    assert not any(turns.is_over(flood, 3.0) for _ in range(10 * SHARE))
+    turns, flood, quiet = FairQueue(), Account(), Account()
+    turns.admit(quiet, 1.0)
+    assert not [turns.admit(flood, 1.5) for _ in range(QUOTA + 1)][-1]
+    assert all(turns.admit(flood, 3.0) for _ in range(10 * QUOTA))
 
 
 @pytest.mark.parametrize("http2", [False, True])
 async def test_requests_that_wait_for_a_turn_are_answered(rig: Rig, http2: bool) -> None:
     await rig.start(http2=http2)
-    turns = rig.worker.turns = Always()
+    turns = rig.worker.fairness = Always()
     if http2:
         client = Judge(*await rig.open())
         fields = [
