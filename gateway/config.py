@@ -33,10 +33,16 @@ class Edge(BaseModel):
     head_fields: int = Field(200, ge=16, description="of a head's fields; beyond: 431 or 502")
     head_seconds: float = Field(20.0, gt=0, description="to receive a whole head, from its first byte; then 408")
     body_seconds: float = Field(60.0, gt=0, description="a request's body may stand still this long; then 408")
+    body_bytes_per_second: int = Field(10, ge=0, description="of a body, over body_seconds; a slower one is answered 408; 0: no bound")
+    half_close_seconds: float = Field(
+        10.0, gt=0, description="a client that has ended its half is taken to be gone when nothing has passed for this long"
+    )
     idle_seconds: float = Field(300.0, gt=0, description="an idle client connection, or one that reads nothing, is kept this long")
     origin_idle_seconds: float = Field(20.0, gt=0, description="an idle connection to an application is kept this long")
     drain_seconds: float = Field(30.0, ge=0, description="a worker that is replaced finishes what it has within this time")
     proxy_protocol_from: list[str] = Field([], description="networks of load balancers, which send a PROXY header of version 2")
+    forwarded: bool = Field(False, description="tell applications X-Forwarded-For, -Proto and -Host; a client's own are removed")
+    via: str = Field("", pattern=r"^[A-Za-z0-9._-]*$", description="a name to add in Via, to requests and answers; empty: none")
     redirect_port: int = Field(0, ge=0, le=65535, description="answer plain HTTP on this port with a redirect to HTTPS; 0: no")
     certificate: str = Field("", description="a PEM chain; with `key` instead of the development authority's; kept up with")
     key: str = Field("", description="the certificate's private key, PEM; root only: workers get a copy")

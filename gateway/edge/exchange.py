@@ -18,7 +18,7 @@ from .head import Malformed, RequestHead, ResponseHead
 from .hold import HoldFull, Ticket
 from .memo import Admitted, Repeated
 from .reading import PEER_SLOW, THROTTLED
-from .record import HTTP1, RequestRecord
+from .record import HTTP1, HTTP2, RequestRecord
 from .table import Account, RouteEntry
 from .upstream import ConnectFailed, SessionGone
 from .websocket import PING, PONG, FrameCounter, pong
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from .failures import Failure
     from .head import Trailers
     from .limits import Limiter
-    from .origin import Origin
     from .upstream import Key
     from .worker import Worker
 
@@ -70,9 +69,9 @@ class Exchange:
     """Origins call the methods under "the answer"; a protocol implements them."""
 
     __slots__ = (
-        "_held_since", "_interims", "_limiter", "_task", "_throttle", "_timing", "_waiting", "account", "again", "began", "client_frames",
-        "counted", "first_byte", "head", "held_for", "held_seconds", "origin", "owed", "reason", "request_id", "response_started",
-        "sent", "status", "worker",
+        "_held_since", "_interims", "_limiter", "_task", "_throttle", "_timing", "_waiting", "account", "again", "began",
+        "client_frames", "counted", "first_byte", "head", "held_for", "held_seconds", "hop_fields", "origin", "owed", "reason",
+        "request_id", "response_started", "sent", "status", "worker",
     )  # fmt: skip
 
     protocol: ClassVar[int] = HTTP1
@@ -85,6 +84,7 @@ class Exchange:
         self.account = NOBODY
         self.again: Repeated | None = None  # in place of a head, where the request is one that was seen before
         self.request_id = b""
+        self.hop_fields = b""  # lines that each request of this client gets (hops.py)
         self.response_started = False
         self.counted = True  # whatever ends an exchange counts it; the first that does so sets this
         self.status = 0
@@ -204,20 +204,19 @@ class Exchange:
 
     # ---- the fast path ----
 
-    def admitted(self, memo: Admitted, now: float) -> Origin | None:
-        """A connection for a remembered request, where what was remembered still holds."""
-        worker = self.worker
+    def try_cached(self, again: Repeated, now: float) -> bool:
+        """Forwards a request without a body that was seen before, where what was remembered still holds and a connection waits."""
+        memo, worker = again.memo, self.worker
         entry = worker.table.get(memo.host)
         if entry is None or entry.route is not memo.route or memo.checker is not worker.checker or memo.expires <= worker.wall():
-            return None
+            return False
         if entry.limiter is not None:
-            return None
-        return worker.upstream.take_idle(memo.key, now)
-
-    def forward_now(self, origin: Origin, again: Repeated, now: float) -> None:
-        """An admitted request without a body, on a connection that waits."""
+            return False
+        origin = worker.upstream.take_idle(memo.key, now)
+        if origin is None:
+            return False
         self.again = again
-        self.account = account = again.memo.account
+        self.account = account = memo.account
         account.count += 1
         account.waiting += 1
         account.last = self.began = now
@@ -228,12 +227,14 @@ class Exchange:
         self.origin = origin
         self._timing = ""
         self._held_since = self.held_seconds = 0.0
+        self._interims = 0
         self._limiter = None
         self.sent = 0
-        self.request_id = request_id = self.worker.ledger.request_id()
+        self.request_id = request_id = worker.ledger.request_id()
         origin.begin(self, again.is_head)
         assert origin.transport is not None
-        origin.transport.write(b"%b%b\r\n\r\n" % (again.rewritten, request_id))
+        origin.transport.write(b"%b%b%b\r\n\r\n" % (again.rewritten, request_id, self.hop_fields))
+        return True
 
     # ---- what was parsed ----
 
@@ -249,7 +250,10 @@ class Exchange:
         self._limiter = None
         self._timing = ""
         self._held_since = self.held_seconds = 0.0
+        self._interims = 0
         self.request_id = worker.ledger.request_id()
+        if worker.hops.is_on:
+            head.block = worker.hops.of_block(head.block, b"2" if self.protocol == HTTP2 else b"1.%d" % head.minor)
         wall = worker.wall()
         grant = check_token(head, worker.checker, wall)
         entry = worker.table.get(head.host)

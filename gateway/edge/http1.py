@@ -12,18 +12,19 @@ from .chunked import ChunkedBody
 from .exchange import Exchange, peer_of
 from .head import CHUNKED, FIXED, MARKER, NO_BODY, UNTIL_CLOSE, Malformed, ResponseHead, Trailers, parse_request
 from .memo import Admitted, Repeated
-from .reading import HELD, PEER_SLOW, READ_AHEAD, ReadGate
+from .reading import HELD, PEER_SLOW, READ_AHEAD, UNREAD, ReadGate
 from .websocket import GOING_AWAY, FrameCounter
 
 if TYPE_CHECKING:
     from .limits import Limiter
     from .worker import Worker
 
-_AT_HEAD: Final = 0
-_IN_BODY: Final = 1
-_WAITING: Final = 2
+_AT_HEAD: Final = 0  # the next request's head is awaited
+_IN_BODY: Final = 1  # a request is under way, and its body has not come whole
+_WAITING: Final = 2  # a request is under way, and has come whole
 _TUNNEL: Final = 3
 _ENDING: Final = 4
+_QUEUED: Final = 5  # the next request may be here, and waits: for a turn of the loop or its session's, or for the client to read
 _FAST_LINE = re.compile(rb"(?:GET|POST|PUT|DELETE|HEAD|OPTIONS|PATCH) /[\x21-\x7e\x80-\xff]* HTTP/1\.1\Z").match
 _AHEAD_MAX_BYTES: Final = 64 << 10  # read beyond the request under way, or while it is held
 _BUFFER_HIGH_BYTES: Final = 512 << 10
@@ -33,8 +34,8 @@ _NONE: dict[str, Limiter] = {}  # shared: replaced before it is written to
 
 class Http1(Exchange):
     __slots__ = (
-        "_ahead", "_awaits_turn", "_block", "_body", "_buffer", "_frames", "_joined", "_keep", "_left", "_no_more", "_reading", "_state",
-        "_stuck_since", "is_raw", "touched", "transport",
+        "_ahead", "_block", "_body", "_body_bytes", "_body_since", "_buffer", "_frames", "_half_closed_at", "_joined", "_keep", "_left",
+        "_reading", "_state", "_stuck_since", "_via", "is_raw", "touched", "transport",
     )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
@@ -45,16 +46,17 @@ class Http1(Exchange):
         self._state = _AT_HEAD
         self._buffer = b""  # of a head that is not complete
         self._ahead = b""  # read, but not looked at yet: the next requests, or a body whose origin is not there yet
-        self._awaits_turn = False  # what is in the buffer is a whole head, and waits for a turn of its session's
         self._reading: ReadGate | None = None
-        self._no_more = False  # the client has closed its half
-        self._stuck_since = 0.0  # the client reads nothing, since
+        self._half_closed_at = 0.0  # when the client ended its half; 0: it has not
+        self._stuck_since = 0.0  # when the client stopped reading so much that the write buffer is full; 0: it reads
+        self._via = b""  # what we add to responses
         # the request under way
         self._joined: dict[str, Limiter] = _NONE
         self._keep = True
         self._left = 0
         self._block = b""
         self._body: ChunkedBody | None = None
+        self._body_bytes, self._body_since = 0, 0.0  # of the body, received since; 0: not measured
         self._frames: FrameCounter | None = None
 
     # ---- asyncio ----
@@ -63,6 +65,10 @@ class Http1(Exchange):
         self.transport = cast(asyncio.Transport, transport)
         self._reading = ReadGate(self.transport)
         self.transport.set_write_buffer_limits(high=_BUFFER_HIGH_BYTES)
+        hops = self.worker.hops
+        if hops.is_on:
+            self._via = hops.via_line(b"1.1")
+            self.hop_fields = hops.of_connection(transport)
         self.worker.clients.add(self)
 
     def data_received(self, data: bytes) -> None:
@@ -74,20 +80,27 @@ class Http1(Exchange):
             self.tunnel_in(data)
         elif state == _IN_BODY:
             self._on_body(data)
-        elif state == _WAITING:
+        elif state in (_WAITING, _QUEUED):
             self._keep_ahead(data)
 
     def close_notified(self) -> None:
-        """TLS: the client sends nothing more, and may still read. What it asked for completely is answered."""
-        self._no_more = True
-        if self._state == _TUNNEL and self.origin is not None:
-            self.origin.finish(None)
-        elif self._state in (_AT_HEAD, _IN_BODY) and not self._ahead and not self._awaits_turn:
+        """TLS: the client sends nothing more, and may still read. What it asked for completely is answered, while it can be
+        believed to be there: most clients that end their half have left. `sweep` gives it up after a while without a byte; on a
+        parked stream, where none comes, that is now."""
+        if self._half_closed_at:
+            return
+        self._half_closed_at = self.worker.time()
+        origin = self.origin
+        if origin is not None and getattr(origin, "is_parked", False):
+            self._give_up()
+        elif self._state == _TUNNEL and origin is not None:
+            origin.finish(None)
+        elif self._state in (_AT_HEAD, _IN_BODY) and not self._ahead:
             self._close()
 
     def eof_received(self) -> bool:
         """TCP: the client is gone, or has closed its half. Nothing is begun for it any more; what runs is answered."""
-        if self.origin is None or self._state == _IN_BODY:
+        if (self.origin is None and self._state != _QUEUED) or self._state == _IN_BODY:
             return False
         self.close_notified()
         return True
@@ -112,6 +125,8 @@ class Http1(Exchange):
         self._stuck_since = 0.0
         if self.origin is not None:
             self.origin.resume(PEER_SLOW)
+        elif self._state == _QUEUED and self._reading is not None and self._reading.reasons & UNREAD:
+            self._next_request()
 
     # ---- the head ----
 
@@ -119,11 +134,13 @@ class Http1(Exchange):
         worker = self.worker
         if self._buffer:
             data = self._buffer + data
-            self._buffer, self._awaits_turn = b"", False
+            self._buffer = b""
         else:
-            self.touched = worker.time()
             if data[:1] in b"\r\n":
                 data = data.lstrip(b"\r\n")  # RFC 9112, 2.2: an empty line before a request is ignored
+                if not data:  # and is no activity: it would keep a connection without requests open for ever
+                    return
+            self.touched = worker.time()
         end = data.find(b"\r\n\r\n")
         if end < 0 or end > worker.settings.head_bytes:
             self._incomplete(data)
@@ -132,34 +149,35 @@ class Http1(Exchange):
         raw = data[:end]
         again = worker.repeated.get(raw)
         if again is not None and not is_due and not worker.fairness.admit(again.memo.account, now):
-            self._buffer, self._awaits_turn = data, True
+            self._state, self._ahead = _QUEUED, data
             worker.fairness.defer(again.memo.account, self._due)
             return
-        if again is not None and (origin := self.admitted(again.memo, now)) is not None:
-            self._state = _WAITING
-            self._keep = again.memo.keep_alive
-            self.forward_now(origin, again, now)
-            if len(data) > end + 4:
-                self._ahead = data[end + 4 :]
+        if again is not None and self._try_cached(again, data, end, now):
             return
         at = raw.find(b"\r\n")
         line, block = (raw, b"") if at < 0 else (raw[:at], raw[at:])
         memo = worker.memo.get(block)
-        if memo is not None and _FAST_LINE(line) and (origin := self.admitted(memo, now)) is not None:
-            self._state = _WAITING
-            self._keep = memo.keep_alive
+        if memo is not None and _FAST_LINE(line):
             again = Repeated(memo, b"%b%b\r\nx-amzn-requestid: " % (line, memo.block), line.startswith(b"HEAD "))
-            worker.repeated.put(raw, again)
-            self.forward_now(origin, again, now)
-            if len(data) > end + 4:
-                self._ahead = data[end + 4 :]
-            return
+            if self._try_cached(again, data, end, now):
+                worker.repeated.put(raw, again)
+                return
         self._parsed(line, block, data[end + 4 :], now)
+
+    def _try_cached(self, again: Repeated, data: bytes, end: int, now: float) -> bool:
+        """Forwards a request that was seen before; its head ends at `end`."""
+        if not self.try_cached(again, now):
+            return False
+        self._state = _WAITING
+        self._keep = again.memo.keep_alive
+        self.is_raw = True
+        if len(data) > end + 4:
+            self._ahead = data[end + 4 :]
+        return True
 
     def _due(self) -> None:
         """The turn has come of a head that had to wait for it."""
-        if self._state == _AT_HEAD and self._awaits_turn:
-            self._on_head(b"", is_due=True)
+        self._go_on(True)
 
     def _incomplete(self, data: bytes) -> None:
         if len(data) > self.worker.settings.head_bytes:
@@ -173,9 +191,10 @@ class Http1(Exchange):
         except Malformed as error:
             self._fail(error.status, str(error).encode())
             return
-        self._keep = head.keep_alive = head.keep_alive and head.minor == 1
+        self._keep = head.keep_alive
         self.is_raw = head.minor == 1
         self._left = head.length
+        self._body_since = 0.0
         self._body = ChunkedBody() if head.framing == CHUNKED else None
         self._state = _WAITING if head.framing == NO_BODY or (head.framing == FIXED and not head.length) else _IN_BODY
         self._ahead = rest
@@ -241,6 +260,7 @@ class Http1(Exchange):
             self._left -= used
             complete = not self._left
         self.account.count += 1
+        self._body_bytes += used
         if self._limiter is not None:
             self.throttle(used)
         if complete:
@@ -272,7 +292,9 @@ class Http1(Exchange):
                 self.first_byte = worker.time()
             block = head.block if head.is_dated else head.block + replies.date_line()
             if self.transport is not None:
-                self.transport.write(b"%b\r\nx-amzn-requestid: %b%b\r\n\r\n%b" % (head.status_line, self.request_id, block, body))
+                self.transport.write(
+                    b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n%b" % (head.status_line, self.request_id, block, self._via, body)
+                )
         else:
             self._head_out(head, body)
         self.response_done()
@@ -287,7 +309,11 @@ class Http1(Exchange):
         worker = self.worker
         if head.framing == UNTIL_CLOSE or self._state == _IN_BODY or worker.is_draining or (head.framing == CHUNKED and not self.is_raw):
             self._keep = False
-        extra = b"" if self._keep else b"\r\nConnection: close"
+        extra = self._via
+        if not self._keep:
+            extra += b"\r\nConnection: close"
+        elif not self.is_raw:
+            extra += b"\r\nConnection: keep-alive"  # RFC 9112, C.2.2: a client of HTTP/1.0 must be told
         if self._timing and worker.settings.server_timing:
             extra += b"\r\nServer-Timing: " + self._timing.encode("ascii")
         block = head.block
@@ -295,10 +321,11 @@ class Http1(Exchange):
             block = b"".join(b"\r\n" + line for line in block.split(b"\r\n")[1:] if not line.lower().startswith(b"transfer-encoding:"))
         if not head.is_dated:
             block += replies.date_line()
+        self.touched = now = worker.time()
         if worker.ledger.access is not None:
-            self.first_byte = worker.time()
+            self.first_byte = now
         if self.transport is not None:
-            self.transport.write(b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n%b" % (head.status_line, self.request_id, extra, block, body))
+            self.transport.write(b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n%b" % (head.status_line, self.request_id, block, extra, body))
 
     @property
     def is_paused(self) -> bool:
@@ -321,27 +348,38 @@ class Http1(Exchange):
         self.record()
         if self._state == _IN_BODY:
             self._linger()
-        elif not self._keep or (self._no_more and not self._ahead):
+        elif not self._keep or (self._half_closed_at and not self._ahead):
             self._close()
         else:
             self._next_request()
 
     def _next_request(self) -> None:
+        """Looks at what has come behind the request that is over. Whoever does not read its answers is asked for no more: what they
+        take is bounded by the write buffer's limit."""
         self._state = _AT_HEAD
-        self.resume_reading(PEER_SLOW | READ_AHEAD | HELD)  # reasons of the exchange that is over
-        if self._ahead:
-            ahead, self._ahead = self._ahead, b""
-            # Not at once: a long pipeline must neither recurse nor keep the loop from others.
-            asyncio.get_running_loop().call_soon(self._next, ahead)
-            self._state = _WAITING
-
-    def _next(self, ahead: bytes) -> None:
-        if self.transport is None or self._state != _WAITING:
+        self.resume_reading(PEER_SLOW | HELD)  # reasons of the exchange that is over
+        if self._stuck_since:
+            self._state = _QUEUED
+            self.pause_reading(UNREAD)
             return
-        data, self._ahead = ahead + self._ahead, b""
+        self.resume_reading(UNREAD)
+        if self._ahead:
+            # Not at once: a long pipeline must neither recurse nor keep the loop from others.
+            self._state = _QUEUED
+            asyncio.get_running_loop().call_soon(self._go_on, False)
+        else:
+            self.resume_reading(READ_AHEAD)
+
+    def _go_on(self, is_due: bool) -> None:
+        """Takes up the request that was queued."""
+        if self.transport is None or self._state != _QUEUED:
+            return
+        data, self._ahead = self._ahead, b""
         self._state = _AT_HEAD
-        self._on_head(data)
-        if self._no_more and self._state == _AT_HEAD:  # half a request, whose other half will not come
+        self._on_head(data, is_due)
+        if len(self._ahead) <= _AHEAD_MAX_BYTES:
+            self.resume_reading(READ_AHEAD)
+        if self._half_closed_at and self._state == _AT_HEAD:  # half a request, whose other half will not come
             self._close()
 
     def cut_short(self) -> None:
@@ -364,6 +402,7 @@ class Http1(Exchange):
             extra += b"\r\nSec-WebSocket-Protocol: " + MARKER
         if self._timing and self.worker.settings.server_timing:
             extra += b"\r\nServer-Timing: " + self._timing.encode("ascii")
+        extra += self._via
         if head.upgrade.lower() == b"websocket":
             self._frames = FrameCounter()
         if self.transport is not None:
@@ -389,7 +428,7 @@ class Http1(Exchange):
             self._frames.end()
         if self.transport is not None and self.transport.can_write_eof():
             self.transport.write_eof()
-            if self._no_more:
+            if self._half_closed_at:
                 self._close()
         else:
             self._close()
@@ -423,7 +462,7 @@ class Http1(Exchange):
         in_body = self._state == _IN_BODY
         self._keep = self._keep and not in_body and not self.worker.is_draining
         head_only = self.head is not None and self.head.method == b"HEAD"
-        self.transport.write(replies.make(refusal, self.request_id, self._keep, head_only))
+        self.transport.write(replies.make(refusal, self.request_id, self._keep, head_only, int(self.is_raw)))
         self.response_done()
 
     def _fail(self, status: int, body: bytes) -> None:
@@ -455,6 +494,11 @@ class Http1(Exchange):
         if self.transport is not None:
             self.transport.close()
 
+    def _give_up(self) -> None:
+        """The client has left: `connection_lost` ends what runs for it."""
+        if self.transport is not None:
+            self.transport.abort()
+
     def pause_reading(self, reason: int) -> None:
         if self._reading is not None:
             self._reading.pause(reason)
@@ -469,15 +513,29 @@ class Http1(Exchange):
         """Called about once a second."""
         settings, quiet = self.worker.settings, now - self.touched
         if self._stuck_since and now - self._stuck_since > settings.idle_seconds:
-            if self.transport is not None:
-                self.transport.abort()  # it reads nothing of what it asked for
+            self._give_up()  # it reads nothing of what it asked for
         elif self._state == _AT_HEAD:
             if self._buffer and quiet > settings.head_seconds:
                 self._fail(408, b"The request's head did not come in time")
             elif not self._buffer and quiet > settings.idle_seconds:
                 self._close()
-        elif self._state == _IN_BODY and self.origin is not None and quiet > settings.body_seconds and not self.is_paused:
+        elif self._half_closed_at and self._state != _ENDING:
+            if now - max(self._half_closed_at, self.touched) > settings.half_close_seconds:
+                self._give_up()
+        elif self._state == _IN_BODY and self.origin is not None:
+            self._sweep_body(now, quiet)
+
+    def _sweep_body(self, now: float, quiet: float) -> None:
+        """A body may not stand still, nor come as slowly as it likes. While it is not read, it cannot be late."""
+        settings = self.worker.settings
+        if self.is_paused or not self._body_since:
+            self._body_bytes, self._body_since = 0, now
+        elif quiet > settings.body_seconds:
             self._fail(408, b"The request's body did not come in time")
+        elif now - self._body_since > settings.body_seconds:
+            if self._body_bytes < settings.body_bytes_per_second * settings.body_seconds and not self.response_started:
+                self._fail(408, b"The request's body comes too slowly")
+            self._body_bytes, self._body_since = 0, now
 
     @property
     def is_quiet(self) -> bool:

@@ -35,7 +35,7 @@ Key = tuple[f.Field, ...]
 class Http2(Multiplex):
     """The connection. `clients` of the worker hold it until it is closed."""
 
-    __slots__ = ("_blocks", "_closing_since", "draining", "idle_since", "joined", "opened", "worker", "write_paused_since")
+    __slots__ = ("_blocks", "_closing_since", "draining", "hop_fields", "idle_since", "joined", "opened", "worker", "write_paused_since")
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker.time, asyncio.get_running_loop().call_soon, _LIST_SLACK * worker.settings.head_bytes)
@@ -45,6 +45,7 @@ class Http2(Multiplex):
         self.idle_since = self.touched  # without streams since then
         self._blocks: dict[bytes, Repeated] = {}  # blocks of indexed fields only, as this connection's table has them
         self.draining = False
+        self.hop_fields = b""  # lines that each request of this client gets (hops.py)
         self.joined: dict[str, Limiter] = {}
         self.opened = False  # the preface is here
 
@@ -52,6 +53,9 @@ class Http2(Multiplex):
 
     def connection_made(self, transport: object) -> None:
         super().connection_made(transport)
+        hops = self.worker.hops
+        if hops.is_on:
+            self.hop_fields = hops.of_connection(cast(asyncio.BaseTransport, transport))
         self.worker.clients.add(self)
         self.put(
             f.settings({
@@ -142,9 +146,7 @@ class Http2(Multiplex):
         elif not worker.fairness.admit(again.memo.account, now):
             known = key or tuple(f.decode(self._decoder, block))  # now, because the table goes on
             worker.fairness.defer(again.memo.account, lambda: self._due(request, again, known))
-        elif (origin := request.admitted(again.memo, now)) is not None:
-            request.forward_now(origin, again, now)
-        else:
+        elif not request.try_cached(again, now):
             self._parsed(request, key or tuple(f.decode(self._decoder, block)), end, now)
 
     def _due(self, request: Request, again: Repeated, key: Key) -> None:
@@ -152,9 +154,7 @@ class Http2(Multiplex):
         if self.streams.get(request.number) is not request:
             return  # its client has given it up
         now = self.worker.time()
-        if (origin := request.admitted(again.memo, now)) is not None:
-            request.forward_now(origin, again, now)
-        else:
+        if not request.try_cached(again, now):
             self._parsed(request, key, True, now)
             self.flush()
 
@@ -307,6 +307,7 @@ class Request(Exchange, Flow):
         self.connection = connection
         self.open_flow(number, connection.initial_window, now)
         self._ahead: bytearray | None = None  # of the body, or for the tunnel, read while there is neither application nor 101
+        self.hop_fields = connection.hop_fields
         self._trailers: Trailers | None = None  # which may come before there is an application
         self._left = -1  # bytes of the answer that Content-Length has promised, and that are still to come
         self._frames: FrameCounter | None = None
@@ -426,6 +427,8 @@ class Request(Exchange, Flow):
 
     def _fields(self, head: ResponseHead) -> bytes:
         block = head2.response_block(head) + _REQUEST_ID + self.request_id
+        if self.worker.hops.via:
+            block += f.encode([(b"via", b"1.1 " + self.worker.hops.via)])
         if not head.is_dated:
             block += f.encode([(b"date", replies.date())])
         if self._timing and self.worker.settings.server_timing:

@@ -27,6 +27,7 @@ MODULES = (
     "frames",
     "head",
     "head2",
+    "hops",
     "http1",
     "http2",
     "ledger",

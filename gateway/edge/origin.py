@@ -152,7 +152,8 @@ class Origin:
         self._encodes = self._in_chunks and not exchange.is_raw
         if self.transport is not None:
             self.transport.write(
-                b"%b %b HTTP/1.1%b\r\nx-amzn-requestid: %b\r\n\r\n" % (head.method, head.target, head.block, exchange.request_id)
+                b"%b %b HTTP/1.1%b\r\nx-amzn-requestid: %b%b\r\n\r\n"
+                % (head.method, head.target, head.block, exchange.request_id, exchange.hop_fields)
             )
 
     @property

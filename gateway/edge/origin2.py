@@ -11,7 +11,7 @@ from .chunked import encode_end
 from .failures import Failure
 from .flow import FLOW_SLOTS, Flow
 from .frames import Code, H2StreamError
-from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers
+from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, split_block
 from .multiplex import Multiplex
 from .parking import HELD_BYTES, unacknowledged
 from .reading import HELD, PEER_SLOW
@@ -60,6 +60,8 @@ class OriginStream(Flow):
         self.exchange = exchange
         self.is_head = head.method == b"HEAD"
         block = head2.request_block(head, exchange.request_id, self.connection.scheme)
+        if exchange.hop_fields:
+            block += f.encode(split_block(exchange.hop_fields))
         bodyless = head.framing == NO_BODY or (exchange.request_complete and head.framing != CHUNKED and not head.length)
         self.connection.put(f.headers(self.number, block, bodyless))
         if bodyless:

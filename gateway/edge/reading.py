@@ -13,6 +13,7 @@ PEER_SLOW: Final = 1  # the other side of the exchange takes nothing: its write 
 THROTTLED: Final = 2  # the session's bytes a second are spent
 READ_AHEAD: Final = 4  # what has been read has nowhere to go yet, and its bound is reached
 HELD: Final = 8  # the stream is parked, and enough of what its client said is kept
+UNREAD: Final = 16  # the client does not read the answers that it has: it is asked for no more requests
 
 
 class Readable(Protocol):

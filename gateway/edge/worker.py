@@ -27,6 +27,7 @@ from .doors import ProxyDoor, RedirectDoor
 from .fairness import FairQueue
 from .faults import FaultLines
 from .hold import Holds
+from .hops import Hops
 from .http1 import Http1
 from .http2 import Http2
 from .http2 import Key as FieldsKey
@@ -45,11 +46,22 @@ _ON_DEMAND = (origin, origin2, shell)
 
 _REPORT_SECONDS = 0.25
 _SWEEP_SECONDS = 1.0
+_KEEPALIVE_IDLE_SECONDS, _KEEPALIVE_SECONDS, _KEEPALIVE_PROBES = 60, 15, 4  # of clients' connections
 _MEMO_ENTRIES = 2048
 _MISS_SECONDS = 1.0
 _PREFETCH_SECONDS = 0.1  # after a route opens: whoever holds requests for it has sockets already, and goes first
 _MISSES_MAX = 10_000
 _ACKNOWLEDGE_SECONDS = 0.05
+
+
+def find_vanished_peers(listener: socket.socket, unread_seconds: float) -> None:
+    """Has the kernel end the connections that are accepted here (tcp(7); they inherit it): of a peer that is silent and no longer
+    there, and of one that takes nothing of what was written to it for `unread_seconds`, however little that is."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_SECONDS)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_SECONDS)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unread_seconds * 1000))
 
 
 class Worker:
@@ -67,6 +79,7 @@ class Worker:
         self._counted: list[list[int]] = []
         self.checker = Checker([])
         self.table = RouteTable(loop.time, self._route_changed, settings)
+        self.hops = Hops(settings)
         self.fairness = FairQueue()
         self.holds = Holds(settings, self._ask_for)
         self.parking = Parking(self)
@@ -100,6 +113,8 @@ class Worker:
 
     async def _listen(self, sock: socket.socket, factory: Callable[[], asyncio.BaseProtocol]) -> None:
         loop = asyncio.get_running_loop()
+        if sock.family != socket.AF_UNIX:
+            find_vanished_peers(sock, self.settings.idle_seconds)
         if sock.family == socket.AF_UNIX:
             server = await loop.create_unix_server(factory, sock=sock, backlog=4096)
         else:
