@@ -12,6 +12,8 @@ import re
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
+from gateway.tokens import Grant
+
 from . import failures, replies
 from .admission import SHELL_PORT, Forward, Hold, Lookup, Refuse, admit, check_token
 from .head import Malformed, RequestHead, ResponseHead
@@ -376,8 +378,11 @@ class Exchange:
                 grant = check_token(head, worker.checker, wall)
                 decision = admit(head, grant, entry.route if entry else None, is_known, wall)
                 if isinstance(decision, Lookup):
-                    await worker.lookup(head.host)
-                    is_known = True
+                    assert isinstance(grant, Grant)
+                    is_known = await worker.lookup(head.host, grant.session)
+                    if not is_known:
+                        self.refuse(replies.NOT_KNOWN_NOW)
+                        return
                     continue
                 if isinstance(decision, Refuse) or entry is None:
                     self.refuse(decision if isinstance(decision, Refuse) else replies.UNAVAILABLE)

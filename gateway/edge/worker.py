@@ -88,7 +88,7 @@ class Worker:
         self._faults = FaultLines(loop.time)
         self._endpoints: dict[str, str] = {}  # by session
         self._misses: dict[str, float] = {}
-        self._lookups: dict[str, asyncio.Task[None]] = {}
+        self._lookups: dict[str, asyncio.Task[bool]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._certificates: Certificates | None = None
         self._balancers = [ipaddress.ip_network(one) for one in settings.proxy_protocol_from]
@@ -240,29 +240,31 @@ class Worker:
         if self.route_of_session(route.session) == route:
             self.upstream.prefetch(route)
 
-    async def lookup(self, host: str) -> None:
-        """Asks control for a host that is not in the table; misses are remembered for a second."""
-        now = self.time()
-        if self._misses.get(host, 0.0) > now:
-            return
+    async def lookup(self, host: str, session: str) -> bool:
+        """Whether what the table says of the host is final: where it says nothing, control is asked for it. False where control does not
+        answer. `session` is the one that the client's token is for: if that has its endpoint here, it is not this host's, and control
+        is not asked, so that while it is away the answer does not show which hosts exist. Misses are remembered for a second."""
+        if session in self._endpoints or self._misses.get(host, 0.0) > self.time():
+            return True
         task = self._lookups.get(host)
         if task is None:
             task = self._lookups[host] = self.spawn(self._look_up(host))
-        await asyncio.shield(task)
+        return await asyncio.shield(task)
 
-    async def _look_up(self, host: str) -> None:
+    async def _look_up(self, host: str) -> bool:
         try:
             route = await self.control.call("lookup", m.LookupRequest(host), m.Route | None, timeout=2.0)
         except RpcError:
-            return
+            return False
         finally:
             self._lookups.pop(host, None)
         if route is not None:
             self.table.add(route)
-            return
+            return True
         if len(self._misses) >= _MISSES_MAX:
             self._misses.clear()
         self._misses[host] = self.time() + _MISS_SECONDS
+        return True
 
     # ---- in the background ----
 

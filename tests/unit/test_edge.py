@@ -76,11 +76,28 @@ async def test_absolute_form_cannot_borrow_an_admitted_host(rig: Rig) -> None:
 
 
 async def test_unknown_host_is_looked_up_once_and_reads_as_a_bad_token(rig: Rig) -> None:
-    data = rig.request(host="none.localhost") * 3
+    token = rig.minter.mint("s2", [(1, 65535)], 600)
+    data = rig.request(host="none.localhost", token=token) * 3
     assert {(status, body) for status, _, body in await rig.ask(data, 3)} == {(403, b"Token authentication failed")}
     assert rig.control.lookups == ["none.localhost"]
-    rig.control.hidden["late.localhost"] = Route("late.localhost", "s1", 1, "open")
-    assert (await rig.ask(rig.request(host="late.localhost")))[0][0] == 200
+    rig.control.hidden["late.localhost"] = Route("late.localhost", "s2", 1, "open")
+    assert (await rig.ask(rig.request(host="late.localhost", token=token)))[0][0] == 200
+
+
+async def test_a_token_of_a_session_that_is_known_looks_up_no_other_host(rig: Rig) -> None:
+    ((status, _, body),) = await rig.ask(rig.request(host="none.localhost"))
+    assert (status, body) == (403, b"Token authentication failed") and rig.control.lookups == []
+
+
+async def test_while_control_is_away_a_host_that_is_not_known_yet_is_unavailable_and_no_token_is_blamed(rig: Rig) -> None:
+    rig.servers.pop(0).close()
+    await until(lambda: rig.worker.control.connection is None)
+    late = rig.minter.mint("s2", [(1, 65535)], 600)
+    ((status, _, body),) = await rig.ask(rig.request(host="late.localhost", token=late))
+    assert (status, body) == (502, b"")
+    answers = [await rig.ask(rig.request(host=host, token=rig.token)) for host in ("late.localhost", "none.localhost")]
+    assert {(status, body) for ((status, _, body),) in answers} == {(403, b"Token authentication failed")}, "no token shows what exists"
+    assert (await rig.ask(rig.request("/known")))[0][2] == b"/known"
 
 
 @pytest.mark.parametrize(
