@@ -202,6 +202,11 @@ class Users(BaseModel):
     def machines(self) -> int:
         return self.first + 2 * 65_536
 
+    @property
+    def probe(self) -> int:
+        """Of a hypervisor that only shows whether guests run: the last one."""
+        return self.first + 3 * 65_536 - 1
+
 
 class Settings(BaseSettings):
     """One instance."""
@@ -215,7 +220,8 @@ class Settings(BaseSettings):
     region: str = Field("us-east-1", pattern=r"^[a-z0-9-]+$")
     domain: str = Field("localhost", pattern=r"^[a-z0-9.-]+$")
     account: str = Field("123456789012", pattern=r"^\d{12}$")
-    accelerator: str = Field("auto", pattern="^(auto|kvm|tcg)$")
+    accelerator: str = Field("auto", pattern="^(auto|kvm|tcg)$", description="auto: KVM where a guest that probes it runs")
+    probe_seconds: float = Field(20.0, gt=0, description="a guest that probes KVM has this long; more where KVM is emulated itself")
     hypervisor: str = Field("auto", pattern="^(auto|qemu|firecracker)$", description="auto: Firecracker where it and KVM work")
     edge: Edge = Edge()
     api: Api = Api()

@@ -208,7 +208,8 @@ class Supervisor:
         )  # fmt: skip
         os.close(ready_in)
         try:
-            word = await asyncio.wait_for(asyncio.to_thread(os.read, ready_out, 1), _READY_SECONDS)
+            seconds = _READY_SECONDS + 2 * self._settings.probe_seconds  # vmm may have to probe both hypervisors
+            word = await asyncio.wait_for(asyncio.to_thread(os.read, ready_out, 1), seconds)
         except TimeoutError:
             word = b""
         finally:

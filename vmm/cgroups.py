@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.observe.room import existing
+
 ROOT = Path("/sys/fs/cgroup")
 _V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "blkio", "pids")
 _V2_CONTROLLERS = ("memory", "cpu", "io", "pids")
@@ -162,8 +164,8 @@ class Cgroups:
 
 
 def disk_number(path: Path) -> str | None:
-    """MAJOR:MINOR of the whole disk under a path; None where there is none (overlayfs, network, tmpfs)."""
-    device = os.stat(path).st_dev
+    """MAJOR:MINOR of the whole disk under a path, which need not be there yet; None where there is none (overlayfs, network, tmpfs)."""
+    device = os.stat(existing(path)).st_dev
     entry = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
     if not entry.exists():
         return None

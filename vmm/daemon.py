@@ -483,8 +483,7 @@ class Vmm:
 async def serve(settings: Settings, ready: object) -> None:
     """Runs until SIGTERM. `ready` is called once the socket answers."""
     cgroups = Cgroups(settings.name, settings.root)
-    info = await asyncio.to_thread(probe.host_info, settings.accelerator, settings.hypervisor, cgroups, settings.cache)
-    info.memory_cap_mib = settings.limits.guest_mib or info.memory_cap_mib
+    info = await asyncio.to_thread(probe.host_info, settings, cgroups)
     vmm = Vmm(settings, info, cgroups)
     await vmm.start()
     server = Server(settings.vmm_socket, Service(vmm, ImageCalls(vmm), ArchiveCalls(vmm)), {0, settings.users.control, settings.users.edge})

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from gateway.config import Settings
 
-from . import assets, probe
+from . import probe
 from .cgroups import Cgroups
-from .driver import Driver, VmmError
+from .driver import Driver
 from .firecracker.driver import Assets as FirecrackerAssets
 from .firecracker.driver import FirecrackerDriver
-from .firecracker.jail import Programs
-from .kernel import AssetError
 from .network import Network
 from .places import Places
 from .qemu.driver import Assets as QemuAssets
@@ -18,7 +16,7 @@ from .qemu.driver import QemuDriver
 
 
 def choose(settings: Settings, hypervisor: str, cgroups: Cgroups, network: Network) -> Driver:
-    """Raises VmmError when what Firecracker needs cannot be made."""
+    """`hypervisor` is one that the probe found to work."""
     cache = settings.cache
     places = Places(settings.runtime / "vms", cgroups, settings.users.machines)
     if hypervisor != "firecracker":
@@ -26,9 +24,5 @@ def choose(settings: Settings, hypervisor: str, cgroups: Cgroups, network: Netwo
         return QemuDriver(made_of, settings.root / "boots", places, cgroups, network)
     programs = probe.firecracker_programs()
     assert programs is not None
-    try:
-        assets.make_firecracker(cache)
-    except AssetError as error:
-        raise VmmError(str(error)) from error
     made = FirecrackerAssets(cache / "vmlinux", cache / "initrd-firecracker")
-    return FirecrackerDriver(Programs(*programs), made, settings.root / "jails", places, cgroups)
+    return FirecrackerDriver(programs, made, settings.root / "jails", places, cgroups)

@@ -12,6 +12,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
 _PROGRAMS = ("/usr/bin/qemu-system-x86_64", "/usr/bin/setpriv", "/usr/bin/umount")
 _MAPPER = Path(__file__).parent / "qemu/mapper.c"
 _DATA = (
@@ -21,17 +23,24 @@ _DATA = (
     "/usr/share/qemu/linuxboot_dma.bin",
 )
 
-# $1 the root; then files of cgroups up to "--"; then the command. The root directory's bind is private to this process.
+# $1 the root, $2 the user, $3 "kvm" where it may use it; then files of cgroups up to "--"; then the command. The root directory's bind
+# is private to this process. So is its /dev/kvm, a node that only its user may open: the host's belongs to root, or to a group that may
+# open more than this (10 and 232: Documentation/admin-guide/devices.txt of the kernel; Firecracker's jailer makes the same).
 _ENTER = """\
 set -e
-root=$1; shift
+root=$1 user=$2 kvm=$3; shift 3
 while [ "$1" != -- ]; do echo $$ > "$1"; shift; done; shift
 mount --make-rprivate /
 mount --bind "$root" "$root"
 mount -o remount,bind,ro,nosuid,nodev "$root"
+if [ -n "$kvm" ]; then
+    mount -t tmpfs -o mode=755,nosuid,noexec,size=4k,nr_inodes=4 devices "$root/dev"
+    mknod -m 600 "$root/dev/kvm" c 10 232
+    chown "$user:$user" "$root/dev/kvm"
+    : > "$root/dev/null"
+    mount -o remount,ro "$root/dev"
+fi
 mount --bind /dev/null "$root/dev/null"
-if [ -n "$TORPOR_KVM" ]; then mount --bind /dev/kvm "$root/dev/kvm"; fi
-unset TORPOR_KVM
 mount -t proc -o nosuid,nodev,noexec,hidepid=2,subset=pid proc "$root/proc"
 cd "$root"
 pivot_root . .
@@ -62,7 +71,6 @@ def make_root(target: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
     (work / "dev/null").touch()
-    (work / "dev/kvm").touch()
     subprocess.run(
         ["gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread",
          "-o", str(work / "usr/lib/torpor-mapper.so"), str(_MAPPER)],
@@ -73,11 +81,11 @@ def make_root(target: Path) -> None:
     work.rename(target)
 
 
-def command(root: Path, cgroup_files: Sequence[Path], uid: int, inner: Sequence[str]) -> list[str]:
+def command(root: Path, cgroup_files: Sequence[Path], uid: int, has_kvm: bool, inner: Sequence[str]) -> list[str]:
     """The prefix that jails `inner` as user `uid`. Its life is tied to the `unshare` parent, not to whoever starts it."""
     return [
         "unshare", "-m", "-n", "-p", "-i", "-u", "--fork", "--kill-child",
-        "/bin/sh", "-c", _ENTER, "sh", str(root), *map(str, cgroup_files), "--",
+        "/bin/sh", "-c", _ENTER, "sh", str(root), str(uid), "kvm" if has_kvm else "", *map(str, cgroup_files), "--",
         "/usr/bin/setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--inh-caps=-all",
         "--bounding-set=-all", "--no-new-privs", "--pdeathsig=KILL", *inner,
     ]  # fmt: skip

@@ -23,6 +23,10 @@ FIRECRACKER_MODULES = (
 # What it is told: nothing that looks at clocks, tasks or pressure every so often, which each clone would do, and translate, in its first
 # seconds, and one security module, for each is asked at every file and packet (kernel: Documentation/admin-guide/kernel-parameters.txt).
 WORDS = "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off random.trust_cpu=on tsc=reliable nowatchdog psi=0 lsm=landlock"
+# A guest that only shows whether guests run: what follows "--" is init's, which says PROBED and ends (vmm/guest/init.c).
+PROBE_WORDS = "-- probe"
+PROBED = b"a guest's init runs"
+PROBE_MIB = 256
 # How a kernel is packed: magic number, and what unpacks it (kernel: scripts/extract-vmlinux).
 _UNPACKERS = {b"\x02\x21\x4c\x18": "lz4", b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _PACKAGE_DEADLINE_SECONDS = 300

@@ -18,10 +18,12 @@ from .cgroups import Cgroups, Limits
 from .driver import Process, Shape
 
 RECORD = "process.json"
+STDERR = "stderr"
 _RECORD_BYTES = 4096  # a page: always the same length
 _OVERHEAD_BYTES = 256 << 20  # the hypervisor's own memory: heap, translated code
 _IO_BYTES_PER_SECOND = 128 << 20  # for each 512 MiB of the size asked for
 _USERS = 4096
+QUOTED_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,14 @@ def save_record(directory: Path, record: Process) -> None:
         os.pwrite(descriptor, text, 0)
     finally:
         os.close(descriptor)
+
+
+def last_words(directory: Path) -> str:
+    """The end of what the hypervisor wrote on its standard error; empty when it wrote nothing."""
+    try:
+        return (directory / STDERR).read_text(encoding="utf-8", errors="replace").strip()[-QUOTED_CHARACTERS:]
+    except OSError:
+        return ""
 
 
 def is_alive(record: Process) -> bool:

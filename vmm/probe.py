@@ -1,94 +1,185 @@
-"""What this host can do. A /dev/kvm that opens is no proof that guests run, so one is run."""
+"""What this host can do. A /dev/kvm that opens is no proof that guests run, so one is run, jailed as all that follow."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
+import select
 import shutil
+import signal
+import stat
 import subprocess
-import threading
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from gateway.config import Settings
 from gateway.messages import HostInfo
 
+from . import jail
 from .cgroups import Cgroups
 from .errors import VmmError
+from .firecracker.jail import Jail, Programs
+from .kernel import PROBED
+from .places import QUOTED_CHARACTERS, Place
+from .qemu import machine as topology
 
-_PROBE_SECONDS = 10
+KVM = Path("/dev/kvm")
+_VERSION_SECONDS = 10
+_ENDING_SECONDS = 5.0
 OLDEST_FIRECRACKER = (1, 13)  # its `track_dirty_pages` at a load
-_MARKER = b"Run /init as init process"
 
 
-def probe_kvm(kernel: Path, initrd: Path) -> str:
-    """Empty when our own guest's kernel reached its init under KVM, else why not.
+def why_not_kvm(settings: Settings, device: Path = KVM) -> str:
+    """Empty where our own guest's init ran under KVM, in QEMU, in the jail; else why not.
 
     Nothing smaller proves it: on hosts whose KVM only emulates (pvm, for one), a boot sector runs and a kernel hangs.
     """
-    if not os.path.exists("/dev/kvm"):
-        return "/dev/kvm is not there"
-    command = [
-        "qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-M", "q35", "-m", "256", "-nodefaults", "-nographic",
-        "-no-user-config", "-serial", "stdio", "-kernel", str(kernel), "-initrd", str(initrd),
-        "-append", "console=ttyS0 reboot=t panic=-1",
-    ]  # fmt: skip
+    cache = settings.cache
+    root, kernel, initrd = cache / "qemu-root", cache / "kernel/vmlinuz", cache / "initrd"
+    if why_not := _not_askable(device, [root / "complete", kernel, initrd]):
+        return why_not
+
+    def ask() -> str:
+        with kernel.open("rb") as first, initrd.open("rb") as second:
+            command = topology.probe("kvm", first.fileno(), second.fileno())
+            return run(jail.command(root, [], settings.users.probe, True, command.arguments), command.descriptors, settings.probe_seconds)
+
+    made_of = [Path(f"{root}{topology.BINARY}"), kernel, initrd, Path(jail.__file__), Path(topology.__file__)]
+    return remembered(cache / "kvm-probe", _key(device, made_of, settings.probe_seconds), ask)
+
+
+def why_not_firecracker(settings: Settings, device: Path = KVM) -> str:
+    """Empty where Firecracker and its jailer are there, new enough, and ran our own guest's init; else why not."""
+    programs = firecracker_programs()
+    if why_not := wrong_release(programs):
+        return why_not
+    assert programs is not None
+    cache = settings.cache
+    kernel, initrd = cache / "vmlinux", cache / "initrd-firecracker"
+    if why_not := _not_askable(device, [kernel, initrd]):
+        return why_not
+
+    def ask() -> str:
+        """Where microVMs' jails will be: its file system decides whether a jailer's device nodes are devices there."""
+        base = (settings.root if settings.root.is_dir() else cache) / "jails"
+        jailed = Jail(base, programs, Place(f"probe-{os.getpid()}", settings.users.probe, base))
+        try:
+            jailed.make()
+            return run(jailed.probe(kernel, initrd), [], settings.probe_seconds)
+        finally:
+            jailed.remove()
+
+    made_of = [programs.firecracker, programs.jailer, kernel, initrd]
+    return remembered(cache / "firecracker-probe", _key(device, made_of, settings.probe_seconds), ask)
+
+
+def _not_askable(device: Path, assets: Sequence[Path]) -> str:
+    """Why no guest can be run to find out; this is not remembered."""
     try:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    except OSError as error:
-        return str(error)
-    timer = threading.Timer(_PROBE_SECONDS, process.kill)
-    timer.start()
-    said = b""
-    try:
+        mode = device.stat().st_mode
+    except FileNotFoundError:
+        return f"{device} is not there"
+    if not stat.S_ISCHR(mode):
+        return f"{device} is no device"
+    if missing := [path for path in assets if not path.exists()]:
+        return f"it can be probed once `torpor assets` has made {missing[0]}"
+    return "" if os.geteuid() == 0 else "only root can probe it"
+
+
+def run(command: Sequence[str], descriptors: Sequence[int], seconds: float) -> str:
+    """Runs a jailed hypervisor until its guest's init speaks on standard output. Empty when it did, else why not; nothing of it is left."""
+    with tempfile.TemporaryFile() as errors:
+        try:
+            # A group of its own, and no session: the child of a session's leader gets another session by Firecracker's jailer.
+            process = subprocess.Popen(
+                ["setpriv", "--pdeathsig=KILL", *command], pass_fds=descriptors, process_group=0, env={"PATH": jail.PATH},
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+            )  # fmt: skip
+        except OSError as error:
+            return str(error)
         assert process.stdout is not None
-        while data := os.read(process.stdout.fileno(), 65536):
-            said += data
-            if _MARKER in said:
-                return ""
-    finally:
-        timer.cancel()
-        process.kill()
-        process.wait()
-        process.stdout.close() if process.stdout else None
-    words = said.decode(errors="replace").strip().splitlines()
-    if process.returncode == -9:
-        return f"a guest's kernel did not come up under KVM within {_PROBE_SECONDS} s"
-    return f"a guest did not run under KVM: {words[-1][-200:] if words else f'exit code {process.returncode}'}"
+        deadline = time.monotonic() + seconds
+        said, data = b"", None
+        with process.stdout as console:
+            try:
+                while PROBED not in said and (data := _read(console.fileno(), deadline)):
+                    said += data
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)  # until it is waited for, its number is nobody else's
+                while _read(console.fileno(), time.monotonic() + _ENDING_SECONDS):
+                    pass  # to the end, which is when the last process of it is gone
+                code = process.wait()
+        errors.seek(0)
+        words = _last_line(errors.read()) or _last_line(said)
+    if PROBED in said:
+        return ""
+    if data is None:
+        return f"no guest's init ran within {seconds:g} s" + (f": {words}" if words else "")
+    return f"no guest ran: {words or f'its hypervisor ended with code {code}'}"
 
 
-def remembered_kvm(cache: Path) -> str:
-    """The probe's answer, remembered until the host is booted again."""
-    memory = cache / "kvm-probe"
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    with contextlib.suppress(OSError):
+def _read(descriptor: int, deadline: float) -> bytes | None:
+    """Empty at the end, None at the deadline."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return os.read(descriptor, 65536) if poll.poll(max(0.0, deadline - time.monotonic()) * 1000) else None
+
+
+def _last_line(said: bytes) -> str:
+    lines = said.decode(errors="replace").strip().splitlines()
+    return lines[-1][-QUOTED_CHARACTERS:] if lines else ""
+
+
+def remembered(memory: Path, key: str, ask: Callable[[], str]) -> str:
+    """What was answered under this very key, else what is answered now."""
+    with contextlib.suppress(OSError, ValueError):
         known, _, answer = memory.read_text(encoding="utf-8").partition("\n")
-        if known == boot:
+        if known == key:
             return answer
-    answer = probe_kvm(cache / "kernel/vmlinuz", cache / "initrd")
+    answer = ask()
     with contextlib.suppress(OSError):
-        memory.write_text(f"{boot}\n{answer}", encoding="utf-8")
+        unfinished = memory.with_name(f"{memory.name}.{os.getpid()}")
+        unfinished.write_text(f"{key}\n{answer}", encoding="utf-8")
+        unfinished.rename(memory)
     return answer
 
 
-def memory_total_mib() -> int:
+def _key(device: Path, made_of: Sequence[Path], seconds: float) -> str:
+    """Another boot of the host, mode or owner of the device, hypervisor, kernel, jail or deadline makes another answer possible."""
+    found = device.stat()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    facts = [boot, seconds, found.st_rdev, found.st_mode, found.st_uid, found.st_gid]
+    for path in made_of:
+        entry = path.stat()
+        facts += [path, entry.st_size, entry.st_mtime_ns]
+    return hashlib.sha256(repr([str(fact) for fact in facts]).encode()).hexdigest()
+
+
+def memory_cap_mib() -> int:
+    """What a guest may see at most: three quarters of the host's."""
     with open("/proc/meminfo", encoding="ascii") as file:
-        return int(file.readline().split()[1]) // 1024
+        return int(file.readline().split()[1]) // 1024 * 3 // 4
 
 
-def firecracker_programs() -> tuple[Path, Path] | None:
+def firecracker_programs() -> Programs | None:
     """Firecracker and its jailer, where both are on the path."""
     found = [shutil.which(name) for name in ("firecracker", "jailer")]
-    return None if found[0] is None or found[1] is None else (Path(found[0]).resolve(), Path(found[1]).resolve())
+    return None if found[0] is None or found[1] is None else Programs(Path(found[0]).resolve(), Path(found[1]).resolve())
 
 
-def probe_firecracker(programs: tuple[Path, Path] | None) -> str:
+def wrong_release(programs: Programs | None) -> str:
     """Empty when both programs are there and new enough, else why not."""
     if programs is None:
         return "firecracker and jailer are not both on the path"
     versions = []
-    for program in programs:
+    for program in (programs.firecracker, programs.jailer):
         try:
-            said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=_PROBE_SECONDS, check=True).stdout
+            said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=_VERSION_SECONDS, check=True).stdout
         except (OSError, subprocess.SubprocessError) as error:
             return str(error)
         found = re.search(r"v(\d+)\.(\d+)", said)
@@ -99,32 +190,54 @@ def probe_firecracker(programs: tuple[Path, Path] | None) -> str:
     return ""
 
 
-def choose_hypervisor(wanted: str, accelerator: str) -> tuple[str, str]:
-    """`wanted` is auto, qemu or firecracker; auto takes Firecracker where it works. Returns it and why."""
+class Choice(NamedTuple):
+    """`works` is false for what the settings want and this host cannot do."""
+
+    what: str
+    why: str
+    works: bool = True
+
+
+def choose_accelerator(wanted: str, why_not: str) -> Choice:
+    """`wanted` is auto, kvm or tcg; auto takes KVM unless there is a reason `why_not`."""
+    if wanted == "tcg":
+        return Choice("tcg", "chosen by the settings")
+    if wanted == "kvm":
+        return Choice("kvm", f"chosen by the settings, but {why_not}", works=False) if why_not else Choice("kvm", "chosen by the settings")
+    return Choice("tcg", f"software emulation, not KVM: {why_not}") if why_not else Choice("kvm", "a probe guest ran under KVM")
+
+
+def choose_hypervisor(wanted: str, why_not: str) -> Choice:
+    """`wanted` is auto, qemu or firecracker; auto takes Firecracker unless there is a reason `why_not`."""
     if wanted == "qemu":
-        return "qemu", "chosen by the settings"
-    why_not = "it needs KVM" if accelerator != "kvm" else probe_firecracker(firecracker_programs())
+        return Choice("qemu", "chosen by the settings")
     if wanted == "firecracker":
-        if why_not:
-            raise VmmError(f'hypervisor = "firecracker" cannot be: {why_not}')
-        return "firecracker", "chosen by the settings"
-    return ("qemu", f"not Firecracker: {why_not}") if why_not else ("firecracker", "it is there, and KVM works")
+        why = f"chosen by the settings, but {why_not}" if why_not else "chosen by the settings"
+        return Choice("firecracker", why, works=not why_not)
+    return Choice("qemu", f"not Firecracker: {why_not}") if why_not else Choice("firecracker", "a probe guest ran in it")
 
 
-def host_info(accelerator: str, hypervisor: str, cgroups: Cgroups, cache: Path) -> HostInfo:
-    """`accelerator` is auto, kvm or tcg; auto takes kvm where it works. Raises VmmError for what cannot be had."""
-    note = "chosen by the settings"
-    if accelerator == "auto":
-        note = remembered_kvm(cache)
-        accelerator = "tcg" if note else "kvm"
-        note = f"software emulation, because {note}" if note else "a probe guest ran under KVM"
-    hypervisor, hypervisor_note = choose_hypervisor(hypervisor, accelerator)
+def choose(settings: Settings) -> tuple[Choice, Choice]:
+    """The accelerator and the hypervisor."""
+    accelerator = choose_accelerator(settings.accelerator, "" if settings.accelerator == "tcg" else why_not_kvm(settings))
+    why_not = ""
+    if settings.hypervisor != "qemu":
+        why_not = why_not_firecracker(settings) if accelerator.what == "kvm" and accelerator.works else "it needs KVM"
+    return accelerator, choose_hypervisor(settings.hypervisor, why_not)
+
+
+def host_info(settings: Settings, cgroups: Cgroups) -> HostInfo:
+    """Raises VmmError for what the settings want and this host cannot do."""
+    accelerator, hypervisor = choose(settings)
+    for name, choice in (("accelerator", accelerator), ("hypervisor", hypervisor)):
+        if not choice.works:
+            raise VmmError(f"{name} {choice.what}: {choice.why}")
     return HostInfo(
-        accelerator=accelerator,
-        accelerator_note=note,
-        hypervisor=hypervisor,
-        hypervisor_note=hypervisor_note,
-        memory_cap_mib=memory_total_mib() * 3 // 4,
+        accelerator=accelerator.what,
+        accelerator_note=accelerator.why,
+        hypervisor=hypervisor.what,
+        hypervisor_note=hypervisor.why,
+        memory_cap_mib=settings.limits.guest_mib or memory_cap_mib(),
         vcpus_cap=os.cpu_count() or 1,
         architecture=os.uname().machine,
         controllers_missing=cgroups.missing,

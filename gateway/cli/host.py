@@ -17,7 +17,7 @@ import typer
 
 from gateway import config, instance, listeners
 from gateway.observe import log
-from gateway.observe.room import disk_free_bytes, memory_available_bytes
+from gateway.observe.room import disk_free_bytes, existing, memory_available_bytes
 
 from .output import console, errors, fail, show_json, show_table
 
@@ -149,7 +149,6 @@ def doctor(
     Example: torpor doctor --repair
     """
     from vmm import cgroups, leftovers, probe
-    from vmm.errors import VmmError
 
     from .repair import is_served, leftovers_of
 
@@ -158,15 +157,12 @@ def doctor(
     for program, package in _PROGRAMS.items():
         found = shutil.which(program)
         rows.append((program, found is not None, found or f"missing: apt-get install {package}"))
-    place = settings.root if settings.root.exists() else Path("/")
-    try:
-        info = probe.host_info(settings.accelerator, settings.hypervisor, cgroups.Cgroups(settings.name, place), settings.cache)
-    except VmmError as error:
-        fail(str(error), 1)
-    rows.append(("acceleration", True, f"{info.accelerator}: {info.accelerator_note}"))
-    rows.append(("hypervisor", True, f"{info.hypervisor}: {info.hypervisor_note}"))
-    rows.append(("guest peak", True, f"capped at {info.memory_cap_mib} MiB and {info.vcpus_cap} virtual CPUs by this host"))
-    missing = ", ".join(info.controllers_missing)
+    place = existing(settings.root)  # there may be no instance yet
+    for check, choice in zip(("acceleration", "hypervisor"), probe.choose(settings), strict=True):
+        rows.append((check, choice.works, f"{choice.what}: {choice.why}"))
+    memory, vcpus = settings.limits.guest_mib or probe.memory_cap_mib(), os.cpu_count()
+    rows.append(("guest peak", True, f"capped at {memory} MiB and {vcpus} virtual CPUs by this host"))
+    missing = ", ".join(cgroups.Cgroups(settings.name, settings.root).missing)
     rows.append(("control groups", not missing, f"missing: {missing}" if missing else "memory, cpu, io and pids are limited"))
     for what in ("kernel/complete", "initrd", "qemu-root/complete", "base.tar"):
         there = (settings.cache / what).exists()

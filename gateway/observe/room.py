@@ -22,6 +22,11 @@ def _meminfo() -> int:
     return os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
 
 
+def existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that is there: where it would be made."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+
+
 def disk_free_bytes(path: Path) -> int:
     """What may still be written where `path` lies. Raises OSError."""
     there = os.statvfs(path)

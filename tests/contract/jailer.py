@@ -93,7 +93,10 @@ def main() -> None:
     name = os.path.basename(given.exec_file)
     if given.new_pid_ns:
         must(libc.unshare(CLONE_NEWPID), "new pid namespace")
+        leads = os.getsid(0) == os.getpid()
         child = os.fork()
+        if not child and leads:  # so that the end of the session that it leaves is no SIGHUP for it
+            os.setsid()
         if child:
             with open(f"/{name}.pid", "x", encoding="ascii") as file:
                 file.write(str(child))

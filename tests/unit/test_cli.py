@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,33 @@ def test_version() -> None:
 def test_errors_are_one_line(words: tuple[str, ...], variables: dict[str, str], code: int, text: str) -> None:
     done = run(*words, **variables)
     assert done.returncode == code and done.stderr.startswith(text) and done.stderr.count("\n") == 1 and not done.stdout
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_doctor_before_there_is_an_instance(tmp_path: Path, there: bool) -> None:
+    """On a directory that is bare, or not there: which accelerator, and why not the better one; and nothing is made."""
+    root = tmp_path / "bare/root"
+    if there:
+        root.mkdir(parents=True)
+    done = run(
+        "doctor", "--json", TORPOR_ROOT=str(root), TORPOR_CACHE=str(tmp_path / "cache"), TORPOR_NAME="bare", TORPOR_RUN=str(tmp_path)
+    )
+    assert done.returncode == 1 and not done.stderr
+    rows = {row["check"]: (row["ok"], row["text"]) for row in json.loads(done.stdout)}
+    assert rows["acceleration"][0] and rows["acceleration"][1].startswith("tcg: software emulation, not KVM: ")
+    assert rows["acceleration"][1].rpartition(": ")[2] in (
+        "/dev/kvm is not there",
+        f"it can be probed once `torpor assets` has made {tmp_path}/cache/qemu-root/complete",
+    )
+    assert rows["hypervisor"] == (True, "qemu: not Firecracker: it needs KVM")
+    assert rows["asset kernel"][0] is False and "torpor assets" in rows["asset kernel"][1]
+    assert rows["disk"][1].endswith(f"free below {root if there else tmp_path}")
+    assert sorted(path for path in tmp_path.rglob("*")) == ([root.parent, root] if there else [])
+    wanted = run(
+        "doctor", "--json", TORPOR_ROOT=str(root), TORPOR_CACHE=str(tmp_path / "cache"), TORPOR_NAME="bare", TORPOR_ACCELERATOR="kvm"
+    )
+    row = next(row for row in json.loads(wanted.stdout) if row["check"] == "acceleration")
+    assert not row["ok"] and row["text"].startswith("kvm: chosen by the settings, but ")
 
 
 @pytest.mark.parametrize("words", [("token",), ("nonsense",), ("run", "--nonsense")])

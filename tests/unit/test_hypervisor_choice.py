@@ -1,12 +1,15 @@
-"""Which hypervisor an instance runs: what the settings say, and what the host has."""
+"""Which accelerator and hypervisor an instance runs: what the settings say, and what the host has."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from gateway.config import Settings
 from vmm import probe
+from vmm.cgroups import Cgroups
 from vmm.errors import VmmError
 
 
@@ -21,13 +24,33 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_firecracker_where_it_works(host: Path) -> None:
+def test_a_host_gives_the_best_that_works() -> None:
+    assert probe.choose_accelerator("auto", "")[:1] == ("kvm",)
+    assert probe.choose_accelerator("auto", "no guest ran") == ("tcg", "software emulation, not KVM: no guest ran", True)
+    assert probe.choose_hypervisor("auto", "")[:1] == ("firecracker",)
+    assert probe.choose_hypervisor("auto", "it is not there") == ("qemu", "not Firecracker: it is not there", True)
+
+
+@pytest.mark.parametrize("choose", [probe.choose_accelerator, probe.choose_hypervisor])
+@pytest.mark.parametrize("why_not", ["", "no guest ran"])
+def test_the_settings_have_their_way(choose: Callable[[str, str], probe.Choice], why_not: str) -> None:
+    plain, better = ("tcg", "kvm") if choose is probe.choose_accelerator else ("qemu", "firecracker")
+    assert choose(plain, why_not) == (plain, "chosen by the settings", True)
+    choice = choose(better, why_not)
+    assert choice.what == better and choice.works == (not why_not) and why_not in choice.why
+
+
+@pytest.mark.parametrize("wanted", [{"accelerator": "kvm"}, {"accelerator": "tcg", "hypervisor": "firecracker"}])
+def test_what_is_wanted_and_does_not_work_is_no_instance(wanted: dict[str, str], tmp_path: Path) -> None:
+    settings = Settings(root=tmp_path, cache=tmp_path / "nothing", **wanted)
+    with pytest.raises(VmmError, match="chosen by the settings, but"):
+        probe.host_info(settings, Cgroups("none", tmp_path))
+
+
+def test_both_programs_of_one_release(host: Path) -> None:
     program(host / "firecracker", "Firecracker v1.13.1")
     program(host / "jailer", "Jailer v1.13.1")
-    assert probe.choose_hypervisor("auto", "kvm") == ("firecracker", "it is there, and KVM works")
-    assert probe.choose_hypervisor("firecracker", "kvm")[0] == "firecracker"
-    assert probe.choose_hypervisor("qemu", "kvm")[0] == "qemu"
-    assert probe.choose_hypervisor("auto", "tcg") == ("qemu", "not Firecracker: it needs KVM")
+    assert probe.wrong_release(probe.firecracker_programs()) == ""
 
 
 @pytest.mark.parametrize(
@@ -44,7 +67,4 @@ def test_why_not(host: Path, firecracker: str | None, jailer: str | None, why: s
     for name, says in (("firecracker", firecracker), ("jailer", jailer)):
         if says:
             program(host / name, says)
-    hypervisor, note = probe.choose_hypervisor("auto", "kvm")
-    assert hypervisor == "qemu" and why in note
-    with pytest.raises(VmmError, match='hypervisor = "firecracker" cannot be'):
-        probe.choose_hypervisor("firecracker", "kvm")
+    assert why in probe.why_not_firecracker(Settings(cache=host))

@@ -16,18 +16,16 @@ from .. import disks, host, manifest, memory
 from ..cgroups import Cgroups
 from ..driver import DEVICES, GUEST_CID, Machine, Process, Sealed, Shape, VmmError
 from ..errors import not_written
-from ..kernel import WORDS
 from ..manifest import Manifest
 from ..network import GUEST_MAC, TAP, Link
 from ..places import Places, is_alive
 from ..snapshots import sync
 from .api import ApiError
-from .jail import DISK, INITRD, KERNEL, MEMORY, VSOCK, Jail, Programs, remove_others
+from .jail import DISK, INITRD, KERNEL, KERNEL_LINE, MEMORY, VSOCK, Jail, Programs, remove_others
 from .machine import NETWORK, FirecrackerMachine
 
 NAME = "firecracker"
 DRIVE = "disk"
-KERNEL_LINE = f"reboot=k {WORDS}"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Everything it is given is a hard link in there, under the same name in every pro
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cgroups import Cgroups
+from ..kernel import PROBE_MIB, PROBE_WORDS, WORDS
 from ..places import Place
 
 DISK, MEMORY, STATE, OUT, VSOCK = "disk.raw", "memory.raw", "devices.state", "out", "v.sock"
-KERNEL, INITRD = "vmlinux", "initrd"
+KERNEL, INITRD, CONFIGURATION = "vmlinux", "initrd", "configuration.json"
+KERNEL_LINE = f"reboot=k {WORDS}"
 
 # $1… files of cgroups up to "--", then the jailer: it closes every descriptor but the first three, and forgets the environment.
 _ENTER = 'while [ "$1" != -- ]; do echo $$ > "$1"; shift; done; shift; exec "$@"'
@@ -69,10 +72,28 @@ class Jail:
         version = "2" if cgroups.unified else "1"
         return [
             "/bin/sh", "-c", _ENTER, "sh", *map(str, cgroups.joins(self._place.vm)), "--",
-            str(self._programs.jailer), "--id", self._place.vm, "--exec-file", str(self._programs.firecracker),
-            "--uid", str(self._place.uid), "--gid", str(self._place.uid), "--chroot-base-dir", str(self._base),
-            "--netns", str(namespace), "--cgroup-version", version, "--parent-cgroup", cgroups.relative(self._place.vm),
-            "--new-pid-ns", "--", "--api-sock", "/api.sock",
+            *self._jailer(), "--netns", str(namespace), "--cgroup-version", version, "--parent-cgroup", cgroups.relative(self._place.vm),
+            "--", "--api-sock", "/api.sock",
+        ]  # fmt: skip
+
+    def probe(self, kernel: Path, initrd: Path) -> list[str]:
+        """The command of a process that shows whether guests run: its init says so on standard output (vmm/probe.py). It has no
+        network and no control group of its own. Raises OSError."""
+        for file, name in ((kernel, KERNEL), (initrd, INITRD)):
+            self.give_copy(file, name)
+        configuration = {
+            "machine-config": {"vcpu_count": 1, "mem_size_mib": PROBE_MIB}, "drives": [],
+            "boot-source": {"kernel_image_path": f"/{KERNEL}", "initrd_path": f"/{INITRD}", "boot_args": f"{KERNEL_LINE} {PROBE_WORDS}"},
+        }  # fmt: skip
+        (self.root / CONFIGURATION).write_text(json.dumps(configuration), encoding="ascii")
+        (self.root / CONFIGURATION).chmod(0o444)
+        return [*self._jailer(), "--", "--no-api", "--config-file", f"/{CONFIGURATION}"]
+
+    def _jailer(self) -> list[str]:
+        place = self._place
+        return [
+            str(self._programs.jailer), "--id", place.vm, "--exec-file", str(self._programs.firecracker), "--new-pid-ns",
+            "--uid", str(place.uid), "--gid", str(place.uid), "--chroot-base-dir", str(self._base),
         ]  # fmt: skip
 
     def pid(self) -> int | None:

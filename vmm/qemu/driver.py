@@ -233,12 +233,11 @@ class QemuDriver:
         try:
             command = compose(topology.Ends(qmp.fileno(), agent.fileno(), state))
             process = await asyncio.create_subprocess_exec(
-                *jail.command(self._assets.jail_root, self._cgroups.joins(vm), place.uid, command.arguments),
+                *jail.command(self._assets.jail_root, self._cgroups.joins(vm), place.uid, shape.accelerator == "kvm", command.arguments),
                 pass_fds=[*command.descriptors, theirs.fileno()], start_new_session=True,
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
                 stderr=(directory / "stderr").open("wb"),
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "TORPOR_MAPPER": str(theirs.fileno())}
-                | ({"TORPOR_KVM": "1"} if shape.accelerator == "kvm" else {}),
+                env={"PATH": jail.PATH, "TORPOR_MAPPER": str(theirs.fileno())},
             )  # fmt: skip
         except BaseException:
             mapper.close()

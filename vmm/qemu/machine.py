@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 
 from ..driver import Shape
-from ..kernel import WORDS
+from ..kernel import PROBE_MIB, PROBE_WORDS, WORDS
 from ..network import GUEST_MAC
 
 BINARY = "/usr/bin/qemu-system-x86_64"
@@ -63,12 +63,29 @@ class Command:
     descriptors: list[int] = field(default_factory=list)
 
 
-def _common(shape: Shape, memory: int, share: bool, ends: Ends) -> list[str]:
-    accelerator = ["-accel", "kvm", "-cpu", "host"] if shape.accelerator == "kvm" else ["-accel", "tcg,tb-size=64", "-cpu", "max,erms=off"]
+def _bare(accelerator: str, memory_mib: int, vcpus: int, backend: str) -> list[str]:
+    """The machine without any device. `backend`: what its memory is."""
+    processor = ["-accel", "kvm", "-cpu", "host"] if accelerator == "kvm" else ["-accel", "tcg,tb-size=64", "-cpu", "max,erms=off"]
     return [
-        BINARY, "-M", MACHINE, *accelerator, "-m", str(shape.memory_mib), "-smp", str(shape.vcpus),
-        "-object", f"memory-backend-file,id=m,size={shape.memory_mib}M,mem-path=/proc/self/fd/{memory},share={'on' if share else 'off'}",
+        BINARY, "-M", MACHINE, *processor, "-m", str(memory_mib), "-smp", str(vcpus), "-object", f"{backend},id=m,size={memory_mib}M",
         "-nodefaults", "-no-user-config", "-nographic", "-sandbox", SANDBOX,
+    ]  # fmt: skip
+
+
+def _kernel(kernel: int, initrd: int, line: str) -> list[str]:
+    return ["-kernel", f"/proc/self/fd/{kernel}", "-initrd", f"/proc/self/fd/{initrd}", "-append", line]
+
+
+def probe(accelerator: str, kernel: int, initrd: int) -> Command:
+    """The machine that shows whether guests run: its init says so on standard output (vmm/probe.py)."""
+    bare = _bare(accelerator, PROBE_MIB, 1, "memory-backend-ram")
+    return Command([*bare, "-serial", "stdio", *_kernel(kernel, initrd, f"{KERNEL_LINE} {PROBE_WORDS}")], [kernel, initrd])
+
+
+def _common(shape: Shape, memory: int, share: bool, ends: Ends) -> list[str]:
+    backend = f"memory-backend-file,mem-path=/proc/self/fd/{memory},share={'on' if share else 'off'}"
+    return [
+        *_bare(shape.accelerator, shape.memory_mib, shape.vcpus, backend),
         "-global", "migration.send-configuration=off", "-global", "migration.announce-rounds=0",
         "-chardev", f"socket,id=q,fd={ends.qmp},server=on,wait=off", "-mon", "chardev=q,mode=control",
         "-chardev", f"socket,id=c0,fd={ends.agent},server=on,wait=off",
@@ -103,11 +120,9 @@ def _file(set_id: int, read_only: bool) -> dict[str, object]:
 def boot(shape: Shape, memory: int, programs: tuple[int, int] | None, tap: int, ends: Ends, console: int) -> Command:
     """A machine whose memory becomes an image: shared, a NIC from the start, and a placeholder until it is given its disk. `programs`:
     kernel and initramfs; None where it goes on from a boot that was kept."""
-    kernel, initrd = programs or (-1, -1)
-    start = ["-kernel", f"/proc/self/fd/{kernel}", "-initrd", f"/proc/self/fd/{initrd}", "-append", KERNEL_LINE]
     arguments = [
         *_common(shape, memory, True, ends),
-        *(start if programs is not None else _WAITING),
+        *(_kernel(*programs, KERNEL_LINE) if programs is not None else _WAITING),
         *_placeholder(shape),
         *ROOT_PORT,
         *_network(tap),
