@@ -22,6 +22,10 @@ hypothesis.settings.register_profile("explore", max_examples=2000, **_QUIET)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accelerator", choices=("tcg", "kvm"), default="tcg", help="what the microVMs of tests/vm/test_drivers.py run under")
+
+
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """The service's loop."""
     return {"uvloop": uvloop.new_event_loop}

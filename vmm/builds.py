@@ -24,6 +24,7 @@ from . import lending
 from .cgroups import Cgroups, Limits
 from .driver import VmmError
 from .namespaces import destroy_namespace, make_namespace, run_batch
+from .places import QUOTED_CHARACTERS
 
 _HERE = Path(__file__).parent
 _RANGE = 65536
@@ -139,7 +140,7 @@ class Builder:
         self._cgroups.create(group, Limits(_MEMORY_BYTES, os.cpu_count() or 1, 50, 4096, 1 << 30))
         try:
             await asyncio.to_thread(make_namespace, namespace, lambda: run_batch("link set lo up\n"))
-            await self._connect(build, namespace, {host.rpartition(":")[0] or host for host in request.logins})
+            await self._connect(build, work, namespace, {host.rpartition(":")[0] or host for host in request.logins})
             process = await asyncio.create_subprocess_exec(
                 "nsenter", f"--net={namespace}", "unshare", "--mount", "--fork", "--kill-child", "/bin/sh", str(_HERE / "build-jail.sh"),
                 str(work / "root"), str(self._settings.first_uid), str(self._directory), request.context, str(work / "out"),
@@ -177,9 +178,12 @@ class Builder:
         os.chown(path, self._settings.first_uid, self._settings.first_uid)
         path.chmod(0o400)
 
-    async def _connect(self, build: _Build, namespace: Path, registries: set[str]) -> None:
+    async def _connect(self, build: _Build, work: Path, namespace: Path, registries: set[str]) -> None:
+        """Raises VmmError with slirp4netns's own words."""
+        said = work / "slirp4netns"
         ready_out, ready_in = os.pipe2(os.O_CLOEXEC)
         tethered, build.tether = os.pipe2(os.O_CLOEXEC)
+        words = said.open("wb")
         try:
             # Its sandbox detaches what is mounted below "/", and where a mount is shared (/run/netns of ip-netns(8)), the
             # host's too: it gets mounts of its own.
@@ -188,19 +192,23 @@ class Builder:
                 "slirp4netns", "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox", "--enable-seccomp",
                 "--netns-type=path", f"--ready-fd={ready_in}", f"--exit-fd={tethered}", str(namespace), "tap0",
                 pass_fds=[ready_in, tethered], stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
+                stderr=words, start_new_session=True,
             )  # fmt: skip
             build.processes.append(process)
             os.close(ready_in)
             ready_in = -1
             ready = await asyncio.wait_for(asyncio.to_thread(os.read, ready_out, 1), _SLIRP_SECONDS)
+        except TimeoutError:
+            ready = b""
         finally:
+            words.close()
             os.close(tethered)
             os.close(ready_out)
             if ready_in >= 0:
                 os.close(ready_in)
         if not ready:
-            raise VmmError("slirp4netns did not start: the build has no network")
+            why = said.read_text(encoding="utf-8", errors="replace").strip()[-QUOTED_CHARACTERS:] or f"not within {_SLIRP_SECONDS} s"
+            raise VmmError(f"slirp4netns did not start, and the build has no network: {why}")
         await asyncio.to_thread(self._close_private, namespace, registries)
 
     def _close_private(self, namespace: Path, registries: set[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -18,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from gateway.config import Egress, Settings
 from gateway.messages import Shape
 from gateway.sessions.agent import Agent, start_frames, wake_frame
-from vmm import disks, kernel, manifest
+from vmm import disks, kernel, manifest, probe
 from vmm.cgroups import Cgroups
 from vmm.driver import DEVICES, Driver, Machine, StateLost, VmmError
 from vmm.firecracker.api import Api, ApiError
@@ -33,6 +35,7 @@ from vmm.firecracker.jail import Programs
 from vmm.firecracker.machine import FirecrackerMachine
 from vmm.network import Network
 from vmm.places import Places
+from vmm.qemu import boots
 from vmm.qemu.driver import Assets as QemuAssets
 from vmm.qemu.driver import QemuDriver
 from vmm.qemu.process import QemuMachine
@@ -41,17 +44,26 @@ from vmm.snapshots import Snapshots
 pytestmark = pytest.mark.vm
 
 CONTRACT = Path(__file__).parents[1] / "contract"
+CONTRACTS = Programs(CONTRACT / "firecracker.py", CONTRACT / "jailer.py")
 FIRST_UID = 700_000 + 5 * 262_144
 SHAPE = Shape(memory_mib=128, vcpus=1, disk_bytes=64 << 20, accelerator="tcg", baseline_mib=128)
+IMPOSSIBLE = 1000  # virtual processors
+
+
+@pytest.fixture
+def shape(request: pytest.FixtureRequest) -> Shape:
+    """Under the accelerator that `--accelerator` names."""
+    return msgspec.structs.replace(SHAPE, accelerator=request.config.getoption("--accelerator"))
 
 
 @dataclass
 class Rig:
     directory: Path
     driver: Driver
+    shape: Shape
     network: Network
     snapshots: Snapshots
-    make: Callable[[], Driver]  # another daemon's, on the same host
+    make: Callable[..., Driver]  # another daemon's, on the same host; of Firecracker, with these programs
 
     @property
     def image(self) -> Path:
@@ -103,7 +115,7 @@ def place() -> Iterator[Path]:
 
 
 @contextlib.asynccontextmanager
-async def rig(kind: str) -> AsyncIterator[Rig]:
+async def rig(kind: str, shape: Shape) -> AsyncIterator[Rig]:
     """An image that was booted and sealed by the driver, and what a daemon would have around it."""
     cache = Settings().cache
     with place() as directory:
@@ -111,7 +123,7 @@ async def rig(kind: str) -> AsyncIterator[Rig]:
         cgroups.start()
         network = Network(directory / "run/netns", Egress(closed=True), f"drivers-{kind}")
 
-        def make() -> Driver:
+        def make(programs: Programs = CONTRACTS) -> Driver:
             places = Places(directory / "run/vms", cgroups, FIRST_UID)
             if kind == "qemu":
                 assets = QemuAssets(cache / "qemu-root", cache / "kernel/vmlinuz", cache / "initrd")
@@ -119,11 +131,9 @@ async def rig(kind: str) -> AsyncIterator[Rig]:
             kernel.extract_elf(cache / "kernel/vmlinuz", directory / "vmlinux")
             assets = FirecrackerAssets(directory / "vmlinux", cache / "initrd")
             (directory / "jails").mkdir(exist_ok=True)
-            return FirecrackerDriver(
-                Programs(CONTRACT / "firecracker.py", CONTRACT / "jailer.py"), assets, directory / "jails", places, cgroups
-            )
+            return FirecrackerDriver(programs, assets, directory / "jails", places, cgroups)
 
-        one = Rig(directory, make(), network, Snapshots(directory / "sessions"), make)
+        one = Rig(directory, make(), shape, network, Snapshots(directory / "sessions"), make)
         network.start(set(), 1, one.driver.takes_taps)
         await booted(one)
         try:
@@ -147,7 +157,7 @@ async def booted(one: Rig) -> None:
     disk(one.image / "disk.raw")
     (one.image / "code_bytes").write_text("1")
     console = os.open(one.image / "console.log", os.O_WRONLY | os.O_CREAT)
-    machine = await one.driver.boot(one.image, SHAPE, await one.network.take(), console)
+    machine = await one.driver.boot(one.image, one.shape, await one.network.take(), console)
     os.close(console)
     machine.record.session = "booting"
     machine.save_record()
@@ -160,21 +170,21 @@ async def booted(one: Rig) -> None:
     assert not [record for record in one.driver.records() if record.session == "booting"]
 
 
-def life(test: Callable[[Rig], Coroutine[Any, Any, None]], kind: str) -> None:
+def life(test: Callable[[Rig], Coroutine[Any, Any, None]], kind: str, shape: Shape) -> None:
     async def run() -> None:
-        async with rig(kind) as one:
+        async with rig(kind, shape) as one:
             await test(one)
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("kind", ["qemu", "firecracker"])
-def test_a_life(kind: str) -> None:
-    life(whole_life, kind)
+def test_a_life(kind: str, shape: Shape) -> None:
+    life(whole_life, kind, shape)
 
 
-def test_the_next_image_goes_on_from_a_boot_that_was_kept() -> None:
-    life(next_image, "qemu")
+def test_the_next_image_goes_on_from_a_boot_that_was_kept(shape: Shape) -> None:
+    life(next_image, "qemu", shape)
 
 
 async def next_image(one: Rig) -> None:
@@ -187,7 +197,7 @@ async def next_image(one: Rig) -> None:
         image.mkdir()
         disk(image / "disk.raw")
         console = os.open(image / "console.log", os.O_WRONLY | os.O_CREAT)
-        machine = await one.driver.boot(image, SHAPE, await one.network.take(), console)
+        machine = await one.driver.boot(image, one.shape, await one.network.take(), console)
         os.close(console)
         assert isinstance(machine, QemuMachine)
         assert (b"-kernel" in Path(f"/proc/{machine.record.pid}/cmdline").read_bytes()) == damaged
@@ -204,7 +214,7 @@ async def next_image(one: Rig) -> None:
         # The guest mounted the disk that it was given: what it wrote lies in this image's layer.
         assert (image / "boot.qcow2").stat().st_size > empty
     console = os.open("/dev/null", os.O_WRONLY)
-    machine = await one.driver.boot(image, SHAPE, await one.network.take(), console)
+    machine = await one.driver.boot(image, one.shape, await one.network.take(), console)
     os.close(console)
     await machine.kill()
     assert not kept.exists(), "a boot whose guest was never heard of would be used again"
@@ -271,8 +281,8 @@ async def settled(agent: Agent) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kind", [pytest.param("qemu", marks=pytest.mark.long), "firecracker"])
-def test_bad_files(kind: str) -> None:
-    life(bad_files, kind)
+def test_bad_files(kind: str, shape: Shape) -> None:
+    life(bad_files, kind, shape)
 
 
 async def bad_files(one: Rig) -> None:
@@ -314,6 +324,109 @@ async def attempt(one: Rig, snapshot: Path) -> None:
         await machine.kill()
 
 
+def test_a_qemu_that_ends_at_its_start_is_quoted(shape: Shape) -> None:
+    life(ends_at_its_start, "qemu", shape)
+
+
+async def ends_at_its_start(one: Rig) -> None:
+    """At each way to start: it says why on its standard error, and that is the error's text, whatever else is noticed of its end."""
+    impossible = msgspec.structs.replace(one.shape, vcpus=IMPOSSIBLE)
+    image = another(one, "impossible")
+    manifest.write(image, manifest.Manifest(impossible, 1, 1, "qemu"))
+    console = os.open("/dev/null", os.O_WRONLY)
+    for _ in range(5):  # each time in another order: the end of its connection, of the process, and what was written
+        with pytest.raises(VmmError, match=f"did not start: .*Invalid SMP CPUs {IMPOSSIBLE}"):
+            await one.driver.standby(image)
+    with pytest.raises(VmmError, match=f"did not start: .*Invalid SMP CPUs {IMPOSSIBLE}"):
+        await one.driver.boot(image, impossible, await one.network.take(), console)
+    await one.driver.forget_image(image.name)
+
+    image = another(one, "stateless")
+    (image / DEVICES).unlink()
+    (image / DEVICES).write_bytes(b"no state")
+    for _ in range(5):
+        machine = await one.driver.standby(image)
+        with pytest.raises(StateLost, match=r"could not be loaded from .*: .*Not a migration stream"):
+            await machine.prepare(image, image / one.driver.disk_template, await one.network.take())
+        await machine.kill()
+    await one.driver.forget_image(image.name)
+
+    kept = next((one.image.parents[1] / "boots").iterdir())
+    (kept / DEVICES).write_bytes(b"no state")
+    (kept / "checksum").write_text(boots._checksum(kept))
+    with pytest.raises(VmmError, match=r"did not boot: .*Not a migration stream"):
+        await one.make().boot(image, one.shape, await one.network.take(), console)
+    os.close(console)
+
+
+def another(one: Rig, name: str) -> Path:
+    """An image with the same files."""
+    image = one.image.parent / name
+    shutil.copytree(one.image, image, copy_function=os.link)
+    (image / "manifest.json").unlink()
+    manifest.write(image, manifest.read(one.image, "qemu"))
+    (image / "boot.qcow2").unlink()
+    shutil.copy(one.image / "boot.qcow2", image / "boot.qcow2")
+    return image
+
+
+DYING_WORDS = 'Error: RunWithApi(FailedToBindAndRunHttpServer(ServerCreation("no room")))'
+DIES = f"import sys; sys.exit({DYING_WORDS!r})"
+ANSWERS_ONCE = f"""
+import socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.bind("/api.sock")
+server.listen()
+client = server.accept()[0]
+client.recv(65536)
+client.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Type: application/json\\r\\nContent-Length: 23\\r\\n\\r\\n{{"state":"Not started"}}')
+client.recv(65536)
+sys.exit({DYING_WORDS!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [("firecracker.py", DIES), ("firecracker.py", ANSWERS_ONCE), ("jailer.py", DIES)],
+    ids=["dies", "dies-later", "jailer"],
+)
+def test_a_firecracker_that_ends_at_its_start_is_quoted(name: str, program: str, shape: Shape) -> None:
+    async def quoted(one: Rig) -> None:
+        """Booted and as a clone; and its end is noticed, not waited for."""
+        (one.directory / name).write_text(f"#!/usr/bin/python3\n{program}")
+        (one.directory / name).chmod(0o755)
+        paths = {"firecracker.py": CONTRACTS.firecracker, "jailer.py": CONTRACTS.jailer} | {name: one.directory / name}
+        driver = one.make(Programs(paths["firecracker.py"], paths["jailer.py"]))
+        overlay = one.snapshots.overlay("first")
+        overlay.parent.mkdir(parents=True)
+        disks.copy_overlay(one.image / driver.disk_template, overlay)
+        async with asyncio.timeout(15):
+            with pytest.raises(VmmError, match=re.escape(DYING_WORDS)):
+                await driver.boot(one.image, one.shape, await one.network.take(), asyncio.subprocess.DEVNULL)
+            machine = await driver.standby(one.image)
+            with pytest.raises(VmmError, match=re.escape(DYING_WORDS)):
+                await machine.prepare(one.image, overlay, await one.network.take())
+            await machine.kill()
+
+    life(quoted, "firecracker", shape)
+
+
+def test_firecracker_is_probed_by_its_jailer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its guest speaks, and is ended; one that cannot be made is quoted; nothing is left of either."""
+    monkeypatch.setattr(probe, "firecracker_programs", lambda: CONTRACTS)
+    with place() as directory:
+        settings = Settings(root=directory, cache=directory)
+        kernel.extract_elf(Settings().cache / "kernel/vmlinuz", directory / "vmlinux")
+        (directory / "initrd-firecracker").write_bytes(b"initramfs")
+        assert probe.why_not_firecracker(settings, Path("/dev/null")) == ""
+        (directory / "vmlinux").write_bytes(b"no kernel")
+        why = probe.why_not_firecracker(settings, Path("/dev/null"))
+        assert re.fullmatch(r"no guest ran: Error: RunWithoutApiError\(.*The kernel file cannot be opened.*\)", why), why
+        assert not list((directory / "jails").glob("*/*"))
+        running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        assert f"probe-{os.getpid()}" not in running
+
+
 def test_images_belong_to_their_hypervisor() -> None:
     with place() as directory:
         image = directory / "images/one"
@@ -323,9 +436,9 @@ def test_images_belong_to_their_hypervisor() -> None:
         assert manifest.read(image, "qemu").shape == SHAPE
 
 
-def test_the_contract_refuses_what_firecracker_refuses() -> None:
+def test_the_contract_refuses_what_firecracker_refuses(shape: Shape) -> None:
     """The order of calls, unknown members, other paths: so that a driver that passed is one that obeys."""
-    life(refusals, "firecracker")
+    life(refusals, "firecracker", shape)
 
 
 async def refusals(one: Rig) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import stat
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,14 @@ import pytest
 from outside import Outside
 from service import Instance, until
 
+from gateway.config import Settings
+from vmm import jail
+from vmm.builds import Builder, BuildSettings, _Build
+from vmm.cgroups import Cgroups
+from vmm.errors import VmmError
 from vmm.host import data_segments
+from vmm.qemu import machine as topology
+from vmm.qemu.process import child_of
 
 pytestmark = pytest.mark.vm
 FROM = "FROM public.ecr.aws/lambda/microvms:al2023-minimal"
@@ -92,6 +101,16 @@ def holds(file: Path, needles: list[bytes]) -> list[bytes]:
     return sorted(found)
 
 
+async def test_a_build_whose_network_does_not_start_says_why(tmp_path: Path) -> None:
+    builder = Builder(tmp_path, tmp_path, Cgroups("no-network", tmp_path), BuildSettings(tmp_path, (), False, 700_000))
+    build = _Build(asyncio.get_running_loop().create_future())
+    with pytest.raises(VmmError, match=r"has no network: .*No such file or directory"):
+        await builder._connect(build, tmp_path, tmp_path / "none", set())
+    assert build.tether is not None
+    os.close(build.tether)
+    await build.processes[0].wait()
+
+
 def test_nothing_lent_to_a_build_stays_in_its_disk(instance: Instance, app: str) -> None:
     """Mirrors' names, proxies, certificates and pip's settings are in no file, name or variable of the image."""
     settings = instance.root / "builds/settings"
@@ -130,6 +149,29 @@ def test_hypervisor_runs_as_a_nobody_of_its_own(instance: Instance, app: str) ->
         assert not Path(f"/proc/{record['pid']}/net/dev").read_text().count("tap0")
     assert len(users) == 2
     instance.terminate(*(vm["microvmId"] for vm in vms))
+
+
+@pytest.mark.parametrize("has_kvm", [True, False])
+def test_a_hypervisor_has_kvm_and_no_other_device(has_kvm: bool) -> None:
+    """Whatever mode and owner the host's has: the node is the jail's own, and nobody else may open it."""
+    uid = 700_000 + 3 * 65_536 - 1
+    idle = [topology.BINARY, "-M", "none", "-S", "-nodefaults", "-nographic"]
+    process = subprocess.Popen(jail.command(Settings().cache / "qemu-root", [], uid, has_kvm, idle), stdin=subprocess.DEVNULL)
+    try:
+        pid = until(lambda: child_of(process.pid))
+        until(lambda: os.readlink(f"/proc/{pid}/exe") == topology.BINARY)
+        dev = Path(f"/proc/{pid}/root/dev")
+        assert sorted(path.name for path in dev.iterdir() if path.stat().st_rdev) == (["kvm", "null"] if has_kvm else ["null"])
+        if has_kvm:
+            node = (dev / "kvm").stat()
+            assert stat.S_ISCHR(node.st_mode) and node.st_rdev == os.makedev(10, 232)
+            assert (node.st_uid, node.st_gid, stat.S_IMODE(node.st_mode)) == (uid, uid, 0o600)
+            mounted = next(line for line in Path(f"/proc/{pid}/mounts").read_text().splitlines() if line.split()[1] == "/dev").split()[3]
+            assert {"ro", "nosuid", "noexec"} <= set(mounted.split(","))
+            assert dev.stat().st_uid == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_unprivileged_processes_are_unprivileged(instance: Instance) -> None:

@@ -23,6 +23,10 @@ class ApiError(Exception):
     """Firecracker refused a call (its own words), or did not answer."""
 
 
+class Unanswered(ApiError):
+    """Firecracker did not answer a call; most likely it has ended."""
+
+
 class Api:
     """A client of one process. `directory` holds its socket; its path may be longer than a socket's address can be."""
 
@@ -32,13 +36,14 @@ class Api:
         self._session = aiohttp.ClientSession("http://localhost", connector=aiohttp.UnixConnector(f"{self.path}/{SOCKET}", limit=1))
 
     async def ready(self, seconds: float = _SECONDS) -> str:
-        """Waits until the process answers; returns its state: Not started, Running or Paused. Raises ApiError."""
+        """Waits until the process answers; returns its state: Not started, Running or Paused. Raises ApiError, at once when the process
+        has ended and this client was closed."""
         deadline = asyncio.get_running_loop().time() + seconds
         while True:
             try:
                 return str((await self.call("GET", "/"))["state"])
             except ApiError:
-                if asyncio.get_running_loop().time() > deadline:
+                if self._session.closed or asyncio.get_running_loop().time() > deadline:
                     raise
                 await asyncio.sleep(_POLL_SECONDS)
 
@@ -50,11 +55,13 @@ class Api:
 
     async def call(self, method: str, path: str, body: dict[str, object] | None = None, seconds: float = _SECONDS) -> Any:
         """Raises ApiError."""
+        if self._session.closed:
+            raise Unanswered(f"{method} {path}: the hypervisor has ended")
         try:
             async with self._session.request(method, path, json=body, timeout=aiohttp.ClientTimeout(seconds)) as answer:
                 content = await answer.json() if answer.status != 204 else {}
         except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
-            raise ApiError(f"{method} {path}: {error or f'no answer in {seconds:g} s'}") from error
+            raise Unanswered(f"{method} {path}: {error or f'no answer in {seconds:g} s'}") from error
         if answer.status >= 300:
             raise ApiError(f"{method} {path}: {content.get('fault_message', answer.reason)}")
         return content

@@ -68,8 +68,9 @@ class FirecrackerDriver:
             await machine.spawn(link, console)
             await self._configure(machine, shape)
         except (ApiError, OSError) as error:
+            why = await machine.why(error)
             await machine.kill()
-            raise VmmError(f"image {image.name} did not boot: {error}") from error
+            raise VmmError(f"image {image.name} did not boot: {why}") from error
         except BaseException:
             await asyncio.shield(machine.kill())
             raise

@@ -27,12 +27,13 @@ from ..errors import not_written
 from ..network import TAP, Link
 from ..places import Place
 from . import memory
-from .api import Api, ApiError
+from .api import Api, ApiError, Unanswered
 from .jail import DISK, MEMORY, OUT, STATE, VSOCK, Jail
 
 NETWORK = "net0"
 _START_SECONDS = 20.0
 _KILL_SECONDS = 10.0
+_ENDING_SECONDS = 1.0
 _AGENT_SECONDS = 5.0
 _SNAPSHOT_SECONDS = 60.0
 _RETRY_SECONDS = 0.002
@@ -51,6 +52,7 @@ class FirecrackerMachine:
         self._cgroups, self._remove = cgroups, remove
         self._api: Api | None = None
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._last_words = ""
 
     @property
     def api(self) -> Api:
@@ -66,24 +68,23 @@ class FirecrackerMachine:
     async def spawn(self, link: Link, console: int = asyncio.subprocess.DEVNULL) -> None:
         """Starts the jailer, which becomes the process's parent only until it has written its id. Raises VmmError."""
         self.record.link = link.name
-        errors = self.place.directory / "stderr"
         try:
-            with errors.open("wb") as log:
+            with (self.place.directory / places.STDERR).open("wb") as log:
                 jailer = await asyncio.create_subprocess_exec(
                     *self.jail.command(self._cgroups, link.path), start_new_session=True,
                     stdin=asyncio.subprocess.DEVNULL, stdout=console, stderr=log,
                 )  # fmt: skip
             async with asyncio.timeout(_START_SECONDS):
-                if await jailer.wait():
-                    raise ApiError("the jailer refused")
+                if code := await jailer.wait():
+                    raise ApiError(f"the jailer ended with code {code}")
                 pid = self.jail.pid()
                 if pid is None:
                     raise ApiError("the jailer left no process id")
                 self.attach(pid)
                 await self.api.ready(_START_SECONDS)
         except (ApiError, OSError, TimeoutError) as error:
-            words = errors.read_text(encoding="utf-8", errors="replace").strip()[-400:]
-            raise VmmError(f"the hypervisor of image {self.record.image} did not start: {words or error}") from error
+            why = await self.why(error) or f"not within {_START_SECONDS:g} s"
+            raise VmmError(f"the hypervisor of image {self.record.image} did not start: {why}") from error
 
     def attach(self, pid: int) -> None:
         """Watches a process that runs, and talks to it. Raises OSError when it is gone."""
@@ -120,7 +121,8 @@ class FirecrackerMachine:
                 await self._load_memory(snapshot)
                 self.steps.mark("memory written and checked")
         except (ApiError, OSError, LookupError) as error:
-            raise StateLost(f"session {self.record.session} could not be loaded from {snapshot}: {error}") from error
+            why = await self.why(error)
+            raise StateLost(f"session {self.record.session} could not be loaded from {snapshot}: {why}") from error
         self.record.phase = "prepared"
         self.save_record()
 
@@ -150,7 +152,7 @@ class FirecrackerMachine:
             struct.pack_into("<Q", stamped, WALL_CLOCK_AT, time.time_ns())
             os.write(channel, stamped)
         except (ApiError, OSError) as error:
-            raise StateLost(f"session {self.record.session} could not be started: {error}") from error
+            raise StateLost(f"session {self.record.session} could not be started: {await self.why(error)}") from error
         return channel
 
     async def agent(self) -> int:
@@ -248,6 +250,14 @@ class FirecrackerMachine:
     async def wait(self) -> None:
         await asyncio.shield(self._ended)
 
+    async def why(self, error: Exception) -> str:
+        """Why a step failed: what a process that has ended wrote last, which says more than how its connection broke; else `error`."""
+        if self._api is None:
+            return places.last_words(self.place.directory) or str(error)
+        if isinstance(error, Unanswered):
+            await asyncio.wait([self._ended], timeout=_ENDING_SECONDS)
+        return self._last_words or str(error)
+
     def _gone(self, pidfd: int) -> None:
         asyncio.get_running_loop().remove_reader(pidfd)
         os.close(pidfd)
@@ -257,5 +267,6 @@ class FirecrackerMachine:
         self.record.phase = "ended"
         if self._api is not None:
             await self._api.close()
+        self._last_words = places.last_words(self.place.directory)
         await self._remove()
         self._ended.set_result(None)

@@ -20,7 +20,7 @@ from ..errors import not_written
 from ..manifest import Manifest
 from ..mapping import Mapper
 from ..network import Link, Network
-from ..places import Place, Places, is_alive
+from ..places import STDERR, Place, Places, is_alive, last_words
 from ..snapshots import sync
 from . import machine as topology
 from .boots import MEMORY, Boots
@@ -31,6 +31,7 @@ log = structlog.get_logger()
 
 NAME = "qemu"
 _SPAWN_SECONDS = 20
+_FAILURES = (TimeoutError, QmpError, VmmError, OSError, LookupError)  # of a start
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ class QemuDriver:
         try:
             await machine.await_session(stand_ins)
         except (QmpError, OSError, VmmError) as error:
+            why = await machine.why(error)
             await machine.kill()
-            raise VmmError(f"the hypervisor of image {image.name} does not wait: {error}") from error
+            raise VmmError(f"the hypervisor of image {image.name} does not wait: {why}") from error
         except BaseException:
             await asyncio.shield(machine.kill())
             raise
@@ -115,8 +117,9 @@ class QemuDriver:
             await machine.load_devices(kept / DEVICES)
             await machine.unpause()
         except (QmpError, OSError) as error:
+            why = await machine.why(error)
             await machine.kill()
-            raise VmmError(f"image {machine.record.image} did not boot: {error}") from error
+            raise VmmError(f"image {machine.record.image} did not boot: {why}") from error
         except BaseException:
             await asyncio.shield(machine.kill())
             raise
@@ -224,62 +227,60 @@ class QemuDriver:
         )
 
     async def _spawn(self, image: str, shape: Shape, compose: Callable[[topology.Ends], topology.Command]) -> QemuMachine:
+        """Raises VmmError, which quotes a hypervisor that ended."""
         place = self._places.make(shape)
-        vm, directory = place.vm, place.directory
-        qmp, agent = listen(directory / "qmp.sock"), listen(directory / "agent.sock")
         ours, theirs = socket.socketpair()
-        mapper = Mapper(ours)
-        state = memory.write_only(STATE)
-        try:
-            command = compose(topology.Ends(qmp.fileno(), agent.fileno(), state))
-            process = await asyncio.create_subprocess_exec(
-                *jail.command(self._assets.jail_root, self._cgroups.joins(vm), place.uid, shape.accelerator == "kvm", command.arguments),
-                pass_fds=[*command.descriptors, theirs.fileno()], start_new_session=True,
-                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
-                stderr=(directory / "stderr").open("wb"),
-                env={"PATH": jail.PATH, "TORPOR_MAPPER": str(theirs.fileno())},
-            )  # fmt: skip
-        except BaseException:
-            mapper.close()
-            os.close(state)
-            raise
-        finally:
-            theirs.close()
-            qmp.close()
-            agent.close()
-        record = Process(vm, 0, 0, image, place.uid, shape=shape)
+        mapper, state = Mapper(ours), memory.write_only(STATE)
         machine: QemuMachine | None = None  # which closes what it was given when its process ends
+        process: asyncio.subprocess.Process | None = None
         try:
             async with asyncio.timeout(_SPAWN_SECONDS):
+                with theirs:
+                    process = await self._execute(place, shape, theirs.fileno(), state, compose)
                 while (pid := child_of(process.pid)) is None:
                     if process.returncode is not None:
-                        raise VmmError(self._why(directory))
+                        raise VmmError(f"it ended with code {process.returncode}")
                     await asyncio.sleep(0.0005)
-                record.pid, record.started = pid, host.start_time(pid) or 0
-                machine = QemuMachine(record, directory, self._network, lambda: self._remove(machine, place), state, mapper)
+                record = Process(place.vm, pid, host.start_time(pid) or 0, image, place.uid, shape=shape)
+                machine = QemuMachine(record, place.directory, self._network, lambda: self._remove(machine, place), state, mapper)
                 self._machines.add(machine)
                 machine.save_record()
                 await machine.connect()
                 machine.mapping()
                 machine.save_record()
         except BaseException as error:
-            reason = self._why(directory)
-            if machine is None:
+            why = ""
+            if machine is not None:
+                if isinstance(error, _FAILURES):
+                    why = await machine.why(error)
+                await asyncio.shield(machine.kill())
+            else:
+                why = last_words(place.directory) or str(error)
                 mapper.close()
                 os.close(state)
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()  # and with it, by --kill-child, what runs inside
-            await asyncio.shield(self._remove(None, place))
-            if isinstance(error, TimeoutError | QmpError | VmmError | OSError | LookupError):
-                raise VmmError(f"the hypervisor of image {image} did not start: {reason or error}") from error
+                if process is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()  # and with it, by --kill-child, what runs inside
+                await asyncio.shield(self._remove(None, place))
+            if isinstance(error, _FAILURES):
+                raise VmmError(f"the hypervisor of image {image} did not start: {why or f'not within {_SPAWN_SECONDS} s'}") from error
             raise
         return machine
 
-    def _why(self, directory: Path) -> str:
-        try:
-            return (directory / "stderr").read_text(encoding="utf-8", errors="replace").strip()[-400:]
-        except OSError:
-            return ""
+    async def _execute(
+        self, place: Place, shape: Shape, mapper: int, state: int, compose: Callable[[topology.Ends], topology.Command]
+    ) -> asyncio.subprocess.Process:
+        """Raises OSError."""
+        with contextlib.ExitStack() as ends:
+            qmp, agent = (ends.enter_context(listen(place.directory / name)).fileno() for name in ("qmp.sock", "agent.sock"))
+            stderr = ends.enter_context((place.directory / STDERR).open("wb"))
+            command = compose(topology.Ends(qmp, agent, state))
+            has_kvm = shape.accelerator == "kvm"
+            return await asyncio.create_subprocess_exec(
+                *jail.command(self._assets.jail_root, self._cgroups.joins(place.vm), place.uid, has_kvm, command.arguments),
+                pass_fds=[*command.descriptors, mapper], start_new_session=True, env={"PATH": jail.PATH, "TORPOR_MAPPER": str(mapper)},
+                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=stderr,
+            )  # fmt: skip
 
     async def _remove(self, machine: QemuMachine | None, place: Place) -> None:
         if machine is not None:

@@ -27,6 +27,7 @@ from .machine import StandIns
 from .qmp import Qmp, QmpError
 
 _KILL_SECONDS = 10
+_ENDING_SECONDS = 1.0
 _LOAD_SECONDS = 30
 STATE = "torpor-state"  # the name of the memfd
 _STARVED = "io-error"
@@ -58,6 +59,7 @@ class QemuMachine:
         self._remove = remove
         self._qmp: Qmp | None = None
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._last_words = ""
         self._pidfd = os.pidfd_open(record.pid)
         self._state: int | None = state  # what the state of its devices is written to
         self._mapper = mapper
@@ -120,7 +122,8 @@ class QemuMachine:
         try:
             await self._prepare(snapshot, overlay, link)
         except (QmpError, OSError, ValueError, LookupError) as error:
-            raise StateLost(f"session {self.record.session} could not be loaded from {snapshot}: {error}") from error
+            why = await self.why(error)
+            raise StateLost(f"session {self.record.session} could not be loaded from {snapshot}: {why}") from error
         self.record.phase = "prepared"
         self.save_record()
 
@@ -179,6 +182,7 @@ class QemuMachine:
         if not self._loaded.done():
             raise QmpError("the hypervisor has ended" if self.qmp.closed.done() else f"device state not loaded in {_LOAD_SECONDS} s")
         if self._loaded.result() != "completed":
+            await asyncio.wait([self.qmp.closed], timeout=_ENDING_SECONDS)  # it ends when it has said why
             raise QmpError("the hypervisor refused the device state")
         await sent
 
@@ -204,7 +208,8 @@ class QemuMachine:
             self.steps.mark("files checked")
         except (QmpError, OSError, StateLost) as error:
             os.close(channel)
-            raise StateLost(f"session {self.record.session} could not be started: {error}") from error
+            why = str(error) if isinstance(error, StateLost) else await self.why(error)
+            raise StateLost(f"session {self.record.session} could not be started: {why}") from error
         return channel
 
     async def agent(self) -> int:
@@ -336,6 +341,12 @@ class QemuMachine:
     async def wait(self) -> None:
         await asyncio.shield(self._ended)
 
+    async def why(self, error: Exception) -> str:
+        """Why a step failed: what a hypervisor that has ended wrote last, which says more than how its connection broke; else `error`."""
+        if self._qmp is None or self._qmp.closed.done():
+            await asyncio.wait([self._ended], timeout=_ENDING_SECONDS)
+        return self._last_words or str(error)
+
     async def _give(self, command: str, descriptor: int, **arguments: object) -> None:
         try:
             await self.qmp.run(command, [descriptor], **arguments)
@@ -376,6 +387,7 @@ class QemuMachine:
         if self.image_memory is not None:
             os.close(self.image_memory)
             self.image_memory = None
+        self._last_words = places.last_words(self._directory)
         await self._remove()
         self._ended.set_result(None)
 

@@ -88,9 +88,8 @@ class Qmp:
             data = self._socket.recv(65536)
         except BlockingIOError:
             return
-        except OSError as error:
-            self._fail(QmpError(str(error)))
-            return
+        except ConnectionError:
+            data = b""
         if not data:
             self._fail(QmpError("the hypervisor has ended"))
             return
