@@ -7,19 +7,20 @@ from typing import Final
 from mypy_extensions import trait
 
 FLOW_SLOTS = (
-    "_grown_at", "blocked_at", "end_after_queue", "number", "paused", "queue", "receive_window", "receive_size", "received_at",
+    "_grown_ms", "blocked_ms", "end_after_queue", "number", "paused", "queue", "receive_window", "receive_size", "received_ms",
     "received_end", "send_window", "source_paused", "trailers_after_queue", "uncredited",
 )  # fmt: skip
 
 STREAM_WINDOW: Final = 64 << 10
 STREAM_WINDOW_MOST: Final = 8 << 20
-GROW_SECONDS: Final = 0.5  # a window that is used up faster than this is doubled
+GROW_MS: Final = 500  # a window that is used up faster than this is doubled
 
 
 @trait
 class Flow:
     """A stream's windows, and the data that waits to be sent on it. The connection (multiplex.py) calls the methods; whoever carries
-    a stream implements them. A class with this trait names FLOW_SLOTS in its own slots, because mypyc's traits have none."""
+    a stream implements them. A class with this trait names FLOW_SLOTS in its own slots, because mypyc's traits have none. Times are
+    milliseconds of the loop's clock, because mypyc does not compile a trait's float."""
 
     number: int
     # What we send: the peer's windows bound it, and what they do not let through is queued.
@@ -28,15 +29,15 @@ class Flow:
     end_after_queue: bool  # our half of the stream ends behind what is queued
     trailers_after_queue: bytes  # a field block that ends it; empty: END_STREAM on the last DATA frame does
     source_paused: bool  # whoever produces the data was asked to stop
-    blocked_at: float  # when something was last sent of what is queued
+    blocked_ms: int  # when something was last sent of what is queued
     # What we receive: it is credited to the peer by WINDOW_UPDATE as soon as it is consumed.
     receive_window: int
     receive_size: int  # the window when all is credited
     uncredited: int  # bytes that were received, and not credited yet
     paused: int  # why the stream is not read (reading.py); while there is a reason, its window is not opened further
     received_end: bool
-    received_at: float  # when the peer last sent data, or was allowed to send on
-    _grown_at: float
+    received_ms: int  # when the peer last sent data, or was allowed to send on
+    _grown_ms: int
 
     def open_flow(self, number: int, send_window: int, now: float) -> None:
         self.number = number
@@ -45,12 +46,11 @@ class Flow:
         self.end_after_queue = False
         self.trailers_after_queue = b""
         self.source_paused = False
-        self.blocked_at = now
         self.receive_window = self.receive_size = STREAM_WINDOW
         self.uncredited = 0
         self.paused = 0
         self.received_end = False
-        self.received_at = self._grown_at = now
+        self.blocked_ms = self.received_ms = self._grown_ms = int(now * 1000)
 
     def credit(self, now: float, growth_left: int) -> tuple[int, int]:
         """The WINDOW_UPDATE that is due, and how much of it the window has grown by: it doubles where it is used up fast, within
@@ -58,10 +58,11 @@ class Flow:
         if self.uncredited < self.receive_size // 2 or self.received_end:
             return 0, 0
         growth = 0
-        if now - self._grown_at < GROW_SECONDS:
+        now_ms = int(now * 1000)
+        if now_ms - self._grown_ms < GROW_MS:
             growth = max(0, min(self.receive_size, STREAM_WINDOW_MOST - self.receive_size, growth_left))
             self.receive_size += growth
-        self._grown_at = now
+        self._grown_ms = now_ms
         update = self.uncredited + growth
         self.receive_window += update
         self.uncredited = 0

@@ -270,7 +270,7 @@ class Http2(Multiplex):
             if self.transport is not None:
                 self.transport.abort()  # it reads nothing of what it asked for
             return
-        for stream in [one for one in self._blocked if one.blocked_at < long_ago]:
+        for stream in [one for one in self._blocked if one.blocked_ms < long_ago * 1000]:
             self.reset(stream, Code.CANCEL)  # whose window the client does not open
             stream.on_reset(Code.CANCEL)
         if self.read_paused or self._closing_since:
@@ -406,12 +406,12 @@ class Request(Exchange, Flow):
     def resume_reading(self, reason: int) -> None:
         self.paused &= ~reason
         if not self.paused and self._is_open:
-            self.received_at = self.worker.time()
+            self.received_ms = int(self.worker.time() * 1000)
             self.connection.credit(self)
 
     def sweep(self, long_ago: float) -> None:
         """An upload that stands still, though it is read, is given up."""
-        if self.origin is None or self.received_end or self.paused or self.response_started or self.received_at > long_ago:
+        if self.origin is None or self.received_end or self.paused or self.response_started or self.received_ms > long_ago * 1000:
             return
         self.leave()
         self.refuse(Refuse(408, b"The request's body did not come in time"))
@@ -430,7 +430,7 @@ class Request(Exchange, Flow):
         if self.worker.hops.via:
             block += f.encode([(b"via", b"1.1 " + self.worker.hops.via)])
         if not head.is_dated:
-            block += f.encode([(b"date", replies.date())])
+            block += replies.date_block()
         if self._timing and self.worker.settings.server_timing:
             block += f.encode([(b"server-timing", self._timing.encode("ascii"))])
         return block

@@ -189,7 +189,7 @@ class Multiplex:
         if self._block is None and len(buffer) >= 9 and buffer[3] == f.DATA:
             stream = self.streams.get(int.from_bytes(buffer[5:9], "big") & 0x7FFFFFFF)
         if stream is not None:
-            stream.received_at = self.touched
+            stream.received_ms = int(self.touched * 1000)
             self.incomplete_since = 0.0
         else:
             self.incomplete_since = self.incomplete_since or self.touched
@@ -271,7 +271,7 @@ class Multiplex:
         if last:
             stream.received_end = True
         stream.uncredited += size
-        stream.received_at = self.touched
+        stream.received_ms = int(self.touched * 1000)
         stream.on_data(data[at:end], last)
         if not stream.paused and not last:
             self.credit(stream)
@@ -449,7 +449,7 @@ class Multiplex:
                     stream.on_end_sent()
                 return
             data = data[sent:]
-            stream.blocked_at = self.time()
+            stream.blocked_ms = int(self.time() * 1000)
             stream.queue = bytearray(data)
         else:
             stream.queue += data
@@ -510,7 +510,7 @@ class Multiplex:
                 if not sent:
                     continue
                 del queue[:sent]
-                stream.blocked_at = self.time()
+                stream.blocked_ms = int(self.time() * 1000)
                 if queue:
                     turn.append(stream)
             if not queue:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from email.utils import formatdate
+from time import time
 from typing import Final
 
 from .admission import Refuse
+from .frames import encode
 
 _REASONS: Final = {
     200: b"OK", 400: b"Bad Request", 403: b"Forbidden", 408: b"Request Timeout", 426: b"Upgrade Required", 429: b"Too Many Requests",
@@ -19,35 +20,41 @@ TOO_MANY = Refuse(429, b"Too many requests are waiting for this MicroVM")
 LIMITED = Refuse(429, b"The rate limit of this MicroVM is exceeded")
 
 
-class _Clock:
-    """The Date of this second, written once."""
+class _Date:
+    """The Date of this second (RFC 9110, 5.6.7), written once in each form that an answer takes."""
 
-    __slots__ = ("second", "text")
+    __slots__ = ("block", "line", "second", "text")
 
     def __init__(self) -> None:
-        self.second = 0
+        self.second = -1
         self.text = b""
+        self.line = b""  # of HTTP/1.1
+        self.block = b""  # of HTTP/2: a literal field line, which no table changes (RFC 7541, 6.2.2)
+
+    def now(self) -> _Date:
+        second = int(time())
+        if second != self.second:
+            self.second, self.text = second, formatdate(second, usegmt=True).encode("ascii")
+            self.line, self.block = b"\r\nDate: " + self.text, encode([(b"date", self.text)])
+        return self
 
 
-_clock: Final = _Clock()
-
-
-def date() -> bytes:
-    """Now, as the value of Date (RFC 9110, 5.6.7)."""
-    now = int(time.time())
-    if now != _clock.second:
-        _clock.second, _clock.text = now, formatdate(now, usegmt=True).encode("ascii")
-    return _clock.text
+_date: Final = _Date()
 
 
 def date_line() -> bytes:
-    """What a response without a Date is given on its way (RFC 9110, 6.6.1)."""
-    return b"\r\nDate: " + date()
+    """What a response of HTTP/1.1 without a Date is given on its way (RFC 9110, 6.6.1)."""
+    return _date.now().line
+
+
+def date_block() -> bytes:
+    """The same for a response of HTTP/2."""
+    return _date.now().block
 
 
 def fields(refusal: Refuse) -> list[tuple[bytes, bytes]]:
     """The fields besides the request's id and those of the connection."""
-    found = [(b"date", date()), (b"cache-control", b"private, no-store"), (b"content-length", b"%d" % len(refusal.body))]
+    found = [(b"date", _date.now().text), (b"cache-control", b"private, no-store"), (b"content-length", b"%d" % len(refusal.body))]
     if refusal.body:
         found.append((b"content-type", b"text/plain"))
     if refusal.status == 429:
