@@ -38,15 +38,14 @@ def listen(address: str, port: int, purpose: str) -> socket.socket:
 
 
 def _listen_unix(path: Path) -> socket.socket:
-    """A socket that nobody listens on any more is replaced."""
+    """Replaces a socket that nobody listens on any more. Raises ConfigError."""
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex(str(path)) == 0:
+                raise ConfigError(f"{path} (edge) is taken by another process: end it, or set edge.addresses")
+        path.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if path.is_socket():
-            if sock.connect_ex(str(path)) == 0:
-                raise ConfigError(f"{path} (edge) is taken by another process: end it, or set edge.addresses")
-            path.unlink()
-            sock.close()
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.bind(str(path))
         path.chmod(0o666)
         sock.listen(4096)
@@ -94,7 +93,7 @@ def choose_edge_port(settings: Settings, in_use: bool) -> int:
     """The instance's port: as set, or chosen once and kept. `in_use` says that our own workers still hold it."""
     kept = settings.root / "edge-port"
     addresses = [address for address in edge_addresses(settings) if is_inet(address)]
-    port = settings.edge.port or (int(kept.read_text(encoding="ascii")) if kept.exists() else 0)
+    port = settings.edge.port or _kept_port(kept)
     if port:
         if not in_use and not _is_free(addresses, port):
             raise ConfigError(f"port {port} (edge) is taken by {holder(port)}: end it, or set edge.port")
@@ -104,6 +103,12 @@ def choose_edge_port(settings: Settings, in_use: bool) -> int:
             raise ConfigError("no free port for the edge from 443, 8443 to 8543: set edge.port")
     kept.write_text(str(port), encoding="ascii")
     return port
+
+
+def _kept_port(kept: Path) -> int:
+    """0 where none was kept, or where what was kept was lost with its host."""
+    text = kept.read_text(encoding="ascii") if kept.exists() else ""
+    return int(text) if text.isdigit() else 0
 
 
 def edge_addresses(settings: Settings) -> list[str]:

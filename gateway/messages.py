@@ -277,7 +277,7 @@ class Verifier(msgspec.Struct):
 
 
 class Hello(msgspec.Struct):
-    """edge -> control, first thing."""
+    """edge -> control, first thing: the name of the worker's slot, which its successor has too."""
 
     worker: str
 

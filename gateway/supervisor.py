@@ -2,7 +2,7 @@
 
 It opens the listeners and keeps them: a worker inherits its slot's sockets, and its successor the same ones before the old
 worker stops accepting. A supervisor that starts over living processes takes their sockets from them and replaces them one
-by one; microVMs go on all the while.
+by one; microVMs go on all the while. How processes are started, watched and replaced is gateway/children.py's.
 """
 
 from __future__ import annotations
@@ -17,70 +17,86 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from vmm import host
 
 from . import instance, listeners
+from .children import STOP_SECONDS, Child, Children, Process, StartError
 from .config import ConfigError, Settings
 from .process import READY_VARIABLE, SETTINGS_VARIABLE, SOCKETS_VARIABLE
 
 log = structlog.get_logger()
 
 _READY_SECONDS = 60.0
-_STOP_SECONDS = 90.0
 _CERTIFICATES_SECONDS = 30.0
-_BACKOFF_FIRST, _BACKOFF_MOST = 0.05, 1.0  # longer would keep held requests past their deadline
 _CODE = Path(__file__).resolve().parents[1]
 
 
-@dataclass
-class Child:
-    """One supervised process."""
+class Recorded(msgspec.Struct):
+    """A process as the state file has it: `serves` is false of one that is starting or was replaced. `started` is its start time in
+    clock ticks, which with the pid names it for ever."""
 
     name: str
-    command: list[str]
-    uid: int
-    sockets: dict[str, list[socket.socket]] = field(default_factory=dict)
-    process: asyncio.subprocess.Process | None = None
-    stopping: bool = False
-    backoff: float = _BACKOFF_FIRST
-    started: float = 0.0
+    pid: int
+    started: int | None
+    serves: bool
+    sockets: dict[str, list[int]]
+
+
+class State(msgspec.Struct):
+    """The state file: for the next supervisor, and for `torpor reload`. `failed_at`, `failure`: of the last reload that failed."""
+
+    processes: list[Recorded] = []
+    failed_at: float = 0.0
+    failure: str = ""
 
 
 class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._state = settings.runtime / "supervisor.json"
+        self._path = state_file(settings)
+        self._state = State()
         self._children: list[Child] = []
-        self._watchers: set[asyncio.Task[None]] = set()
+        ready_seconds = _READY_SECONDS + 2 * settings.probe_seconds  # vmm may have to probe both hypervisors
+        self._processes = Children(self._spawn, self._save_state, ready_seconds)
+        self._reload_wanted = asyncio.Event()
         self._bound = self._code_mount()
         self._lock = -1
 
     # ---- start ----
 
     async def start(self) -> Settings:
-        """Everything up and serving; returns the settings with the ports that were chosen. Raises ConfigError."""
+        """Everything up and serving; returns the settings with the ports that were chosen. Raises ConfigError, StartError."""
         self._take_lock()
         host.become_subreaper()
-        old = self._living()
-        sockets = self._adopt_sockets(old)
+        old = _living(self._path)
+        sockets = _adopt_sockets(old)
         port = listeners.choose_edge_port(self._settings, in_use=bool(sockets.get("edge")))
         self._settings = self._settings.model_copy(update={"edge": self._settings.edge.model_copy(update={"port": port})})
         instance.prepare(self._settings)
         self._make_children(sockets)
-        edges = [child for child in self._children if child.name.startswith("edge")]
+        edges = self._edges()
         for child in self._children:
             if child not in edges:
-                await self._stop_old(old, child.name)
-                await self._launch(child)
-        await asyncio.gather(*(self._launch(child) for child in edges))
-        for name in [name for name in old if name.startswith("edge")]:
-            await self._stop_old(old, name, wait=False)
+                await _stop_old([one for one in old if one.name == child.name])
+                await self._processes.start(child)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for child in edges:
+                    group.create_task(self._processes.start(child))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+        for one in old:
+            if one.name.startswith("edge"):
+                _signal(one, signal.SIGTERM)
         return self._settings
+
+    def _edges(self) -> list[Child]:
+        return [child for child in self._children if child.name.startswith("edge")]
 
     def _take_lock(self) -> None:
         for path in (self._settings.root, self._settings.runtime):
@@ -92,28 +108,6 @@ class Supervisor:
             raise ConfigError(f"instance {self._settings.name} is already served by another process") from error
         os.truncate(self._lock, 0)
         os.write(self._lock, str(os.getpid()).encode())  # for `torpor reload`
-
-    def _living(self) -> dict[str, dict[str, object]]:
-        """Processes of an earlier supervisor that still run, by name."""
-        try:
-            recorded = json.loads(self._state.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return {
-            name: entry
-            for name, entry in recorded.items()
-            if entry["started"] is not None and host.start_time(entry["pid"]) == entry["started"]
-        }
-
-    def _adopt_sockets(self, old: dict[str, dict[str, object]]) -> dict[str, list[list[socket.socket]]]:
-        """Listening sockets of living processes: closing the last holder of one would reset what is queued in it."""
-        found: dict[str, list[list[socket.socket]]] = {}
-        for entry in old.values():
-            for purpose, numbers in dict(entry["sockets"]).items():  # type: ignore[call-overload]
-                with contextlib.suppress(OSError):
-                    taken = [socket.socket(fileno=host.pidfd_getfd(int(str(entry["pid"])), number)) for number in numbers]
-                    found.setdefault(purpose, []).append(taken)
-        return found
 
     def _make_children(self, sockets: dict[str, list[list[socket.socket]]]) -> None:
         settings, users = self._settings, self._settings.users
@@ -189,93 +183,56 @@ class Supervisor:
         # vmm makes mounts that outlive it, so it stays in the host's namespace: it is root and can read the code anyway.
         return drop if not child.uid else ["unshare", "--mount", "/bin/sh", "-c", bind, "sh", str(_CODE), str(self._code()), *drop]
 
-    async def _launch(self, child: Child) -> None:
-        """Starts a process and waits for its word. Raises ConfigError when it does not come at the first start."""
-        ready_out, ready_in = os.pipe()
+    async def _spawn(self, child: Child, ready: int) -> Process:
         numbers = {purpose: [sock.fileno() for sock in socks] for purpose, socks in child.sockets.items()}
         environment = {key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "TZ", "SSL_CERT_FILE")}
         environment |= {
             SETTINGS_VARIABLE: self._settings.model_dump_json(), SOCKETS_VARIABLE: json.dumps(numbers),
-            READY_VARIABLE: str(ready_in), "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/nonexistent",
+            READY_VARIABLE: str(ready), "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/nonexistent",
         }  # fmt: skip
         command = list(child.command)
         if self._bound and not child.uid:
             command[0] = str(Path(sys.prefix) / "bin/python")
-        child.started = time.monotonic()
-        child.process = await asyncio.create_subprocess_exec(
+        return await asyncio.create_subprocess_exec(
             *self._prefix(child), *command, env=environment, cwd=_CODE, start_new_session=True, stdin=asyncio.subprocess.DEVNULL,
-            pass_fds=[ready_in, *(number for group in numbers.values() for number in group)],
+            pass_fds=[ready, *(number for group in numbers.values() for number in group)],
         )  # fmt: skip
-        os.close(ready_in)
-        try:
-            seconds = _READY_SECONDS + 2 * self._settings.probe_seconds  # vmm may have to probe both hypervisors
-            word = await asyncio.wait_for(asyncio.to_thread(os.read, ready_out, 1), seconds)
-        except TimeoutError:
-            word = b""
-        finally:
-            os.close(ready_out)
-        self._save_state()
-        self._watch(child)
-        if not word and not child.backoff > _BACKOFF_FIRST:
-            child.stopping = True
-            with contextlib.suppress(ProcessLookupError):
-                child.process.kill()
-            raise ConfigError(f"{child.name} did not start: its words are above")
-
-    def _watch(self, child: Child) -> None:
-        task = asyncio.get_running_loop().create_task(self._until_end(child, child.process))
-        self._watchers.add(task)
-        task.add_done_callback(self._watchers.discard)
-
-    async def _until_end(self, child: Child, process: asyncio.subprocess.Process | None) -> None:
-        assert process is not None
-        code = await process.wait()
-        if child.stopping or child.process is not process:
-            return
-        log.warning("process.ended", name=child.name, code=code)
-        if time.monotonic() - child.started > 10:
-            child.backoff = _BACKOFF_FIRST
-        child.backoff = min(child.backoff * 2, _BACKOFF_MOST)
-        await asyncio.sleep(child.backoff)
-        if not child.stopping:
-            await self._launch(child)
 
     def _save_state(self) -> None:
-        state = {
-            child.name: {
-                "pid": child.process.pid, "started": host.start_time(child.process.pid),
-                "sockets": {purpose: [sock.fileno() for sock in socks] for purpose, socks in child.sockets.items()},
-            }
-            for child in self._children if child.process is not None
-        }  # fmt: skip
-        temporary = self._state.with_suffix(".new")
-        temporary.write_text(json.dumps(state), encoding="utf-8")
-        temporary.rename(self._state)
-
-    async def _stop_old(self, old: dict[str, dict[str, object]], name: str, wait: bool = True) -> None:
-        entry = old.pop(name, None)
-        if entry is None:
-            return
-        pid = int(str(entry["pid"]))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + _STOP_SECONDS
-        while wait and host.start_time(pid) == entry["started"]:
-            if time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-            await asyncio.sleep(0.02)
+        self._state.processes = [
+            Recorded(
+                child.name, process.pid, host.start_time(process.pid), process is child.serving,
+                {purpose: [sock.fileno() for sock in socks] for purpose, socks in child.sockets.items()},
+            )
+            for child in self._children for process in child.processes
+        ]  # fmt: skip
+        temporary = self._path.with_suffix(".new")
+        temporary.write_bytes(msgspec.json.encode(self._state))
+        temporary.rename(self._path)
 
     # ---- reload and stop ----
 
+    def want_reload(self) -> None:
+        """Asks for a reload; one that is under way is followed by another, because what it starts may be of before."""
+        self._reload_wanted.set()
+
+    async def keep_reloading(self) -> None:
+        """Carries out one reload after the other. One that fails is reported, and leaves what serves in its place."""
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            try:
+                await self.reload()
+            except Exception as error:
+                log.error("reload.failed", error=str(error), exc_info=not isinstance(error, ConfigError | StartError))
+                self._state.failed_at, self._state.failure = time.time(), str(error)
+                self._save_state()
+
     async def reload(self) -> None:
-        """Replaces the edge workers one by one; no request is refused or cut."""
+        """Replaces the edge workers one by one; no request is refused or cut. Raises ConfigError, StartError."""
         await asyncio.to_thread(instance.update_certificates, self._settings)
-        for child in [one for one in self._children if one.name.startswith("edge")]:
-            old = child.process
-            await self._launch(child)
-            if old is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    old.terminate()
+        for child in self._edges():
+            await self._processes.start(child)
         log.info("reloaded")
 
     async def keep_certificates(self) -> None:
@@ -290,35 +247,16 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Running sessions are suspended first; nothing stays behind but files in the instance's root."""
-        by_name = {child.name: child for child in self._children}
-        for child in self._children:
-            child.stopping = True
-        await self._end([by_name["control"]], signal.SIGUSR1)
-        edges = [child for child in self._children if child.name.startswith("edge")]
-        await self._end(edges, signal.SIGTERM)
-        await self._end([child for name, child in by_name.items() if name in ("vmm", "store")], signal.SIGTERM)
+        await self._processes.stop_restarts()
+        await self._processes.end([child for child in self._children if child.name == "control"], signal.SIGUSR1)
+        await self._processes.end(self._edges(), signal.SIGTERM)
+        await self._processes.end(self._children, signal.SIGTERM)  # vmm and store
         await asyncio.to_thread(self._clear_runtime)
 
     async def stop_started(self) -> None:
         """After a start that failed: what was started ends."""
-        for child in self._children:
-            child.stopping = True
-        await self._end(list(reversed(self._children)), signal.SIGTERM)
-
-    async def _end(self, children: list[Child], how: signal.Signals) -> None:
-        for child in children:
-            if child.process is not None and child.process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    child.process.send_signal(how)
-        for child in children:
-            if child.process is None:
-                continue
-            try:
-                await asyncio.wait_for(child.process.wait(), _STOP_SECONDS)
-            except TimeoutError:
-                log.warning("process.killed", name=child.name)
-                child.process.kill()
-                await child.process.wait()
+        await self._processes.stop_restarts()
+        await self._processes.end(reversed(self._children), signal.SIGTERM)
 
     def _clear_runtime(self) -> None:
         """Sockets and empty directories go. A microVM that could not be suspended keeps its place, and runs on."""
@@ -338,21 +276,88 @@ class Supervisor:
         Cgroups(self._settings.name, self._settings.root).close()
 
 
+def state_file(settings: Settings) -> Path:
+    return settings.runtime / "supervisor.json"
+
+
+def read_state(path: Path) -> State:
+    """Raises OSError, msgspec.MsgspecError."""
+    return msgspec.json.decode(path.read_bytes(), type=State)
+
+
+def _living(path: Path) -> list[Recorded]:
+    """Processes of an earlier supervisor that still run."""
+    try:
+        recorded = read_state(path).processes
+    except (OSError, msgspec.MsgspecError):
+        return []
+    return [one for one in recorded if _is_living(one)]
+
+
+def _is_living(one: Recorded) -> bool:
+    return one.started is not None and host.start_time(one.pid) == one.started
+
+
+def _adopt_sockets(old: list[Recorded]) -> dict[str, list[list[socket.socket]]]:
+    """Listening sockets of living processes, each once: closing the last holder of one would reset what is queued in it."""
+    found: dict[str, list[list[socket.socket]]] = {}
+    known: set[int] = set()
+    for one in old:
+        for purpose, numbers in one.sockets.items():
+            with contextlib.suppress(OSError):
+                taken = [socket.socket(fileno=host.pidfd_getfd(one.pid, number)) for number in numbers]
+                inodes = {os.fstat(sock.fileno()).st_ino for sock in taken}
+                if inodes <= known:  # those of its predecessor or successor
+                    for sock in taken:
+                        sock.close()
+                    continue
+                known |= inodes
+                found.setdefault(purpose, []).append(taken)
+    return found
+
+
+def _signal(one: Recorded, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(one.pid, number)
+
+
+async def _stop_old(old: list[Recorded]) -> None:
+    """Tells processes of an earlier supervisor to end, and waits for it; kills those that do not end in time."""
+    for one in old:
+        _signal(one, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while left := [one for one in old if _is_living(one)]:
+        if time.monotonic() > deadline:
+            for one in left:
+                _signal(one, signal.SIGKILL)
+        await asyncio.sleep(0.02)
+
+
 async def serve(settings: Settings, announce: Callable[[Settings], None]) -> None:
-    """Until SIGTERM or SIGINT; SIGHUP replaces the edge workers."""
+    """Until SIGTERM or SIGINT; SIGHUP replaces the edge workers. Raises ConfigError when something does not start."""
     supervisor = Supervisor(settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    try:
-        started = await supervisor.start()
-    except BaseException:
-        await supervisor.stop_started()
-        raise
+    start = loop.create_task(supervisor.start())
+
+    def end() -> None:
+        stop.set()
+        start.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(supervisor.reload()))
-    keeper = loop.create_task(supervisor.keep_certificates())
+        loop.add_signal_handler(number, end)
+    loop.add_signal_handler(signal.SIGHUP, supervisor.want_reload)
+    try:
+        started = await start
+    except BaseException as error:
+        await supervisor.stop_started()
+        if stop.is_set():
+            return
+        raise (ConfigError(str(error)) if isinstance(error, StartError) else error) from None
+    keepers = [loop.create_task(supervisor.keep_certificates()), loop.create_task(supervisor.keep_reloading())]
     announce(started)
     await stop.wait()
-    keeper.cancel()
+    for keeper in keepers:
+        keeper.cancel()
+    await asyncio.gather(*keepers, return_exceptions=True)
     await supervisor.stop()

@@ -115,7 +115,7 @@ class Instance:
     def pid_of(self, child: str) -> int:
         """A supervised process, by its name."""
         state = json.loads((self.run / self.name / "supervisor.json").read_text())
-        return int(state[child]["pid"])
+        return next(int(one["pid"]) for one in state["processes"] if one["name"] == child and one["serves"])
 
     def kill(self, child: str) -> None:
         """kill -9, and wait until its successor serves."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import json
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from gateway import config, instance, listeners
@@ -73,24 +73,26 @@ def reload(root: Root = None, name: Name = None) -> None:
 
     Example: torpor reload
     """
+    from gateway import supervisor
+
     settings = config.load(root=root, name=name)
-    state = settings.runtime / "supervisor.json"
+    path, began = supervisor.state_file(settings), time.time()
+
+    def workers(state: supervisor.State) -> set[int]:
+        return {one.pid for one in state.processes if one.serves and one.name.startswith("edge")}
+
     try:
-        supervisor = int((settings.runtime / "lock").read_text(encoding="ascii"))
-        before = _edge_processes(state)
-        os.kill(supervisor, signal.SIGHUP)
-    except (OSError, ValueError):
+        before = workers(supervisor.read_state(path))
+        os.kill(int((settings.runtime / "lock").read_text(encoding="ascii")), signal.SIGHUP)
+    except (OSError, ValueError, msgspec.MsgspecError):
         fail(f"instance {settings.name} is not served here: start it with `torpor serve`", 1)
     deadline = time.monotonic() + _RELOAD_SECONDS
-    while _edge_processes(state) & before:
+    while workers(state := supervisor.read_state(path)) & before:
+        if state.failed_at >= began:
+            fail(f"workers were not replaced, and those that served go on: {state.failure}", 1)
         if time.monotonic() > deadline:
             fail(f"workers were not replaced within {_RELOAD_SECONDS:g} s: the service's log says why", 1)
         time.sleep(0.05)
-
-
-def _edge_processes(state: Path) -> set[int]:
-    found: dict[str, dict[str, int]] = json.loads(state.read_text(encoding="utf-8"))
-    return {entry["pid"] for child, entry in found.items() if child.startswith("edge")}
 
 
 def trust(root: Root = None, name: Name = None, remove: Annotated[bool, typer.Option(help="Take it out again.")] = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from gateway import process
@@ -13,11 +12,11 @@ from .certificates import Certificates
 
 
 async def main(settings: Settings) -> None:
-    name = f"edge-{sys.argv[1]}-{os.getpid()}"
     sockets, certificates = process.inherited(), Certificates(settings.tls_dir)
     await worker.run(
-        name, settings.edge, settings.control_socket, settings.vmm_socket, sockets, certificates, process.ready, settings.traces.endpoint
+        _NAME, settings.edge, settings.control_socket, settings.vmm_socket, sockets, certificates, process.ready, settings.traces.endpoint
     )
 
 
-process.run(f"edge-{sys.argv[1]}", main)
+_NAME = f"edge-{sys.argv[1]}"  # as its slot is named: its successor's is the same
+process.run(_NAME, main)

@@ -1,0 +1,195 @@
+"""Children of the supervisor: real processes that start, end, hang, and are replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gateway import children as module
+from gateway.children import Child, Children, Process, StartError
+
+SERVES = "printf 1 >/dev/fd/$READY; exec sleep 600"
+FAILS = "exit 1"
+HANGS = "exec sleep 600"
+
+
+class Rig:
+    """Children whose command is what `script` is when they are started."""
+
+    def __init__(self) -> None:
+        self.script = SERVES
+        self.changes = asyncio.Event()
+        self.spawned = 0
+        self.children = Children(self._spawn, self.changes.set, 10.0)
+        self.child = Child("one", [], 0)
+
+    async def _spawn(self, child: Child, ready: int) -> Process:
+        self.spawned += 1
+        if not self.script:
+            raise FileNotFoundError(2, "no such program")
+        return await asyncio.create_subprocess_exec("/bin/sh", "-c", self.script, pass_fds=[ready], env={"READY": str(ready)})
+
+    async def until_another_serves(self, than: Process | None) -> Process:
+        async with asyncio.timeout(10):
+            while True:
+                self.changes.clear()
+                serving = self.child.serving
+                if serving is not None and serving is not than and serving.returncode is None:
+                    return serving
+                await self.changes.wait()
+
+    async def stop(self) -> None:
+        await self.children.stop_restarts()
+        await self.children.end([self.child], signal.SIGKILL)
+
+
+@pytest.fixture
+async def rig(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
+    monkeypatch.setattr(module, "_BACKOFF_FIRST", 0.01)
+    one = Rig()
+    yield one
+    await one.stop()
+    assert not one.child.processes
+
+
+async def started(rig: Rig) -> Process:
+    await rig.children.start(rig.child)
+    assert rig.child.serving is not None
+    return rig.child.serving
+
+
+def lives(process: Process) -> bool:
+    return process.returncode is None and Path(f"/proc/{process.pid}").exists()
+
+
+async def test_what_ends_is_started_again(rig: Rig) -> None:
+    first = await started(rig)
+    first.kill()
+    second = await rig.until_another_serves(first)
+    second.kill()
+    await rig.until_another_serves(second)
+    assert len(rig.child.processes) == 1
+
+
+async def test_a_successor_takes_over_before_its_predecessor_ends(rig: Rig) -> None:
+    rig.script = f"trap 'exit 0' TERM; {SERVES.replace('exec sleep 600', 'while :; do sleep 0.01; done')}"
+    first = await started(rig)
+    second = await started(rig)
+    assert second is not first and lives(second)
+    async with asyncio.timeout(10):
+        assert await first.wait() == 0
+    assert rig.spawned == 2, "its end was wanted"
+
+
+@pytest.mark.parametrize("script", [FAILS, HANGS, ""])
+async def test_a_successor_that_does_not_serve_leaves_its_predecessor_in_its_place(rig: Rig, script: str) -> None:
+    """And watched: it is started again when it ends, and ended at the stop."""
+    first = await started(rig)
+    rig.script = script
+    rig.children.ready_seconds = 0.3 if script == HANGS else 10.0
+    with pytest.raises(StartError, match="one did not start"):
+        await rig.children.start(rig.child)
+    rig.children.ready_seconds = 10.0
+    assert rig.child.serving is first and lives(first) and list(rig.child.processes) == [first]
+    rig.script = SERVES
+    first.kill()
+    second = await rig.until_another_serves(first)
+    await rig.stop()
+    assert not lives(second)
+
+
+@pytest.mark.parametrize("script", [FAILS, HANGS, ""])
+async def test_what_cannot_be_started_again_is_tried_until_it_can(rig: Rig, script: str) -> None:
+    rig.children.ready_seconds = 0.3 if script == HANGS else 10.0
+    first = await started(rig)
+    rig.script = script
+    first.kill()
+    async with asyncio.timeout(10):
+        while rig.spawned < 4:
+            await asyncio.sleep(0.005)
+    rig.script = SERVES
+    await rig.until_another_serves(first)
+    assert len(rig.child.processes) == 1
+
+
+async def test_one_that_ends_as_soon_as_it_serves_is_started_again(rig: Rig) -> None:
+    rig.script = "printf 1 >/dev/fd/$READY; exit 3"
+    await rig.children.start(rig.child)
+    rig.script = SERVES
+    await rig.until_another_serves(None)
+
+
+async def test_replacements_follow_each_other(rig: Rig) -> None:
+    """Two at once would leave a process that nobody knows."""
+    first = await started(rig)
+    await asyncio.gather(*(rig.children.start(rig.child) for _ in range(3)))
+    assert rig.spawned == 4 and rig.child.serving is not None and lives(rig.child.serving)
+    async with asyncio.timeout(10):
+        while len(rig.child.processes) > 1:
+            rig.changes.clear()
+            await rig.changes.wait()
+    assert list(rig.child.processes) == [rig.child.serving] and not lives(first)
+
+
+async def test_a_replacement_that_comes_while_it_is_started_again_is_the_only_one(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rig.child, "backoff", 0.0)
+    first = await started(rig)
+    first.kill()
+    await first.wait()
+    await asyncio.gather(rig.children.start(rig.child), rig.until_another_serves(first))
+    await asyncio.gather(*rig.children._restarts)
+    assert len(rig.child.processes) == 1 and rig.spawned <= 3
+
+
+async def test_a_start_that_is_given_up_leaves_no_process(rig: Rig) -> None:
+    rig.script = HANGS
+    start = asyncio.ensure_future(rig.children.start(rig.child))
+    async with asyncio.timeout(10):
+        await rig.changes.wait()
+    (process,) = rig.child.processes
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert not lives(process) and rig.child.serving is None
+
+
+async def test_a_stop_while_it_is_started_again_leaves_no_process(rig: Rig) -> None:
+    first = await started(rig)
+    rig.script = HANGS
+    first.kill()
+    async with asyncio.timeout(10):
+        while rig.spawned < 2 or not rig.child.processes or first in rig.child.processes:
+            rig.changes.clear()
+            await rig.changes.wait()
+    (second,) = rig.child.processes
+    await rig.stop()
+    assert not lives(second)
+
+
+async def test_what_does_not_end_in_time_is_killed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STOP_SECONDS", 0.1)
+    rig.script = f"trap '' TERM; {SERVES.replace('exec sleep 600', 'while :; do sleep 0.01; done')}"
+    process = await started(rig)
+    await rig.children.stop_restarts()
+    await rig.children.end([rig.child], signal.SIGTERM)
+    assert process.returncode == -signal.SIGKILL
+
+
+async def test_starts_leave_no_descriptors(rig: Rig) -> None:
+    await started(rig)
+    before = len(os.listdir("/proc/self/fd"))
+    for script in (FAILS, "", SERVES):
+        rig.script = script
+        with contextlib.suppress(StartError):
+            await rig.children.start(rig.child)
+    async with asyncio.timeout(10):
+        while len(rig.child.processes) > 1:
+            rig.changes.clear()
+            await rig.changes.wait()
+    assert len(os.listdir("/proc/self/fd")) <= before
