@@ -35,7 +35,7 @@ _NONE: dict[str, Limiter] = {}  # shared: replaced before it is written to
 class Http1(Exchange):
     __slots__ = (
         "_ahead", "_block", "_body", "_body_bytes", "_body_since", "_buffer", "_frames", "_half_closed_at", "_joined", "_keep", "_left",
-        "_reading", "_state", "_stuck_since", "_via", "is_raw", "touched", "transport",
+        "_origin_ended", "_reading", "_state", "_stuck_since", "_via", "is_raw", "touched", "transport",
     )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
@@ -48,6 +48,7 @@ class Http1(Exchange):
         self._ahead = b""  # read, but not looked at yet: the next requests, or a body whose origin is not there yet
         self._reading: ReadGate | None = None
         self._half_closed_at = 0.0  # when the client ended its half; 0: it has not
+        self._origin_ended = False  # the tunnel's application has ended its half
         self._stuck_since = 0.0  # when the client stopped reading so much that the write buffer is full; 0: it reads
         self._via = b""  # what we add to responses
         # the request under way
@@ -95,6 +96,8 @@ class Http1(Exchange):
             self._give_up()
         elif self._state == _TUNNEL and origin is not None:
             origin.finish(None)
+            if self._origin_ended:
+                self._tunnel_over()
         elif self._state in (_AT_HEAD, _IN_BODY) and not self._ahead:
             self._close()
 
@@ -428,10 +431,16 @@ class Http1(Exchange):
             self._frames.end()
         if self.transport is not None and self.transport.can_write_eof():
             self.transport.write_eof()
+            self._origin_ended = True
             if self._half_closed_at:
-                self._close()
+                self._tunnel_over()
         else:
             self._close()
+
+    def _tunnel_over(self) -> None:
+        """Both sides have ended their halves, in whatever order."""
+        self.record()
+        self._close()
 
     def response_over(self) -> None:
         self.origin = None

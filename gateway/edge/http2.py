@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, cast
 from . import failures, head2, multiplex, replies
 from . import frames as f
 from .admission import Refuse
-from .exchange import Exchange, peer_of
+from .exchange import Exchange, OriginSide, peer_of
 from .failures import Failure
 from .flow import FLOW_SLOTS, Flow
 from .frames import Code, H2ConnectionError, H2StreamError
@@ -295,7 +295,7 @@ class Http2(Multiplex):
 class Request(Exchange, Flow):
     """One stream: one exchange, and its flow control."""
 
-    __slots__ = ("_ahead", "_frames", "_left", "_trailers", "connection", "expected", "key", *FLOW_SLOTS)
+    __slots__ = ("_ahead", "_end_sent", "_frames", "_left", "_trailers", "connection", "expected", "key", *FLOW_SLOTS)
 
     protocol = HTTP2
     is_raw = False
@@ -311,6 +311,7 @@ class Request(Exchange, Flow):
         self._trailers: Trailers | None = None  # which may come before there is an application
         self._left = -1  # bytes of the answer that Content-Length has promised, and that are still to come
         self._frames: FrameCounter | None = None
+        self._end_sent = False  # the tunnel's application has ended its half
         self.expected = -1  # bytes of the request's body that are still to come by Content-Length
         self.key: Key = ()
 
@@ -362,7 +363,13 @@ class Request(Exchange, Flow):
                     self.throttle(len(data))
                 origin.send(data)
         if end:
-            origin.finish(None)
+            self._finish(origin, None)
+
+    def _finish(self, origin: OriginSide, trailers: Trailers | None) -> None:
+        """The client has ended its half."""
+        origin.finish(trailers)
+        if self._end_sent:
+            self._over()
 
     @property
     def _awaits_switch(self) -> bool:
@@ -386,7 +393,7 @@ class Request(Exchange, Flow):
         if self.origin is None:
             self._trailers = trailers
         elif not self._awaits_switch:
-            self.origin.finish(trailers)
+            self._finish(self.origin, trailers)
 
     def send_ahead(self) -> None:
         origin = self.origin
@@ -518,8 +525,18 @@ class Request(Exchange, Flow):
     # ---- ends ----
 
     def on_end_sent(self) -> None:
-        """All of the answer has been sent. One that comes before the whole request asks for no more of it (RFC 9113, 8.1)."""
+        """All of the answer has been sent. One that comes before the whole request asks for no more of it (RFC 9113, 8.1); in a tunnel
+        it is one half that has ended, and the client may speak on (RFC 8441, 5)."""
+        if self._frames is not None and not self.received_end:
+            self._end_sent = True
+        else:
+            self._over()
+
+    def _over(self) -> None:
+        """Both sides of a tunnel have ended, or the answer is complete."""
         self.record()
+        if self._frames is not None:
+            self.leave()
         if self.received_end:
             self.connection.drop(self)
         else:
