@@ -120,6 +120,19 @@ def admit(head: RequestHead, grant: Grant | Refuse, route: Route | None, is_know
         return Refuse(403, PORT_DENIED)
     if head.max_forwards == 0:  # RFC 9110, 7.6.2: it goes no further than here
         return Refuse(200) if head.method == b"OPTIONS" else NO_TRACE
+    return _by_gate(route, port)
+
+
+def admit_again(session: str, port: int, route: Route | None) -> Decision:
+    """For a request whose token was verified and allows the port (SHELL_PORT: a shell): only its route can have changed."""
+    if route is None or route.session != session:
+        return BAD_TOKEN
+    if not (route.opens_shell if port == SHELL_PORT else route.opens_http):
+        return Refuse(403, PORT_DENIED)
+    return _by_gate(route, port)
+
+
+def _by_gate(route: Route, port: int) -> Decision:
     if route.gate == "open":
         return Forward(port)
     return Hold(port) if route.gate == "hold" else Refuse(502, reason="the MicroVM is not running, and no request resumes it")

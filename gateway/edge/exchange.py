@@ -9,28 +9,36 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
+import structlog
+
+from gateway.messages import Route
 from gateway.tokens import Grant
 
 from . import failures, replies
-from .admission import SHELL_PORT, Forward, Hold, Lookup, Refuse, admit, check_token
-from .head import Malformed, RequestHead, ResponseHead
+from .admission import SHELL_PORT, Decision, Forward, Hold, Lookup, Refuse, admit, admit_again, check_token
+from .head import NO_BODY, Malformed, RequestHead, ResponseHead
 from .hold import HoldFull, Ticket
 from .memo import Admitted, Repeated
 from .reading import PEER_SLOW, THROTTLED
 from .record import HTTP1, HTTP2, RequestRecord
+from .sockets import SessionGone
 from .table import Account, RouteEntry
-from .upstream import ConnectFailed, SessionGone
+from .upstream import ConnectFailed
 from .websocket import PING, PONG, FrameCounter, pong
 
 if TYPE_CHECKING:
+    from gateway.tokens import Grant
+
     from .failures import Failure
     from .head import Trailers
     from .limits import Limiter
-    from .upstream import Key
+    from .pool import Key
     from .worker import Worker
+
+log = structlog.get_logger()
 
 _STALE_SECONDS = 0.1
 _INTERIMS_MOST: Final = 64  # of one exchange: progress (102) and hints (103) come in a few, a flood would cost memory
@@ -50,7 +58,7 @@ class OriginSide(Protocol):
     def is_paused(self) -> bool: ...
 
     def open(self, exchange: Exchange, head: RequestHead) -> None:
-        """Sends the request's head."""
+        """Sends the request's head. Fails the exchange where the connection has closed meanwhile."""
 
     def send(self, data: bytes) -> None:
         """Sends a piece of the request's body (or of a tunnel)."""
@@ -71,8 +79,8 @@ class Exchange:
     """Origins call the methods under "the answer"; a protocol implements them."""
 
     __slots__ = (
-        "_held_since", "_interims", "_limiter", "_task", "_throttle", "_timing", "_waiting", "account", "again", "began",
-        "client_frames", "counted", "first_byte", "head", "held_for", "held_seconds", "hop_fields", "origin", "owed", "reason",
+        "_held_since", "_interims", "_limiter", "_task", "_throttle", "_timing", "_tried_again", "_waiting", "account", "again",
+        "began", "client_frames", "counted", "first_byte", "head", "held_for", "held_seconds", "hop_fields", "origin", "owed", "reason",
         "request_id", "response_started", "sent", "status", "worker",
     )  # fmt: skip
 
@@ -98,6 +106,7 @@ class Exchange:
         self._waiting = False
         self._task: asyncio.Task[None] | None = None
         self._limiter: Limiter | None = None
+        self._tried_again = False
         self._throttle: asyncio.TimerHandle | None = None  # while the bytes a second are spent
         self._timing = ""
         self._held_since = self.held_seconds = 0.0
@@ -130,13 +139,12 @@ class Exchange:
         self.response_done()
 
     def origin_failed(self, failure: Failure) -> None:
-        """There is no whole answer from the application. Before its head this is a 502; after it, the client must see that it is
-        cut short. Both are written into the microVM's log."""
-        origin = self.origin
+        """There is no whole answer from the application. Before its head this is a 502, or the request is sent once more; after it,
+        the client must see that it is cut short. Both are written into the microVM's log."""
+        origin, self.origin = self.origin, None
         key: Key = origin.key if origin is not None else ("", 0, 0)
-        if failure.kind == failures.NOT_HTTP and not self.response_started and self.worker.upstream.try_tls(key, self):
+        if not self.response_started and self._tries_again(failure, key):
             return
-        self.origin = None
         if failure.kind != failures.ENDED or not self.response_started:
             self.fault(key, failure.reason)
         if self.response_started:
@@ -144,6 +152,28 @@ class Exchange:
             self.cut_short()
         else:
             self.refuse(replies.UNAVAILABLE)
+
+    def _tries_again(self, failure: Failure, key: Key) -> bool:
+        """Once, on a new connection, and only where the application cannot have acted on the request: it is safe and has no content
+        (RFC 9110, 9.2.2), or its application has said that it was not looked at. Over TLS, where the answer was not HTTP."""
+        if self._tried_again or failure.kind not in (failures.NOT_HTTP, failures.STALE, failures.REFUSED, failures.UNANSWERED):
+            return False
+        head = self.head or self._head_of_cached()
+        if head is None or head.framing != NO_BODY or not (head.is_safe or failure.kind == failures.REFUSED):
+            return False
+        if failure.kind in (failures.NOT_HTTP, failures.UNANSWERED) and not self.worker.upstream.may_speak_tls(key):
+            return False
+        self._tried_again = True
+        self.head = head
+        self.run(self._slow(head, key[0], lambda route, is_known: admit_again(key[0], key[2], route), failure))
+        return True
+
+    def _head_of_cached(self) -> RequestHead | None:
+        again = self.again
+        if again is None:
+            return None
+        method, target, _ = again.rewritten.split(b" ", 2)
+        return RequestHead(method, target, 1, again.memo.host, keep_alive=again.memo.keep_alive, block=again.memo.block)
 
     def cut_short(self) -> None:
         """Ends the answer so that its client sees that it is not complete."""
@@ -214,7 +244,7 @@ class Exchange:
             return False
         if entry.limiter is not None:
             return False
-        origin = worker.upstream.take_idle(memo.key, now)
+        origin = worker.upstream.take_idle(memo.key, now, again.is_safe)
         if origin is None:
             return False
         self.again = again
@@ -231,6 +261,7 @@ class Exchange:
         self._held_since = self.held_seconds = 0.0
         self._interims = 0
         self._limiter = None
+        self._tried_again = False
         self.sent = 0
         self.request_id = request_id = worker.ledger.request_id()
         origin.begin(self, again.is_head)
@@ -250,6 +281,7 @@ class Exchange:
         self.response_started = False
         self.sent = 0
         self._limiter = None
+        self._tried_again = False
         self._timing = ""
         self._held_since = self.held_seconds = 0.0
         self._interims = 0
@@ -268,18 +300,19 @@ class Exchange:
                 self.fault((entry.route.session, entry.route.incarnation, decision.port), limited)
             self.refuse(replies.LIMITED)
         elif isinstance(decision, Forward) and entry is not None and not isinstance(grant, Refuse):
-            self._forward(decision.port, entry, head, grant.expires)
+            self._forward(decision.port, entry, head, grant, wall)
         else:
-            self.run(self._slow(head))
+            session = "" if isinstance(grant, Refuse) else grant.session
+            self.run(self._slow(head, session, lambda route, is_known: admit(head, grant, route, is_known, wall)))
 
-    def _forward(self, port: int, entry: RouteEntry, head: RequestHead, expires: float) -> None:
+    def _forward(self, port: int, entry: RouteEntry, head: RequestHead, grant: Grant, wall: float) -> None:
         route = entry.route
         key = (route.session, route.incarnation, port)
         if head.is_memorable and not head.wants_h2:
-            self.remember(Admitted(head.host, route, self.worker.checker, expires, key, entry.account, head.block, head.keep_alive))
-        origin = None if head.wants_h2 or port == SHELL_PORT else self.worker.upstream.take_idle(key, self.began)
+            self.remember(Admitted(head.host, route, self.worker.checker, grant.expires, key, entry.account, head.block, head.keep_alive))
+        origin = self.worker.upstream.ready(key, head, self.began) if port != SHELL_PORT else None
         if origin is None:
-            self.run(self._slow(head))
+            self.run(self._slow(head, grant.session, lambda route, is_known: admit(head, grant, route, is_known, wall)))
         else:
             self._start(origin, entry)
 
@@ -364,8 +397,11 @@ class Exchange:
 
     # ---- what has to wait ----
 
-    async def _slow(self, head: RequestHead) -> None:
-        """Decides again after each wait, because everything may have changed meanwhile."""
+    async def _slow(
+        self, head: RequestHead, session: str, decide: Callable[[Route | None, bool], Decision], first: Failure | None = None
+    ) -> None:
+        """Decides again after each wait, because the route may have changed meanwhile; the token was checked when the request opened,
+        and one that expires while its request is held is still good. `first` is what became of the request before this attempt."""
         worker = self.worker
         deadline = worker.time() + worker.settings.hold_seconds
         is_known = False
@@ -373,13 +409,9 @@ class Exchange:
         try:
             while True:
                 entry = worker.table.get(head.host)
-                # A token is checked when the request opens: one that expires while its request is held is still good.
-                wall = 0.0 if self._held_since else worker.wall()
-                grant = check_token(head, worker.checker, wall)
-                decision = admit(head, grant, entry.route if entry else None, is_known, wall)
+                decision = decide(entry.route if entry else None, is_known)
                 if isinstance(decision, Lookup):
-                    assert isinstance(grant, Grant)
-                    is_known = await worker.lookup(head.host, grant.session)
+                    is_known = await worker.lookup(head.host, session)
                     if not is_known:
                         self.refuse(replies.NOT_KNOWN_NOW)
                         return
@@ -399,10 +431,14 @@ class Exchange:
             self.fault(key, f"the MicroVM could not take the request within {worker.settings.hold_seconds:g} s (edge.hold_seconds)")
             self.refuse(replies.UNAVAILABLE)
         except (ConnectFailed, SessionGone) as error:
-            self.fault(key, str(error))
+            self.fault(key, first.reason if first is not None else str(error))
             self.refuse(replies.UNAVAILABLE)
+        except Exception:
+            log.exception("edge.exchange_failed", session=key[0])
+            self.refuse(replies.FAILED)
         finally:
-            self._task = None
+            if self._task is asyncio.current_task():  # and not one that tries again
+                self._task = None
 
     async def _wait(self, entry: RouteEntry, deadline: float, port: int) -> None:
         worker = self.worker
@@ -430,7 +466,7 @@ class Exchange:
             if port == SHELL_PORT:
                 origin: OriginSide = await worker.upstream.shell(route)
             else:
-                origin = await worker.upstream.connect(route, port, entry.opened_at, head)
+                origin = await worker.upstream.connect(route, port, entry.opened_at, head, self._tried_again, deadline)
         except SessionGone:
             # vmm knows more than our table: control will tell us, or has to be asked again.
             self._answered()
@@ -522,14 +558,6 @@ class Exchange:
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """The exchange's one task; it ends with the exchange."""
         self._task = self.worker.spawn(work)
-
-    def begin_again(self, origin: OriginSide) -> None:
-        """The same request to the same application in another way: it never saw the first as one."""
-        self._task = None
-        assert self.head is not None
-        self.origin = origin
-        origin.open(self, self.head)
-        self.send_ahead()
 
     def leave(self) -> None:
         """The client is gone, or its stream: whatever waits or runs for it ends."""

@@ -18,6 +18,7 @@ _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e\x80-\xff]+) HTTP/1\
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?\Z")
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5})?)?\Z")
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]+)([/?].*)?\Z", re.I)
+_TIMEOUT = re.compile(rb"(?:^|[,; \t])timeout[ \t]*=[ \t]*\"?([0-9]{1,6})\b", re.I)  # of Keep-Alive (RFC 2068, 19.7.1.1)
 _DIGITS = re.compile(rb"[0-9]{1,18}\Z")
 _NAME = re.compile(_TOKEN + rb"\Z")
 _END_OF_HEAD = re.compile(rb"\n\r?\n")
@@ -108,6 +109,7 @@ class ResponseHead:
     upgrade: bytes | None = None
     names: frozenset[bytes] = field(default_factory=frozenset)
     hpack: bytes = b""
+    idle_seconds: float = -1.0  # how long the application keeps an idle connection, where it says so (Keep-Alive: timeout)
     is_dated: bool = True
 
 
@@ -362,8 +364,12 @@ def parse_response(raw: bytes, most: int, is_head: bool) -> ResponseHead:
         close = close or any(name == b"content-length" for name, _, _ in fields)  # RFC 9112, 6.1
         dropped |= {b"content-length"}
     kept: list[bytes] = []
+    idle_seconds = -1.0
     for name, sent, value in fields:
         if name in dropped:
+            if name == b"keep-alive":
+                timeout = _TIMEOUT.search(value)
+                idle_seconds = float(timeout[1]) if timeout is not None else idle_seconds
             continue
         if name == b"content-length":
             dropped |= {name}  # written once, however often it was said
@@ -383,6 +389,7 @@ def parse_response(raw: bytes, most: int, is_head: bool) -> ResponseHead:
         upgrade=switched,
         names=names,
         is_dated=status < 200 or b"date" in names,
+        idle_seconds=idle_seconds,
     )  # fmt: skip
 
 

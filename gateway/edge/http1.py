@@ -26,6 +26,7 @@ _TUNNEL: Final = 3
 _ENDING: Final = 4
 _QUEUED: Final = 5  # the next request may be here, and waits: for a turn of the loop or its session's, or for the client to read
 _FAST_LINE = re.compile(rb"(?:GET|POST|PUT|DELETE|HEAD|OPTIONS|PATCH) /[\x21-\x7e\x80-\xff]* HTTP/1\.1\Z").match
+_SAFE: Final = (b"GET ", b"HEAD ", b"OPTIONS ")  # and without content, as every request that is remembered
 _AHEAD_MAX_BYTES: Final = 64 << 10  # read beyond the request under way, or while it is held
 _BUFFER_HIGH_BYTES: Final = 512 << 10
 _LINGER_SECONDS = 1.0
@@ -161,7 +162,8 @@ class Http1(Exchange):
         line, block = (raw, b"") if at < 0 else (raw[:at], raw[at:])
         memo = worker.memo.get(block)
         if memo is not None and _FAST_LINE(line):
-            again = Repeated(memo, b"%b%b\r\nx-amzn-requestid: " % (line, memo.block), line.startswith(b"HEAD "))
+            rewritten = b"%b%b\r\nx-amzn-requestid: " % (line, memo.block)
+            again = Repeated(memo, rewritten, line.startswith(b"HEAD "), line.startswith(_SAFE))
             if self._try_cached(again, data, end, now):
                 worker.repeated.put(raw, again)
                 return

@@ -338,7 +338,7 @@ class Request(Exchange, Flow):
         head = self.head
         assert head is not None
         rewritten = b"%b %b HTTP/1.1%b\r\nx-amzn-requestid: " % (head.method, head.target, head.block)
-        self.worker.streams.put(self.key, Repeated(memo, rewritten, head.method == b"HEAD"))
+        self.worker.streams.put(self.key, Repeated(memo, rewritten, head.method == b"HEAD", head.is_safe))
 
     def on_data(self, data: bytes, end: bool) -> None:
         """Raises H2StreamError where the body is not what Content-Length says."""

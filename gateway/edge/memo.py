@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 from gateway.messages import Route
 from gateway.tokens import Checker
 
+from .pool import Key
 from .table import Account
-from .upstream import Key
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -42,6 +42,7 @@ class Repeated:
     memo: Admitted
     rewritten: bytes
     is_head: bool
+    is_safe: bool  # it can be sent once more (RFC 9110, 9.2.1)
 
 
 class Memo(Generic[K, V]):

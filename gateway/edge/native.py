@@ -36,6 +36,7 @@ MODULES = (
     "multiplex",
     "origin",
     "origin2",
+    "pool",
     "reading",
     "record",
     "replies",

@@ -17,7 +17,8 @@ from .reading import HELD, PEER_SLOW, ReadGate
 
 if TYPE_CHECKING:
     from .exchange import Exchange
-    from .upstream import Key, Upstream
+    from .pool import Key, Pool
+    from .upstream import Upstream
     from .worker import Worker
 
 _AT_HEAD: Final = 0
@@ -26,6 +27,7 @@ _IN_CHUNKED: Final = 2
 _TO_CLOSE: Final = 3
 _TUNNEL: Final = 4
 _MEMO_HEAD_MAX_BYTES: Final = 2048
+_PROVEN_SECONDS: Final = 1.0  # idle for less, a connection is still open at its application, where that has not said how long it keeps it
 BUFFER_HIGH_BYTES: Final = 512 << 10
 
 _responses: Memo[bytes, ResponseHead] = Memo(2048)
@@ -33,16 +35,18 @@ _responses: Memo[bytes, ResponseHead] = Memo(2048)
 
 class Origin:
     __slots__ = (
-        "_body", "_buffer", "_encodes", "_held", "_in_chunks", "_left", "_request", "_state", "_upstream", "_worker", "exchange",
-        "idle_since", "is_head", "is_parked", "is_paused", "key", "reading", "seen", "transport", "unclean",
+        "_body", "_buffer", "_encodes", "_held", "_in_chunks", "_left", "_pool", "_state", "_worker", "answered", "exchange", "idle_since",
+        "is_head", "is_parked", "is_paused", "is_secure", "proven_seconds", "reading", "reuse_seconds", "spoke_first", "transport",
+        "unclean",
     )  # fmt: skip
 
     takes_raw = True
+    is_shared = False  # by several exchanges at a time
 
-    def __init__(self, worker: Worker, upstream: Upstream, key: Key) -> None:
+    def __init__(self, worker: Worker, pool: Pool, is_secure: bool) -> None:
         self._worker = worker
-        self._upstream = upstream
-        self.key = key
+        self._pool = pool
+        self.is_secure = is_secure
         self.transport: asyncio.Transport | None = None
         self.exchange: Exchange | None = None
         self.idle_since = 0.0
@@ -52,7 +56,10 @@ class Origin:
         self.is_parked = False  # its session sleeps; what is sent meanwhile is held
         self._held: list[bytes] = []
         self.unclean = False  # not to be used again
-        self.seen = False  # the application has answered on this connection: it speaks HTTP
+        self.answered = False  # the application has answered on this connection: it speaks HTTP
+        self.spoke_first = False  # something came while there was no request
+        self.reuse_seconds = worker.settings.origin_idle_seconds  # idle for longer, it is not used again
+        self.proven_seconds = _PROVEN_SECONDS  # pool.py
         self._state = _AT_HEAD
         self._left = 0
         self._buffer = b""
@@ -70,7 +77,8 @@ class Origin:
     def data_received(self, data: bytes) -> None:
         exchange = self.exchange
         if exchange is None:
-            self.close()  # nobody asked
+            self.spoke_first = True
+            self.close()
             return
         state = self._state
         if state == _AT_HEAD:
@@ -91,11 +99,22 @@ class Origin:
         if self._state == _TUNNEL and self.exchange is not None:
             self.exchange.tunnel_half_closed()
             return True
+        if self.exchange is None:
+            self._closed_while_idle()
         return False
 
+    def _closed_while_idle(self) -> None:
+        """The application closed a connection that waited: where it did so sooner than was to be expected, it may do so again."""
+        if self.answered and not self.is_closing and self._worker.time() - self.idle_since < self.proven_seconds:
+            self._pool.closes_early = True
+
     def connection_lost(self, error: Exception | None) -> None:
+        if error is not None and self.exchange is None:
+            self._closed_while_idle()
         self.transport = self.reading = None
-        self.forgotten()
+        if self.is_parked:
+            self._worker.parking.discard(self)
+        self._pool.forget(self, self._worker.time())
         exchange, self.exchange = self.exchange, None
         if exchange is None:
             return
@@ -108,7 +127,7 @@ class Origin:
         elif self._buffer:
             exchange.origin_failed(failures.HEAD_CUT_SHORT)
         else:
-            exchange.origin_failed(failures.STALE_FAILURE if self.seen else failures.UNANSWERED_FAILURE)
+            exchange.origin_failed(self._unanswered())
 
     def pause_writing(self) -> None:
         self.is_paused = True
@@ -120,7 +139,16 @@ class Origin:
         if self.exchange is not None:
             self.exchange.resume_reading(PEER_SLOW)
 
+    def _unanswered(self) -> Failure:
+        if self.spoke_first:
+            return failures.SPOKE_FIRST
+        return failures.STALE_FAILURE if self.answered else failures.UNANSWERED_FAILURE
+
     # ---- used by the exchange ----
+
+    @property
+    def key(self) -> Key:
+        return self._pool.key
 
     @property
     def is_closing(self) -> bool:
@@ -147,14 +175,25 @@ class Origin:
         self._buffer = b""
 
     def open(self, exchange: Exchange, head: RequestHead) -> None:
+        if self.transport is None or self.transport.is_closing():  # since it was taken out of the pool
+            exchange.origin_failed(self._unanswered())
+            return
         self.begin(exchange, head.method == b"HEAD")
         self._in_chunks = head.framing == CHUNKED
         self._encodes = self._in_chunks and not exchange.is_raw
-        if self.transport is not None:
-            self.transport.write(
-                b"%b %b HTTP/1.1%b\r\nx-amzn-requestid: %b%b\r\n\r\n"
-                % (head.method, head.target, head.block, exchange.request_id, exchange.hop_fields)
-            )
+        self.transport.write(
+            b"%b %b HTTP/1.1%b\r\nx-amzn-requestid: %b%b\r\n\r\n"
+            % (head.method, head.target, head.block, exchange.request_id, exchange.hop_fields)
+        )
+
+    def give_up(self) -> None:
+        """It was taken out of its pool, and not begun with."""
+        if self.is_closing:
+            return
+        if self.is_reusable:
+            self._pool.release(self, self._worker.time())
+        else:
+            self.close()
 
     @property
     def stream_count(self) -> int:
@@ -175,8 +214,9 @@ class Origin:
         if self.exchange is not None:
             self.exchange.parked()
 
-    def join(self, upstream: Upstream) -> None:
-        upstream.pool(self.key).open.add(self)
+    def join(self, upstream: Upstream, incarnation: int) -> None:
+        self._pool = upstream.pool((self.key[0], incarnation, self.key[2]))
+        self._pool.open.add(self)
 
     def unpark(self) -> None:
         """The session runs again: what was held goes to the application."""
@@ -236,9 +276,6 @@ class Origin:
         if self.transport is not None:
             self.transport.close()
 
-    def forgotten(self) -> None:
-        self._upstream.forget(self)
-
     def cut(self) -> None:
         """Ends the connection because its incarnation ends; the exchange on it, if any, fails."""
         self.unclean = True
@@ -268,7 +305,7 @@ class Origin:
                         return
                     head = self._parse(data if end < 0 else data[:end])
                 except Malformed as error:
-                    not_http = not self.seen and not data.startswith(b"HTTP/")
+                    not_http = not self.answered and not self.is_secure and not data.startswith(b"HTTP/")
                     self._refuse(exchange, failures.NOT_HTTP_FAILURE if not_http else Failure(failures.INVALID, str(error)))
                     return
             data = data[rest:]
@@ -281,7 +318,7 @@ class Origin:
                 return
             if not data:
                 return
-        self.seen = True
+        self.answered = True
         self._final(exchange, head, data)
 
     def _parse(self, raw: bytes) -> ResponseHead:
@@ -303,6 +340,9 @@ class Origin:
             self._switch(exchange, head, data)
             return
         self.unclean = not head.keep_alive
+        if head.idle_seconds >= 0:
+            self.proven_seconds = max(0.0, head.idle_seconds - 1)
+            self.reuse_seconds = min(self.proven_seconds, self._worker.settings.origin_idle_seconds)
         framing = head.framing
         if framing == FIXED and len(data) == head.length:  # the usual answer: all of it came in one read
             self._finish(exchange, head, data)
@@ -376,6 +416,6 @@ class Origin:
         if self.reading is not None:
             self.reading.clear()  # its client's slowness was the exchange's
         if reusable and not self.unclean and not self.is_paused:
-            self._upstream.give_back(self)
+            self._pool.release(self, self._worker.time())
         else:
             self.close()

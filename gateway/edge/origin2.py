@@ -18,7 +18,8 @@ from .reading import HELD, PEER_SLOW
 
 if TYPE_CHECKING:
     from .exchange import Exchange
-    from .upstream import Key, Upstream
+    from .pool import Key, Pool
+    from .upstream import Upstream
     from .worker import Worker
 
 _STREAMS_MOST = 100  # until the application says how many it takes
@@ -36,11 +37,11 @@ class OriginStream(Flow):
 
     takes_raw = False
 
-    def __init__(self, connection: Http2Origin, number: int) -> None:
+    def __init__(self, connection: Http2Origin) -> None:
         self.connection = connection
         self.exchange: Exchange | None = None
         self.is_head = False
-        self.open_flow(number, connection.initial_window, connection.time())
+        self.open_flow(0, connection.initial_window, connection.time())
         self._head: ResponseHead | None = None
         self._chunks = False
         self.sent_end = False  # our half of the stream has ended
@@ -57,6 +58,9 @@ class OriginStream(Flow):
         return self.source_paused
 
     def open(self, exchange: Exchange, head: RequestHead) -> None:
+        if not self.connection.register(self):
+            exchange.origin_failed(failures.STREAM_REFUSED)
+            return
         self.exchange = exchange
         self.is_head = head.method == b"HEAD"
         block = head2.request_block(head, exchange.request_id, self.connection.scheme)
@@ -66,6 +70,10 @@ class OriginStream(Flow):
         self.connection.put(f.headers(self.number, block, bodyless))
         if bodyless:
             self.on_end_sent()
+
+    def give_up(self) -> None:
+        """It was reserved, and not opened."""
+        self.connection.unreserve()
 
     def send(self, data: bytes) -> None:
         if self.number in self.connection.streams:
@@ -124,6 +132,7 @@ class OriginStream(Flow):
         if end and self._left > 0:
             raise Malformed(_TOO_LITTLE, 502)
         self._head = head
+        self.connection.has_answered = True
         self._chunks = head.framing == CHUNKED and exchange.is_raw
         if end:  # as gRPC says that a call failed at once: to its clients it must stay one frame
             self.exchange = None
@@ -182,7 +191,7 @@ class OriginStream(Flow):
 
     def on_reset(self, code: int) -> None:
         """NO_ERROR after an answer only says that the rest of the request is not wanted."""
-        self.failed(failures.STREAM_RESET)
+        self.failed(failures.STREAM_REFUSED if code == Code.REFUSED_STREAM and not self.has_head else failures.STREAM_RESET)
         self.connection.freed()
 
     def on_end_sent(self) -> None:
@@ -198,14 +207,20 @@ class OriginStream(Flow):
 
 
 class Http2Origin(Multiplex):
-    __slots__ = ("_most", "_upstream", "idle_since", "is_parked", "key", "ready", "scheme", "worker")
+    """The connection. Exchanges have streams of it: reserved first, for whoever waits for one in the pool, and numbered when they
+    are opened, because numbers must come in order (RFC 9113, 5.1.1)."""
 
-    def __init__(self, worker: Worker, upstream: Upstream, key: Key, scheme: bytes = b"http") -> None:
+    __slots__ = ("_most", "_pool", "_reserved", "has_answered", "idle_since", "is_parked", "ready", "scheme", "worker")
+
+    is_shared = True  # by several exchanges at a time
+
+    def __init__(self, worker: Worker, pool: Pool, is_secure: bool) -> None:
         super().__init__(worker.time, asyncio.get_running_loop().call_soon, _LIST_BYTES)
         self.worker = worker
-        self._upstream = upstream
-        self.key = key
-        self.scheme = scheme
+        self._pool = pool
+        self._reserved = 0
+        self.has_answered = False  # a response has come on it
+        self.scheme = b"https" if is_secure else b"http"
         self.is_parked = False  # its session sleeps; what is to be sent waits in `_out`
         self.idle_since = worker.time()
         self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()  # the application speaks HTTP/2, or not
@@ -222,11 +237,14 @@ class Http2Origin(Multiplex):
         self.is_shutting_down = True
         if not self.ready.done():
             self.ready.set_result(False)
-        self.forgotten()
+        if self.is_parked:
+            self.worker.parking.discard(self)
+        self._pool.forget_shared(self, self.time())
+        unanswered = failures.STALE_FAILURE if self.has_answered else failures.UNANSWERED_FAILURE
         streams = self._origin_streams()
         self.streams = {}
         for stream in streams:
-            stream.failed(failures.CONTENT_CUT_SHORT if stream.has_head else failures.UNANSWERED_FAILURE)
+            stream.failed(failures.CONTENT_CUT_SHORT if stream.has_head else unanswered)
 
     # ---- streams ----
 
@@ -235,14 +253,37 @@ class Http2Origin(Multiplex):
 
     @property
     def has_room(self) -> bool:
-        return (
-            not self.is_shutting_down and self.transport is not None and len(self.streams) < self._most and self.last_number < _NUMBER_MOST
-        )
+        return self.is_open and len(self.streams) + self._reserved < self._most
 
-    def new_stream(self) -> OriginStream:
+    @property
+    def is_open(self) -> bool:
+        return not self.is_shutting_down and self.transport is not None and self.last_number < _NUMBER_MOST
+
+    @property
+    def is_closing(self) -> bool:
+        return self.transport is None or self.transport.is_closing()
+
+    @property
+    def key(self) -> Key:
+        return self._pool.key
+
+    def reserve(self) -> OriginStream:
+        self._reserved += 1
+        return OriginStream(self)
+
+    def unreserve(self) -> None:
+        self._reserved -= 1
+        self.freed()
+
+    def register(self, stream: OriginStream) -> bool:
+        """Numbers a reserved stream; False where the connection takes no more since."""
+        self._reserved -= 1
+        if not self.is_open:
+            return False
         self.last_number += 2
-        stream = self.streams[self.last_number] = OriginStream(self, self.last_number)
-        return stream
+        stream.open_flow(self.last_number, self.initial_window, self.time())
+        self.streams[self.last_number] = stream
+        return True
 
     def is_idle(self, number: int) -> bool:
         return not number & 1 or number > self.last_number
@@ -301,15 +342,13 @@ class Http2Origin(Multiplex):
         self.freed()
 
     def freed(self) -> None:
-        self._upstream.freed(self)
+        if self._pool.waiting:
+            self._pool.serve(self.time())
         self._maybe_end()
 
     def _maybe_end(self) -> None:
         if self.is_shutting_down and not self.streams:
             self.end()
-
-    def forgotten(self) -> None:
-        self._upstream.forget_multiplexed(self)
 
     def retire(self) -> None:
         """Idle for long: no more streams."""
@@ -342,8 +381,9 @@ class Http2Origin(Multiplex):
     def stream_count(self) -> int:
         return len(self.streams)
 
-    def join(self, upstream: Upstream) -> None:
-        upstream.pool(self.key).multiplexed.append(self)
+    def join(self, upstream: Upstream, incarnation: int) -> None:
+        self._pool = upstream.pool((self.key[0], incarnation, self.key[2]))
+        self._pool.shared.append(self)
 
     def unpark(self) -> None:
         self.is_parked = False

@@ -17,7 +17,8 @@ from gateway.messages import Route
 from .hold import HoldFull, Ticket
 
 if TYPE_CHECKING:
-    from .upstream import Key, Upstream
+    from .pool import Key
+    from .upstream import Upstream
     from .worker import Worker
 
 HELD_BYTES = 64 << 10  # of what a client says to a parked stream; then it is not read further
@@ -34,7 +35,8 @@ def unacknowledged(transport: asyncio.Transport) -> int:
 class Parkable(Protocol):
     """A connection to an application, or a shell, that may outlive its incarnation."""
 
-    key: Key
+    @property
+    def key(self) -> Key: ...
 
     @property
     def can_park(self) -> bool:
@@ -46,8 +48,8 @@ class Parkable(Protocol):
 
     def park(self) -> None: ...
 
-    def join(self, upstream: Upstream) -> None:
-        """It belongs to the incarnation that its key names now."""
+    def join(self, upstream: Upstream, incarnation: int) -> None:
+        """It belongs to this incarnation of its session from now on."""
 
     def unpark(self) -> None:
         """The session runs again: what was held goes to the application."""

@@ -16,6 +16,7 @@ _REASONS: Final = {
 
 UNAVAILABLE = Refuse(502)
 NOT_KNOWN_NOW = Refuse(502, reason="this worker does not know the host, and control does not answer")
+FAILED = Refuse(500)  # by a fault of our own
 TOO_MANY = Refuse(429, b"Too many requests are waiting for this MicroVM")
 LIMITED = Refuse(429, b"The rate limit of this MicroVM is exceeded")
 

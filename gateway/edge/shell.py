@@ -24,7 +24,8 @@ from .websocket import accept_of
 
 if TYPE_CHECKING:
     from .exchange import Exchange
-    from .upstream import Key, Upstream
+    from .pool import Key
+    from .upstream import Upstream
     from .worker import Worker
 
 _TYPED_MAX_BYTES = 4096
@@ -146,7 +147,8 @@ class ShellOrigin:
     def can_park(self) -> bool:
         return self._exchange is not None and self._exchange.response_started and not self.is_over and not self._typed
 
-    def join(self, upstream: Upstream) -> None:
+    def join(self, upstream: Upstream, incarnation: int) -> None:
+        self.key = (self.key[0], incarnation, self.key[2])
         upstream.add_shell(self)
 
     def unpark(self) -> None:

@@ -227,7 +227,7 @@ class Worker:
         if new.gate == "hold" and new.is_live and old is not None and old.incarnation < new.incarnation:
             # The guest is about to run: what is held goes on waiting, and its connections are made meanwhile.
             for port in self.holds.ports(session):
-                self._guard(self.upstream.connect_ahead, new, port)
+                self._guard(self.upstream.preconnect, new, port)
             return
         if new.gate == "open":
             asyncio.get_running_loop().call_later(_PREFETCH_SECONDS, self._prefetch, new)

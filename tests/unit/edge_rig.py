@@ -161,16 +161,14 @@ class Rig:
         self.token = self.minter.mint("s1", [(1, 65535)], 600)
 
     async def stop(self) -> None:
-        for task in [*self.worker._tasks, *self.worker.upstream._fetching.values()]:
+        for task in self.worker._tasks:
             task.cancel()
         for server in self.worker._servers:
             server.close()
         for one in list(self.worker.clients):
             one.transport.abort() if one.transport else None
         self.worker.control.close()
-        self.worker.upstream._vmm.close()
-        self.worker.upstream.end("s1", 1)
-        self.worker.upstream.end("s1", 2)
+        self.worker.upstream.close()
         self.application.close()
         for rpc in self.servers:
             rpc.close()

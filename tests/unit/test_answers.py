@@ -95,7 +95,7 @@ async def test_a_malformed_answer_of_http2_is_never_another_ones(rig: Rig, metho
             if method == "HEAD" or b" 204 " in first or b" 304 " in first:
                 assert not rest
     writer.close()
-    await until(lambda: not any(pool.multiplexed for pool in rig.worker.upstream.pools()))
+    await until(lambda: not any(pool.shared for pool in rig.worker.upstream.pools()))
     await until(lambda: not rig.worker.table.account("s1").waiting)
 
 
@@ -107,7 +107,7 @@ async def test_a_malformed_answer_of_http2_ends_the_clients_stream(rig: Rig, met
     got = await client.answer(client.ask(h2_fields(rig, method)))
     assert got.reset is not None if not got.fields or got.status != 502 else not head_sent
     client.writer.close()
-    await until(lambda: not any(pool.multiplexed for pool in rig.worker.upstream.pools()))
+    await until(lambda: not any(pool.shared for pool in rig.worker.upstream.pools()))
 
 
 def h2_fields(rig: Rig, method: str) -> list[tuple[str, str]]:

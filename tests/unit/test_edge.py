@@ -415,7 +415,7 @@ async def test_a_connection_ahead_that_fails_is_made_again(rig: Rig) -> None:
     rig.application.close()
     await rig.application.wait_closed()
     await rig.control.change("hold", incarnation=2, is_live=True)
-    await until(lambda: all(task.done() for task in rig.worker.upstream._ahead.values()))
+    await until(lambda: all(task.done() for task in rig.worker.upstream.incarnation("s1", 2).preconnected.values()))
     rig.application = await asyncio.start_server(rig._application, "127.0.0.1", rig.app_port)
     rig.control.change("open", incarnation=2)
     assert (await pending)[0][0] == 200
@@ -524,7 +524,7 @@ async def test_a_client_that_does_not_read_stops_the_application(rig: Rig) -> No
     rig.script = script
     _, writer = await rig.open()
     writer.write(rig.request())
-    (origin,) = await until(lambda: [one for pool in rig.worker.upstream._pools.values() for one in pool.open])
+    (origin,) = await until(lambda: [one for pool in rig.worker.upstream.pools() for one in pool.open])
     await until(lambda: origin.transport is not None and not origin.transport.is_reading())
     await until(lambda: applications[0].transport.get_write_buffer_size() > 64 << 10)  # the kernels' buffers are full, too
     assert sent < 30_000_000  # what kernels and the two bounds hold

@@ -41,7 +41,7 @@ async def settled(rig: Rig) -> None:
 
     def left() -> tuple[int, ...]:
         upstream = worker.upstream.statistics()
-        streams = sum(len(one.streams) for pool in worker.upstream._pools.values() for one in pool.multiplexed)
+        streams = sum(len(one.streams) for pool in worker.upstream.pools() for one in pool.shared)
         return (
             len(worker.clients),
             worker.holds.statistics()["requests"],

@@ -1,0 +1,362 @@
+"""Applications' connections as applications treat them: closed in the moment of reuse, slow to come, never free, in TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edge_rig import OK, Rig, response
+from test_parking import UPGRADED
+from waiting import until
+
+from gateway.config import Settings
+from gateway.edge import frames as f
+from gateway.edge import pool as pools
+from gateway.edge.pool import Pool
+from gateway.instance import make_certificates
+
+
+@pytest.fixture
+async def rig(tmp_path: Path, monkeypatch: Any) -> AsyncIterator[Rig]:
+    one = Rig(tmp_path, monkeypatch)
+    await one.start()
+    yield one
+    await one.stop()
+
+
+class Once:
+    """An application that answers the first request of a connection, and closes it when the next one comes, without an answer, as
+    if its timer had run out just before; `fields` are in its answers."""
+
+    def __init__(self, rig: Rig, fields: bytes = b"") -> None:
+        self.seen: list[tuple[int, bytes]] = []  # connection, method
+
+        async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            number = rig.connects
+            for answers in (True, False):
+                head = await rig.head(reader)
+                self.seen.append((number, head.split(b" ")[0]))
+                if b"Content-Length: 2" in head:
+                    await reader.readexactly(2)
+                elif b"chunked" in head.lower():
+                    await reader.readuntil(b"0\r\n\r\n")
+                if answers:
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n" + fields + b"\r\n")
+
+        rig.script = script
+
+
+async def ask(rig: Rig, method: str, *fields: str, body: bytes = b"") -> int:
+    reader, writer = await rig.open()
+    writer.write(rig.request("/", *fields, method=method) + body)
+    status, _, _ = await response(reader, no_body=method == "HEAD")
+    writer.close()
+    return status
+
+
+def age(rig: Rig, seconds: float) -> None:
+    """The idle connections have been idle for longer."""
+    for origin in rig.worker.upstream.idle():
+        origin.idle_since -= seconds
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+async def test_a_request_that_met_the_end_of_its_connection_is_sent_once_more(rig: Rig, method: str) -> None:
+    application = Once(rig)
+    for _ in range(2):  # the second time from the caches of parsed heads
+        assert await ask(rig, method) == 200
+        assert await ask(rig, method) == 200
+        assert await ask(rig, method) == 200
+    name = method.encode()
+    assert application.seen == [(1, name), (1, name), (2, name), (2, name), (3, name), (3, name), (4, name), (4, name), (5, name), (5, name), (6, name)]  # fmt: skip
+    assert rig.worker.table.account("s1").waiting == 0
+
+
+async def test_it_is_sent_once_more_and_not_again(rig: Rig) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        if rig.connects == 1:
+            writer.write(OK)
+            await rig.head(reader)
+
+    rig.script = script
+    assert await ask(rig, "GET") == 200
+    assert await ask(rig, "GET") == 502
+    assert rig.connects == 2
+
+
+async def test_a_new_connection_that_ends_without_an_answer_is_a_502(rig: Rig) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+
+    rig.script = script
+    assert await ask(rig, "POST") == 502 and rig.connects == 1
+
+
+@pytest.mark.parametrize(("method", "fields", "body"), [
+    ("POST", ("Content-Length: 2",), b"ok"), ("PUT", ("Transfer-Encoding: chunked",), b"0\r\n\r\n"), ("DELETE", (), b""), ("POST", (), b""),
+])  # fmt: skip
+@pytest.mark.parametrize("announced", [True, False])
+async def test_what_cannot_be_sent_again_gets_a_proven_connection(
+    rig: Rig, method: str, fields: tuple[str, ...], body: bytes, announced: bool
+) -> None:
+    application = Once(rig, b"Keep-Alive: timeout=5, max=100\r\n" if announced else b"")
+    assert await ask(rig, method, *fields, body=body) == 200
+    age(rig, 4.2 if announced else 1.2)
+    assert await ask(rig, method, *fields, body=body) == 200
+    assert [number for number, _ in application.seen] == [1, 2]
+
+
+async def test_an_upgrade_gets_a_proven_connection(rig: Rig) -> None:
+    seen = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await rig.head(reader):
+            seen.append(rig.connects)
+            writer.write(UPGRADED if b"Upgrade" in head else OK)
+
+    rig.script = script
+    assert await ask(rig, "GET") == 200
+    age(rig, 1.2)
+    fields = ("Connection: upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13")
+    assert await ask(rig, "GET", *fields) == 101
+    assert seen == [1, 2]
+
+
+async def test_an_application_that_closes_after_each_answer_is_learned(rig: Rig) -> None:
+    """It does not say Connection: close. What cannot be sent again gets a new connection each time from then on."""
+    hold = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        writer.write(OK)
+        if rig.connects == 2:
+            await hold.wait()
+
+    rig.script = script
+    assert await ask(rig, "POST") == 200
+    await until(lambda: not rig.worker.upstream.idle())
+    assert await ask(rig, "POST") == 200, "and this one is still open"
+    assert await ask(rig, "POST") == 200
+    assert rig.connects == 3
+    hold.set()
+
+
+async def test_a_stream_that_an_application_of_http2_did_not_look_at_is_opened_once_more(rig: Rig) -> None:
+    """GOAWAY with a lower last stream (RFC 9113, 6.8), whatever the method."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(f.settings({}))
+        await reader.readexactly(len(f.PREFACE))
+        while True:
+            head = await reader.readexactly(9)
+            await reader.readexactly(int.from_bytes(head[:3], "big"))
+            if head[3] == f.HEADERS:
+                number = int.from_bytes(head[5:9], "big")
+                writer.write(f.goaway(0, f.Code.NO_ERROR) if rig.connects == 1 else f.headers(number, f.encode_status(204), True))
+
+    rig.script = script
+    assert await ask(rig, "DELETE", "X-aws-proxy-force-h2: true") == 204 and rig.connects == 2
+
+
+# ---- what has to wait ----
+
+
+async def test_the_queue_for_a_connection_has_an_end(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.worker.settings.hold_seconds = 0.2
+    rig.worker.settings.held_requests = 1
+    hold = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        await hold.wait()
+        writer.write(OK)
+
+    rig.script = script
+    first = asyncio.create_task(ask(rig, "GET"))
+    await until(lambda: rig.connects)
+    (pool,) = rig.worker.upstream.pools()
+    monkeypatch.setattr(Pool, "ramp", lambda self, now: None)
+    pool.allowed = 1
+    second = asyncio.create_task(ask(rig, "GET"))
+    await until(lambda: pool.waiting == 1)
+    assert await ask(rig, "GET") == 429, "as many wait as are held"
+    assert await second == 502 and pool.waiting == 0
+    hold.set()
+    assert await first == 200
+    assert rig.worker.table.account("s1").waiting == 0
+
+
+async def test_a_client_that_leaves_the_queue_is_forgotten(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        await hold.wait()
+        writer.write(OK)
+
+    rig.script = script
+    first = asyncio.create_task(ask(rig, "GET"))
+    await until(lambda: rig.connects)
+    (pool,) = rig.worker.upstream.pools()
+    monkeypatch.setattr(Pool, "ramp", lambda self, now: None)
+    pool.allowed = 1
+    _, writer = await rig.open()
+    writer.write(rig.request())
+    await until(lambda: pool.waiting == 1)
+    writer.transport.abort()
+    await until(lambda: pool.waiting == 0)
+    hold.set()
+    assert await first == 200
+    await until(lambda: not rig.worker.table.account("s1").waiting)
+
+
+async def test_an_error_of_our_own_is_answered(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No exchange is left unanswered, whatever raises."""
+
+    async def broken(*arguments: object) -> None:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(rig.worker.upstream, "_connect_once", broken)
+    assert await ask(rig, "GET") == 500
+    assert rig.worker.table.account("s1").waiting == 0
+    (pool,) = rig.worker.upstream.pools()
+    assert pool.connecting == 0
+
+
+async def test_an_incarnation_that_ends_while_tls_is_tried(rig: Rig) -> None:
+    """vmm says that it is gone: the request is answered all the same."""
+    hold = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        rig.vmm.gone = {1}
+        rig.worker.upstream.incarnation("s1", 1).sockets.close()
+        writer.write(b"\x15\x03\x01\x00\x02\x02\x50")  # an alert: no HTTP, perhaps TLS
+        await hold.wait()
+
+    rig.script = script
+    rig.worker.settings.hold_seconds = 0.3
+    assert await ask(rig, "GET") == 502
+    hold.set()
+
+
+async def test_sockets_that_come_for_an_incarnation_that_has_ended_are_closed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, go = asyncio.Event(), asyncio.Event()
+    vmm = rig.worker.upstream._vmm
+    answer = vmm.call_with_descriptors
+
+    async def late(*arguments: Any, **named: Any) -> Any:
+        got = await answer(*arguments, **named)
+        asked.set()
+        await go.wait()
+        return got
+
+    monkeypatch.setattr(vmm, "call_with_descriptors", late)
+    before = len(os.listdir("/proc/self/fd"))
+    sockets = rig.worker.upstream.incarnation("s1", 1).sockets
+    sockets.prefetch()
+    async with asyncio.timeout(5):
+        await asked.wait()
+    rig.worker.upstream.end("s1", 1)
+    go.set()
+    await until(lambda: sockets._fetching is None)
+    assert len(sockets) == 0 and len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_what_one_connection_raises_at_its_end_stops_no_other(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        await hold.wait()
+
+    rig.script = script
+    asking = [asyncio.create_task(ask(rig, "GET")) for _ in range(3)]
+    await until(lambda: rig.connects == 3)
+    origins = rig.worker.upstream.pools()[0].connections
+    cut = type(origins[0]).cut
+    monkeypatch.setattr(type(origins[0]), "cut", lambda self: 1 / 0 if self is origins[0] else cut(self))
+    rig.worker.upstream.end("s1", 1)
+    monkeypatch.undo()
+    await until(lambda: sum(task.done() for task in asking) == 2)
+    assert {task.result() for task in asking if task.done()} == {502}
+    hold.set()
+    await asyncio.wait(asking)
+
+
+# ---- TLS ----
+
+
+@pytest.fixture
+def contexts(tmp_path: Path) -> ssl.SSLContext:
+    settings = Settings(root=tmp_path / "root")
+    settings.tls_dir.mkdir(parents=True)
+    make_certificates(settings)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(settings.tls_dir / "edge.crt", settings.tls_dir / "edge.key")
+    return context
+
+
+@pytest.mark.parametrize("alpn", [[], ["http/1.1"], ["h2", "http/1.1"]])
+async def test_many_requests_to_a_port_of_tls(rig: Rig, contexts: ssl.SSLContext, alpn: list[str]) -> None:
+    """The first shows it; handshakes are made within the ramp, and one at a time until it is known what is spoken."""
+    handshakes = most = 0
+    if alpn:
+        contexts.set_alpn_protocols(alpn)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal handshakes, most
+        tls = writer.get_extra_info("ssl_object")
+        handshakes += 1
+        if tls.selected_alpn_protocol() != "h2":
+            while True:
+                await rig.head(reader)
+                writer.write(OK)
+        writer.write(f.settings({}))
+        await reader.readexactly(len(f.PREFACE))
+        while True:
+            head = await reader.readexactly(9)
+            await reader.readexactly(int.from_bytes(head[:3], "big"))
+            if head[3] == f.HEADERS:
+                writer.write(f.headers(int.from_bytes(head[5:9], "big"), f.encode_status(200), True))
+
+    rig.script = script
+    rig.application.close()
+    rig.application = await asyncio.start_server(rig._application, "127.0.0.1", rig.app_port, ssl=contexts)
+    assert await asyncio.gather(*(ask(rig, "GET") for _ in range(20))) == [200] * 20
+    (pool,) = rig.worker.upstream.pools()
+    assert pool.tls == pools.TLS and pool.connecting == 0 and not pool.shared_connecting
+    if "h2" in alpn:
+        assert handshakes == 1 and len(pool.shared) == 1 and not pool.open
+    else:
+        assert not pool.shared and pool.open == set(pool.idle) and handshakes == len(pool.open)
+    assert await ask(rig, "POST", "Content-Length: 2", body=b"ok") == 200
+
+
+async def test_a_port_that_speaks_neither_is_not_asked_for_tls_again(rig: Rig) -> None:
+    firsts = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        firsts.append(await reader.read(3))
+        writer.write(b"220 smtp.example ESMTP\r\n")
+
+    rig.script = script
+    for _ in range(2):
+        assert await ask(rig, "GET") == 502
+    assert firsts == [b"GET", b"\x16\x03\x01", b"GET"]
+
+
+async def test_an_application_that_speaks_before_it_is_asked_is_answered_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 smtp.example ESMTP\r\n")
+        await reader.read()
+
+    rig.script = script
+    assert await ask(rig, "POST") == 502
+    assert rig.worker.table.account("s1").waiting == 0
