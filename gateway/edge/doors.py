@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
+from .replies import date_line
+
 _SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 _HEAD_BYTES = 16
 _ADDRESSES_MAX_BYTES = 4096
@@ -128,7 +130,7 @@ class RedirectDoor(asyncio.Protocol):
 
 def redirect(head: bytes, suffix: bytes) -> bytes:
     line, host = _LOCATION.match(head), _HOST.search(head)
-    if line is None or host is None:
-        return b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-    location = b"https://%b%b%b" % (host[1], suffix, line[1])
-    return b"HTTP/1.1 308 Permanent Redirect\r\nLocation: %b\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % location
+    status = b"400 Bad Request"
+    if line is not None and host is not None:
+        status = b"308 Permanent Redirect\r\nLocation: https://%b%b%b" % (host[1], suffix, line[1])
+    return b"HTTP/1.1 %b%b\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % (status, date_line())

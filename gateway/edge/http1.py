@@ -129,8 +129,11 @@ class Http1(Exchange):
         self._stuck_since = 0.0
         if self.origin is not None:
             self.origin.resume(PEER_SLOW)
-        elif self._state == _QUEUED and self._reading is not None and self._reading.reasons & UNREAD:
-            self._next_request()
+        if self._reading is not None and self._reading.reasons & UNREAD:
+            if self._state == _QUEUED:
+                self._next_request()
+            else:
+                self.resume_reading(UNREAD)
 
     # ---- the head ----
 
@@ -425,8 +428,11 @@ class Http1(Exchange):
         return self._frames
 
     def tunnel_write(self, data: bytes) -> None:
+        """Whoever asks for frames of ours and does not read them is not asked for more."""
         if data and self.transport is not None:
             self.transport.write(data)
+            if self._stuck_since:
+                self.pause_reading(UNREAD)
 
     def tunnel_half_closed(self) -> None:
         if self._frames is not None:

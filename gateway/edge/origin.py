@@ -365,7 +365,8 @@ class Origin:
                 exchange.response_data(data)
 
     def _switch(self, exchange: Exchange, head: ResponseHead, data: bytes) -> None:
-        if head.upgrade is None or exchange.head is None or exchange.head.upgrade is None:
+        asked = exchange.head.upgrade if exchange.head is not None else None
+        if asked is None or head.upgrade is None or head.upgrade.lower() != asked:
             self._refuse(exchange, failures.UNASKED_UPGRADE)
             return
         self._state = _TUNNEL

@@ -207,7 +207,7 @@ BROKEN = {
     "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
     "a coding that is not chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n",
     "chunked in HTTP/1.0": b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    "an upgrade nobody asked for": b"HTTP/1.1 101 Switching\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n",
+    "an upgrade nobody asked for": b"HTTP/1.1 101 Switching\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
     "an endless head": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 40_000,
     "a large head": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: " + b"x" * 40_000 + b"\r\n\r\nok",
     "interim responses without end": b"HTTP/1.1 103 Early Hints\r\n\r\n" * 10_000,
@@ -371,6 +371,18 @@ async def test_tunnel_both_ways_with_early_bytes(rig: Rig) -> None:
     writer.write(b"more")
     assert await reader.readexactly(4) == b"MORE"
     writer.close()
+
+
+async def test_a_switch_to_another_protocol_than_the_one_asked_for_makes_no_tunnel(rig: Rig) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        writer.write(b"HTTP/1.1 101 Switching\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n")
+
+    rig.script = script
+    answers = await rig.ask(rig.request("/", "Connection: upgrade", "Upgrade: websocket"))
+    assert answers[0][0] == 502
+    await rig.ask(rig.request("/", "Connection: upgrade", "Upgrade: h2c"))
+    assert b"Upgrade: h2c" not in rig.received
 
 
 # ---- holding ----

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from edge_rig import HOST, OK, Rig, response
+from h2_client import Judge
 from waiting import until
 
 from gateway import messages as m
@@ -312,6 +313,35 @@ async def test_a_head_that_waits_for_its_turn_is_queued_once_and_what_follows_is
     writer.transport.abort()
 
 
+async def test_pings_to_a_parked_tunnel_whose_answers_are_not_read_are_bounded(start: Start) -> None:
+    """The edge answers them itself, and stops reading a client that takes none of its pongs."""
+    rig = await start()
+    shrink(rig)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        writer.write(b"HTTP/1.1 101 Switching\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n")
+        await reader.read()
+
+    rig.script = script
+    reader, writer = await small(rig)
+    writer.write(rig.request("/", "Connection: upgrade", "Upgrade: websocket"))
+    (client,) = await until(lambda: [one for one in rig.worker.clients if one.server_frames is not None])  # type: ignore[union-attr]
+    (connection,) = rig.control.connections
+    await rig.control.change("hold")
+    drained = await connection.call("drain", m.DrainRequest("s1", 1, 1.0, True, 8, False), m.Drained)
+    assert drained.parked == 1
+    for _ in range(100):
+        if client.transport.is_reading():
+            client.data_received((b"\x89\xfd\0\0\0\0" + b"x" * 125) * 100)  # whole frames, as a read may bring them
+    assert not client.transport.is_reading()
+    assert HIGH < buffered(rig) < 2 * HIGH
+    writer.transport.resume_reading()  # type: ignore[attr-defined]
+    while not client.transport.is_reading():
+        assert await asyncio.wait_for(reader.read(1 << 16), 5)
+    writer.transport.abort()
+
+
 # ---- HTTP/1.0, and what is said of the way ----
 
 
@@ -361,6 +391,30 @@ async def test_the_way_of_a_request_is_told_by_setting_and_cannot_be_spoofed(sta
             "X-Forwarded-For: 127.0.0.1",
             f"X-Forwarded-Host: {HOST}",
             "X-Forwarded-Proto: http",
+        ]
+    writer.close()
+
+
+async def test_the_way_is_told_of_a_client_of_http2_alike(start: Start) -> None:
+    rig = await start(http2=True, forwarded=True, via="edge-1")
+    reader, writer = await rig.open()
+    client = Judge(reader, writer)
+    fields = [
+        (":method", "GET"), (":scheme", "https"), (":path", "/a"), (":authority", HOST), ("x-aws-proxy-auth", rig.token),
+        ("x-aws-proxy-port", str(rig.app_port)), *[(name.lower(), value) for name, _, value in (one.partition(": ") for one in SPOOFED)],
+    ]  # fmt: skip
+    for _ in range(2):
+        rig.received = b""
+        answer = await client.answer(client.ask(fields, None))
+        assert (answer.status, dict(answer.fields)["via"]) == (200, "1.1 edge-1")
+        lines = rig.received.decode().split("\r\n")
+        said = sorted(line for line in lines if line.lower().startswith(("x-forwarded", "forwarded", "via")))
+        assert said == [
+            "Via: 2 edge-1",
+            "X-Forwarded-For: 127.0.0.1",
+            f"X-Forwarded-Host: {HOST}",
+            "X-Forwarded-Proto: http",
+            "via: 1.1 before",
         ]
     writer.close()
 
