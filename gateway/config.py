@@ -221,7 +221,7 @@ class Settings(BaseSettings):
     domain: str = Field("localhost", pattern=r"^[a-z0-9.-]+$")
     account: str = Field("123456789012", pattern=r"^\d{12}$")
     accelerator: str = Field("auto", pattern="^(auto|kvm|tcg)$", description="auto: KVM where a guest that probes it runs")
-    probe_seconds: float = Field(20.0, gt=0, description="a guest that probes KVM has this long; more where KVM is emulated itself")
+    probe_seconds: float = Field(40.0, gt=0, description="how long a guest that probes KVM may take")
     hypervisor: str = Field("auto", pattern="^(auto|qemu|firecracker)$", description="auto: Firecracker where it and KVM work")
     edge: Edge = Edge()
     api: Api = Api()

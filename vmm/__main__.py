@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 from gateway import process
 from gateway.config import Settings
 
 from .daemon import serve
+from .errors import VmmError
 
 
 async def main(settings: Settings) -> None:
-    await serve(settings, process.ready)
+    try:
+        await serve(settings, process.ready)
+    except VmmError as error:  # what the settings want, this host cannot do
+        sys.exit(f"torpor: vmm: {error}")
 
 
 process.run("vmm", main)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gateway.config import Settings
+from gateway.process import SETTINGS_VARIABLE
 from vmm import probe
 from vmm.cgroups import Cgroups
 from vmm.errors import VmmError
@@ -45,6 +49,14 @@ def test_what_is_wanted_and_does_not_work_is_no_instance(wanted: dict[str, str],
     settings = Settings(root=tmp_path, cache=tmp_path / "nothing", **wanted)
     with pytest.raises(VmmError, match="chosen by the settings, but"):
         probe.host_info(settings, Cgroups("none", tmp_path))
+
+
+def test_the_daemon_says_in_one_line_what_cannot_be(tmp_path: Path) -> None:
+    settings = Settings(root=tmp_path, run=tmp_path, cache=tmp_path / "nothing", accelerator="kvm")
+    environment = os.environ | {SETTINGS_VARIABLE: settings.model_dump_json()}
+    done = subprocess.run([sys.executable, "-m", "vmm"], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("torpor: vmm: accelerator kvm: chosen by the settings, but "), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_both_programs_of_one_release(host: Path) -> None:
