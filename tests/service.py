@@ -113,9 +113,13 @@ class Instance:
         return code
 
     def pid_of(self, child: str) -> int:
-        """A supervised process, by its name."""
-        state = json.loads((self.run / self.name / "supervisor.json").read_text())
-        return next(int(one["pid"]) for one in state["processes"] if one["name"] == child and one["serves"])
+        """A supervised process, by its name; waits for the successor of one that has ended."""
+
+        def serving() -> int:
+            state = json.loads((self.run / self.name / "supervisor.json").read_text())
+            return next((int(one["pid"]) for one in state["processes"] if one["name"] == child and one["serves"]), 0)
+
+        return int(until(serving))
 
     def kill(self, child: str) -> None:
         """kill -9, and wait until its successor serves."""

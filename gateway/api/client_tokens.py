@@ -52,7 +52,7 @@ class ClientTokens:
         try:
             return await work(remember)
         except BaseException:
-            self._store.client_tokens.pop(name, None)
+            self._store.forget_client_token(name)
             raise
         finally:
             del self._running[name]

@@ -121,6 +121,9 @@ class Parking:
         for session in list(self._parked):
             self.over(session)
 
+    def streams(self, session: str) -> int:
+        return sum(origin.stream_count for origin in self._parked.get(session, ()))
+
     @property
     def count(self) -> int:
         return sum(origin.stream_count for parked in self._parked.values() for origin in parked)

@@ -209,6 +209,10 @@ class Worker:
             return m.Drained(self.upstream.end(body.session, body.incarnation, body.park), account.spoken != account.gated[1])
         return m.Drained()
 
+    async def rpc_parked(self, connection: Connection, body: m.SessionName) -> int:
+        """How many streams of a sleeping session clients still hold here."""
+        return self.parking.streams(body.session)
+
     def _ask_for(self, route: m.Route) -> None:
         self.control.notify("resume", m.ResumeRequest(route.session, route.incarnation))
 

@@ -36,6 +36,7 @@ _WOKEN_SECONDS = 30.0  # a loaded host and an emulated guest; usually some 20 ms
 _DESTROY_RETRY_SECONDS = 0.5
 _AWAY_RETRY_SECONDS = 0.2
 _AWAY_TRIES = 100
+_SETTLE_RETRY_SECONDS = 1.0
 T = TypeVar("T")
 
 
@@ -68,8 +69,27 @@ class Actions:
         started = time.monotonic()
         try:
             await self._carry_out(session, action, event)
+        except Exception:
+            log.exception("action.failed", session=session.id, action=action.value)
+            await self._settle_after_failure(session)
+            if event is Event.REQUEST and session.state is State.SUSPENDED:
+                self._lifecycle.retry_later(session)
         finally:
             self._lifecycle.on_action(action.value, time.monotonic() - started)
+
+    async def _settle_after_failure(self, session: Session) -> None:
+        """An action ended in a way that it does not know: the session is compared with its host until that works or something else
+        has moved it. What was deferred until its hypervisor is gone does not wait for that any more."""
+        state, live = session.state, self._lifecycle.live(session)
+        while session.state is state:
+            try:
+                await self.settle(session)
+                return
+            except Exception:
+                log.exception("settle.failed", session=session.id)
+            if state is State.SUSPENDED and live.deferred:
+                self._lifecycle.rested(session)
+            await asyncio.sleep(_SETTLE_RETRY_SECONDS)
 
     async def _carry_out(self, session: Session, action: Action, event: Event) -> None:
         if action is Action.SAVE:
@@ -106,7 +126,9 @@ class Actions:
             steps.mark("run hook")
         except hooks.HookError as error:
             await fire(session, Event.FAILED, hooks.runtime_reason("run", error))
-        except (RpcError, AgentError, StoreError) as error:
+        except Exception as error:
+            if not isinstance(error, RpcError | AgentError | StoreError):
+                log.exception("launch.failed", session=session.id)
             if arrival is not None and arrival.has_failed:  # there is no such session
                 await self._patiently(lambda: self._host.forget(session.id))
                 return
@@ -362,11 +384,14 @@ class Actions:
         """A session that has slept for long: to the object store, then named in its row, then its files go. A request that comes
         meanwhile waits for the end of it, as it does for a hypervisor's."""
         live = self._lifecycle.live(session)
-        live.resting = live.task
         try:
-            if self.archive is None:
+            if self.archive is None or not await self._has_left(session) or session.state is not State.SUSPENDED:
                 return
-            session.archived = await self.archive.store(session)
+            archived = await self.archive.store(session)
+            if session.state is not State.SUSPENDED:
+                await self.archive.forget(archived)
+                return
+            session.archived = archived
             self._lifecycle.store.put_session(session)
             await self._lifecycle.store.commit()
             await self._patiently(lambda: self._host.forget(session.id))
@@ -374,6 +399,17 @@ class Actions:
             log.warning("archive.failed", session=session.id, error=str(error))
         finally:
             live.resting = None
+
+    async def _has_left(self, session: Session) -> bool:
+        """Whether no client holds a parked stream of the session any more: its network could not outlive its files. The workers are
+        asked; where one holds some or is missing, the archive is due once more later."""
+        if session.parked:
+            left = await self._routes.parked_streams(session)
+            if left is not None:
+                session.parked = left
+            if left != 0:
+                self._lifecycle.archive_later(session)
+        return session.parked == 0
 
     async def _fetch(self, session: Session, steps: Steps) -> None:
         """Raises ArchiveError, RpcError, StoreError; the session sleeps on then, archived as it was."""
@@ -396,6 +432,8 @@ class Actions:
     async def destroy(self, session: Session, event: Event) -> None:
         """The terminate hook where the guest still runs, then everything of the session goes; never given up."""
         live = self._lifecycle.live(session)
+        if live.resting is not None:  # what it puts into the object store would be nobody's
+            await asyncio.wait([live.resting])
         if live.agent is not None and event in (Event.TERMINATE, Event.EXPIRED):
             await self._routes.drain(session, 0, cut=True)
             with contextlib.suppress(hooks.HookError, RpcError):
@@ -438,6 +476,10 @@ class Actions:
                 await fire(session, Event.RESUME)
             else:
                 self._lifecycle.rested(session)
+        elif session.state is State.RESUMING and (saved == session.incarnation or session.archived is not None):
+            if held is not None:  # prepared, and not told to run: the snapshot is good
+                await self._host.kill(session.id, held.incarnation)
+            await fire(session, Event.NOT_RESUMED)
         elif session.state is State.SUSPENDING and saved == session.incarnation and (held is None or held.phase == "stopped"):
             session.suspended_at = self._lifecycle.clock()
             session.suspended_by = session.suspended_by or "api"

@@ -172,20 +172,22 @@ class Agent:
     def _parse(self) -> None:
         """Skips what is not a frame: the first bytes of a new channel may be the rest of an old one."""
         at, end = 0, len(self._buffer)
-        while end - at >= HEADER.size:
-            magic, kind, _, channel, length = HEADER.unpack_from(self._buffer, at)
-            if magic != MAGIC or length > _FRAME_MAX_OUT:
-                found = self._buffer.find(MAGIC_BYTES, at + 1)
-                at = found if found >= 0 else max(at, end - 3)
-                if found < 0:
+        try:
+            while end - at >= HEADER.size:
+                magic, kind, _, channel, length = HEADER.unpack_from(self._buffer, at)
+                if magic != MAGIC or length > _FRAME_MAX_OUT:
+                    found = self._buffer.find(MAGIC_BYTES, at + 1)
+                    at = found if found >= 0 else max(at, end - 3)
+                    if found < 0:
+                        break
+                    continue
+                if end - at < HEADER.size + length:
                     break
-                continue
-            if end - at < HEADER.size + length:
-                break
-            payload = bytes(self._buffer[at + HEADER.size : at + HEADER.size + length])
-            at += HEADER.size + length
-            self._frame(kind, channel, payload)
-        del self._buffer[:at]
+                payload = bytes(self._buffer[at + HEADER.size : at + HEADER.size + length])
+                at += HEADER.size + length
+                self._frame(kind, channel, payload)
+        finally:  # also of what a callback raised: a frame is taken once
+            del self._buffer[:at]
 
     def _frame(self, kind: int, channel: int, payload: bytes) -> None:
         if kind in (_IS_HELLO, _WOKEN) and len(payload) in (8, 16):

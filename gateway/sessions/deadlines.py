@@ -6,6 +6,10 @@ import heapq
 from collections.abc import Callable, Hashable
 from typing import Protocol
 
+import structlog
+
+log = structlog.get_logger()
+
 
 class Timer(Protocol):
     """A clock that can call back: asyncio's loop, or a test's."""
@@ -19,7 +23,7 @@ class Cancellable(Protocol):
 
 
 class Deadlines:
-    """`due(key)` is called once for each key whose time has come."""
+    """`due(key)` is called once for each key whose time has come; what it raises for one key keeps no other's from being called."""
 
     def __init__(self, timer: Timer, due: Callable[[Hashable], None]) -> None:
         self._timer = timer
@@ -71,4 +75,7 @@ class Deadlines:
                 ready.append(key)
         self._arm()
         for key in ready:
-            self._due(key)
+            try:
+                self._due(key)
+            except Exception:
+                log.exception("deadline.failed", key=key)

@@ -192,7 +192,7 @@ class Lifecycle:
         live.task = self.spawn(work)
 
     def settle(self, session: Session, work: Coroutine[Any, Any, None]) -> None:
-        """The same after a restart; who wakes a session that sleeps waits for the end of it."""
+        """The same for work on a session that may sleep: who wakes or ends it meanwhile waits for the end of it."""
         self.run(session, work)
         live = self.live(session)
         live.resting = live.task if session.state is State.SUSPENDED else None
@@ -209,7 +209,8 @@ class Lifecycle:
             log.error("lifecycle.task_failed", error=repr(task.exception()), exc_info=task.exception())
 
     def _stop_task(self, live: Live) -> None:
-        if live.task is not None and live.task is not asyncio.current_task():
+        """What ends a hypervisor or archives a session is not stopped: who comes next waits for it."""
+        if live.task is not None and live.task is not asyncio.current_task() and live.task is not live.resting:
             live.task.cancel()
 
     def live(self, session: Session) -> Live:
@@ -291,6 +292,9 @@ class Lifecycle:
     def watch_lifetime(self, session: Session) -> None:
         self._at((_LIFETIME, session.id), session.expires_at)
 
+    def archive_later(self, session: Session) -> None:
+        self._deadlines.set((_ARCHIVE, session.id), self._loop.time() + self.settings.archive.after_seconds)
+
     def retry_later(self, session: Session) -> None:
         """A resume could not be made now; what is held is tried again until the edges give up."""
         self._deadlines.set((_RETRY, session.id), self._loop.time() + _RETRY_SECONDS)
@@ -333,8 +337,8 @@ class Lifecycle:
             self.post(session, Event.WINDOW_OVER, MAX_LIFETIME)
         elif kind == _LIFETIME:
             self.post(session, Event.EXPIRED, MAX_LIFETIME)
-        elif kind == _ARCHIVE and session.state is State.SUSPENDED and session.archived is None and not session.parked:
-            self.run(session, self.archive_it(session))
+        elif kind == _ARCHIVE and session.state is State.SUSPENDED and session.archived is None:
+            self.settle(session, self.archive_it(session))
         elif kind == _RETRY and session.state is State.SUSPENDED:
             self.spawn(self.request(session))
         elif kind == _PURGE:

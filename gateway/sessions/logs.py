@@ -53,7 +53,7 @@ def build_stream(version: str, build: str) -> str:
 class LogStore:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._changed: set[tuple[str, str, str]] = set()
+        self._changed: set[tuple[str, str, str]] | None = None  # since `take_changed` was called first
         self._encode = msgspec.json.Encoder().encode
         self._decode = msgspec.json.Decoder(LogEvent).decode
 
@@ -67,7 +67,8 @@ class LogStore:
         """Raises OSError when the disk is full; callers drop the lines then."""
         path = self._path(account, group, stream)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._changed.add((account, group, stream))
+        if self._changed is not None:
+            self._changed.add((account, group, stream))
         now = int(time.time() * 1000)
         with path.open("ab") as file:
             file.write(b"".join(self._encode(LogEvent(now, line)) + b"\n" for line in lines))
@@ -119,9 +120,9 @@ class LogStore:
         return [(one, group, stream) for one in accounts for group in self.groups(one) for stream in self.streams(one, group)]
 
     def take_changed(self) -> set[tuple[str, str, str]]:
-        """What was written to since this was last asked."""
+        """What was written to since this was last called; nothing at the first call."""
         changed, self._changed = self._changed, set()
-        return changed
+        return changed or set()
 
     def drop_older(self, seconds: float) -> int:
         """Removes streams that nobody has written to for so long; how many."""

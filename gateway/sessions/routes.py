@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from gateway.messages import Drained, DrainRequest, GateAnswer, Route, Table, Verifier
+from gateway.messages import Drained, DrainRequest, GateAnswer, Route, SessionName, Table, Verifier
 from gateway.rpc import Connection
 
 from .model import Session
@@ -24,6 +24,7 @@ OPEN, HOLD, REFUSE = "open", "hold", "refuse"
 Gate = tuple[dict[Connection, GateAnswer], bool]  # what each worker answered, and whether all workers did
 T = TypeVar("T")
 _DRAIN_MARGIN_SECONDS = 2.0
+_PARKED_SECONDS = 1.0
 _OTHERS_SECONDS = 0.01  # after those that hold requests
 
 
@@ -159,6 +160,13 @@ class Routes:
             log.warning("gate.workers_missing", connected=sorted(self._workers.values()), expected=self._expected)
             return False
         return True
+
+    async def parked_streams(self, session: Session) -> int | None:
+        """How many streams the workers hold parked for a session; None where one is missing or does not answer."""
+        answers = await self._ask_workers("parked", SessionName(session.id), int, _PARKED_SECONDS)
+        if len(set(self._workers.values())) < self._expected or None in answers.values():
+            return None
+        return sum(answer or 0 for answer in answers.values())
 
     async def drain(self, session: Session, seconds: float, cut: bool, park: int = 0, if_quiet: bool = False) -> Drained:
         """Has every worker do what DrainRequest says; what they answered, together."""

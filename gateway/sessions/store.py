@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import itertools
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ CREATE TABLE IF NOT EXISTS client_tokens (
 # What has no table of its own: kind to type.
 _RECORDS: dict[str, type[msgspec.Struct]] = {"accounts": Account, "keys": AccessKey, "roles": Role, "connectors": Connector}
 _CLIENT_TOKENS_SECONDS = 24 * 3600  # our choice: the service says nothing
+_EVENTS_KEPT = 100_000  # of all sessions and images together; some 10 MB
 # Kept in the log and in the database, so that transitions can still be stored when the disk is full.
 _ROOM_BYTES = 8 << 20
 
@@ -48,7 +50,7 @@ class StoreError(Exception):
 
 
 class EventRow(msgspec.Struct):
-    """One row of the append-only event table."""
+    """One row of the event table, which keeps the last of them: each that is added beyond takes the oldest one's place."""
 
     at: float
     subject: str
@@ -60,8 +62,9 @@ class EventRow(msgspec.Struct):
 
 
 class Store:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._path = path
+        self._clock = clock
         self._pending: list[tuple[str, Sequence[Any]]] = []
         self._waiters: list[asyncio.Future[None]] = []
         self._asides: list[Callable[[], None]] = []
@@ -71,6 +74,7 @@ class Store:
         self._order: dict[str, list[tuple[float, str]]] = {}  # by account: sessions by their start
         self.images: dict[str, Image] = {}
         self.client_tokens: dict[str, tuple[str, str]] = {}
+        self._token_times: dict[str, float] = {}  # in order: the oldest is first
         self._records: dict[str, dict[str, Any]] = {kind: {} for kind in _RECORDS}
 
     @property
@@ -112,9 +116,10 @@ class Store:
             self.images[made.arn] = made
         for kind, key, body in await self.db.execute_fetchall("SELECT kind, key, body FROM records"):
             self._records[kind][key] = msgspec.msgpack.decode(body, type=_RECORDS[kind])
-        await self.db.execute("DELETE FROM client_tokens WHERE at < ?", (time.time() - _CLIENT_TOKENS_SECONDS,))
-        for token, parameters, reply in await self.db.execute_fetchall("SELECT token, parameters, reply FROM client_tokens"):
+        await self.db.execute("DELETE FROM client_tokens WHERE at < ?", (self._clock() - _CLIENT_TOKENS_SECONDS,))
+        for token, at, parameters, reply in await self.db.execute_fetchall("SELECT * FROM client_tokens ORDER BY at"):
             self.client_tokens[token] = (parameters, reply)
+            self._token_times[token] = at
 
     async def _make_room(self) -> None:
         """Grows both files by writing filler and freeing it: SQLite gives neither the log's length nor free pages back."""
@@ -171,14 +176,26 @@ class Store:
         self._add("DELETE FROM records WHERE kind = ? AND key = ?", (kind, key))
 
     def put_client_token(self, token: str, parameters: str, reply: str) -> None:
+        """Keeps a token for a day; those that are older go."""
+        now = self._clock()
+        for old in list(itertools.takewhile(lambda one: self._token_times[one] < now - _CLIENT_TOKENS_SECONDS, self._token_times)):
+            self.forget_client_token(old)
+            self._add("DELETE FROM client_tokens WHERE token = ?", (old,))
         self.client_tokens[token] = (parameters, reply)
-        self._add("INSERT OR REPLACE INTO client_tokens VALUES (?, ?, ?, ?)", (token, time.time(), parameters, reply))
+        self._token_times[token] = now
+        self._add("INSERT OR REPLACE INTO client_tokens VALUES (?, ?, ?, ?)", (token, now, parameters, reply))
+
+    def forget_client_token(self, token: str) -> None:
+        """Out of memory only: of a call that could not be stored."""
+        self.client_tokens.pop(token, None)
+        self._token_times.pop(token, None)
 
     def add_event(self, subject: str, event: str, old: str, new: str, incarnation: int = 0, detail: str = "") -> None:
         self._add(
             "INSERT INTO events (at, subject, event, old, new, incarnation, detail) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (time.time(), subject, event, old, new, incarnation, detail),
+            (self._clock(), subject, event, old, new, incarnation, detail),
         )
+        self._add("DELETE FROM events WHERE number <= last_insert_rowid() - ?", (_EVENTS_KEPT,))
 
     async def events(self, subject: str) -> list[EventRow]:
         rows = await self.db.execute_fetchall(

@@ -10,7 +10,7 @@ from gateway import messages as m
 from gateway.rpc import RpcError
 from gateway.sessions.agent import frame
 
-_WOKEN = 0x82
+_IS_HELLO, _WOKEN = 0x81, 0x82
 
 
 class ScriptedHost:
@@ -51,6 +51,25 @@ class ScriptedHost:
         guest.sendall(woken(wake))
         return ours.detach()
 
+    async def unpause(self, session: str, incarnation: int) -> None:
+        self.held[session].phase = "running"
+
+    async def agent(self, session: str, incarnation: int) -> int:
+        """Of a guest that runs: it answers HELLO, its application is up."""
+        await self._call("agent", session)
+        ours, guest = socket.socketpair()
+        self.guests.append(guest)
+
+        def answer() -> None:
+            data = guest.recv(1 << 16)
+            if len(data) >= 8:
+                guest.sendall(frame(_IS_HELLO, data[-8:] + struct.pack("<Ii", 1, 0)))
+            else:
+                asyncio.get_running_loop().remove_reader(guest)
+
+        asyncio.get_running_loop().add_reader(guest, answer)
+        return ours.detach()
+
     async def claim(self, ahead: str, session: str, incarnation: int, egress: object) -> None:
         await self._call("claim", session)
         self.held[session] = m.SessionState(session, incarnation, self.held.pop(ahead).phase, 0, 0.0)
@@ -76,6 +95,8 @@ class ScriptedHost:
         self.rested.append((session, incarnation, keep, parked))
         if "rest" in self.block:
             await self.block["rest"].wait()
+        if self.fail.get("rest"):
+            raise self.fail["rest"].pop(0)
         await self.kill(session, incarnation)
 
     async def forget(self, session: str) -> None:

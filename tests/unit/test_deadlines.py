@@ -110,3 +110,18 @@ def test_like_a_dictionary(changes: list[tuple[int, int, bool]]) -> None:
     timer.advance(60)
     assert sorted(fired, key=repr) == sorted(expected, key=repr)
     assert [expected[key] for key in fired] == sorted(expected.values())  # type: ignore[index]
+
+
+def test_what_one_deadline_raises_keeps_no_other_from_being_due() -> None:
+    timer, seen = FakeTimer(), []
+
+    def due(key: Hashable) -> None:
+        if key == "broken":
+            raise ValueError
+        seen.append(key)
+
+    deadlines = Deadlines(timer, due)
+    for key in ("broken", "a", "b"):
+        deadlines.set(key, 1.0)
+    timer.advance(2.0)
+    assert seen == ["a", "b"] and not len(deadlines)

@@ -16,10 +16,11 @@ from scripted_host import ScriptedHost, no_services
 from gateway import messages as m
 from gateway.config import Settings
 from gateway.rpc import RpcError, RpcLost
+from gateway.sessions import actions as acting
 from gateway.sessions.actions import Actions, Arrival
 from gateway.sessions.lifecycle import Lifecycle
 from gateway.sessions.logs import LogStore
-from gateway.sessions.model import IdlePolicy, Session
+from gateway.sessions.model import Archived, IdlePolicy, Session
 from gateway.sessions.recovery import recover
 from gateway.sessions.routes import Routes
 from gateway.sessions.states import Action, Event, State
@@ -400,3 +401,127 @@ async def test_a_rest_that_was_interrupted_is_finished_before_anybody_wakes_the_
     rig.host.block.pop("rest").set()
     await rig.reach(again, State.RUNNING)
     assert rig.host.rested == [("s1", 1, True, parked > 0)] and again.incarnation == 2
+
+
+class Broken(Exception):
+    """Something that nobody expects: an answer of another shape, a mistake of ours."""
+
+
+@pytest.mark.parametrize("call", ["prepare", "start", "suspend", "rest", "forget"])
+async def test_no_unexpected_exception_strands_a_session(rig: Rig, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an action raises, the session is compared with its host and goes on; requests are not held for nothing."""
+    monkeypatch.setattr(acting, "_SETTLE_RETRY_SECONDS", 0.01)
+    one = await rig.launched(idle_policy=POLICY)
+    if call in ("prepare", "start"):
+        await rig.lifecycle.fire(one, Event.SUSPEND)
+        await rig.reach(one, State.SUSPENDED)
+    rig.host.fail[call] = [Broken("unexpected"), Broken("and again")]
+    await rig.lifecycle.fire(one, Event.TERMINATE if call == "forget" else Event.RESUME if call in ("prepare", "start") else Event.SUSPEND)
+    await rig.lifecycle.quiet()
+    assert one.state is {
+        "prepare": State.SUSPENDED, "start": State.RUNNING, "suspend": State.RUNNING, "rest": State.SUSPENDED, "forget": State.TERMINATED
+    }[call]  # fmt: skip
+    if call != "forget":
+        rig.host.fail.clear()
+        await rig.lifecycle.fire(one, Event.RESUME)
+        await rig.reach(one, State.RUNNING)
+
+
+async def test_an_unexpected_exception_ends_a_launch_with_a_reason(rig: Rig) -> None:
+    one = rig.session()
+    rig.host.fail["prepare"] = [Broken("unexpected")]
+    rig.lifecycle.run(one, rig.actions.launch(one))
+    await rig.reach(one, State.TERMINATED)
+    assert one.reason == "The MicroVM could not be launched: unexpected"
+
+
+async def test_a_host_that_cannot_end_a_hypervisor_does_not_keep_its_session(rig: Rig) -> None:
+    """What came while it was saved is acted on, and its window is watched."""
+    one = await rig.launched(idle_policy=POLICY)
+    rig.host.fail["rest"] = [RpcError("VmmError", "not now")]
+    rig.host.block["suspend"] = asyncio.Event()
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.lifecycle.fire(one, Event.TERMINATE)
+    rig.host.block.pop("suspend").set()
+    await rig.reach(one, State.TERMINATED)
+
+
+class ScriptedArchive:
+    def __init__(self) -> None:
+        self.kept: list[str] = []
+        self.may_store = asyncio.Event()
+        self.may_store.set()
+        self.is_storing = asyncio.Event()
+
+    async def store(self, session: Session) -> Archived:
+        self.is_storing.set()
+        await self.may_store.wait()
+        self.kept.append(session.id)
+        return Archived(session.id, 1, "digest")
+
+    async def fetch(self, session: Session, archived: Archived) -> None:
+        assert archived.key in self.kept
+
+    async def forget(self, archived: Archived) -> None:
+        self.kept.remove(archived.key)
+
+
+async def asleep_with_archive(rig: Rig, parked: int = 0) -> tuple[Session, ScriptedArchive]:
+    rig.lifecycle.settings.archive.after_seconds = 3600.0
+    rig.actions.archive = archive = ScriptedArchive()  # type: ignore[assignment]
+    one = await rig.launched(idle_policy=POLICY)
+    scripted_drains(rig, m.Drained(parked))
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.SUSPENDED)
+    await rig.lifecycle.quiet()
+    return one, archive
+
+
+async def test_a_session_that_sleeps_for_long_is_archived_and_fetched(rig: Rig) -> None:
+    one, archive = await asleep_with_archive(rig)
+    rig.lifecycle._due(("archive", one.id))
+    await rig.lifecycle.quiet()
+    assert one.archived is not None and archive.kept == ["s1"] and not rig.host.snapshots
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.reach(one, State.RUNNING)
+    await rig.lifecycle.quiet()
+    assert one.archived is None and archive.kept == []
+
+
+async def test_a_wake_in_the_turn_in_which_an_archive_is_due_does_not_wait_for_itself(rig: Rig) -> None:
+    one, archive = await asleep_with_archive(rig)
+    wake = asyncio.ensure_future(rig.lifecycle.fire(one, Event.RESUME))
+    rig.lifecycle._due(("archive", one.id))
+    await wake
+    await rig.reach(one, State.RUNNING)
+    await rig.lifecycle.quiet()
+    assert archive.kept == [] and one.archived is None
+
+
+@pytest.mark.parametrize("event", [Event.RESUME, Event.TERMINATE])
+async def test_what_comes_while_a_session_is_archived_waits_for_it(rig: Rig, event: Event) -> None:
+    """Otherwise an archive would stay behind in the object store."""
+    one, archive = await asleep_with_archive(rig)
+    archive.may_store.clear()
+    rig.lifecycle._due(("archive", one.id))
+    await archive.is_storing.wait()
+    await rig.lifecycle.fire(one, event)
+    archive.may_store.set()
+    await rig.reach(one, State.RUNNING if event is Event.RESUME else State.TERMINATED)
+    await rig.lifecycle.quiet()
+    assert archive.kept == []
+
+
+@pytest.mark.parametrize(("left", "is_archived"), [(0, True), (2, False), (None, False)])
+async def test_a_session_is_archived_when_the_last_of_its_parked_streams_has_left(rig: Rig, left: int | None, is_archived: bool) -> None:
+    """Its workers are asked; where one is missing, nobody knows."""
+    one, archive = await asleep_with_archive(rig, parked=3)
+
+    async def parked_streams(session: Session) -> int | None:
+        return left
+
+    rig.lifecycle.routes.parked_streams = parked_streams  # type: ignore[method-assign]
+    rig.lifecycle._due(("archive", one.id))
+    await rig.lifecycle.quiet()
+    assert (archive.kept == ["s1"]) is is_archived and one.parked == (3 if left is None else left)
+    assert is_archived or ("archive", "s1") in rig.lifecycle._deadlines._registered, "it is looked at again"

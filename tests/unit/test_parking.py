@@ -417,3 +417,19 @@ async def test_a_session_that_ends_resets_parked_calls(calls: Calls) -> None:
     assert await suspend(calls.rig) == 1
     calls.rig.control.change("refuse", 1)
     assert (await calls.client.answer(number)).reset is not None
+
+
+async def test_control_can_ask_how_many_streams_clients_still_hold(rig: Rig) -> None:
+    tunnels = [Tunnel(rig) for _ in range(2)]
+    for tunnel in tunnels:
+        await tunnel.open()
+        assert await tunnel.say(frame(1, b"one", b"abcd"))
+    assert await suspend(rig) == 2
+    (connection,) = rig.control.connections
+    assert await connection.call("parked", m.SessionName("s1"), int) == 2
+    assert await connection.call("parked", m.SessionName("unknown"), int) == 0
+    tunnels[0].writer.transport.abort()
+    async with asyncio.timeout(5):
+        while await connection.call("parked", m.SessionName("s1"), int) != 1:
+            await asyncio.sleep(0.001)
+    tunnels[1].writer.close()

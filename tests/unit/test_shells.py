@@ -157,3 +157,24 @@ async def test_a_channel_that_ended_is_over_and_not_asleep(guest: Guest) -> None
     assert not agent.is_detached
     agent.send(b"to nobody")
     agent.close()
+
+
+async def test_a_frame_whose_handling_fails_is_taken_once(guest: Guest) -> None:
+    """What came after it is read, and it does not come again."""
+    seen: list[bytes] = []
+    told = asyncio.Event()
+
+    def output(channel: int, data: bytes) -> None:
+        seen.append(data)
+        told.set()
+        if data == b"broken":
+            raise ValueError
+
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    agent = Agent(guest.connect(), output, lambda code: None)
+    for data in (b"broken", b"next", b"last"):
+        told.clear()
+        guest.say(frame(0x83, data, 1))
+        await told.wait()
+    assert seen == [b"broken", b"next", b"last"]
+    agent.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.sessions import store as storing
 from gateway.sessions.model import Image, Session
 from gateway.sessions.states import State
 from gateway.sessions.store import Store, StoreError
@@ -113,3 +114,40 @@ async def test_a_failed_write_is_an_error_and_the_next_succeeds(store: Store) ->
     await store.commit()
     rows = list(await store.db.execute_fetchall("SELECT id, state FROM sessions"))
     assert rows == [("small", "RUNNING")]
+
+
+async def test_the_event_table_keeps_the_last_rows_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storing, "_EVENTS_KEPT", 5)
+    for number in range(20):
+        store.add_event(f"s{number % 2}", f"event{number}", "", "")
+        if number % 3 == 0:
+            await store.commit()
+    await store.commit()
+    assert [row.event for row in await store.events("s0") + await store.events("s1")] == [
+        "event16",
+        "event18",
+        "event15",
+        "event17",
+        "event19",
+    ]
+
+
+async def test_client_tokens_are_kept_for_a_day_while_the_service_runs(tmp_path: Path) -> None:
+    now = 1_000_000.0
+    store = Store(tmp_path / "tokens.db", lambda: now)
+    await store.open()
+    for token in ("a", "b"):
+        store.put_client_token(token, "parameters", "reply")
+        await store.commit()
+        now += 20 * 3600
+    store.put_client_token("c", "parameters", "reply")
+    await store.commit()
+    assert list(store.client_tokens) == ["b", "c"]
+    rows = await store.db.execute_fetchall("SELECT token FROM client_tokens ORDER BY token")
+    assert [token for (token,) in rows] == ["b", "c"]
+    await store.close()
+    again = Store(tmp_path / "tokens.db", lambda: now + 5 * 3600)
+    await again.open()
+    again.put_client_token("d", "parameters", "reply")
+    assert list(again.client_tokens) == ["c", "d"]
+    await again.close()
