@@ -31,6 +31,8 @@ _METHOD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+\Z").match
 _DIGITS = re.compile(rb"[0-9]{1,18}\Z").match
 _STATUS = re.compile(rb"[1-9][0-9][0-9]\Z").match
 _OF_CONNECTION = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"))
+_NO_PSEUDO: frozenset[bytes] = frozenset()
+_RESPONSE_PSEUDO = frozenset((b":status",))
 _REQUEST_PSEUDO = frozenset((b":method", b":scheme", b":path", b":authority", b":protocol"))
 
 # Names that were checked, from whomever: few and short, because nobody is asked for a token before.
@@ -44,14 +46,14 @@ def size_of(fields: list[Field]) -> int:
     return sum([len(name) + len(value) for name, value, _ in fields])
 
 
-def _check(fields: list[Field], pseudo: frozenset[bytes]) -> tuple[dict[bytes, bytes], list[tuple[bytes, bytes]]]:
+def _check(fields: list[Field], pseudo: frozenset[bytes], message: str) -> tuple[dict[bytes, bytes], list[tuple[bytes, bytes]]]:
     """Splits pseudo-header fields from the others. Raises Malformed."""
     special: dict[bytes, bytes] = {}
     rest: list[tuple[bytes, bytes]] = []
     for name, value, _ in fields:
         if name[:1] == b":":
             if rest or name in special or name not in pseudo or _BAD_PSEUDO(value):
-                raise Malformed("malformed pseudo-header field")
+                raise Malformed(f"{message} has a pseudo-header field that is malformed, repeated or misplaced (RFC 9113 8.3)")
             special[name] = value
             continue
         good = _known_names.get(name)
@@ -60,30 +62,32 @@ def _check(fields: list[Field], pseudo: frozenset[bytes]) -> tuple[dict[bytes, b
             if len(name) <= _KNOWN_BYTES and len(_known_names) < _KNOWN_MOST:
                 _known_names[name] = good
         if not good or (name == b"te" and value.lower() != b"trailers"):
-            raise Malformed("malformed field")
+            raise Malformed(f"{message} has a field name that is malformed, or of the connection (RFC 9113 8.2.1, 8.2.2)")
         rest.append((name, value))
     joined = b"\n".join([value for _, value in rest])
     if _BAD_VALUE(joined) or joined.count(b"\n") != max(len(rest) - 1, 0):
-        raise Malformed("malformed field value")
+        raise Malformed(f"{message} has a malformed field value (RFC 9113 8.2.1)")
     return special, rest
 
 
 def parse_request(fields: list[Field], end: bool, most: int) -> RequestHead:
     """`end` says that no body follows. Raises Malformed: the stream is broken, or with status 431 answered."""
-    special, rest = _check(fields, _REQUEST_PSEUDO)
+    special, rest = _check(fields, _REQUEST_PSEUDO, "request")
     if len(rest) > most:
-        raise Malformed("too many fields", 431)
+        raise Malformed(f"request has more than {most} fields (edge.head_fields)", 431)
     method, path, protocol = special.get(b":method", b""), special.get(b":path", b""), special.get(b":protocol")
     if not _METHOD(method) or (method == b"CONNECT") != (protocol is not None):
-        raise Malformed("malformed or unsupported method")
+        raise Malformed("request has a malformed method, or CONNECT without :protocol (RFC 9113 8.5, RFC 8441 4)")
     if special.get(b":scheme") not in (b"https", b"http") or not (path.startswith(b"/") or (path == b"*" and method == b"OPTIONS")):
-        raise Malformed("malformed scheme or path")
+        raise Malformed("request has a malformed :scheme or :path (RFC 9113 8.3.1)")
     authority, plain = _one_host(special.get(b":authority"), rest)
+    if protocol is not None:
+        plain = _of_handshake(protocol, plain)
     head = RequestHead(method, path, 1, host_of(authority))
     read_fields(head, plain, 1)
     _frame(head, plain, end)
     if protocol is not None:
-        _extended_connect(head, protocol, plain)
+        _upgrade(head, plain)
     elif head.framing == CHUNKED:
         head.block += b"\r\ntransfer-encoding: chunked"
     head.keep_alive = True
@@ -100,13 +104,13 @@ def _one_host(authority: bytes | None, rest: list[tuple[bytes, bytes]]) -> tuple
             if authority is None:
                 authority = value
             elif authority.lower() != value.lower():
-                raise Malformed("Host and :authority differ")
+                raise Malformed("request has a Host that differs from :authority (RFC 9113 8.3.1)")
         elif name == b"cookie":
             cookies.append(value)
         else:
             plain.append((name, name, value))
     if authority is None:
-        raise Malformed("no authority")
+        raise Malformed("request has neither :authority nor Host (RFC 9113 8.3.1)")
     plain.insert(0, (b"host", b"Host", authority))
     if cookies:
         plain.append((b"cookie", b"cookie", b"; ".join(cookies)))
@@ -116,10 +120,10 @@ def _one_host(authority: bytes | None, rest: list[tuple[bytes, bytes]]) -> tuple
 def _frame(head: RequestHead, fields: Fields, end: bool) -> None:
     lengths = [value for name, _, value in fields if name == b"content-length"]
     if lengths and (len(lengths) > 1 or not _DIGITS(lengths[0])):
-        raise Malformed("malformed or repeated Content-Length")
+        raise Malformed("request has a malformed or repeated Content-Length (RFC 9113 8.1.1)")
     if end:
         if lengths and int(lengths[0]):
-            raise Malformed("Content-Length without content")
+            raise Malformed("request has a Content-Length, and no content (RFC 9113 8.1.1)")
         head.framing = FIXED if lengths else NO_BODY
     elif lengths:
         head.framing, head.length = FIXED, int(lengths[0])
@@ -127,10 +131,22 @@ def _frame(head: RequestHead, fields: Fields, end: bool) -> None:
         head.framing = CHUNKED
 
 
-def _extended_connect(head: RequestHead, protocol: bytes, fields: Fields) -> None:
-    """RFC 8441: to the application it is the usual upgrade."""
+# An extended CONNECT has no content, whose length could be said or which could be waited for (RFC 9110, 9.3.6), and its handshake
+# has no key (RFC 8441, 5): the one towards the application is ours.
+_NOT_IN_HANDSHAKE = frozenset((b"expect", b"sec-websocket-key"))
+
+
+def _of_handshake(protocol: bytes, fields: Fields) -> Fields:
+    """The fields of an extended CONNECT that go on. Raises Malformed."""
     if protocol != b"websocket":
-        raise Malformed("unsupported :protocol", 501)
+        raise Malformed("request has a :protocol other than websocket (RFC 8441 4)", 501)
+    if any(name == b"content-length" for name, _, _ in fields):
+        raise Malformed("request has the method CONNECT and a Content-Length (RFC 9110 9.3.6)")
+    return [one for one in fields if one[0] not in _NOT_IN_HANDSHAKE]
+
+
+def _upgrade(head: RequestHead, fields: Fields) -> None:
+    """To the application an extended CONNECT is the usual upgrade (RFC 8441, 5)."""
     key = websocket.new_key()
     head.method, head.framing, head.length = b"GET", NO_BODY, 0
     head.upgrade, head.websocket_key = b"websocket", key
@@ -141,13 +157,18 @@ def _extended_connect(head: RequestHead, protocol: bytes, fields: Fields) -> Non
 
 def parse_response(fields: list[Field], end: bool, most: int, is_head: bool) -> ResponseHead:
     """An application's answer. Raises Malformed, which its client sees as 502."""
-    special, rest = _check(fields, frozenset((b":status",)))
-    if not _STATUS(special.get(b":status", b"")) or len(rest) > most:
-        raise Malformed("malformed response", 502)
+    try:
+        special, rest = _check(fields, _RESPONSE_PSEUDO, "response")
+    except Malformed as error:
+        raise Malformed(str(error), 502) from error
+    if len(rest) > most:
+        raise Malformed(f"response has more than {most} fields (edge.head_fields)", 502)
+    if not _STATUS(special.get(b":status", b"")) or special[b":status"] == b"101":
+        raise Malformed("response has a :status that is malformed, or 101 (RFC 9113 8.3.2, 8.6)", 502)
     status = int(special[b":status"])
     lengths = [value for name, value in rest if name == b"content-length"]
-    if status == 101 or len(lengths) > 1 or (lengths and not _DIGITS(lengths[0])):
-        raise Malformed("malformed response", 502)
+    if len(lengths) > 1 or (lengths and not _DIGITS(lengths[0])):
+        raise Malformed("response has a malformed or repeated content-length (RFC 9113 8.1.1)", 502)
     dropped = OWN_FIELDS | {b"content-length"} if status < 200 or status == 204 else OWN_FIELDS  # RFC 9110, 8.6
     rest = [one for one in rest if one[0] not in dropped]
     block = b"".join(b"\r\n%b: %b" % one for one in rest)
@@ -167,8 +188,8 @@ def parse_response(fields: list[Field], end: bool, most: int, is_head: bool) -> 
 def parse_trailers(fields: list[Field], most: int) -> Trailers:
     """Those that may go on. Raises Malformed."""
     if len(fields) > most:
-        raise Malformed(f"message has more than {most} trailer fields (edge.head_fields)", 431)
-    return allowed_trailers(_check(fields, frozenset())[1])
+        raise Malformed(f"trailer section has more than {most} fields (edge.head_fields)")
+    return allowed_trailers(_check(fields, _NO_PSEUDO, "trailer section")[1])
 
 
 _NOT_IN_H2 = _OF_CONNECTION | {b"sec-websocket-accept"}

@@ -106,9 +106,9 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     "5.1.2 beyond the announced concurrency": (
         lambda c: [c.get(number, True, path=b"/slow?s=3") for number in range(1, 2 * 130, 2)], ("reset REFUSED_STREAM", "reset PROTOCOL_ERROR")),
     # 5.3 priority
-    "5.3 stream that depends on itself, in HEADERS": (lambda c: [f.frame(f.HEADERS, 5 | f.PRIORITISED, 1, u32(1) + b"\xff" + c.block())], (FATAL, BROKEN)),
+    "5.3 stream that depends on itself, in HEADERS": (lambda c: [f.frame(f.HEADERS, 5 | f.PRIORITY_FLAG, 1, u32(1) + b"\xff" + c.block())], (FATAL, BROKEN)),
     "5.3 stream that depends on itself, in PRIORITY": (lambda c: [f.frame(f.PRIORITY, 0, 1, u32(1) + b"\1")], (BROKEN, FATAL)),
-    "5.3 HEADERS with priority": (lambda c: [f.frame(f.HEADERS, 5 | f.PRIORITISED, 1, u32(0) + b"\xff" + c.block())], (OK,)),
+    "5.3 HEADERS with priority": (lambda c: [f.frame(f.HEADERS, 5 | f.PRIORITY_FLAG, 1, u32(0) + b"\xff" + c.block())], (OK,)),
     "5.3 PRIORITY on an idle stream": (lambda c: [f.frame(f.PRIORITY, 0, 9, u32(0) + b"\1"), c.get()], (OK,)),
     # 5.4, 5.5
     "5.5 unknown frame in a field block": (lambda c: [f.frame(f.HEADERS, 1, 1, c.block()), f.frame(0x55, 0, 1, b"x"), f.frame(f.CONTINUATION, 4, 1)], (FATAL,)),
