@@ -3,7 +3,7 @@
 PACKAGES = python3 python3-venv python3-dev gcc make musl-tools linux-libc-dev qemu-system-x86 qemu-utils buildah uidmap slirp4netns \
 	mmdebstrap lz4 e2fsprogs nftables iproute2 kmod util-linux curl ca-certificates libnss-myhostname
 BENCH_PACKAGES = nginx-light haproxy nghttp2-client wrk hey libssl-dev valgrind
-CONFORMANCE_PACKAGES = nghttp2-client nodejs chromium openssl curl awscli
+CONFORMANCE_PACKAGES = nghttp2-client nodejs chromium openssl curl awscli sslscan testssl.sh
 VENV = .venv
 PY = $(VENV)/bin/python
 export TORPOR_CACHE ?= /var/cache/torpor

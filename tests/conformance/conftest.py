@@ -77,6 +77,7 @@ _TITLES = {
     "test_http2_sections": "HTTP/2: RFC 9113, RFC 7541 and RFC 8441, by section",
     "test_websocket_cases": "WebSocket: Autobahn's cases through the edge, equal to those of the direct connection",
     "test_grpc_interop": "gRPC: interop's test names, grpcio's client and server",
+    "test_scanners": "Scanners of TLS",
     "test_clients": "Clients, each with a running microVM and with one that is asleep",
 }
 

@@ -109,11 +109,20 @@ class Raw:
         return head[3], head[4], int.from_bytes(head[5:9], "big"), payload
 
     async def until(self, *kinds: int) -> tuple[int, int, int, bytes]:
-        """The next frame of one of these kinds; our acknowledgements of settings are passed over."""
+        """The next frame of one of these kinds; our acknowledgements of settings are passed over. Raises TimeoutError."""
+        async with asyncio.timeout(10):
+            while True:
+                got = await self.frame()
+                if got[0] in kinds and not (got[0] == f.SETTINGS and got[1] & f.ACK):
+                    return got
+
+    async def settled(self) -> None:
+        """Everything that was sent has been received and acted on: PING is answered in order."""
+        self.send(f.frame(f.PING, 0, 0, b"settled?"))
         while True:
-            got = await self.frame()
-            if got[0] in kinds and not (got[0] == f.SETTINGS and got[1] & f.ACK):
-                return got
+            _, flags, _, payload = await self.until(f.PING)
+            if flags & f.ACK and payload == b"settled?":
+                return
 
     async def outcome(self) -> str:
         """How the peer judged: `goaway NAME`, `reset NAME`, `answer STATUS`, or `closed`."""
