@@ -113,9 +113,12 @@ async def test_an_answer_to_a_slow_client_leaves_its_connection_reading(rig: Rig
         slow.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.sock_connect(slow, ("127.0.0.1", rig.port))
+        await until(lambda: rig.worker.clients)
+        (client,) = rig.worker.clients
+        # How much the kernel would take by itself depends on what it remembers of earlier connections.
+        client.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # type: ignore[union-attr]
         await loop.sock_sendall(slow, rig.request(f"/{size}"))
         await until(lambda: rig.worker.upstream.statistics()["open"] == 1)
-        (client,) = rig.worker.clients
         await until(lambda: client.transport.get_write_buffer_size() > 1 << 19)  # type: ignore[union-attr]
         left = size
         while left > 0:
