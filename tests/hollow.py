@@ -22,7 +22,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from outside import bound, inside, ip
+from namespaces import Namespace
+from outside import bound
 from service import REPO, free_port
 
 from gateway import instance
@@ -36,6 +37,7 @@ from gateway.sessions.model import Build, IdlePolicy, Image, Session, Version
 from gateway.sessions.states import State
 from gateway.sessions.store import Store
 from gateway.tokens import Minter
+from vmm.namespaces import inside
 from vmm.network import GUEST_ADDRESS
 
 ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:app"
@@ -83,7 +85,7 @@ class Host:
         def make() -> list[int]:
             return [socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK).detach() for _ in range(body.count)]
 
-        return Reply(None, inside(self._namespace, make))
+        return Reply(None, inside(Path(self._namespace), make))
 
     async def rpc_forget(self, connection: Connection, body: m.SessionRef) -> None:
         pass
@@ -103,15 +105,13 @@ class Hollow:
         self.ids = [f"microvm-{uuid.UUID(int=number)}" for number in range(1, sessions + 1)]
         suffix = instance.wildcard(self.settings).removeprefix("*")
         self.endpoints = [f"{uuid.uuid4()}{suffix}:{self.settings.edge.port}" for _ in self.ids]
-        self.namespace = "torpor-test-hollow"
+        self._namespace = Namespace()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._loop = asyncio.new_event_loop()
         self._log = directory / "log"
 
     def start(self) -> None:
-        ip("netns", "add", self.namespace)
-        ip("-n", self.namespace, "link", "set", "lo", "up")
-        ip("-n", self.namespace, "addr", "add", f"{GUEST_ADDRESS}/32", "dev", "lo")
+        self._namespace.ip("addr", "add", f"{GUEST_ADDRESS}/32", "dev", "lo")
         for path in (self.settings.root, self.settings.runtime):
             path.mkdir(parents=True)
         instance.prepare(self.settings)
@@ -135,7 +135,7 @@ class Hollow:
         if self._loop.is_running():
             self._do(self._end())
             self._loop.call_soon_threadsafe(self._loop.stop)
-        subprocess.run(["ip", "netns", "del", self.namespace], check=False)
+        self._namespace.close()
 
     def token(self, number: int) -> str:
         return self.minter.mint(self.ids[number], [(1, 65535)], 3600)
@@ -180,14 +180,12 @@ class Hollow:
         await store.close()
 
     async def _serve(self) -> None:
-        self.host = Host(self.ids, f"/run/netns/{self.namespace}")
+        self.host = Host(self.ids, self._namespace.path)
         self._server = Server(self.settings.vmm_socket, Service(self.host), {0})
         if self._program:
-            self.processes["application"] = subprocess.Popen(
-                ["ip", "netns", "exec", self.namespace, self._program, str(PORT), GUEST_ADDRESS]
-            )  # fmt: skip
+            self.processes["application"] = subprocess.Popen(self._namespace.enter(self._program, str(PORT), GUEST_ADDRESS))
             return
-        listener = inside(f"/run/netns/{self.namespace}", lambda: bound(socket.SOCK_STREAM, (GUEST_ADDRESS, PORT)))
+        listener = self._namespace.inside(lambda: bound(socket.SOCK_STREAM, (GUEST_ADDRESS, PORT)))
         self._application = await asyncio.start_server(answer, sock=listener, backlog=4096)
 
     async def _end(self) -> None:

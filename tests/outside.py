@@ -8,10 +8,8 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
-from vmm import host
+from namespaces import Namespace
 
 SERVER = "198.51.100.7"  # TEST-NET-2: beyond the uplink's own networks
 UPLINK = "203.0.113.1"  # TEST-NET-3: the uplink itself, as the guests' host
@@ -22,31 +20,28 @@ PORT = 7777
 
 
 class Outside:
-    def __init__(self, name: str) -> None:
-        self.uplink, self.beyond = f"{name}-uplink", f"{name}-beyond"
+    def __init__(self) -> None:
+        self._uplink, self._beyond = Namespace(), Namespace()
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
 
     @property
     def path(self) -> str:
-        return f"/run/netns/{self.uplink}"
+        return self._uplink.path
 
     def start(self) -> None:
-        for namespace in (self.uplink, self.beyond):
-            ip("netns", "add", namespace)
-            ip("-n", namespace, "link", "set", "lo", "up")
-        ip("-n", self.uplink, "link", "add", "wan0", "type", "veth", "peer", "name", "lan0", "netns", self.beyond)
-        ip("-n", self.uplink, "addr", "add", f"{UPLINK}/30", "dev", "wan0")
-        ip("-n", self.uplink, "link", "set", "wan0", "up")
-        ip("-n", self.beyond, "addr", "add", f"{NEIGHBOUR}/30", "dev", "lan0")
-        ip("-n", self.beyond, "link", "set", "lan0", "up")
+        self._uplink.ip("link", "add", "wan0", "type", "veth", "peer", "name", "lan0", "netns", self._beyond.path)
+        self._uplink.ip("addr", "add", f"{UPLINK}/30", "dev", "wan0")
+        self._uplink.ip("link", "set", "wan0", "up")
+        self._beyond.ip("addr", "add", f"{NEIGHBOUR}/30", "dev", "lan0")
+        self._beyond.ip("link", "set", "lan0", "up")
         for address in (SERVER, PRIVATE):
-            ip("-n", self.beyond, "addr", "add", f"{address}/32", "dev", "lo")
-            ip("-n", self.uplink, "route", "add", f"{address}/32", "via", NEIGHBOUR)
-        for namespace in (self.uplink, self.beyond):
+            self._beyond.ip("addr", "add", f"{address}/32", "dev", "lo")
+            self._uplink.ip("route", "add", f"{address}/32", "via", NEIGHBOUR)
+        for namespace in (self._uplink, self._beyond):
             for port in (PORT, PORT + 1):
-                self._listen(inside(f"/run/netns/{namespace}", lambda port=port: bound(socket.SOCK_STREAM, ("0.0.0.0", port))))
-            self._answer(inside(f"/run/netns/{namespace}", lambda: bound(socket.SOCK_DGRAM, ("0.0.0.0", PORT))), lambda data: data)
+                self._listen(namespace.inside(lambda port=port: bound(socket.SOCK_STREAM, ("0.0.0.0", port))))
+            self._answer(namespace.inside(lambda: bound(socket.SOCK_DGRAM, ("0.0.0.0", PORT))), lambda data: data)
         self._answer(bound(socket.SOCK_DGRAM, (NAME_SERVER, 53)), name_answer)
         self._listen(bound(socket.SOCK_STREAM, (NAME_SERVER, 53)))
 
@@ -57,21 +52,19 @@ class Outside:
             sock.close()
         for thread in self._threads:
             thread.join(5)
-        for namespace in (self.uplink, self.beyond):
-            subprocess.run(["ip", "netns", "del", namespace], check=False, capture_output=True)
+        for namespace in (self._uplink, self._beyond):
+            namespace.close()
 
     def devices(self) -> list[str]:
         """The devices that lead to instances' microVMs."""
-        listed = subprocess.run(["ip", "-n", self.uplink, "-o", "link"], capture_output=True, text=True, check=True).stdout
+        listed = self._uplink.ip("-o", "link")
         return [line.split()[1].rstrip(":").partition("@")[0] for line in listed.splitlines() if line.split()[1].startswith("tp")]
 
     def addresses(self) -> str:
-        return subprocess.run(["ip", "-n", self.uplink, "-o", "-4", "addr"], capture_output=True, text=True, check=True).stdout
+        return self._uplink.ip("-o", "-4", "addr")
 
     def rules(self) -> str:
-        return subprocess.run(
-            ["nsenter", f"--net={self.path}", "nft", "list", "ruleset"], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run(self._uplink.enter("nft", "list", "ruleset"), capture_output=True, text=True, check=True).stdout
 
     def _listen(self, listener: socket.socket) -> None:
         """Says to each client how it looks from here, and what it said."""
@@ -119,10 +112,6 @@ def name_answer(question: bytes) -> bytes:
     return question[:2] + b"\x81\x80" + struct.pack(">HHHH", 1, 1 if record else 0, 0, 0) + question[12:end] + record
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
-
-
 def bound(kind: int, address: tuple[str, int]) -> socket.socket:
     sock = socket.socket(socket.AF_INET, kind)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -132,23 +121,9 @@ def bound(kind: int, address: tuple[str, int]) -> socket.socket:
     return sock
 
 
-def inside(namespace: str, work: Callable[[], Any]) -> Any:
-    made: list[Any] = []
-
-    def enter() -> None:
-        with Path(namespace).open() as file:
-            host.setns(file.fileno(), host.CLONE_NEWNET)
-        made.append(work())
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    return made[0]
-
-
 @contextlib.contextmanager
-def outside(name: str) -> Iterator[Outside]:
-    one = Outside(name)
+def outside() -> Iterator[Outside]:
+    one = Outside()
     try:
         one.start()
         yield one

@@ -16,10 +16,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
-from outside import bound, inside, ip
+from namespaces import Namespace
+from outside import bound
 
 NAME = "lambda.us-east-1.amazonaws.com"
-_NAMESPACE = "torpor-test-name"
 
 
 def _certificate(
@@ -64,9 +64,8 @@ class RealName:
         self._context.load_cert_chain(directory / "leaf.pem")
 
     def start(self) -> None:
-        ip("netns", "add", _NAMESPACE)
-        ip("-n", _NAMESPACE, "link", "set", "lo", "up")
-        self._listener = inside(f"/run/netns/{_NAMESPACE}", lambda: bound(socket.SOCK_STREAM, ("127.0.0.1", 443)))
+        self._namespace = Namespace()
+        self._listener = self._namespace.inside(lambda: bound(socket.SOCK_STREAM, ("127.0.0.1", 443)))
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
@@ -83,8 +82,8 @@ class RealName:
                     threading.Thread(target=_pour, args=pair, daemon=True).start()
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        enter = ["ip", "netns", "exec", _NAMESPACE, "unshare", "--mount", "sh", "-c"]
-        enter += [f'mount --bind {self._directory}/hosts /etc/hosts; exec "$@"', "sh"]
+        enter = self._namespace.enter("unshare", "--mount", "sh", "-c", 'mount --bind "$1" /etc/hosts; shift; exec "$@"', "sh")
+        enter.append(f"{self._directory}/hosts")
         names = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(self._directory), "SSL_CERT_FILE": str(self._directory / "ca.pem")}
         return subprocess.run([*enter, *command], env=names | environment, capture_output=True, text=True, timeout=60, check=False)
 
@@ -93,7 +92,7 @@ class RealName:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._thread.join(5)
-        ip("netns", "del", _NAMESPACE)
+        self._namespace.close()
 
 
 @contextlib.contextmanager

@@ -141,10 +141,10 @@ class Instance:
 
     def inside(self, identifier: str, work: Callable[[], Any]) -> Any:
         """Runs `work` in a microVM's network namespace: the direct way to its application."""
-        from outside import inside
+        from vmm.namespaces import inside
 
         link = self.hypervisors()[identifier]["link"]
-        return inside(str(self.run / self.name / "netns" / link), work)
+        return inside(self.run / self.name / "netns" / link, work)
 
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -7,11 +7,11 @@ import os
 import re
 import stat
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from outside import Outside
 from service import Instance, until
 
 from gateway.config import Settings
@@ -20,6 +20,7 @@ from vmm.builds import Builder, BuildSettings, _Build
 from vmm.cgroups import Cgroups
 from vmm.errors import VmmError
 from vmm.host import data_segments
+from vmm.namespaces import destroy_namespace, make_namespace
 from vmm.qemu import machine as topology
 from vmm.qemu.process import child_of
 
@@ -190,6 +191,22 @@ def test_only_the_guests_services_listen_in_its_network(instance: Instance, app:
     instance.terminate(vm["microvmId"])
 
 
-def test_the_hosts_mounts_are_left_alone(instance: Instance, app: str, outside_world: Outside) -> None:
-    """What runs in our jails must not detach what is mounted on the host, where a mount is shared (ip-netns(8) shares its own)."""
-    assert app and outside_world.path in Path("/proc/mounts").read_text()
+@pytest.fixture
+def shared_mount(tmp_path: Path) -> Iterator[Path]:
+    """A network namespace pinned below a shared mount, as ip-netns(8) keeps its own in /run/netns (mount_namespaces(7))."""
+    subprocess.run(["mount", "--bind", tmp_path, tmp_path], check=True)
+    subprocess.run(["mount", "--make-shared", tmp_path], check=True)
+    try:
+        make_namespace(tmp_path / "namespace", lambda: None)
+        yield tmp_path / "namespace"
+        destroy_namespace(tmp_path / "namespace")
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_the_hosts_mounts_are_left_alone(instance: Instance, app: str, shared_mount: Path) -> None:
+    """What runs in our jails must not detach what is mounted on the host: a detach in a copy of a shared mount reaches the original."""
+    build, _ = built(instance, "mounts", {"Dockerfile": f"{FROM}\nRUN false\n"})  # its network and its jail came up all the same
+    assert build["buildState"] == "FAILED"
+    instance.terminate(instance.launch(app)["microvmId"])
+    assert str(shared_mount) in Path("/proc/mounts").read_text()

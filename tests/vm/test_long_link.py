@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import ssl
-import subprocess
 from collections.abc import Iterator
 
 import h2.config
@@ -12,21 +11,19 @@ import h2.connection
 import h2.events
 import pytest
 from hollow import Hollow, hollow
-from outside import bound, inside, ip
+from namespaces import Namespace, namespace
+from outside import bound
 from relay import Relay
 
 pytestmark = pytest.mark.service
-FAR = "torpor-test-far"
 UPLOAD = 48 << 20
 FIRST, MOST = 64 << 10, 8 << 20  # a stream's window at first, and at most (gateway/edge/flow.py)
 
 
 @pytest.fixture
-def far(host_before: dict[str, set[str]]) -> Iterator[str]:
-    ip("netns", "add", FAR)
-    ip("-n", FAR, "link", "set", "lo", "up")
-    yield f"/run/netns/{FAR}"
-    subprocess.run(["ip", "netns", "del", FAR], check=False)
+def far(host_before: dict[str, set[str]]) -> Iterator[Namespace]:
+    with namespace() as one:
+        yield one
 
 
 class Upload:
@@ -59,13 +56,13 @@ class Upload:
         self.sock.sendall(self.h2.data_to_send())
 
 
-def test_one_stream_fills_a_long_link(far: str) -> None:
+def test_one_stream_fills_a_long_link(far: Namespace) -> None:
     with hollow(1, workers=1) as one:
         one.release()
-        listener = inside(far, lambda: bound(socket.SOCK_STREAM, ("127.0.0.1", 0)))
+        listener = far.inside(lambda: bound(socket.SOCK_STREAM, ("127.0.0.1", 0)))
         with Relay(listener, ("127.0.0.1", one.settings.edge.port), 0.05):
             address = listener.getsockname()
-            upload = Upload(one, inside(far, lambda: socket.create_connection(address)))
+            upload = Upload(one, far.inside(lambda: socket.create_connection(address)))
             authority = one.endpoints[0]
             fields = [(":method", "PUT"), (":scheme", "https"), (":authority", authority), (":path", "/"), ("content-length", str(UPLOAD))]
             upload.run([*fields, ("x-aws-proxy-auth", one.token(0))])
@@ -75,7 +72,7 @@ def test_one_stream_fills_a_long_link(far: str) -> None:
     assert MOST // 4 < FIRST + upload.credited - upload.sent <= MOST
 
 
-def test_a_stream_that_is_slow_gets_no_larger_window(far: str) -> None:
+def test_a_stream_that_is_slow_gets_no_larger_window(far: Namespace) -> None:
     """Windows grow only where they are used up: one that waits for its client is worth no memory."""
     with hollow(1, workers=1) as one:
         one.release()
