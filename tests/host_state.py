@@ -2,35 +2,96 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 TEST_UIDS = range(700_000, 700_000 + 8 * 262_144)
+_PROGRAMS = ("qemu-system-x86", "slirp4netns", "buildah", "torpor", "firecracker", "jailer")
+_PLACES = (
+    *("/run/torpor*", "/run/torpor/*", "/run/netns", "/var/lib/torpor*", "/etc/torpor*", "/etc/netns", "/usr/local/share/ca-certificates/torpor*"),
+    *("/var/tmp/torpor*", "/tmp/torpor*", "/root/torpor*", "/dev/shm/torpor*"),
+)  # fmt: skip
+# Of the initial network namespace, which the way out of microVMs changes.
+_SETTINGS = ("ip_forward", "ip_local_port_range", "conf/all/forwarding", "conf/default/forwarding")
 
 
-def snapshot() -> dict[str, set[str]]:
-    """Processes of test users, mounts, control groups, network namespaces, tap devices, files in shared places."""
-    processes = set()
+def _processes() -> Iterator[str]:
+    """Those of the tests' users, hypervisors and what goes with them, and programs of this virtual environment."""
+    ours = f"{sys.prefix}/bin/" if sys.prefix != sys.base_prefix else None
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+            command = (status.parent / "cmdline").read_bytes()
         except OSError:
             continue
         if fields["State"].startswith("Z"):  # over, and not ours to reap
             continue
-        uid = int(fields["Uid"].split()[0])
         name = fields["Name"].strip()
-        if uid in TEST_UIDS or name in ("qemu-system-x86", "slirp4netns", "buildah", "torpor"):
-            processes.add(f"{status.parent.name} {name}")
-    mounts = {line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()}
-    return {
-        "processes": processes,
-        "mounts": mounts,
-        "control groups": {str(path) for path in Path("/sys/fs/cgroup").glob("*/torpor-*")} | {str(p) for p in Path("/sys/fs/cgroup").glob("torpor-*")},
-        "namespaces": {path.name for path in Path("/run/netns").glob("*")} if Path("/run/netns").exists() else set(),
-        "taps": {path.name for path in Path("/sys/class/net").glob("*")},
-        "files": {str(path) for place in ("/run", "/var/lib", "/etc") for path in Path(place).glob("torpor*")}
-        | {str(path) for path in Path("/var/tmp").glob("torpor-*")} | {str(path) for path in Path("/tmp").glob("torpor*")},
-    }  # fmt: skip
+        is_ours = ours is not None and command.startswith(os.fsencode(ours))
+        if int(fields["Uid"].split()[0]) in TEST_UIDS or name in _PROGRAMS or is_ours:
+            yield f"{status.parent.name} {name}"
+
+
+def _mounts() -> Iterator[str]:
+    """Each mount point, with a number where something is mounted there more than once."""
+    points = Counter(line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    for point, count in points.items():
+        yield from (point if number == 1 else f"{point} ({number})" for number in range(1, count + 1))
+
+
+def _namespaces() -> Iterator[str]:
+    """Network namespaces that outlive their processes: pinned by a mount (nsfs), or held open by this process."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, kind = line.partition(" - ")
+        if kind.startswith("nsfs "):
+            yield f"{mount.split()[3]} at {mount.split()[4]}"
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            target = os.readlink(descriptor)
+        except OSError:
+            continue
+        if target.startswith("net:["):
+            yield f"{target} held by this process"
+
+
+def _links() -> Iterator[str]:
+    return (name for _, name in socket.if_nameindex())
+
+
+def _groups() -> Iterator[str]:
+    return (str(path) for path in Path("/sys/fs/cgroup").glob("**/torpor-*"))
+
+
+def _tables() -> list[str]:
+    try:
+        done = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=False, timeout=20)
+    except FileNotFoundError:  # before anything is installed
+        return []
+    return done.stdout.splitlines()
+
+
+def _files() -> Iterator[str]:
+    return (str(path) for place in _PLACES for path in Path("/").glob(place.lstrip("/")))
+
+
+def _settings() -> Iterator[str]:
+    for name in _SETTINGS:
+        yield f"net/ipv4/{name} is {(Path('/proc/sys/net/ipv4') / name).read_text().strip()}"
+
+
+KINDS: dict[str, Callable[[], Iterator[str] | list[str]]] = {
+    "processes": _processes, "mounts": _mounts, "namespaces": _namespaces, "links": _links, "control groups": _groups,
+    "nft tables": _tables, "files": _files, "settings": _settings,
+}  # fmt: skip
+
+
+def snapshot() -> dict[str, set[str]]:
+    return {kind: set(look()) for kind, look in KINDS.items()}
 
 
 def left(before: dict[str, set[str]], after: dict[str, set[str]]) -> list[str]:
