@@ -1,19 +1,23 @@
 # Torpor. `make demo` and `make test` set up what they need on a bare Debian 12 (as root) and then do their work.
 
 PACKAGES = python3 python3-venv python3-dev gcc make musl-tools linux-libc-dev qemu-system-x86 qemu-utils buildah uidmap slirp4netns \
-	mmdebstrap lz4 e2fsprogs nftables iproute2 kmod util-linux curl ca-certificates libnss-myhostname
+	mmdebstrap lz4 e2fsprogs nftables iproute2 kmod util-linux curl ca-certificates openssl git libnss-myhostname
+FRESH_PACKAGES = python3 mmdebstrap slirp4netns git util-linux nftables
 BENCH_PACKAGES = nginx-light haproxy nghttp2-client wrk hey libssl-dev valgrind
 CONFORMANCE_PACKAGES = nghttp2-client nodejs chromium openssl curl awscli sslscan testssl.sh
 VENV = .venv
 PY = $(VENV)/bin/python
+PIP = -qq --disable-pip-version-check --no-cache-dir --no-deps
 export TORPOR_CACHE ?= /var/cache/torpor
 
-# Asking dpkg is quick; apt is called only for what is missing. RUNLEVEL=1 keeps packages from starting services.
-install = missing=""; for package in $(1); do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
-	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; apt-get -q update >/dev/null && \
+# Asking dpkg is quick; apt is called only for what is missing, once dpkg is through with what was ended in its middle. RUNLEVEL=1 keeps
+# packages from starting services.
+install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/dev/null)"; missing=""; \
+	for package in $(1); do case "$$there" in *"i $$package "*) ;; *) missing="$$missing $$package" ;; esac; done; \
+	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; dpkg --configure -a && apt-get -q update >/dev/null && \
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
-.PHONY: help setup deps assets compiled demo serve test test-long check lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-fresh test-fresh-odd fresh-packages check lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -21,17 +25,23 @@ help: ## what there is
 setup: deps ## install packages and Python libraries, make kernel, initramfs and base image, compile the edge
 	@$(MAKE) --no-print-directory -j2 assets compiled
 
-# The lock names every package: nothing has to be resolved, two at a time take less than half as long as one, and what is imported is
-# compiled then.
-deps: $(VENV)/ready
-$(VENV)/ready: requirements.lock pyproject.toml
+# The virtual environment is another one for another lock, another Python, or another place, whose name its programs have in them.
+KEY = $(shell { cat requirements.lock pyproject.toml; /usr/bin/python3 -V; pwd; } 2>&1 | sha256sum | cut -d" " -f1)
+
+# The service's processes are users of their own, who read the code: also where a umask of 077 made the clone.
+deps:
 	@$(call install,$(PACKAGES))
+	@chmod go+rX . && chmod -R go+rX config gateway tests vmm
+	@[ "$$(cat $(VENV)/ready 2>/dev/null)" = "$(KEY)" ] || $(MAKE) --no-print-directory venv
+
+# The lock names every package: nothing has to be resolved, two at a time take less than half as long as one, and what is imported is
+# compiled then. The key is written when all is on the disk.
+venv:
 	@echo "setup: Python libraries into $(VENV)"
-	@/usr/bin/python3 -m venv --clear $(VENV)
-	@xargs -n 34 -P 2 $(VENV)/bin/pip install -qq --disable-pip-version-check --no-deps --no-compile < requirements.lock
-	@$(VENV)/bin/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@$(VENV)/bin/torpor version >/dev/null
-	@touch $@
+	@umask 022; /usr/bin/python3 -m venv --clear $(VENV) && \
+	xargs -n 34 -P 2 $(VENV)/bin/pip install $(PIP) --no-compile < requirements.lock && \
+	$(VENV)/bin/pip install $(PIP) --no-build-isolation -e . && \
+	$(VENV)/bin/torpor version >/dev/null && sync -f $(VENV) && echo $(KEY) > $(VENV)/ready
 
 assets: deps
 	@$(VENV)/bin/torpor assets
@@ -48,8 +58,19 @@ serve: setup ## run the service for yourself; prints the exports for another she
 test: setup check ## every test but the long ones
 	@$(PY) -m pytest -q -m "(vm or service) and not long and not conformance" tests
 
-test-long: setup ## every test
-	@$(PY) -m pytest -q -m "not conformance" tests
+test-long: test test-long-rest test-fresh test-fresh-odd ## every test, in parts of less than an hour each
+
+test-long-rest: setup
+	@$(PY) -m pytest -q -m "long and not conformance" tests
+
+test-fresh: fresh-packages ## both commands of the README on a machine that has seen nothing (RELEASE=trixie: of another Debian)
+	@/usr/bin/python3 tests/fresh.py $(if $(RELEASE),--release $(RELEASE),--record)
+
+test-fresh-odd: fresh-packages ## make demo and make check there, with /tmp noexec, umask 077, a space in the path, LANG=C, 1024 descriptors
+	@/usr/bin/python3 tests/fresh.py --odd
+
+fresh-packages:
+	@$(call install,$(FRESH_PACKAGES))
 
 check: deps lint types unit ## lint, types, unit tests: under a minute
 

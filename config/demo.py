@@ -5,6 +5,8 @@ Ends with a table of what was measured, and with an exit code that is not zero i
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shlex
@@ -14,12 +16,14 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from vmm import host
 from vmm.cgroups import Cgroups
 
 REPO = Path(__file__).resolve().parents[1]
@@ -99,6 +103,45 @@ def serve() -> subprocess.Popen[str]:
                 environment.pop("AWS_CA_BUNDLE", None)
                 return process
     raise DemoFailed(f"torpor serve ended: {(ROOT / 'serve.log').read_text()[-2000:]}")
+
+
+def end_earlier() -> None:
+    """Ends the processes of a demo that was itself ended before it could: they hold its lock and its ports."""
+    with contextlib.suppress(FileNotFoundError), (RUN / NAME / "lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.kill(int(lock.read()), signal.SIGKILL)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.suppress(FileNotFoundError):
+        for child in json.loads((RUN / NAME / "supervisor.json").read_text()).values():
+            if child["started"] is not None and host.start_time(child["pid"]) == child["started"]:
+                os.kill(child["pid"], signal.SIGKILL)
+                await_that(lambda child=child: host.start_time(child["pid"]) != child["started"], f"process {child['pid']} does not end")
+
+
+def clear_earlier() -> None:
+    """Removes the microVMs and the image of such a demo."""
+
+    def images() -> list[dict[str, object]]:
+        return list(json.loads(run("torpor", "images", "--json", quiet=True)))
+
+    left = [str(vm["microvmId"]) for vm in json.loads(run("torpor", "ps", "--json", quiet=True))]
+    if left or images():
+        console.print("   an earlier demo was ended in its middle: its microVMs and its image go first")
+    if left:
+        run("torpor", "terminate", *left, quiet=True, deadline=STATE_SECONDS)
+    await_that(lambda: not [one for one in images() if one["state"] in ("CREATING", "UPDATING")], "the earlier image's build does not end")
+    for image in images():
+        aws("lambda-microvms", "delete-microvm-image", "--image-identifier", str(image["imageArn"]), quiet=True)
+    await_that(lambda: not images(), "the earlier image is still there")
+
+
+def await_that(is_true: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + STATE_SECONDS
+    while not is_true():
+        check(time.monotonic() < deadline, otherwise)
+        time.sleep(0.1)
 
 
 def build() -> str:
@@ -312,22 +355,37 @@ def leftovers(first_uid: int, ports: list[int]) -> list[str]:
     return found
 
 
+@contextlib.contextmanager
+def forwarding_as_it_was() -> Iterator[None]:
+    """A service lets its host forward packets for as long as others may have asked for that too; a demo knows when it is over."""
+    setting = Path("/proc/sys/net/ipv4/ip_forward")
+    before = setting.read_text()
+    try:
+        yield
+    finally:
+        if setting.read_text() != before:
+            setting.write_text(before)
+
+
 def main() -> int:
+    with forwarding_as_it_was():
+        return demo()
+
+
+def demo() -> int:
     started = time.monotonic()
     process: subprocess.Popen[str] | None = None
     try:
+        end_earlier()
         step(1, "Start the service, the object store, the certificate authority and the AWS profile")
         process = serve()
         print((ROOT / "aws/config").read_text())
         step(2, "Build an image from a zip with a Dockerfile")
-        if any(image["name"] == IMAGE for image in json.loads(run("torpor", "images", "--json", quiet=True))):
-            raise DemoFailed(f"the image {IMAGE} is still there from an earlier run: remove {ROOT} and start again")
+        clear_earlier()
         arn = build()
         walk(arn)
         aws("lambda-microvms", "delete-microvm-image", "--image-identifier", arn)
-        deadline = time.monotonic() + STATE_SECONDS
-        while json.loads(run("torpor", "images", "--json", quiet=True)) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        await_that(lambda: not json.loads(run("torpor", "images", "--json", quiet=True)), "the image is still there")
         ports = [int(environment[name]) for name in environment if name.startswith("TORPOR_") and name.endswith("PORT")]
         ports.append(int((ROOT / "edge-port").read_text()))
         process.send_signal(signal.SIGTERM)

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import secrets
+import sys
 import time
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def check_reachable(path: Path) -> None:
     for parent in (path, *path.resolve().parents):
         if parent != path and not parent.stat().st_mode & 0o001:
             raise ConfigError(f"{path} lies below {parent}, which other users may not enter: choose another --root")
+
+
+def check_readable(package: Path) -> None:
+    """The code, cloned and installed under a umask of 077, would be no other user's to read, wherever it lies."""
+    for path in (package.parent, package, package / "__init__.py", Path(sys.prefix), Path(x509.__file__)):
+        wanted = 0o005 if path.is_dir() else 0o004
+        if path.stat().st_mode & wanted != wanted:
+            place = package.parent
+            raise ConfigError(f"{path} may not be read by other users, whom the service's processes are: chmod -R go+rX {place}")
 
 
 def _write(path: Path, data: bytes, owner: int, mode: int) -> None:

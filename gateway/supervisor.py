@@ -152,7 +152,8 @@ class Supervisor:
 
     def _code_mount(self) -> bool:
         """Whether the code lies where its unprivileged processes cannot read it (a clone in /root, say): it is then bound
-        to a place that they can, in their own mount namespace."""
+        to a place that they can, in their own mount namespace. Raises ConfigError for code that they may not read anywhere."""
+        instance.check_readable(_CODE / "gateway")
         try:
             instance.check_reachable(_CODE / "gateway")
             instance.check_reachable(Path(sys.prefix))

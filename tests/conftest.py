@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ import hypothesis
 import pytest
 import uvloop
 from outside import NAME_SERVER, PORT, PRIVATE, Outside, outside
+from scratch import scratch
 from service import HOOKS, Instance, app_files, free_port, served
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore looks for new ones.
@@ -20,6 +23,8 @@ _QUIET = {"deadline": None, "database": None, "suppress_health_check": [hypothes
 hypothesis.settings.register_profile("repeat", derandomize=True, **_QUIET)
 hypothesis.settings.register_profile("explore", max_examples=2000, **_QUIET)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+_SCRATCH = pytest.StashKey[contextlib.ExitStack]()
+os.umask(0o022)  # users of the service's own read what tests make
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,6 +34,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """The service's loop."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A run's temporary files and its home directory are in one directory that goes with it: pytest's own would stay in /tmp, which may be
+    noexec, and nothing of a run may depend on what is in somebody's home, or be left there."""
+    config.stash[_SCRATCH] = contextlib.ExitStack()
+    if not hasattr(config, "workerinput") and not config.option.basetemp:
+        directory = config.stash[_SCRATCH].enter_context(scratch(".torpor-tests-"))  # not of a name that the leak check looks for
+        os.environ["TMPDIR"] = os.environ["HOME"] = tempfile.tempdir = str(directory)
+        config.option.basetemp = directory / "t"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[_SCRATCH].close()
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +62,7 @@ def host_before(request: pytest.FixtureRequest) -> Iterator[dict[str, set[str]]]
 
 @pytest.fixture(scope="session")
 def outside_world(host_before: dict[str, set[str]]) -> Iterator[Outside]:
-    with outside("torpor-test") as one:
+    with outside() as one:
         yield one
 
 

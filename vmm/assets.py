@@ -1,41 +1,98 @@
-"""What is made once per host, in the cache directory: kernel, initramfs, the hypervisor's root, the local base image."""
+"""What is made once per host, in the cache directory: kernel, initramfs, the hypervisor's root, the local base image.
+
+Each step names what it makes from what (its key), so an update of the code, of the list of modules or of init makes again what depends
+on it, and nothing else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from . import base, jail, kernel, probe
+from . import base, jail, kernel, making, probe
 from .kernel import AssetError
 
-__all__ = ["AssetError", "make", "make_firecracker"]
+__all__ = ["AssetError", "make", "make_firecracker", "missing"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """`work` makes the file or directory at the path that it is given. `says` is what the user is told while it takes long."""
+
+    name: str
+    key: Callable[[Path], str]
+    work: Callable[[Path, Path], None]
+    says: str
+
+
+def _initrd(name: str, modules: tuple[str, ...]) -> Step:
+    def key(cache: Path) -> str:
+        made_of = (making.key_at(cache / "kernel"), making.key_at(cache / "guest"), cache / "kernel/release")
+        return making.key_of(kernel.make_initrd, kernel.module_files, kernel.cpio, modules, *made_of)
+
+    def work(cache: Path, target: Path) -> None:
+        kernel.make_initrd(cache / "kernel", cache / "guest/init", target, modules)
+
+    return Step(name, key, work, "making the guest's initramfs")
+
+
+# In the order in which they are made: keys of later ones name earlier ones.
+_STEPS = (
+    Step(
+        "kernel", lambda cache: making.key_of(kernel.fetch_kernel, kernel.meta_package()),
+        lambda cache, target: kernel.fetch_kernel(target), "fetching the guest's kernel (Debian's cloud kernel)",
+    ),
+    Step(
+        "guest", lambda cache: making.key_of(kernel.make_init, *kernel.init_sources()), lambda cache, target: kernel.make_init(target),
+        "compiling the guest's init",
+    ),
+    _initrd("initrd", kernel.MODULES),
+    Step("qemu-root", lambda cache: jail.root_key(), lambda cache, target: jail.make_root(target), "making the hypervisors' root"),
+    Step(
+        "base.tar", lambda cache: base.base_key(), lambda cache, target: base.make_base(target),
+        "making the local base image with mmdebstrap (some 30 s, once)",
+    ),
+)  # fmt: skip
+_FIRECRACKER = (
+    Step(
+        "vmlinux", lambda cache: making.key_of(kernel.extract_elf, making.key_at(cache / "kernel"), cache / "kernel/release"),
+        lambda cache, target: kernel.extract_elf(cache / "kernel/vmlinuz", target), "unpacking the guest's kernel",
+    ),
+    _initrd("initrd-firecracker", kernel.FIRECRACKER_MODULES),
+)  # fmt: skip
+
+
+def _steps() -> Iterator[Step]:
+    yield from _STEPS
+    if probe.firecracker_programs() is not None:
+        yield from _FIRECRACKER
 
 
 def make(cache: Path, say: Callable[[str], None]) -> None:
     """Makes what is missing; quick when all is there. Raises AssetError."""
-    cache.mkdir(parents=True, exist_ok=True)
-    if not (cache / "kernel/complete").exists():
-        say("fetching the guest's kernel (Debian's cloud kernel)")
-    kernel.fetch_kernel(cache / "kernel")
-    init = kernel.make_init(cache / "guest")
-    initrd = cache / "initrd"
-    if not initrd.exists() or initrd.stat().st_mtime < init.stat().st_mtime:
-        say("making the guest's initramfs")
-        kernel.make_initrd(cache / "kernel", init, initrd)
-    if probe.firecracker_programs() is not None:
-        make_firecracker(cache)
-    if not (cache / "qemu-root/complete").exists():
-        say("making the hypervisors' root")
-    jail.make_root(cache / "qemu-root")
-    if not (cache / "base.tar").exists():
-        say("making the local base image with mmdebstrap (some 30 s, once)")
-    base.make_base(cache / "base.tar")
+    with making.alone(cache):
+        _make(cache, tuple(_steps()), say)
 
 
 def make_firecracker(cache: Path) -> None:
     """The same kernel and init for Firecracker's machine. Raises AssetError."""
-    init, elf, initrd = cache / "guest/init", cache / "vmlinux", cache / "initrd-firecracker"
-    if not elf.exists():
-        kernel.extract_elf(cache / "kernel/vmlinuz", elf)
-    if not initrd.exists() or initrd.stat().st_mtime < init.stat().st_mtime:
-        kernel.make_initrd(cache / "kernel", init, initrd, kernel.FIRECRACKER_MODULES)
+    with making.alone(cache):
+        _make(cache, _FIRECRACKER, lambda text: None)
+
+
+def missing(cache: Path) -> dict[str, bool]:
+    """Of each file or directory whether it has to be made."""
+    return {step.name: making.key_at(cache / step.name) != step.key(cache) for step in _steps()}
+
+
+def _make(cache: Path, steps: tuple[Step, ...], say: Callable[[str], None]) -> None:
+    for step in steps:
+        key = step.key(cache)
+        if making.key_at(cache / step.name) == key:
+            continue
+        say(step.says)
+        try:
+            making.make(cache / step.name, key, lambda target, step=step: step.work(cache, target))  # type: ignore[misc]
+        except OSError as error:
+            raise AssetError(f"{step.name}: {error}") from error

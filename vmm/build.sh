@@ -1,21 +1,23 @@
 # Runs inside the build's jail as root of its user namespace. $1 the local base's names (space separated), $2 the image's
-# tag, $3 the disk's bytes, $4 "pull" or "never", $5 the descriptor that takes the phases' names, one a line.
+# tag, $3 the disk's bytes, $4 "pull" or "never", $5 the descriptor that takes the phases' names, one a line, $6 what the base
+# archive was made from.
 set -eu
 umask 022
 names=$1 tag=$2 bytes=$3 pull=$4
 phase() { echo "$1" >&"$phases"; }
-phases=$5
+phases=$5 key=$6
 b() { buildah --root /store --runroot /runroot --storage-driver overlay "$@"; }
 
 phase BASE
 for name in $names; do
-    [ -n "$(b images -q "$name" 2>/dev/null || :)" ] && continue
+    [ -n "$(b images -q "$name" 2>/dev/null || :)" ] && [ "$(cat /store/local-base 2>/dev/null)" = "$key" ] && continue
     echo "torpor: making the local base for $name"
     container=$(b from scratch)
     b add -q "$container" /base.tar / >/dev/null
     b config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin $(cat /buildhost/environment) "$container"
     b commit -q --rm "$container" "$name" >/dev/null
 done
+echo "$key" > /store/local-base
 # What an earlier build pulled gives this one no right to it: the names go, layers stay where cached ones stand on them. What
 # builds that were killed left in the store goes with them.
 b rm --all >/dev/null 2>&1 || :

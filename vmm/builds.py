@@ -23,6 +23,7 @@ from gateway.observe.room import disk_free_bytes
 from . import lending
 from .cgroups import Cgroups, Limits
 from .driver import VmmError
+from .making import key_at
 from .namespaces import destroy_namespace, make_namespace, run_batch
 from .places import QUOTED_CHARACTERS
 
@@ -147,7 +148,7 @@ class Builder:
                 str(self._lent), str(self._settings.base_archive), str(_HERE / "build.sh"), str(work / "auth.json"),
                 *map(str, self._cgroups.joins(group)), "--",
                 " ".join(self._settings.base_names), f"localhost/torpor-build:{request.build}", str(request.disk_bytes),
-                "pull" if self._settings.pull else "never", str(phases),
+                "pull" if self._settings.pull else "never", str(phases), key_at(self._settings.base_archive),
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[phases], start_new_session=True,
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
             )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,6 +47,21 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, data: s
 
 def umount(target: str) -> None:
     _check(_libc.umount2(target.encode(), MNT_DETACH), f"umount {target}")
+
+
+def mount_points() -> list[str]:
+    """In the order in which they were mounted (proc_pid_mountinfo(5))."""
+    text = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
+    return [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in text.splitlines()]
+
+
+def sync_file_system(path: Path) -> None:
+    """Returns when all that was written to the file system of `path` is on the disk (syncfs(2))."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _check(_libc.syncfs(descriptor), f"sync {path}")
+    finally:
+        os.close(descriptor)
 
 
 def pidfd_getfd(pid: int, number: int) -> int:

@@ -5,18 +5,19 @@ The root holds QEMU, its libraries and firmware and nothing else; it is made onc
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from .making import key_of
+
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
-_PROGRAMS = ("/usr/bin/qemu-system-x86_64", "/usr/bin/setpriv", "/usr/bin/umount")
-_MAPPER = Path(__file__).parent / "qemu/mapper.c"
-_DATA = (
+PROGRAMS = ("/usr/bin/qemu-system-x86_64", "/usr/bin/setpriv", "/usr/bin/umount")
+MAPPER = Path(__file__).parent / "qemu/mapper.c"
+DATA = (
     "/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so",
     "/usr/share/seabios/bios-256k.bin",
     "/usr/share/qemu/kvmvapic.bin",
@@ -50,15 +51,15 @@ exec "$@"
 """
 
 
-def make_root(target: Path) -> None:
-    """Copies what QEMU needs to `target`, renamed into place when complete."""
-    stamp = hashlib.sha256(_MAPPER.read_bytes()).hexdigest()
-    if (target / "complete").exists() and (target / "complete").read_text(encoding="ascii") == stamp:
-        return
-    work = target.with_name(target.name + ".new")
-    shutil.rmtree(work, ignore_errors=True)
-    files = {path for path in (*_PROGRAMS, *_DATA) if os.path.exists(path)}
-    for program in _PROGRAMS:
+def root_key() -> str:
+    """Not of the programs themselves: a snapshot is read by the hypervisor that wrote it."""
+    return key_of(make_root, MAPPER, PROGRAMS, DATA)
+
+
+def make_root(work: Path) -> None:
+    """Copies what QEMU needs to `work`, a new directory."""
+    files = {path for path in (*PROGRAMS, *DATA) if os.path.exists(path)}
+    for program in PROGRAMS:
         listing = subprocess.run(["ldd", program], check=True, capture_output=True, text=True, timeout=20).stdout
         files.update(word for line in listing.splitlines() for word in line.split() if word.startswith("/"))
     for directory in ("proc", "dev", "usr/lib", "usr/bin"):
@@ -73,12 +74,9 @@ def make_root(target: Path) -> None:
     (work / "dev/null").touch()
     subprocess.run(
         ["gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread",
-         "-o", str(work / "usr/lib/torpor-mapper.so"), str(_MAPPER)],
+         "-o", str(work / "usr/lib/torpor-mapper.so"), str(MAPPER)],
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
-    (work / "complete").write_text(stamp, encoding="ascii")
-    shutil.rmtree(target, ignore_errors=True)
-    work.rename(target)
 
 
 def command(root: Path, cgroup_files: Sequence[Path], uid: int, has_kvm: bool, inner: Sequence[str]) -> list[str]:

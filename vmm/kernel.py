@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ PROBED = b"a guest's init runs"
 PROBE_MIB = 256
 # How a kernel is packed: magic number, and what unpacks it (kernel: scripts/extract-vmlinux).
 _UNPACKERS = {b"\x02\x21\x4c\x18": "lz4", b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_GUEST = Path(__file__).parent / "guest"
 _PACKAGE_DEADLINE_SECONDS = 300
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
@@ -46,9 +46,14 @@ def _run(*command: str, cwd: Path | None = None, deadline: float = 120) -> str:
     return done.stdout
 
 
+def meta_package() -> str:
+    """Debian's meta-package of a kernel for virtual machines."""
+    return f"linux-image-cloud-{_ARCHITECTURES[os.uname().machine]}"
+
+
 def kernel_package() -> str:
-    """The concrete kernel package behind Debian's meta-package for virtual machines."""
-    meta = f"linux-image-cloud-{_ARCHITECTURES[os.uname().machine]}"
+    """The concrete kernel package behind the meta-package."""
+    meta = meta_package()
     lines = _run("apt-cache", "depends", meta).splitlines()
     names = [line.split("Depends:")[1].strip() for line in lines if "Depends: linux-image" in line]
     if not names:
@@ -56,13 +61,9 @@ def kernel_package() -> str:
     return names[0]
 
 
-def fetch_kernel(target: Path) -> None:
-    """Unpacks the kernel package into `target` (vmlinuz, modules, release)."""
-    if (target / "complete").exists():
-        return
-    work = target.with_name(target.name + ".new")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+def fetch_kernel(work: Path) -> None:
+    """Unpacks the kernel package into `work`, a new directory (vmlinuz, modules, release)."""
+    work.mkdir()
     _run("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", kernel_package(), cwd=work, deadline=_PACKAGE_DEADLINE_SECONDS)
     package = next(work.glob("*.deb"))
     _run("dpkg-deb", "-x", str(package), str(work))
@@ -72,9 +73,6 @@ def fetch_kernel(target: Path) -> None:
     kernel.rename(work / "vmlinuz")
     (work / "release").write_text(release, encoding="ascii")
     _run("depmod", "-b", str(work), release)
-    (work / "complete").touch()
-    shutil.rmtree(target, ignore_errors=True)
-    work.rename(target)
 
 
 def module_files(kernel: Path, modules: Sequence[str]) -> list[Path]:
@@ -108,12 +106,10 @@ def extract_elf(packed: Path, target: Path) -> None:
         raise AssetError(f"{packed} could not be unpacked: {error}; apt-get install {program}") from error
     if not unpacked.startswith(b"\x7fELF"):
         raise AssetError(f"{packed} holds no ELF file")
-    temporary = target.with_name(target.name + ".new")
-    temporary.write_bytes(unpacked)
-    temporary.rename(target)
+    target.write_bytes(unpacked)
 
 
-def _cpio(entries: list[tuple[str, int, bytes]]) -> bytes:
+def cpio(entries: list[tuple[str, int, bytes]]) -> bytes:
     """A newc archive (kernel: Documentation/driver-api/early-userspace/buffer-format.rst)."""
     out = bytearray()
     for number, (name, mode, data) in enumerate([*entries, ("TRAILER!!!", 0, b"")], 1):
@@ -130,12 +126,13 @@ def make_initrd(kernel: Path, init: Path, target: Path, modules: Sequence[str] =
     entries: list[tuple[str, int, bytes]] = [("dev", 0o040755, b""), ("init", 0o100755, init.read_bytes()), ("m", 0o040755, b"")]
     entries += [(f"m/{file.name}", 0o100644, file.read_bytes()) for file in files]
     entries.append(("modules.list", 0o100644, "".join(f"/m/{file.name}\n" for file in files).encode()))
-    temporary = target.with_name(target.name + ".new")
-    temporary.write_bytes(gzip.compress(_cpio(entries), 1))
-    temporary.rename(target)
+    target.write_bytes(gzip.compress(cpio(entries), 1))
 
 
-def make_init(target: Path) -> Path:
-    """Compiles the guest's init into `target`; make(1) decides whether there is anything to do."""
-    _run("make", "-s", "-C", str(Path(__file__).parent / "guest"), f"OUT={target}")
-    return target / "init"
+def init_sources() -> list[Path]:
+    return sorted(path for path in _GUEST.iterdir() if path.suffix in (".c", ".h") or path.name == "Makefile")
+
+
+def make_init(target: Path) -> None:
+    """Compiles the guest's init into the directory `target`."""
+    _run("make", "-s", "-C", str(_GUEST), f"OUT={target}")

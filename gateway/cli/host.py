@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -25,6 +27,7 @@ Root = Annotated[Path | None, typer.Option("--root", help="The instance's direct
 Name = Annotated[str | None, typer.Option("--name", help="The instance's name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _RELOAD_SECONDS = 60.0
+_DESCRIPTORS = 65_536
 _SYSTEM_AUTHORITIES = Path("/usr/local/share/ca-certificates")
 _PROGRAMS = {
     "qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils", "buildah": "buildah", "mmdebstrap": "mmdebstrap",
@@ -53,6 +56,8 @@ def serve(root: Root = None, name: Name = None) -> None:
 
     if os.geteuid() != 0:
         fail("serve needs root: it makes network namespaces, mounts and users' processes", 2)
+    os.umask(0o022)  # users of the service's own read what root makes here
+    _allow_descriptors()
     settings = config.load(root=root, name=name)
     log.configure("torpor")
     try:
@@ -66,6 +71,15 @@ def serve(root: Root = None, name: Name = None) -> None:
             console.print(f"export {variable}={value}", soft_wrap=True)
 
     asyncio.run(supervisor.serve(settings, announce))
+
+
+def _allow_descriptors() -> None:
+    """An edge holds two for each exchange, and a login allows 1,024. What may not be raised stays as it is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for most in (max(hard, _DESCRIPTORS), hard):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(most, _DESCRIPTORS)), most))
+            return
 
 
 def reload(root: Root = None, name: Name = None) -> None:
@@ -134,6 +148,7 @@ def assets() -> None:
     """
     from vmm.assets import AssetError, make
 
+    os.umask(0o022)  # hypervisors' users read what is made here
     try:
         make(config.load().cache, lambda text: errors.print(f"torpor: {text}"))
     except AssetError as error:
@@ -150,7 +165,7 @@ def doctor(
 
     Example: torpor doctor --repair
     """
-    from vmm import cgroups, leftovers, probe
+    from vmm import assets, cgroups, leftovers, probe
 
     from .repair import is_served, leftovers_of
 
@@ -166,9 +181,9 @@ def doctor(
     rows.append(("guest peak", True, f"capped at {memory} MiB and {vcpus} virtual CPUs by this host"))
     missing = ", ".join(cgroups.Cgroups(settings.name, settings.root).missing)
     rows.append(("control groups", not missing, f"missing: {missing}" if missing else "memory, cpu, io and pids are limited"))
-    for what in ("kernel/complete", "initrd", "qemu-root/complete", "base.tar"):
-        there = (settings.cache / what).exists()
-        rows.append((f"asset {what.split('/')[0]}", there, str(settings.cache) if there else "missing: run `torpor assets`"))
+    for what, is_missing in assets.missing(settings.cache).items():
+        text = "missing, or made by another version: run `torpor assets`" if is_missing else str(settings.cache)
+        rows.append((f"asset {what}", not is_missing, text))
     free = disk_free_bytes(place) >> 20
     rows.append(("disk", free > settings.limits.disk_reserve_mib, f"{free} MiB free below {place}"))
     free = memory_available_bytes() >> 20

@@ -8,6 +8,7 @@ interpreted until they are compiled again. TORPOR_INTERPRETED=1 leaves the compi
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import os
@@ -68,6 +69,8 @@ def build() -> None:
 
     target = directory()
     os.chdir(_HERE.parents[1])
+    for left in target.parent.glob(f"{_PREFIX}*"):  # by one that was ended, or of other sources
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=target.parent) as work:
         sources = [f"gateway/edge/{name}.py" for name in MODULES]
         said = io.StringIO()
@@ -81,13 +84,14 @@ def build() -> None:
         command.build_lib, command.build_temp = f"{work}/lib", f"{work}/objects"
         command.ensure_finalized()
         command.run()
-        for old in target.parent.glob(f"{_PREFIX}*[0-9a-f]"):
-            if len(old.name) == len(target.name) and old.is_dir():
-                shutil.rmtree(old)
+        os.sync()  # or, after a power cut, the name might be there and what is in the files might not
         Path(f"{work}/lib/gateway/edge").rename(target)
 
 
 def main() -> None:
-    if not directory().is_dir():
-        print("setup: compiling the edge's data path", flush=True)
-        build()
+    os.umask(0o022)  # the edge's user reads what is made here
+    with (Path(sys.prefix) / "lib" / f".{_PREFIX}lock").open("w") as lock:  # one at a time, or each would remove the other's work
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not directory().is_dir():
+            print("setup: compiling the edge's data path", flush=True)
+            build()

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import typer
 
+from gateway import instance
+from gateway.config import ConfigError
 from gateway.messages import LogLine, MicrovmLog
 
 TORPOR = Path(sys.prefix) / "bin/torpor"
@@ -133,3 +135,28 @@ def test_logs_show_the_services_own_lines_and_say_why_the_applications_are_missi
     microvms.logs("vm", follow=False)
     done = capsys.readouterr()
     assert done.out == printed and done.err.startswith(said) and bool(done.err) is bool(why)
+
+
+@pytest.mark.parametrize("name", ["", "gateway", "gateway/__init__.py"])
+def test_code_that_the_services_users_may_not_read_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    """As a clone is that was made under a umask of 077."""
+    (tmp_path / "gateway").mkdir()
+    (tmp_path / "gateway/__init__.py").touch()
+    for path in (tmp_path, tmp_path / "gateway"):
+        path.chmod(0o755)
+    instance.check_readable(tmp_path / "gateway")
+    (tmp_path / name).chmod(0o700)
+    with pytest.raises(ConfigError, match=f"chmod -R go.rX {tmp_path}$"):
+        instance.check_readable(tmp_path / "gateway")
+
+
+@pytest.mark.parametrize("limits", [(1024, 1024), (1024, 4096), (2048, 4096)])
+def test_a_service_may_have_more_descriptors_than_a_login(limits: tuple[int, int]) -> None:
+    """As many as it may: the second limit too, where CAP_SYS_RESOURCE lets it be raised."""
+    program = (
+        "import resource, sys; from gateway.cli import host\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, tuple(map(int, sys.argv[1:])))\n"
+        "host._allow_descriptors(); print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    said = subprocess.run([sys.executable, "-c", program, *map(str, limits)], capture_output=True, text=True, check=True).stdout
+    assert said in (f"{limits[1]} {limits[1]}\n", "65536 65536\n")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import subprocess
+import tarfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from service import served as serving
 from gateway.messages import BuildRequest, BuildResult
 from vmm.builds import Builder, BuildSettings
 from vmm.cgroups import Cgroups
+from vmm.making import key_path
 
 pytestmark = pytest.mark.vm
 UID = 900_000
@@ -80,6 +83,46 @@ async def test_a_login_is_one_builds_and_stays_outside_of_it(registry: tuple[Reg
         more, said = await build({private.host: private.login})
         assert more.status == 0 and "Using cache" in said and private.login not in said, said
         assert not list((directory / "work").iterdir())
+    finally:
+        cgroups.close()
+        subprocess.run(["rm", "-rf", directory], check=True)
+
+
+@pytest.mark.long
+async def test_another_local_base_takes_the_place_of_the_one_in_the_store(tmp_path: Path, host_before: object) -> None:
+    """The layer store outlives an update of the code, whose base has another dnf: the base is known by what it was made from."""
+    directory = Path(f"/var/tmp/torpor-bases-{os.getpid()}")
+    directory.mkdir()
+    cgroups = Cgroups("bases", directory)
+    base = directory / "base.tar"
+    builder = Builder(directory, tmp_path / "netns", cgroups, BuildSettings(base, ("local:base",), False, UID, ""))
+    context = directory / "context"
+    context.mkdir()
+    (context / "Dockerfile").write_text('FROM local:base\nCOPY Dockerfile /copied\nCMD ["/release"]\n')
+
+    async def build(release: str) -> str:
+        with tarfile.open(base, "w") as archive:
+            member = tarfile.TarInfo("release")
+            member.size = len(release)
+            archive.addfile(member, io.BytesIO(release.encode()))
+        key_path(base).write_text(release)
+        request = BuildRequest(uuid.uuid4().hex, "image", str(context), 64 << 20, {})
+        log, phases = builder.begin(request, directory / "image")
+        with os.fdopen(log) as lines, os.fdopen(phases):
+            said = await asyncio.to_thread(lines.read)
+        done = await builder.result(request.build)
+        assert done.status == 0, said
+        shown = subprocess.run(["debugfs", "-R", "cat /release", directory / "image/disk.raw"], capture_output=True, text=True, check=True)
+        assert shown.stdout == release
+        return said
+
+    try:
+        cgroups.start()
+        builder.start()
+        assert "making the local base" in await build("one")
+        assert "making the local base" not in await build("one")
+        assert "making the local base" in await build("two")
+        assert "Using cache" in await build("two")
     finally:
         cgroups.close()
         subprocess.run(["rm", "-rf", directory], check=True)

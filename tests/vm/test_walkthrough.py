@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from service import Instance, until
+from service import REPO, Instance, until
 from wire import get
 
 from vmm.host import data_segments
@@ -134,19 +136,42 @@ def test_command_line_from_end_to_end(instance: Instance, app: str) -> None:
     assert missing.returncode == 3 and "MicroVM not found" in missing.stderr and "Traceback" not in missing.stderr
 
 
-def test_the_demo_runs_and_leaves_nothing(instance: Instance) -> None:
-    """make demo's own script, with its own instance: it checks state and leftovers itself."""
-    root = Path("/var/tmp/torpor-demo-test")
-    environment = {
-        key: value for key, value in instance.environment.items() if not key.startswith(("AWS_", "TORPOR_")) or key == "TORPOR_CACHE"
+DEMO_ROOT = Path("/var/tmp/torpor-demo-test")
+
+
+@pytest.fixture
+def demo(instance: Instance) -> Iterator[dict[str, str]]:
+    """The environment of make demo's own script, for an instance of its own."""
+    kept = {
+        name: value for name, value in instance.environment.items() if not name.startswith(("AWS_", "TORPOR_")) or name == "TORPOR_CACHE"
     }
-    environment |= {"TORPOR_DEMO_ROOT": str(root), "TORPOR_USERS__FIRST": "1700000", "TORPOR_EGRESS__CLOSED": "true"}
+    yield kept | {"TORPOR_DEMO_ROOT": str(DEMO_ROOT), "TORPOR_USERS__FIRST": "1700000", "TORPOR_EGRESS__CLOSED": "true"}
+    subprocess.run(["rm", "-rf", str(DEMO_ROOT)], check=True)
+
+
+def run_demo(environment: dict[str, str]) -> None:
+    """It checks state and leftovers itself."""
     done = subprocess.run(
-        [sys.executable, "config/demo.py"], env=environment, capture_output=True, text=True, timeout=240, check=False,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    subprocess.run(["rm", "-rf", str(root)], check=True)
+        [sys.executable, "config/demo.py"], env=environment, capture_output=True, text=True, timeout=240, check=False, cwd=REPO
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def test_the_demo_runs_and_leaves_nothing(demo: dict[str, str]) -> None:
+    run_demo(demo)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("killed", ["the script", "the service too"])
+def test_a_demo_that_was_killed_is_made_up_for_by_the_next(demo: dict[str, str], killed: str) -> None:
+    """Its microVM runs, its image is there, and some or all of its processes hold the instance's lock and ports."""
+    with subprocess.Popen([sys.executable, "config/demo.py"], env=demo, stdout=subprocess.PIPE, text=True, cwd=REPO) as process:
+        assert process.stdout is not None
+        assert any("4. Call it" in line for line in process.stdout)
+        process.kill()
+    if killed == "the service too":
+        os.kill(int(Path("/run/torpor/demo/lock").read_text()), signal.SIGKILL)
+    run_demo(demo)
 
 
 @pytest.mark.parametrize(("name", "status"), [("NO_INGRESS", 403), ("SHELL_INGRESS", 403), ("ALL_INGRESS", 200)])

@@ -1,0 +1,94 @@
+"""What `make test-fresh` runs and records; the machine that it makes is tried by itself."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+from pathlib import Path
+
+import fresh
+import pytest
+import scratch
+
+
+def git(repo: Path, *words: str) -> None:
+    names = {
+        "GIT_AUTHOR_NAME": "a",
+        "GIT_AUTHOR_EMAIL": "a@b",
+        "GIT_COMMITTER_NAME": "a",
+        "GIT_COMMITTER_EMAIL": "a@b",
+        "GIT_CONFIG_GLOBAL": "/dev/null",
+    }
+    subprocess.run(["git", "-C", repo, *words], check=True, capture_output=True, env=os.environ | names)
+
+
+@pytest.fixture
+def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(fresh, "REPO", tmp_path)
+    monkeypatch.setattr(fresh, "RECORD", tmp_path / ".ci/fresh")
+    (tmp_path / ".ci").mkdir()
+    git(tmp_path, "init", "-q")
+    commit(tmp_path, "one")
+    return tmp_path
+
+
+def commit(repo: Path, text: str, name: str = "file") -> None:
+    (repo / name).write_text(text)
+    git(repo, "add", "-A")
+    git(repo, "commit", "-qm", text)
+
+
+def record(status: int, left: list[str]) -> int:
+    return fresh.report(argparse.Namespace(record=True), ["make demo"], [["make demo", 3.2, status, left, {}]])
+
+
+def test_the_commands_are_the_readmes() -> None:
+    assert [command.partition("#")[0].strip() for command in fresh.readme_commands()] == ["make demo", "make test"]
+
+
+def test_a_record_is_as_old_as_the_tree_that_it_is_of(repo: Path) -> None:
+    assert fresh.recorded() == "test-fresh: never recorded (make test-fresh)"
+    assert record(0, []) == 0
+    assert "test-fresh: result: passed\n" in fresh.recorded() and "make demo: 3 s, exit status 0" in fresh.recorded()
+    git(repo, "add", "-A")
+    git(repo, "commit", "-qm", "the record")
+    assert fresh.recorded().endswith("test-fresh: 0 commits behind")
+    for number in range(2):
+        commit(repo, f"more {number}")
+    assert fresh.recorded().endswith("test-fresh: 2 commits behind")
+    (repo / ".ci/fresh").write_text("tree: 0123\n")
+    assert fresh.recorded().endswith("of no tree among the last 4 commits")
+
+
+@pytest.mark.parametrize(("status", "left"), [(2, []), (0, ["mounts: /run/netns"])])
+def test_a_command_that_fails_or_leaves_something_is_a_failure(repo: Path, status: int, left: list[str]) -> None:
+    assert record(status, left) == 1
+    assert "result: failed" in fresh.RECORD.read_text()
+
+
+def test_a_command_that_was_never_run_is_a_failure(repo: Path) -> None:
+    assert fresh.report(argparse.Namespace(record=False), ["make demo", "make test"], [["make demo", 1.0, 0, [], {}]]) == 1
+
+
+def test_package_indexes_on_the_hosts_disk_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("wheels", "index/simple"):
+        (tmp_path / name).mkdir(parents=True)
+    settings = tmp_path / "pip.conf"
+    settings.write_text(f"[global]\nindex-url = https://host{tmp_path}/wheels\nextra-index-url = file://{tmp_path}/index/simple\n")
+    monkeypatch.setattr(fresh, "PIP_FILES", (str(settings),))
+    assert fresh.indexes(tmp_path / "root", {"PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_CERT": str(settings)}) == [
+        tmp_path / "index",
+        tmp_path / "wheels",
+    ]
+    assert fresh.indexes(tmp_path / "root", {}) == [tmp_path / "index"]  # what another host calls so is not ours
+
+
+def test_a_directory_of_a_run_that_was_killed_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "PLACE", tmp_path)
+    (tmp_path / "run-killed/inside").mkdir(parents=True)
+    with scratch.scratch("run-") as one:
+        assert [path.name for path in tmp_path.iterdir()] == [one.name]
+        with scratch.scratch("run-") as other:  # whose neighbour lives
+            assert {path.name for path in tmp_path.iterdir()} == {one.name, other.name}
+    assert not list(tmp_path.iterdir())
