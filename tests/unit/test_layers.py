@@ -1,8 +1,11 @@
-"""Who may import whom (docs/architecture.md): the edge knows no images and no API, vmm nothing of sessions."""
+"""Who may import whom (docs/architecture.md): the edge knows no images and no API, vmm nothing of sessions; and inside a package, imports
+run one way. Every import counts: also those under TYPE_CHECKING and inside functions, because who reads one side has to know the other."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,15 @@ ALLOWED = {
 }  # fmt: skip
 
 
+# Package to its rooms, lowest first: a module, a sub-package, or several that share a room. Imports go to rooms before, or stay in the room.
+ROOMS: dict[str, list[str | tuple[str, ...]]] = {
+    "gateway.sessions": [
+        ("frame", "states", "deadlines", "logs", "hooks"), "model", "store", ("egress", "faults", "host", "shells", "shipping"),
+        ("room", "agent", "routes", "archive"), "ahead", "lifecycle", "actions", "recovery",
+    ],
+}  # fmt: skip
+
+
 def imports(file: Path, package: str) -> set[str]:
     """Absolute names of the project's modules that a file imports."""
     found = set()
@@ -39,18 +51,93 @@ def imports(file: Path, package: str) -> set[str]:
     return {name for name in found if name.split(".")[0] in ("gateway", "vmm")}
 
 
+def modules(root: Path, package: str) -> Iterator[tuple[str, Path]]:
+    """(dotted name, file) of a package's modules and of those of its sub-packages. A package's name is that of its __init__."""
+    for file in sorted((root / package.replace(".", "/")).rglob("*.py")):
+        parts = file.relative_to(root).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file
+
+
+def strays(root: Path, package: str, rooms: Sequence[str | tuple[str, ...]]) -> list[str]:
+    """What is wrong with a package's rooms: modules without one, rooms without modules, imports that go up, and circles."""
+    number = {name: at for at, room in enumerate(rooms) for name in (room if isinstance(room, tuple) else (room,))}
+    files = dict(modules(root, package))
+
+    def room_of(module: str) -> str:
+        return module.removeprefix(package).lstrip(".").partition(".")[0]
+
+    found = [f"{name} is no module of {package}" for name in number if not any(room_of(module) == name for module in files)]
+    graph: dict[str, set[str]] = {}
+    for module, file in files.items():
+        own = room_of(module)
+        if own and own not in number:
+            found.append(f"{module} has no room")
+            continue
+        parent = module if file.name == "__init__.py" else module.rpartition(".")[0]
+        wanted = {one for one in imports(file, parent) if one in files and one not in (module, package)}
+        # `from .sub import module` names both: what is meant is the module.
+        graph[module] = {one for one in wanted if not any(other.startswith(f"{one}.") for other in wanted)}
+        found += [f"{module} imports {one}" for one in sorted(graph[module]) if number.get(room_of(one), -1) > number.get(own, -1)]
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found.append("circle: " + " -> ".join(error.args[1]))
+    return found
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_imports_inside_a_package_run_one_way(package: str) -> None:
+    assert len(list(modules(REPO, package))) > len(ROOMS[package]), "there is something to look at"
+    assert not strays(REPO, package, ROOMS[package])
+
+
+@pytest.mark.parametrize(
+    ("where", "line", "expected"),
+    [
+        ("low.py", "", None),
+        ("high.py", "from .low import f", None),
+        ("high.py", "from gateway.thing.sub.inner import f", None),
+        ("low.py", "from .high import f", "gateway.thing.low imports gateway.thing.high"),
+        ("low.py", "def g():\n    from . import high", "gateway.thing.low imports gateway.thing.high"),
+        ("low.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import gateway.thing.high", "gateway.thing.low imports gateway.thing.high"),
+        ("sub/inner.py", "from ..high import f", "gateway.thing.sub.inner imports gateway.thing.high"),
+        ("sub/inner.py", "from . import other", None),
+        ("sub/__init__.py", "from .inner import f", None),
+        ("__init__.py", "from .low import f", "gateway.thing imports gateway.thing.low"),
+        ("unknown.py", "", "gateway.thing.unknown has no room"),
+    ],
+)  # fmt: skip
+def test_each_kind_of_import_that_goes_up_is_found(tmp_path: Path, where: str, line: str, expected: str | None) -> None:
+    package = tmp_path / "gateway/thing"
+    (package / "sub").mkdir(parents=True)
+    for name in ("__init__", "low", "high", "sub/__init__", "sub/inner", "sub/other"):
+        (package / f"{name}.py").write_text("")
+    (package / where).write_text(line)
+    assert strays(tmp_path, "gateway.thing", ["low", "sub", "high"]) == ([expected] if expected else [])
+
+
+def test_circles_in_a_room_and_rooms_that_are_empty_are_found(tmp_path: Path) -> None:
+    package = tmp_path / "gateway/thing"
+    package.mkdir(parents=True)
+    (package / "one.py").write_text("from . import two")
+    (package / "two.py").write_text("def f():\n    from .one import g")
+    found = strays(tmp_path, "gateway.thing", [("one", "two"), "gone"])
+    assert found[0] == "gone is no module of gateway.thing" and found[1].startswith("circle: ") and len(found) == 2
+
+
 @pytest.mark.parametrize("package", ALLOWED)
 def test_imports(package: str) -> None:
-    for file in (REPO / package.replace(".", "/")).rglob("*.py"):
-        own = ".".join(file.relative_to(REPO).parent.parts)
-        for name in imports(file, own):
+    for _, file in modules(REPO, package):
+        for name in imports(file, ".".join(file.relative_to(REPO).parent.parts)):
             if name in ("gateway", "vmm") or name.startswith(package):
                 continue
             assert any(name == allowed or name.startswith(f"{allowed}.") for allowed in ALLOWED[package]), f"{file.name} imports {name}"
 
 
 def test_the_edge_holds_nothing_that_signs() -> None:
-    for file in (REPO / "gateway/edge").glob("*.py"):
+    files = dict(modules(REPO, "gateway.edge"))
+    assert "gateway.edge.worker" in files, "there is something to look at"
+    for file in files.values():
         assert "Minter" not in file.read_text(encoding="utf-8"), file
 
 
