@@ -209,3 +209,102 @@ def test_random_suspends_resumes_and_requests_lose_and_double_none(data: st.Data
         rig.worker.upstream.end("s1", incarnation)
 
     with_rig(work)
+
+
+class Said:
+    """An application's response in HTTP/1.1, what its client must get of it, and whether it is whole."""
+
+    def __init__(self, method: str, status: int, framing: str, pieces: list[bytes], broken: bool, extra: bytes) -> None:
+        content = b"".join(pieces)
+        chunks = b"".join(b"%x;ext=1\r\n%b\r\n" % (len(one), one) for one in pieces if one)
+        fields, body, self.content = {
+            "length": (b"Content-Length: %d\r\n" % len(content), content, content),
+            "equal lengths": (b"Content-Length: %d\r\n" % len(content) * 2, content, content),
+            "chunks": (b"Transfer-Encoding: chunked\r\n", chunks + b"0\r\n\r\n", content),
+            "chunks beside a length": (b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n", chunks + b"0\r\n\r\n", content),
+            "until close": (b"", content, content),
+            "different lengths": (b"Content-Length: 1\r\nContent-Length: 2\r\n", content, b""),
+        }[framing]
+        self.is_refused = framing == "different lengths"
+        has_content = method != "HEAD" and status == 200
+        self.closes = framing == "until close" and has_content
+        # A chunk's size line that is none, or content that is shorter than was said.
+        self.is_broken = broken and has_content and not self.closes and not self.is_refused
+        if self.is_broken:
+            body = body[:-7] + b"zz\r\n" if framing.startswith("chunks") else body[:-1]
+            self.is_broken = framing.startswith("chunks") or bool(content)
+        if not has_content:
+            body, self.content = b"", b""
+        self.data = b"HTTP/1.1 %d X\r\n%b\r\n%b" % (status, fields, body) + (extra if not self.closes and not self.is_broken else b"")
+
+
+async def read_answer(reader: asyncio.StreamReader, method: str) -> tuple[int, bytes, bool, bool]:
+    """By framing alone, as RFC 9112, 6.3 has it: status, content, whether it is whole, and whether the connection goes on."""
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    status, content = int(head.split(b" ")[1]), b""
+    goes_on = b"\r\nconnection: close\r\n" not in head
+    assert head.count(b"\r\ncontent-length:") + head.count(b"\r\ntransfer-encoding:") <= 1
+    try:
+        if method == "HEAD" or status in (204, 304):
+            pass
+        elif b"\r\ntransfer-encoding: chunked\r\n" in head:
+            while size := int((await reader.readuntil(b"\r\n")).strip(), 16):
+                content += await reader.readexactly(size)
+                assert await reader.readexactly(2) == b"\r\n"
+            assert await reader.readexactly(2) == b"\r\n"
+        elif b"\r\ncontent-length: " in head:
+            content = await reader.readexactly(int(head.partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0]))
+        else:
+            content = await reader.read()
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return status, content, False, False
+    return status, content, True, goes_on
+
+
+FRAMINGS = ["length", "equal lengths", "chunks", "chunks beside a length", "until close", "different lengths"]
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["GET", "HEAD"]), st.sampled_from([200, 200, 200, 204, 304]), st.sampled_from(FRAMINGS),
+    st.lists(st.binary(min_size=1, max_size=40), max_size=4), st.booleans(), st.sampled_from([b"", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"]),
+    st.data(),
+)  # fmt: skip
+def test_an_answers_framing_is_checked_against_what_came(
+    method: str, status: int, framing: str, pieces: list[bytes], broken: bool, extra: bytes, data: st.DataObject
+) -> None:
+    """Whole, it is what the application said and no more; broken, its client sees that; and the next request gets its own answer."""
+    said = Said(method, status, framing, pieces, broken, extra)
+    cuts = [data.draw(st.integers(1, 60)) for _ in range(6)]
+
+    async def work(rig: Rig) -> None:
+        async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if rig.connects == 1:
+                await rig.head(reader)
+                at = number = 0
+                while at < len(said.data):
+                    writer.write(said.data[at : at + cuts[number % len(cuts)]])
+                    await turn()
+                    at, number = at + cuts[number % len(cuts)], number + 1
+                if said.closes or said.is_broken:
+                    return
+            await rig.answer_all(reader, writer)
+
+        rig.script = script
+        reader, writer = await rig.open()
+        writer.write(rig.request("/first", method=method))
+        got, content, is_whole, goes_on = await asyncio.wait_for(read_answer(reader, method), 5)
+        if said.is_refused:
+            assert (got, content, goes_on) == (502, b"", True)
+        else:
+            assert got == status and is_whole is not said.is_broken
+            assert said.content.startswith(content) if said.is_broken else content == said.content
+        if not goes_on:
+            writer.close()
+            reader, writer = await rig.open()
+        writer.write(rig.request("/next"))
+        assert await asyncio.wait_for(read_answer(reader, "GET"), 5) == (200, b"/next", True, True)
+        writer.close()
+        await settled(rig)
+
+    with_rig(work)
