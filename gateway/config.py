@@ -158,7 +158,10 @@ class Archive(BaseModel):
 
 
 class Sessions(BaseModel):
-    streams_at_suspend: str = Field("park", pattern="^(park|cut)$", description="silent streams outlive a suspend, or are cut")
+    streams_at_suspend: str = Field(
+        "park", pattern="^(park|park-all|cut)$",
+        description="silent streams on which the client can speak outlive a suspend; park-all: also those of the server alone; cut: none",
+    )  # fmt: skip
     parked_streams: int = Field(256, ge=0, description="at most, of one session at one worker; the rest are cut")
 
 

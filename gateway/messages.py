@@ -301,6 +301,7 @@ class GateAnswer(msgspec.Struct):
 class DrainRequest(msgspec.Struct):
     """control -> edge, when the session's gate is closed: wait up to `seconds` until no request waits for its response's head and,
     where streams are to be parked, none is under way. Then, with `cut`, park up to `park` streams and cut the other connections.
+    Streams on which only the server speaks are parked with `one_way` alone: no client can wake the session on them.
 
     `if_quiet`: nothing is parked or cut where something passed since the gate closed, or where a stream cannot be parked.
     """
@@ -311,6 +312,7 @@ class DrainRequest(msgspec.Struct):
     cut: bool
     park: int = 0
     if_quiet: bool = False
+    one_way: bool = False
 
 
 class Drained(msgspec.Struct):

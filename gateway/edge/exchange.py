@@ -57,6 +57,9 @@ class OriginSide(Protocol):
     @property
     def is_paused(self) -> bool: ...
 
+    @property
+    def is_parked(self) -> bool: ...
+
     def open(self, exchange: Exchange, head: RequestHead) -> None:
         """Sends the request's head. Fails the exchange where the connection has closed meanwhile."""
 
@@ -331,13 +334,18 @@ class Exchange:
             self.account.count += 1
             self.account.spoken += 1
             self.account.last = self.worker.time()
-        elif getattr(origin, "is_parked", False) and self._answer_pings(control):
+        elif self.is_parked and self._answer_pings(control):
             return  # nothing for the application
         else:
             # The latest alone: a pong answers those before it too (RFC 6455, 5.5.3).
             self.owed = [one for one in control if one[0] == PING] or self.owed
         if origin is not None:
             origin.send(data)
+
+    @property
+    def is_parked(self) -> bool:
+        """The session sleeps, and the stream goes on when it wakes."""
+        return self.origin is not None and self.origin.is_parked
 
     def _answer_pings(self, control: list[tuple[int, bytes]]) -> bool:
         server = self.server_frames
@@ -506,6 +514,8 @@ class Exchange:
             self._waiting = False
             account = self.account
             account.waiting -= 1
+            if account.when_answered is not None and not account.waiting:
+                account.when_answered.set()
             account.count += 1
             account.last = self.worker.time()
 

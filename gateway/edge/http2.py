@@ -254,6 +254,11 @@ class Http2(Multiplex):
         self.goaway(f.LAST_POSSIBLE, Code.NO_ERROR)
         self.put(f.frame(f.PING, 0, 0, _DRAIN_PING))
 
+    def go_away_unless_parked(self) -> None:
+        """Streams of it were cut. Others that are parked go on after the sleep, which some clients do not allow after a GOAWAY."""
+        if not any(cast(Request, stream).is_parked for stream in self.streams.values()):
+            self.go_away()
+
     def go_away(self) -> None:
         """Begins a graceful shutdown: what runs is answered, and later streams are ignored (RFC 9113, 6.8)."""
         if not self.is_shutting_down:
@@ -608,4 +613,4 @@ class Request(Exchange, Flow):
             connection.send_data(self, GOING_AWAY, True)
         connection.reset(self, Code.CANCEL)
         # After the resets of all streams that are cut now: clients built on h2 take nothing that follows a GOAWAY.
-        connection.call_soon(connection.go_away)
+        connection.call_soon(connection.go_away_unless_parked)

@@ -199,9 +199,12 @@ class Origin:
     def stream_count(self) -> int:
         return int(self.exchange is not None)
 
-    @property
-    def can_park(self) -> bool:
-        """A stream whose head is out, and on which nothing is under way in either direction."""
+    def parkable(self, one_way: bool) -> int:
+        """A tunnel, or a request whose client can go on with it; `one_way`: any exchange."""
+        exchange = self.exchange
+        return int(exchange is not None and (one_way or self._state == _TUNNEL or not exchange.request_complete))
+
+    def is_silent(self, one_way: bool) -> bool:
         exchange, transport = self.exchange, self.transport
         if exchange is None or transport is None or transport.is_closing() or self.is_paused or self._state == _AT_HEAD:
             return False
@@ -209,7 +212,7 @@ class Origin:
             return False
         return exchange.response_started and (self._state == _TUNNEL or exchange.request_complete)
 
-    def park(self) -> None:
+    def park(self, one_way: bool) -> None:
         self.is_parked = True
         if self.exchange is not None:
             self.exchange.parked()

@@ -57,6 +57,10 @@ class OriginStream(Flow):
     def is_paused(self) -> bool:
         return self.source_paused
 
+    @property
+    def is_parked(self) -> bool:
+        return self.connection.is_parked
+
     def open(self, exchange: Exchange, head: RequestHead) -> None:
         if not self.connection.register(self):
             exchange.origin_failed(failures.STREAM_REFUSED)
@@ -248,9 +252,6 @@ class Http2Origin(Multiplex):
 
     # ---- streams ----
 
-    def park(self) -> None:
-        self.is_parked = True
-
     @property
     def has_room(self) -> bool:
         return self.is_open and len(self.streams) + self._reserved < self._most
@@ -359,23 +360,32 @@ class Http2Origin(Multiplex):
 
     # ---- through a suspend ----
 
-    @property
-    def can_park(self) -> bool:
-        """All of its streams are silent, and so is the connection itself."""
+    def _to_park(self, one_way: bool) -> list[OriginStream]:
+        return [stream for stream in self._origin_streams() if one_way or not stream.sent_end]
+
+    def parkable(self, one_way: bool) -> int:
+        """Streams whose client has not ended its half; `one_way`: all."""
+        return len(self._to_park(one_way))
+
+    def is_silent(self, one_way: bool) -> bool:
+        """Those streams, and the connection itself."""
         self.flush()
         transport = self.transport
-        if (
-            transport is None
-            or transport.is_closing()
-            or self.is_shutting_down
-            or not self.streams
-            or self._buffer
-            or self._block is not None
-        ):
+        if transport is None or transport.is_closing() or self.is_shutting_down or self._buffer or self._block is not None:
             return False
         if transport.get_write_buffer_size() or unacknowledged(cast(asyncio.Transport, transport)):
             return False
-        return all(stream.is_silent for stream in self._origin_streams())
+        return all(stream.is_silent for stream in self._to_park(one_way))
+
+    def park(self, one_way: bool) -> None:
+        """The streams that are not to be parked end; the application is told so when it runs again."""
+        self.is_parked = True
+        for stream in [] if one_way else self._origin_streams():
+            if stream.sent_end:
+                exchange, stream.exchange = stream.exchange, None
+                self.reset(stream, Code.CANCEL)
+                if exchange is not None:
+                    exchange.cut()
 
     @property
     def stream_count(self) -> int:

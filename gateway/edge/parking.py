@@ -38,15 +38,19 @@ class Parkable(Protocol):
     @property
     def key(self) -> Key: ...
 
-    @property
-    def can_park(self) -> bool:
-        """Whether nothing is under way on it in either direction."""
+    def parkable(self, one_way: bool) -> int:
+        """How many of its streams may outlive a suspend: those on which the client can speak, and so wake the session; `one_way`:
+        also those on which only the server speaks."""
+
+    def is_silent(self, one_way: bool) -> bool:
+        """Whether nothing is under way on those streams, in either direction."""
 
     @property
     def stream_count(self) -> int:
         """Its streams, parked or not."""
 
-    def park(self) -> None: ...
+    def park(self, one_way: bool) -> None:
+        """Keeps those streams, and ends the others."""
 
     def join(self, upstream: Upstream, incarnation: int) -> None:
         """It belongs to this incarnation of its session from now on."""

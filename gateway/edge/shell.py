@@ -58,7 +58,7 @@ class ShellOrigin:
         self._tells_code = False
         self._closing: asyncio.TimerHandle | None = None  # a Close frame was sent, and its answer is waited for
 
-    def park(self) -> None:
+    def park(self, one_way: bool) -> None:
         self.is_parked = True
 
     @property
@@ -143,8 +143,10 @@ class ShellOrigin:
     def stream_count(self) -> int:
         return int(self._exchange is not None)
 
-    @property
-    def can_park(self) -> bool:
+    def parkable(self, one_way: bool) -> int:
+        return self.stream_count
+
+    def is_silent(self, one_way: bool) -> bool:
         return self._exchange is not None and self._exchange.response_started and not self.is_over and not self._typed
 
     def join(self, upstream: Upstream, incarnation: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable
 
 from gateway.config import Edge
@@ -17,7 +19,7 @@ class Account:
     say on streams; `gated` is both when the gate closed. `waiting` requests wait for the head of their final response.
     `in_turn` requests came in the loop's turn of the time `turn`."""
 
-    __slots__ = ("count", "gated", "in_turn", "last", "reported", "reported_waiting", "spoken", "turn", "waiting")
+    __slots__ = ("count", "gated", "in_turn", "last", "reported", "reported_waiting", "spoken", "turn", "waiting", "when_answered")
 
     def __init__(self) -> None:
         self.count = 0
@@ -26,9 +28,20 @@ class Account:
         self.turn = 0.0
         self.in_turn = 0
         self.waiting = 0
+        self.when_answered: asyncio.Event | None = None  # set when none waits any more, for whoever waits for that
         self.last = 0.0
         self.reported = 0
         self.reported_waiting = 0
+
+    async def until_answered(self, seconds: float) -> None:
+        """Returns when no request waits for a head any more, or after so many seconds."""
+        event = self.when_answered
+        if event is None:
+            event = self.when_answered = asyncio.Event()
+        event.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await event.wait()
 
 
 class RouteEntry:

@@ -320,8 +320,9 @@ class Upstream:
 
     # ---- ends ----
 
-    def end(self, session: str, incarnation: int, park: int = 0) -> int:
-        """Closes everything of an incarnation that ends, but up to `park` silent streams; how many those are."""
+    def end(self, session: str, incarnation: int, park: int = 0, one_way: bool = False) -> int:
+        """Closes everything of an incarnation that ends, but up to `park` silent streams; how many those are. `one_way`: also
+        streams on which only the server speaks."""
         ended = self._incarnations.pop((session, incarnation), None)
         if ended is None:
             return 0
@@ -331,19 +332,20 @@ class Upstream:
             pool.end()
         parked = 0
         for connection in connections:
-            parked += self._end(connection, park - parked)
+            parked += self._end(connection, park - parked, one_way)
         for task in ended.preconnected.values():
             _drop(task)
         ended.sockets.close()
         return parked
 
-    def _end(self, connection: Parkable, room: int) -> int:
+    def _end(self, connection: Parkable, room: int, one_way: bool) -> int:
         """Parks it, and says how many streams that were, or cuts it. What fails here is this connection's alone."""
         try:
-            if room and connection.can_park and connection.stream_count <= room:
-                connection.park()
+            count = connection.parkable(one_way)
+            if 0 < count <= room and connection.is_silent(one_way):
+                connection.park(one_way)
                 self._worker.parking.add(connection)
-                return connection.stream_count
+                return count
             connection.cut()
         except Exception:
             log.exception("edge.connection_not_ended", session=connection.key[0])
@@ -357,10 +359,10 @@ class Upstream:
                 for origin in list(pool.idle):
                     pool.close(origin)
 
-    def is_busy(self, session: str, incarnation: int) -> bool:
-        """Whether something is under way on a stream of it, or has yet to be acknowledged by the guest."""
+    def is_busy(self, session: str, incarnation: int, one_way: bool) -> bool:
+        """Whether something is under way on a stream that may be parked, or has yet to be acknowledged by the guest."""
         found = self._incarnations.get((session, incarnation))
-        return found is not None and any(one.stream_count and not one.can_park for one in found.connections)
+        return found is not None and any(one.parkable(one_way) and not one.is_silent(one_way) for one in found.connections)
 
     def adopt(self, connection: Parkable, incarnation: int) -> None:
         """A stream that was parked goes on in this incarnation."""

@@ -196,17 +196,20 @@ class Worker:
         deadline = self.time() + max(body.seconds, _ACKNOWLEDGE_SECONDS if body.park else 0)
 
         def is_busy() -> bool:
-            return account.waiting > 0 or (body.park > 0 and self.upstream.is_busy(body.session, body.incarnation))
+            return account.waiting > 0 or (body.park > 0 and self.upstream.is_busy(body.session, body.incarnation, body.one_way))
 
         while is_busy() and self.time() < deadline:
-            await asyncio.sleep(0.005 if account.waiting else 0.001)
+            if account.waiting:
+                await account.until_answered(deadline - self.time())
+            else:
+                await asyncio.sleep(0.001)  # nothing tells when the guest has acknowledged what was sent (parking.unacknowledged)
         route = self.route_of_session(body.session)
         if route is None or route.incarnation != body.incarnation or route.gate == "open":
             return m.Drained(quiet=False)  # another control has opened it again meanwhile
         if body.if_quiet and (account.count != account.gated[0] or is_busy()):
             return m.Drained(quiet=False)
         if body.cut or account.waiting:
-            return m.Drained(self.upstream.end(body.session, body.incarnation, body.park), account.spoken != account.gated[1])
+            return m.Drained(self.upstream.end(body.session, body.incarnation, body.park, body.one_way), account.spoken != account.gated[1])
         return m.Drained()
 
     async def rpc_parked(self, connection: Connection, body: m.SessionName) -> int:

@@ -294,6 +294,7 @@ class Actions:
         fire = self._lifecycle.fire
         known = dict(live.counts)
         has_hook = session.hooks.timeout("suspend") is not None
+        one_way = self._settings.sessions.streams_at_suspend == "park-all"
         patience = 0.0 if idle else self._settings.suspend.drain_seconds
         steps = self._steps(session, "suspend")
         gate, live.gate = live.gate, None
@@ -304,14 +305,15 @@ class Actions:
                 await self._call_off(session, live)
                 return
         elif has_hook:
-            await self._routes.drain(session, patience, cut=False, park=self._may_park(session))
+            await self._routes.drain(session, patience, cut=False, park=self._may_park(session), one_way=one_way)
             patience = 0.0
         steps.mark("gate closed, answers drained")
         try:
             await self._hook(session, "suspend")
             steps.mark("suspend hook")
             may_be_called_off = idle and not has_hook
-            drained = await self._routes.drain(session, patience, cut=True, park=self._may_park(session), if_quiet=may_be_called_off)
+            park = self._may_park(session)
+            drained = await self._routes.drain(session, patience, cut=True, park=park, if_quiet=may_be_called_off, one_way=one_way)
             if may_be_called_off and (not drained.quiet or self._wanted(live)):
                 await self._call_off(session, live)
                 return
@@ -341,7 +343,7 @@ class Actions:
         """Streams at each worker: none where no request may wake the session, for they would never go on."""
         settings = self._settings.sessions
         is_over = session.idle_policy is not None and session.idle_policy.suspended == 0
-        may = settings.streams_at_suspend == "park" and session.resumes_on_request and not is_over
+        may = settings.streams_at_suspend != "cut" and session.resumes_on_request and not is_over
         return settings.parked_streams if may and session.suspended_by != "stop" else 0  # at a stop the workers go too
 
     def _wanted(self, live: Live) -> bool:

@@ -168,9 +168,11 @@ class Routes:
             return None
         return sum(answer or 0 for answer in answers.values())
 
-    async def drain(self, session: Session, seconds: float, cut: bool, park: int = 0, if_quiet: bool = False) -> Drained:
+    async def drain(
+        self, session: Session, seconds: float, cut: bool, park: int = 0, if_quiet: bool = False, one_way: bool = False
+    ) -> Drained:
         """Has every worker do what DrainRequest says; what they answered, together."""
-        request = DrainRequest(session.id, session.incarnation, seconds, cut, park, if_quiet)
+        request = DrainRequest(session.id, session.incarnation, seconds, cut, park, if_quiet, one_way)
         answers = await self._ask_workers("drain", request, Drained, seconds + _DRAIN_MARGIN_SECONDS)
         done = []
         for connection, answer in answers.items():

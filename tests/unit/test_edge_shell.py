@@ -149,10 +149,10 @@ async def test_a_client_is_stopped_while_the_terminal_takes_nothing(one: Shell) 
     one.open()
     while not one.exchange.reasons:
         one.say(Opcode.BINARY, bytes(60_000))
-    assert one.exchange.reasons == PEER_SLOW and one.origin.is_paused and not one.origin.can_park
+    assert one.exchange.reasons == PEER_SLOW and one.origin.is_paused and not one.origin.is_silent(False)
     while one.exchange.reasons:
         await one.typed()
-    assert not one.origin.is_paused and one.origin.can_park
+    assert not one.origin.is_paused and one.origin.is_silent(False)
 
 
 async def test_output_is_not_read_while_a_reason_holds(one: Shell) -> None:
@@ -168,7 +168,7 @@ async def test_output_is_not_read_while_a_reason_holds(one: Shell) -> None:
 
 async def test_what_is_typed_through_a_suspend_waits_and_wakes(one: Shell) -> None:
     one.open()
-    one.origin.park()
+    one.origin.park(False)
     one.say(Opcode.TEXT, b'{"type": "resize", "cols": 90, "rows": 30}')
     assert not one.worker.parking.woken, "a window that changes its size wakes nobody"
     one.say(Opcode.BINARY, b"ls\n")
@@ -184,6 +184,6 @@ async def test_what_is_typed_through_a_suspend_waits_and_wakes(one: Shell) -> No
 
 async def test_a_parked_shell_that_ends_is_forgotten(one: Shell) -> None:
     one.open()
-    one.origin.park()
+    one.origin.park(False)
     one.origin.cut()
     assert one.exchange.said == ["switch", "cut"] and one.worker.parking.discarded == [one.origin]

@@ -344,7 +344,7 @@ def scripted_drains(rig: Rig, *answers: m.Drained) -> list[bool]:
     asked: list[bool] = []
     left = list(answers)
 
-    async def drain(session: Session, seconds: float, cut: bool, park: int = 0, if_quiet: bool = False) -> m.Drained:
+    async def drain(session: Session, seconds: float, cut: bool, park: int = 0, if_quiet: bool = False, one_way: bool = False) -> m.Drained:
         if not cut:
             return m.Drained()
         asked.append(if_quiet)
@@ -376,6 +376,22 @@ async def test_who_spoke_while_a_suspend_was_under_way_is_answered_after_it(rig:
         while (said := [row.event for row in await rig.store.events("s1")])[-1] != "resumed":
             await asyncio.sleep(0.001)  # it is published before it is stored
     assert asked == [False] and said[-4:] == ["suspend", "saved", "request", "resumed"]
+
+
+@pytest.mark.parametrize(("setting", "asked"), [("park", (True, False)), ("park-all", (True, True)), ("cut", (False, False))])
+async def test_which_streams_are_to_be_parked(rig: Rig, setting: str, asked: tuple[bool, bool]) -> None:
+    one = await rig.launched(idle_policy=POLICY)
+    seen: list[tuple[bool, bool]] = []
+
+    async def drain(session: Session, seconds: float, cut: bool, park: int = 0, if_quiet: bool = False, one_way: bool = False) -> m.Drained:
+        seen.append((park > 0, one_way))
+        return m.Drained()
+
+    rig.lifecycle.routes.drain = drain  # type: ignore[method-assign]
+    rig.actions._settings.sessions.streams_at_suspend = setting
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.SUSPENDED)
+    assert set(seen) == {asked}
 
 
 @pytest.mark.parametrize("parked", [0, 1])

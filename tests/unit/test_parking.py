@@ -68,13 +68,12 @@ class Tunnel:
             return await self.reader.readexactly(len(data))
 
 
-async def suspend(rig: Rig, park: int = 8) -> int:
+async def suspend(rig: Rig, park: int = 8, one_way: bool = False) -> int:
     """As control does it: gate, drain, the route of a session that sleeps; how many streams are parked."""
     rig.control.change("hold", 1)
     (connection,) = rig.control.connections
-    drained = await connection.call("drain", m.DrainRequest("s1", 1, 0.0, True, park), m.Drained)
-    rig.control.change("hold", 1, is_live=False)
-    await asyncio.sleep(0.02)
+    drained = await connection.call("drain", m.DrainRequest("s1", 1, 0.0, True, park, one_way=one_way), m.Drained)
+    await rig.control.change("hold", 1, is_live=False)
     return int(drained.parked)
 
 
@@ -239,28 +238,65 @@ async def test_what_is_under_way_is_not_parked(rig: Rig) -> None:
     writer.close()
 
 
-async def test_an_endless_body_goes_on(rig: Rig) -> None:
-    """Server-sent events: the rest comes after the sleep, whoever woke the session."""
+class Events:
+    """Server-sent events through the edge, of which one has come; `application` sends the others."""
 
-    async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ndata1\r\n")
-        self_writer.append(writer)
-        await asyncio.sleep(30)
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.application: asyncio.StreamWriter
 
-    self_writer: list[asyncio.StreamWriter] = []
-    rig.script = stream
-    reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
-    fields = f"Host: {HOST}\r\nX-aws-proxy-auth: {rig.token}\r\nX-aws-proxy-port: {rig.app_port}\r\n"
-    writer.write(f"GET / HTTP/1.1\r\n{fields}\r\n".encode())
-    await reader.readuntil(b"data1\r\n")
-    assert await suspend(rig) == 1
-    rig.control.change("open", 2)
-    await asyncio.sleep(0.05)
-    self_writer[0].write(b"5\r\ndata2\r\n0\r\n\r\n")
+    async def open(self) -> None:
+        done = asyncio.Event()
+
+        async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ndata1\r\n")
+            self.application = writer
+            assert not await reader.read()
+            done.set()
+
+        self.rig.script, self.ended = stream, done
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.rig.port)
+        fields = f"Host: {HOST}\r\nX-aws-proxy-auth: {self.rig.token}\r\nX-aws-proxy-port: {self.rig.app_port}\r\n"
+        self.writer.write(f"GET / HTTP/1.1\r\n{fields}\r\n".encode())
+        await self.reader.readuntil(b"data1\r\n")
+
+
+async def test_a_stream_on_which_only_the_server_speaks_is_cut(rig: Rig) -> None:
+    """Its client could never wake the session on it: an EventSource connects again, and that wakes."""
+    events = Events(rig)
+    await events.open()
+    assert await suspend(rig) == 0
     async with asyncio.timeout(5):
-        assert (await reader.readuntil(b"0\r\n\r\n")).endswith(b"data2\r\n0\r\n\r\n")
-    writer.close()
+        assert not (await events.reader.read()).endswith(b"0\r\n\r\n"), "and the client sees that it is not complete"
+        await events.ended.wait()
+    assert rig.worker.parking.count == 0 and not rig.control.resumed
+    events.writer.close()
+
+
+async def test_it_neither_keeps_an_idle_session_awake_nor_its_tunnels_from_being_parked(rig: Rig) -> None:
+    events, tunnel = Events(rig), Tunnel(rig)
+    await events.open()
+    await tunnel.open()
+    await gated(rig)
+    assert await drained(rig, if_quiet=True) == m.Drained(1, False, quiet=True)
+    async with asyncio.timeout(5):
+        await events.reader.read()
+    assert rig.worker.parking.count == 1
+    tunnel.writer.close()
+    events.writer.close()
+
+
+async def test_an_endless_body_goes_on_where_all_is_parked(rig: Rig) -> None:
+    """Server-sent events: the rest comes after the sleep, whoever woke the session."""
+    events = Events(rig)
+    await events.open()
+    assert await suspend(rig, one_way=True) == 1
+    await rig.control.change("open", 2)
+    events.application.write(b"5\r\ndata2\r\n0\r\n\r\n")
+    async with asyncio.timeout(5):
+        assert (await events.reader.readuntil(b"0\r\n\r\n")).endswith(b"data2\r\n0\r\n\r\n")
+    events.writer.close()
 
 
 async def test_a_client_that_leaves_is_forgotten(rig: Rig) -> None:
@@ -357,6 +393,26 @@ async def test_silent_calls_of_grpc_go_on_in_the_next_incarnation(calls: Calls) 
     await calls.say(second, b"four", end=True)
     answer = await calls.client.answer(second)
     assert answer.trailers == {"grpc-status": "0"} and calls.rig.connects == 1
+    assert await suspend_again(calls.rig, 2) == 1
+
+
+async def test_calls_on_which_only_the_server_speaks_are_reset(calls: Calls) -> None:
+    """Server streaming: its client has ended its half. Other calls on the same connections go on after the sleep."""
+    both, server = calls.call(), calls.call()
+    await calls.say(both, b"one")
+    hold = calls.client.answers[server]
+    calls.client.h2.send_data(server, b"", end_stream=False)
+    calls.client.flush()
+    await calls.say(server, b"two")
+    (connection,) = [one for pool in calls.rig.worker.upstream.pools() for one in pool.shared]
+    stream = next(one for number, one in connection.streams.items() if number == connection.last_number)
+    stream.sent_end = True  # as for a call whose request is complete, and whose answer goes on
+    assert await suspend(calls.rig) == 1
+    while hold.reset is None:
+        assert await calls.client.turn()
+    calls.rig.control.on_resume = lambda: calls.rig.control.change("open", 2)
+    await calls.say(both, b"three")
+    assert calls.rig.connects == 1 and list(connection.streams.values()) != [stream]
     assert await suspend_again(calls.rig, 2) == 1
 
 
