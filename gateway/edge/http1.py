@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Final, cast
 
 from . import failures, replies
 from .admission import Refuse
-from .chunked import ChunkedBody
 from .exchange import Exchange, peer_of
 from .head import CHUNKED, FIXED, MARKER, NO_BODY, UNTIL_CLOSE, Malformed, ResponseHead, Trailers, parse_request
 from .memo import Admitted, Repeated
+from .read_ahead import ReadAhead
 from .reading import HELD, PEER_SLOW, READ_AHEAD, UNREAD, ReadGate
+from .request_body import STANDS_STILL, TOO_SLOW, RequestBody
 from .websocket import GOING_AWAY, FrameCounter
 
 if TYPE_CHECKING:
@@ -25,6 +26,15 @@ _WAITING: Final = 2  # a request is under way, and has come whole
 _TUNNEL: Final = 3
 _ENDING: Final = 4
 _QUEUED: Final = 5  # the next request may be here, and waits: for a turn of the loop or its session's, or for the client to read
+# By state, the states that may follow it, as a set of bits.
+_NEXT: Final = (
+    1 << _QUEUED | 1 << _IN_BODY | 1 << _WAITING | 1 << _ENDING,  # at a head
+    1 << _WAITING | 1 << _ENDING,  # in a body
+    1 << _AT_HEAD | 1 << _TUNNEL | 1 << _ENDING,  # waiting
+    1 << _ENDING,  # in a tunnel
+    1 << _ENDING,  # ending: who lingers may close, and who closes is told when that is done
+    1 << _AT_HEAD | 1 << _QUEUED | 1 << _ENDING,  # queued
+)
 _FAST_LINE = re.compile(rb"(?:GET|POST|PUT|DELETE|HEAD|OPTIONS|PATCH) /[\x21-\x7e\x80-\xff]* HTTP/1\.1\Z").match
 _SAFE: Final = (b"GET ", b"HEAD ", b"OPTIONS ")  # and without content, as every request that is remembered
 _AHEAD_MAX_BYTES: Final = 64 << 10  # read beyond the request under way, or while it is held
@@ -35,7 +45,7 @@ _NONE: dict[str, Limiter] = {}  # shared: replaced before it is written to
 
 class Http1(Exchange):
     __slots__ = (
-        "_ahead", "_block", "_body", "_body_bytes", "_body_since", "_buffer", "_frames", "_half_closed_at", "_joined", "_keep", "_left",
+        "_ahead", "_block", "_body", "_buffer", "_frames", "_half_closed_at", "_joined", "_keep",
         "_origin_ended", "_reading", "_state", "_stuck_since", "_via", "is_raw", "touched", "transport",
     )  # fmt: skip
 
@@ -46,7 +56,7 @@ class Http1(Exchange):
         self.is_raw = True
         self._state = _AT_HEAD
         self._buffer = b""  # of a head that is not complete
-        self._ahead = b""  # read, but not looked at yet: the next requests, or a body whose origin is not there yet
+        self._ahead = ReadAhead()
         self._reading: ReadGate | None = None
         self._half_closed_at = 0.0  # when the client ended its half; 0: it has not
         self._origin_ended = False  # the tunnel's application has ended its half
@@ -55,10 +65,8 @@ class Http1(Exchange):
         # the request under way
         self._joined: dict[str, Limiter] = _NONE
         self._keep = True
-        self._left = 0
         self._block = b""
-        self._body: ChunkedBody | None = None
-        self._body_bytes, self._body_since = 0, 0.0  # of the body, received since; 0: not measured
+        self._body: RequestBody | None = None
         self._frames: FrameCounter | None = None
 
     # ---- asyncio ----
@@ -99,7 +107,7 @@ class Http1(Exchange):
             origin.finish(None)
             if self._origin_ended:
                 self._tunnel_over()
-        elif self._state in (_AT_HEAD, _IN_BODY) and not self._ahead:
+        elif self._state in (_AT_HEAD, _IN_BODY) and not self._ahead.size:
             self._close()
 
     def eof_received(self) -> bool:
@@ -115,7 +123,7 @@ class Http1(Exchange):
         if not self.counted:  # the client left in the middle
             self.status = self.status if self.response_started else 499
             self.record("client")
-        self._state = _ENDING
+        self._to(_ENDING)
         self.leave()
         for limiter in self._joined.values():
             limiter.leave()
@@ -135,28 +143,35 @@ class Http1(Exchange):
             else:
                 self.resume_reading(UNREAD)
 
+    def _to(self, state: int) -> None:
+        """The connection's next state: nothing else sets it."""
+        assert _NEXT[self._state] >> state & 1, (self._state, state)
+        self._state = state
+
     # ---- the head ----
 
-    def _on_head(self, data: bytes, is_due: bool = False) -> None:
+    def _on_head(self, data: bytes, begin: int = 0, is_due: bool = False) -> None:
+        """The head of a request begins in `data` at `begin`, or before, in what came of it until now."""
         worker = self.worker
         if self._buffer:
-            data = self._buffer + data
+            data, begin = self._buffer + data[begin:], 0
             self._buffer = b""
         else:
-            if data[:1] in b"\r\n":
-                data = data.lstrip(b"\r\n")  # RFC 9112, 2.2: an empty line before a request is ignored
+            if data[begin : begin + 1] in b"\r\n":
+                data, begin = data[begin:].lstrip(b"\r\n"), 0  # RFC 9112, 2.2: an empty line before a request is ignored
                 if not data:  # and is no activity: it would keep a connection without requests open for ever
                     return
             self.touched = worker.time()
-        end = data.find(b"\r\n\r\n")
-        if end < 0 or end > worker.settings.head_bytes:
-            self._incomplete(data)
+        end = data.find(b"\r\n\r\n", begin)
+        if end < 0 or end - begin > worker.settings.head_bytes:
+            self._incomplete(data[begin:])
             return
         self.touched = now = worker.time()
-        raw = data[:end]
+        raw = data[begin:end]
         again = worker.repeated.get(raw)
         if again is not None and not is_due and not worker.fairness.admit(again.memo.account, now):
-            self._state, self._ahead = _QUEUED, data
+            self._to(_QUEUED)
+            self._ahead.keep(data, begin)
             worker.fairness.defer(again.memo.account, self._due)
             return
         if again is not None and self._try_cached(again, data, end, now):
@@ -170,17 +185,17 @@ class Http1(Exchange):
             if self._try_cached(again, data, end, now):
                 worker.repeated.put(raw, again)
                 return
-        self._parsed(line, block, data[end + 4 :], now)
+        self._parsed(line, block, data, end, now)
 
     def _try_cached(self, again: Repeated, data: bytes, end: int, now: float) -> bool:
         """Forwards a request that was seen before; its head ends at `end`."""
         if not self.try_cached(again, now):
             return False
-        self._state = _WAITING
+        self._to(_WAITING)
         self._keep = again.memo.keep_alive
         self.is_raw = True
         if len(data) > end + 4:
-            self._ahead = data[end + 4 :]
+            self._ahead.keep(data, end + 4)
         return True
 
     def _due(self) -> None:
@@ -193,7 +208,7 @@ class Http1(Exchange):
         elif data:
             self._buffer = data
 
-    def _parsed(self, line: bytes, block: bytes, rest: bytes, now: float) -> None:
+    def _parsed(self, line: bytes, block: bytes, data: bytes, end: int, now: float) -> None:
         try:
             head = parse_request(line, block, self.worker.settings.head_fields)
         except Malformed as error:
@@ -201,11 +216,11 @@ class Http1(Exchange):
             return
         self._keep = head.keep_alive
         self.is_raw = head.minor == 1
-        self._left = head.length
-        self._body_since = 0.0
-        self._body = ChunkedBody() if head.framing == CHUNKED else None
-        self._state = _WAITING if head.framing == NO_BODY or (head.framing == FIXED and not head.length) else _IN_BODY
-        self._ahead = rest
+        self._body = (
+            None if head.framing == NO_BODY or (head.framing == FIXED and not head.length) else RequestBody(head.framing, head.length, now)
+        )
+        self._to(_WAITING if self._body is None else _IN_BODY)
+        self._ahead.keep(data, end + 4)
         self._block = block
         self.decide(head, now)
 
@@ -230,56 +245,46 @@ class Http1(Exchange):
 
     @property
     def held_bytes(self) -> int:
-        return len(self._ahead)
+        return self._ahead.size
 
     def _keep_ahead(self, data: bytes) -> None:
-        self._ahead += data
+        self._ahead.append(data)
         if self.held_for is not None and not self.worker.holds.grow(self.held_for, len(data)):
             self.leave()
             self.refuse(replies.TOO_MANY)
-        elif len(self._ahead) > _AHEAD_MAX_BYTES:
+        elif self._ahead.size > _AHEAD_MAX_BYTES:
             self.pause_reading(READ_AHEAD)
 
     def send_ahead(self) -> None:
         if self._state == _IN_BODY:
-            ahead, self._ahead = self._ahead, b""
-            if ahead:
-                self._on_body(ahead)
+            data, at = self._ahead.take()
+            if data:
+                self._on_body(data[at:])
             self.resume_reading(READ_AHEAD)
 
     def _on_body(self, data: bytes) -> None:
         """Body bytes: on to the origin, or kept, within a bound, until there is one."""
-        self.touched = self.account.last = self.worker.time()
-        origin = self.origin
-        if origin is None:
+        self.touched = now = self.account.last = self.worker.time()
+        origin, body = self.origin, self._body
+        if origin is None or body is None:
             self._keep_ahead(data)
             return
-        content: list[bytes] | None = None
-        if self._body is not None:
-            content = []
-            try:
-                used = self._body.feed(data, content, origin.takes_raw)
-            except Malformed as error:
-                self._fail(error.status, str(error).encode())
-                return
-            complete = self._body.is_complete
-        else:
-            used = min(self._left, len(data))
-            self._left -= used
-            complete = not self._left
+        try:
+            used, content = body.take(data, origin.takes_raw, now)
+        except Malformed as error:
+            self._fail(error.status, str(error).encode())
+            return
         self.account.count += 1
-        self._body_bytes += used
         if self._limiter is not None:
             self.throttle(used)
-        if complete:
-            self._state = _WAITING
-            self._ahead = data[used:]
-        if content is None:
-            origin.send(data if used == len(data) else data[:used])
-        elif content:
-            origin.send(content[0] if len(content) == 1 else b"".join(content))
-        if complete:
-            origin.finish(self._body.trailers if self._body is not None else None)
+        is_complete = body.is_complete
+        if is_complete:
+            self._to(_WAITING)
+            self._ahead.keep(data, used)
+        if content:
+            origin.send(content)
+        if is_complete:
+            origin.finish(body.trailers)
 
     # ---- the answer ----
 
@@ -356,7 +361,7 @@ class Http1(Exchange):
         self.record()
         if self._state == _IN_BODY:
             self._linger()
-        elif not self._keep or (self._half_closed_at and not self._ahead):
+        elif not self._keep or (self._half_closed_at and not self._ahead.size):
             self._close()
         else:
             self._next_request()
@@ -364,16 +369,16 @@ class Http1(Exchange):
     def _next_request(self) -> None:
         """Looks at what has come behind the request that is over. Whoever does not read its answers is asked for no more: what they
         take is bounded by the write buffer's limit."""
-        self._state = _AT_HEAD
+        self._to(_AT_HEAD)
         self.resume_reading(PEER_SLOW | HELD)  # reasons of the exchange that is over
         if self._stuck_since:
-            self._state = _QUEUED
+            self._to(_QUEUED)
             self.pause_reading(UNREAD)
             return
         self.resume_reading(UNREAD)
-        if self._ahead:
+        if self._ahead.size:
             # Not at once: a long pipeline must neither recurse nor keep the loop from others.
-            self._state = _QUEUED
+            self._to(_QUEUED)
             asyncio.get_running_loop().call_soon(self._go_on, False)
         else:
             self.resume_reading(READ_AHEAD)
@@ -382,17 +387,17 @@ class Http1(Exchange):
         """Takes up the request that was queued."""
         if self.transport is None or self._state != _QUEUED:
             return
-        data, self._ahead = self._ahead, b""
-        self._state = _AT_HEAD
-        self._on_head(data, is_due)
-        if len(self._ahead) <= _AHEAD_MAX_BYTES:
+        data, begin = self._ahead.take()
+        self._to(_AT_HEAD)
+        self._on_head(data, begin, is_due)
+        if self._ahead.size <= _AHEAD_MAX_BYTES:
             self.resume_reading(READ_AHEAD)
         if self._half_closed_at and self._state == _AT_HEAD:  # half a request, whose other half will not come
             self._close()
 
     def cut_short(self) -> None:
         self.record("origin")
-        self._state = _ENDING
+        self._to(_ENDING)
         if self.transport is not None:
             self.transport.abort()
 
@@ -417,10 +422,10 @@ class Http1(Exchange):
             self.transport.write(b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n" % (head.status_line, self.request_id, extra, head.block))
         if data:
             self.response_data(data)
-        self._state = _TUNNEL
-        ahead, self._ahead = self._ahead, b""
+        self._to(_TUNNEL)
+        ahead, at = self._ahead.take()
         if ahead:
-            self.data_received(ahead)
+            self.data_received(ahead[at:])
         self.resume_reading(READ_AHEAD)
 
     @property
@@ -501,13 +506,13 @@ class Http1(Exchange):
 
     def _linger(self) -> None:
         """Closes a little later, reading meanwhile: data that comes into a closed socket would reset the answer away."""
-        self._state = _ENDING
+        self._to(_ENDING)
         if self._reading is not None:
             self._reading.clear()
         asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._close)
 
     def _close(self) -> None:
-        self._state = _ENDING
+        self._to(_ENDING)
         if self.transport is not None:
             self.transport.close()
 
@@ -539,20 +544,12 @@ class Http1(Exchange):
         elif self._half_closed_at and self._state != _ENDING:
             if now - max(self._half_closed_at, self.touched) > settings.half_close_seconds:
                 self._give_up()
-        elif self._state == _IN_BODY and self.origin is not None:
-            self._sweep_body(now, quiet)
-
-    def _sweep_body(self, now: float, quiet: float) -> None:
-        """A body may not stand still, nor come as slowly as it likes. While it is not read, it cannot be late."""
-        settings = self.worker.settings
-        if self.is_paused or not self._body_since:
-            self._body_bytes, self._body_since = 0, now
-        elif quiet > settings.body_seconds:
-            self._fail(408, b"The request's body did not come in time")
-        elif now - self._body_since > settings.body_seconds:
-            if self._body_bytes < settings.body_bytes_per_second * settings.body_seconds and not self.response_started:
+        elif self._state == _IN_BODY and self.origin is not None and self._body is not None:
+            late = self._body.check(now, self.is_paused, settings.body_seconds, settings.body_bytes_per_second)
+            if late == STANDS_STILL:
+                self._fail(408, b"The request's body did not come in time")
+            elif late == TOO_SLOW and not self.response_started:
                 self._fail(408, b"The request's body comes too slowly")
-            self._body_bytes, self._body_since = 0, now
 
     @property
     def is_quiet(self) -> bool:
