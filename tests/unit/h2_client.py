@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import h2.config
@@ -65,12 +66,37 @@ class Judge:
         self.flush()
         return True
 
+    async def until(self, condition: Callable[[], Any]) -> Any:
+        """Reads until `condition` is true, and returns its value. Raises EOFError, TimeoutError."""
+        async with asyncio.timeout(20):
+            while not (value := condition()):
+                if not await self.turn():
+                    raise EOFError("closed")
+            return value
+
     async def answer(self, number: int) -> Answer:
         answer = self.answers[number]
-        while not answer.ended and answer.reset is None:
-            if not await self.turn():
-                raise EOFError("closed")
+        await self.until(lambda: answer.ended or answer.reset is not None)
         return answer
+
+    async def upload(self, number: int, size: int) -> int:
+        """Sends so many bytes as the windows allow, and the end; the widest that the window was."""
+        left, widest = size, 0
+        while left:
+            window = self.h2.local_flow_control_window(number)
+            widest = max(widest, window)
+            step = min(left, window, self.h2.max_outbound_frame_size)
+            if step:
+                self.h2.send_data(number, b"x" * step, end_stream=step == left)
+                self.flush()
+                left -= step
+            elif not await self.turn():
+                raise EOFError("closed")
+        return widest
+
+    def terminations(self) -> list[h2.events.ConnectionTerminated]:
+        """The GOAWAYs that were received."""
+        return [one for one in self.events if isinstance(one, h2.events.ConnectionTerminated)]
 
 
 class Answer:

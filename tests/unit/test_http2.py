@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import h2.events
 import pytest
 from edge_rig import HOST, OK, Rig
-from h2_client import Fields, Judge, Raw
+from h2_client import Answer, Fields, Judge, Raw
+from waiting import until
 
 from gateway.edge import frames as f
 from gateway.edge.websocket import accept_of
@@ -85,55 +86,52 @@ async def test_large_bodies_both_ways_with_small_windows(rig: Rig) -> None:
     size = 3_000_000
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await rig.head(reader)
-        await reader.readexactly(size)
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
-        writer.write(b"y" * size)
+        while await rig.head(reader):
+            await reader.readexactly(size)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+            writer.write(b"y" * size)
 
     rig.script = script
     client = await judge(rig)
     number = client.ask(fields(rig, "/", "PUT", ("content-length", str(size))), end=False)
-    left = size
-    while left:
-        step = min(left, client.h2.local_flow_control_window(number), client.h2.max_outbound_frame_size)
-        if step:
-            client.h2.send_data(number, b"x" * step, end_stream=step == left)
-            client.flush()
-            left -= step
-        else:
-            await client.turn()
-    answer = await client.answer(number)
-    assert answer.body == b"y" * size
+    await client.upload(number, size)
+    assert (await client.answer(number)).body == b"y" * size
+    again = client.ask(fields(rig, "/", "PUT", ("content-length", str(size))), end=False)
+    await client.upload(again, size)
+    assert (await client.answer(again)).body == b"y" * size and rig.connects == 1, "the application's connection goes on"
 
 
 async def test_a_reader_that_stops_stops_only_its_own_stream(rig: Rig) -> None:
-    sent = 0
+    stopped = asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal sent
         if b"/big" not in await rig.head(reader):
             writer.write(OK)
             return
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
-        while sent < 100_000_000:
-            writer.write(b"x" * 50_000)
-            await writer.drain()
-            sent += 50_000
+        writer.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        writer.write(b"x" * 100_000_000)
+        await until(lambda: stopped.is_set() or writer.transport.get_write_buffer_size() < 1000)
+        left.append(writer.transport.get_write_buffer_size())
 
-    rig.script = script
+    rig.script, left = script, []  # type: ignore[var-annotated]
     client = await judge(rig)
     client.auto_credit = False
     client.h2.increment_flow_control_window(1 << 24)
     client.flush()
-    client.ask(fields(rig, "/big"))
-    while sum(isinstance(one, h2.events.DataReceived) for one in client.events) < 3:
-        await client.turn()
+    number = client.ask(fields(rig, "/big"))
+    await client.until(lambda: len(client.answers[number].body) >= 65_535)
     assert (await client.answer(client.ask(fields(rig, "/small")))).body == b"ok"
-    last = -1
-    while sent != last:
-        last = sent
-        await asyncio.sleep(0.1)
-    assert sent < 20_000_000
+    (connection,) = rig.worker.clients
+    stream = connection.streams[number]  # type: ignore[union-attr]
+    await until(lambda: stream.source_paused)
+    stopped.set()
+    await until(lambda: left)
+    assert left[0] > 80_000_000, "the application still has it"
+    assert len(stream.queue) < (128 << 10) + (256 << 10), "the bound, and a read"  # type: ignore[union-attr,arg-type]
+    client.h2.reset_stream(number)
+    client.flush()
+    await until(lambda: not connection.streams)  # type: ignore[union-attr]
 
 
 async def test_reset_by_the_client_leaves_nothing(rig: Rig) -> None:
@@ -144,12 +142,10 @@ async def test_reset_by_the_client_leaves_nothing(rig: Rig) -> None:
     rig.script = script
     client = await judge(rig)
     number = client.ask(fields(rig))
-    while not rig.received:
-        await asyncio.sleep(0.001)
+    await until(lambda: rig.received)
     client.h2.reset_stream(number)
     client.flush()
-    while rig.worker.upstream.statistics()["open"]:
-        await asyncio.sleep(0.001)
+    await until(lambda: not rig.worker.upstream.statistics()["open"])
     assert rig.worker.table.account("s1").waiting == 0
 
 
@@ -164,9 +160,7 @@ async def test_early_answer_ends_the_upload_without_losing_the_answer(rig: Rig) 
     number = client.ask(fields(rig, "/", "PUT"), b"x" * 1000, end=False)
     answer = await client.answer(number)
     assert (answer.status, answer.body) == (413, b"big")
-    while answer.reset is None:
-        await client.turn()
-    assert answer.reset == f.Code.NO_ERROR
+    assert await client.until(lambda: answer.reset is not None) and answer.reset == f.Code.NO_ERROR
     rig.script = rig.answer_all
     assert (await client.answer(client.ask(fields(rig, "/next")))).body == b"/next"
     assert rig.connects == 2  # a connection with half a request on it is not used again
@@ -211,33 +205,23 @@ async def test_held_streams_resume_once_and_bodies_wait_within_their_window(rig:
             writer.write(OK)
 
     rig.script = script
-    rig.control.change("hold")
-    await asyncio.sleep(0.01)
+    await rig.control.change("hold")
     client = await judge(rig)
     numbers = [client.ask(fields(rig, f"/{n}")) for n in range(20)]
     upload = client.ask(fields(rig, "/up", "POST", ("content-length", "100000")), b"x" * 16_000, end=False)
-    while not rig.control.resumed:
-        await asyncio.sleep(0.001)
-    assert len(rig.control.resumed) == 1
-    rig.control.change("open", incarnation=2)
-    left = 84_000
-    while left:
-        step = min(left, client.h2.local_flow_control_window(upload), 16_384)
-        if step:
-            client.h2.send_data(upload, b"x" * step, end_stream=step == left)
-            client.flush()
-            left -= step
-        else:
-            await client.turn()
+    await until(lambda: rig.worker.holds.statistics()["requests"] == 21 and rig.control.resumed)
+    await rig.control.change("open", incarnation=2)
+    await client.upload(upload, 84_000)
     for number in (*numbers, upload):
         answer = await client.answer(number)
         assert answer.status == 200 and answer.fields["server-timing"].startswith("hold;dur=")
+    assert len(rig.control.resumed) == 1
 
 
 async def test_websocket_by_extended_connect(rig: Rig) -> None:
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await rig.head(reader)
-        key = head.lower().partition(b"sec-websocket-key: ")[2].partition(b"\r\n")[0]
+        assert b"sec-websocket-key: " in head.lower()
         key = rig.received[rig.received.lower().find(b"sec-websocket-key: ") + 19 :].partition(b"\r\n")[0]
         writer.write(
             b"HTTP/1.1 101 Switching\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: %b\r\n\r\n\x82\x05early"
@@ -249,12 +233,9 @@ async def test_websocket_by_extended_connect(rig: Rig) -> None:
 
     rig.script = script
     client = await judge(rig)
-    while not client.h2.remote_settings.get(f.ENABLE_CONNECT_PROTOCOL):
-        await client.turn()
+    await client.until(lambda: client.h2.remote_settings.get(f.ENABLE_CONNECT_PROTOCOL))
     offered = f"lambda-microvms, lambda-microvms.authentication.{rig.token}, lambda-microvms.port.{rig.app_port}"
     number = client.h2.get_next_available_stream_id()
-    from h2_client import Answer
-
     client.answers[number] = Answer()
     client.h2.send_headers(
         number,
@@ -264,8 +245,7 @@ async def test_websocket_by_extended_connect(rig: Rig) -> None:
     client.h2.send_data(number, b"\x82\x81\0\0\0\0a")
     client.flush()
     answer = client.answers[number]
-    while len(answer.body) < 14:
-        await client.turn()
+    await client.until(lambda: len(answer.body) >= 14)
     assert answer.status == 200 and answer.fields["sec-websocket-protocol"] == "lambda-microvms"
     assert "sec-websocket-accept" not in answer.fields and answer.body == b"\x82\x05early\x82\x81\0\0\0\0a"
     client.h2.end_stream(number)
@@ -283,13 +263,12 @@ async def test_suspend_cuts_streams_with_goaway_and_1001(rig: Rig) -> None:
     rig.script = script
     client = await judge(rig)
     number = client.ask(fields(rig))
-    while not client.answers[number].body:
-        await client.turn()
+    await client.until(lambda: client.answers[number].body)
     rig.control.change("hold", is_live=False)
     answer = await client.answer(number)
     assert answer.reset == f.Code.CANCEL
-    while not any(isinstance(one, h2.events.ConnectionTerminated) for one in client.events):
-        await client.turn()
+    await client.until(client.terminations)
+    assert [one.error_code for one in client.terminations()] == [f.Code.NO_ERROR]
 
 
 async def test_drain_loses_no_stream(rig: Rig) -> None:
@@ -298,11 +277,12 @@ async def test_drain_loses_no_stream(rig: Rig) -> None:
     drained = asyncio.create_task(rig.worker.drain())
     number = client.ask(fields(rig, "/on-its-way"))
     assert (await client.answer(number)).body == b"/on-its-way"
-    while await client.turn():
-        pass
-    last = [one for one in client.events if isinstance(one, h2.events.ConnectionTerminated)]
-    assert len(last) >= 1 and all(one.error_code == 0 for one in last)
-    await drained
+    async with asyncio.timeout(10):
+        while await client.turn():
+            pass
+        await drained
+    (last,) = client.terminations()
+    assert (last.error_code, last.last_stream_id) == (f.Code.NO_ERROR, number)
 
 
 async def test_http2_application(rig: Rig) -> None:
@@ -357,15 +337,13 @@ async def test_force_h2_against_http1_is_a_502(rig: Rig) -> None:
 
 
 async def test_push_of_rapid_resets_ends_the_connection(rig: Rig) -> None:
-    rig.control.change("hold")
-    await asyncio.sleep(0.01)
+    await rig.control.change("hold")
     raw = Raw(*await rig.open())
     block = f.encode([(name.encode(), value.encode()) for name, value in fields(rig)])
     for number in range(1, 1001, 2):
         raw.send(f.headers(number, block, True), f.rst_stream(number, f.Code.CANCEL))
     assert await raw.outcome() == "goaway ENHANCE_YOUR_CALM"
-    while rig.worker.holds.statistics()["requests"]:
-        await asyncio.sleep(0.001)
+    await until(lambda: not rig.worker.holds.statistics()["requests"])
 
 
 async def test_windows_grow_with_use_so_that_one_stream_fills_a_long_link(rig: Rig) -> None:
@@ -402,17 +380,7 @@ async def test_windows_grow_with_use_so_that_one_stream_fills_a_long_link(rig: R
     server = await asyncio.start_server(relay, "127.0.0.1", 0)
     client = Judge(*await asyncio.open_connection("127.0.0.1", server.sockets[0].getsockname()[1]))
     number = client.ask(fields(rig, "/", "PUT", ("content-length", str(size))), end=False)
-    left, widest = size, 0
-    while left:
-        window = client.h2.local_flow_control_window(number)
-        widest = max(widest, window)
-        step = min(left, window, 16_384)
-        if step:
-            client.h2.send_data(number, b"x" * step, end_stream=step == left)
-            client.flush()
-            left -= step
-        else:
-            await client.turn()
+    widest = await client.upload(number, size)
     assert (await client.answer(number)).body == b"ok"
     assert widest > 2_000_000  # 20 MB a second at this distance
     server.close()
