@@ -47,7 +47,7 @@ DEVICES = (
     *("null", "zero", "full", "random", "urandom", "tty", "fuse", "net/tun", "kvm", "loop-control"),
     *(f"loop{number}" for number in range(8)),
 )
-COMMAND_SECONDS = 3000
+COMMAND_SECONDS = 3600
 MOST_COMMITS = 500
 # Where the demo keeps its instance (docs/operations.md).
 EXPECTED = ("files: /var/lib/torpor-demo",)
