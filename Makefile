@@ -40,7 +40,7 @@ venv:
 	@echo "setup: Python libraries into $(VENV)"
 	@umask 022; /usr/bin/python3 -m venv --clear $(VENV) && \
 	xargs -n 34 -P 2 $(VENV)/bin/pip install $(PIP) --no-compile < requirements.lock && \
-	$(VENV)/bin/pip install $(PIP) --no-build-isolation -e . && \
+	$(VENV)/bin/pip install $(PIP) --no-build-isolation -e . && $(PY) config/scripts.py && \
 	$(VENV)/bin/torpor version >/dev/null && sync -f $(VENV) && echo $(KEY) > $(VENV)/ready
 
 assets: deps

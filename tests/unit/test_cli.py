@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import venv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from gateway import instance
 from gateway.config import ConfigError
 from gateway.messages import LogLine, MicrovmLog
 
+REPO = Path(__file__).resolve().parents[2]
 TORPOR = Path(sys.prefix) / "bin/torpor"
 
 
@@ -150,7 +152,7 @@ def test_code_that_the_services_users_may_not_read_is_refused_in_one_line(tmp_pa
         instance.check_readable(tmp_path / "gateway")
 
 
-@pytest.mark.parametrize("limits", [(1024, 1024), (1024, 4096), (2048, 4096)])
+@pytest.mark.parametrize("limits", [(256, 256), (256, 512), (384, 512)])
 def test_a_service_may_have_more_descriptors_than_a_login(limits: tuple[int, int]) -> None:
     """As many as it may: the second limit too, where CAP_SYS_RESOURCE lets it be raised."""
     program = (
@@ -160,3 +162,15 @@ def test_a_service_may_have_more_descriptors_than_a_login(limits: tuple[int, int
     )
     said = subprocess.run([sys.executable, "-c", program, *map(str, limits)], capture_output=True, text=True, check=True).stdout
     assert said in (f"{limits[1]} {limits[1]}\n", "65536 65536\n")
+
+
+def test_a_packages_own_script_runs_where_the_path_has_a_space(tmp_path: Path) -> None:
+    directory = tmp_path / "a place"
+    venv.create(directory, with_pip=False)
+    script = directory / "bin/aws"
+    script.write_text(f"#!{directory}/bin/python3\nimport sys; print(sys.prefix, sys.argv[1:])\n")
+    script.chmod(0o755)
+    for _ in range(2):  # and a second time changes nothing
+        subprocess.run([directory / "bin/python", REPO / "config/scripts.py"], check=True)
+        said = subprocess.run([script, "one", "two three"], capture_output=True, text=True, check=True).stdout
+        assert said == f"{directory} ['one', 'two three']\n"
