@@ -362,7 +362,10 @@ class Http1(Exchange):
         if self._state == _IN_BODY:
             self._linger()
         elif not self._keep or (self._half_closed_at and not self._ahead.size):
-            self._close()
+            if self._ahead.size:  # more is on its way, perhaps, and nobody reads it
+                self._linger()
+            else:
+                self._close()
         else:
             self._next_request()
 
@@ -505,11 +508,20 @@ class Http1(Exchange):
         self._linger()
 
     def _linger(self) -> None:
-        """Closes a little later, reading meanwhile: data that comes into a closed socket would reset the answer away."""
+        """Ends our half, and closes a little later, reading meanwhile: data that comes into a closed socket would reset the answer
+        away (RFC 9112, 9.6)."""
         self._to(_ENDING)
+        if self.transport is not None and self.transport.can_write_eof():
+            self.transport.write_eof()
         if self._reading is not None:
             self._reading.clear()
-        asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._close)
+        asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._end_linger)
+
+    def _end_linger(self) -> None:
+        if self.transport is not None and self.transport.get_write_buffer_size():
+            asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._end_linger)
+        else:
+            self._close()
 
     def _close(self) -> None:
         self._to(_ENDING)

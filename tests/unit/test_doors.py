@@ -256,3 +256,27 @@ async def test_stapled_answer_reaches_a_client_that_asks(served: tuple[Rig, Path
         assert b"OCSP Response Status: unauthorized" in done.stdout
     finally:
         server.close()
+
+
+async def test_over_tls_a_refused_request_is_answered_and_the_connection_ended(served: tuple[Rig, Path]) -> None:
+    """The client reads to the end of the stream, which a close_notify says (RFC 8446, 6.1), and the edge keeps nothing of it."""
+    import socket
+
+    from gateway.edge.tls import TlsServer
+
+    rig, directory = served
+    certificates, listener = Certificates(directory), socket.create_server(("127.0.0.1", 0))
+    server = await asyncio.get_running_loop().create_server(lambda: TlsServer(certificates.context, rig.worker._application), sock=listener)
+    context = ssl.create_default_context(cafile=str(directory / "ca.crt"))
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.getsockname()[1], ssl=context, server_hostname=HOST)
+        writer.write(rig.request())
+        assert (await response(reader))[0] == 200
+        writer.write(b"GET /\r\n\r\n")
+        status, fields, _ = await response(reader)
+        assert (status, fields["connection"]) == (400, "close")
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        await until(lambda: not rig.worker.clients)
+        writer.close()
+    finally:
+        server.close()

@@ -128,6 +128,27 @@ async def test_a_slow_reader_below_the_high_water_mark_is_given_up(start: Start,
     writer.transport.abort()
 
 
+async def test_an_answer_that_ends_the_connection_arrives_though_more_requests_were_sent(start: Start) -> None:
+    """A socket that is closed with unread bytes resets what it has written (RFC 9112, 9.6)."""
+    rig = await start()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 400_000)
+
+    rig.script = script
+    reader, writer = await small(rig)
+    sent = asyncio.create_task(drained(writer, rig.request() + rig.request("/never") * 5000))
+    await until(lambda: rig.worker.clients and not next(iter(rig.worker.clients)).transport.is_reading())  # type: ignore[union-attr]
+    writer.transport.resume_reading()  # type: ignore[attr-defined]
+    assert (await response(reader))[1]["connection"] == "close"
+    assert await reader.readexactly(400_000) == b"x" * 400_000
+    assert await asyncio.wait_for(reader.read(), 5) == b"" and b"/never" not in rig.received
+    with contextlib.suppress(ConnectionError):
+        await sent
+    writer.close()
+
+
 # ---- a client that has left ----
 
 
