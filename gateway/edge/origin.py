@@ -35,9 +35,9 @@ _responses: Memo[bytes, ResponseHead] = Memo(2048)
 
 class Origin:
     __slots__ = (
-        "_body", "_buffer", "_encodes", "_held", "_in_chunks", "_left", "_pool", "_state", "_worker", "answered", "exchange", "idle_since",
-        "is_head", "is_parked", "is_paused", "is_secure", "proven_seconds", "reading", "reuse_seconds", "spoke_first", "transport",
-        "unclean",
+        "_asks_upgrade", "_body", "_buffer", "_encodes", "_held", "_in_chunks", "_left", "_pool", "_sent_early", "_state", "_worker",
+        "answered", "exchange", "idle_since", "is_head", "is_parked", "is_paused", "is_secure", "proven_seconds", "reading",
+        "reuse_seconds", "spoke_first", "transport", "unclean",
     )  # fmt: skip
 
     takes_raw = True
@@ -66,6 +66,8 @@ class Origin:
         self._body: ChunkedBody | None = None
         self._in_chunks = False  # the request's body goes on in chunks
         self._encodes = False  # which it did not come in
+        self._asks_upgrade = False
+        self._sent_early = False  # something was to be sent on an upgrade that had not been answered
 
     # ---- asyncio ----
 
@@ -179,6 +181,7 @@ class Origin:
             exchange.origin_failed(self._unanswered())
             return
         self.begin(exchange, head.method == b"HEAD")
+        self._asks_upgrade = head.upgrade is not None
         self._in_chunks = head.framing == CHUNKED
         self._encodes = self._in_chunks and not exchange.is_raw
         self.transport.write(
@@ -239,6 +242,8 @@ class Origin:
     def send(self, data: bytes) -> None:
         if self.is_parked:
             self._hold(data)
+        elif self._asks_upgrade and self._state == _AT_HEAD:
+            self._sent_early = True  # what is no tunnel yet would be read as the next request (RFC 9110, 7.8)
         elif self.transport is not None:
             self.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._encodes else data)
 
@@ -342,7 +347,7 @@ class Origin:
         if head.status == 101:
             self._switch(exchange, head, data)
             return
-        self.unclean = not head.keep_alive
+        self.unclean = self._sent_early or not head.keep_alive
         if head.idle_seconds >= 0:
             self.proven_seconds = max(0.0, head.idle_seconds - 1)
             self.reuse_seconds = min(self.proven_seconds, self._worker.settings.origin_idle_seconds)

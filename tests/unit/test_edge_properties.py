@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -21,12 +22,12 @@ FEW = hypothesis.settings(max_examples=25, deadline=None)
 Work = Callable[[Rig], Awaitable[None]]
 
 
-def with_rig(work: Work, http2: bool = False) -> None:
+def with_rig(work: Work, http2: bool = False, **settings: Any) -> None:
     async def run() -> None:
         with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
             rig = Rig(Path(directory), patch)
             rig.script = rig.echo
-            await rig.start(http2=http2, hold_seconds=2, connect_seconds=0.1)
+            await rig.start(http2=http2, hold_seconds=2, connect_seconds=0.1, **settings)
             try:
                 await work(rig)
             finally:

@@ -169,6 +169,22 @@ async def test_which_requests_use_a_connection_that_is_not_proven(rig: Rig, head
     assert got is origin if reuses else isinstance(got, Slot)
 
 
+@pytest.mark.parametrize("early", [True, False])
+async def test_after_a_refused_upgrade_a_connection_is_used_again_only_if_nothing_but_the_head_was_sent(rig: Rig, early: bool) -> None:
+    origin = rig.connected()
+    written: list[bytes] = []
+    origin.transport.write = written.append  # type: ignore[union-attr,method-assign]
+    exchange: Any = SimpleNamespace(
+        request_id=b"id", hop_fields=b"", is_raw=True, request_complete=True, response_whole=lambda head, body: None, head=get(upgrade=b"websocket")
+    )  # fmt: skip
+    origin.open(exchange, exchange.head)
+    if early:
+        origin.send(b"GET /smuggled HTTP/1.1\r\n\r\n")
+    assert len(written) == 1 and written[0].startswith(b"GET / HTTP/1.1\r\n"), "no bytes of a tunnel that there is not"
+    origin.data_received(b"HTTP/1.1 426 Upgrade Required\r\nContent-Length: 0\r\n\r\n")
+    assert (origin in rig.pool.idle) is not early and origin.is_closing is early
+
+
 async def test_a_retry_is_on_a_new_connection(rig: Rig) -> None:
     rig.idle()
     assert isinstance(rig.acquire(fresh=True), Slot)
