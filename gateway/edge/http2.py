@@ -15,7 +15,7 @@ from .frames import Code, H2ConnectionError, H2StreamError
 from .head import FIXED, MARKER, Malformed, ResponseHead, Trailers, split_block
 from .memo import Admitted, Repeated
 from .multiplex import Multiplex
-from .reading import PEER_SLOW, READ_AHEAD
+from .reading import PEER_SLOW, READ_AHEAD, UNREAD
 from .record import HTTP2
 from .websocket import GOING_AWAY, FrameCounter, accept_of
 
@@ -511,6 +511,7 @@ class Request(Exchange, Flow):
     def resume_source(self) -> None:
         if self.origin is not None:
             self.origin.resume(PEER_SLOW)
+        self.resume_reading(UNREAD)
 
     def cut_short(self) -> None:
         self.record("origin")
@@ -589,8 +590,11 @@ class Request(Exchange, Flow):
         return self._frames
 
     def tunnel_write(self, data: bytes) -> None:
+        """Whoever asks for frames of ours and does not read them is not asked for more."""
         if data and self._is_open:
             self.connection.send_data(self, data, False)
+            if self.source_paused:
+                self.pause_reading(UNREAD)
 
     def tunnel_half_closed(self) -> None:
         if self._frames is not None:

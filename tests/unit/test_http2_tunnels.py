@@ -11,7 +11,9 @@ from edge_rig import HOST, OK, Rig
 from h2_client import Raw
 from waiting import until
 
+from gateway import messages as m
 from gateway.edge import frames as f
+from gateway.edge.multiplex import QUEUE_HIGH
 from gateway.edge.websocket import accept_of
 
 PING = b"\x89\x80\0\0\0\0"  # of a client, masked
@@ -185,4 +187,27 @@ async def test_an_upgrade_to_something_else_is_a_502(rig: Rig) -> None:
     await asked(rig, raw, application)
     application.agree.set()
     assert await raw.outcome() == "answer 502"
+    raw.writer.close()
+
+
+async def test_pings_to_a_parked_tunnel_whose_answers_are_not_read_are_bounded(rig: Rig) -> None:
+    """The edge answers them itself, and reads no more of a stream whose client takes none of its pongs."""
+    application = Application(rig)
+    raw = Raw(*await rig.open())
+    raw.send(connect(rig))
+    await asked(rig, raw, application)
+    application.agree.set()
+    (client,) = rig.worker.clients
+    stream = await until(lambda: next((one for one in client.streams.values() if one.server_frames is not None), None))  # type: ignore[union-attr]
+    (connection,) = rig.control.connections
+    await rig.control.change("hold")
+    drained = await connection.call("drain", m.DrainRequest("s1", 1, 1.0, True, 8), m.Drained)
+    assert drained.parked == 1
+    pings = (b"\x89\xfd\0\0\0\0" + b"x" * 125) * 100
+    for _ in range(100):
+        if not stream.paused:
+            stream.on_data(pings, False)
+    assert stream.paused and len(stream.queue) < 2 * QUEUE_HIGH
+    raw.send(f.window_update(0, 1 << 20) + f.window_update(1, 1 << 20))
+    await until(lambda: not stream.paused and not stream.queue)
     raw.writer.close()
