@@ -1,6 +1,7 @@
 """Settings: one typed tree, read from `torpor.toml` in the instance's root, then from TORPOR_* variables.
 
-`TORPOR_EDGE__WORKERS=4` sets `edge.workers`. Deadlines and bounds stand here with their reasons, nowhere else in gateway/.
+`TORPOR_EDGE__WORKERS=4` sets `edge.workers`. Deadlines and bounds that an operator may want otherwise stand here with their reasons;
+those that follow from a protocol or from another of our constants stand beside the code that keeps them.
 """
 
 from __future__ import annotations

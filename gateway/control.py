@@ -32,7 +32,6 @@ from .observe import metrics
 from .observe.audit import AuditTrail
 from .observe.spans import Spans
 from .rpc import Client, Connection, Reply, RpcError, Server, Service
-from .sessions.actions import Actions
 from .sessions.agent import AgentError
 from .sessions.archive import Archive
 from .sessions.archive import default_client as default_store
@@ -45,6 +44,7 @@ from .sessions.routes import Routes
 from .sessions.shipping import Shipper, default_client
 from .sessions.states import Event, State
 from .sessions.store import Store
+from .sessions.transitions import Observer
 from .tokens import Minter
 
 log = structlog.get_logger()
@@ -68,22 +68,18 @@ class Control:
         self.audit = AuditTrail(directory / "audit")
         self.vmm = Client(settings.vmm_socket, Service(self))
         self.host = Host(self.vmm, settings.root)
-        self.lifecycle = Lifecycle(settings, self.store, self.host, self.routes, self.logs)
-        self.lifecycle.on_transition = metrics.transition
-        self.lifecycle.on_action = metrics.action_took
         self.spans = Spans(settings.traces.endpoint, "control")
-        self.lifecycle.on_steps = lambda session, steps: self.spans.steps(steps, session.id)
-        self.actions = Actions(self.lifecycle)
-        self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds)
-        self.registry.ahead = self.actions.ahead
-        self.actions.ahead.on_count = metrics.ran_ahead.set
         root_keys = self._access_keys()
         self.directory = Directory(self.store, settings.account, root_keys, _secret_file(directory / "sessions.key"))
         store = settings.object_store
         artifacts = (store.access_key, store.secret_key) if store.access_key else next(iter(root_keys.items()))
-        self.actions.archive = Archive(settings, self.host, lambda: default_store(settings, artifacts))
+        archive = Archive(settings, self.host, lambda: default_store(settings, artifacts))
         guests = Guests(settings, Issuer(settings.credentials, settings.region, self.directory), self.store)
-        self.lifecycle.serve_guest = guests.for_session
+        observer = Observer(metrics.transition, lambda session, steps: self.spans.steps(steps, session.id), metrics.action_took)
+        self.lifecycle = Lifecycle(settings, self.store, self.host, self.routes, self.logs, guests.for_session, archive, observer)
+        self.lifecycle.ahead.on_count = metrics.ran_ahead.set
+        self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds)
+        self.registry.ahead = self.lifecycle.ahead
         self.registry.pipeline = Pipeline(settings, self.host, Credentials(*artifacts, "", math.inf), self._phase, guests)
 
     def _access_keys(self) -> dict[str, str]:
@@ -94,14 +90,14 @@ class Control:
     def api(self) -> ApiService:
         pager = Pager(_secret_file(self.settings.control_dir / "pager.key"))
         return ApiService(
-            self.settings, self.store, self.lifecycle, self.actions, self.registry, self.host, self.minter, pager,
+            self.settings, self.store, self.lifecycle, self.registry, self.host, self.minter, pager,
             self.settings.edge.port,
         )  # fmt: skip
 
     def _phase(self, job: Job) -> None:
         self.store.put_image(job.image)
         self.store.add_event(job.image.arn, "build", job.version.version, job.build.phase)
-        self.lifecycle.spawn(self.store.commit())
+        self.lifecycle.tasks.spawn(self.store.commit())
 
     # ---- start ----
 
@@ -109,7 +105,7 @@ class Control:
         """Compares the store with the host; nothing is served before routes are known."""
         await self.store.open()
         state = await self.host.state()
-        await recover(self.lifecycle, self.actions, state)
+        await recover(self.lifecycle, state)
         await self.registry.recover(set(state.images))
 
     async def suspend_all(self) -> None:
@@ -172,7 +168,7 @@ class Control:
         return Reply(None, [self.lifecycle.agent(session).shells.open(body.columns, body.rows).detach()])
 
     async def rpc_traces(self, connection: Connection, body: m.SessionName) -> list[m.Trace]:
-        """Where the time of a session's last launch or resume, and of its last suspend, went."""
+        """Returns the steps of a session's last launch or resume, and of its last suspend."""
         session = self.store.sessions.get(body.session)
         if connection.uid != 0 or session is None:
             raise RpcError("NotFound", f"MicroVM not found: {body.session}")
@@ -180,7 +176,7 @@ class Control:
         return own + await self.host.traces(session.id)
 
     async def tiers(self) -> dict[str, m.Tier]:
-        """Of every sleeping session."""
+        """Returns where every sleeping session is."""
         held = {one.session: one for one in (await self.host.state()).sessions if one.phase == "warm"}
         found = {}
         for session in self.store.sessions.values():
@@ -206,7 +202,7 @@ class Control:
         self.lifecycle.hypervisor_ended(body)
 
     async def keep_logs(self) -> None:
-        """Streams that nobody has written to for longer than the retention go."""
+        """Removes, every hour, streams that nobody has written to for longer than the retention."""
         days = self.settings.logs.retention_days
         while days:
             await asyncio.to_thread(self.logs.drop_older, days * 86_400.0)
@@ -267,7 +263,7 @@ async def main(settings: Settings) -> None:
         task.cancel()
     edges.close()
     await control.registry.close()
-    await control.actions.ahead.close()
+    await control.lifecycle.ahead.close()
     await control.lifecycle.close()
     await control.store.close()
     control.audit.close()

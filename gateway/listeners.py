@@ -76,7 +76,7 @@ def has_ipv6() -> bool:
 
 
 def _is_free(addresses: list[str], port: int) -> bool:
-    """Without SO_REUSEPORT, so that another instance's listeners count as taken."""
+    """Whether the port can be bound without SO_REUSEPORT: another instance's listeners count as taken."""
     for address in addresses:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -106,18 +106,18 @@ def choose_edge_port(settings: Settings, in_use: bool) -> int:
 
 
 def _kept_port(kept: Path) -> int:
-    """0 where none was kept, or where what was kept was lost with its host."""
+    """Returns the port that was kept; 0 where none was, or where its file was lost with the host."""
     text = kept.read_text(encoding="ascii") if kept.exists() else ""
     return int(text) if text.isdigit() else 0
 
 
 def edge_addresses(settings: Settings) -> list[str]:
-    """Without those of IPv6 where the host has none."""
+    """Returns the addresses of endpoints, without those of IPv6 where the host has none."""
     return [one for one in settings.edge.addresses if not is_inet(one) or ":" not in one or has_ipv6()]
 
 
 def holder(port: int) -> str:
-    """Which process listens on a port, in words."""
+    """Returns in words which process listens on a port."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:

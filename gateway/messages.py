@@ -81,7 +81,7 @@ class BootRequest(msgspec.Struct):
 
 
 class BootedRequest(msgspec.Struct):
-    """Of the machine that boots for an image."""
+    """Names the machine that boots for an image."""
 
     session: str
     image: str
@@ -350,7 +350,7 @@ class Counters(msgspec.Struct):
 
 
 class ShellRequest(msgspec.Struct):
-    """edge -> control: a shell in a running session; the answer is a descriptor (gateway/sessions/shells.py)."""
+    """edge -> control: opens a shell in a running session; the answer is a descriptor (gateway/sessions/shells.py)."""
 
     session: str
     incarnation: int
@@ -409,7 +409,7 @@ class KeyRequest(msgspec.Struct):
 
 
 class KeyFacts(msgspec.Struct):
-    """`secret` is said once, to who made the key."""
+    """`secret` is said once, to whoever made the key."""
 
     key: str
     secret: str

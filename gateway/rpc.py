@@ -81,7 +81,7 @@ _decode_frame = msgspec.msgpack.Decoder(_Frame).decode
 
 
 class Service:
-    """The methods that one side offers: every public coroutine of the targets named `rpc_…`, called with
+    """The methods that one side offers are every public coroutine of the targets named `rpc_…`, called with
     (connection, body) or (connection, body, descriptors); the body's type is its annotation."""
 
     def __init__(self, *targets: object) -> None:
@@ -295,7 +295,7 @@ class Connection:
 
 
 def _fail(future: asyncio.Future[Any], error: Exception) -> None:
-    """Nobody need be waiting for it."""
+    """Makes a future fail of which nobody need be waiting."""
     future.set_exception(error)
     future.exception()
 

@@ -74,7 +74,7 @@ class Admin:
         rows = []
         for account in self._directory.accounts:
             images = [image for image in self._store.images.values() if image.account == account.id]
-            memory = sum(s.minimum_mib for s in self._store.sessions_of(account.id) if not s.state.is_over)
+            memory = sum(s.minimum_mib for s in self._store.sessions_of(account.id) if not s.state.is_ended)
             building = sum(image.state in ("CREATING", "UPDATING") for image in images)
             rows += [
                 m.QuotaUse(

@@ -153,7 +153,7 @@ class Directory:
         store = self._store
         if identifier not in store.accounts:
             raise DirectoryError(f"account {identifier} does not exist" if identifier != self._home else "the first account stays")
-        live = any(s.account == identifier and not s.state.is_over for s in store.sessions.values())
+        live = any(s.account == identifier and not s.state.is_ended for s in store.sessions.values())
         if live or any(image.account == identifier for image in store.images.values()):
             raise DirectoryError(f"account {identifier} still has microVMs or images: delete them first")
         if any(connector.account == identifier for connector in store.connectors.values()):

@@ -93,7 +93,7 @@ class Connectors:
 
     async def delete_network_connector(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         connector = self._find(caller, call)
-        if any(connector.arn in s.egress and not s.state.is_over for s in self._store.sessions_of(caller.account)):
+        if any(connector.arn in s.egress and not s.state.is_ended for s in self._store.sessions_of(caller.account)):
             raise ResourceConflict(f"The network connector {connector.id} is in use by MicroVMs.")
         self._store.drop("connectors", connector.arn)
         try:

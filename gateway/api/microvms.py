@@ -12,10 +12,9 @@ from gateway.accounts.model import Caller
 from gateway.images.pipeline import read_hooks
 from gateway.sessions.actions import Arrival
 from gateway.sessions.host import RpcError
-from gateway.sessions.lifecycle import SUCCESS
 from gateway.sessions.logs import default_group, default_stream
 from gateway.sessions.model import IdlePolicy, Session, Version
-from gateway.sessions.states import Action, Event, State
+from gateway.sessions.states import Action, Event, State, reason_of
 from gateway.sessions.store import StoreError
 from gateway.tokens import ALL_PORTS, LONGEST_SECONDS, SHELL
 
@@ -59,17 +58,17 @@ class Microvms:
         answer = self._describe(session)
         remember(answer)
         arrival = Arrival(store.begin_commit(lambda: lifecycle.routes.publish(session)))
-        lifecycle.run(session, self._service.actions.launch(session, arrival))
+        lifecycle.launch(session, arrival)
         try:
             await asyncio.shield(arrival.stored)
         except StoreError:
-            lifecycle.never_was(session)
+            lifecycle.discard(session)
             raise
         # A guest that ran ahead is told to run before its answer is made, which would take this process from it.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_AWAY_SECONDS):
                 await arrival.is_away.wait()
-        lifecycle.watch_lifetime(session)
+        lifecycle.timers.watch_lifetime(session)
         return answer
 
     def _version(self, call: dict[str, Any]) -> Version:
@@ -122,7 +121,7 @@ class Microvms:
         limit = self._service.settings.limits.memory_mib or self._service.quotas.memory_mib
         if not limit:
             return
-        live = (s for s in self._store.sessions_of(session.account) if not s.state.is_over)
+        live = (s for s in self._store.sessions_of(session.account) if not s.state.is_ended)
         if sum(s.minimum_mib for s in live) + session.minimum_mib > limit:
             raise QuotaExceeded("The base maximum allocated memory limit has been reached for this account.")
 
@@ -198,7 +197,7 @@ class Microvms:
         return await self._fire(self._find(caller, call), Event.TERMINATE)
 
     async def _fire(self, session: Session, event: Event) -> dict[str, Any]:
-        action = await self._service.lifecycle.fire(session, event, SUCCESS if event is Event.TERMINATE else "")
+        action = await self._service.lifecycle.fire(session, event, reason_of(event))
         if action is Action.CONFLICT:
             raise Conflict(f"The MicroVM {session.id} is {session.state.public}: wait until it is RUNNING.")
         if action is Action.REFUSE:
@@ -230,7 +229,7 @@ class Microvms:
         minutes = int(call["expirationInMinutes"])
         if minutes * 60 > LONGEST_SECONDS:
             raise Validation(f"ExpirationMinutes {minutes} exceeded max allowed of {LONGEST_SECONDS // 60}.")
-        if session.state.is_over:
+        if session.state.is_ended:
             raise Validation(f"The MicroVM {session.id} has been terminated and its state cannot be changed.")
         return minutes
 

@@ -9,7 +9,6 @@ from gateway.accounts.model import Caller
 from gateway.accounts.quotas import PROFILES, Profile
 from gateway.config import Settings
 from gateway.images.registry import Registry
-from gateway.sessions.actions import Actions
 from gateway.sessions.host import Host
 from gateway.sessions.lifecycle import Lifecycle
 from gateway.sessions.model import Session
@@ -29,7 +28,6 @@ class Service:
     settings: Settings
     store: Store
     lifecycle: Lifecycle
-    actions: Actions
     registry: Registry
     host: Host
     minter: Minter

@@ -36,7 +36,7 @@ def known(database: Path) -> tuple[set[str], set[str]]:
     finally:
         connection.close()
     return (
-        {session.id for session in sessions if not session.state.is_over},
+        {session.id for session in sessions if not session.state.is_ended},
         {version.key for image in images for version in image.versions},
     )
 

@@ -45,7 +45,7 @@ class Account:
 
 
 class RouteEntry:
-    """A route with what this worker keeps for it."""
+    """A route, and what this worker keeps for it."""
 
     __slots__ = ("account", "limiter", "opened_at", "route")
 
@@ -79,7 +79,7 @@ class RouteTable:
             self.change(route)
 
     def close_gate(self, route: Route) -> GateAnswer:
-        """Applies a route whose gate is not open; what the table holds then, and the activity until now."""
+        """Applies a route whose gate is not open; returns what the table holds then, and the activity until now."""
         self.change(route)
         entry = self._entries[route.endpoint]
         entry.account.gated = (entry.account.count, entry.account.spoken)
@@ -124,7 +124,7 @@ class RouteTable:
         self._on_change(old, route)
 
     def report(self) -> Activity | None:
-        """What changed since the last report, of sessions that run: control hears all of one anew when it opens."""
+        """Returns what changed since the last report, of sessions that run; all of a session is reported anew when its gate opens."""
         now = self._clock()
         changed: dict[str, tuple[int, float, int]] = {}
         for session, account in self._awake.items():

@@ -24,8 +24,8 @@ from gateway.config import Settings
 from gateway.messages import BuildRequest, EgressRules, HostInfo, Shape
 from gateway.sessions import hooks
 from gateway.sessions.agent import Agent, AgentError, start_frames, sync_frame, wake_frame
+from gateway.sessions.channels import GuestServices
 from gateway.sessions.host import Host, RpcError, RpcLost
-from gateway.sessions.lifecycle import GuestServices
 from gateway.sessions.logs import LineWriter
 from gateway.sessions.model import Build, Hooks, Image, Version
 

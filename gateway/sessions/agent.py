@@ -25,24 +25,25 @@ class AgentError(Exception):
 
 
 def wake_frame(nonce: int, reset_tcp: bool = True, wall_ns: int = 0) -> bytes:
-    """What a restored guest must do. vmm stamps the wall clock (the first field) just before a session's guest runs. Connections to the
-    outside are reset where there can be any; looking for them costs an emulated guest some 20 ms."""
+    """Makes the frame that tells a restored guest what to do. vmm stamps the wall clock (the first field) just before a session's guest
+    runs. Connections to the outside are reset where there can be any; looking for them costs an emulated guest some 20 ms."""
     return frame(_WAKE, struct.pack("<QQI", wall_ns, nonce, reset_tcp) + os.urandom(64))
 
 
 def sync_frame(nonce: int) -> bytes:
-    """Before an image is made of a guest: what its files have yet to write, each of its clones would write, to a disk of its own."""
+    """Makes the frame that has a guest write its dirty pages to its disk, before an image is made of it: each of its clones would write
+    them, to a disk of its own."""
     return frame(_SYNC, struct.pack("<Q", nonce))
 
 
 def start_frames(entries: Iterable[tuple[str, str]]) -> list[bytes]:
-    """The application's configuration in pieces, then the order to start it."""
+    """Makes the frames that carry the application's configuration, in pieces, then the order to start it."""
     text = b"".join(f"{name}={value}".encode() + b"\0" for name, value in entries)
     return [frame(_CONFIG, text[at : at + _FRAME_MAX_IN]) for at in range(0, len(text), _FRAME_MAX_IN)] + [frame(_START)]
 
 
 class Agent:
-    """One connection to a guest's agent, until `close` or the hypervisor's end."""
+    """A connection to a guest's agent; it lasts until `close` or the hypervisor's end."""
 
     def __init__(self, descriptor: int, on_output: Callable[[int, bytes], None], on_exit: Callable[[int], None]) -> None:
         os.set_blocking(descriptor, False)
@@ -60,7 +61,7 @@ class Agent:
         self._loop.add_reader(descriptor, self._readable)
 
     def expect(self, nonce: int) -> asyncio.Future[bytes]:
-        """The answer to a HELLO or WAKE that carries this nonce."""
+        """Returns a future of the answer to the HELLO or WAKE that carries this nonce."""
         future: asyncio.Future[bytes] = self._loop.create_future()
         self._nonces[nonce] = future
         return future
@@ -92,7 +93,7 @@ class Agent:
         self._holds = True
 
     def release(self) -> None:
-        """The suspend was called off."""
+        """Sends what was held back: the suspend was called off, or there is a channel again."""
         self._holds = False
         self._writable()
 
@@ -102,14 +103,14 @@ class Agent:
         return self._descriptor < 0 and not self.closed.done()
 
     def detach(self) -> None:
-        """The guest sleeps: its channel goes, and what is sent meanwhile waits."""
+        """Closes the channel of a guest that sleeps, once all of it is read; what is sent meanwhile waits."""
         self._holds = True
         while self._descriptor >= 0 and self._read():
             pass
         self._drop()
 
     def attach(self, descriptor: int) -> None:
-        """The channel of the next incarnation: what the guest says goes on where it stopped."""
+        """Goes on over the channel of the next incarnation: what the guest says continues where it stopped."""
         os.set_blocking(descriptor, False)
         self._descriptor = descriptor
         self._loop.add_reader(descriptor, self._readable)
@@ -156,7 +157,7 @@ class Agent:
             self.close()
 
     def _read(self) -> int | None:
-        """Takes what is there; how many bytes, None at the channel's end."""
+        """Reads what is there; returns how many bytes, None at the channel's end."""
         try:
             data = os.read(self._descriptor, _BUDGET_BYTES)
         except BlockingIOError:
@@ -170,7 +171,7 @@ class Agent:
         return len(data)
 
     def _parse(self) -> None:
-        """Skips what is not a frame: the first bytes of a new channel may be the rest of an old one."""
+        """Handles whole frames, and skips what is not a frame: the first bytes of a new channel may be the rest of an old one."""
         at, end = 0, len(self._buffer)
         try:
             while end - at >= HEADER.size:

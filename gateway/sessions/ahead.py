@@ -44,7 +44,7 @@ _PASSES = 3  # of a named path: what an application does between two requests is
 
 @dataclass
 class _Pool:
-    """Of one image version."""
+    """The microVMs that ran ahead for one image version, and how many launches have wanted one lately."""
 
     arn: str
     version: str
@@ -65,7 +65,7 @@ class Ahead:
         self.on_count: Callable[[int], None] = lambda count: None
 
     async def claim(self, session: Session, egress: EgressRules | None) -> bool:
-        """Whether one that ran ahead is now this session, prepared to start."""
+        """Makes a microVM that ran ahead this session, prepared to start. False where there is none."""
         pool = self.want(session.image_arn, session.image_version)
         if pool is None:
             return False
@@ -85,7 +85,7 @@ class Ahead:
         return False
 
     def want(self, arn: str, number: str) -> _Pool | None:
-        """Keeps some of this image version from now on; None where its owner does not allow it."""
+        """Has some microVMs run ahead for this image version from now on; returns None where the image's owner does not allow it."""
         version = self._version(arn, number)
         if version is None or not self._settings.standbys.ahead or self._request(version) is None:
             return None
@@ -96,7 +96,7 @@ class Ahead:
         return pool
 
     async def drop(self, key: str) -> None:
-        """Of an image version that goes."""
+        """Forgets the microVMs that ran ahead for an image version that is deleted."""
         pool = self._pools.pop(key, None)
         if pool is None:
             return
@@ -108,7 +108,7 @@ class Ahead:
             await self._forget(name)
 
     async def close(self) -> None:
-        """They are no session's: nothing of them outlives this process."""
+        """Forgets them all: they belong to no session, and nothing of them outlives this process."""
         for key in list(self._pools):
             await self.drop(key)
 
@@ -121,7 +121,7 @@ class Ahead:
         return version if version is not None and version.state == "SUCCESSFUL" else None
 
     def _request(self, version: Version) -> tuple[str, int, str] | None:
-        """(hook's name or nothing, port, target): what is asked of a microVM of this version."""
+        """Returns what is asked of a microVM of this version: the hook's name or nothing, port, target."""
         given = version.request.get("hooks") or {}
         if (given.get("microvmImageHooks") or {}).get("validate") == "ENABLED":
             return "validate", int(given.get("port") or hooks.DEFAULT_PORT), ""
@@ -180,7 +180,7 @@ class Ahead:
         return True
 
     async def _run(self, name: str, version: Version) -> None:
-        """Woken, asked, answered. Raises what any of it raises."""
+        """Wakes a prepared microVM and asks it its request. Raises what waking and asking raise."""
         request = self._request(version)
         assert request is not None
         hook, port, target = request

@@ -1,4 +1,4 @@
-"""One heap of deadlines, checked by one timer. An entry counts only while it is the one registered for its key."""
+"""One heap of deadlines, checked by one timer. An entry of the heap counts only while it is the one registered for its key."""
 
 from __future__ import annotations
 
@@ -46,6 +46,9 @@ class Deadlines:
 
     def clear(self, key: Hashable) -> None:
         self._registered.pop(key, None)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._registered
 
     def __len__(self) -> int:
         return len(self._registered)

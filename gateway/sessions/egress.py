@@ -11,7 +11,7 @@ _INTERNET = ":aws-network-connector:INTERNET_EGRESS"
 
 
 def rules_of(settings: Egress, store: Store, connectors: list[str]) -> EgressRules | None:
-    """None where nothing may get out: egress is closed, or the connector is not there any more."""
+    """Returns what the connectors let a session reach; None where that is nothing: egress is closed, or the connector was deleted."""
     if settings.closed or not connectors:
         return None
     if connectors[0].endswith(_INTERNET):

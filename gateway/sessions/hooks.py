@@ -45,7 +45,7 @@ async def post(connect: Connect, name: str, port: int, body: bytes, request_id: 
 
 
 async def ask(connect: Connect, port: int, request: str, fields: str = "", body: bytes = b"") -> int:
-    """One request (its method and target), on a connection of its own; returns the status. Raises OSError, HookError."""
+    """Sends one request (its method and target) on a connection of its own; returns the status. Raises OSError, HookError."""
     sock = await connect()
     loop = asyncio.get_running_loop()
     try:
@@ -69,7 +69,7 @@ async def ask(connect: Connect, port: int, request: str, fields: str = "", body:
 
 
 async def call(connect: Connect, name: str, port: int, seconds: float, request_id: str, payload: object = None) -> None:
-    """A runtime hook (run, resume, suspend, terminate): one try. Raises HookError in the recorded words."""
+    """Calls a runtime hook (run, resume, suspend, terminate), once. Raises HookError in the recorded words."""
     body = b"" if payload is None else msgspec.json.encode(payload)
     try:
         async with asyncio.timeout(seconds):
@@ -85,7 +85,7 @@ async def call(connect: Connect, name: str, port: int, seconds: float, request_i
 
 
 async def poll(connect: Connect, name: str, port: int, seconds: float, request_id: str) -> None:
-    """An image hook (ready, validate): asked again after 503, and while nothing listens, until its time is up.
+    """Calls an image hook (ready, validate) again after 503, and while nothing listens, until its time is up.
 
     Raises HookError: `status` 0 means that the time was up.
     """

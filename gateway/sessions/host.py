@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 from gateway import messages as m
 from gateway.observe.room import disk_free_bytes, memory_available_bytes
@@ -17,15 +20,29 @@ _BOOT_SECONDS = 60.0
 _SEAL_SECONDS = 180.0
 _DELETE_SECONDS = 60.0
 _ARCHIVE_SECONDS = 600.0
+_AWAY_RETRY_SECONDS = 0.2
+_AWAY_TRIES = 100
+T = TypeVar("T")
 
-__all__ = ["Host", "RpcError", "RpcLost"]
+__all__ = ["Host", "RpcError", "RpcLost", "patiently"]
+
+
+async def patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """Asks again while vmm is away: it restarts, and every call is idempotent."""
+    for _ in range(_AWAY_TRIES):
+        try:
+            return await call()
+        except RpcLost:
+            await asyncio.sleep(_AWAY_RETRY_SECONDS)
+    raise RpcLost("vmm did not come back")
 
 
 class Host:
-    """Raises RpcError with the host's words (kind: StateLost, DiskFull, VmmError), RpcLost when vmm is away."""
+    """vmm, as control calls it. Every call raises RpcError with the host's words (kind: StateLost, DiskFull, VmmError), or
+    RpcLost when vmm is away."""
 
     def __init__(self, client: Client, root: Path) -> None:
-        """`root`: where the host keeps what it stores."""
+        """`root` is where the host keeps what it stores."""
         self._client = client
         self._root = root
 
@@ -36,7 +53,7 @@ class Host:
         return await self._client.call("usage", None, m.Usage)  # type: ignore[no-any-return]
 
     def free(self) -> tuple[int, int]:
-        """Memory available and disk free, in bytes, without asking: the host is this one. Raises OSError."""
+        """Returns the available memory and the free disk, in bytes, without asking vmm: the host is this one. Raises OSError."""
         return memory_available_bytes(), disk_free_bytes(self._root)
 
     async def state(self) -> m.HostState:
@@ -49,7 +66,7 @@ class Host:
         await self._client.call("prepare", request, timeout=_PREPARE_SECONDS)
 
     async def services(self, session: str, incarnation: int) -> list[socket.socket]:
-        """Sockets in the session's network on which the guest asks: metadata (TCP), names (UDP, TCP)."""
+        """Returns the sockets in the session's network on which the guest asks: for metadata (TCP), for names (UDP, TCP)."""
         _, descriptors = await self._client.call_with_descriptors("services", m.SessionRef(session, incarnation))
         return [socket.socket(fileno=descriptor) for descriptor in descriptors]
 
@@ -58,29 +75,29 @@ class Host:
         return await self._descriptor("start", m.StartRequest(session, incarnation, wake))
 
     async def claim(self, ahead: str, session: str, incarnation: int, egress: m.EgressRules | None) -> None:
-        """A microVM that ran ahead becomes this session, prepared."""
+        """Makes a microVM that ran ahead this session, prepared."""
         await self._client.call("claim", m.ClaimRequest(ahead, session, incarnation, egress))
 
     async def pause(self, session: str, incarnation: int) -> None:
-        """Stops a guest; it is prepared again, as before its start."""
+        """Stops a guest; its session is prepared then, as it was before its start."""
         await self._client.call("pause", m.SessionRef(session, incarnation))
 
     async def agent(self, session: str, incarnation: int) -> int:
         return await self._descriptor("agent", m.SessionRef(session, incarnation))
 
     async def socket(self, session: str, incarnation: int) -> socket.socket:
-        """An unconnected, non-blocking TCP socket inside the session's network."""
+        """Returns an unconnected, non-blocking TCP socket inside the session's network."""
         return socket.socket(fileno=await self._descriptor("sockets", m.SocketsRequest(session, incarnation, 1)))
 
     async def suspend(self, session: str, incarnation: int) -> m.Suspended:
         return await self._client.call("suspend", m.SessionRef(session, incarnation), m.Suspended, timeout=_SUSPEND_SECONDS)  # type: ignore[no-any-return]
 
     async def traces(self, session: str) -> list[m.Trace]:
-        """The host's part of the last launch or resume, and of the last suspend."""
+        """Returns the host's part of the last launch or resume, and of the last suspend."""
         return await self._client.call("traces", m.SessionRef(session, 0), list[m.Trace])  # type: ignore[no-any-return]
 
     async def leave(self) -> None:
-        """The service stops, its workers too: nothing need stay paused, and no network wait for streams."""
+        """Ends what is paused and what is kept for parked streams: the service stops, and its workers with it."""
         await self._client.call("leave", None, timeout=_DELETE_SECONDS)
 
     async def pack(self, session: str, incarnation: int, target: int) -> m.Packed:

@@ -78,7 +78,7 @@ class LogStore:
             path.write_bytes(kept[kept.find(b"\n") + 1 :])
 
     def read(self, account: str, group: str, stream: str, offset: int = 0, limit: int = 10_000) -> tuple[list[LogEvent], int]:
-        """Events from a byte offset on, and the offset after them. An unknown stream is empty."""
+        """Returns events from a byte offset on, and the offset after them. An unknown stream is empty."""
         events = []
         for _, event, end in itertools.islice(self._lines(account, group, stream, offset), limit):
             offset = end
@@ -86,7 +86,7 @@ class LogStore:
         return events, offset
 
     def events(self, account: str, group: str, stream: str, offset: int) -> list[tuple[int, LogEvent]]:
-        """Every event from a byte offset on, or from the next that begins after it, with its offset."""
+        """Returns every event from a byte offset on, or from the next that begins after it, with its offset."""
         return [(start, event) for start, event, _ in self._lines(account, group, stream, offset)]
 
     def _lines(self, account: str, group: str, stream: str, offset: int) -> Iterator[tuple[int, LogEvent, int]]:
@@ -104,7 +104,7 @@ class LogStore:
             return
 
     def facts(self, account: str, group: str, stream: str) -> StreamFacts:
-        """First and last event's time, and the stored bytes; zeros for a stream that is not there."""
+        """Returns the first and last event's time, and the stored bytes; zeros for a stream that is not there."""
         path = self._path(account, group, stream)
         try:
             with path.open("rb") as file:
@@ -120,7 +120,7 @@ class LogStore:
         return [(one, group, stream) for one in accounts for group in self.groups(one) for stream in self.streams(one, group)]
 
     def take_changed(self) -> set[tuple[str, str, str]]:
-        """What was written to since this was last called; nothing at the first call."""
+        """Returns the streams that were written to since this was last called; none at the first call."""
         changed, self._changed = self._changed, set()
         return changed or set()
 
@@ -156,7 +156,7 @@ class LineWriter:
         self.lost_lines = 0
 
     def feed(self, channel: int, data: bytes) -> None:
-        """Channels (standard output, standard error) are cut apart and stored together."""
+        """Cuts each channel (standard output, standard error) into lines of its own; they are stored together."""
         *lines, rest = (self._rest.get(channel, b"") + data).split(b"\n")
         if len(rest) > _LINE_MAX_BYTES:
             lines.append(rest)

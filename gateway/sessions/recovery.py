@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import structlog
+
 from gateway.messages import HostState
 
-from .actions import Actions
+from .host import RpcError
 from .lifecycle import Lifecycle
 from .states import State
 
+log = structlog.get_logger()
 
-async def recover(lifecycle: Lifecycle, actions: Actions, state: HostState) -> None:
-    """What the host holds for nobody is forgotten. Routes are published before anything else happens."""
+
+async def recover(lifecycle: Lifecycle, state: HostState) -> None:
+    """Forgets what the host holds for nobody. Routes are published before anything else happens."""
     sessions = lifecycle.store.sessions
     held = {one.session: one for one in state.sessions}
     for session in sessions.values():
@@ -19,15 +23,18 @@ async def recover(lifecycle: Lifecycle, actions: Actions, state: HostState) -> N
         if session.state is State.TERMINATED:
             lifecycle.ended(session)
             continue
-        lifecycle.watch_lifetime(session)
+        lifecycle.timers.watch_lifetime(session)
         is_saved = session.archived is not None or state.snapshots.get(session.id) == session.incarnation
         is_at_rest = session.id not in held or held[session.id].phase == "warm"
         if session.state is State.SUSPENDED and is_saved and is_at_rest and session.suspended_by != "stop":
             lifecycle.rested(session)
         else:
-            lifecycle.settle(session, actions.settle(session, state))
-    for orphan in (set(held) | set(state.preparing)) - set(sessions):
-        await lifecycle.host.forget(orphan)
+            lifecycle.settle(session, state)
     archived = {session.id for session in sessions.values() if session.archived is not None}
-    for orphan in set(state.snapshots) - (set(sessions) - archived):
-        await lifecycle.host.forget(orphan)
+    running = (set(held) | set(state.preparing)) - set(sessions)
+    asleep = set(state.snapshots) - (set(sessions) - archived)
+    for orphan in sorted(running | asleep):
+        try:
+            await lifecycle.host.forget(orphan)
+        except RpcError as error:  # the next start finds it again
+            log.error("orphan.left", session=orphan, error=str(error))

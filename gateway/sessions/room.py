@@ -9,6 +9,7 @@ from gateway.config import Limits
 from gateway.messages import Usage
 
 from .host import Host, RpcError
+from .tasks import Tasks
 
 _SHOWS_SECONDS = 2.0  # until what an admitted microVM uses shows in the host's figures
 _KNOWN_SECONDS = 0.1  # a herd asks once
@@ -17,15 +18,16 @@ _PLENTY_SECONDS = 10.0  # then the host is asked behind the answer
 
 
 class Room:
-    """For each launch and resume. What was admitted a moment ago counts as expected to grow."""
+    """Admits launches and resumes. What was admitted a moment ago counts as expected to grow."""
 
-    def __init__(self, host: Host, limits: Limits) -> None:
+    def __init__(self, host: Host, limits: Limits, tasks: Tasks) -> None:
         self._host = host
         self._limits = limits
+        self._tasks = tasks
         self._promised = 0
         self._usage = Usage(0, 0, limits.growth_mib << 20)
         self._asked = -_PLENTY_SECONDS
-        self._asking: asyncio.Task[None] | None = None
+        self._is_asking = False
 
     async def take(self) -> bool:
         """True when memory and disk have room for one more, which then counts. Raises RpcError."""
@@ -39,14 +41,15 @@ class Room:
         now = asyncio.get_running_loop().time()
         if now - self._asked > _KNOWN_SECONDS:
             if self._has(*self._host.free(), count=_PLENTY):
-                if now - self._asked > _PLENTY_SECONDS and self._asking is None:
-                    self._asking = asyncio.get_running_loop().create_task(self._ask_behind())
+                if now - self._asked > _PLENTY_SECONDS and not self._is_asking:
+                    self._is_asking = True
+                    asyncio.get_running_loop().call_later(_SHOWS_SECONDS, lambda: self._tasks.spawn(self._ask_behind()))
                 return True
             await self._ask()
         return self._has(self._usage.memory_available, self._usage.disk_free, count=1)
 
     def _has(self, memory: int, disk: int, count: int) -> bool:
-        """Whether so much, in bytes, has room for `count` more."""
+        """Whether so much memory and disk, in bytes, has room for `count` more."""
         growth = self._usage.expected_growth
         free = memory - (self._limits.reserve_mib << 20) - self._promised * growth
         return free >= count * growth and disk >= self._limits.disk_reserve_mib << 20
@@ -55,11 +58,12 @@ class Room:
         self._usage, self._asked = await self._host.usage(), asyncio.get_running_loop().time()
 
     async def _ask_behind(self) -> None:
-        """What microVMs have grown to lately. Who has to know asks again: nothing is raised."""
-        await asyncio.sleep(_SHOWS_SECONDS)
-        with contextlib.suppress(RpcError):
-            await self._ask()
-        self._asking = None
+        """Learns what microVMs have grown to lately. Nothing is raised: whoever has to know asks again."""
+        try:
+            with contextlib.suppress(RpcError):
+                await self._ask()
+        finally:
+            self._is_asking = False
 
     def _shown(self) -> None:
         self._promised -= 1

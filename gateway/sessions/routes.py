@@ -29,7 +29,7 @@ _OTHERS_SECONDS = 0.01  # after those that hold requests
 
 
 def gate(session: Session) -> str:
-    """What a request to this session meets."""
+    """Returns the gate that a request to this session meets."""
     if session.state is State.RUNNING:
         return OPEN
     if session.state in (State.PENDING, State.RESUMING, State.SUSPENDING):
@@ -40,7 +40,7 @@ def gate(session: Session) -> str:
 
 
 def route_of(session: Session, gate_now: str = "", is_begun: bool = False) -> Route:
-    """`gate_now` replaces the gate that the session's state has. `is_begun`: a resume whose hypervisor is about to run."""
+    """Returns the session's route. `gate_now` replaces the gate that its state has; `is_begun` says that its hypervisor is about to run."""
     is_live = is_begun or session.state in (State.PENDING, State.RUNNING, State.SUSPENDING)
     names = {arn.rpartition(":")[2] for arn in session.ingress}
     return Route(
@@ -51,8 +51,8 @@ def route_of(session: Session, gate_now: str = "", is_begun: bool = False) -> Ro
 
 
 class Routes:
-    """`expected` workers must be connected before a gate counts as closed: one that lost its connection, or us, goes on
-    serving what it knows."""
+    """`expected` workers must be connected before a gate counts as closed: one that lost its connection goes on serving the routes that it
+    knows."""
 
     def __init__(self, expected: int, wait_seconds: float) -> None:
         self._expected = expected
@@ -76,13 +76,13 @@ class Routes:
         return self._routes.get(endpoint)
 
     def holds(self, connection: Connection, session: Session) -> None:
-        """A worker holds requests for this session."""
+        """Notes that a worker holds requests for this session."""
         if connection in self._workers:
             self._holders.setdefault(session.id, set()).add(connection)
 
     def publish(self, session: Session, is_begun: bool = False) -> None:
-        """Who holds requests hears first that they may go on, and alone that their guest is about to run: the others' looks at it would
-        take a processor from them."""
+        """Sends the session's route where it has changed. Workers with held requests are notified first that the session runs, and only
+        they are notified that its guest is about to: the others would compete with them for the processor."""
         route = route_of(session, is_begun=is_begun)
         if self._routes.get(session.endpoint) == route:
             return
@@ -113,7 +113,7 @@ class Routes:
             connection.notify("route", route)
 
     def _tell_others(self, endpoint: str, workers: Collection[Connection]) -> None:
-        """What the route is by now."""
+        """Sends the route that the endpoint has by now."""
         route = self._routes.get(endpoint)
         if route is not None:
             self._tell(route, workers)
@@ -139,7 +139,7 @@ class Routes:
         return answers, complete
 
     async def _ask_workers(self, method: str, body: Any, kind: type[T], seconds: float) -> dict[Connection, T | None]:
-        """Calls every worker, in this turn of the loop; the answers, None of those that gave none."""
+        """Calls every worker in this turn of the loop; returns the answers, None for those that gave none."""
         workers = dict(self._workers)
         calls = [connection.start_call(method, body, kind, seconds) for connection in workers]
         answers: dict[Connection, T | None] = {}
@@ -162,7 +162,7 @@ class Routes:
         return True
 
     async def parked_streams(self, session: Session) -> int | None:
-        """How many streams the workers hold parked for a session; None where one is missing or does not answer."""
+        """Returns how many streams the workers hold parked for a session; None where one is missing or does not answer."""
         answers = await self._ask_workers("parked", SessionName(session.id), int, _PARKED_SECONDS)
         if len(set(self._workers.values())) < self._expected or None in answers.values():
             return None
@@ -171,7 +171,7 @@ class Routes:
     async def drain(
         self, session: Session, seconds: float, cut: bool, park: int = 0, if_quiet: bool = False, one_way: bool = False
     ) -> Drained:
-        """Has every worker do what DrainRequest says; what they answered, together."""
+        """Has every worker do what DrainRequest says; returns their answers as one."""
         request = DrainRequest(session.id, session.incarnation, seconds, cut, park, if_quiet, one_way)
         answers = await self._ask_workers("drain", request, Drained, seconds + _DRAIN_MARGIN_SECONDS)
         done = []

@@ -29,7 +29,7 @@ class ShellsFull(Exception):
 
 
 class Shells:
-    """Those of one agent's connection; `send` writes frames to it."""
+    """The shells of one agent's connection; `send` writes frames to it."""
 
     def __init__(self, send: Callable[[bytes], None]) -> None:
         self._send = send
@@ -37,7 +37,7 @@ class Shells:
         self._last = 0
 
     def open(self, columns: int, rows: int) -> socket.socket:
-        """Starts one; the edge's end. Raises ShellsFull."""
+        """Starts a shell and returns the edge's end of its socket pair. Raises ShellsFull."""
         if len(self._shells) >= SHELLS_MAX:
             raise ShellsFull("this microVM has as many shells as it can: close one")
         while True:  # numbers come round: one that is in use is passed over
@@ -67,13 +67,13 @@ class Shells:
         return len(self._shells)
 
     def close(self) -> None:
-        """The channel is gone: edges see the end of their sockets."""
+        """Ends every shell when the channel is gone: edges see the end of their sockets."""
         for shell in list(self._shells.values()):
             shell.end(hang_up=False)
 
 
 class Shell:
-    """What waits to be written to the edge is bounded by the credit that the guest was given."""
+    """One shell. What waits to be written to the edge is bounded by the credit that the guest was given."""
 
     def __init__(self, number: int, sock: socket.socket, send: Callable[[bytes], None], forget: Callable[[], object]) -> None:
         self._number, self._socket, self._send, self._forget = number, sock, send, forget

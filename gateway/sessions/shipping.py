@@ -49,7 +49,7 @@ class Shipper:
         self._made: set[tuple[str, str]] = set()
 
     async def run(self) -> None:
-        """For ever. While the endpoint is away it is asked again now and then."""
+        """Ships for ever; while the endpoint is away it is tried again every ten seconds."""
         waiting = set(self._store.names())
         while True:
             waiting |= self._store.take_changed()

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+MAX_LIFETIME = "MicroVM exceeded maximum lifetime."
+SUCCESS = "Success."
+
 
 class State(StrEnum):
     PENDING = "PENDING"
@@ -26,7 +29,7 @@ class State(StrEnum):
         return "SUSPENDED" if self is State.RESUMING else self.value
 
     @property
-    def is_over(self) -> bool:
+    def is_ended(self) -> bool:
         return self in (State.TERMINATING, State.TERMINATED)
 
 
@@ -142,8 +145,17 @@ class IllegalTransition(Exception):
     """A call met a state for which the table has no cell."""
 
 
+def reason_of(event: Event) -> str:
+    """The stateReason of a session that is terminated by this event, where the event alone says it."""
+    return SUCCESS if event is Event.TERMINATE else MAX_LIFETIME if event in (Event.EXPIRED, Event.WINDOW_OVER) else ""
+
+
+def exit_reason(code: int) -> str:
+    return f"Container Stopped with Exit Code: {code}"
+
+
 def step(state: State, event: Event) -> tuple[State, Action]:
-    """The table's cell; an event that comes too late does nothing. Raises IllegalTransition."""
+    """Returns the table's cell; an event that comes too late does nothing. Raises IllegalTransition."""
     cell = TABLE.get((state, event))
     if cell is not None:
         return cell

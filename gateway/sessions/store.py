@@ -67,7 +67,7 @@ class Store:
         self._clock = clock
         self._pending: list[tuple[str, Sequence[Any]]] = []
         self._waiters: list[asyncio.Future[None]] = []
-        self._asides: list[Callable[[], None]] = []
+        self._meanwhile: list[Callable[[], None]] = []
         self._writer: asyncio.Task[None] | None = None
         self._db: aiosqlite.Connection | None = None
         self.sessions: dict[str, Session] = {}
@@ -146,13 +146,13 @@ class Store:
         self._add("DELETE FROM sessions WHERE id = ?", (session.id,))
 
     def forget_session(self, session: Session) -> None:
-        """Out of memory only: of what could not be stored."""
+        """Removes from memory a session that could not be stored."""
         if self.sessions.pop(session.id, None) is not None:
             order = self._order[session.account]
             del order[bisect.bisect_left(order, (session.started_at, session.id))]
 
     def order(self, account: str) -> list[tuple[float, str]]:
-        """(started_at, id) of the account's sessions, in order."""
+        """Returns (started_at, id) of the account's sessions, in order."""
         return self._order.get(account, [])
 
     def sessions_of(self, account: str) -> Iterator[Session]:
@@ -167,7 +167,7 @@ class Store:
         self._add("DELETE FROM images WHERE arn = ?", (arn,))
 
     def put(self, kind: str, key: str, record: msgspec.Struct) -> None:
-        """One record of `accounts`, `keys`, `roles` or `connectors`."""
+        """Puts one record of `accounts`, `keys`, `roles` or `connectors`."""
         self._records[kind][key] = record
         self._add("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", (kind, key, msgspec.msgpack.encode(record)))
 
@@ -186,7 +186,7 @@ class Store:
         self._add("INSERT OR REPLACE INTO client_tokens VALUES (?, ?, ?, ?)", (token, now, parameters, reply))
 
     def forget_client_token(self, token: str) -> None:
-        """Out of memory only: of a call that could not be stored."""
+        """Removes from memory the token of a call that could not be stored."""
         self.client_tokens.pop(token, None)
         self._token_times.pop(token, None)
 
@@ -203,18 +203,19 @@ class Store:
         )
         return [EventRow(*row) for row in rows]
 
-    async def commit(self, aside: Callable[[], None] | None = None) -> None:
-        """Returns when everything put before is on the disk. Raises StoreError. `aside` is called while the disk is waited for: what
-        it starts takes no processor from the commit."""
+    async def commit(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Returns when everything put before is on the disk. Raises StoreError. `meanwhile` is called while the disk is waited
+        for: what it starts takes no processor from the commit."""
         if self._pending or self._waiters:
-            await self.begin_commit(aside)
+            await self.begin_commit(meanwhile)
 
-    def begin_commit(self, aside: Callable[[], None] | None = None) -> asyncio.Future[None]:
-        """Of what was put in this turn of the loop: later, it may be on its way with a commit of somebody else's."""
+    def begin_commit(self, meanwhile: Callable[[], None] | None = None) -> asyncio.Future[None]:
+        """Begins the commit of what was put in this turn of the loop: in a later turn it may be under way already, in another caller's
+        commit."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(future)
-        if aside is not None:
-            self._asides.append(aside)
+        if meanwhile is not None:
+            self._meanwhile.append(meanwhile)
         if self._writer is None or self._writer.done():
             self._writer = asyncio.get_running_loop().create_task(self._write())
         return asyncio.shield(future)
@@ -226,9 +227,9 @@ class Store:
         while self._pending or self._waiters:
             batch, self._pending = self._pending, []
             waiters, self._waiters = self._waiters, []
-            asides, self._asides = self._asides, []
+            during, self._meanwhile = self._meanwhile, []
             try:
-                await self.db._execute(self._transaction, batch, asides, asyncio.get_running_loop())  # type: ignore[no-untyped-call]
+                await self.db._execute(self._transaction, batch, during, asyncio.get_running_loop())  # type: ignore[no-untyped-call]
             except sqlite3.Error as error:
                 # Nothing of it was written; who waits takes its change back, or makes it again.
                 for waiter in waiters:
@@ -238,16 +239,16 @@ class Store:
                 waiter.set_result(None)
 
     def _transaction(
-        self, batch: list[tuple[str, Sequence[Any]]], asides: list[Callable[[], None]], loop: asyncio.AbstractEventLoop
+        self, batch: list[tuple[str, Sequence[Any]]], during: list[Callable[[], None]], loop: asyncio.AbstractEventLoop
     ) -> None:  # fmt: skip
-        """One hop to the writer's thread for the whole batch."""
+        """Writes the whole batch, in one hop to the writer's thread."""
         connection = self.db._conn
         connection.execute("BEGIN IMMEDIATE")
         try:
             for statement, values in batch:
                 connection.execute(statement, values)
-            for aside in asides:
-                loop.call_soon_threadsafe(aside)
+            for meanwhile in during:
+                loop.call_soon_threadsafe(meanwhile)
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:  # SQLite has rolled back by itself where the disk is full

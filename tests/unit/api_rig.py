@@ -20,6 +20,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.credentials import Credentials
 from scripted_host import ScriptedHost, no_services
+from waiting import until
 
 from gateway.accounts.directory import Directory
 from gateway.api import application
@@ -31,7 +32,6 @@ from gateway.images.pipeline import Job, machine_shape
 from gateway.images.registry import Registry
 from gateway.messages import HostInfo
 from gateway.observe.audit import AuditTrail
-from gateway.sessions.actions import Actions
 from gateway.sessions.lifecycle import Lifecycle
 from gateway.sessions.logs import LogStore
 from gateway.sessions.routes import Routes
@@ -101,16 +101,14 @@ class ApiRig:
         self.store = Store(self.directory / "state.db")
         await self.store.open()
         self.logs = LogStore(self.directory / "logs")
-        self.lifecycle = Lifecycle(self.settings, self.store, self.host, Routes(0, 0.1), self.logs)  # type: ignore[arg-type]
-        self.lifecycle.serve_guest = no_services
+        self.lifecycle = Lifecycle(self.settings, self.store, self.host, Routes(0, 0.1), self.logs, no_services)  # type: ignore[arg-type]
         self.registry = Registry(self.store, self.logs, 2)
         self.registry.pipeline = self.pipeline  # type: ignore[assignment]
         self.accounts = Directory(self.store, ACCOUNT, {KEY: SECRET}, b"seal")
         self.audit = AuditTrail(self.directory / "audit")
-        actions = Actions(self.lifecycle)
-        self.registry.ahead = actions.ahead
+        self.registry.ahead = self.lifecycle.ahead
         service = Service(
-            self.settings, self.store, self.lifecycle, actions, self.registry, self.host,  # type: ignore[arg-type]
+            self.settings, self.store, self.lifecycle, self.registry, self.host,  # type: ignore[arg-type]
             Minter(self.directory / "keys.json"), Pager(b"pages"), 443,
         )  # fmt: skip
         served = application.make(service, self.accounts, self.logs, self.audit, "x86_64")
@@ -192,11 +190,7 @@ class ApiRig:
         return dict(self.client().get_microvm_image(imageIdentifier=arn))
 
     def settled_in(self, arn: str) -> None:
-        async def wait() -> None:
-            while self.store.images[arn].state in ("CREATING", "UPDATING"):
-                await asyncio.sleep(0.002)
-
-        self.do(wait())
+        self.do(until(lambda: self.store.images[arn].state not in ("CREATING", "UPDATING"), 10))
 
     def run(self, arn: str, wait: str = "RUNNING", **request: Any) -> str:
         """A microVM in the state; its id."""
@@ -206,12 +200,7 @@ class ApiRig:
         return str(made["microvmId"])
 
     def reach(self, identifier: str, state: str) -> None:
-        async def wait() -> None:
-            async with asyncio.timeout(10):
-                while self.store.sessions[identifier].state.public != state:
-                    await asyncio.sleep(0.002)
-
-        self.do(wait())
+        self.do(until(lambda: self.store.sessions[identifier].state.public == state, 10))
 
     def records(self) -> list[dict[str, Any]]:
         """The audit trail."""

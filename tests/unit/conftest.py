@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.sessions import lifecycle
+from gateway.sessions import transitions
 
 
 @pytest.fixture(autouse=True)
 def stored_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "_FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(transitions, "_FIRST_SECONDS", 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections import defaultdict
 
 from gateway import messages as m
 from gateway.rpc import RpcError
@@ -26,10 +27,13 @@ class ScriptedHost:
         self.stored: dict[str, str] = {}
         self.guests: list[socket.socket] = []
         self.block: dict[str, asyncio.Event] = {}
+        self.reached: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by call: it was made
+        self.looks = 0  # at the room that there is
         self.memory_available = 64 << 30
 
     async def _call(self, name: str, session: str) -> None:
         self.calls.append(f"{name} {self.stored.get(session, '-')}")
+        self.reached[name].set()
         if name in self.block:
             await self.block[name].wait()
         if self.fail.get(name):
@@ -93,6 +97,7 @@ class ScriptedHost:
 
     async def rest(self, session: str, incarnation: int, keep: bool, parked: bool) -> None:
         self.rested.append((session, incarnation, keep, parked))
+        self.reached["rest"].set()
         if "rest" in self.block:
             await self.block["rest"].wait()
         if self.fail.get("rest"):
@@ -105,6 +110,7 @@ class ScriptedHost:
         self.snapshots.pop(session, None)
 
     def free(self) -> tuple[int, int]:
+        self.looks += 1
         return self.memory_available, 1 << 40
 
     async def usage(self) -> m.Usage:

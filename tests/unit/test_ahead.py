@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from test_lifecycle import Rig
+from waiting import until
 
 from gateway import messages as m
 from gateway.rpc import RpcError, RpcLost
@@ -62,7 +63,7 @@ async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
 
     one.host.socket = sock  # type: ignore[attr-defined]
     yield one
-    await one.actions.ahead.close()
+    await one.lifecycle.ahead.close()
     await one.stop()
     application.close()
 
@@ -82,15 +83,9 @@ def count(rig: Rig, call: str) -> int:
     return sum(one.split()[0] == call for one in rig.host.calls)
 
 
-async def until(check: Any) -> None:
-    async with asyncio.timeout(5):
-        while not check():
-            await asyncio.sleep(0.002)
-
-
 async def test_an_image_with_a_validate_hook_runs_ahead_and_each_becomes_one_session(rig: Rig) -> None:
     image(rig, **VALIDATES)
-    rig.actions.ahead.want(ARN, "1.0")
+    rig.lifecycle.ahead.want(ARN, "1.0")
     await until(lambda: len(waiting(rig)) == 2)
     assert [asked.split(b"\r\n")[0] for asked in rig.application.asked] == [b"POST /aws/lambda-microvms/runtime/v1/validate HTTP/1.1"] * 2  # type: ignore[attr-defined]
     before = set(waiting(rig))
@@ -103,18 +98,18 @@ async def test_an_image_with_a_validate_hook_runs_ahead_and_each_becomes_one_ses
 
 async def test_settings_name_an_image_and_what_to_ask(rig: Rig) -> None:
     port = rig.application.port  # type: ignore[attr-defined]
-    rig.lifecycle.settings.images.run_ahead = {"a": f":{port}/health?x=1"}
+    rig.settings.images.run_ahead = {"a": f":{port}/health?x=1"}
     image(rig)
-    rig.actions.ahead.want(ARN, "1.0")
+    rig.lifecycle.ahead.want(ARN, "1.0")
     await until(lambda: len(waiting(rig)) == 2)
     assert rig.application.asked[0].startswith(b"GET /health?x=1 HTTP/1.1\r\nHost: localhost:")  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("target", ["", "health", ":99999999/x", "/a b", "/a\r\nHost: x"])
 async def test_nobody_else_runs_ahead(rig: Rig, target: str) -> None:
-    rig.lifecycle.settings.images.run_ahead = {"a": target, "b": "/"}
+    rig.settings.images.run_ahead = {"a": target, "b": "/"}
     image(rig)
-    assert rig.actions.ahead.want(ARN, "1.0") is None
+    assert rig.lifecycle.ahead.want(ARN, "1.0") is None
     session = await rig.launched()
     assert session.state is State.RUNNING and count(rig, "claim") == 0
     assert rig.host.prepared == [session.id]
@@ -123,7 +118,7 @@ async def test_nobody_else_runs_ahead(rig: Rig, target: str) -> None:
 async def test_one_that_refuses_is_forgotten_and_launches_go_on(rig: Rig) -> None:
     rig.application.status = 500  # type: ignore[attr-defined]
     image(rig, **VALIDATES)
-    rig.actions.ahead.want(ARN, "1.0")
+    rig.lifecycle.ahead.want(ARN, "1.0")
     await until(lambda: rig.application.asked)  # type: ignore[attr-defined]
     await until(lambda: not [name for name in rig.host.held if name.startswith("ahead-")])
     session = await rig.launched()
@@ -132,7 +127,7 @@ async def test_one_that_refuses_is_forgotten_and_launches_go_on(rig: Rig) -> Non
 
 async def test_one_that_died_is_passed_over(rig: Rig) -> None:
     image(rig, **VALIDATES)
-    rig.actions.ahead.want(ARN, "1.0")
+    rig.lifecycle.ahead.want(ARN, "1.0")
     await until(lambda: len(waiting(rig)) == 2)
     rig.host.fail["claim"] = [RpcError("StateLost", "gone")]
     session = await rig.launched()
@@ -142,7 +137,7 @@ async def test_one_that_died_is_passed_over(rig: Rig) -> None:
 async def test_a_claim_whose_answer_was_lost_takes_no_other_one(rig: Rig) -> None:
     """The host may have done it: it is asked to prepare the session, which it then has, and the second one goes on waiting."""
     image(rig, **VALIDATES)
-    rig.actions.ahead.want(ARN, "1.0")
+    rig.lifecycle.ahead.want(ARN, "1.0")
     await until(lambda: len(waiting(rig)) == 2)
     rig.host.fail["claim"] = [RpcLost("away")]
     session = await rig.launched()
@@ -153,7 +148,7 @@ async def test_a_claim_whose_answer_was_lost_takes_no_other_one(rig: Rig) -> Non
 async def test_a_full_host_keeps_none(rig: Rig) -> None:
     rig.host.memory_available = 1 << 30
     image(rig, **VALIDATES)
-    pool = rig.actions.ahead.want(ARN, "1.0")
+    pool = rig.lifecycle.ahead.want(ARN, "1.0")
     assert pool is not None and pool.filling is not None
     await asyncio.wait([pool.filling])
     assert not waiting(rig)
@@ -161,10 +156,10 @@ async def test_a_full_host_keeps_none(rig: Rig) -> None:
 
 async def test_none_is_left_of_an_image_that_goes(rig: Rig) -> None:
     image(rig, **VALIDATES)
-    rig.actions.ahead.want(ARN, "1.0")
+    rig.lifecycle.ahead.want(ARN, "1.0")
     await until(lambda: waiting(rig))  # and one is being made
-    await rig.actions.ahead.drop("image")
+    await rig.lifecycle.ahead.drop("image")
     assert not [name for name in rig.host.held if name.startswith("ahead-")]
     rig.host.held["other"] = m.SessionState("other", 1, "running", 0, 0.0)
-    await rig.actions.ahead.close()
+    await rig.lifecycle.ahead.close()
     assert list(rig.host.held) == ["other"]

@@ -28,6 +28,7 @@ from api_rig import (
     with_images,
 )
 from rows import row
+from waiting import until
 
 from gateway.sessions.states import Event
 
@@ -176,12 +177,7 @@ def test_delete_image(api: ApiRig) -> None:
     api.call("DELETE", f"{VMS}/{one}")
     api.reach(one, "TERMINATED")
     assert api.call("DELETE", f"{IMAGES}/{encoded(arn)}")[::2] == (200, {"imageIdentifier": arn, "state": "DELETING"})
-
-    async def gone() -> None:
-        while arn in api.store.images:
-            await asyncio.sleep(0.002)
-
-    api.do(gone())
+    api.do(until(lambda: arn not in api.store.images))
     assert create(api, "goes")[0] == 201
     api.settled(arn)
 
@@ -229,14 +225,13 @@ def test_build_queue(api: ApiRig) -> None:
     def states() -> list[str]:
         return [api.call("GET", f"{IMAGES}/{encoded(image_arn(name))}/versions/1.0")[2]["state"] for name in names]
 
-    async def started(count: int) -> None:
-        while sum(one.startswith("queue") for one in api.pipeline.order) < count:
-            await asyncio.sleep(0.002)
+    def started(count: int) -> None:
+        api.do(until(lambda: sum(one.startswith("queue") for one in api.pipeline.order) >= count))
 
-    api.do(started(2))
+    started(2)
     assert states() == ["IN_PROGRESS", "IN_PROGRESS", "PENDING", "PENDING"]
     api.restart()
-    api.do(started(4))
+    started(4)
     assert [one for one in api.pipeline.order if one.startswith("queue")][2:] == ["queue3 1.0", "queue4 1.0"]
     assert states()[:2] == ["FAILED", "FAILED"]
     for name in names:

@@ -31,8 +31,8 @@ ALLOWED = {
 # Package to its rooms, lowest first: a module, a sub-package, or several that share a room. Imports go to rooms before, or stay in the room.
 ROOMS: dict[str, list[str | tuple[str, ...]]] = {
     "gateway.sessions": [
-        ("frame", "states", "deadlines", "logs", "hooks"), "model", "store", ("egress", "faults", "host", "shells", "shipping"),
-        ("room", "agent", "routes", "archive"), "ahead", "lifecycle", "actions", "recovery",
+        ("frame", "states", "deadlines", "logs", "hooks", "tasks"), "model", "store", ("egress", "faults", "host", "shells", "shipping"),
+        ("room", "agent", "routes", "archive"), ("timers", "liveness", "channels", "transitions", "ahead"), "actions", "lifecycle", "recovery",
     ],
 }  # fmt: skip
 

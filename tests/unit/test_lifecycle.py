@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 from scripted_host import ScriptedHost, no_services
+from waiting import turns, until
 
 from gateway import messages as m
 from gateway.config import Settings
 from gateway.rpc import RpcError, RpcLost
 from gateway.sessions import actions as acting
-from gateway.sessions.actions import Actions, Arrival
+from gateway.sessions import timers
+from gateway.sessions.actions import Arrival
 from gateway.sessions.lifecycle import Lifecycle
 from gateway.sessions.logs import LogStore
 from gateway.sessions.model import Archived, IdlePolicy, Session
@@ -34,6 +36,26 @@ class NoWorkers(Routes):
         super().__init__(0, 0.1)
 
 
+class ScriptedArchive:
+    def __init__(self) -> None:
+        self.kept: list[str] = []
+        self.may_store = asyncio.Event()
+        self.may_store.set()
+        self.is_storing = asyncio.Event()
+
+    async def store(self, session: Session) -> Archived:
+        self.is_storing.set()
+        await self.may_store.wait()
+        self.kept.append(session.id)
+        return Archived(session.id, 1, "digest")
+
+    async def fetch(self, session: Session, archived: Archived) -> None:
+        assert archived.key in self.kept
+
+    async def forget(self, archived: Archived) -> None:
+        self.kept.remove(archived.key)
+
+
 class Rig:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -43,10 +65,22 @@ class Rig:
         self.host = ScriptedHost()
         self.store = Store(self.directory / "state.db")
         await self.store.open()
-        settings = Settings(root=self.directory)
-        self.lifecycle = Lifecycle(settings, self.store, self.host, NoWorkers(), LogStore(self.directory / "logs"), lambda: self.wall)  # type: ignore[arg-type]
-        self.lifecycle.serve_guest = no_services
-        self.actions = Actions(self.lifecycle)
+        self.settings = settings = Settings(root=self.directory, archive={"after_seconds": 3600.0})
+        self.archive = ScriptedArchive()
+        self.entered: dict[str, State] = {}
+        self.moved = asyncio.Event()
+        rig = self
+
+        class Watched(Lifecycle):
+            def _entered(self, session: Session, action: Action, event: Event) -> None:
+                super()._entered(session, action, event)
+                rig.entered[session.id] = session.state
+                rig.moved.set()
+
+        self.lifecycle = Watched(
+            settings, self.store, self.host, NoWorkers(), LogStore(self.directory / "logs"), no_services,  # type: ignore[arg-type]
+            self.archive, clock=lambda: self.wall,  # type: ignore[arg-type]
+        )  # fmt: skip
         transaction = self.store._transaction
 
         def seen(batch: Any, *rest: Any) -> None:
@@ -68,15 +102,16 @@ class Rig:
 
     async def launched(self, **changes: Any) -> Session:
         one = self.session(**changes)
-        self.lifecycle.run(one, self.actions.launch(one))
+        self.lifecycle.launch(one)
         await self.reach(one, State.RUNNING)
         return one
 
     async def reach(self, session: Session, state: State) -> None:
+        """Returns when the state has been entered: stored, and its action started."""
         async with asyncio.timeout(5):
-            while session.state is not state:
-                await asyncio.sleep(0.001)
-            await asyncio.sleep(0.005)
+            while session.state is not state or self.entered.get(session.id) is not state:
+                self.moved.clear()
+                await self.moved.wait()
 
 
 @pytest.fixture
@@ -171,7 +206,7 @@ async def test_request_during_a_suspend_wakes_it_after(rig: Rig) -> None:
     one = await rig.launched(idle_policy=POLICY)
     rig.host.block["suspend"] = asyncio.Event()
     await rig.lifecycle.fire(one, Event.SUSPEND)
-    await asyncio.sleep(0.01)
+    await rig.host.reached["suspend"].wait()
     await rig.lifecycle.request(one)
     rig.host.block["suspend"].set()
     await rig.reach(one, State.RUNNING)
@@ -197,7 +232,7 @@ async def test_an_old_hypervisors_end_means_nothing(rig: Rig) -> None:
     one = await rig.launched()
     rig.lifecycle.hypervisor_ended(m.Ended("s1", 0, "old"))
     rig.lifecycle.hypervisor_ended(m.Ended("s2", 1, "unknown"))
-    await asyncio.sleep(0.01)
+    await rig.lifecycle.quiet()
     assert one.state is State.RUNNING
 
 
@@ -224,8 +259,9 @@ async def test_a_call_that_cannot_be_stored_is_refused_and_changes_nothing(rig: 
 async def test_a_launch_is_prepared_while_its_session_is_stored_and_starts_after_that(rig: Rig, is_stored: bool) -> None:
     one = rig.session()
     stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    rig.lifecycle.run(one, rig.actions.launch(one, Arrival(stored)))
-    await asyncio.sleep(0.01)
+    rig.lifecycle.launch(one, Arrival(stored))
+    await rig.host.reached["prepare"].wait()
+    await turns()
     assert rig.host.calls == ["prepare -"] and one.incarnation == 0
     if is_stored:
         stored.set_result(None)
@@ -256,8 +292,9 @@ async def test_after_a_crash(rig: Rig, state: State, phase: str | None, snapshot
         rig.host.held["s1"] = m.SessionState("s1", 1, phase, 0, 0.0)
     if snapshot is not None:
         rig.host.snapshots["s1"] = snapshot
-    await rig.actions.settle(one)
-    await rig.reach(one, expected)
+    rig.lifecycle.settle(one)
+    await rig.lifecycle.quiet()
+    assert one.state is expected
 
 
 def test_descriptors_do_not_leak() -> None:
@@ -282,21 +319,25 @@ async def test_vmm_that_dies_while_a_guest_starts_costs_nothing(rig: Rig, is_lau
 
 async def test_what_was_being_prepared_for_nobody_is_forgotten_after_a_restart(rig: Rig) -> None:
     rig.session(state=State.SUSPENDED, incarnation=1)
-    await recover(rig.lifecycle, rig.actions, m.HostState([], {"s1": 1}, [], [], ["s1", "unknown"]))
+    await recover(rig.lifecycle, m.HostState([], {"s1": 1}, [], [], ["s1", "unknown"]))
     assert rig.host.calls == ["forget -"]
+
+
+async def test_an_orphan_that_cannot_be_forgotten_keeps_no_control_from_starting(rig: Rig) -> None:
+    rig.host.fail["forget"] = [RpcError("VmmError", "busy")]
+    await recover(rig.lifecycle, m.HostState([], {"gone": 1, "lost": 2}, [], []))
+    assert rig.host.calls == ["forget -", "forget -"], "the others are forgotten all the same"
 
 
 async def test_a_full_host_resumes_nothing_until_there_is_room(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request stays held (its worker answers 502 at the deadline); it is tried again by itself."""
-    from gateway.sessions import lifecycle
-
-    monkeypatch.setattr(lifecycle, "_RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(timers, "_RETRY_SECONDS", 0.02)
     one = await rig.launched(idle_policy=POLICY)
     await rig.lifecycle.fire(one, Event.SUSPEND)
     await rig.reach(one, State.SUSPENDED)
     rig.host.memory_available = 1 << 30
     await rig.lifecycle.request(one)
-    await asyncio.sleep(0.1)
+    await until(lambda: rig.host.looks > 3)
     assert one.state is State.SUSPENDED and "prepare SUSPENDED" not in rig.host.calls
     rig.host.memory_available = 64 << 30
     await rig.reach(one, State.RUNNING)
@@ -370,11 +411,9 @@ async def test_who_spoke_while_a_suspend_was_under_way_is_answered_after_it(rig:
     one = await rig.launched(idle_policy=POLICY)
     asked = scripted_drains(rig, m.Drained(1, spoken=True))
     await rig.lifecycle.fire(one, Event.SUSPEND)
-    async with asyncio.timeout(5):
-        while one.incarnation != 2 or one.state is not State.RUNNING:
-            await asyncio.sleep(0.001)
-        while (said := [row.event for row in await rig.store.events("s1")])[-1] != "resumed":
-            await asyncio.sleep(0.001)  # it is published before it is stored
+    await rig.lifecycle.quiet()
+    assert (one.incarnation, one.state) == (2, State.RUNNING)
+    said = [row.event for row in await rig.store.events("s1")]
     assert asked == [False] and said[-4:] == ["suspend", "saved", "request", "resumed"]
 
 
@@ -388,7 +427,7 @@ async def test_which_streams_are_to_be_parked(rig: Rig, setting: str, asked: tup
         return m.Drained()
 
     rig.lifecycle.routes.drain = drain  # type: ignore[method-assign]
-    rig.actions._settings.sessions.streams_at_suspend = setting
+    rig.settings.sessions.streams_at_suspend = setting
     await rig.lifecycle.fire(one, Event.SUSPEND)
     await rig.reach(one, State.SUSPENDED)
     assert set(seen) == {asked}
@@ -409,10 +448,11 @@ async def test_a_rest_that_was_interrupted_is_finished_before_anybody_wakes_the_
     await rig.start()
     rig.host.__dict__.update(host.__dict__)
     rig.host.rested.clear()
-    await recover(rig.lifecycle, rig.actions, await rig.host.state())
+    await recover(rig.lifecycle, await rig.host.state())
     again = rig.store.sessions["s1"]
     rig.lifecycle.post(again, Event.REQUEST)
-    await asyncio.sleep(0.01)
+    await rig.reach(again, State.RESUMING)
+    await turns()
     assert again.incarnation == 1, "the request waits"
     rig.host.block.pop("rest").set()
     await rig.reach(again, State.RUNNING)
@@ -446,7 +486,7 @@ async def test_no_unexpected_exception_strands_a_session(rig: Rig, call: str, mo
 async def test_an_unexpected_exception_ends_a_launch_with_a_reason(rig: Rig) -> None:
     one = rig.session()
     rig.host.fail["prepare"] = [Broken("unexpected")]
-    rig.lifecycle.run(one, rig.actions.launch(one))
+    rig.lifecycle.launch(one)
     await rig.reach(one, State.TERMINATED)
     assert one.reason == "The MicroVM could not be launched: unexpected"
 
@@ -462,40 +502,18 @@ async def test_a_host_that_cannot_end_a_hypervisor_does_not_keep_its_session(rig
     await rig.reach(one, State.TERMINATED)
 
 
-class ScriptedArchive:
-    def __init__(self) -> None:
-        self.kept: list[str] = []
-        self.may_store = asyncio.Event()
-        self.may_store.set()
-        self.is_storing = asyncio.Event()
-
-    async def store(self, session: Session) -> Archived:
-        self.is_storing.set()
-        await self.may_store.wait()
-        self.kept.append(session.id)
-        return Archived(session.id, 1, "digest")
-
-    async def fetch(self, session: Session, archived: Archived) -> None:
-        assert archived.key in self.kept
-
-    async def forget(self, archived: Archived) -> None:
-        self.kept.remove(archived.key)
-
-
 async def asleep_with_archive(rig: Rig, parked: int = 0) -> tuple[Session, ScriptedArchive]:
-    rig.lifecycle.settings.archive.after_seconds = 3600.0
-    rig.actions.archive = archive = ScriptedArchive()  # type: ignore[assignment]
     one = await rig.launched(idle_policy=POLICY)
     scripted_drains(rig, m.Drained(parked))
     await rig.lifecycle.fire(one, Event.SUSPEND)
     await rig.reach(one, State.SUSPENDED)
     await rig.lifecycle.quiet()
-    return one, archive
+    return one, rig.archive
 
 
 async def test_a_session_that_sleeps_for_long_is_archived_and_fetched(rig: Rig) -> None:
     one, archive = await asleep_with_archive(rig)
-    rig.lifecycle._due(("archive", one.id))
+    rig.lifecycle._due(timers.Deadline.ARCHIVE, one.id)
     await rig.lifecycle.quiet()
     assert one.archived is not None and archive.kept == ["s1"] and not rig.host.snapshots
     await rig.lifecycle.fire(one, Event.RESUME)
@@ -507,7 +525,7 @@ async def test_a_session_that_sleeps_for_long_is_archived_and_fetched(rig: Rig) 
 async def test_a_wake_in_the_turn_in_which_an_archive_is_due_does_not_wait_for_itself(rig: Rig) -> None:
     one, archive = await asleep_with_archive(rig)
     wake = asyncio.ensure_future(rig.lifecycle.fire(one, Event.RESUME))
-    rig.lifecycle._due(("archive", one.id))
+    rig.lifecycle._due(timers.Deadline.ARCHIVE, one.id)
     await wake
     await rig.reach(one, State.RUNNING)
     await rig.lifecycle.quiet()
@@ -519,7 +537,7 @@ async def test_what_comes_while_a_session_is_archived_waits_for_it(rig: Rig, eve
     """Otherwise an archive would stay behind in the object store."""
     one, archive = await asleep_with_archive(rig)
     archive.may_store.clear()
-    rig.lifecycle._due(("archive", one.id))
+    rig.lifecycle._due(timers.Deadline.ARCHIVE, one.id)
     await archive.is_storing.wait()
     await rig.lifecycle.fire(one, event)
     archive.may_store.set()
@@ -537,7 +555,7 @@ async def test_a_session_is_archived_when_the_last_of_its_parked_streams_has_lef
         return left
 
     rig.lifecycle.routes.parked_streams = parked_streams  # type: ignore[method-assign]
-    rig.lifecycle._due(("archive", one.id))
+    rig.lifecycle._due(timers.Deadline.ARCHIVE, one.id)
     await rig.lifecycle.quiet()
     assert (archive.kept == ["s1"]) is is_archived and one.parked == (3 if left is None else left)
-    assert is_archived or ("archive", "s1") in rig.lifecycle._deadlines._registered, "it is looked at again"
+    assert is_archived or rig.lifecycle.timers.is_set(one, timers.Deadline.ARCHIVE), "it is looked at again"

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from waiting import turns
 
 from gateway.messages import Route
 from gateway.sessions import routes as routing
@@ -58,7 +59,7 @@ async def test_who_holds_requests_hears_first(table: tuple[Routes, Worker, Worke
     one.state = State.RUNNING
     routes.publish(one)
     assert holder.heard == [(2, "hold", True), (2, "open", True)] and other.heard == []
-    await asyncio.sleep(0.005)
+    await turns()
     assert len(holder.heard) == 2 and other.heard == [(2, "open", True)]
     one.state = State.TERMINATING
     routes.publish(one)
@@ -75,7 +76,7 @@ async def test_who_hears_late_hears_what_is_true_by_then(
     routes.publish(one)
     one.state = State.TERMINATING
     routes.publish(one)
-    await asyncio.sleep(0.005)
+    await turns()
     assert {gate for _, gate, _ in other.heard} == {"refuse"}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from waiting import turns, until
 
 from gateway import rpc
 from gateway.messages import SessionRef
@@ -162,12 +163,6 @@ async def test_a_frame_that_is_too_long_ends_the_connection(server: Server, tmp_
 
 def descriptors_open() -> int:
     return len(os.listdir("/proc/self/fd"))
-
-
-async def turns(count: int = 5) -> None:
-    """Lets callbacks run that are due already."""
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 async def test_a_connection_whose_greeting_failed_is_closed(target: Target, tmp_path: Path) -> None:
@@ -339,10 +334,7 @@ async def test_requests_and_answers_of_one_connection_keep_their_order(tmp_path:
 
     server, greeted = Server(tmp_path / "u", Service(Speaker()), {os.getuid()}), asyncio.Event()
     client = Client(tmp_path / "u", Service(Listener()), hello)
-    async with asyncio.timeout(5):
-        await greeted.wait()
-        while len(order) < 4:
-            await asyncio.sleep(0.001)
+    await until(lambda: len(order) == 4)
     assert order == ["table", "note 0", "note 1", "note 2"]
     client.close()
     server.close()

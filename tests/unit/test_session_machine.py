@@ -18,15 +18,18 @@ from test_lifecycle import POLICY, Rig
 
 from gateway.messages import Ended
 from gateway.rpc import RpcError, RpcLost
+from gateway.sessions import actions
 from gateway.sessions.model import Session
 from gateway.sessions.recovery import recover
 from gateway.sessions.states import CALLS, TABLE, Event, State
 
 _FAILURES = {
-    "prepare": [RpcError("VmmError", "no standby"), RpcError("StateLost", "gone")],
-    "start": [RpcError("VmmError", "no start")],
-    "suspend": [RpcError("VmmError", "no save"), RpcError("DiskFull", "full"), RpcError("StateLost", "gone")],
-    "kill": [RpcLost("vmm is away")],
+    "prepare": [RpcError("VmmError", "no standby"), RpcError("StateLost", "gone"), ValueError("unexpected")],
+    "start": [RpcError("VmmError", "no start"), ValueError("unexpected")],
+    "suspend": [RpcError("VmmError", "no save"), RpcError("DiskFull", "full"), RpcError("StateLost", "gone"), ValueError("unexpected")],
+    "kill": [RpcLost("vmm is away"), RpcError("VmmError", "not now")],
+    "rest": [RpcError("VmmError", "not now"), ValueError("unexpected")],
+    "forget": [RpcError("VmmError", "not now"), ValueError("unexpected")],
 }
 
 
@@ -46,7 +49,7 @@ class Sessions(RuleBasedStateMachine):
         self._do(self._settle())
         self._check_wakes()
         for session in list(self._rig.store.sessions.values()):
-            if not session.state.is_over:
+            if not session.state.is_ended:
                 self._do(self._rig.lifecycle.fire(session, Event.TERMINATE, "Success."))
         self._do(self._settle())
         assert all(session.state is State.TERMINATED for session in self._rig.store.sessions.values())
@@ -83,7 +86,7 @@ class Sessions(RuleBasedStateMachine):
             self._rig.store.put_session(one)
             self._rig.store.add_event(one.id, "run", "", one.state.value)
             await self._rig.store.commit()
-            self._rig.lifecycle.run(one, self._rig.actions.launch(one))
+            self._rig.lifecycle.launch(one)
 
         self._do(launch())
         return one.id
@@ -117,7 +120,7 @@ class Sessions(RuleBasedStateMachine):
     async def _note(self, ended: Ended) -> None:
         self._rig.lifecycle.hypervisor_ended(ended)
 
-    @rule(call=st.sampled_from(sorted(_FAILURES)), which=st.integers(0, 2))
+    @rule(call=st.sampled_from(sorted(_FAILURES)), which=st.integers(0, 3))
     def host_will_fail(self, call: str, which: int) -> None:
         failures = _FAILURES[call]
         self._rig.host.fail.setdefault(call, []).append(failures[which % len(failures)])
@@ -145,13 +148,11 @@ class Sessions(RuleBasedStateMachine):
         host = self._rig.host
 
         async def again() -> None:
-            for task in list(self._rig.lifecycle._tasks):
-                task.cancel()
             await self._rig.lifecycle.close()
             await self._rig.store.close()
             await self._rig.start()
             self._rig.host.__dict__.update(host.__dict__)
-            await recover(self._rig.lifecycle, self._rig.actions, await host.state())
+            await recover(self._rig.lifecycle, await host.state())
 
         self._do(again())
 
@@ -159,9 +160,9 @@ class Sessions(RuleBasedStateMachine):
 
     @invariant()
     def every_session_at_rest_is_whole(self) -> None:
-        live = self._rig.lifecycle
         for session in self._rig.store.sessions.values():
-            if live.live(session).task is not None and not live.live(session).task.done():  # type: ignore[union-attr]
+            work = self._rig.lifecycle._work.get(session.id)
+            if work is not None and work.task is not None and not work.task.done():
                 continue
             assert session.state in (State.RUNNING, State.SUSPENDED, State.TERMINATED, State.PENDING, *_MOVING), session
 
@@ -171,7 +172,7 @@ class Sessions(RuleBasedStateMachine):
         for session in asleep:
             self._do(self._rig.lifecycle.fire(session, Event.RESUME))
         self._do(self._settle())
-        assert all(session.state is State.RUNNING or session.state.is_over for session in asleep), asleep
+        assert all(session.state is State.RUNNING or session.state.is_ended for session in asleep), asleep
 
     def _check_events(self) -> None:
         for session in self._rig.store.sessions.values():
@@ -187,3 +188,9 @@ class Sessions(RuleBasedStateMachine):
 _MOVING = (State.SUSPENDING, State.RESUMING, State.TERMINATING)
 Sessions.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 TestSessions = pytest.mark.service(Sessions.TestCase)
+
+
+@pytest.fixture(autouse=True)
+def tried_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actions, "_SETTLE_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(actions, "_DESTROY_RETRY_SECONDS", 0.0)

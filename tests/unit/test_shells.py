@@ -8,6 +8,7 @@ import struct
 from collections.abc import AsyncIterator
 
 import pytest
+from waiting import until
 
 from gateway.sessions.agent import Agent
 from gateway.sessions.frame import HEADER, frame
@@ -105,7 +106,7 @@ async def test_a_shell_sleeps_and_goes_on_over_another_channel(guest: Guest) -> 
     agent.detach()
     assert guest.channel is not None and guest.channel.recv(1) == b""
     edge.sock.send(b"itoo early\n")
-    await asyncio.sleep(0.02)
+    await until(lambda: agent._out)
     agent.attach(guest.connect())
     assert await guest.hear() == (INPUT, number, b"too early\n")
     guest.say(half[9:])
@@ -131,8 +132,7 @@ async def test_a_client_that_leaves_a_sleeping_shell_hangs_up_when_the_guest_wak
     edge, number = await opened(agent, guest)
     agent.detach()
     edge.sock.close()
-    await asyncio.sleep(0.02)
-    assert not agent.shells.count
+    await until(lambda: not agent.shells.count)
     agent.attach(guest.connect())
     assert await guest.hear() == (CLOSE, number, b"")
     agent.close()

@@ -74,8 +74,8 @@ def test_walks(events: list[Event]) -> None:
     state = State.PENDING
     for event in events:
         new, action = step(state, event)
-        if state.is_over:
-            assert new.is_over and action in (Action.NONE, Action.REFUSE)
+        if state.is_ended:
+            assert new.is_ended and action in (Action.NONE, Action.REFUSE)
         if state is State.TERMINATED:
             assert new is State.TERMINATED
         if new is State.SUSPENDED and state is not State.SUSPENDED:
@@ -94,4 +94,4 @@ def test_terminate_always_leads_out(events: list[Event]) -> None:
     new, action = step(state, Event.TERMINATE)
     if action is Action.DEFER:
         new, action = step(step(state, Event.SAVED)[0], Event.TERMINATE)
-    assert new.is_over
+    assert new.is_ended

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from gateway import instance, supervisor
 from gateway.children import Child, Process
@@ -53,12 +54,6 @@ async def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
     yield made
     reloads.cancel()
     await made.stop_started()
-
-
-async def until(condition: object) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.005)
 
 
 async def test_a_reload_replaces_each_worker_once(one: Scripted) -> None:

@@ -17,6 +17,12 @@ async def until(condition: Callable[[], Any], seconds: float = SECONDS) -> Any:
         return value
 
 
+async def turns(count: int = 10) -> None:
+    """Turns of the event loop: what is scheduled, and needs nobody else, has run then."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 async def turn() -> None:
     """One turn of the event loop."""
     await asyncio.sleep(0)

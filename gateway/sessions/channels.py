@@ -1,0 +1,156 @@
+"""What control keeps of guests that run: the channel to each one's agent, and what answers its questions for metadata and names."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import structlog
+
+from gateway.config import Egress
+from gateway.messages import EgressRules
+
+from .agent import Agent, AgentError
+from .egress import rules_of
+from .host import Host, RpcError, patiently
+from .logs import LineWriter, LogStore
+from .model import Session
+from .states import State
+from .store import Store
+from .tasks import Tasks
+
+log = structlog.get_logger()
+
+_SERVE_SECONDS = 0.01  # after a guest has woken
+
+
+class GuestServices(Protocol):
+    """What answers a running guest on sockets of its own network."""
+
+    def close(self) -> None: ...
+
+
+OpenServices = Callable[[Session, list[socket.socket], EgressRules | None], Awaitable[GuestServices]]
+
+
+class Channels:
+    """`exited(session, code)` is called when a guest's application has ended."""
+
+    def __init__(
+        self, host: Host, store: Store, egress: Egress, logs: LogStore, tasks: Tasks, open_services: OpenServices,
+        exited: Callable[[Session, int], None],
+    ) -> None:  # fmt: skip
+        self._host = host
+        self._store = store
+        self._egress = egress
+        self._logs = logs
+        self._tasks = tasks
+        self._open_services = open_services
+        self._exited = exited
+        self._agents: dict[str, Agent] = {}
+        self._services: dict[str, GuestServices] = {}
+
+    def egress(self, session: Session) -> EgressRules | None:
+        """What the session may reach now."""
+        return rules_of(self._egress, self._store, session.egress)
+
+    def agent(self, session: Session) -> Agent:
+        """The agent of a running session. Raises AgentError."""
+        agent = self._agents.get(session.id) if session.state is State.RUNNING else None
+        if agent is None:
+            raise AgentError("the MicroVM is not running")
+        return agent
+
+    def is_attached(self, session: Session) -> bool:
+        return session.id in self._agents
+
+    def attach(self, session: Session, descriptor: int) -> Agent:
+        """Reads a running guest's agent: its output goes to the logs, its end ends the session."""
+        agent = self._agents.get(session.id)
+        if agent is not None and agent.is_detached:  # its shells slept with it
+            agent.attach(descriptor)
+            return agent
+        self.close(session)
+        writer = None
+        if session.log_group is not None and session.log_stream is not None:
+            writer = LineWriter(self._logs, session.account, session.log_group, session.log_stream)
+        agent = Agent(
+            descriptor, writer.feed if writer is not None else lambda channel, data: None, lambda code: self._exited(session, code)
+        )
+        if writer is not None:
+            agent.closed.add_done_callback(lambda _: writer.flush())
+        self._agents[session.id] = agent
+        return agent
+
+    def serve_guest(self, session: Session) -> None:
+        """Answers a guest's questions for metadata and names once its first requests are on their way; until then they wait in the
+        queues of its sockets."""
+        agent = self._agents.get(session.id)
+        if agent is not None:
+            self._tasks.spawn(self._serve_guest(session, agent))
+
+    async def _serve_guest(self, session: Session, agent: Agent) -> None:
+        """For as long as the agent is this incarnation's."""
+        await asyncio.sleep(_SERVE_SECONDS)
+        if self._agents.get(session.id) is not agent:
+            return
+        try:
+            sockets = await patiently(lambda: self._host.services(session.id, session.incarnation))
+        except RpcError as error:
+            log.warning("services.missing", session=session.id, error=str(error))
+            return
+        services = await self._open_services(session, sockets, self.egress(session))
+        if self._agents.get(session.id) is agent and session.id not in self._services:
+            self._services[session.id] = services
+        else:
+            services.close()
+
+    # ---- through a suspend ----
+
+    async def quiet(self, session: Session, seconds: float) -> None:
+        """Returns when nothing is under way in the session's shells. Raises AgentError."""
+        agent = self._agents.get(session.id)
+        if agent is not None and agent.shells.count:
+            await agent.quiet(seconds)
+
+    def detach(self, session: Session) -> None:
+        """The guest sleeps; its shells sleep with it."""
+        agent = self._agents.get(session.id)
+        if agent is not None and agent.shells.count:
+            agent.detach()
+
+    def release(self, session: Session) -> None:
+        """What was held back for a suspend goes on."""
+        agent = self._agents.get(session.id)
+        if agent is not None:
+            agent.release()
+
+    def rested(self, session: Session) -> bool:
+        """The hypervisor of a session that sleeps has ended. Closes what does not sleep with it; whether that is all of it."""
+        agent = self._agents.get(session.id)
+        if agent is None or not agent.is_detached:
+            self.close(session)
+            return True
+        self._close_services(session)
+        return False
+
+    # ---- ends ----
+
+    def close(self, session: Session) -> None:
+        agent = self._agents.pop(session.id, None)
+        if agent is not None:
+            agent.close()
+        self._close_services(session)
+
+    def _close_services(self, session: Session) -> None:
+        services = self._services.pop(session.id, None)
+        if services is not None:
+            services.close()
+
+    def close_all(self) -> None:
+        for closable in (*self._agents.values(), *self._services.values()):
+            closable.close()
+        self._agents.clear()
+        self._services.clear()

@@ -1,0 +1,79 @@
+"""The deadlines of sessions, by kind: one clock for all of them (deadlines.py)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from enum import StrEnum
+from typing import cast
+
+from .deadlines import Deadlines, Timer
+from .model import Session
+
+_TERMINATED_KEPT_SECONDS = 3600.0  # reference: at least 20 minutes
+_RETRY_SECONDS = 1.0
+
+
+class Deadline(StrEnum):
+    IDLE = "idle"  # a running session has had no activity for as long as its policy allows
+    WINDOW = "window"  # a session that fell asleep by its policy has slept for as long as that allows
+    LIFETIME = "lifetime"
+    RETRY = "retry"  # a resume that could not be made is tried again
+    ARCHIVE = "archive"  # a session has slept for so long that it is moved to the object store
+    PURGE = "purge"  # a terminated session is not listed any more
+
+
+class Timers:
+    """`due(deadline, session's id)` is called when its time has come. `timer` counts monotonic seconds, `clock` those of the epoch."""
+
+    def __init__(
+        self, timer: Timer, due: Callable[[Deadline, str], None], archive_after: float, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._timer = timer
+        self._clock = clock
+        self._archive_after = archive_after
+        self._deadlines = Deadlines(timer, lambda key: due(*cast(tuple[Deadline, str], key)))
+
+    def watch_idle(self, session: Session, since: float) -> None:
+        """`since` is in the timer's seconds."""
+        if session.idle_policy is not None:
+            self._set(session, Deadline.IDLE, since + session.idle_policy.max_idle)
+
+    def watch_window(self, session: Session) -> None:
+        policy = session.idle_policy
+        if policy is not None and session.suspended_by == "idle" and session.suspended_at is not None:
+            self._set_wall(session, Deadline.WINDOW, session.suspended_at + policy.suspended)
+
+    def watch_lifetime(self, session: Session) -> None:
+        self._set_wall(session, Deadline.LIFETIME, session.expires_at)
+
+    def watch_archive(self, session: Session) -> None:
+        if self._archive_after and session.archived is None and session.suspended_at is not None:
+            self._set_wall(session, Deadline.ARCHIVE, session.suspended_at + self._archive_after)
+
+    def archive_later(self, session: Session) -> None:
+        """For a session that cannot be archived now."""
+        self._set(session, Deadline.ARCHIVE, self._timer.time() + self._archive_after)
+
+    def retry_later(self, session: Session) -> None:
+        """For a resume that could not be made now; what is held is tried again until the edges give up."""
+        self._set(session, Deadline.RETRY, self._timer.time() + _RETRY_SECONDS)
+
+    def watch_purge(self, session: Session) -> None:
+        self._set_wall(session, Deadline.PURGE, (session.terminated_at or self._clock()) + _TERMINATED_KEPT_SECONDS)
+
+    def clear(self, session: Session, *deadlines: Deadline) -> None:
+        for deadline in deadlines:
+            self._deadlines.clear(self._key(session, deadline))
+
+    def is_set(self, session: Session, deadline: Deadline) -> bool:
+        return self._key(session, deadline) in self._deadlines
+
+    def _key(self, session: Session, deadline: Deadline) -> Hashable:
+        return deadline, session.id
+
+    def _set(self, session: Session, deadline: Deadline, when: float) -> None:
+        self._deadlines.set(self._key(session, deadline), when)
+
+    def _set_wall(self, session: Session, deadline: Deadline, wall: float) -> None:
+        self._set(session, deadline, self._timer.time() + max(0.0, wall - self._clock()))
