@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -129,19 +130,17 @@ def test_any_cut_of_http2_reads_the_same(bodies: list[bytes], data: st.DataObjec
     with_rig(work, http2=True)
 
 
+def block_of(token: str, port: int) -> bytes:
+    return f.encode([
+        (b":method", b"POST"), (b":scheme", b"https"), (b":path", b"/x"), (b":authority", HOST.encode()),
+        (b"x-aws-proxy-auth", token.encode()), (b"x-aws-proxy-port", str(port).encode()),
+    ])  # fmt: skip
+
+
 def any_frames(token: str, port: int) -> st.SearchStrategy[bytes]:
     """Good ones, bad ones, on few streams, so that they meet."""
     number = st.integers(0, 9)
-    block = f.encode(
-        [
-            (b":method", b"POST"),
-            (b":scheme", b"https"),
-            (b":path", b"/x"),
-            (b":authority", HOST.encode()),
-            (b"x-aws-proxy-auth", token.encode()),
-            (b"x-aws-proxy-port", str(port).encode()),
-        ]
-    )
+    block = block_of(token, port)
     payload = st.binary(max_size=40)
     return st.one_of(
         st.builds(lambda n, end: f.headers(n | 1, block, end), number, st.booleans()),
@@ -159,8 +158,9 @@ def test_any_frames_leave_nothing_behind(data: st.DataObject, gate: str) -> None
     async def work(rig: Rig) -> None:
         if gate != "open":
             await rig.control.change("hold")
-        _, writer = await rig.open()
+        reader, writer = await rig.open()
         writer.write(f.PREFACE + f.settings({}))
+        heard = asyncio.create_task(everything(reader))
         for one in data.draw(st.lists(any_frames(rig.token, rig.app_port), max_size=25)):
             writer.write(one)
             if data.draw(st.integers(0, 3)) == 0:
@@ -169,8 +169,136 @@ def test_any_frames_leave_nothing_behind(data: st.DataObject, gate: str) -> None
             await rig.control.change("open", incarnation=2)
         for _ in range(data.draw(st.integers(0, 20))):
             await turn()
-        writer.transport.abort()
+        await until(lambda: rig.worker.clients or heard.done())
+        for client in rig.worker.clients:
+            client.transport.close()  # type: ignore[union-attr]  # behind whatever it has said
+        in_order(await asyncio.wait_for(heard, 5))
+        writer.close()
         await settled(rig)
+
+    with_rig(work, http2=True)
+
+
+async def everything(reader: asyncio.StreamReader) -> bytes:
+    """Until the end, or a reset: bytes that nobody read make one of it."""
+    data = b""
+    with contextlib.suppress(ConnectionError):
+        while more := await reader.read(65536):
+            data += more
+    return data
+
+
+class Heard:
+    """One stream's answer."""
+
+    def __init__(self) -> None:
+        self.heads = 0
+        self.body = b""
+        self.ended = False
+        self.reset: int | None = None
+
+
+def in_order(data: bytes, is_whole: bool = False) -> dict[int, Heard]:
+    """What was answered on each stream. Whatever was said to the edge, its own frames keep the rules: SETTINGS first, on a stream a head
+    before content, nothing behind its end but a reset, nothing behind a reset, and no GOAWAY that takes back more than an earlier one."""
+    streams: dict[int, Heard] = {}
+    at, last = 0, 2**31
+    assert not data or data[3] == f.SETTINGS
+    while len(data) - at >= 9:
+        length, kind, flags = int.from_bytes(data[at : at + 3], "big"), data[at + 3], data[at + 4]
+        number, payload = int.from_bytes(data[at + 5 : at + 9], "big"), data[at + 9 : at + 9 + length]
+        at += 9 + length
+        if at > len(data):
+            break
+        if kind == f.GOAWAY:
+            assert int.from_bytes(payload[:4], "big") <= last
+            last = int.from_bytes(payload[:4], "big")
+        if kind not in (f.HEADERS, f.DATA, f.RST_STREAM):
+            continue
+        one = streams.setdefault(number, Heard())
+        assert number & 1 and one.reset is None
+        if kind == f.RST_STREAM:
+            one.reset = int.from_bytes(payload, "big")
+            continue
+        assert not one.ended and (kind == f.HEADERS or one.heads)
+        one.heads += kind == f.HEADERS
+        one.body += payload if kind == f.DATA else b""
+        one.ended = bool(flags & f.END_STREAM)
+    assert not is_whole or at == len(data)
+    return streams
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("open"), st.booleans(), st.just(b"")),
+        st.tuples(st.just("data"), st.integers(0, 9), st.binary(max_size=200)),
+        st.tuples(st.just("end"), st.integers(0, 9), st.binary(max_size=200)),
+        st.tuples(st.just("reset"), st.integers(0, 9), st.just(b"")),
+        st.tuples(st.just("window"), st.integers(0, 9), st.just(b"")),
+        st.tuples(st.sampled_from(["small", "large", "ping", "turn", "suspend"]), st.just(0), st.just(b"")),
+    ),
+    max_size=40,
+)  # fmt: skip
+
+
+@FEW
+@given(STEPS)
+def test_any_conversation_within_the_rules_is_answered_to_the_byte(steps: list[tuple[str, int, bytes]]) -> None:
+    """Uploads on several streams at once, in any order, with resets, small windows and a suspend in between: each request that was
+    completed is answered with what it sent, and nothing else is answered."""
+
+    async def work(rig: Rig) -> None:
+        block, incarnation = block_of(rig.token, rig.app_port), 1
+        reader, writer = await rig.open()
+        writer.write(f.PREFACE + f.settings({}))
+        sent: dict[int, bytes] = {}
+        open_, complete, reset = list[int](), set[int](), set[int]()
+        for what, choice, payload in steps:
+            number = open_[choice % len(open_)] if open_ else 0
+            if what == "open" and len(sent) < 60:
+                number = 2 * len(sent) + 1
+                sent[number] = b""
+                writer.write(f.headers(number, block, bool(choice)))
+                complete.add(number) if choice else open_.append(number)
+            elif what in ("data", "end") and number:
+                sent[number] += payload
+                writer.write(f.frame(f.DATA, f.END_STREAM if what == "end" else 0, number, payload))
+                if what == "end":
+                    open_.remove(number)
+                    complete.add(number)
+            elif what == "reset" and sent:
+                number = 2 * (choice % len(sent)) + 1
+                reset.add(number)
+                open_ = [one for one in open_ if one != number]
+                writer.write(f.rst_stream(number, f.Code.CANCEL))
+            elif what == "window":
+                writer.write(f.window_update(number, 1 + choice))
+            elif what in ("small", "large"):
+                writer.write(f.settings({f.INITIAL_WINDOW_SIZE: 10 if what == "small" else 70_000}))
+            elif what == "ping":
+                writer.write(f.frame(f.PING, 0, 0, bytes(8)))
+            elif what == "turn":
+                await turn()
+            elif what == "suspend" and incarnation < 3 and not open_:
+                await rig.control.change("hold", incarnation)
+                await until(lambda: not rig.worker.table.account("s1").waiting)
+                await rig.control.change("hold", incarnation, is_live=False)
+                incarnation += 1
+                await rig.control.change("open", incarnation)
+        writer.write(f.settings({f.INITIAL_WINDOW_SIZE: 1 << 20}) + f.window_update(0, 1 << 20))
+        expected, data = complete - reset, b""
+        async with asyncio.timeout(5):
+            while not all(number in (answers := in_order(data)) and answers[number].ended for number in expected):
+                more = await reader.read(65536)
+                assert more, "closed before everything was answered"
+                data += more
+        answers = in_order(data)
+        for number in expected:
+            assert answers[number].body == sent[number] and answers[number].heads == 1 and answers[number].reset is None
+        assert not {number for number, one in answers.items() if one.heads} - complete
+        writer.close()
+        await settled(rig)
+        rig.worker.upstream.end("s1", incarnation)
 
     with_rig(work, http2=True)
 
