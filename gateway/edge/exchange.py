@@ -20,8 +20,8 @@ from gateway.tokens import Grant
 from . import failures, replies
 from .admission import SHELL_PORT, Decision, Forward, Hold, Lookup, Refuse, admit, admit_again, check_token
 from .head import NO_BODY, Malformed, RequestHead, ResponseHead
+from .head_cache import CachedAdmission, CachedRequest
 from .hold import HoldFull, Ticket
-from .memo import Admitted, Repeated
 from .reading import PEER_SLOW, THROTTLED
 from .record import HTTP1, HTTP2, RequestRecord
 from .sockets import SessionGone
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from .failures import Failure
     from .head import Trailers
+    from .keys import Key
     from .limits import Limiter
-    from .pool import Key
     from .worker import Worker
 
 log = structlog.get_logger()
@@ -95,7 +95,7 @@ class Exchange:
         self.head: RequestHead | None = None
         self.origin: OriginSide | None = None
         self.account = NOBODY
-        self.again: Repeated | None = None  # in place of a head, where the request is one that was seen before
+        self.again: CachedRequest | None = None  # in place of a head, where the request is one that was seen before
         self.request_id = b""
         self.hop_fields = b""  # lines that each request of this client gets (hops.py)
         self.response_started = False
@@ -176,7 +176,8 @@ class Exchange:
         if again is None:
             return None
         method, target, _ = again.rewritten.split(b" ", 2)
-        return RequestHead(method, target, 1, again.memo.host, keep_alive=again.memo.keep_alive, block=again.memo.block)
+        admission = again.admission
+        return RequestHead(method, target, 1, admission.host, keep_alive=admission.keep_alive, block=admission.block)
 
     def cut_short(self) -> None:
         """Ends the answer so that its client sees that it is not complete."""
@@ -217,7 +218,7 @@ class Exchange:
         """The client's address, for the access log."""
         raise AssertionError
 
-    def remember(self, memo: Admitted) -> None:
+    def remember(self, admission: CachedAdmission) -> None:
         """Keeps an admission for requests with the same fields."""
 
     def send_ahead(self) -> None:
@@ -239,19 +240,21 @@ class Exchange:
 
     # ---- the fast path ----
 
-    def try_cached(self, again: Repeated, now: float) -> bool:
+    def try_cached(self, again: CachedRequest, now: float) -> bool:
         """Forwards a request without a body that was seen before, where what was remembered still holds and a connection waits."""
-        memo, worker = again.memo, self.worker
-        entry = worker.table.get(memo.host)
-        if entry is None or entry.route is not memo.route or memo.checker is not worker.checker or memo.expires <= worker.wall():
+        admission, worker = again.admission, self.worker
+        entry = worker.table.get(admission.host)
+        if entry is None or entry.route is not admission.route:
+            return False
+        if admission.checker is not worker.checker or admission.expires <= worker.wall():
             return False
         if entry.limiter is not None:
             return False
-        origin = worker.upstream.take_idle(memo.key, now, again.is_safe)
+        origin = worker.upstream.take_idle(admission.key, now, again.is_safe)
         if origin is None:
             return False
         self.again = again
-        self.account = account = memo.account
+        self.account = account = admission.account
         account.count += 1
         account.waiting += 1
         account.last = self.began = now
@@ -312,7 +315,9 @@ class Exchange:
         route = entry.route
         key = (route.session, route.incarnation, port)
         if head.is_memorable and not head.wants_h2:
-            self.remember(Admitted(head.host, route, self.worker.checker, grant.expires, key, entry.account, head.block, head.keep_alive))
+            self.remember(
+                CachedAdmission(head.host, route, self.worker.checker, grant.expires, key, entry.account, head.block, head.keep_alive)
+            )
         origin = self.worker.upstream.ready(key, head, self.began) if port != SHELL_PORT else None
         if origin is None:
             self.run(self._slow(head, grant.session, lambda route, is_known: admit(head, grant, route, is_known, wall)))
@@ -558,7 +563,7 @@ class Exchange:
         if head is not None:
             host, method, target = head.host, head.method, head.target
         elif again is not None:
-            host = again.memo.host
+            host = again.admission.host
             method, target, _ = again.rewritten.split(b" ", 2)
         return RequestRecord(
             self.request_id, self.peer, self.protocol, host, method, target, self.status, self.sent, self.began, self.first_byte,

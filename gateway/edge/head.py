@@ -21,6 +21,7 @@ _ABSOLUTE = re.compile(rb"https?://([^/?#@]+)([/?].*)?\Z", re.I)
 _TIMEOUT = re.compile(rb"(?:^|[,; \t])timeout[ \t]*=[ \t]*\"?([0-9]{1,6})\b", re.I)  # of Keep-Alive (RFC 2068, 19.7.1.1)
 _DIGITS = re.compile(rb"[0-9]{1,18}\Z")
 _NAME = re.compile(_TOKEN + rb"\Z")
+FIELD_BLOCK = _BLOCK.match
 _END_OF_HEAD = re.compile(rb"\n\r?\n")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _CONTROLS = re.compile(rb"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -30,6 +31,7 @@ WEBSOCKET: Final = b"websocket"
 _AUTHENTICATION = b"lambda-microvms.authentication."
 _PORT = b"lambda-microvms.port."
 _HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade"))
+_CONNECTION_OPTIONS = _HOP_BY_HOP | frozenset((b"close",))
 _PROXY_PREFIX = b"x-aws-proxy-"
 # A Connection field may not take these away from the message (RFC 9110, 7.6.1: end-to-end fields).
 _UNLISTABLE = frozenset((b"host", b"content-length", b"transfer-encoding", b"cache-control", b"authorization"))
@@ -42,6 +44,11 @@ Fields = list[tuple[bytes, bytes, bytes]]  # name in lower case, name as sent, v
 Trailers = list[tuple[bytes, bytes]]  # name in lower case, value
 # Fields that only this service writes, in either direction.
 OWN_FIELDS = frozenset((b"x-amzn-requestid",))
+# What a request's fields decide, here and nowhere else: all others go on as they are (head_cache.py relies on that).
+DECISIVE = _HOP_BY_HOP | OWN_FIELDS | frozenset((
+    b"host", b"content-length", b"transfer-encoding", b"expect", b"max-forwards", b"sec-websocket-protocol",
+))  # fmt: skip
+DECISIVE_PREFIX = _PROXY_PREFIX
 # Framing, routing, authentication, controls and how content is read must be known before content: a trailer may not bring
 # them (RFC 9110, 6.5.1).
 _NOT_IN_TRAILERS = _HOP_BY_HOP | OWN_FIELDS | frozenset((
@@ -79,6 +86,7 @@ class RequestHead:
     expects: bool = False
     keep_alive: bool = True
     is_memorable: bool = True
+    nominates: bool = False  # Connection lists fields by their names, which then do not go on
     te_trailers: bool = False
     websocket_key: bytes = b""  # of the handshake that we make for a client of HTTP/2
     max_forwards: int = -1  # of TRACE and OPTIONS, as received; -1: not said
@@ -265,6 +273,7 @@ def read_fields(head: RequestHead, fields: Fields, minor: int) -> None:
     HTTP/1.0 or in a request with content (RFC 9110, 7.8; RFC 6455, 4.1)."""
     drop, close, keep, upgrade = _listed(fields)
     head.keep_alive = not close and (minor == 1 or keep)
+    head.nominates = not drop <= _CONNECTION_OPTIONS
     may_upgrade = upgrade and minor == 1 and head.method == b"GET" and head.framing == NO_BODY
     kept: list[bytes] = []
     for name, sent, value in fields:

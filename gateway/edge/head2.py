@@ -46,6 +46,16 @@ def size_of(fields: list[Field]) -> int:
     return sum([len(name) + len(value) for name, value, _ in fields])
 
 
+def is_field_name(name: bytes) -> bool:
+    """In a section of HTTP/2, where fields of the connection have no place (RFC 9113, 8.2.1, 8.2.2)."""
+    return _NAME(name) is not None and name not in _OF_CONNECTION
+
+
+def are_values(values: list[bytes]) -> bool:
+    joined = b"\n".join(values)
+    return not _BAD_VALUE(joined) and joined.count(b"\n") == max(len(values) - 1, 0)
+
+
 def _check(fields: list[Field], pseudo: frozenset[bytes], message: str) -> tuple[dict[bytes, bytes], list[tuple[bytes, bytes]]]:
     """Splits pseudo-header fields from the others. Raises Malformed."""
     special: dict[bytes, bytes] = {}
@@ -58,14 +68,13 @@ def _check(fields: list[Field], pseudo: frozenset[bytes], message: str) -> tuple
             continue
         good = _known_names.get(name)
         if good is None:
-            good = _NAME(name) is not None and name not in _OF_CONNECTION
+            good = is_field_name(name)
             if len(name) <= _KNOWN_BYTES and len(_known_names) < _KNOWN_MOST:
                 _known_names[name] = good
         if not good or (name == b"te" and value.lower() != b"trailers"):
             raise Malformed(f"{message} has a field name that is malformed, or of the connection (RFC 9113 8.2.1, 8.2.2)")
         rest.append((name, value))
-    joined = b"\n".join([value for _, value in rest])
-    if _BAD_VALUE(joined) or joined.count(b"\n") != max(len(rest) - 1, 0):
+    if not are_values([value for _, value in rest]):
         raise Malformed(f"{message} has a malformed field value (RFC 9113 8.2.1)")
     return special, rest
 

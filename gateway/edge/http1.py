@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import TYPE_CHECKING, Final, cast
 
 from . import failures, replies
 from .admission import Refuse
 from .exchange import Exchange, peer_of
 from .head import CHUNKED, FIXED, MARKER, NO_BODY, UNTIL_CLOSE, Malformed, ResponseHead, Trailers, parse_request
-from .memo import Admitted, Repeated
+from .head_cache import CachedAdmission, CachedRequest
 from .read_ahead import ReadAhead
 from .reading import HELD, PEER_SLOW, READ_AHEAD, UNREAD, ReadGate
 from .request_body import STANDS_STILL, TOO_SLOW, RequestBody
@@ -35,8 +34,6 @@ _NEXT: Final = (
     1 << _ENDING,  # ending: who lingers may close, and who closes is told when that is done
     1 << _AT_HEAD | 1 << _QUEUED | 1 << _ENDING,  # queued
 )
-_FAST_LINE = re.compile(rb"(?:GET|POST|PUT|DELETE|HEAD|OPTIONS|PATCH) /[\x21-\x7e\x80-\xff]* HTTP/1\.1\Z").match
-_SAFE: Final = (b"GET ", b"HEAD ", b"OPTIONS ")  # and without content, as every request that is remembered
 _AHEAD_MAX_BYTES: Final = 64 << 10  # read beyond the request under way, or while it is held
 _BUFFER_HIGH_BYTES: Final = 512 << 10
 _LINGER_SECONDS = 1.0
@@ -168,35 +165,42 @@ class Http1(Exchange):
             return
         self.touched = now = worker.time()
         raw = data[begin:end]
-        again = worker.repeated.get(raw)
-        if again is not None and not is_due and not worker.fairness.admit(again.memo.account, now):
-            self._to(_QUEUED)
-            self._ahead.keep(data, begin)
-            worker.fairness.defer(again.memo.account, self._due)
-            return
-        if again is not None and self._try_cached(again, data, end, now):
-            return
+        again = worker.heads.heads.get(raw)
+        if again is not None:
+            if not is_due and not worker.fairness.admit(again.admission.account, now):
+                self._defer(again, data, begin)
+                return
+            if self._try_cached(again, data, end, now):
+                return
+            is_due = True
         at = raw.find(b"\r\n")
         line, block = (raw, b"") if at < 0 else (raw[:at], raw[at:])
-        memo = worker.memo.get(block)
-        if memo is not None and _FAST_LINE(line):
-            rewritten = b"%b%b\r\nx-amzn-requestid: " % (line, memo.block)
-            again = Repeated(memo, rewritten, line.startswith(b"HEAD "), line.startswith(_SAFE))
+        again = worker.heads.of_parts(line, block)
+        if again is not None:
+            if not is_due and not worker.fairness.admit(again.admission.account, now):
+                self._defer(again, data, begin)
+                return
             if self._try_cached(again, data, end, now):
-                worker.repeated.put(raw, again)
+                if not again.is_new:
+                    worker.heads.heads.put(raw, again)
                 return
         self._parsed(line, block, data, end, now)
 
-    def _try_cached(self, again: Repeated, data: bytes, end: int, now: float) -> bool:
+    def _try_cached(self, again: CachedRequest, data: bytes, end: int, now: float) -> bool:
         """Forwards a request that was seen before; its head ends at `end`."""
         if not self.try_cached(again, now):
             return False
         self._to(_WAITING)
-        self._keep = again.memo.keep_alive
+        self._keep = again.admission.keep_alive
         self.is_raw = True
         if len(data) > end + 4:
             self._ahead.keep(data, end + 4)
         return True
+
+    def _defer(self, again: CachedRequest, data: bytes, begin: int) -> None:
+        self._to(_QUEUED)
+        self._ahead.keep(data, begin)
+        self.worker.fairness.defer(again.admission.account, self._due)
 
     def _due(self) -> None:
         """The turn has come of a head that had to wait for it."""
@@ -234,8 +238,8 @@ class Http1(Exchange):
     def peer(self) -> str:
         return peer_of(self.transport)
 
-    def remember(self, memo: Admitted) -> None:
-        self.worker.memo.put(self._block, memo)
+    def remember(self, admission: CachedAdmission) -> None:
+        self.worker.heads.remember_block(self._block, admission)
 
     # ---- the body ----
 

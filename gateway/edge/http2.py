@@ -13,7 +13,8 @@ from .failures import Failure
 from .flow import FLOW_SLOTS, Flow
 from .frames import Code, H2ConnectionError, H2StreamError
 from .head import FIXED, MARKER, Malformed, ResponseHead, Trailers, split_block
-from .memo import Admitted, Repeated
+from .head_cache import CachedAdmission, CachedRequest
+from .keys import FieldList
 from .multiplex import Multiplex
 from .reading import PEER_SLOW, READ_AHEAD, UNREAD
 from .record import HTTP2
@@ -29,7 +30,6 @@ _BLOCKS_MOST = 256
 _INDEXED = bytes(range(0x80, 0x100))
 _DRAIN_PING = b"draining"
 _REQUEST_ID = b"\0\x10x-amzn-requestid\x24"  # a literal without indexing; a value of 36 bytes follows
-Key = tuple[f.Field, ...]
 
 
 class Http2(Multiplex):
@@ -43,7 +43,7 @@ class Http2(Multiplex):
         self.write_paused_since = 0.0
         self._closing_since = 0.0  # the transport was closed, and may still have something to write
         self.idle_since = self.touched  # without streams since then
-        self._blocks: dict[bytes, Repeated] = {}  # blocks of indexed fields only, as this connection's table has them
+        self._blocks: dict[bytes, CachedRequest] = {}  # blocks of indexed fields only, as this connection's table has them
         self.draining = False
         self.hop_fields = b""  # lines that each request of this client gets (hops.py)
         self.joined: dict[str, Limiter] = {}
@@ -126,14 +126,14 @@ class Http2(Multiplex):
             return
         worker = self.worker
         again = self._blocks.get(block) if end else None
-        key: Key = ()
+        key: FieldList = ()
         if again is None:
             fields = f.decode(self._decoder, block)
             indexed = not block.translate(None, _INDEXED)
             if not indexed:
                 self._blocks.clear()  # the table may be another now
             key = tuple(fields)
-            again = worker.streams.get(key) if end else None
+            again = worker.heads.of_list(key) if end else None
             if again is not None and indexed and len(self._blocks) < _BLOCKS_MOST:
                 self._blocks[block] = again
         if len(self.streams) >= _STREAMS_MOST:
@@ -143,13 +143,14 @@ class Http2(Multiplex):
         request.received_end = end
         if again is None:
             self._parsed(request, key, end, now)
-        elif not worker.fairness.admit(again.memo.account, now):
+        elif not worker.fairness.admit(again.admission.account, now):
             known = key or tuple(f.decode(self._decoder, block))  # now, because the table goes on
-            worker.fairness.defer(again.memo.account, lambda: self._due(request, again, known))
+            worker.fairness.defer(again.admission.account, lambda: self._due(request, again, known))
         elif not request.try_cached(again, now):
+            self._blocks.pop(block, None)
             self._parsed(request, key or tuple(f.decode(self._decoder, block)), end, now)
 
-    def _due(self, request: Request, again: Repeated, key: Key) -> None:
+    def _due(self, request: Request, again: CachedRequest, key: FieldList) -> None:
         """The turn has come of a request that had to wait for it."""
         if self.streams.get(request.number) is not request:
             return  # its client has given it up
@@ -158,7 +159,7 @@ class Http2(Multiplex):
             self._parsed(request, key, True, now)
             self.flush()
 
-    def _parsed(self, request: Request, key: Key, end: bool, now: float) -> None:
+    def _parsed(self, request: Request, key: FieldList, end: bool, now: float) -> None:
         settings = self.worker.settings
         request.key = key
         fields = list(key)
@@ -318,7 +319,7 @@ class Request(Exchange, Flow):
         self._frames: FrameCounter | None = None
         self._end_sent = False  # the tunnel's application has ended its half
         self.expected = -1  # bytes of the request's body that are still to come by Content-Length
-        self.key: Key = ()
+        self.key: FieldList = ()
 
     # ---- the request ----
 
@@ -339,11 +340,10 @@ class Request(Exchange, Flow):
     def held_bytes(self) -> int:
         return len(self._ahead) if self._ahead is not None else 0
 
-    def remember(self, memo: Admitted) -> None:
+    def remember(self, admission: CachedAdmission) -> None:
         head = self.head
         assert head is not None
-        rewritten = b"%b %b HTTP/1.1%b\r\nx-amzn-requestid: " % (head.method, head.target, head.block)
-        self.worker.streams.put(self.key, Repeated(memo, rewritten, head.method == b"HEAD", head.is_safe))
+        self.worker.heads.remember_list(self.key, b"%b %b HTTP/1.1" % (head.method, head.target), admission)
 
     def on_data(self, data: bytes, end: bool) -> None:
         """Raises H2StreamError where the body is not what Content-Length says."""

@@ -11,13 +11,14 @@ from . import failures
 from .chunked import ChunkedBody, encode_end
 from .failures import Failure
 from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, find_end, parse_response
-from .memo import Memo
+from .head_cache import Cache, CachedResponse
 from .parking import HELD_BYTES, unacknowledged
 from .reading import HELD, PEER_SLOW, ReadGate
 
 if TYPE_CHECKING:
     from .exchange import Exchange
-    from .pool import Key, Pool
+    from .keys import Key
+    from .pool import Pool
     from .upstream import Upstream
     from .worker import Worker
 
@@ -30,13 +31,11 @@ _MEMO_HEAD_MAX_BYTES: Final = 2048
 _PROVEN_SECONDS: Final = 1.0  # idle for less, a connection is still open at its application, where that has not said how long it keeps it
 BUFFER_HIGH_BYTES: Final = 512 << 10
 
-_responses: Memo[bytes, ResponseHead] = Memo(2048)
-
 
 class Origin:
     __slots__ = (
-        "_asks_upgrade", "_body", "_buffer", "_encodes", "_held", "_in_chunks", "_left", "_pool", "_sent_early", "_state", "_worker",
-        "answered", "exchange", "idle_since", "is_head", "is_parked", "is_paused", "is_secure", "proven_seconds", "reading",
+        "_asks_upgrade", "_body", "_buffer", "_encodes", "_held", "_in_chunks", "_left", "_pool", "_responses", "_sent_early", "_state",
+        "_worker", "answered", "exchange", "idle_since", "is_head", "is_parked", "is_paused", "is_secure", "proven_seconds", "reading",
         "reuse_seconds", "spoke_first", "transport", "unclean",
     )  # fmt: skip
 
@@ -45,6 +44,7 @@ class Origin:
 
     def __init__(self, worker: Worker, pool: Pool, is_secure: bool) -> None:
         self._worker = worker
+        self._responses: Cache[bytes, CachedResponse] = worker.heads.responses
         self._pool = pool
         self.is_secure = is_secure
         self.transport: asyncio.Transport | None = None
@@ -302,8 +302,10 @@ class Origin:
         settings = self._worker.settings
         while True:
             rest = data.find(b"\r\n\r\n") + 4
-            head = _responses.get(data[: rest - 4]) if rest > 4 and not self.is_head else None
-            if head is None:
+            cached = self._responses.get(data[: rest - 4]) if rest > 4 and not self.is_head else None
+            if cached is not None:
+                head = cached.head
+            else:
                 end, rest = find_end(data)
                 try:
                     if (end if end >= 0 else len(data)) > settings.head_bytes:
@@ -332,7 +334,7 @@ class Origin:
     def _parse(self, raw: bytes) -> ResponseHead:
         head = parse_response(raw, self._worker.settings.head_fields, self.is_head)
         if not self.is_head and head.status >= 200 and len(raw) <= _MEMO_HEAD_MAX_BYTES:
-            _responses.put(raw, head)
+            self._responses.put(raw, CachedResponse(head))
         return head
 
     def _refuse(self, exchange: Exchange, failure: Failure) -> None:

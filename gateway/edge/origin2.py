@@ -18,7 +18,8 @@ from .reading import HELD, PEER_SLOW
 
 if TYPE_CHECKING:
     from .exchange import Exchange
-    from .pool import Key, Pool
+    from .keys import Key
+    from .pool import Pool
     from .upstream import Upstream
     from .worker import Worker
 

@@ -17,7 +17,7 @@ from gateway.messages import Route
 from .hold import HoldFull, Ticket
 
 if TYPE_CHECKING:
-    from .pool import Key
+    from .keys import Key
     from .upstream import Upstream
     from .worker import Worker
 

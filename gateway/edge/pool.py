@@ -16,12 +16,13 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from .keys import Key
+
 if TYPE_CHECKING:
     from .head import RequestHead
     from .origin import Origin
     from .origin2 import Http2Origin, OriginStream
 
-Key = tuple[str, int, int]  # session, incarnation, port
 
 CONNECTIONS_MOST: Final = 256  # to one port of one session; more requests wait in line
 SHARED_MOST: Final = 16  # connections of HTTP/2, each with many streams

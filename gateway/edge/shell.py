@@ -24,7 +24,7 @@ from .websocket import accept_of
 
 if TYPE_CHECKING:
     from .exchange import Exchange
-    from .pool import Key
+    from .keys import Key
     from .upstream import Upstream
     from .worker import Worker
 

@@ -17,8 +17,9 @@ from gateway.rpc import Client, RpcError
 from .admission import SHELL_PORT
 from .dial import Unread, dial
 from .hold import HoldFull
+from .keys import Key
 from .parking import Parkable
-from .pool import CONNECTIONS_MOST, PLAIN, TLS, TRYING, UNKNOWN, Key, Pool, Slot, Waiter
+from .pool import CONNECTIONS_MOST, PLAIN, TLS, TRYING, UNKNOWN, Pool, Slot, Waiter
 from .sockets import SessionGone, Sockets
 
 if TYPE_CHECKING:

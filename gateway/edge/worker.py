@@ -26,13 +26,12 @@ from .certificates import Certificates
 from .doors import ProxyDoor, RedirectDoor
 from .fairness import FairQueue
 from .faults import FaultLines
+from .head_cache import HeadCache
 from .hold import Holds
 from .hops import Hops
 from .http1 import Http1
 from .http2 import Http2
-from .http2 import Key as FieldsKey
 from .ledger import Ledger
-from .memo import Admitted, Memo, Repeated
 from .parking import Parking
 from .record import PROTOCOLS
 from .table import RouteTable
@@ -47,7 +46,6 @@ _ON_DEMAND = (origin, origin2, shell)
 _REPORT_SECONDS = 0.25
 _SWEEP_SECONDS = 1.0
 _KEEPALIVE_IDLE_SECONDS, _KEEPALIVE_SECONDS, _KEEPALIVE_PROBES = 60, 15, 4  # of clients' connections
-_MEMO_ENTRIES = 2048
 _MISS_SECONDS = 1.0
 _PREFETCH_SECONDS = 0.1  # after a route opens: whoever holds requests for it has sockets already, and goes first
 _MISSES_MAX = 10_000
@@ -72,14 +70,12 @@ class Worker:
         self.time = loop.time
         self.wall = time.time
         self.clients: set[Http1 | Http2] = set()
-        self.memo: Memo[bytes, Admitted] = Memo(_MEMO_ENTRIES)
-        self.repeated: Memo[bytes, Repeated] = Memo(_MEMO_ENTRIES)
-        self.streams: Memo[FieldsKey, Repeated] = Memo(_MEMO_ENTRIES)
         self.ledger = Ledger(AccessLog(Path(settings.access_log), time.time) if settings.access_log else None)
         self._counted: list[list[int]] = []
         self.checker = Checker([])
         self.table = RouteTable(loop.time, self._route_changed, settings)
         self.hops = Hops(settings)
+        self.heads = HeadCache(settings.head_bytes, settings.head_fields, self.hops.of_block if self.hops.is_on else None)
         self.fairness = FairQueue()
         self.holds = Holds(settings, self._ask_for)
         self.parking = Parking(self)
@@ -172,9 +168,7 @@ class Worker:
     async def _connected(self, connection: Connection) -> None:
         table: m.Table = await connection.call("hello", m.Hello(self.name), m.Table)
         self.checker = Checker(table.keys)
-        self.memo.clear()
-        self.repeated.clear()
-        self.streams.clear()
+        self.heads.clear()
         self.table.replace(table)
         self._ready.set()
         self.holds.ask_again(self.route_of_session)

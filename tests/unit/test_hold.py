@@ -15,7 +15,6 @@ from waiting import turn
 
 from gateway.config import Edge
 from gateway.edge.hold import HoldFull, Holds, Ticket
-from gateway.edge.memo import Memo
 from gateway.messages import Route
 
 ROUTE = Route("h", "s1", 3, "hold")
@@ -235,14 +234,3 @@ class Model(RuleBasedStateMachine):
 
 Model.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestModel = Model.TestCase
-
-
-def test_memo_is_bounded_and_forgets_the_oldest() -> None:
-    memo: Memo[int, str] = Memo(4)
-    for number in range(5):
-        memo.put(number, str(number))
-    assert [memo.get(number) for number in range(5)] == [None, None, "2", "3", "4"] and len(memo) == 3
-    memo.drop(3)
-    assert memo.get(3) is None
-    memo.clear()
-    assert len(memo) == 0

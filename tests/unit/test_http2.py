@@ -51,7 +51,7 @@ async def test_same_fields_again_take_the_fast_path_until_the_token_ends(rig: Ri
     client = await judge(rig)
     for _ in range(4):
         assert (await client.answer(client.ask(fields(rig)))).status == 200
-    assert rig.connects == 1 and len(rig.worker.streams)
+    assert rig.connects == 1 and len(rig.worker.heads.lists)
     rig.now += 601
     answer = await client.answer(client.ask(fields(rig)))
     assert (answer.status, answer.body) == (403, b"Token authentication failed")
