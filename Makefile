@@ -4,8 +4,10 @@ PACKAGES = python3 python3-venv python3-dev gcc make musl-tools linux-libc-dev q
 	mmdebstrap lz4 e2fsprogs nftables iproute2 kmod util-linux curl ca-certificates openssl git libnss-myhostname
 FRESH_PACKAGES = python3 mmdebstrap slirp4netns git util-linux nftables
 BENCH_PACKAGES = nginx-light haproxy nghttp2-client wrk hey libssl-dev valgrind
-CONFORMANCE_PACKAGES = nghttp2-client nodejs chromium openssl curl awscli sslscan testssl.sh
+CONFORMANCE_PACKAGES = nghttp2-client nodejs chromium openssl curl awscli sslscan testssl.sh apache2-utils siege wrk hey httperf \
+	python3-locust
 VENV = .venv
+AUTOCANNON = $(VENV)/autocannon
 PY = $(VENV)/bin/python
 PIP = -qq --disable-pip-version-check --no-cache-dir --no-deps
 export TORPOR_CACHE ?= /var/cache/torpor
@@ -17,7 +19,7 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; dpkg --configure -a && apt-get -q update >/dev/null && \
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
-.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-fresh test-fresh-odd fresh-packages check lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-load test-fresh test-fresh-odd fresh-packages check lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -58,10 +60,13 @@ serve: setup ## run the service for yourself; prints the exports for another she
 test: setup check ## every test but the long ones
 	@$(PY) -m pytest -q -m "(vm or service) and not long and not conformance" tests
 
-test-long: test test-long-rest test-fresh test-fresh-odd ## every test, in parts of less than an hour each
+test-long: test test-long-rest test-long-load test-fresh test-fresh-odd ## every test, in parts of less than an hour each
 
 test-long-rest: setup
-	@$(PY) -m pytest -q -m "long and not conformance" tests
+	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py tests
+
+test-long-load: setup ## ten minutes of clients of all kinds at once against edge workers (MIXED_LOAD_SECONDS=60: shorter)
+	@$(PY) -m pytest -q -s -m long tests/unit/test_mixed_load.py
 
 test-fresh: fresh-packages ## both commands of the README on a machine that has seen nothing (RELEASE=trixie: of another Debian)
 	@/usr/bin/python3 tests/fresh.py $(if $(RELEASE),--release $(RELEASE),--record)
@@ -88,6 +93,8 @@ conformance: setup conformance-packages ## every protocol and client against a r
 
 conformance-packages:
 	@$(call install,$(CONFORMANCE_PACKAGES))
+	@command -v npm >/dev/null || { $(call install,npm); }
+	@test -e $(AUTOCANNON)/node_modules || npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(AUTOCANNON) autocannon@8.0.0
 
 bench-lifecycle: setup ## launch, suspend, resume, beside the bare hypervisor
 	@$(PY) benchmarks/lifecycle.py

@@ -13,6 +13,7 @@ class Relay:
 
     def __init__(self, listener: socket.socket, target: tuple[str, int], one_way_seconds: float) -> None:
         self._listener, self._target, self._delay = listener, target, one_way_seconds
+        self.accepted = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -30,6 +31,7 @@ class Relay:
         self._server = await asyncio.start_server(self._connected, sock=self._listener)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
         far_reader, far_writer = await asyncio.open_connection(*self._target)
         await asyncio.gather(self._carry(reader, far_writer), self._carry(far_reader, writer))
 

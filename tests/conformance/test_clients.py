@@ -19,7 +19,7 @@ import pytest
 import requests
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from service import ROLE, Instance
+from service import ROLE, Instance, until
 from websockets.asyncio.client import connect
 
 pytestmark = [pytest.mark.vm, pytest.mark.conformance]
@@ -177,6 +177,23 @@ async function work(token) {
   });
   return JSON.stringify([echoed.length, many.filter(s => s === 200).length, message, socket.protocol]);
 }
+let going = true, good = 0, lanes, failures = [];
+function begin(token) {  // five requests at a time are under way, until finish()
+  const headers = {'X-aws-proxy-auth': token, 'X-aws-proxy-port': '8080'};
+  lanes = Array.from({length: 5}, async () => {
+    while (going) {
+      try {
+        const answer = await fetch('/slow?s=0.3', {headers});
+        if (answer.status === 200 && await answer.text() === 'slow') good++; else failures.push(answer.status);
+      } catch (error) { failures.push(String(error)); }
+    }
+  });
+}
+async function finish() {
+  going = false;
+  await Promise.all(lanes);
+  return JSON.stringify([good, failures]);
+}
 function events() {
   const source = new EventSource('/stream?n=3&s=0.05'), seen = [];
   return new Promise((done, failed) => {
@@ -206,9 +223,10 @@ class Browser:
 
     async def open(self) -> None:
         file = self.profile / "DevToolsActivePort"
-        while not (file.exists() and len(file.read_text().splitlines()) == 2):
-            assert self.process.poll() is None
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(60):
+            while not (file.exists() and len(file.read_text().splitlines()) == 2):
+                assert self.process.poll() is None
+                await asyncio.sleep(0.05)
         port = file.read_text().splitlines()[0]
         pages = await asyncio.to_thread(lambda: requests.get(f"http://127.0.0.1:{port}/json", timeout=10).json())
         self.socket = await connect(next(one["webSocketDebuggerUrl"] for one in pages if one["type"] == "page"), max_size=None)
@@ -221,6 +239,16 @@ class Browser:
             if answer.get("id") == self.last:
                 assert "error" not in answer, answer
                 return answer["result"]
+
+    async def visit(self, guest: dict[str, Any]) -> None:
+        """Opens the page that the microVM serves, which needs the token's field from outside the page."""
+        await self.say("Network.enable")
+        await self.say("Network.setExtraHTTPHeaders", headers=headers(guest))
+        await self.say("Page.navigate", url=f"https://{guest['endpoint']}/page")
+        async with asyncio.timeout(60):
+            while await self.evaluate("document.title") != "page":
+                await asyncio.sleep(0.05)
+        await self.say("Network.setExtraHTTPHeaders", headers={})
 
     async def evaluate(self, text: str) -> Any:
         result = await self.say("Runtime.evaluate", expression=text, awaitPromise=True)
@@ -243,12 +271,7 @@ async def test_chromium(service: Instance, guest: dict[str, Any], state: str, tm
     browser = Browser(guest, tmp_path)
     try:
         await browser.open()
-        await browser.say("Network.enable")
-        await browser.say("Network.setExtraHTTPHeaders", headers=headers(guest))
-        await browser.say("Page.navigate", url=f"https://{guest['endpoint']}/page")
-        while await browser.evaluate("document.title") != "page":
-            await asyncio.sleep(0.05)
-        await browser.say("Network.setExtraHTTPHeaders", headers={})
+        await browser.visit(guest)
         worked = json.loads(await browser.evaluate(f"work({json.dumps(guest['token'])})"))
         assert worked == [21000, 20, "hello", "lambda-microvms"]
         await browser.say("Network.setExtraHTTPHeaders", headers=headers(guest))
@@ -257,6 +280,37 @@ async def test_chromium(service: Instance, guest: dict[str, Any], state: str, tm
     finally:
         browser.process.kill()
         browser.process.wait()
+
+
+async def test_chromium_keeps_its_connections_while_microvms_come_and_go(service: Instance, guest: dict[str, Any], tmp_path: Path) -> None:
+    """It ends its requests with ERR_NETWORK_CHANGED whenever an address of the host's changes."""
+    curl(guest, "-X", "PUT", "--data-binary", PAGE, f"https://{guest['endpoint']}/page")
+    browser = Browser(guest, tmp_path)
+    try:
+        await browser.open()
+        await browser.visit(guest)
+        await browser.evaluate(f"begin({json.dumps(guest['token'])})")
+        for _ in range(3):
+            await asyncio.to_thread(others_come_and_go, service, guest)
+        good, failures = json.loads(await browser.evaluate("finish()"))
+        assert not failures and good > 10
+        await browser.close()
+    finally:
+        browser.process.kill()
+        browser.process.wait()
+
+
+def others_come_and_go(service: Instance, guest: dict[str, Any]) -> None:
+    """One is launched, suspended, woken and ended; its link goes, and another is made to be ready for the next."""
+    links = service.run / service.name / "netns"
+    before = set(links.iterdir())
+    vm = service.launch(guest["imageArn"], idlePolicy=POLICY)
+    service.client().suspend_microvm(microvmIdentifier=vm["microvmId"])
+    service.state(vm["microvmId"], "SUSPENDED")
+    fields = {"X-aws-proxy-auth": service.token(vm["microvmId"])}
+    assert requests.get(f"https://{vm['endpoint']}/state", headers=fields, verify=guest["ca"], timeout=30).status_code == 200
+    service.terminate(vm["microvmId"])
+    until(lambda: before - set(links.iterdir()) and set(links.iterdir()) - before)
 
 
 def test_aws_logs_tail_follows(service: Instance, guest: dict[str, Any]) -> None:
