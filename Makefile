@@ -94,7 +94,7 @@ conformance: setup conformance-packages ## every protocol and client against a r
 conformance-packages:
 	@$(call install,$(CONFORMANCE_PACKAGES))
 	@command -v npm >/dev/null || { $(call install,npm); }
-	@test -e $(AUTOCANNON)/node_modules || npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(AUTOCANNON) autocannon@8.0.0
+	@test -e $(AUTOCANNON)/node_modules || npm install --silent --no-audit --no-fund --ignore-scripts --cache $(AUTOCANNON)/cache --prefix $(AUTOCANNON) autocannon@8.0.0
 
 bench-lifecycle: setup ## launch, suspend, resume, beside the bare hypervisor
 	@$(PY) benchmarks/lifecycle.py
