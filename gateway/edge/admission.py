@@ -58,6 +58,7 @@ class Refuse:
 Decision = Forward | Hold | Lookup | Refuse
 MISSING_TOKEN = Refuse(403, MISSING)
 BAD_TOKEN = Refuse(403, FAILED)
+NOT_RUNNING = Refuse(502, reason="the MicroVM is not running, and no request resumes it")
 NO_TRACE = Refuse(501, b"TRACE with Max-Forwards: 0 is not answered here")
 
 
@@ -135,4 +136,4 @@ def admit_again(session: str, port: int, route: Route | None) -> Decision:
 def _by_gate(route: Route, port: int) -> Decision:
     if route.gate == "open":
         return Forward(port)
-    return Hold(port) if route.gate == "hold" else Refuse(502, reason="the MicroVM is not running, and no request resumes it")
+    return Hold(port) if route.gate == "hold" else NOT_RUNNING

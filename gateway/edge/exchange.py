@@ -18,10 +18,10 @@ from gateway.messages import Route
 from gateway.tokens import Grant
 
 from . import failures, replies
-from .admission import SHELL_PORT, Decision, Forward, Hold, Lookup, Refuse, admit, admit_again, check_token
+from .admission import NOT_RUNNING, SHELL_PORT, Decision, Forward, Hold, Lookup, Refuse, admit, admit_again, check_token
 from .head import NO_BODY, Malformed, RequestHead, ResponseHead
 from .head_cache import CachedAdmission, CachedRequest
-from .hold import HoldFull, Ticket
+from .hold import TOO_MANY_BYTES, HoldFull, Ticket
 from .reading import PEER_SLOW, THROTTLED
 from .record import HTTP1, HTTP2, RequestRecord
 from .sockets import SessionGone
@@ -299,7 +299,7 @@ class Exchange:
         entry = worker.table.get(head.host)
         decision = admit(head, grant, entry.route if entry else None, False, wall)
         if isinstance(decision, Refuse):
-            self.refuse(decision)
+            self._refuse_decided(decision, entry)
         elif entry is not None and entry.limiter is not None and self._is_over(entry.route.session, entry.limiter):
             if isinstance(decision, Forward | Hold):
                 limited = "more requests or connections than the endpoint's limits allow (edge.limits)"
@@ -430,7 +430,7 @@ class Exchange:
                         return
                     continue
                 if isinstance(decision, Refuse) or entry is None:
-                    self.refuse(decision if isinstance(decision, Refuse) else replies.UNAVAILABLE)
+                    self._refuse_decided(decision if isinstance(decision, Refuse) else replies.UNAVAILABLE, entry)
                     return
                 key = (entry.route.session, entry.route.incarnation, decision.port)
                 if isinstance(decision, Hold):
@@ -448,6 +448,7 @@ class Exchange:
             self.refuse(replies.UNAVAILABLE)
         except Exception:
             log.exception("edge.exchange_failed", session=key[0])
+            self.fault(key, "the service failed; its own log says more")
             self.refuse(replies.FAILED)
         finally:
             if self._task is asyncio.current_task():  # and not one that tries again
@@ -497,6 +498,18 @@ class Exchange:
             self._timing += f", connect;dur={(worker.time() - started) * 1000:.1f}"
         self._start(origin, entry)
         return True
+
+    def _refuse_decided(self, refusal: Refuse, entry: RouteEntry | None) -> None:
+        """What admission refuses is the client's, but for a MicroVM that no request may wake."""
+        if entry is not None and refusal is NOT_RUNNING:
+            self.worker.report_fault(entry.route.session, f"a request was refused: {refusal.why}")
+        self.refuse(refusal)
+
+    def held_too_much(self, ticket: Ticket) -> None:
+        """More of this request's body came than may be held with it."""
+        self.fault(ticket.key, TOO_MANY_BYTES)
+        self.leave()
+        self.refuse(replies.TOO_MANY)
 
     def fault(self, key: Key, text: str) -> None:
         """The answer is ours because of the application at `key`: the access log and the microVM's log say why."""

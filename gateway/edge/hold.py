@@ -18,10 +18,15 @@ import structlog
 from gateway.config import Edge
 from gateway.messages import Route
 
+from .keys import Key
+
 log = structlog.get_logger()
 
 _TOTAL = 4  # times a session's bounds: what a worker holds in all
 _ACCOUNT = 3  # times what is free in all: what the sessions of one account may hold together
+
+
+TOO_MANY_BYTES = "more of requests' bodies waits for the MicroVM than its share of what is held (edge.held_bytes)"
 
 
 class HoldFull(Exception):
@@ -39,11 +44,12 @@ class Usage:
 
 
 class Ticket:
-    """One held request's part of the bounds."""
+    """One held request's part of the bounds; `key` is the application that it waits for."""
 
-    __slots__ = ("account", "held_bytes", "session")
+    __slots__ = ("account", "held_bytes", "key", "session")
 
-    def __init__(self, session: Usage, account: Usage, held_bytes: int) -> None:
+    def __init__(self, key: Key, session: Usage, account: Usage, held_bytes: int) -> None:
+        self.key = key
         self.session = session
         self.account = account
         self.held_bytes = held_bytes
@@ -91,12 +97,12 @@ class Holds:
         if not self._has_room(queue.usage.requests, account.requests):
             raise HoldFull("more requests wait for the MicroVM than its share of what is held (edge.held_requests)")
         if not self._has_room_for_bytes(queue.usage.held_bytes + size, account.held_bytes + size):
-            raise HoldFull("more of requests' bodies waits for the MicroVM than its share of what is held (edge.held_bytes)")
+            raise HoldFull(TOO_MANY_BYTES)
         self._queues[route.session], self._accounts[route.account] = queue, account
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
         queue.waiters.append(waiter)
-        request.held_for = ticket = Ticket(queue.usage, account, size)
+        request.held_for = ticket = Ticket((route.session, route.incarnation, port), queue.usage, account, size)
         self._add(ticket, 1, size)
         try:
             if port:

@@ -254,8 +254,7 @@ class Http1(Exchange):
     def _keep_ahead(self, data: bytes) -> None:
         self._ahead.append(data)
         if self.held_for is not None and not self.worker.holds.grow(self.held_for, len(data)):
-            self.leave()
-            self.refuse(replies.TOO_MANY)
+            self.held_too_much(self.held_for)
         elif self._ahead.size > _AHEAD_MAX_BYTES:
             self.pause_reading(READ_AHEAD)
 

@@ -389,8 +389,7 @@ class Request(Exchange, Flow):
             self._ahead = bytearray()
         self._ahead += data
         if self.held_for is not None and not self.worker.holds.grow(self.held_for, len(data)):
-            self.leave()
-            self.refuse(replies.TOO_MANY)
+            self.held_too_much(self.held_for)
 
     def on_trailers(self, trailers: Trailers) -> None:
         if self.expected > 0:

@@ -105,7 +105,10 @@ class Parking:
                     self.opened(route)
                 else:
                     await worker.holds.wait(route, max(0.0, deadline - worker.time()), _Waker())
-        except (TimeoutError, HoldFull):
+        except (TimeoutError, HoldFull) as error:
+            count = self.streams(session)
+            why = str(error) or f"it did not run again within {worker.settings.hold_seconds:g} s (edge.hold_seconds)"
+            worker.report_fault(session, f"{count} streams that waited for the MicroVM were closed: {why}")
             self.over(session)
         finally:
             self._waking.discard(session)
@@ -113,12 +116,13 @@ class Parking:
     def opened(self, route: Route) -> None:
         """The session runs (again): its streams go on, as connections of this incarnation."""
         for origin in self._parked.pop(route.session, ()):
-            self._worker.upstream.adopt(origin, route.incarnation)
+            if not self._worker.guard(self._worker.upstream.adopt, origin, route.incarnation):
+                self._worker.guard(origin.cut)
 
     def over(self, session: str) -> None:
         """The session will not run again: its streams are cut."""
         for origin in self._parked.pop(session, ()):
-            origin.cut()
+            self._worker.guard(origin.cut)
 
     def close(self) -> None:
         """The worker ends, and with it what it has parked."""

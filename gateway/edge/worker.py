@@ -137,7 +137,7 @@ class Worker:
         self.is_draining = True
         for server in self._servers:
             server.close()
-        self._guard(self.parking.close)
+        self.guard(self.parking.close)
         self._each_client("begin_drain")
         deadline = self.time() + self.settings.drain_seconds
         quiet_until = self.time() + min(2.0, self.settings.drain_seconds)
@@ -149,7 +149,7 @@ class Worker:
             if self.time() > quiet_until:
                 self._each_client("close_idle", only_quiet=True)
             await asyncio.sleep(0.05)
-        self._guard(self._send_report)
+        self.guard(self._send_report)
         self.control.close()
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -224,17 +224,17 @@ class Worker:
         else:
             self._endpoints.pop(session, None)
         if old is not None and (old.incarnation != new.incarnation or not new.is_live):
-            self._guard(self.upstream.end, old.session, old.incarnation)
+            self.guard(self.upstream.end, old.session, old.incarnation)
         if new.gate == "hold" and new.is_live and old is not None and old.incarnation < new.incarnation:
             # The guest is about to run: what is held goes on waiting, and its connections are made meanwhile.
             for port in self.holds.ports(session):
-                self._guard(self.upstream.preconnect, new, port)
+                self.guard(self.upstream.preconnect, new, port)
             return
         if new.gate == "open":
             asyncio.get_running_loop().call_later(_PREFETCH_SECONDS, self._prefetch, new)
-            self._guard(self.parking.opened, new)
+            self.guard(self.parking.opened, new)
         elif new.gate == "refuse":
-            self._guard(self.parking.over, session)
+            self.guard(self.parking.over, session)
         self.holds.changed(session)
 
     def _prefetch(self, route: m.Route) -> None:
@@ -277,9 +277,9 @@ class Worker:
     async def _report(self) -> None:
         while True:
             await asyncio.sleep(_REPORT_SECONDS)
-            self._guard(self._send_report)
+            self.guard(self._send_report)
 
-    def _guard(self, work: Callable[..., object], *arguments: object) -> bool:
+    def guard(self, work: Callable[..., object], *arguments: object) -> bool:
         """One step among several that do not depend on each other; False where it raised. What raises is logged, and ends itself alone."""
         try:
             work(*arguments)
@@ -291,7 +291,7 @@ class Worker:
     def _each_client(self, step: str, *arguments: object, only_quiet: bool = False) -> None:
         """A client whose step raises is ended: nobody could say what state it is in."""
         for client in [one for one in self.clients if not only_quiet or one.is_quiet]:
-            if not self._guard(getattr(client, step), *arguments):
+            if not self.guard(getattr(client, step), *arguments):
                 self.clients.discard(client)
                 if client.transport is not None:
                     client.transport.abort()
@@ -326,9 +326,9 @@ class Worker:
             await asyncio.sleep(_SWEEP_SECONDS)
             now = self.time()
             self._each_client("sweep", now)
-            self._guard(self.upstream.sweep, now)
+            self.guard(self.upstream.sweep, now)
             if self._certificates is not None:
-                self._guard(self._certificates.refresh)
+                self.guard(self._certificates.refresh)
 
 
 async def run(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edge_rig import Rig
+from edge_rig import Rig, response
 from waiting import until
 
 from gateway.edge.faults import SESSIONS_MAX, TEXT_MAX_CHARACTERS, TEXTS_MAX, WINDOW_SECONDS, FaultLines
@@ -162,6 +162,73 @@ async def test_the_endpoints_limits(rig: Rig) -> None:
     assert (
         await rig.control.fault() == f"s1 port {rig.app_port}: more requests or connections than the endpoint's limits allow (edge.limits)"
     )
+
+
+async def test_a_body_that_grows_beyond_what_is_held(rig: Rig) -> None:
+    await rig.start(held_bytes=65536)
+    await rig.control.change("hold")
+    connections = [await rig.open() for _ in range(3)]
+    for number, (_, writer) in enumerate(connections):
+        writer.write(rig.request("/", "Content-Length: 100000", method="POST"))
+        await until(lambda number=number: rig.worker.holds.statistics()["requests"] == number + 1)  # type: ignore[misc]
+    for _, writer in connections:
+        writer.write(bytes(30_000))
+    await until(lambda: rig.worker.holds.statistics()["requests"] == 2)
+    assert sorted([(await response(connections[at][0]))[0] for at in (2,)]) == [429]
+    assert (await rig.control.fault()).startswith(f"s1 port {rig.app_port}: more of requests' bodies waits")
+    for _, writer in connections:
+        writer.close()
+
+
+async def test_a_microvm_that_no_request_resumes(rig: Rig) -> None:
+    await rig.start()
+    await rig.control.change("refuse")
+    ((status, _, body),) = await rig.ask(rig.request())
+    assert (status, body) == (502, b"")
+    assert await rig.control.fault() == "s1 a request was refused: the MicroVM is not running, and no request resumes it"
+
+
+async def test_a_fault_of_the_service(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    await rig.start()
+
+    async def connect(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(rig.worker.upstream, "connect", connect)
+    ((status, _, _),) = await rig.ask(rig.request())
+    assert status == 500
+    assert await rig.control.fault() == f"s1 port {rig.app_port}: the service failed; its own log says more"
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxx", "response has two different Content-Length values (RFC 9112 6.3)"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "what the application answered is not HTTP (RFC 9112, 4)"),
+        (b"", "the application closed the connection without an answer"),
+        (b"HTTP/1.1 200 OK\r\nContent-Le", "the application closed the connection in the middle of the response's head (RFC 9112, 8)"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", "the application closed the connection before the response's content was complete (RFC 9112, 8)"),
+        (b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n", "the response switches protocols, which the request did not ask for (RFC 9110, 15.2.2)"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", None),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 40_000 + b"\r\n\r\n", None),
+    ],
+)  # fmt: skip
+async def test_an_answer_that_cannot_be_taken_names_the_rule_and_its_clause(rig: Rig, answer: bytes, line: str | None) -> None:
+    await rig.start()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        writer.write(answer)
+        await writer.drain()
+
+    rig.script = script
+    reader, writer = await rig.open()
+    writer.write(rig.request("/", method="POST"))
+    await reader.read(65536)
+    told = await rig.control.fault()
+    assert told.startswith(f"s1 port {rig.app_port}: ") and (line is None or told.endswith(line)), told
+    assert "RFC" in told or "edge." in told or not answer
+    writer.close()
 
 
 async def test_repeated_faults_are_not_repeated_lines(rig: Rig) -> None:

@@ -1,8 +1,7 @@
-"""Shares of the loop's turns: alone a session has no bound, beside another one it waits in order."""
+"""Quotas within a turn of the loop: alone a session has no bound, beside another one it waits in order."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 from edge_rig import HOST, Rig
 from h2_client import Judge
+from waiting import turn
 
 from gateway.edge.fairness import QUOTA, FairQueue
 from gateway.edge.table import Account
@@ -53,10 +53,10 @@ async def test_beside_another_one_a_flood_gets_its_share_of_each_turn_in_order()
             served.append(number)
     assert served == list(range(QUOTA)) and turns.admit(quiet, 1.0)
     assert not turns.admit(flood, 1.001), "a new turn's request does not overtake"
-    for turn in (2, 3):
-        await asyncio.sleep(0)
-        assert served == list(range(turn * QUOTA))
-    await asyncio.sleep(0)
+    for number in (2, 3):
+        await turn()
+        assert served == list(range(number * QUOTA))
+    await turn()
     assert turns.admit(flood, 1.002)
 
 

@@ -193,6 +193,33 @@ async def test_a_drain_goes_on_past_a_client_that_raises(rig: Rig) -> None:
     writer.close()
 
 
+async def test_a_parked_stream_that_cannot_go_on_leaves_the_others_theirs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    await rig.start()
+    adopted: list[object] = []
+
+    class Stream:
+        key = ("s1", 1, 80)
+        stream_count = 1
+        was_cut = False
+
+        def cut(self) -> None:
+            self.was_cut = True
+
+    streams = [Stream() for _ in range(3)]
+    for stream in streams:
+        rig.worker.parking.add(stream)  # type: ignore[arg-type]
+
+    def adopt(stream: object, incarnation: int) -> None:
+        if not adopted:
+            adopted.append(stream)
+            raise Fault
+        adopted.append(stream)
+
+    monkeypatch.setattr(rig.worker.upstream, "adopt", adopt)
+    rig.worker.parking.opened(Route("h", "s1", 2, "open"))
+    assert len(adopted) == 3 and [one.was_cut for one in streams].count(True) == 1 and rig.worker.parking.count == 0
+
+
 # ---- certificates ----
 
 
