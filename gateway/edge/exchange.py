@@ -158,8 +158,13 @@ class Exchange:
 
     def _tries_again(self, failure: Failure, key: Key) -> bool:
         """Once, on a new connection, and only where the application cannot have acted on the request: it is safe and has no content
-        (RFC 9110, 9.2.2), or its application has said that it was not looked at. Over TLS, where the answer was not HTTP."""
-        if self._tried_again or failure.kind not in (failures.NOT_HTTP, failures.STALE, failures.REFUSED, failures.UNANSWERED):
+        (RFC 9110, 9.2.2), or its application has said that it was not looked at. Over TLS, where the answer was not HTTP. Not behind an
+        interim response, which says that the application has begun."""
+        if (
+            self._tried_again
+            or self._interims
+            or failure.kind not in (failures.NOT_HTTP, failures.STALE, failures.REFUSED, failures.UNANSWERED)
+        ):
             return False
         head = self.head or self._head_of_cached()
         if head is None or head.framing != NO_BODY or not (head.is_safe or failure.kind == failures.REFUSED):

@@ -280,8 +280,10 @@ def read_fields(head: RequestHead, fields: Fields, minor: int) -> None:
         if name.startswith(_PROXY_PREFIX):
             _proxy_field(head, name, value)
             continue
-        if name == b"upgrade" and may_upgrade and WEBSOCKET in _tokens(value):
-            head.upgrade = WEBSOCKET
+        if name == b"upgrade":
+            head.is_memorable = False  # what it asks for depends on the method, and what is remembered is used for any
+            if may_upgrade and WEBSOCKET in _tokens(value):
+                head.upgrade = WEBSOCKET
         elif name == b"expect":
             head.expects = True
         elif name == b"te":
@@ -369,6 +371,7 @@ def parse_response(raw: bytes, most: int, is_head: bool) -> ResponseHead:
     dropped = _HOP_BY_HOP | OWN_FIELDS | drop
     if status < 200 or status == 204:
         dropped |= {b"content-length", b"transfer-encoding"}  # RFC 9110, 8.6; RFC 9112, 6.1
+        close = close or framing == CHUNKED or length > 0  # the content that it may not have can come later, into another's answer
     if framing == CHUNKED:
         close = close or any(name == b"content-length" for name, _, _ in fields)  # RFC 9112, 6.1
         dropped |= {b"content-length"}

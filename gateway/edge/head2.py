@@ -181,14 +181,16 @@ def parse_response(fields: list[Field], end: bool, most: int, is_head: bool) -> 
     dropped = OWN_FIELDS | {b"content-length"} if status < 200 or status == 204 else OWN_FIELDS  # RFC 9110, 8.6
     rest = [one for one in rest if one[0] not in dropped]
     block = b"".join(b"\r\n%b: %b" % one for one in rest)
+    names = frozenset(name for name, _ in rest)
     framing, length = NO_BODY, 0
     if not (status < 200 or status in (204, 304) or is_head or (end and not lengths)):
         framing, length = (FIXED, int(lengths[0])) if lengths else (CHUNKED, 0)
         if framing == CHUNKED:
             block += b"\r\nTransfer-Encoding: chunked"
+            names |= {b"transfer-encoding"}
     elif end and status >= 200 and status not in (204, 304) and not is_head:
         framing, block = FIXED, block + b"\r\nContent-Length: 0"
-    head = ResponseHead(status, framing, length, True, b"HTTP/1.1 %d " % status, block, None, frozenset(name for name, _ in rest))
+    head = ResponseHead(status, framing, length, True, b"HTTP/1.1 %d " % status, block, None, names)
     head.is_dated = status < 200 or b"date" in head.names
     head.hpack = frames.encode_status(status) + frames.encode(rest)  # as it came, without what HTTP/1.1 needs for its framing
     return head

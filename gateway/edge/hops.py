@@ -33,7 +33,7 @@ class Hops:
         if self._is_forwarded:
             kept = []
             for line in block.split(b"\r\n")[1:]:
-                name = line.partition(b":")[0].lower()
+                name = line.partition(b":")[0].lower().replace(b"_", b"-")  # which CGI and WSGI do not tell apart
                 if name != _FORWARDED and not name.startswith(_PREFIX):
                     kept.append(b"\r\n" + line)
             block = b"".join(kept)

@@ -18,6 +18,7 @@ from .keys import FieldList
 from .multiplex import Multiplex
 from .reading import PEER_SLOW, READ_AHEAD, UNREAD
 from .record import HTTP2
+from .request_body import Pace
 from .websocket import GOING_AWAY, FrameCounter, accept_of
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ class Http2(Multiplex):
             self.go_away()
         else:
             for request in self._requests():
-                request.sweep(now - settings.body_seconds)
+                request.sweep(now)
 
     @property
     def is_quiet(self) -> bool:
@@ -301,7 +302,7 @@ class Http2(Multiplex):
 class Request(Exchange, Flow):
     """One stream: one exchange, and its flow control."""
 
-    __slots__ = ("_ahead", "_end_sent", "_frames", "_left", "_trailers", "connection", "expected", "key", *FLOW_SLOTS)
+    __slots__ = ("_ahead", "_end_sent", "_frames", "_left", "_pace", "_received", "_trailers", "connection", "expected", "key", *FLOW_SLOTS)
 
     protocol = HTTP2
     is_raw = False
@@ -314,6 +315,8 @@ class Request(Exchange, Flow):
         self.open_flow(number, connection.initial_window, now)
         self._ahead: bytearray | None = None  # of the body, or for the tunnel, read while there is neither application nor 101
         self.hop_fields = connection.hop_fields
+        self._received = 0  # bytes of the request's body
+        self._pace: Pace | None = None  # since it was first asked for
         self._trailers: Trailers | None = None  # which may come before there is an application
         self._left = -1  # bytes of the answer that Content-Length has promised, and that are still to come
         self._frames: FrameCounter | None = None
@@ -347,6 +350,7 @@ class Request(Exchange, Flow):
 
     def on_data(self, data: bytes, end: bool) -> None:
         """Raises H2StreamError where the body is not what Content-Length says."""
+        self._received += len(data)
         if self.expected >= 0:
             self.expected -= len(data)
             if self.expected < 0 or (end and self.expected):
@@ -420,12 +424,25 @@ class Request(Exchange, Flow):
             self.received_ms = int(self.worker.time() * 1000)
             self.connection.credit(self)
 
-    def sweep(self, long_ago: float) -> None:
-        """An upload that stands still, though it is read, is given up."""
-        if self.origin is None or self.received_end or self.paused or self.response_started or self.received_ms > long_ago * 1000:
+    def sweep(self, now: float) -> None:
+        """An upload that stands still or drips, though it is read, is given up."""
+        if self.origin is None or self.received_end or self.response_started:
             return
+        settings, pace = self.worker.settings, self._pace
+        if pace is None:
+            pace = self._pace = Pace()
+        received = self._received + self.connection.incomplete_of(self.number)
+        is_slow = pace.is_too_slow(received, now, self.paused != 0, settings.body_seconds, settings.body_bytes_per_second)
+        if self.paused:
+            return
+        if self.received_ms <= (now - settings.body_seconds) * 1000:
+            self._late(b"The request's body did not come in time")
+        elif is_slow:
+            self._late(b"The request's body comes too slowly")
+
+    def _late(self, text: bytes) -> None:
         self.leave()
-        self.refuse(Refuse(408, b"The request's body did not come in time"))
+        self.refuse(Refuse(408, text))
 
     # ---- the answer ----
 

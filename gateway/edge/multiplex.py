@@ -181,6 +181,13 @@ class Multiplex:
         elif self._block is None:
             self.incomplete_since = 0.0
 
+    def incomplete_of(self, number: int) -> int:
+        """Bytes that have come of a DATA frame of this stream that is not whole yet."""
+        buffer = self._buffer
+        if len(buffer) < 9 or buffer[3] != f.DATA or int.from_bytes(buffer[5:9], "big") & 0x7FFFFFFF != number:
+            return 0
+        return len(buffer) - 9
+
     def _incomplete(self) -> None:
         """Of a DATA frame that has not come whole, what has come is its stream's progress. Whatever else has begun has to end: its
         clock runs from its first byte, whatever trickles in meanwhile."""
@@ -470,7 +477,9 @@ class Multiplex:
         more of them are taken from their source."""
         self.put(f.headers(stream.number, block, False))
         if self.write_paused:
-            self._blocked[stream] = None
+            if stream not in self._blocked:
+                stream.blocked_ms = int(self.time() * 1000)
+                self._blocked[stream] = None
             self._pause_source(stream)
 
     def _pause_source(self, stream: Flow) -> None:

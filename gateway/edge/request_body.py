@@ -12,16 +12,37 @@ STANDS_STILL: Final = 1
 TOO_SLOW: Final = 2
 
 
+class Pace:
+    """Whether a body comes more slowly than it may, over spans of time: what drips does not keep its request open. Both protocols ask."""
+
+    __slots__ = ("_counted", "_since")
+
+    def __init__(self) -> None:
+        self._counted = 0  # bytes that had come when the current span began
+        self._since = 0.0  # when that was; 0: no span has begun
+
+    def is_too_slow(self, received: int, now: float, is_paused: bool, seconds: float, bytes_per_second: int) -> bool:
+        """`received` bytes have come in all. A body that is not read (`is_paused`) cannot be late."""
+        if is_paused or not self._since:
+            self._counted, self._since = received, now
+            return False
+        if now - self._since <= seconds:
+            return False
+        is_slow = received - self._counted < bytes_per_second * seconds
+        self._counted, self._since = received, now
+        return is_slow
+
+
 class RequestBody:
     """Bytes go through `take` in any cut, until `is_complete`. `check` is asked about once a second whether the client is late."""
 
-    __slots__ = ("_chunks", "_left", "_received", "_since", "last_at")
+    __slots__ = ("_chunks", "_left", "_pace", "_received", "last_at")
 
     def __init__(self, framing: int, length: int, now: float) -> None:
         self._chunks: ChunkedBody | None = ChunkedBody() if framing == CHUNKED else None
         self._left = length  # of a body with Content-Length: bytes that are still to come
-        self._received = 0  # bytes in the current span of time
-        self._since = 0.0  # when that span began; 0: none has
+        self._received = 0
+        self._pace: Pace | None = None  # since it was first asked for
         self.last_at = now  # when bytes came last
 
     @property
@@ -51,14 +72,12 @@ class RequestBody:
     def check(self, now: float, is_paused: bool, seconds: float, bytes_per_second: int) -> int:
         """Whether the body stands still for `seconds`, or comes more slowly than it may over a span of them. A body that is not read
         (`is_paused`) cannot be late."""
-        if is_paused or not self._since:
-            self._received, self._since = 0, now
-            self.last_at = max(self.last_at, now) if is_paused else self.last_at
-            return PUNCTUAL
-        if now - self.last_at > seconds:
+        pace = self._pace
+        if pace is None:
+            pace = self._pace = Pace()
+        is_slow = pace.is_too_slow(self._received, now, is_paused, seconds, bytes_per_second)
+        if is_paused:
+            self.last_at = max(self.last_at, now)
+        elif now - self.last_at > seconds:
             return STANDS_STILL
-        if now - self._since > seconds:
-            is_slow = self._received < bytes_per_second * seconds
-            self._received, self._since = 0, now
-            return TOO_SLOW if is_slow else PUNCTUAL
-        return PUNCTUAL
+        return TOO_SLOW if is_slow else PUNCTUAL

@@ -129,6 +129,19 @@ async def test_answers_of_http2_that_are_as_they_say(rig: Rig, method: str, answ
     writer.close()
 
 
+async def test_chunks_of_an_application_of_http2_are_not_announced_to_a_client_of_http_1_0(rig: Rig) -> None:
+    await rig.start()
+    speaks_h2(rig, GOOD["no length, and trailers"][1])
+    reader, writer = await rig.open()
+    writer.write(http1(rig, "GET").replace(b"HTTP/1.1", b"HTTP/1.0"))
+    async with asyncio.timeout(5):
+        everything = await reader.read()
+    assert (
+        everything.startswith(b"HTTP/1.1 200 ") and everything.endswith(b"\r\n\r\nfour") and b"transfer-encoding" not in everything.lower()
+    )
+    writer.close()
+
+
 # What an application of HTTP/1.1 says, the statuses that a client may see of it, and whether its connection may be used again.
 OF_HTTP1: dict[str, tuple[str, bytes, bool]] = {
     "more than its length": ("GET", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\n\r\n", False),
@@ -136,6 +149,9 @@ OF_HTTP1: dict[str, tuple[str, bytes, bool]] = {
     "content in a 204": ("GET", b"HTTP/1.1 204 No Content\r\n\r\nfour", False),
     "content in a 304": ("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 4\r\n\r\nfour", False),
     "chunks, and more": ("GET", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\nfour", False),
+    "a 204 whose content may yet come": ("GET", b"HTTP/1.1 204 No Content\r\nContent-Length: 4\r\n\r\n", False),
+    "a 204 whose chunks may yet come": ("GET", b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n", False),
+    "a 204 with a length of nothing": ("GET", b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", True),
     "an answer": ("GET", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", True),
 }
 

@@ -303,3 +303,10 @@ def test_the_end_of_a_head_is_its_first_empty_line(line_end: bytes, head_end: by
 def test_response_fields() -> None:
     head = response(b"HTTP/1.0 200 Fine", b"Connection: close, X-Hop", b"X-Hop: 1", b"Keep-Alive: 5", b"Set-Cookie: a", b"Set-Cookie: b")
     assert (head.status_line, head.block, head.keep_alive) == (b"HTTP/1.1 200 Fine", b"\r\nSet-Cookie: a\r\nSet-Cookie: b", False)
+
+
+def test_what_a_field_block_asks_for_by_method_is_not_remembered() -> None:
+    """GET with the same fields is a WebSocket's handshake."""
+    block = b"\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket"
+    assert not parse_request(b"POST / HTTP/1.1", block, 200).is_memorable
+    assert parse_request(b"GET / HTTP/1.1", block, 200).upgrade == b"websocket"

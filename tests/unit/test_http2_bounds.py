@@ -165,6 +165,24 @@ async def test_an_upload_that_stands_still_is_given_up_whatever_else_the_connect
     raw.writer.close()
 
 
+async def test_an_upload_that_drips_is_too_slow_as_over_http1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(tmp_path, monkeypatch)
+    await rig.start(http2=True, body_seconds=0.5, body_bytes_per_second=100)
+    rig.script = rig.echo
+    raw = Raw(*await rig.open())
+    raw.send(f.headers(1, block(rig, "/", "PUT"), False))
+    await until(lambda: b"PUT" in rig.received)
+    drips = asyncio.create_task(repeat(0.05, lambda: raw.send(f.frame(f.DATA, 0, 1, b"x"))))
+    try:
+        _, _, number, payload = await raw.until(f.HEADERS)
+        assert number == 1 and f.new_decoder(1 << 16).decode(payload, True)[0][:2] == (b":status", b"408")
+        assert (await raw.until(f.DATA))[3] == b"The request's body comes too slowly"
+    finally:
+        drips.cancel()
+        raw.writer.close()
+        await rig.stop()
+
+
 async def repeat(seconds: float, work: Any) -> None:
     while True:
         await asyncio.sleep(seconds)

@@ -581,8 +581,9 @@ def test_interim_responses_to_a_peer_that_does_not_read_pause_their_source() -> 
     one.send_interim(stream, b"\x88")
     assert stream.sources == [] and len(sent(one)) == 1
     one.pause_writing()
+    one.now += 1000  # a stream that was opened long ago
     one.send_interim(stream, b"\x88")
-    assert stream.sources == ["pause"]
+    assert stream.sources == ["pause"] and stream.blocked_ms == one.now * 1000, "is blocked since now"
     one.resume_writing()
     assert stream.sources == ["pause", "resume"] and stream not in one._blocked
     one.send_message(stream, b"\x88", b"done")

@@ -77,6 +77,22 @@ async def test_a_request_that_met_the_end_of_its_connection_is_sent_once_more(ri
     assert rig.worker.table.account("s1").waiting == 0
 
 
+async def test_behind_an_interim_response_it_is_not_sent_once_more(rig: Rig) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        writer.write(OK)
+        await rig.head(reader)
+        writer.write(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n")
+
+    rig.script = script
+    assert await ask(rig, "GET") == 200
+    reader, writer = await rig.open()
+    writer.write(rig.request())
+    assert [(await response(reader))[0] for _ in range(2)] == [103, 502]
+    assert rig.connects == 1
+    writer.close()
+
+
 async def test_it_is_sent_once_more_and_not_again(rig: Rig) -> None:
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await rig.head(reader)
