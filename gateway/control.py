@@ -11,6 +11,7 @@ import logging
 import math
 import secrets
 import signal
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import structlog
@@ -39,17 +40,18 @@ from .sessions.faults import FaultLog
 from .sessions.host import Host
 from .sessions.lifecycle import Lifecycle
 from .sessions.logs import LogStore
+from .sessions.model import Session
 from .sessions.recovery import recover
 from .sessions.routes import Routes
 from .sessions.shipping import Shipper, default_client
 from .sessions.states import Event, State
-from .sessions.store import Store
+from .sessions.store import Store, StoreError
 from .sessions.transitions import Observer
 from .tokens import Minter
 
 log = structlog.get_logger()
 
-_KEY_CHECK_SECONDS = 3600
+_HOUR_SECONDS = 3600.0
 _STOP_SECONDS = 60.0
 
 
@@ -110,18 +112,27 @@ class Control:
 
     async def suspend_all(self) -> None:
         """Before the service stops: every running session is suspended, and resumed at the next start."""
-        for session in list(self.store.sessions.values()):
-            if session.state is State.RUNNING:
-                session.suspended_by = "stop"
-                await self.lifecycle.fire(session, Event.SUSPEND)
+        tried: set[str] = set()
         try:
             async with asyncio.timeout(_STOP_SECONDS):
-                await self.lifecycle.quiet()
+                while running := [
+                    one for one in self.store.sessions.values() if one.state is State.RUNNING and one.id not in tried
+                ]:  # fmt: skip
+                    tried |= {one.id for one in running}
+                    await asyncio.gather(*map(self._suspend, running))
+                    await self.lifecycle.quiet()  # one that was launched or resumed meanwhile runs then
             await self.host.leave()
         except TimeoutError:
             log.warning("stop.sessions_left_running")
         except RpcError as error:
             log.warning("stop.host_away", error=str(error))
+
+    async def _suspend(self, session: Session) -> None:
+        session.suspended_by = "stop"
+        try:
+            await self.lifecycle.fire(session, Event.SUSPEND)
+        except StoreError as error:
+            log.warning("stop.session_left_running", session=session.id, error=str(error))
 
     # ---- what edges and vmm call ----
 
@@ -201,18 +212,27 @@ class Control:
     async def rpc_ended(self, connection: Connection, body: m.Ended) -> None:
         self.lifecycle.hypervisor_ended(body)
 
-    async def keep_logs(self) -> None:
-        """Removes, every hour, streams that nobody has written to for longer than the retention."""
-        days = self.settings.logs.retention_days
-        while days:
+    # ---- every hour ----
+
+    async def drop_old_logs(self) -> None:
+        """Removes streams that nobody has written to for longer than the retention."""
+        if days := self.settings.logs.retention_days:
             await asyncio.to_thread(self.logs.drop_older, days * 86_400.0)
-            await asyncio.sleep(_KEY_CHECK_SECONDS)
 
     async def rotate_keys(self) -> None:
-        while True:
-            await asyncio.sleep(_KEY_CHECK_SECONDS)
-            if self.minter.rotate_if_due():
-                self.routes.publish_keys(self.minter.verifiers())
+        """Makes a new key for tokens when the newest is old, and sends the workers what checks them."""
+        if self.minter.rotate_if_due():
+            self.routes.publish_keys(self.minter.verifiers())
+
+
+async def every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+    """Does work now and then, for ever: what it raises once keeps it from no later time."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("background.failed", work=work.__qualname__)
+        await asyncio.sleep(seconds)
 
 
 def _secret_file(path: Path) -> bytes:
@@ -238,7 +258,7 @@ async def main(settings: Settings) -> None:
             await web.SockSite(runner, sock, backlog=1024).start()
         runners.append(runner)
     edges = Server(settings.control_socket, Service(control, Admin(settings, control.directory, control.store)), {0, settings.users.edge})
-    work = [control.rotate_keys(), control.keep_logs()]
+    work = [every(_HOUR_SECONDS, control.rotate_keys), every(_HOUR_SECONDS, control.drop_old_logs)]
     if settings.logs.endpoint:
         shipper = Shipper(control.logs, settings.control_dir / "logs-sent.json", lambda: default_client(settings))
         work.append(shipper.run())

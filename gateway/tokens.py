@@ -110,17 +110,19 @@ class Minter:
         return True
 
     def rotate(self) -> None:
+        """Makes a new key. One that cannot be stored is not used: raises OSError."""
         now = self._now()
         replaced = [*(newer.created for newer in self._keys[1:]), now][: len(self._keys)]
-        self._keys = [key for key, at in zip(self._keys, replaced, strict=True) if now - at < LONGEST_SECONDS]
-        self._keys.append(_Key(str(uuid.uuid4()), now, secrets.token_bytes(32), Ed25519PrivateKey.generate().private_bytes_raw()))
+        keys = [key for key, at in zip(self._keys, replaced, strict=True) if now - at < LONGEST_SECONDS]
+        keys.append(_Key(str(uuid.uuid4()), now, secrets.token_bytes(32), Ed25519PrivateKey.generate().private_bytes_raw()))
         temporary = self._path.with_suffix(".new")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(msgspec.json.encode(self._keys))
+            file.write(msgspec.json.encode(keys))
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(self._path)
+        self._keys = keys
 
     def verifiers(self) -> list[Verifier]:
         """What edges need, without anything that signs."""

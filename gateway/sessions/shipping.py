@@ -58,7 +58,7 @@ class Shipper:
                 try:
                     if await asyncio.to_thread(self.ship, name):
                         waiting.discard(name)
-                except (BotoCoreError, ClientError) as error:
+                except (BotoCoreError, ClientError, OSError) as error:  # OSError: how far it was sent could not be noted
                     log.warning("logs.not_sent", group=name[1], stream=name[2], error=str(error))
                     is_away = True
                     break

@@ -171,3 +171,20 @@ def test_merged_ranges_allow_the_same_ports(ranges: list[tuple[int, int]], port:
     grant = Grant("s", tuple(merged), 0, "proxy", "")
     for candidate in {port, *(end for pair in ranges for end in pair), *(min(65535, pair[1] + 1) for pair in ranges)}:
         assert grant.allows(candidate) == any(first <= candidate <= last for first, last in ranges)
+
+
+def test_a_key_that_cannot_be_stored_signs_nothing(minter: Minter, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers would not know it, and its tokens would be refused."""
+    before = minter.verifiers()
+    clock.now += ROTATE_SECONDS + 1
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            minter.rotate_if_due()
+    assert minter.verifiers() == before
+    assert Checker(before).verify(minter.mint("s1", [(1, 65535)], 60), clock.now).session == "s1"
+    assert minter.rotate_if_due() and len(minter.verifiers()) == 2

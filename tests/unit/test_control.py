@@ -1,0 +1,248 @@
+"""Control as its workers and root meet it, over real sockets, with a host that a test scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_host import ScriptedHost, no_services
+from waiting import turns, until
+
+from gateway import control as module
+from gateway import messages as m
+from gateway.config import Settings
+from gateway.control import Control, every
+from gateway.observe import metrics
+from gateway.rpc import Connection, RpcError, Server, Service, connect
+from gateway.sessions.model import Archived, IdlePolicy, Session
+from gateway.sessions.states import State
+
+ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a"
+
+
+class Rig:
+    def __init__(self, directory: Path) -> None:
+        self.settings = Settings(root=directory / "root", run=directory / "run", suspend={"workers_seconds": 0.0})  # type: ignore[arg-type]
+        self.settings.control_dir.mkdir(parents=True)
+        self.settings.runtime.mkdir(parents=True)
+        (self.settings.control_dir / "access-keys.json").write_text(json.dumps({"AKIAEXAMPLE": "secret"}))
+        self.host = ScriptedHost()
+        self.left = 0
+
+    async def start(self) -> None:
+        self.control = Control(self.settings)
+        host = self.control.lifecycle.host
+
+        async def leave() -> None:
+            self.left += 1
+
+        async def traces(session: str) -> list[m.Trace]:
+            return []
+
+        for name in ("state", "prepare", "start", "suspend", "rest", "kill", "forget", "free", "usage", "services", "claim", "agent"):
+            setattr(host, name, getattr(self.host, name))
+        host.leave, host.traces = leave, traces  # type: ignore[method-assign]
+        self.control.lifecycle.channels._open_services = no_services  # type: ignore[assignment]
+        await self.control.recover()
+        self.server = Server(self.settings.control_socket, Service(self.control), {os.getuid()})
+
+    async def stop(self) -> None:
+        self.server.close()
+        self.control.vmm.close()
+        await self.control.lifecycle.close()
+        await self.control.store.close()
+        self.control.audit.close()
+        for guest in self.host.guests:
+            guest.close()
+
+    def session(self, name: str, **changes: Any) -> Session:
+        one = Session(name, f"host-{name}", ARN, "1.0", "image", 512, 2e9, 3600, idle_policy=IdlePolicy(600, 600, True), **changes)
+        self.control.store.put_session(one)
+        self.control.routes.publish(one)
+        return one
+
+    async def running(self, name: str) -> Session:
+        one = self.session(name)
+        self.control.lifecycle.launch(one)
+        await self.control.lifecycle.quiet()
+        assert one.state is State.RUNNING
+        return one
+
+
+class Worker:
+    """A worker's connection: what it is told."""
+
+    def __init__(self) -> None:
+        self.routes: list[m.Route] = []
+        self.keys: list[list[m.Verifier]] = []
+
+    async def rpc_route(self, connection: Connection, body: m.Route) -> None:
+        self.routes.append(body)
+
+    async def rpc_keys(self, connection: Connection, body: list[m.Verifier]) -> None:
+        self.keys.append(body)
+
+    async def rpc_gate(self, connection: Connection, body: m.Route) -> m.GateAnswer:
+        self.routes.append(body)
+        return m.GateAnswer(0, 0, True)
+
+    async def rpc_drain(self, connection: Connection, body: m.DrainRequest) -> m.Drained:
+        return m.Drained()
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    one = Rig(tmp_path)
+    await one.start()
+    yield one
+    await one.stop()
+
+
+async def joined(rig: Rig, name: str = "edge-0", worker: Worker | None = None) -> tuple[Connection, m.Table]:
+    connection = await connect(rig.settings.control_socket, Service(worker or Worker()))
+    return connection, await connection.call("hello", m.Hello(name), m.Table)
+
+
+async def test_a_worker_takes_the_table_and_then_every_change(rig: Rig) -> None:
+    one = rig.session("s1", state=State.SUSPENDED, incarnation=1)
+    worker = Worker()
+    connection, table = await joined(rig, worker=worker)
+    assert [route.session for route in table.routes] == ["s1"] and table.keys == rig.control.minter.verifiers()
+    one.state = State.TERMINATING
+    rig.control.routes.publish(one)
+    assert await connection.call("lookup", m.LookupRequest("host-s1"), m.Route | None) == rig.control.routes.find("host-s1")
+    assert [route.gate for route in worker.routes] == ["refuse"]
+    assert await connection.call("lookup", m.LookupRequest("unknown"), m.Route | None) is None
+    connection.close()
+
+
+async def test_a_held_request_resumes_its_session(rig: Rig) -> None:
+    one = await rig.running("s1")
+    worker = Worker()
+    connection, _ = await joined(rig, worker=worker)
+    await rig.control.lifecycle.fire(one, module.Event.SUSPEND)
+    await rig.control.lifecycle.quiet()
+    for session, incarnation in (("unknown", 1), ("s1", 0)):  # what is out of date resumes nothing
+        await connection.call("resume", m.ResumeRequest(session, incarnation))
+    assert one.state is State.SUSPENDED
+    await connection.call("resume", m.ResumeRequest("s1", 1))
+    await rig.control.lifecycle.quiet()
+    assert one.state is State.RUNNING and one.incarnation == 2
+    await until(lambda: worker.routes[-1].gate == "open")
+    connection.close()
+
+
+async def test_two_processes_of_one_slot_are_two_workers(rig: Rig) -> None:
+    """A worker that is being replaced drains while its successor serves."""
+    one = await rig.running("s1")
+    old, _ = await joined(rig)
+    new, _ = await joined(rig)
+    counts = metrics.edge_answers.labels("http/1.1", "2xx")
+    before = counts._value.get()
+    for connection, answered, count in ((old, 100, 7), (new, 1, 2), (old, 101, 8)):
+        await connection.call("counters", m.Counters({"http/1.1": [0, 0, answered]}, 0, 0, {}))
+        await connection.call("activity", m.Activity({one.id: (count, 0.0, 0), "unknown": (1, 0.0, 0)}))
+    assert counts._value.get() - before == 102
+    assert sorted(rig.control.lifecycle.liveness.counts(one.id).values()) == [2, 8]
+    old.close()
+    await until(lambda: len(rig.control.lifecycle.liveness.counts(one.id)) == 1)
+    assert list(rig.control.lifecycle.liveness.counts(one.id).values()) == [2]
+    new.close()
+
+
+async def test_refusals_say_what_they_are(rig: Rig) -> None:
+    connection, _ = await joined(rig)
+    for method, body, kind in (
+        ("traces", m.SessionName("unknown"), "NotFound"), ("microvm_log", m.LogRequest("unknown", 0), "NotFound"),
+        ("shell", m.ShellRequest("unknown", 1, 80, 24), "AgentError"),
+    ):  # fmt: skip
+        with pytest.raises(RpcError) as refused:
+            await connection.call(method, body)
+        assert refused.value.kind == kind
+    connection.close()
+
+
+async def test_where_sleepers_are(rig: Rig) -> None:
+    for name in ("warm", "cold"):
+        rig.session(name, state=State.SUSPENDED, incarnation=1, snapshot_bytes=10)
+    rig.session("archived", state=State.SUSPENDED, incarnation=1, archived=Archived("key", 5, "digest"))
+    rig.session("awake", state=State.RUNNING, incarnation=1)
+    rig.host.held["warm"] = m.SessionState("warm", 1, "warm", 77, 0.0)
+    connection, _ = await joined(rig)
+    tiers = await connection.call("tiers", None, dict[str, m.Tier])
+    assert tiers == {"warm": m.Tier("warm", 77), "cold": m.Tier("cold", 10), "archived": m.Tier("archived", 5)}
+    connection.close()
+
+
+async def test_a_stop_suspends_what_runs_and_what_comes_to_run_meanwhile(rig: Rig) -> None:
+    first = await rig.running("s1")
+    late = rig.session("s2")
+    rig.host.block["prepare"] = asyncio.Event()
+    rig.control.lifecycle.launch(late)
+    stop = asyncio.ensure_future(rig.control.suspend_all())
+    await rig.host.reached["suspend"].wait()
+    rig.host.block.pop("prepare").set()
+    await stop
+    assert first.state is late.state is State.SUSPENDED and rig.left == 1
+    assert first.suspended_by == late.suspended_by == "stop"
+
+
+async def test_a_session_whose_suspend_cannot_be_stored_leaves_the_stop_to_the_others(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions = [await rig.running(name) for name in ("s1", "s2")]
+    transaction, failed = rig.control.store._transaction, False
+
+    def full_once(*arguments: Any) -> None:
+        nonlocal failed
+        if not failed:
+            failed = True
+            raise sqlite3.OperationalError("disk is full")
+        transaction(*arguments)
+
+    fire = rig.control.lifecycle.fire
+
+    async def one_by_one(session: Session, *rest: Any) -> Any:
+        if session is sessions[1]:
+            await until(lambda: failed)
+        return await fire(session, *rest)
+
+    monkeypatch.setattr(rig.control.store, "_transaction", full_once)
+    monkeypatch.setattr(rig.control.lifecycle, "fire", one_by_one)
+    await rig.control.suspend_all()
+    assert [one.state for one in sessions] == [State.RUNNING, State.SUSPENDED] and rig.left == 1
+
+
+async def test_new_keys_reach_the_workers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker()
+    connection, table = await joined(rig, worker=worker)
+    await rig.control.rotate_keys()
+    await connection.call("lookup", m.LookupRequest("unknown"))
+    assert worker.keys == []
+    monkeypatch.setattr(rig.control.minter, "rotate_if_due", lambda: rig.control.minter.rotate() or True)
+    await rig.control.rotate_keys()
+    await connection.call("lookup", m.LookupRequest("unknown"))
+    assert len(worker.keys) == 1 and len(worker.keys[0]) == len(table.keys) + 1
+    connection.close()
+
+
+async def test_what_background_work_raises_keeps_it_from_no_later_time() -> None:
+    times = 0
+
+    async def work() -> None:
+        nonlocal times
+        times += 1
+        if times == 1:
+            raise OSError("disk is full")
+
+    task = asyncio.ensure_future(every(0.0, work))
+    await turns()
+    assert times > 1
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
