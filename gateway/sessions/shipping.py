@@ -17,7 +17,7 @@ from typing import Any
 import boto3
 import structlog
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError
 
 from gateway.config import Settings
 
@@ -49,7 +49,7 @@ class Shipper:
         self._made: set[tuple[str, str]] = set()
 
     async def run(self) -> None:
-        """Ships for ever; while the endpoint is away it is tried again every ten seconds."""
+        """Ships for ever; while the endpoint is away, or refuses a stream, it is tried again every ten seconds."""
         waiting = set(self._store.names())
         while True:
             waiting |= self._store.take_changed()
@@ -58,10 +58,13 @@ class Shipper:
                 try:
                     if await asyncio.to_thread(self.ship, name):
                         waiting.discard(name)
-                except (BotoCoreError, ClientError, OSError) as error:  # OSError: how far it was sent could not be noted
+                except BotoCoreError as error:
                     log.warning("logs.not_sent", group=name[1], stream=name[2], error=str(error))
                     is_away = True
                     break
+                except Exception as error:  # of this stream alone: it is refused, or how far it was sent cannot be written
+                    log.warning("logs.not_sent", group=name[1], stream=name[2], error=str(error))
+                    is_away = True
             await asyncio.sleep(_AWAY_SECONDS if is_away else _PERIOD_SECONDS)
 
     def ship(self, name: Name) -> bool:

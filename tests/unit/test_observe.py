@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import threading
 from collections.abc import Iterator
@@ -11,11 +12,14 @@ from typing import Any
 import boto3
 import pytest
 from botocore.config import Config
+from botocore.exceptions import ClientError
 from moto.server import ThreadedMotoServer
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from waiting import until
 
 from gateway.observe.spans import Spans
 from gateway.observe.steps import Steps
+from gateway.sessions import shipping
 from gateway.sessions.logs import LogStore
 from gateway.sessions.shipping import Shipper
 
@@ -104,6 +108,28 @@ def test_log_events_are_sent_in_order_and_once(tmp_path: Path, cloudwatch: str) 
     assert again.ship(name) and again.ship(name)
     events = client(cloudwatch).get_log_events(logGroupName=name[1], logStreamName=name[2], startFromHead=True)["events"]
     assert [event["message"] for event in events] == ["line 0", "line 1", "line 2", "line 3", " "]
+
+
+async def test_a_stream_that_cannot_be_sent_keeps_no_other_from_being_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LogStore(tmp_path / "logs")
+    for stream in ("a", "b", "c"):
+        store.append("1", "g", stream, ["x"])
+    shipper, sent = Shipper(store, tmp_path / "sent.json", lambda: None), []
+
+    def ship(name: tuple[str, str, str]) -> bool:
+        sent.append(name[2])
+        if name[2] == "a":
+            raise ClientError({"Error": {"Code": "InvalidParameterException"}}, "PutLogEvents")
+        if name[2] == "b" and sent.count("b") == 1:
+            raise OSError(28, "No space left on device")
+        return True
+
+    monkeypatch.setattr(shipper, "ship", ship)
+    monkeypatch.setattr(shipping, "_AWAY_SECONDS", 0.001)
+    task = asyncio.create_task(shipper.run())
+    await until(lambda: sent.count("a") > 2)
+    task.cancel()
+    assert (sent.count("b"), sent.count("c")) == (2, 1)
 
 
 def test_an_endpoint_that_is_away_loses_nothing(tmp_path: Path, cloudwatch: str) -> None:
