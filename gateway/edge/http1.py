@@ -42,7 +42,7 @@ _NONE: dict[str, Limiter] = {}  # shared: replaced before it is written to
 
 class Http1(Exchange):
     __slots__ = (
-        "_ahead", "_block", "_body", "_buffer", "_frames", "_half_closed_at", "_joined", "_keep",
+        "_ahead", "_block", "_body", "_buffer", "_frames", "_half_closed_at", "_head_bytes", "_joined", "_keep",
         "_origin_ended", "_reading", "_state", "_stuck_since", "_via", "is_raw", "touched", "transport",
     )  # fmt: skip
 
@@ -54,6 +54,7 @@ class Http1(Exchange):
         self._state = _AT_HEAD
         self._buffer = b""  # of a head that is not complete
         self._ahead = ReadAhead()
+        self._head_bytes = worker.settings.head_bytes
         self._reading: ReadGate | None = None
         self._half_closed_at = 0.0  # when the client ended its half; 0: it has not
         self._origin_ended = False  # the tunnel's application has ended its half
@@ -152,19 +153,17 @@ class Http1(Exchange):
         worker = self.worker
         if self._buffer:
             data, begin = self._buffer + data[begin:], 0
-            self._buffer = b""
-        else:
-            if data[begin : begin + 1] in b"\r\n":
-                data, begin = data[begin:].lstrip(b"\r\n"), 0  # RFC 9112, 2.2: an empty line before a request is ignored
-                if not data:  # and is no activity: it would keep a connection without requests open for ever
-                    return
-            self.touched = worker.time()
-        end = data.find(b"\r\n\r\n", begin)
-        if end < 0 or end - begin > worker.settings.head_bytes:
+        elif data[begin] in (13, 10):
+            data, begin = data[begin:].lstrip(b"\r\n"), 0  # RFC 9112, 2.2: an empty line before a request is ignored
+            if not data:  # and is no activity: it would keep a connection without requests open for ever
+                return
+        end = data.find(b"\r\n\r\n", begin) if begin else data.find(b"\r\n\r\n")
+        if end < 0 or end - begin > self._head_bytes:
             self._incomplete(data[begin:])
             return
+        self._buffer = b""
         self.touched = now = worker.time()
-        raw = data[begin:end]
+        raw = data[begin:end] if begin else data[:end]
         again = worker.heads.heads.get(raw)
         if again is not None:
             if not is_due and not worker.fairness.admit(again.admission.account, now):
@@ -207,10 +206,13 @@ class Http1(Exchange):
         self._go_on(True)
 
     def _incomplete(self, data: bytes) -> None:
-        if len(data) > self.worker.settings.head_bytes:
+        if len(data) > self._head_bytes:
+            self._buffer = b""
             self._fail(431, b"Request header fields too large")
-        elif data:
-            self._buffer = data
+            return
+        if not self._buffer:
+            self.touched = self.worker.time()
+        self._buffer = data
 
     def _parsed(self, line: bytes, block: bytes, data: bytes, end: int, now: float) -> None:
         try:
@@ -376,18 +378,17 @@ class Http1(Exchange):
         """Looks at what has come behind the request that is over. Whoever does not read its answers is asked for no more: what they
         take is bounded by the write buffer's limit."""
         self._to(_AT_HEAD)
-        self.resume_reading(PEER_SLOW | HELD)  # reasons of the exchange that is over
+        if self._reading is not None and self._reading.reasons:
+            self._reading.resume(PEER_SLOW | HELD)  # reasons of the exchange that is over
+            if not self._stuck_since:
+                self._reading.resume(UNREAD if self._ahead.size else UNREAD | READ_AHEAD)
         if self._stuck_since:
             self._to(_QUEUED)
             self.pause_reading(UNREAD)
-            return
-        self.resume_reading(UNREAD)
-        if self._ahead.size:
+        elif self._ahead.size:
             # Not at once: a long pipeline must neither recurse nor keep the loop from others.
             self._to(_QUEUED)
             asyncio.get_running_loop().call_soon(self._go_on, False)
-        else:
-            self.resume_reading(READ_AHEAD)
 
     def _go_on(self, is_due: bool) -> None:
         """Takes up the request that was queued."""

@@ -299,7 +299,6 @@ class Origin:
         if self._buffer:
             data = self._buffer + data
             self._buffer = b""
-        settings = self._worker.settings
         while True:
             rest = data.find(b"\r\n\r\n") + 4
             cached = self._responses.get(data[: rest - 4]) if rest > 4 and not self.is_head else None
@@ -307,6 +306,7 @@ class Origin:
                 head = cached.head
             else:
                 end, rest = find_end(data)
+                settings = self._worker.settings
                 try:
                     if (end if end >= 0 else len(data)) > settings.head_bytes:
                         raise Malformed(f"response has a head of more than {settings.head_bytes} bytes (edge.head_bytes)", 502)
