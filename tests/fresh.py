@@ -205,6 +205,10 @@ def mount_all(root: Path, plan: dict[str, object]) -> None:
         run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", root / "sys/fs/cgroup")
     for where, (kind, options) in groups.items():
         mount(kind, str(where.relative_to("/")), options)
+    if (root / "sys/fs/cgroup/cgroup.controllers").exists():
+        # As systemd does: a group whose controllers its children shall have may hold no process itself (cgroups(7)).
+        (root / "sys/fs/cgroup/init.scope").mkdir()
+        (root / "sys/fs/cgroup/init.scope/cgroup.procs").write_text("0")
     mount("tmpfs", "dev", "mode=755,nosuid")
     for name in DEVICES:
         if (node := Path("/dev") / name).exists():
