@@ -93,6 +93,7 @@ def make_root(root: Path, release: str) -> None:
     options.write_text(base.apt_options())
     run(
         "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--include=make,ca-certificates", f"--aptopt={options}",
+        '--aptopt=Acquire::Retries "3"',
         release, root, sources,
     )  # fmt: skip
     (root / "etc/hostname").write_text("fresh\n")
