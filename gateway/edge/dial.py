@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import socket
+import struct
+import termios
 from typing import cast
+
+_OUTQ = struct.Struct("i")
 
 
 async def dial(sock: socket.socket, address: tuple[str, int]) -> None:
@@ -51,3 +56,9 @@ class Unread(asyncio.Protocol):
         if self._said:
             self.transport.resume_reading()  # first: what is said may be a reason for `protocol` to pause
             protocol.data_received(self._said)
+
+
+def unacknowledged(transport: asyncio.Transport) -> int:
+    """Bytes that the guest has not acknowledged (tcp(7), SIOCOUTQ): after a sleep they would wait for a retransmission."""
+    sock = transport.get_extra_info("socket")
+    return int(_OUTQ.unpack(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]) if sock is not None else 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final
 
 import structlog
 
@@ -19,86 +19,44 @@ from gateway.tokens import Grant
 
 from . import failures, replies
 from .admission import NOT_RUNNING, SHELL_PORT, Decision, Forward, Hold, Lookup, Refuse, admit, admit_again, check_token
+from .context import Context
+from .failures import Failure
 from .head import NO_BODY, Malformed, RequestHead, ResponseHead
 from .head_cache import CachedAdmission, CachedRequest
 from .hold import TOO_MANY_BYTES, HoldFull, Ticket
+from .keys import Key
+from .limits import Limiter
 from .reading import PEER_SLOW, THROTTLED
 from .record import HTTP1, HTTP2, RequestRecord
+from .sides import NOBODY, ClientSide, OriginSide
 from .sockets import SessionGone
 from .table import Account, RouteEntry
 from .upstream import ConnectFailed
 from .websocket import PING, PONG, FrameCounter, pong
-
-if TYPE_CHECKING:
-    from gateway.tokens import Grant
-
-    from .failures import Failure
-    from .head import Trailers
-    from .keys import Key
-    from .limits import Limiter
-    from .worker import Worker
 
 log = structlog.get_logger()
 
 _STALE_SECONDS = 0.1
 _INTERIMS_MOST: Final = 64  # of one exchange: progress (102) and hints (103) come in a few, a flood would cost memory
 _TRACEPARENT = re.compile(rb"\r\ntraceparent: *([^\r]{1,128})", re.I)
-NOBODY = Account()
 
 
-class OriginSide(Protocol):
-    """What an exchange needs of the connection, or stream, to its application."""
-
-    takes_raw: bool  # bodies may come in HTTP/1.1's own framing
-
-    @property
-    def key(self) -> Key: ...
-
-    @property
-    def is_paused(self) -> bool: ...
-
-    @property
-    def is_parked(self) -> bool: ...
-
-    def open(self, exchange: Exchange, head: RequestHead) -> None:
-        """Sends the request's head. Fails the exchange where the connection has closed meanwhile."""
-
-    def send(self, data: bytes) -> None:
-        """Sends a piece of the request's body (or of a tunnel)."""
-
-    def finish(self, trailers: Trailers | None) -> None:
-        """The request's body, or the client's half of a tunnel, is complete."""
-
-    def pause(self, reason: int) -> None:
-        """The answer is not read while a reason (reading.py) holds."""
-
-    def resume(self, reason: int) -> None: ...
-
-    def abandon(self) -> None:
-        """The exchange is over before its end: the application must not be waited for."""
-
-
-class Exchange:
+class Exchange(ClientSide):
     """Origins call the methods under "the answer"; a protocol implements them."""
 
     __slots__ = (
-        "_held_since", "_interims", "_limiter", "_task", "_throttle", "_timing", "_tried_again", "_waiting", "account", "again",
-        "began", "client_frames", "counted", "first_byte", "head", "held_for", "held_seconds", "hop_fields", "origin", "owed", "reason",
-        "request_id", "response_started", "sent", "status", "worker",
+        "_held_since", "_interims", "_limiter", "_task", "_throttle", "_timing", "_tried_again", "_waiting", "again", "began",
+        "client_frames", "counted", "first_byte", "held_for", "held_seconds", "origin", "owed", "reason", "sent", "status",
+        "worker",
     )  # fmt: skip
 
     protocol: ClassVar[int] = HTTP1
-    is_raw: bool = True  # the answer's body may come in HTTP/1.1's own framing
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Context) -> None:
+        super().__init__()
         self.worker = worker
-        self.head: RequestHead | None = None
         self.origin: OriginSide | None = None
-        self.account = NOBODY
         self.again: CachedRequest | None = None  # in place of a head, where the request is one that was seen before
-        self.request_id = b""
-        self.hop_fields = b""  # lines that each request of this client gets (hops.py)
-        self.response_started = False
         self.counted = True  # whatever ends an exchange counts it; the first that does so sets this
         self.status = 0
         self.reason = ""  # why the answer is ours and not the application's, for the access log
@@ -117,29 +75,10 @@ class Exchange:
         self.client_frames: FrameCounter | None = None
         self.owed: list[tuple[int, bytes]] = []  # pings that the application was sent last, and has not answered
 
-    # ---- the answer: implemented by a protocol, called by origins ----
-
-    @property
-    def request_complete(self) -> bool:
-        """All of the request has been read, and sent on if there is an origin."""
-        raise AssertionError
+    # ---- the answer: the rest is implemented by a protocol ----
 
     def send_interim(self, head: ResponseHead) -> None:
         """Passes on a 1xx response."""
-
-    def response_head(self, head: ResponseHead) -> None: ...
-
-    def response_data(self, data: bytes) -> None: ...
-
-    def response_done(self, trailers: Trailers | None = None) -> None:
-        """The response is complete."""
-
-    def response_whole(self, head: ResponseHead, body: bytes) -> None:
-        """The usual answer: head and all of the body at once."""
-        self.response_head(head)
-        if body:
-            self.response_data(body)
-        self.response_done()
 
     def origin_failed(self, failure: Failure) -> None:
         """There is no whole answer from the application. Before its head this is a 502, or the request is sent once more; after it,
@@ -188,7 +127,6 @@ class Exchange:
         """Ends the answer so that its client sees that it is not complete."""
 
     def cut(self) -> None:
-        """The incarnation ends, and with it a stream or tunnel that is open; the client is told so where it can be."""
         self.origin_failed(failures.SUSPENDED)
 
     @property
@@ -198,20 +136,6 @@ class Exchange:
 
     def tunnel_write(self, data: bytes) -> None:
         """A whole frame of ours to the client, where the application's last frame has ended."""
-
-    def switch(self, head: ResponseHead, data: bytes) -> None:
-        """101: from here on bytes go both ways as they are; `data` came with the head."""
-
-    def tunnel_half_closed(self) -> None:
-        """The application has nothing more to say."""
-
-    def response_over(self) -> None:
-        """A tunnel is over, in both directions."""
-
-    def pause_reading(self, reason: int) -> None:
-        """The request is not read while a reason (reading.py) holds."""
-
-    def resume_reading(self, reason: int) -> None: ...
 
     def refuse(self, refusal: Refuse) -> None:
         """Answers without the application."""
@@ -369,7 +293,6 @@ class Exchange:
         return True
 
     def is_only_control(self, data: bytes) -> bool:
-        """The application's pings and pongs alone: no activity."""
         server = self.server_frames
         control = server.only_control(data) if server is not None else None
         if control is not None and self.owed and any(opcode == PONG for opcode, _ in control):
@@ -600,9 +523,3 @@ class Exchange:
         origin, self.origin = self.origin, None
         if origin is not None:
             origin.abandon()
-
-
-def peer_of(transport: asyncio.BaseTransport | None) -> str:
-    """The other end's address, without its port."""
-    name = transport.get_extra_info("peername") if transport is not None else None
-    return str(name[0]) if isinstance(name, tuple) else ""

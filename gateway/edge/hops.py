@@ -11,8 +11,8 @@ from typing import Final
 
 from gateway.config import Edge
 
-from .exchange import peer_of
 from .head import split_block
+from .record import peer_of
 
 _FORWARDED: Final = b"forwarded"
 _PREFIX: Final = b"x-forwarded-"

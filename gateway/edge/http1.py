@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final, cast
 
 from . import failures, replies
 from .admission import Refuse
-from .exchange import Exchange, peer_of
+from .context import Context
+from .exchange import Exchange
 from .head import CHUNKED, FIXED, MARKER, NO_BODY, UNTIL_CLOSE, Malformed, ResponseHead, Trailers, parse_request
 from .head_cache import CachedAdmission, CachedRequest
+from .limits import Limiter
 from .read_ahead import ReadAhead
 from .reading import HELD, PEER_SLOW, READ_AHEAD, UNREAD, ReadGate
+from .record import peer_of
 from .request_body import STANDS_STILL, TOO_SLOW, RequestBody
 from .websocket import GOING_AWAY, FrameCounter
-
-if TYPE_CHECKING:
-    from .limits import Limiter
-    from .worker import Worker
 
 _AT_HEAD: Final = 0  # the next request's head is awaited
 _IN_BODY: Final = 1  # a request is under way, and its body has not come whole
@@ -46,7 +45,7 @@ class Http1(Exchange):
         "_origin_ended", "_reading", "_state", "_stuck_since", "_via", "is_raw", "touched", "transport",
     )  # fmt: skip
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Context) -> None:
         super().__init__(worker)
         self.transport: asyncio.Transport | None = None
         self.touched = worker.time()

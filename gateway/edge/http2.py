@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final, cast
 
 from . import failures, head2, multiplex, replies
 from . import frames as f
 from .admission import Refuse
-from .exchange import Exchange, OriginSide, peer_of
+from .context import Context
+from .exchange import Exchange
 from .failures import Failure
 from .flow import FLOW_SLOTS, Flow
 from .frames import Code, H2ConnectionError, H2StreamError
 from .head import FIXED, MARKER, Malformed, ResponseHead, Trailers, split_block
 from .head_cache import CachedAdmission, CachedRequest
 from .keys import FieldList
+from .limits import Limiter
 from .multiplex import Multiplex
 from .reading import PEER_SLOW, READ_AHEAD, UNREAD
-from .record import HTTP2
+from .record import HTTP2, peer_of
 from .request_body import Pace
+from .sides import OriginSide
 from .websocket import GOING_AWAY, FrameCounter, accept_of
-
-if TYPE_CHECKING:
-    from .limits import Limiter
-    from .worker import Worker
 
 _STREAMS_MOST: Final = 128
 _LIST_SLACK = 2  # a field list this many times too large is still decoded, to be answered with 431
@@ -38,7 +37,7 @@ class Http2(Multiplex):
 
     __slots__ = ("_blocks", "_closing_since", "draining", "hop_fields", "idle_since", "joined", "opened", "worker", "write_paused_since")
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Context) -> None:
         super().__init__(worker.time, asyncio.get_running_loop().call_soon, _LIST_SLACK * worker.settings.head_bytes)
         self.worker = worker
         self.write_paused_since = 0.0

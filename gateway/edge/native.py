@@ -43,6 +43,7 @@ MODULES = (
     "reading",
     "record",
     "replies",
+    "sides",
     "request_body",
     "table",
     "tls",

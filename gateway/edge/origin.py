@@ -5,22 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final, cast
 
 from . import failures
 from .chunked import ChunkedBody, encode_end
+from .dial import unacknowledged
 from .failures import Failure
 from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, find_end, parse_response
 from .head_cache import Cache, CachedResponse
-from .parking import HELD_BYTES, unacknowledged
+from .keys import Key
 from .reading import HELD, PEER_SLOW, ReadGate
-
-if TYPE_CHECKING:
-    from .exchange import Exchange
-    from .keys import Key
-    from .pool import Pool
-    from .upstream import Upstream
-    from .worker import Worker
+from .sides import HELD_BYTES, ClientSide, OriginContext, Owner
 
 _AT_HEAD: Final = 0
 _IN_FIXED: Final = 1
@@ -34,31 +29,31 @@ BUFFER_HIGH_BYTES: Final = 512 << 10
 
 class Origin:
     __slots__ = (
-        "_asks_upgrade", "_body", "_buffer", "_encodes", "_held", "_in_chunks", "_left", "_pool", "_responses", "_sent_early", "_state",
-        "_worker", "answered", "exchange", "idle_since", "is_head", "is_parked", "is_paused", "is_secure", "proven_seconds", "reading",
-        "reuse_seconds", "spoke_first", "transport", "unclean",
+        "_asks_upgrade", "_body", "_buffer", "_context", "_encodes", "_held", "_in_chunks", "_left", "_owner", "_responses",
+        "_sent_early", "_state", "answered", "exchange", "idle_since", "is_head", "is_parked", "is_paused", "is_secure", "must_close",
+        "proven_seconds", "reading", "reuse_seconds", "spoke_first", "transport",
     )  # fmt: skip
 
     takes_raw = True
     is_shared = False  # by several exchanges at a time
 
-    def __init__(self, worker: Worker, pool: Pool, is_secure: bool) -> None:
-        self._worker = worker
-        self._responses: Cache[bytes, CachedResponse] = worker.heads.responses
-        self._pool = pool
+    def __init__(self, context: OriginContext, owner: Owner, is_secure: bool) -> None:
+        self._context = context
+        self._responses: Cache[bytes, CachedResponse] = context.responses
+        self._owner = owner
         self.is_secure = is_secure
         self.transport: asyncio.Transport | None = None
-        self.exchange: Exchange | None = None
+        self.exchange: ClientSide | None = None
         self.idle_since = 0.0
         self.is_head = False  # the request's method is HEAD
         self.reading: ReadGate | None = None  # as long as there is a transport
         self.is_paused = False  # its write buffer is full
         self.is_parked = False  # its session sleeps; what is sent meanwhile is held
         self._held: list[bytes] = []
-        self.unclean = False  # not to be used again
+        self.must_close = False  # it carries no further exchange
         self.answered = False  # the application has answered on this connection: it speaks HTTP
         self.spoke_first = False  # something came while there was no request
-        self.reuse_seconds = worker.settings.origin_idle_seconds  # idle for longer, it is not used again
+        self.reuse_seconds = context.settings.origin_idle_seconds  # idle for longer, it is not used again
         self.proven_seconds = _PROVEN_SECONDS  # pool.py
         self._state = _AT_HEAD
         self._left = 0
@@ -89,7 +84,7 @@ class Origin:
         if state != _TUNNEL or not exchange.is_only_control(data):
             account = exchange.account
             account.count += 1
-            account.last = self._worker.time()
+            account.last = self._context.time()
         if state == _IN_FIXED:
             self._fixed(exchange, data)
         elif state == _IN_CHUNKED:
@@ -107,16 +102,16 @@ class Origin:
 
     def _closed_while_idle(self) -> None:
         """The application closed a connection that waited: where it did so sooner than was to be expected, it may do so again."""
-        if self.answered and not self.is_closing and self._worker.time() - self.idle_since < self.proven_seconds:
-            self._pool.closes_early = True
+        if self.answered and not self.is_closing and self._context.time() - self.idle_since < self.proven_seconds:
+            self._owner.closes_early = True
 
     def connection_lost(self, error: Exception | None) -> None:
         if error is not None and self.exchange is None:
             self._closed_while_idle()
         self.transport = self.reading = None
         if self.is_parked:
-            self._worker.parking.discard(self)
-        self._pool.forget(self, self._worker.time())
+            self._context.forget_parked(self)
+        self._owner.forget(self, self._context.time())
         exchange, self.exchange = self.exchange, None
         if exchange is None:
             return
@@ -150,7 +145,7 @@ class Origin:
 
     @property
     def key(self) -> Key:
-        return self._pool.key
+        return self._owner.key
 
     @property
     def is_closing(self) -> bool:
@@ -169,14 +164,14 @@ class Origin:
             pass
         return False
 
-    def begin(self, exchange: Exchange, is_head: bool) -> None:
+    def begin(self, exchange: ClientSide, is_head: bool) -> None:
         """Takes an exchange whose head, without a body, its caller writes."""
         self.exchange = exchange
         self.is_head = is_head
         self._state = _AT_HEAD
         self._buffer = b""
 
-    def open(self, exchange: Exchange, head: RequestHead) -> None:
+    def open(self, exchange: ClientSide, head: RequestHead) -> None:
         if self.transport is None or self.transport.is_closing():  # since it was taken out of the pool
             exchange.origin_failed(self._unanswered())
             return
@@ -194,7 +189,7 @@ class Origin:
         if self.is_closing:
             return
         if self.is_reusable:
-            self._pool.release(self, self._worker.time())
+            self._owner.release(self, self._context.time())
         else:
             self.close()
 
@@ -220,9 +215,9 @@ class Origin:
         if self.exchange is not None:
             self.exchange.parked()
 
-    def join(self, upstream: Upstream, incarnation: int) -> None:
-        self._pool = upstream.pool((self.key[0], incarnation, self.key[2]))
-        self._pool.open.add(self)
+    def move(self, owner: Owner) -> None:
+        """It belongs to the next incarnation of its session."""
+        self._owner = owner
 
     def unpark(self) -> None:
         """The session runs again: what was held goes to the application."""
@@ -237,7 +232,7 @@ class Origin:
         self._held.append(data)
         if sum(map(len, self._held)) > HELD_BYTES and self.exchange is not None:
             self.exchange.pause_reading(HELD)
-        self._worker.parking.wake(self)
+        self._context.wake(self)
 
     def send(self, data: bytes) -> None:
         if self.is_parked:
@@ -270,11 +265,13 @@ class Origin:
     @property
     def is_reusable(self) -> bool:
         """Its state is that of a new connection."""
-        return self.exchange is None and not self.is_paused and not self.unclean and self.reading is not None and not self.reading.reasons
+        return (
+            self.exchange is None and not self.is_paused and not self.must_close and self.reading is not None and not self.reading.reasons
+        )
 
     def abandon(self) -> None:
         self.exchange = None
-        self.unclean = True
+        self.must_close = True
         if self.transport is not None and self.is_parked:
             self.transport.close()  # whose FIN is sent again until the guest runs; a reset would be lost
         elif self.transport is not None:
@@ -286,7 +283,7 @@ class Origin:
 
     def cut(self) -> None:
         """Ends the connection because its incarnation ends; the exchange on it, if any, fails."""
-        self.unclean = True
+        self.must_close = True
         exchange, self.exchange = self.exchange, None
         if self.transport is not None:
             self.transport.abort()
@@ -295,7 +292,7 @@ class Origin:
 
     # ---- the response ----
 
-    def _head(self, exchange: Exchange, data: bytes) -> None:
+    def _head(self, exchange: ClientSide, data: bytes) -> None:
         if self._buffer:
             data = self._buffer + data
             self._buffer = b""
@@ -306,7 +303,7 @@ class Origin:
                 head = cached.head
             else:
                 end, rest = find_end(data)
-                settings = self._worker.settings
+                settings = self._context.settings
                 try:
                     if (end if end >= 0 else len(data)) > settings.head_bytes:
                         raise Malformed(f"response has a head of more than {settings.head_bytes} bytes (edge.head_bytes)", 502)
@@ -332,32 +329,32 @@ class Origin:
         self._final(exchange, head, data)
 
     def _parse(self, raw: bytes) -> ResponseHead:
-        head = parse_response(raw, self._worker.settings.head_fields, self.is_head)
+        head = parse_response(raw, self._context.settings.head_fields, self.is_head)
         if not self.is_head and head.status >= 200 and len(raw) <= _MEMO_HEAD_MAX_BYTES:
             self._responses.put(raw, CachedResponse(head))
         return head
 
-    def _refuse(self, exchange: Exchange, failure: Failure) -> None:
+    def _refuse(self, exchange: ClientSide, failure: Failure) -> None:
         """What the application said cannot be taken."""
         self.exchange = None
-        self.unclean = True
+        self.must_close = True
         exchange.origin_failed(failure)
         if self.transport is not None:
             self.transport.abort()
 
-    def _final(self, exchange: Exchange, head: ResponseHead, data: bytes) -> None:
+    def _final(self, exchange: ClientSide, head: ResponseHead, data: bytes) -> None:
         if head.status == 101:
             self._switch(exchange, head, data)
             return
-        self.unclean = self._sent_early or not head.keep_alive
+        self.must_close = self._sent_early or not head.keep_alive
         if head.idle_seconds >= 0:
             self.proven_seconds = max(0.0, head.idle_seconds - 1)
-            self.reuse_seconds = min(self.proven_seconds, self._worker.settings.origin_idle_seconds)
+            self.reuse_seconds = min(self.proven_seconds, self._context.settings.origin_idle_seconds)
         framing = head.framing
         if framing == FIXED and len(data) == head.length:  # the usual answer: all of it came in one read
             self._finish(exchange, head, data)
         elif framing == NO_BODY:
-            self.unclean = self.unclean or bool(data)
+            self.must_close = self.must_close or bool(data)
             self._finish(exchange, head, b"")
         elif framing == FIXED:
             self._state, self._left = _IN_FIXED, head.length
@@ -374,7 +371,7 @@ class Origin:
             if data:
                 exchange.response_data(data)
 
-    def _switch(self, exchange: Exchange, head: ResponseHead, data: bytes) -> None:
+    def _switch(self, exchange: ClientSide, head: ResponseHead, data: bytes) -> None:
         asked = exchange.head.upgrade if exchange.head is not None else None
         if asked is None or head.upgrade is None or head.upgrade.lower() != asked:
             self._refuse(exchange, failures.UNASKED_UPGRADE)
@@ -383,18 +380,18 @@ class Origin:
         self._encodes = False
         exchange.switch(head, data)
 
-    def _fixed(self, exchange: Exchange, data: bytes) -> None:
+    def _fixed(self, exchange: ClientSide, data: bytes) -> None:
         extra = len(data) - self._left
         if extra > 0:
             data = data[: self._left]
-            self.unclean = True
+            self.must_close = True
         self._left -= len(data)
         if data:
             exchange.response_data(data)
         if not self._left:
             self._finish(exchange)
 
-    def _chunked(self, exchange: Exchange, data: bytes) -> None:
+    def _chunked(self, exchange: ClientSide, data: bytes) -> None:
         body = self._body
         assert body is not None
         content: list[bytes] = []
@@ -408,25 +405,25 @@ class Origin:
         if content:
             exchange.response_data(content[0] if len(content) == 1 else b"".join(content))
         if body.is_complete:
-            self.unclean = self.unclean or used < len(data)
+            self.must_close = self.must_close or used < len(data)
             self._body = None
             self._finish(exchange, trailers=body.trailers)
 
-    def _finish(self, exchange: Exchange, head: ResponseHead | None = None, body: bytes = b"", trailers: Trailers | None = None) -> None:
+    def _finish(self, exchange: ClientSide, head: ResponseHead | None = None, body: bytes = b"", trailers: Trailers | None = None) -> None:
         """The response is complete; `head` is there when all of it came at once. A connection on which a request's body is
         still under way cannot be used again: its rest would be read as the next request."""
         if self.exchange is not exchange:  # cut short meanwhile
             return
         self.exchange = None
         self._state = _AT_HEAD
-        reusable = not self.unclean and exchange.request_complete
+        reusable = not self.must_close and exchange.request_complete
         if head is not None:
             exchange.response_whole(head, body)
         else:
             exchange.response_done(trailers)
         if self.reading is not None:
             self.reading.clear()  # its client's slowness was the exchange's
-        if reusable and not self.unclean and not self.is_paused:
-            self._pool.release(self, self._worker.time())
+        if reusable and not self.must_close and not self.is_paused:
+            self._owner.release(self, self._context.time())
         else:
             self.close()

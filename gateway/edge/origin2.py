@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final, cast
 
 from . import failures, head2, multiplex
 from . import frames as f
 from .chunked import encode_end
+from .dial import unacknowledged
 from .failures import Failure
 from .flow import FLOW_SLOTS, Flow
 from .frames import Code, H2StreamError
 from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, split_block
+from .keys import Key
 from .multiplex import Multiplex
-from .parking import HELD_BYTES, unacknowledged
 from .reading import HELD, PEER_SLOW
-
-if TYPE_CHECKING:
-    from .exchange import Exchange
-    from .keys import Key
-    from .pool import Pool
-    from .upstream import Upstream
-    from .worker import Worker
+from .sides import HELD_BYTES, ClientSide, OriginContext, Owner
 
 _STREAMS_MOST = 100  # until the application says how many it takes
 _LIST_BYTES = 128 << 10
@@ -40,7 +35,7 @@ class OriginStream(Flow):
 
     def __init__(self, connection: Http2Origin) -> None:
         self.connection = connection
-        self.exchange: Exchange | None = None
+        self.exchange: ClientSide | None = None
         self.is_head = False
         self.open_flow(0, connection.initial_window, connection.time())
         self._head: ResponseHead | None = None
@@ -62,7 +57,7 @@ class OriginStream(Flow):
     def is_parked(self) -> bool:
         return self.connection.is_parked
 
-    def open(self, exchange: Exchange, head: RequestHead) -> None:
+    def open(self, exchange: ClientSide, head: RequestHead) -> None:
         if not self.connection.register(self):
             exchange.origin_failed(failures.STREAM_REFUSED)
             return
@@ -121,7 +116,7 @@ class OriginStream(Flow):
         exchange = self.exchange
         if exchange is None:
             return
-        settings = self.connection.worker.settings
+        settings = self.connection.context.settings
         if head2.size_of(block) > settings.head_bytes:
             raise Malformed(f"response has more than {settings.head_bytes} bytes of fields (edge.head_bytes)", 502)
         if self._head is not None:
@@ -215,19 +210,19 @@ class Http2Origin(Multiplex):
     """The connection. Exchanges have streams of it: reserved first, for whoever waits for one in the pool, and numbered when they
     are opened, because numbers must come in order (RFC 9113, 5.1.1)."""
 
-    __slots__ = ("_most", "_pool", "_reserved", "has_answered", "idle_since", "is_parked", "ready", "scheme", "worker")
+    __slots__ = ("_most", "_owner", "_reserved", "context", "has_answered", "idle_since", "is_parked", "ready", "scheme")
 
     is_shared = True  # by several exchanges at a time
 
-    def __init__(self, worker: Worker, pool: Pool, is_secure: bool) -> None:
-        super().__init__(worker.time, asyncio.get_running_loop().call_soon, _LIST_BYTES)
-        self.worker = worker
-        self._pool = pool
+    def __init__(self, context: OriginContext, owner: Owner, is_secure: bool) -> None:
+        super().__init__(context.time, asyncio.get_running_loop().call_soon, _LIST_BYTES)
+        self.context = context
+        self._owner = owner
         self._reserved = 0
         self.has_answered = False  # a response has come on it
         self.scheme = b"https" if is_secure else b"http"
         self.is_parked = False  # its session sleeps; what is to be sent waits in `_out`
-        self.idle_since = worker.time()
+        self.idle_since = context.time()
         self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()  # the application speaks HTTP/2, or not
         self._most = _STREAMS_MOST
         self.last_number = -1
@@ -243,8 +238,8 @@ class Http2Origin(Multiplex):
         if not self.ready.done():
             self.ready.set_result(False)
         if self.is_parked:
-            self.worker.parking.discard(self)
-        self._pool.forget_shared(self, self.time())
+            self.context.forget_parked(self)
+        self._owner.forget_shared(self, self.time())
         unanswered = failures.STALE_FAILURE if self.has_answered else failures.UNANSWERED_FAILURE
         streams = self._origin_streams()
         self.streams = {}
@@ -267,7 +262,7 @@ class Http2Origin(Multiplex):
 
     @property
     def key(self) -> Key:
-        return self._pool.key
+        return self._owner.key
 
     def reserve(self) -> OriginStream:
         self._reserved += 1
@@ -344,8 +339,8 @@ class Http2Origin(Multiplex):
         self.freed()
 
     def freed(self) -> None:
-        if self._pool.waiting:
-            self._pool.serve(self.time())
+        if self._owner.waiting:
+            self._owner.serve(self.time())
         self._maybe_end()
 
     def _maybe_end(self) -> None:
@@ -392,9 +387,9 @@ class Http2Origin(Multiplex):
     def stream_count(self) -> int:
         return len(self.streams)
 
-    def join(self, upstream: Upstream, incarnation: int) -> None:
-        self._pool = upstream.pool((self.key[0], incarnation, self.key[2]))
-        self._pool.shared.append(self)
+    def move(self, owner: Owner) -> None:
+        """It belongs to the next incarnation of its session."""
+        self._owner = owner
 
     def unpark(self) -> None:
         self.is_parked = False
@@ -415,7 +410,7 @@ class Http2Origin(Multiplex):
     def spoken_to(self, stream: OriginStream) -> None:
         """A client has sent something on a stream: a session that sleeps wakes for it."""
         if self.is_parked:
-            self.worker.parking.wake(self)
+            self.context.wake(self)
             if self._out_bytes > HELD_BYTES and stream.exchange is not None:
                 stream.exchange.pause_reading(HELD)
 

@@ -7,58 +7,32 @@ within a bound, and resumes the session; the next incarnation has the same conne
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import struct
-import termios
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
 
+from gateway.config import Edge
 from gateway.messages import Route
 
-from .hold import HoldFull, Ticket
-
-if TYPE_CHECKING:
-    from .keys import Key
-    from .upstream import Upstream
-    from .worker import Worker
-
-HELD_BYTES = 64 << 10  # of what a client says to a parked stream; then it is not read further
-
-_OUTQ = struct.Struct("i")
+from .hold import HoldFull, Holds, Ticket
+from .sides import Parkable
 
 
-def unacknowledged(transport: asyncio.Transport) -> int:
-    """Bytes that the guest has not acknowledged (tcp(7), SIOCOUTQ): after a sleep they would wait for a retransmission."""
-    sock = transport.get_extra_info("socket")
-    return int(_OUTQ.unpack(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]) if sock is not None else 0
+class ParkingContext(Protocol):
+    """What is needed of the worker."""
 
+    settings: Edge
+    holds: Holds
 
-class Parkable(Protocol):
-    """A connection to an application, or a shell, that may outlive its incarnation."""
+    def route_of_session(self, session: str) -> Route | None: ...
 
-    @property
-    def key(self) -> Key: ...
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """A task whose failure is logged."""
 
-    def parkable(self, one_way: bool) -> int:
-        """How many of its streams may outlive a suspend: those on which the client can speak, and so wake the session; `one_way`:
-        also those on which only the server speaks."""
+    def guard(self, work: Callable[..., object], *arguments: object) -> bool:
+        """What raises is logged, and ends itself alone; whether it did not."""
 
-    def is_silent(self, one_way: bool) -> bool:
-        """Whether nothing is under way on those streams, in either direction."""
-
-    @property
-    def stream_count(self) -> int:
-        """Its streams, parked or not."""
-
-    def park(self, one_way: bool) -> None:
-        """Keeps those streams, and ends the others."""
-
-    def join(self, upstream: Upstream, incarnation: int) -> None:
-        """It belongs to this incarnation of its session from now on."""
-
-    def unpark(self) -> None:
-        """The session runs again: what was held goes to the application."""
-
-    def cut(self) -> None: ...
+    def report_fault(self, session: str, text: str) -> None:
+        """A line for the microVM's log."""
 
 
 class _Waker:
@@ -70,59 +44,62 @@ class _Waker:
 
 
 class Parking:
-    def __init__(self, worker: Worker) -> None:
+    """Parked connections by session. `adopt(connection, incarnation)` takes one into the pools of the incarnation that runs."""
+
+    def __init__(self, worker: ParkingContext, adopt: Callable[[Parkable, int], None]) -> None:
         self._worker = worker
+        self._adopt = adopt
+        self._time = asyncio.get_running_loop().time
         self._parked: dict[str, set[Parkable]] = {}
         self._waking: set[str] = set()
 
-    def add(self, origin: Parkable) -> None:
-        self._parked.setdefault(origin.key[0], set()).add(origin)
+    def add(self, connection: Parkable) -> None:
+        self._parked.setdefault(connection.key[0], set()).add(connection)
 
-    def discard(self, origin: Parkable) -> None:
+    def discard(self, connection: Parkable) -> None:
         """A parked connection is over: its client left, or it was cut."""
-        parked = self._parked.get(origin.key[0])
+        parked = self._parked.get(connection.key[0])
         if parked is not None:
-            parked.discard(origin)
+            parked.discard(connection)
             if not parked:
-                del self._parked[origin.key[0]]
+                del self._parked[connection.key[0]]
 
-    def wake(self, origin: Parkable) -> None:
+    def wake(self, connection: Parkable) -> None:
         """Somebody spoke: the session is resumed, once."""
-        session = origin.key[0]
+        session = connection.key[0]
         if session not in self._waking:
             self._waking.add(session)
             self._worker.spawn(self._wake(session))
 
     async def _wake(self, session: str) -> None:
-        worker = self._worker
-        deadline = worker.time() + worker.settings.hold_seconds
+        deadline = self._time() + self._worker.settings.hold_seconds
         try:
             while session in self._parked:
-                route = worker.route_of_session(session)
+                route = self._worker.route_of_session(session)
                 if route is None or route.gate == "refuse":
                     self.over(session)
                 elif route.gate == "open":
                     self.opened(route)
                 else:
-                    await worker.holds.wait(route, max(0.0, deadline - worker.time()), _Waker())
+                    await self._worker.holds.wait(route, max(0.0, deadline - self._time()), _Waker())
         except (TimeoutError, HoldFull) as error:
             count = self.streams(session)
-            why = str(error) or f"it did not run again within {worker.settings.hold_seconds:g} s (edge.hold_seconds)"
-            worker.report_fault(session, f"{count} streams that waited for the MicroVM were closed: {why}")
+            why = str(error) or f"it did not run again within {self._worker.settings.hold_seconds:g} s (edge.hold_seconds)"
+            self._worker.report_fault(session, f"{count} streams that waited for the MicroVM were closed: {why}")
             self.over(session)
         finally:
             self._waking.discard(session)
 
     def opened(self, route: Route) -> None:
         """The session runs (again): its streams go on, as connections of this incarnation."""
-        for origin in self._parked.pop(route.session, ()):
-            if not self._worker.guard(self._worker.upstream.adopt, origin, route.incarnation):
-                self._worker.guard(origin.cut)
+        for connection in self._parked.pop(route.session, ()):
+            if not self._worker.guard(self._adopt, connection, route.incarnation):
+                self._worker.guard(connection.cut)
 
     def over(self, session: str) -> None:
         """The session will not run again: its streams are cut."""
-        for origin in self._parked.pop(session, ()):
-            self._worker.guard(origin.cut)
+        for connection in self._parked.pop(session, ()):
+            self._worker.guard(connection.cut)
 
     def close(self) -> None:
         """The worker ends, and with it what it has parked."""
@@ -130,8 +107,8 @@ class Parking:
             self.over(session)
 
     def streams(self, session: str) -> int:
-        return sum(origin.stream_count for origin in self._parked.get(session, ()))
+        return sum(connection.stream_count for connection in self._parked.get(session, ()))
 
     @property
     def count(self) -> int:
-        return sum(origin.stream_count for parked in self._parked.values() for origin in parked)
+        return sum(connection.stream_count for parked in self._parked.values() for connection in parked)

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from .head import RequestHead
 from .keys import Key
-
-if TYPE_CHECKING:
-    from .head import RequestHead
-    from .origin import Origin
-    from .origin2 import Http2Origin, OriginStream
-
+from .origin import Origin
+from .origin2 import Http2Origin, OriginStream
+from .sides import Owner
 
 CONNECTIONS_MOST: Final = 256  # to one port of one session; more requests wait in line
 SHARED_MOST: Final = 16  # connections of HTTP/2, each with many streams
@@ -61,16 +59,16 @@ class Waiter:
         self.lease = lease
 
 
-class Pool:
+class Pool(Owner):
     """Connections of one (session, incarnation, port)."""
 
     __slots__ = (
-        "allowed", "closes_early", "connecting", "idle", "is_over", "key", "open", "ramping", "shared", "shared_connecting", "speaks_h2",
+        "allowed", "connecting", "idle", "is_over", "open", "ramping", "shared", "shared_connecting", "speaks_h2",
         "tls", "waiters", "waiters_for_shared",
     )  # fmt: skip
 
     def __init__(self, key: Key) -> None:
-        self.key = key
+        super().__init__(key)
         self.idle: list[Origin] = []  # the one used last is at the end, and is used next
         self.open: set[Origin] = set()  # of HTTP/1.1, the idle ones among them
         self.shared: list[Http2Origin] = []
@@ -81,7 +79,6 @@ class Pool:
         self.allowed = CONNECTIONS_FIRST
         self.ramping = False
         self.is_over = False  # the incarnation has ended
-        self.closes_early = False  # the application has closed an idle connection before the time that is proven elsewhere
         self.tls = UNKNOWN
         self.speaks_h2: bool | None = None  # what ALPN agreed on; None: not known yet
 
@@ -229,6 +226,14 @@ class Pool:
     def add_shared(self, slot: Slot, connection: Http2Origin, now: float) -> None:
         self.shared.append(connection)
         self.free(slot, now)
+
+    def adopt(self, connection: Origin | Http2Origin) -> None:
+        """A parked connection goes on in this incarnation."""
+        if isinstance(connection, Http2Origin):
+            self.shared.append(connection)
+        else:
+            self.open.add(connection)
+        connection.move(self)
 
     def ramp(self, now: float) -> None:
         """Time has passed: more connections are allowed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,3 +29,9 @@ class RequestRecord:
     held: float
     closed_by: str  # client or origin, where the exchange did not end in its usual way
     reason: str  # why the answer is ours, or why the exchange was cut short
+
+
+def peer_of(transport: asyncio.BaseTransport | None) -> str:
+    """The other end's address, without its port."""
+    name = transport.get_extra_info("peername") if transport is not None else None
+    return str(name[0]) if isinstance(name, tuple) else ""

@@ -11,22 +11,16 @@ import asyncio
 import socket
 import struct
 import uuid
-from typing import TYPE_CHECKING
 
 import msgspec
 from websockets.frames import Frame, Opcode
 from websockets.protocol import Protocol, Side, State
 
 from .head import NO_BODY, RequestHead, ResponseHead, Trailers, split_block
-from .parking import HELD_BYTES
+from .keys import Key
 from .reading import HELD, PEER_SLOW, ReadGate
+from .sides import HELD_BYTES, ClientSide, OriginContext
 from .websocket import accept_of
-
-if TYPE_CHECKING:
-    from .exchange import Exchange
-    from .keys import Key
-    from .upstream import Upstream
-    from .worker import Worker
 
 _TYPED_MAX_BYTES = 4096
 _MESSAGE_BYTES = 65536
@@ -44,14 +38,14 @@ class ShellOrigin:
 
     takes_raw = False
 
-    def __init__(self, worker: Worker, key: Key, sock: socket.socket) -> None:
-        self._worker = worker
+    def __init__(self, context: OriginContext, key: Key, sock: socket.socket) -> None:
+        self._context = context
         self.key = key
         self.is_parked = False  # its session sleeps; what is typed waits
         self._size = b""  # the size that its window has come to have meanwhile
         self._socket = sock
         self._loop = asyncio.get_running_loop()
-        self._exchange: Exchange | None = None
+        self._exchange: ClientSide | None = None
         self._frames = Protocol(Side.SERVER, state=State.OPEN, max_size=1 << 20)
         self._typed = bytearray()
         self._reading = ReadGate(self)
@@ -67,7 +61,7 @@ class ShellOrigin:
 
     # ---- what the exchange calls ----
 
-    def open(self, exchange: Exchange, head: RequestHead) -> None:
+    def open(self, exchange: ClientSide, head: RequestHead) -> None:
         self._exchange = exchange
         fields = dict(split_block(head.block))
         self._tells_code = fields.get(b"x-torpor-exit-code") == b"1"
@@ -91,7 +85,7 @@ class ShellOrigin:
                 self._type(bytes(event.data))
         self._flush()
         if self.is_parked and len(self._typed) > before:
-            self._worker.parking.wake(self)
+            self._context.wake(self)
 
     def finish(self, trailers: Trailers | None) -> None:
         self._frames.receive_eof()
@@ -115,7 +109,7 @@ class ShellOrigin:
         if exchange is not None:
             exchange.cut()
 
-    def _leave(self) -> Exchange | None:
+    def _leave(self) -> ClientSide | None:
         """The exchange is over, and nothing of this shell may reach it any more: its connection carries others."""
         exchange, self._exchange = self._exchange, None
         if self._closing is not None:
@@ -148,10 +142,6 @@ class ShellOrigin:
 
     def is_silent(self, one_way: bool) -> bool:
         return self._exchange is not None and self._exchange.response_started and not self.is_over and not self._typed
-
-    def join(self, upstream: Upstream, incarnation: int) -> None:
-        self.key = (self.key[0], incarnation, self.key[2])
-        upstream.add_shell(self)
 
     def unpark(self) -> None:
         self.is_parked = False
@@ -249,7 +239,7 @@ class ShellOrigin:
             self._closing = self._loop.call_later(_CLOSE_SECONDS, self._give_up)
         if self.is_parked:
             self.is_parked = False
-            self._worker.parking.discard(self)
+            self._context.forget_parked(self)
         if self._socket.fileno() >= 0:
             self._loop.remove_reader(self._socket.fileno())
             self._loop.remove_writer(self._socket.fileno())

@@ -6,28 +6,26 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 import structlog
 
-from gateway.config import Edge
 from gateway.messages import Route, ShellRequest
 from gateway.rpc import Client, RpcError
 
 from .admission import SHELL_PORT
 from .dial import Unread, dial
+from .head import RequestHead
+from .head_cache import HeadCache
 from .hold import HoldFull
 from .keys import Key
-from .parking import Parkable
+from .origin import Origin
+from .origin2 import Http2Origin, OriginStream
+from .parking import Parking, ParkingContext
 from .pool import CONNECTIONS_MOST, PLAIN, TLS, TRYING, UNKNOWN, Pool, Slot, Waiter
+from .shell import ShellOrigin
+from .sides import OriginContext, Parkable
 from .sockets import SessionGone, Sockets
-
-if TYPE_CHECKING:
-    from .head import RequestHead
-    from .origin import Origin
-    from .origin2 import Http2Origin, OriginStream
-    from .shell import ShellOrigin
-    from .worker import Worker
 
 log = structlog.get_logger()
 
@@ -42,6 +40,15 @@ _H2_SECONDS = 5.0  # an application that was said to speak HTTP/2 sends its SETT
 
 class ConnectFailed(Exception):
     """The application could not be reached; the client is told 502."""
+
+
+class UpstreamContext(ParkingContext, Protocol):
+    """What is needed of the worker."""
+
+    heads: HeadCache
+
+    async def open_shell(self, request: ShellRequest) -> int:
+        """Asks control for a shell; our end of its socket. Raises RpcError."""
 
 
 class _ByAlpn(asyncio.Protocol):
@@ -73,11 +80,13 @@ class Incarnation:
 
 
 class Upstream:
-    def __init__(self, worker: Worker, vmm: Client, settings: Edge) -> None:
+    def __init__(self, worker: UpstreamContext, vmm: Client) -> None:
         self._worker = worker
+        self._settings = worker.settings
         self._vmm = vmm
-        self._settings = settings
         self._loop = asyncio.get_running_loop()
+        self.parking = Parking(worker, self.adopt)
+        self._context = OriginContext(self._settings, self._loop.time, worker.heads.responses, self.parking.wake, self.parking.discard)
         self._incarnations: dict[tuple[str, int], Incarnation] = {}
         self._pools: dict[Key, Pool] = {}  # those of all incarnations, for the fast path
         self._contexts = {alpn: _client_context(list(alpn)) for alpn in (("h2", "http/1.1"), ("http/1.1",))}
@@ -170,8 +179,6 @@ class Upstream:
 
     async def _connect_once(self, pool: Pool, slot: Slot, head: RequestHead) -> Origin | OriginStream:
         """Raises OSError, TimeoutError, ConnectFailed, SessionGone."""
-        from .origin2 import Http2Origin
-
         incarnation = self._incarnations.get(pool.key[:2])
         if pool.is_over or incarnation is None:
             raise ConnectFailed("the MicroVM was suspended")
@@ -242,10 +249,7 @@ class Upstream:
         return by_alpn.made
 
     def new(self, pool: Pool, http2: bool, is_secure: bool) -> Origin | Http2Origin:
-        from .origin import Origin
-        from .origin2 import Http2Origin
-
-        return Http2Origin(self._worker, pool, is_secure) if http2 else Origin(self._worker, pool, is_secure)
+        return Http2Origin(self._context, pool, is_secure) if http2 else Origin(self._context, pool, is_secure)
 
     def may_speak_tls(self, key: Key) -> bool:
         """The port's first answer was not HTTP. TLS is tried once for a port and incarnation: a handshake that succeeds shows that the
@@ -303,14 +307,11 @@ class Upstream:
 
     async def shell(self, route: Route) -> ShellOrigin:
         """A new shell in the session. Raises ConnectFailed."""
-        from .shell import ShellOrigin
-
         try:
-            request = ShellRequest(route.session, route.incarnation, _COLUMNS, _ROWS)
-            _, (descriptor,) = await self._worker.control.call_with_descriptors("shell", request, timeout=5.0)
+            descriptor = await self._worker.open_shell(ShellRequest(route.session, route.incarnation, _COLUMNS, _ROWS))
         except RpcError as error:
             raise ConnectFailed(str(error)) from error
-        origin = ShellOrigin(self._worker, (route.session, route.incarnation, SHELL_PORT), socket.socket(fileno=descriptor))
+        origin = ShellOrigin(self._context, (route.session, route.incarnation, SHELL_PORT), socket.socket(fileno=descriptor))
         self.add_shell(origin)
         return origin
 
@@ -345,7 +346,7 @@ class Upstream:
             count = connection.parkable(one_way)
             if 0 < count <= room and connection.is_silent(one_way):
                 connection.park(one_way)
-                self._worker.parking.add(connection)
+                self.parking.add(connection)
                 return count
             connection.cut()
         except Exception:
@@ -367,7 +368,12 @@ class Upstream:
 
     def adopt(self, connection: Parkable, incarnation: int) -> None:
         """A stream that was parked goes on in this incarnation."""
-        connection.join(self, incarnation)
+        session, _, port = connection.key
+        if isinstance(connection, ShellOrigin):
+            connection.key = (session, incarnation, port)
+            self.add_shell(connection)
+        elif isinstance(connection, Origin | Http2Origin):
+            self.pool((session, incarnation, port)).adopt(connection)
         connection.unpark()
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from gateway.rpc import Client as RpcClient
 from gateway.rpc import Connection, RpcError, Service
 from gateway.tokens import Checker
 
-from . import origin, origin2, shell, tls
+from . import tls
 from .access import AccessLog
 from .certificates import Certificates
 from .doors import ProxyDoor, RedirectDoor
@@ -32,16 +32,12 @@ from .hops import Hops
 from .http1 import Http1
 from .http2 import Http2
 from .ledger import Ledger
-from .parking import Parking
 from .record import PROTOCOLS
 from .table import RouteTable
 from .tls import TlsServer
 from .upstream import Upstream
 
 log = structlog.get_logger()
-
-# Loaded at the start, though `upstream` would ask for them later: what is on the disk may have been replaced by then.
-_ON_DEMAND = (origin, origin2, shell)
 
 _REPORT_SECONDS = 0.25
 _SWEEP_SECONDS = 1.0
@@ -78,7 +74,6 @@ class Worker:
         self.heads = HeadCache(settings.head_bytes, settings.head_fields, self.hops.of_block if self.hops.is_on else None)
         self.fairness = FairQueue()
         self.holds = Holds(settings, self._ask_for)
-        self.parking = Parking(self)
         self.spans = Spans("", name)
         self.is_draining = False
         self._faults = FaultLines(loop.time)
@@ -90,7 +85,8 @@ class Worker:
         self._balancers = [ipaddress.ip_network(one) for one in settings.proxy_protocol_from]
         self._ready = asyncio.Event()
         self._servers: list[asyncio.Server] = []
-        self.upstream = Upstream(self, RpcClient(vmm), settings)
+        self.upstream = Upstream(self, RpcClient(vmm))
+        self.parking = self.upstream.parking
         self.control = RpcClient(control, Service(self), self._connected)
 
     # ---- serving ----
@@ -196,7 +192,7 @@ class Worker:
             if account.waiting:
                 await account.until_answered(deadline - self.time())
             else:
-                await asyncio.sleep(0.001)  # nothing tells when the guest has acknowledged what was sent (parking.unacknowledged)
+                await asyncio.sleep(0.001)  # nothing tells when the guest has acknowledged what was sent (dial.unacknowledged)
         route = self.route_of_session(body.session)
         if route is None or route.incarnation != body.incarnation or route.gate == "open":
             return m.Drained(quiet=False)  # another control has opened it again meanwhile
@@ -209,6 +205,11 @@ class Worker:
     async def rpc_parked(self, connection: Connection, body: m.SessionName) -> int:
         """How many streams of a sleeping session clients still hold here."""
         return self.parking.streams(body.session)
+
+    async def open_shell(self, request: m.ShellRequest) -> int:
+        """Raises RpcError."""
+        _, (descriptor,) = await self.control.call_with_descriptors("shell", request, timeout=5.0)
+        return descriptor
 
     def _ask_for(self, route: m.Route) -> None:
         self.control.notify("resume", m.ResumeRequest(route.session, route.incarnation))

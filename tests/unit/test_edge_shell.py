@@ -14,11 +14,14 @@ from waiting import until
 from websockets.frames import Opcode
 from websockets.protocol import Protocol, Side, State
 
+from gateway.config import Edge
 from gateway.edge import shell
 from gateway.edge.admission import SHELL_PORT
 from gateway.edge.head import NO_BODY, RequestHead, ResponseHead
+from gateway.edge.head_cache import Cache
 from gateway.edge.reading import HELD, PEER_SLOW
 from gateway.edge.shell import ShellOrigin
+from gateway.edge.sides import OriginContext, Parkable
 from gateway.edge.table import Account
 
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
@@ -26,13 +29,13 @@ KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
 
 class Parking:
     def __init__(self) -> None:
-        self.woken: list[ShellOrigin] = []
-        self.discarded: list[ShellOrigin] = []
+        self.woken: list[Parkable] = []
+        self.discarded: list[Parkable] = []
 
-    def wake(self, origin: ShellOrigin) -> None:
+    def wake(self, origin: Parkable) -> None:
         self.woken.append(origin)
 
-    def discard(self, origin: ShellOrigin) -> None:
+    def discard(self, origin: Parkable) -> None:
         self.discarded.append(origin)
 
 
@@ -79,7 +82,9 @@ class Shell:
     def __init__(self) -> None:
         ours, self.control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         self.worker = Worker()
-        self.origin = ShellOrigin(self.worker, ("s1", 1, SHELL_PORT), ours)  # type: ignore[arg-type]
+        parking = self.worker.parking
+        context = OriginContext(Edge(), asyncio.get_running_loop().time, Cache(1 << 16), parking.wake, parking.discard)
+        self.origin = ShellOrigin(context, ("s1", 1, SHELL_PORT), ours)
         self.exchange: Any = Exchange()
 
     def open(self, *fields: bytes) -> None:

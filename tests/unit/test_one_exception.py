@@ -215,7 +215,7 @@ async def test_a_parked_stream_that_cannot_go_on_leaves_the_others_theirs(rig: R
             raise Fault
         adopted.append(stream)
 
-    monkeypatch.setattr(rig.worker.upstream, "adopt", adopt)
+    monkeypatch.setattr(rig.worker.parking, "_adopt", adopt)
     rig.worker.parking.opened(Route("h", "s1", 2, "open"))
     assert len(adopted) == 3 and [one.was_cut for one in streams].count(True) == 1 and rig.worker.parking.count == 0
 

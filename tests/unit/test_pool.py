@@ -15,9 +15,11 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from gateway.config import Edge
 from gateway.edge import pool as pools
 from gateway.edge.head import CHUNKED, NO_BODY, RequestHead
+from gateway.edge.head_cache import Cache
 from gateway.edge.origin import Origin
 from gateway.edge.origin2 import Http2Origin
 from gateway.edge.pool import CONNECTIONS_FIRST, CONNECTIONS_MOST, PLAIN, SHARED_MOST, TLS, TRYING, Pool, Slot, Waiter
+from gateway.edge.sides import OriginContext
 
 KEY = ("s1", 1, 8080)
 
@@ -58,7 +60,7 @@ class Rig:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.now = 100.0
-        self.worker: Any = SimpleNamespace(settings=Edge(), time=lambda: self.now, parking=None)
+        self.context = OriginContext(Edge(), lambda: self.now, Cache(1 << 16), lambda connection: None, lambda connection: None)
         self.pool = Pool(KEY)
 
     def acquire(self, head: RequestHead | None = None, fresh: bool = False) -> Any:
@@ -66,7 +68,7 @@ class Rig:
         return None if self.pool.must_wait(head) else self.pool.acquire(head, fresh, self.now)
 
     def connect(self, slot: Slot) -> Origin:
-        origin = Origin(self.worker, self.pool, is_secure=False)
+        origin = Origin(self.context, self.pool, is_secure=False)
         origin.connection_made(Transport())  # type: ignore[arg-type]
         origin.answered = True
         self.pool.add(slot, origin, self.now)
@@ -271,7 +273,7 @@ async def test_the_sweep_closes_what_has_been_idle_for_long(rig: Rig) -> None:
 
 
 def shared(rig: Rig, slot: Slot, most: int = 2) -> Http2Origin:
-    connection = Http2Origin(rig.worker, rig.pool, is_secure=False)
+    connection = Http2Origin(rig.context, rig.pool, is_secure=False)
     connection.connection_made(Transport())  # type: ignore[arg-type]
     connection._most = most
     rig.pool.add_shared(slot, connection, rig.now)

@@ -1,0 +1,45 @@
+"""What an exchange, and the connection that carries it, needs of the worker that serves them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from gateway.config import Edge
+from gateway.observe.spans import Spans
+from gateway.tokens import Checker
+
+from .fairness import FairQueue
+from .head_cache import HeadCache
+from .hold import Holds
+from .hops import Hops
+from .ledger import Ledger
+from .table import RouteTable
+from .upstream import Upstream
+
+
+class Context(Protocol):
+    settings: Edge
+    time: Callable[[], float]  # the loop's clock
+    wall: Callable[[], float]  # seconds since the epoch
+    clients: set[Any]  # connections that are open
+    heads: HeadCache
+    checker: Checker
+    table: RouteTable
+    fairness: FairQueue
+    holds: Holds
+    hops: Hops
+    ledger: Ledger
+    spans: Spans
+    upstream: Upstream
+    is_draining: bool
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task whose failure is logged."""
+
+    async def lookup(self, host: str, session: str) -> bool:
+        """Asks control for a host that is not in the table; whether its answer is known."""
+
+    def report_fault(self, session: str, text: str) -> None:
+        """A line for the microVM's log."""

@@ -1,0 +1,188 @@
+"""The two sides of an exchange as each knows the other, and what owns an application's connection: the seams between the rooms.
+
+A client's side (exchange.py, http1.py, http2.py) calls an OriginSide; an application's connection (origin.py, origin2.py, shell.py) calls a
+ClientSide, its Owner, which is a pool, and Parking through its context. Neither imports the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from gateway.config import Edge
+
+from .failures import Failure
+from .head import RequestHead, ResponseHead, Trailers
+from .head_cache import Cache, CachedResponse
+from .keys import Key
+from .table import Account
+
+HELD_BYTES: Final = 64 << 10  # of what a client says to a parked stream; then it is not read further
+NOBODY: Final = Account()
+
+
+class ClientSide:
+    """What an application's connection knows of the exchange that it carries. A base class and no protocol: its calls are many."""
+
+    __slots__ = ("account", "head", "hop_fields", "request_id", "response_started")
+
+    is_raw: bool = True  # the answer's body may come in HTTP/1.1's own framing
+
+    def __init__(self) -> None:
+        self.account = NOBODY
+        self.head: RequestHead | None = None
+        self.request_id = b""
+        self.hop_fields = b""  # lines that each request of this client gets (hops.py)
+        self.response_started = False
+
+    @property
+    def request_complete(self) -> bool:
+        """All of the request has been read, and sent on if there is an origin."""
+        raise AssertionError
+
+    def interim(self, head: ResponseHead) -> None:
+        """A 1xx response. Raises Malformed where an application sends them without end."""
+
+    def response_head(self, head: ResponseHead) -> None: ...
+
+    def response_data(self, data: bytes) -> None: ...
+
+    def response_done(self, trailers: Trailers | None = None) -> None:
+        """The response is complete."""
+
+    def response_whole(self, head: ResponseHead, body: bytes) -> None:
+        """The usual answer: head and all of the body at once."""
+        self.response_head(head)
+        if body:
+            self.response_data(body)
+        self.response_done()
+
+    def origin_failed(self, failure: Failure) -> None:
+        """There is no whole answer from the application."""
+
+    def cut(self) -> None:
+        """The incarnation ends, and with it a stream or tunnel that is open; the client is told so where it can be."""
+
+    def switch(self, head: ResponseHead, data: bytes) -> None:
+        """101: from here on bytes go both ways as they are; `data` came with the head."""
+
+    def tunnel_half_closed(self) -> None:
+        """The application has nothing more to say."""
+
+    def is_only_control(self, data: bytes) -> bool:
+        """The application's pings and pongs alone: no activity."""
+        return False
+
+    def parked(self) -> None:
+        """The application is about to freeze."""
+
+    def response_over(self) -> None:
+        """A tunnel is over, in both directions."""
+
+    def pause_reading(self, reason: int) -> None:
+        """The request is not read while a reason (reading.py) holds."""
+
+    def resume_reading(self, reason: int) -> None: ...
+
+
+class OriginSide(Protocol):
+    """What an exchange needs of the connection, or stream, to its application."""
+
+    takes_raw: bool  # bodies may come in HTTP/1.1's own framing
+
+    @property
+    def key(self) -> Key: ...
+
+    @property
+    def is_paused(self) -> bool:
+        """Its write buffer, or its stream's queue, is full."""
+
+    @property
+    def is_parked(self) -> bool:
+        """Its session sleeps."""
+
+    def open(self, exchange: ClientSide, head: RequestHead) -> None:
+        """Sends the request's head. Fails the exchange where the connection has closed meanwhile."""
+
+    def send(self, data: bytes) -> None:
+        """Sends a piece of the request's body (or of a tunnel)."""
+
+    def finish(self, trailers: Trailers | None) -> None:
+        """The request's body, or the client's half of a tunnel, is complete."""
+
+    def pause(self, reason: int) -> None:
+        """The answer is not read while a reason (reading.py) holds."""
+
+    def resume(self, reason: int) -> None: ...
+
+    def abandon(self) -> None:
+        """The exchange is over before its end: the application must not be waited for."""
+
+
+class Parkable(Protocol):
+    """A connection to an application, or a shell, that may outlive its incarnation."""
+
+    @property
+    def key(self) -> Key: ...
+
+    def parkable(self, one_way: bool) -> int:
+        """How many of its streams may outlive a suspend: those on which the client can speak, and so wake the session; `one_way`:
+        also those on which only the server speaks."""
+
+    def is_silent(self, one_way: bool) -> bool:
+        """Whether nothing is under way on those streams, in either direction."""
+
+    @property
+    def stream_count(self) -> int:
+        """Its streams, parked or not."""
+
+    def park(self, one_way: bool) -> None:
+        """Keeps those streams, and ends the others."""
+
+    def unpark(self) -> None:
+        """The session runs again: what was held goes to the application."""
+
+    def cut(self) -> None: ...
+
+
+class Owner:
+    """Whose an application's connection is: what it tells its pool."""
+
+    __slots__ = ("closes_early", "key")
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        self.closes_early = False  # the application has closed an idle connection before the time that is proven elsewhere
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a connection."""
+        return 0
+
+    def release(self, origin: Any, now: float) -> None:
+        """A connection whose exchange has ended, in the state of a new one."""
+
+    def forget(self, origin: Any, now: float) -> None:
+        """A connection that has closed."""
+
+    def forget_shared(self, connection: Any, now: float) -> None:
+        """A connection of HTTP/2 that has closed."""
+
+    def serve(self, now: float) -> None:
+        """Something came free."""
+
+
+class OriginContext:
+    """What every connection to an application is given."""
+
+    __slots__ = ("forget_parked", "responses", "settings", "time", "wake")
+
+    def __init__(
+        self, settings: Edge, time: Callable[[], float], responses: Cache[bytes, CachedResponse],
+        wake: Callable[[Parkable], None], forget_parked: Callable[[Parkable], None],
+    ) -> None:  # fmt: skip
+        self.settings = settings
+        self.time = time
+        self.responses = responses
+        self.wake = wake  # somebody spoke on a parked connection
+        self.forget_parked = forget_parked  # a parked connection is over
