@@ -190,7 +190,7 @@ class ApiRig:
         return dict(self.client().get_microvm_image(imageIdentifier=arn))
 
     def settled_in(self, arn: str) -> None:
-        self.do(until(lambda: self.store.images[arn].state not in ("CREATING", "UPDATING"), 10))
+        self.do(until(lambda: self.store.images[arn].state not in ("CREATING", "UPDATING"), 30))
 
     def run(self, arn: str, wait: str = "RUNNING", **request: Any) -> str:
         """A microVM in the state; its id."""
@@ -200,7 +200,7 @@ class ApiRig:
         return str(made["microvmId"])
 
     def reach(self, identifier: str, state: str) -> None:
-        self.do(until(lambda: self.store.sessions[identifier].state.public == state, 10))
+        self.do(until(lambda: self.store.sessions[identifier].state.public == state, 30))
 
     def records(self) -> list[dict[str, Any]]:
         """The audit trail."""

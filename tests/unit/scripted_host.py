@@ -74,6 +74,11 @@ class ScriptedHost:
         asyncio.get_running_loop().add_reader(guest, answer)
         return ours.detach()
 
+    async def socket(self, session: str, incarnation: int) -> socket.socket:
+        """Of a guest whose application answers no hook: its connection is never made."""
+        await asyncio.Event().wait()
+        raise AssertionError
+
     async def claim(self, ahead: str, session: str, incarnation: int, egress: object) -> None:
         await self._call("claim", session)
         self.held[session] = m.SessionState(session, incarnation, self.held.pop(ahead).phase, 0, 0.0)

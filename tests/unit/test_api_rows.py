@@ -177,7 +177,7 @@ def test_delete_image(api: ApiRig) -> None:
     api.call("DELETE", f"{VMS}/{one}")
     api.reach(one, "TERMINATED")
     assert api.call("DELETE", f"{IMAGES}/{encoded(arn)}")[::2] == (200, {"imageIdentifier": arn, "state": "DELETING"})
-    api.do(until(lambda: arn not in api.store.images))
+    api.do(until(lambda: arn not in api.store.images, 30))
     assert create(api, "goes")[0] == 201
     api.settled(arn)
 
@@ -226,7 +226,7 @@ def test_build_queue(api: ApiRig) -> None:
         return [api.call("GET", f"{IMAGES}/{encoded(image_arn(name))}/versions/1.0")[2]["state"] for name in names]
 
     def started(count: int) -> None:
-        api.do(until(lambda: sum(one.startswith("queue") for one in api.pipeline.order) >= count))
+        api.do(until(lambda: sum(one.startswith("queue") for one in api.pipeline.order) >= count, 30))
 
     started(2)
     assert states() == ["IN_PROGRESS", "IN_PROGRESS", "PENDING", "PENDING"]
