@@ -433,6 +433,8 @@ class Http1(Exchange):
         if ahead:
             self.data_received(ahead[at:])
         self.resume_reading(READ_AHEAD)
+        if self._half_closed_at and self.origin is not None:  # before the application had agreed
+            self.origin.finish(None)
 
     @property
     def server_frames(self) -> FrameCounter | None:

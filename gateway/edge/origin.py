@@ -108,6 +108,8 @@ class Origin:
     def connection_lost(self, error: Exception | None) -> None:
         if error is not None and self.exchange is None:
             self._closed_while_idle()
+        if error is not None and self.exchange is not None and not self.is_secure:
+            self._read_unread()
         self.transport = self.reading = None
         if self.is_parked:
             self._context.forget_parked(self)
@@ -125,6 +127,20 @@ class Origin:
             exchange.origin_failed(failures.HEAD_CUT_SHORT)
         else:
             exchange.origin_failed(self._unanswered())
+
+    def _read_unread(self) -> None:
+        """A write has met the connection's end, and the transport reads no more. Who answers a request before it has all of it, and
+        closes, has its answer in front of that end (RFC 9112, 9.5)."""
+        assert self.transport is not None and self.reading is not None
+        try:
+            with socket.socket(fileno=os.dup(self.transport.get_extra_info("socket").fileno())) as own:
+                while self.exchange is not None and not self.reading.reasons:
+                    data = own.recv(BUFFER_HIGH_BYTES, socket.MSG_DONTWAIT)
+                    if not data:
+                        return
+                    self.data_received(data)
+        except OSError:
+            pass  # there is nothing more
 
     def pause_writing(self) -> None:
         self.is_paused = True

@@ -232,6 +232,9 @@ class Http2Origin(Multiplex):
         self.put(f.PREFACE + f.settings({f.ENABLE_PUSH: 0}) + f.window_update(0, multiplex.CONNECTION_WINDOW - f.WINDOW_BYTES))
         self._receive_window = multiplex.CONNECTION_WINDOW
 
+    def eof_received(self) -> bool:
+        return False
+
     def connection_lost(self, error: Exception | None) -> None:
         self.transport = None
         self.is_shutting_down = True

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,35 @@ async def test_a_request_that_met_the_end_of_its_connection_is_sent_once_more(ri
     name = method.encode()
     assert application.seen == [(1, name), (1, name), (2, name), (2, name), (3, name), (3, name), (4, name), (4, name), (5, name), (5, name), (6, name)]  # fmt: skip
     assert rig.worker.table.account("s1").waiting == 0
+
+
+async def test_an_answer_in_front_of_the_end_that_a_write_meets_is_read(rig: Rig) -> None:
+    """Who refuses an upload before it has all of it, and closes."""
+    refuses, has_refused = asyncio.Event(), asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        await refuses.wait()
+        writer.write(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nbig")
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # what close says: RST
+        writer.transport.abort()
+        has_refused.set()
+
+    rig.script = script
+    reader, writer = await rig.open()
+    writer.write(rig.request("/", "Content-Length: 1000000", method="POST") + b"x")
+    await until(lambda: rig.received)
+    (origin,) = rig.worker.upstream.pools()[0].open
+    assert origin.transport is not None
+    origin.transport.pause_reading()  # the loop comes to writing first
+    refuses.set()
+    async with asyncio.timeout(5):
+        await has_refused.wait()
+    writer.write(b"x" * 999_999)
+    status, fields, body = await response(reader)
+    assert (status, fields["connection"], body) == (413, "close", b"big")
+    assert rig.worker.table.account("s1").waiting == 0 and not rig.worker.upstream.idle()
+    writer.close()
 
 
 async def test_behind_an_interim_response_it_is_not_sent_once_more(rig: Rig) -> None:

@@ -58,6 +58,30 @@ async def test_a_tunnel_whose_sides_have_both_ended_is_over_at_once(rig: Rig, fi
     writer.close()
 
 
+async def test_an_end_before_the_application_has_agreed_is_passed_on(rig: Rig) -> None:
+    agrees = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        await agrees.wait()
+        writer.write(SWITCHED)
+        assert await reader.read() == b""
+        writer.write(b"bye")
+
+    rig.script = script
+    await rig.start()
+    reader, writer = await rig.open()
+    writer.write(rig.request("/", *FIELDS))
+    await until(lambda: rig.received)
+    writer.write_eof()
+    (client,) = rig.worker.clients
+    await until(lambda: client._half_closed_at)  # type: ignore[union-attr]
+    agrees.set()
+    async with asyncio.timeout(5):
+        assert (await reader.read()).endswith(b"\r\n\r\nbye")
+    writer.close()
+
+
 @pytest.mark.parametrize("first", ["application", "client"])
 async def test_a_tunnel_in_a_stream_is_over_when_both_sides_have_ended(rig: Rig, first: str) -> None:
     ends, heard, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
