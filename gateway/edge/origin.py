@@ -364,8 +364,7 @@ class Origin:
             return
         self.must_close = self._sent_early or not head.keep_alive
         if head.idle_seconds >= 0:
-            self.proven_seconds = max(0.0, head.idle_seconds - 1)
-            self.reuse_seconds = min(self.proven_seconds, self._context.settings.origin_idle_seconds)
+            self.keep_alive(head.idle_seconds)
         framing = head.framing
         if framing == FIXED and len(data) == head.length:  # the usual answer: all of it came in one read
             self._finish(exchange, head, data)
@@ -386,6 +385,11 @@ class Origin:
             exchange.response_head(head)
             if data:
                 exchange.response_data(data)
+
+    def keep_alive(self, seconds: float) -> None:
+        """The application keeps an idle connection for so long."""
+        self.proven_seconds = max(0.0, seconds - 1)
+        self.reuse_seconds = min(self.proven_seconds, self._context.settings.origin_idle_seconds)
 
     def _switch(self, exchange: ClientSide, head: ResponseHead, data: bytes) -> None:
         asked = exchange.head.upgrade if exchange.head is not None else None

@@ -79,6 +79,12 @@ class Sockets:
             self.close()
             raise SessionGone("the MicroVM was suspended, or has ended")
 
+    def abandon(self) -> None:
+        """The worker ends: nobody waits for sockets that are on their way."""
+        if self._fetching is not None:
+            self._fetching.cancel()
+        self.close()
+
     def close(self) -> None:
         """The incarnation has ended: its sockets, those on their way included, keep its network namespace alive no longer."""
         self._is_over = True

@@ -378,7 +378,8 @@ class Upstream:
 
     def close(self) -> None:
         """The worker ends."""
-        for session, incarnation in list(self._incarnations):
+        for (session, incarnation), found in list(self._incarnations.items()):
+            found.sockets.abandon()
             self.end(session, incarnation)
         self._vmm.close()
 

@@ -19,7 +19,7 @@ from waiting import until
 from gateway.config import Settings
 from gateway.edge import frames as f
 from gateway.edge import pool as pools
-from gateway.edge.pool import Pool
+from gateway.edge import upstream
 from gateway.instance import make_certificates
 
 
@@ -175,6 +175,29 @@ async def test_an_upgrade_gets_a_proven_connection(rig: Rig) -> None:
     assert seen == [1, 2]
 
 
+@pytest.mark.parametrize("early", [True, False])
+async def test_a_connection_is_used_again_after_a_refused_upgrade_only_if_nothing_but_the_head_was_sent(rig: Rig, early: bool) -> None:
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await rig.head(reader):
+            asked.set()
+            await answer.wait()
+            writer.write(b"HTTP/1.1 426 Upgrade Required\r\nContent-Length: 0\r\n\r\n")
+
+    rig.script = script
+    fields = ("Connection: upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13")
+    asking = asyncio.create_task(ask(rig, "GET", *fields))
+    await asked.wait()
+    if early:
+        (origin,) = rig.worker.upstream.pools()[0].open
+        origin.send(b"GET /smuggled HTTP/1.1\r\n\r\n")
+    answer.set()
+    assert await asking == 426
+    assert await ask(rig, "GET") == 426
+    assert rig.connects == (2 if early else 1) and b"smuggled" not in rig.received
+
+
 async def test_an_application_that_closes_after_each_answer_is_learned(rig: Rig) -> None:
     """It does not say Connection: close. What cannot be sent again gets a new connection each time from then on."""
     hold = asyncio.Event()
@@ -228,7 +251,7 @@ async def test_the_queue_for_a_connection_has_an_end(rig: Rig, monkeypatch: pyte
     first = asyncio.create_task(ask(rig, "GET"))
     await until(lambda: rig.connects)
     (pool,) = rig.worker.upstream.pools()
-    monkeypatch.setattr(Pool, "ramp", lambda self, now: None)
+    monkeypatch.setattr(upstream, "_RAMP_SECONDS", 60.0)
     pool.allowed = 1
     second = asyncio.create_task(ask(rig, "GET"))
     await until(lambda: pool.waiting == 1)
@@ -251,7 +274,7 @@ async def test_a_client_that_leaves_the_queue_is_forgotten(rig: Rig, monkeypatch
     first = asyncio.create_task(ask(rig, "GET"))
     await until(lambda: rig.connects)
     (pool,) = rig.worker.upstream.pools()
-    monkeypatch.setattr(Pool, "ramp", lambda self, now: None)
+    monkeypatch.setattr(upstream, "_RAMP_SECONDS", 60.0)
     pool.allowed = 1
     _, writer = await rig.open()
     writer.write(rig.request())
@@ -269,7 +292,7 @@ async def test_an_error_of_our_own_is_answered(rig: Rig, monkeypatch: pytest.Mon
     async def broken(*arguments: object) -> None:
         raise ValueError("a fault")
 
-    monkeypatch.setattr(rig.worker.upstream, "_connect_once", broken)
+    monkeypatch.setattr(upstream, "dial", broken)
     assert await ask(rig, "GET") == 500
     assert rig.worker.table.account("s1").waiting == 0
     (pool,) = rig.worker.upstream.pools()
@@ -316,7 +339,7 @@ async def test_sockets_that_come_for_an_incarnation_that_has_ended_are_closed(ri
     assert len(sockets) == 0 and len(os.listdir("/proc/self/fd")) == before
 
 
-async def test_what_one_connection_raises_at_its_end_stops_no_other(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_one_connection_raises_at_its_end_stops_no_other(rig: Rig) -> None:
     hold = asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -326,15 +349,25 @@ async def test_what_one_connection_raises_at_its_end_stops_no_other(rig: Rig, mo
     rig.script = script
     asking = [asyncio.create_task(ask(rig, "GET")) for _ in range(3)]
     await until(lambda: rig.connects == 3)
-    origins = rig.worker.upstream.pools()[0].connections
-    cut = type(origins[0]).cut
-    monkeypatch.setattr(type(origins[0]), "cut", lambda self: 1 / 0 if self is origins[0] else cut(self))
+    ended: list[object] = []
+
+    class Broken:
+        key = ("s1", 1, 0)
+        stream_count = 1
+
+        def parkable(self, one_way: bool) -> int:
+            return 0
+
+        def cut(self) -> None:
+            ended.append(self)
+            raise ValueError("a fault")
+
+    incarnation = rig.worker.upstream.incarnation("s1", 1)
+    incarnation.shells |= {Broken(), Broken()}  # type: ignore[arg-type]
     rig.worker.upstream.end("s1", 1)
-    monkeypatch.undo()
-    await until(lambda: sum(task.done() for task in asking) == 2)
-    assert {task.result() for task in asking if task.done()} == {502}
+    assert len(ended) == 2 and len(incarnation.sockets) == 0
+    assert await asyncio.gather(*asking) == [502] * 3
     hold.set()
-    await asyncio.wait(asking)
 
 
 # ---- TLS ----
