@@ -18,7 +18,7 @@ from websockets.protocol import Protocol, Side, State
 
 from .head import NO_BODY, RequestHead, ResponseHead, Trailers, split_block
 from .keys import Key
-from .reading import HELD, PEER_SLOW, ReadGate
+from .reading import HELD, PEER_SLOW, UNREAD, ReadGate
 from .sides import HELD_BYTES, ClientSide, OriginContext
 from .websocket import accept_of
 
@@ -83,7 +83,8 @@ class ShellOrigin:
                 self._text(bytes(event.data))
             elif event.opcode in (Opcode.BINARY, Opcode.CONT):
                 self._type(bytes(event.data))
-        self._flush()
+        if self._flush() and self._reading.reasons & PEER_SLOW and self._exchange is not None:
+            self._exchange.pause_reading(UNREAD)  # its client asks for pongs, and reads none
         if self.is_parked and len(self._typed) > before:
             self._context.wake(self)
 
@@ -221,18 +222,21 @@ class ShellOrigin:
             self._close()
         self._flush()
 
-    def _flush(self) -> None:
-        exchange = self._exchange
+    def _flush(self) -> bool:
+        """Sends the frames that are due; whether there were any."""
+        exchange, has_sent = self._exchange, False
         if exchange is None:
-            return
+            return False
         for data in self._frames.data_to_send():
             if data:
+                has_sent = True
                 exchange.response_data(bytes(data))
             else:
                 self._leave()
                 self._close()
                 exchange.response_over()
-                return
+                return has_sent
+        return has_sent
 
     def _close(self) -> None:
         if self._exchange is not None and self._closing is None:

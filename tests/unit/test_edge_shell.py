@@ -19,7 +19,7 @@ from gateway.edge import shell
 from gateway.edge.admission import SHELL_PORT
 from gateway.edge.head import NO_BODY, RequestHead, ResponseHead
 from gateway.edge.head_cache import Cache
-from gateway.edge.reading import HELD, PEER_SLOW
+from gateway.edge.reading import HELD, PEER_SLOW, UNREAD
 from gateway.edge.shell import ShellOrigin
 from gateway.edge.sides import OriginContext, Parkable
 from gateway.edge.table import Account
@@ -158,6 +158,19 @@ async def test_a_client_is_stopped_while_the_terminal_takes_nothing(one: Shell) 
     while one.exchange.reasons:
         await one.typed()
     assert not one.origin.is_paused and one.origin.is_silent(False)
+
+
+async def test_a_client_that_asks_for_pongs_and_reads_none_is_not_read(one: Shell) -> None:
+    one.open()
+    one.exchange.client.send_ping(b"?")
+    one.flush()
+    assert one.exchange.messages[-1] == (Opcode.PONG, b"?") and not one.exchange.reasons
+    one.origin.pause(PEER_SLOW)
+    one.say(Opcode.BINARY, b"\x03")
+    assert not one.exchange.reasons, "who does not read the output may still type ^C"
+    one.exchange.client.send_ping(b"!")
+    one.flush()
+    assert one.exchange.reasons == UNREAD
 
 
 async def test_output_is_not_read_while_a_reason_holds(one: Shell) -> None:
