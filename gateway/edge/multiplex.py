@@ -569,6 +569,8 @@ class Multiplex:
         if stream is not None:
             self.drop(stream, BY_US)
             stream.on_reset(error.code)
+        elif self.is_idle(error.stream):
+            raise H2ConnectionError(error.code, str(error))  # an idle stream may not be reset (RFC 9113, 6.4)
         else:
             self._remember_closed(error.stream, BY_US)
         self.put(f.rst_stream(error.stream, error.code))

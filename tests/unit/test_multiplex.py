@@ -239,6 +239,13 @@ def test_connection_errors(case: str) -> None:
     assert kind == f.GOAWAY and Code(int.from_bytes(payload[4:8], "big")).name == code and one.wire.closing
 
 
+@pytest.mark.parametrize("priority", [bytes(4), u32(8) + b"\0"])
+def test_an_idle_stream_is_not_reset(priority: bytes) -> None:
+    """RFC 9113, 6.4: the connection ends instead."""
+    one = opened(1)
+    assert [kind for kind, _, _, _ in one.hear(f.frame(f.PRIORITY, 0, 8, priority))] == [f.GOAWAY]
+
+
 @pytest.mark.parametrize("first", [f.frame(f.PING, 0, 0, bytes(8)), head(), f.frame(f.SETTINGS, f.ACK, 0)])
 def test_the_first_frame_is_settings(first: bytes) -> None:
     one = Server()
