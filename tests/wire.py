@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,19 @@ class Endpoint:
     def close(self) -> None:
         self._file.close()
         self.sock.close()
+
+
+def read_until(sock: socket.socket, wanted: bytes, seconds: float = 60.0) -> bytes:
+    """What comes up to and with `wanted`. Raises EOFError where the connection ends before, TimeoutError where it does not come."""
+    deadline, seen = time.monotonic() + seconds, b""
+    while wanted not in seen:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no {wanted!r} in {seen[-500:]!r}")
+        piece = sock.recv(65536)
+        if not piece:
+            raise EOFError(f"no {wanted!r} in {seen[-500:]!r}")
+        seen += piece
+    return seen
 
 
 def get(endpoint: str, ca: Path, token: str | None, path: str = "/", timeout: float = 40.0, **fields: str) -> Answer:

@@ -10,6 +10,7 @@ import os
 import shutil
 import ssl
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -234,11 +235,12 @@ class Browser:
     async def say(self, method: str, **parameters: Any) -> Any:
         self.last += 1
         await self.socket.send(json.dumps({"id": self.last, "method": method, "params": parameters}))
-        while True:
-            answer = json.loads(await asyncio.wait_for(self.socket.recv(), 60))
-            if answer.get("id") == self.last:
-                assert "error" not in answer, answer
-                return answer["result"]
+        async with asyncio.timeout(60):
+            while True:
+                answer = json.loads(await self.socket.recv())
+                if answer.get("id") == self.last:
+                    assert "error" not in answer, answer
+                    return answer["result"]
 
     async def visit(self, guest: dict[str, Any]) -> None:
         """Opens the page that the microVM serves, which needs the token's field from outside the page."""
@@ -323,6 +325,8 @@ def test_aws_logs_tail_follows(service: Instance, guest: dict[str, Any]) -> None
             command = ["/usr/bin/aws", "logs", "tail", group, "--follow", "--since", "1h", "--format", "short"]
             command += ["--endpoint-url", environment["AWS_ENDPOINT_URL"]]
             tail = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            deadline = threading.Timer(60, tail.kill)  # its lines then end, and so does the wait for them
+            deadline.start()
             try:
                 assert tail.stdout is not None
                 assert "torpor: fetched" in tail.stdout.readline(), "the build's log, an hour back"
@@ -334,6 +338,7 @@ def test_aws_logs_tail_follows(service: Instance, guest: dict[str, Any]) -> None
                     assert line, tail.stderr.read() if tail.stderr else ""
                     seen += line
             finally:
+                deadline.cancel()
                 tail.terminate()
                 tail.wait(20)
     finally:

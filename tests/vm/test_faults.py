@@ -104,25 +104,30 @@ def test_container_exit_ends_the_session_with_its_code(instance: Instance, app: 
 
 def test_reload_under_load_fails_no_request(instance: Instance, vm: dict[str, Any]) -> None:
     failures: list[object] = []
+    counts = [0] * 4
     done = threading.Event()
 
-    def load() -> None:
+    def load(number: int) -> None:
         while not done.is_set():
             try:
                 answer = call(instance, vm, "/state")
                 if answer.status != 200:
                     failures.append(answer)
+                counts[number] += 1
             except Exception as error:
                 failures.append(error)
 
-    threads = [threading.Thread(target=load) for _ in range(4)]
+    threads = [threading.Thread(target=load, args=(number,)) for number in range(4)]
     old = [instance.pid_of("edge-0"), instance.pid_of("edge-1")]
     for thread in threads:
         thread.start()
+    until(lambda: all(counts) or failures)
     assert instance.process is not None
     instance.process.send_signal(signal.SIGHUP)
     until(lambda: instance.pid_of("edge-0") != old[0] and instance.pid_of("edge-1") != old[1])
     until(lambda: not any(Path(f"/proc/{pid}/fd").exists() for pid in old))
+    seen = list(counts)
+    until(lambda: all(now > then + 1 for now, then in zip(counts, seen, strict=True)) or failures)  # by the new workers, too
     done.set()
     for thread in threads:
         thread.join()

@@ -32,6 +32,7 @@ class Upload:
     def __init__(self, one: Hollow, sock: socket.socket) -> None:
         context = ssl.create_default_context(cafile=str(one.settings.tls_dir / "ca.crt"))
         context.set_alpn_protocols(["h2"])
+        sock.settimeout(60)
         self.sock = context.wrap_socket(sock, server_hostname=one.endpoints[0].partition(":")[0])
         self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="latin-1"))
         self.h2.initiate_connection()
@@ -42,11 +43,17 @@ class Upload:
         self.h2.send_headers(1, fields)
         while not self.ended:
             self._send()
-            for event in self.h2.receive_data(self.sock.recv(1 << 16)):
+            for event in self.received():
                 if isinstance(event, h2.events.WindowUpdated) and event.stream_id == 1:
                     self.credited += event.delta
                 self.ended = self.ended or isinstance(event, h2.events.StreamEnded)
                 assert not isinstance(event, h2.events.StreamReset | h2.events.ConnectionTerminated)
+
+    def received(self) -> list[h2.events.Event]:
+        """What comes next, which is not the connection's end."""
+        data = self.sock.recv(1 << 16)
+        assert data, "the connection ended"
+        return self.h2.receive_data(data)
 
     def _send(self) -> None:
         while self.sent < UPLOAD and (room := min(self.h2.local_flow_control_window(1), self.h2.max_outbound_frame_size)):
@@ -84,6 +91,6 @@ def test_a_stream_that_is_slow_gets_no_larger_window(far: Namespace) -> None:
         assert upload.h2.local_flow_control_window(1) <= FIRST
         upload.h2.send_data(1, b"bc", end_stream=True)
         upload.sock.sendall(upload.h2.data_to_send())
-        while not any(isinstance(event, h2.events.StreamEnded) for event in upload.h2.receive_data(upload.sock.recv(65536))):
+        while not any(isinstance(event, h2.events.StreamEnded) for event in upload.received()):
             pass
         upload.sock.close()

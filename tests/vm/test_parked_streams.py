@@ -11,7 +11,7 @@ import pytest
 from service import Instance, until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
-from wire import Endpoint, get
+from wire import Endpoint, get, read_until
 
 pytestmark = pytest.mark.vm
 
@@ -68,9 +68,7 @@ def test_an_event_stream_is_cut_and_its_client_wakes_the_microvm(instance: Insta
     """As an EventSource does: it connects again when its stream ends."""
     stream = Endpoint(vm["endpoint"], instance.root / "tls/ca.crt")
     stream.request("/stream?n=3&s=1.5", vm["token"])
-    seen = b""
-    while b"data: 0" not in seen:
-        seen += stream.sock.recv(4096)
+    seen = read_until(stream.sock, b"data: 0")
     suspend(instance, vm)
     stream.sock.settimeout(10)
     with contextlib.suppress(ConnectionResetError):
@@ -79,11 +77,7 @@ def test_an_event_stream_is_cut_and_its_client_wakes_the_microvm(instance: Insta
     assert b"0\r\nX-End: yes" not in seen
     again = Endpoint(vm["endpoint"], instance.root / "tls/ca.crt")
     again.request("/stream?n=1&s=0.1", vm["token"])
-    seen = b""
-    while b"0\r\nX-End: yes" not in seen:
-        data = again.sock.recv(4096)
-        assert data, seen
-        seen += data
+    assert b"data: 0" in read_until(again.sock, b"0\r\nX-End: yes")
 
 
 def test_restarts_of_vmm_and_control_leave_it_parked(instance: Instance, vm: dict[str, Any]) -> None:

@@ -18,12 +18,12 @@ POLICY = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "aut
 
 
 class Monitor:
-    """What `ip monitor` says of a namespace's devices, addresses, routes and rules."""
+    """What `ip monitor` says of a namespace's devices, addresses, routes, rules and settings; not of neighbours, whose entries age."""
 
     def __init__(self, namespace: str) -> None:
         self._enter = ["nsenter", f"--net={namespace}"]
         # Into a pipe, ip would write only what fills its buffer.
-        command = [*self._enter, "stdbuf", "-oL", "ip", "-o", "monitor", "link", "address", "route", "rule"]
+        command = [*self._enter, "stdbuf", "-oL", "ip", "-o", "monitor", "link", "address", "route", "rule", "netconf", "nsid"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._lines: list[str] = []
         self._marks = 0
