@@ -37,11 +37,18 @@ def service(host_before: dict[str, set[str]]) -> Iterator[Instance]:
     forwards.write_text(before)
 
 
+def log_of(service: Instance, build: str) -> str:
+    events = service.client("logs").get_log_events(
+        logGroupName="/aws/lambda-microvms/conformance", logStreamName=f"build/1.0/{build}", startFromHead=True
+    )["events"]
+    return "".join(f"\n{event['message']}" for event in events)[-3000:]
+
+
 @pytest.fixture(scope="session")
 def guest(service: Instance) -> dict[str, Any]:
     arn = service.create("conformance", service.upload(application()))
     build = service.built(arn, seconds=300)
-    assert build["buildState"] == "SUCCESSFUL", build
+    assert build["buildState"] == "SUCCESSFUL", build["stateReason"] + log_of(service, build["buildId"])
     made = service.launch(arn, idlePolicy=POLICY)
     made["token"] = service.token(made["microvmId"], minutes=60)
     made["ca"] = str(service.root / "tls/ca.crt")
