@@ -24,9 +24,11 @@ Ask = Callable[[Request], Awaitable[Answer]]
 
 @dataclass
 class Load:
-    """`is_limited`: a request may be refused with 429. What is wrong is in `faults`, one line each."""
+    """`target2` has an application that speaks HTTP/2. `is_limited`: a request may be refused with 429. What is wrong is in `faults`, one
+    line each."""
 
     target: Target
+    target2: Target
     seed: int
     is_limited: bool
     size_bits: int = 24  # sizes are from 1 byte to 2 to the power of this
@@ -36,7 +38,7 @@ class Load:
     async def run(self, seconds: float) -> None:
         """Requests until `seconds` are over; then all that are under way are finished and connections are closed."""
         self._until = asyncio.get_running_loop().time() + seconds
-        lanes = [self._http1] * 8 + [self._http2] * 3 + [self._messages] * 3
+        lanes = [self._http1] * 10 + [self._http2] * 4 + [self._messages] * 3
         await asyncio.gather(*(lane(random.Random(self.seed * 1000 + number)) for number, lane in enumerate(lanes)))
         self.seed += 1
 
@@ -44,18 +46,30 @@ class Load:
     def _goes_on(self) -> bool:
         return asyncio.get_running_loop().time() < self._until and len(self.faults) < 20
 
+    def _way(self, rng: random.Random, protocol: str) -> tuple[str, Target]:
+        """To one application or the other, and what that is called."""
+        return (protocol, self.target) if rng.random() < 0.7 else (f"{protocol} to HTTP/2", self.target2)
+
     async def _http1(self, rng: random.Random) -> None:
-        client = Http1Client(self.target)
         while self._goes_on:
-            await self._one("HTTP/1.1", rng, client.ask)
+            await self._http1_connection(rng)
+
+    async def _http1_connection(self, rng: random.Random) -> None:
+        name, target = self._way(rng, "HTTP/1.1")
+        client = Http1Client(target)
+        for _ in range(_PER_CONNECTION):
+            if not self._goes_on:
+                break
+            await self._one(name, rng, client.ask)
             if rng.random() < 0.1:
                 client.close()
-        await self._checked("HTTP/1.1, the last on its connection", Request("/content?seed=1&size=1"), client.ask, (1, 1))
+        await self._checked(f"{name}, the last on its connection", Request("/content?seed=1&size=1"), client.ask, (1, 1))
         client.close()
 
     async def _http2(self, rng: random.Random) -> None:
         while self._goes_on:
-            client = Http2Client(self.target)
+            name, target = self._way(rng, "HTTP/2")
+            client = Http2Client(target)
             try:
                 await client.open()
             except (OSError, ssl.SSLError) as error:
@@ -63,11 +77,11 @@ class Load:
                 continue
             left = _PER_CONNECTION
 
-            async def stream(client: Http2Client = client) -> None:
+            async def stream(client: Http2Client = client, name: str = name) -> None:
                 nonlocal left
                 while left > 0 and self._goes_on and not client.is_broken:
                     left -= 1
-                    await self._one("HTTP/2", rng, client.ask)
+                    await self._one(name, rng, client.ask)
 
             await asyncio.gather(*(stream() for _ in range(5)))
             if rng.random() < 0.2:

@@ -38,6 +38,7 @@ def condition(worker: Worker) -> dict[str, Any]:
         "busy": sum(len(pool.open) - len(pool.idle) + sum(len(one.streams) for one in pool.shared) for pool in pools),
         "queued": sum(len(pool.waiters) + len(pool.waiters_for_shared) + pool.connecting for pool in pools),
         "descriptors": len(os.listdir("/proc/self/fd")),
+        "shared": sum(len(pool.shared) for pool in pools),
         "stock": worker.upstream.statistics()["stock"],
         "memory_kib": int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]),
     }

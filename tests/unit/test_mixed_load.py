@@ -89,7 +89,7 @@ async def child(*command: str) -> AsyncIterator[tuple[asyncio.subprocess.Process
 
 @contextlib.asynccontextmanager
 async def loads(directory: Path, seed: int) -> AsyncIterator[list[Running]]:
-    """A worker without limits and one with, in front of one application, and a load for each."""
+    """A worker without limits and one with, in front of the same two applications, and a load for each."""
     settings = Settings(root=directory)
     settings.tls_dir.mkdir(parents=True)
     make_certificates(settings)
@@ -99,14 +99,16 @@ async def loads(directory: Path, seed: int) -> AsyncIterator[list[Running]]:
         Server(directory / "control.sock", Service(Control(minter)), users), Server(directory / "vmm.sock", Service(Vmm()), users),
     ]  # fmt: skip
     async with contextlib.AsyncExitStack() as stack:
-        _, application = await stack.enter_async_context(child("tests/load/application.py"))
-        fields = {"X-aws-proxy-auth": minter.mint("s1", [(1, 65535)], 36_000), "X-aws-proxy-port": str(application)}
+        ports = [(await stack.enter_async_context(child(f"tests/load/{name}.py")))[1] for name in ("application", "application2")]
+        token = {"X-aws-proxy-auth": minter.mint("s1", [(1, 65535)], 36_000)}
+        first, second = (token | {"X-aws-proxy-port": str(one)} for one in ports)
+        second |= {"X-aws-proxy-force-h2": "true"}
         running = []
         for limits in (Edge(), LIMITS):
             command = ("tests/load/worker.py", limits.model_dump_json(), str(directory))
             process, port = await stack.enter_async_context(child(*command))
-            target = Target(port, HOST, fields, str(settings.tls_dir / "ca.crt"))
-            running.append(Running(process, Load(target, seed, is_limited=limits is LIMITS)))
+            targets = [Target(port, HOST, fields, str(settings.tls_dir / "ca.crt")) for fields in (first, second)]
+            running.append(Running(process, Load(targets[0], targets[1], seed, is_limited=limits is LIMITS)))
         try:
             yield running
         finally:
@@ -130,7 +132,7 @@ async def under_load(directory: Path, seconds: float, rounds: int, size_bits: in
                 await one.use_all_idle()
                 await one.settled()
         for start, seen in zip(before, after, strict=True):
-            descriptors = [one["descriptors"] - one["idle"] - one["stock"] for one in (start, *seen)]
+            descriptors = [one["descriptors"] - one["idle"] - one["stock"] - one["shared"] for one in (start, *seen)]
             assert max(descriptors[1:]) <= descriptors[0] + 1, descriptors
             memory = [one["memory_kib"] for one in seen]
             assert memory[-1] - min(memory[: (rounds + 1) // 2]) < GROWTH_KIB, memory
