@@ -31,7 +31,6 @@ HEAD_CUT_SHORT: Final = Failure(CUT_SHORT, "the application closed the connectio
 CONTENT_CUT_SHORT: Final = Failure(
     CUT_SHORT, "the application closed the connection before the response's content was complete (RFC 9112, 8)"
 )
-INVALID_STATUS_LINE: Final = Failure(INVALID, "the response does not begin with a status line (RFC 9112, 4)")
 UNASKED_UPGRADE: Final = Failure(INVALID, "the response switches protocols, which the request did not ask for (RFC 9110, 15.2.2)")
 STREAM_RESET: Final = Failure(CUT_SHORT, "the application reset the stream before its response was complete (RFC 9113, 5.4.2)")
 STREAM_REFUSED: Final = Failure(REFUSED, "the application ended the connection before it took the request (RFC 9113, 8.7)")
