@@ -45,9 +45,9 @@ class Exchange(ClientSide):
     """Origins call the methods under "the answer"; a protocol implements them."""
 
     __slots__ = (
-        "_held_since", "_interims", "_limiter", "_task", "_throttle", "_timing", "_tried_again", "_waiting", "again", "began",
-        "client_frames", "counted", "first_byte", "held_for", "held_seconds", "origin", "owed", "reason", "sent", "status",
-        "worker",
+        "_held_since", "_interims", "_limiter", "_table", "_task", "_throttle", "_timing", "_tried_again", "_upstream", "_waiting", "again",
+        "began", "client_frames", "counted", "first_byte", "held_for", "held_seconds", "ledger", "origin", "owed", "reason", "sent",
+        "status", "worker",
     )  # fmt: skip
 
     protocol: ClassVar[int] = HTTP1
@@ -55,6 +55,9 @@ class Exchange(ClientSide):
     def __init__(self, worker: Context) -> None:
         super().__init__()
         self.worker = worker
+        # What each request needs, kept with its type: a look at the worker, which is not compiled, costs as much as ten of these.
+        self.ledger = worker.ledger
+        self._table, self._upstream = worker.table, worker.upstream
         self.origin: OriginSide | None = None
         self.again: CachedRequest | None = None  # in place of a head, where the request is one that was seen before
         self.counted = True  # whatever ends an exchange counts it; the first that does so sets this
@@ -172,14 +175,14 @@ class Exchange(ClientSide):
     def try_cached(self, again: CachedRequest, now: float) -> bool:
         """Forwards a request without a body that was seen before, where what was remembered still holds and a connection waits."""
         admission, worker = again.admission, self.worker
-        entry = worker.table.get(admission.host)
+        entry = self._table.get(admission.host)
         if entry is None or entry.route is not admission.route:
             return False
         if admission.checker is not worker.checker or admission.expires <= worker.wall():
             return False
         if entry.limiter is not None:
             return False
-        origin = worker.upstream.take_idle(admission.key, now, again.is_safe)
+        origin = self._upstream.take_idle(admission.key, now, again.is_safe)
         if origin is None:
             return False
         self.again = again
@@ -198,7 +201,7 @@ class Exchange(ClientSide):
         self._limiter = None
         self._tried_again = False
         self.sent = 0
-        self.request_id = request_id = worker.ledger.request_id()
+        self.request_id = request_id = self.ledger.request_id()
         origin.begin(self, again.is_head)
         assert origin.transport is not None
         origin.transport.write(b"%b%b%b\r\n\r\n" % (again.rewritten, request_id, self.hop_fields))
@@ -220,7 +223,7 @@ class Exchange(ClientSide):
         self._timing = ""
         self._held_since = self.held_seconds = 0.0
         self._interims = 0
-        self.request_id = worker.ledger.request_id()
+        self.request_id = self.ledger.request_id()
         if worker.hops.is_on:
             head.block = worker.hops.of_block(head.block, b"2" if self.protocol == HTTP2 else b"1.%d" % head.minor)
         wall = worker.wall()
@@ -484,14 +487,14 @@ class Exchange(ClientSide):
         self.response_started = False
         self.status = self.sent = 0
         self.held_seconds = 0.0
-        self.request_id = self.worker.ledger.request_id()
+        self.request_id = self.ledger.request_id()
 
     def record(self, closed_by: str = "") -> None:
         """The exchange has ended, and is counted, once. `closed_by` is client or origin where this is not its usual end."""
         if self.counted:
             return
         self.counted = True
-        ledger = self.worker.ledger
+        ledger = self.ledger
         ledger.count(self.protocol, self.status)
         if ledger.access is not None:
             ledger.access.add(self._record(closed_by))

@@ -41,8 +41,8 @@ _NONE: dict[str, Limiter] = {}  # shared: replaced before it is written to
 
 class Http1(Exchange):
     __slots__ = (
-        "_ahead", "_block", "_body", "_buffer", "_frames", "_half_closed_at", "_head_bytes", "_joined", "_keep",
-        "_origin_ended", "_reading", "_state", "_stuck_since", "_via", "is_raw", "touched", "transport",
+        "_ahead", "_block", "_body", "_buffer", "_frames", "_half_closed_at", "_head_bytes", "_heads", "_joined", "_keep",
+        "_origin_ended", "_reading", "_state", "_stuck_since", "_time", "_via", "is_raw", "touched", "transport",
     )  # fmt: skip
 
     def __init__(self, worker: Context) -> None:
@@ -54,6 +54,7 @@ class Http1(Exchange):
         self._buffer = b""  # of a head that is not complete
         self._ahead = ReadAhead()
         self._head_bytes = worker.settings.head_bytes
+        self._time, self._heads = worker.time, worker.heads
         self._reading: ReadGate | None = None
         self._half_closed_at = 0.0  # when the client ended its half; 0: it has not
         self._origin_ended = False  # the tunnel's application has ended its half
@@ -83,7 +84,7 @@ class Http1(Exchange):
         if state == _AT_HEAD:
             self._on_head(data)
         elif state == _TUNNEL:
-            self.touched = self.worker.time()
+            self.touched = self._time()
             self.tunnel_in(data)
         elif state == _IN_BODY:
             self._on_body(data)
@@ -96,7 +97,7 @@ class Http1(Exchange):
         parked stream, where none comes, that is now."""
         if self._half_closed_at:
             return
-        self._half_closed_at = self.worker.time()
+        self._half_closed_at = self._time()
         origin = self.origin
         if origin is not None and getattr(origin, "is_parked", False):
             self._give_up()
@@ -126,7 +127,7 @@ class Http1(Exchange):
             limiter.leave()
 
     def pause_writing(self) -> None:
-        self._stuck_since = self.worker.time()
+        self._stuck_since = self._time()
         if self.origin is not None:
             self.origin.pause(PEER_SLOW)
 
@@ -161,9 +162,9 @@ class Http1(Exchange):
             self._incomplete(data[begin:])
             return
         self._buffer = b""
-        self.touched = now = worker.time()
+        self.touched = now = self._time()
         raw = data[begin:end] if begin else data[:end]
-        again = worker.heads.heads.get(raw)
+        again = self._heads.heads.get(raw)
         if again is not None:
             if not is_due and not worker.fairness.admit(again.admission.account, now):
                 self._defer(again, data, begin)
@@ -173,14 +174,14 @@ class Http1(Exchange):
             is_due = True
         at = raw.find(b"\r\n")
         line, block = (raw, b"") if at < 0 else (raw[:at], raw[at:])
-        again = worker.heads.of_parts(line, block)
+        again = self._heads.of_parts(line, block)
         if again is not None:
             if not is_due and not worker.fairness.admit(again.admission.account, now):
                 self._defer(again, data, begin)
                 return
             if self._try_cached(again, data, end, now):
                 if not again.is_new:
-                    worker.heads.heads.put(raw, again)
+                    self._heads.heads.put(raw, again)
                 return
         self._parsed(line, block, data, end, now)
 
@@ -210,7 +211,7 @@ class Http1(Exchange):
             self._fail(431, b"Request header fields too large")
             return
         if not self._buffer:
-            self.touched = self.worker.time()
+            self.touched = self._time()
         self._buffer = data
 
     def _parsed(self, line: bytes, block: bytes, data: bytes, end: int, now: float) -> None:
@@ -240,7 +241,7 @@ class Http1(Exchange):
         return peer_of(self.transport)
 
     def remember(self, admission: CachedAdmission) -> None:
-        self.worker.heads.remember_block(self._block, admission)
+        self._heads.remember_block(self._block, admission)
 
     # ---- the body ----
 
@@ -268,7 +269,7 @@ class Http1(Exchange):
 
     def _on_body(self, data: bytes) -> None:
         """Body bytes: on to the origin, or kept, within a bound, until there is one."""
-        self.touched = now = self.account.last = self.worker.time()
+        self.touched = now = self.account.last = self._time()
         origin, body = self.origin, self._body
         if origin is None or body is None:
             self._keep_ahead(data)
@@ -305,8 +306,8 @@ class Http1(Exchange):
             self._answered()
             self.response_started = True
             self.status = head.status
-            if worker.ledger.access is not None:
-                self.first_byte = worker.time()
+            if self.ledger.access is not None:
+                self.first_byte = self._time()
             block = head.block if head.is_dated else head.block + replies.date_line()
             if self.transport is not None:
                 self.transport.write(
@@ -338,8 +339,8 @@ class Http1(Exchange):
             block = b"".join(b"\r\n" + line for line in block.split(b"\r\n")[1:] if not line.lower().startswith(b"transfer-encoding:"))
         if not head.is_dated:
             block += replies.date_line()
-        self.touched = now = worker.time()
-        if worker.ledger.access is not None:
+        self.touched = now = self._time()
+        if self.ledger.access is not None:
             self.first_byte = now
         if self.transport is not None:
             self.transport.write(b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n%b" % (head.status_line, self.request_id, block, extra, body))
@@ -353,7 +354,7 @@ class Http1(Exchange):
         self.sent += len(data)
         if self._limiter is not None:
             self.throttle(len(data))
-        self.touched = self.worker.time()
+        self.touched = self._time()
         if self.transport is not None:
             self.transport.write(data)
         if self._frames is not None:
@@ -498,7 +499,7 @@ class Http1(Exchange):
     def _fail(self, status: int, body: bytes) -> None:
         """What follows cannot be understood: say so, and close."""
         if self._state == _AT_HEAD:
-            self.unread(self.worker.time())
+            self.unread(self._time())
         origin, self.origin = self.origin, None
         if origin is not None:
             origin.abandon()

@@ -449,7 +449,7 @@ class Request(Exchange, Flow):
         self._answered()
         self.response_started = True
         self.status = status
-        if self.worker.ledger.access is not None:
+        if self.ledger.access is not None:
             self.first_byte = self.worker.time()
 
     def _fields(self, head: ResponseHead) -> bytes:
