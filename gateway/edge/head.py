@@ -42,8 +42,8 @@ CHUNKED: Final = 2
 UNTIL_CLOSE: Final = 3
 Fields = list[tuple[bytes, bytes, bytes]]  # name in lower case, name as sent, value
 Trailers = list[tuple[bytes, bytes]]  # name in lower case, value
-# Fields that only this service writes, in either direction.
-OWN_FIELDS = frozenset((b"x-amzn-requestid",))
+# Fields that only this service writes, in either direction, in each spelling that is one name to CGI and WSGI.
+OWN_FIELDS = frozenset((b"x-amzn-requestid", b"x_amzn-requestid", b"x-amzn_requestid", b"x_amzn_requestid"))
 # What a request's fields decide, here and nowhere else: all others go on as they are (head_cache.py relies on that).
 DECISIVE = _HOP_BY_HOP | OWN_FIELDS | frozenset((
     b"host", b"content-length", b"transfer-encoding", b"expect", b"max-forwards", b"sec-websocket-protocol",

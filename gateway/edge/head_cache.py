@@ -367,4 +367,5 @@ def _is_part_of(head: RequestHead, admission: CachedAdmission) -> bool:
 
 
 def _is_hop(name: bytes) -> bool:
+    name = name.replace(b"_", b"-")  # as hops.py reads it
     return name in (b"via", b"forwarded") or name.startswith(b"x-forwarded-")

@@ -405,9 +405,9 @@ SPOOFED = (
 async def test_the_way_of_a_request_is_told_by_setting_and_cannot_be_spoofed(start: Start) -> None:
     rig = await start(forwarded=True, via="edge-1")
     reader, writer = await rig.open()
-    for _ in range(3):  # parsed, from the memory of its fields, from that of its head
+    for trace in ("1", "1", "1", "2", "3"):  # parsed, from the memory of its fields, of its head, of its decisive fields
         rig.received = b""
-        writer.write(rig.request("/a", *SPOOFED))
+        writer.write(rig.request("/a", *SPOOFED, f"Trace: {trace}"))
         status, fields, _ = await response(reader)
         assert (status, fields["via"]) == (200, "1.1 edge-1")
         lines = rig.received.decode().split("\r\n")
