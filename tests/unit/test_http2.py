@@ -13,6 +13,7 @@ from h2_client import Answer, Fields, Judge, Raw
 from waiting import until
 
 from gateway.edge import frames as f
+from gateway.edge.head import parse_response
 from gateway.edge.websocket import accept_of
 
 
@@ -387,3 +388,33 @@ async def test_windows_grow_with_use_so_that_one_stream_fills_a_long_link(rig: R
     client.writer.close()
     for task in tasks:
         task.cancel()
+
+
+@pytest.mark.parametrize("how", ["at once", "too little", "too much", "trailers"])
+async def test_an_answer_that_is_not_as_long_as_its_length_is_never_ended_well(rig: Rig, how: str) -> None:
+    """Whichever side it comes from: here, as if an application's side had not noticed (RFC 9113, 8.1.1)."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        await reader.read()
+
+    rig.script = script
+    client = await judge(rig)
+    number = client.ask(fields(rig))
+    await until(lambda: rig.received)
+    (connection,) = rig.worker.clients
+    stream = connection.streams[number]  # type: ignore[union-attr]
+    head = parse_response(b"HTTP/1.1 200 OK\r\nContent-Length: 8", 200, False)
+    if how == "at once":
+        stream.response_whole(head, b"")  # type: ignore[attr-defined]
+    else:
+        stream.response_head(head)  # type: ignore[attr-defined]
+        stream.response_data(b"x" * (9 if how == "too much" else 7))  # type: ignore[attr-defined]
+    if how in ("too little", "trailers"):
+        stream.response_done([(b"x", b"1")] if how == "trailers" else None)  # type: ignore[attr-defined]
+    answer = await client.answer(number)
+    if how == "at once":
+        assert answer.status == 502
+    else:
+        assert answer.reset == f.Code.INTERNAL_ERROR and not answer.ended and not answer.trailers
+    await until(lambda: not rig.worker.upstream.statistics()["open"])
