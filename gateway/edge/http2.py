@@ -35,16 +35,28 @@ _REQUEST_ID = b"\0\x10x-amzn-requestid\x24"  # a literal without indexing; a val
 class Http2(Multiplex):
     """The connection. `clients` of the worker hold it until it is closed."""
 
-    __slots__ = ("_blocks", "_closing_since", "draining", "hop_fields", "idle_since", "joined", "opened", "worker", "write_paused_since")
+    __slots__ = (
+        "_blocks",
+        "_closing_since",
+        "draining",
+        "hop_fields",
+        "idle_since",
+        "joined",
+        "opened",
+        "via",
+        "worker",
+        "write_paused_since",
+    )
 
     def __init__(self, worker: Context) -> None:
         super().__init__(worker.time, asyncio.get_running_loop().call_soon, _LIST_SLACK * worker.settings.head_bytes)
         self.worker = worker
         self.write_paused_since = 0.0
         self._closing_since = 0.0  # the transport was closed, and may still have something to write
-        self.idle_since = self.touched  # without streams since then
+        self.idle_since = self.touched  # without streams since then, or since the sweep that last saw one
         self._blocks: dict[bytes, CachedRequest] = {}  # blocks of indexed fields only, as this connection's table has them
         self.draining = False
+        self.via = b""  # a field that each answer gets
         self.hop_fields = b""  # lines that each request of this client gets (hops.py)
         self.joined: dict[str, Limiter] = {}
         self.opened = False  # the preface is here
@@ -56,6 +68,7 @@ class Http2(Multiplex):
         hops = self.worker.hops
         if hops.is_on:
             self.hop_fields = hops.of_connection(cast(asyncio.BaseTransport, transport))
+            self.via = f.encode([(b"via", b"1.1 " + hops.via)]) if hops.via else b""
         self.worker.clients.add(self)
         self.put(
             f.settings({
@@ -138,7 +151,7 @@ class Http2(Multiplex):
                 self._blocks[block] = again
         if len(self.streams) >= _STREAMS_MOST:
             raise H2StreamError(number, Code.REFUSED_STREAM, "too many streams")
-        now = self.touched
+        self.idle_since = now = self.touched
         request = self.streams[number] = Request(self, number, now)
         request.received_end = end
         if again is None:
@@ -224,11 +237,6 @@ class Http2(Multiplex):
     def _requests(self) -> list[Request]:
         return [cast(Request, one) for one in self.streams.values()]
 
-    def drop(self, stream: Flow, how: int = 0) -> None:
-        super().drop(stream, how)
-        if not self.streams:
-            self.idle_since = self.time()
-
     def maybe_end(self) -> None:
         """Closes where no stream is left, and none may come."""
         if self.streams:
@@ -279,6 +287,8 @@ class Http2(Multiplex):
         for stream in [one for one in self._blocked if one.blocked_ms < long_ago * 1000]:
             self.reset(stream, Code.CANCEL)  # whose window the client does not open
             stream.on_reset(Code.CANCEL)
+        if self.streams:
+            self.idle_since = now
         if self.read_paused or self._closing_since:
             return
         begun = self.incomplete_since if self._peer_settled else self.idle_since
@@ -453,9 +463,7 @@ class Request(Exchange, Flow):
             self.first_byte = self.worker.time()
 
     def _fields(self, head: ResponseHead) -> bytes:
-        block = head2.response_block(head) + _REQUEST_ID + self.request_id
-        if self.worker.hops.via:
-            block += f.encode([(b"via", b"1.1 " + self.worker.hops.via)])
+        block = head2.response_block(head) + _REQUEST_ID + self.request_id + self.connection.via
         if not head.is_dated:
             block += replies.date_block()
         if self._timing and self.worker.settings.server_timing:

@@ -349,3 +349,29 @@ async def test_an_aborted_download_is_counted_once(rig: Rig) -> None:
     await until(lambda: not connection(rig).streams)
     assert sum(map(sum, rig.worker.ledger.answers)) == 1
     raw.writer.close()
+
+
+async def test_a_connection_is_not_idle_because_its_only_request_took_long(rig: Rig) -> None:
+    """What a sweep has seen of streams counts, not when something was last received."""
+    agree = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        await agree.wait()
+        writer.write(OK)
+        await rig.answer_all(reader, writer)
+
+    rig.script = script
+    raw = Raw(*await rig.open())
+    raw.send(f.headers(1, block(rig), True))
+    await until(lambda: rig.received)
+    client, now = connection(rig), rig.worker.time()
+    client.sweep(now + 100)
+    agree.set()
+    await raw.until(f.DATA)
+    client.sweep(now + 100 + rig.worker.settings.idle_seconds - 1)
+    await raw.settled()
+    assert not client.is_shutting_down
+    client.sweep(now + 100 + rig.worker.settings.idle_seconds + 1)
+    await raw.until(f.GOAWAY)
+    raw.writer.close()
