@@ -167,7 +167,7 @@ class Rig:
             server.close()
         for one in list(self.worker.clients):
             one.transport.abort() if one.transport else None
-        self.worker.control.close()
+        self.worker.link.close()
         self.worker.upstream.close()
         self.application.close()
         for rpc in self.servers:

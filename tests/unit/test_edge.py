@@ -91,7 +91,7 @@ async def test_a_token_of_a_session_that_is_known_looks_up_no_other_host(rig: Ri
 
 async def test_while_control_is_away_a_host_that_is_not_known_yet_is_unavailable_and_no_token_is_blamed(rig: Rig) -> None:
     rig.servers.pop(0).close()
-    await until(lambda: rig.worker.control.connection is None)
+    await until(lambda: not rig.worker.link.is_connected)
     late = rig.minter.mint("s2", [(1, 65535)], 600)
     ((status, _, body),) = await rig.ask(rig.request(host="late.localhost", token=late))
     assert (status, body) == (502, b"")
