@@ -12,8 +12,8 @@ import uvloop
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gateway.config import Edge
-from gateway.edge import upstream
-from gateway.edge.certificates import Certificates
+from gateway.edge.client.certificates import Certificates
+from gateway.edge.origin import upstream
 from gateway.edge.worker import run
 
 

@@ -2,5 +2,4 @@
 
 from . import native
 
-if native.is_wanted() and (_compiled := native.directory()).is_dir():
-    __path__.insert(0, str(_compiled))
+native.lead(__path__)

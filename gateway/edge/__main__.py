@@ -8,7 +8,7 @@ from gateway import process
 from gateway.config import Settings
 
 from . import worker
-from .certificates import Certificates
+from .client.certificates import Certificates
 
 
 async def main(settings: Settings) -> None:

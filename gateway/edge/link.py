@@ -11,14 +11,14 @@ from gateway import messages as m
 from gateway.rpc import Client, Connection, RpcError, Service
 from gateway.tokens import Checker
 
-from .faults import FaultLines
-from .head_cache import HeadCache
-from .hold import Holds
-from .ledger import Ledger
-from .parking import Parking
-from .record import PROTOCOLS
-from .table import RouteTable
-from .upstream import Upstream
+from .origin.parking import Parking
+from .origin.upstream import Upstream
+from .policy.head_cache import HeadCache
+from .policy.holds import Holds
+from .policy.routes import RouteTable
+from .records.counters import Ledger
+from .records.faults import FaultLines
+from .records.record import PROTOCOLS
 
 _MISS_SECONDS = 1.0
 _PREFETCH_SECONDS = 0.1  # after a route opens: whoever holds requests for it has sockets already, and goes first

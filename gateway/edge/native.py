@@ -19,36 +19,36 @@ from pathlib import Path
 
 # What a request or its bytes pass through. Their classes cannot inherit from asyncio's, which uvloop does not ask for.
 MODULES = (
-    "admission",
-    "chunked",
-    "exchange",
+    "client/exchange",
+    "client/forwarding",
+    "client/http1",
+    "client/http2",
+    "client/tls",
     "failures",
-    "fairness",
-    "flow",
-    "frames",
-    "head",
-    "head2",
-    "head_cache",
-    "hops",
-    "http1",
-    "http2",
-    "keys",
-    "ledger",
-    "limits",
-    "multiplex",
-    "origin",
-    "origin2",
-    "pool",
-    "read_ahead",
+    "origin/http1",
+    "origin/http2",
+    "origin/pool",
+    "origin/upstream",
+    "policy/admission",
+    "policy/fairness",
+    "policy/head_cache",
+    "policy/keys",
+    "policy/limits",
+    "policy/replies",
+    "policy/routes",
     "reading",
-    "record",
-    "replies",
+    "records/counters",
+    "records/record",
     "sides",
-    "request_body",
-    "table",
-    "tls",
-    "upstream",
-    "websocket",
+    "wire/chunked",
+    "wire/http1_head",
+    "wire/http2_connection",
+    "wire/http2_flow",
+    "wire/http2_frames",
+    "wire/http2_head",
+    "wire/read_ahead",
+    "wire/request_body",
+    "wire/websocket",
 )
 _HERE = Path(__file__).resolve().parent
 _PREFIX = "torpor-edge-"
@@ -57,13 +57,20 @@ _PREFIX = "torpor-edge-"
 def directory() -> Path:
     """Where the compiled form of these sources is, if there is one."""
     digest = hashlib.sha256(sys.version.encode())
-    for file in sorted([*_HERE.glob("*.py"), *_HERE.parent.glob("*.py")]):  # types of the package around it are compiled in
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in sorted([*_HERE.rglob("*.py"), *_HERE.parent.glob("*.py")]):  # types of the package around it are compiled in
+        digest.update(str(file.relative_to(_HERE.parent)).encode() + b"\0" + file.read_bytes())
     return Path(sys.prefix) / "lib" / f"{_PREFIX}{digest.hexdigest()[:16]}"
 
 
 def is_wanted() -> bool:
     return not os.environ.get("TORPOR_INTERPRETED")
+
+
+def lead(path: list[str], room: str = "") -> None:
+    """Puts what was compiled of a package of the edge in front of its sources, where it is wanted and there. `path` is the package's
+    `__path__`, `room` the name of a package inside the edge."""
+    if is_wanted() and (compiled := directory()).is_dir():
+        path.insert(0, str(compiled / room))
 
 
 def build() -> None:

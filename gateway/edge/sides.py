@@ -1,6 +1,6 @@
 """The two sides of an exchange as each knows the other, and what owns an application's connection: the seams between the rooms.
 
-A client's side (exchange.py, http1.py, http2.py) calls an OriginSide; an application's connection (origin.py, origin2.py, shell.py) calls a
+A client's side (an exchange, client/) calls an OriginSide; an application's connection (origin/http1.py, http2.py and shell.py) calls a
 ClientSide, its Owner, which is a pool, and Parking through its context. Neither imports the other.
 """
 
@@ -12,10 +12,10 @@ from typing import Any, Final, Protocol
 from gateway.config import Edge
 
 from .failures import Failure
-from .head import RequestHead, ResponseHead, Trailers
-from .head_cache import Cache, CachedResponse
-from .keys import Key
-from .table import Account
+from .policy.head_cache import Cache, CachedResponse
+from .policy.keys import Key
+from .policy.routes import Account
+from .wire.http1_head import RequestHead, ResponseHead, Trailers
 
 HELD_BYTES: Final = 64 << 10  # of what a client says to a parked stream; then it is not read further
 NOBODY: Final = Account()
@@ -32,7 +32,7 @@ class ClientSide:
         self.account = NOBODY
         self.head: RequestHead | None = None
         self.request_id = b""
-        self.hop_fields = b""  # lines that each request of this client gets (hops.py)
+        self.hop_fields = b""  # lines that each request of this client gets (client/forwarding.py)
         self.response_started = False
 
     @property

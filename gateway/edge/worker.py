@@ -18,21 +18,21 @@ from gateway.observe.spans import Spans
 from gateway.rpc import Client as RpcClient
 from gateway.tokens import Checker
 
-from . import tls
-from .access import AccessLog
-from .certificates import Certificates
-from .doors import ProxyDoor, RedirectDoor
-from .fairness import FairQueue
-from .head_cache import HeadCache
-from .hold import Holds
-from .hops import Hops
-from .http1 import Http1
-from .http2 import Http2
-from .ledger import Ledger
+from .client import tls
+from .client.certificates import Certificates
+from .client.doors import ProxyDoor, RedirectDoor
+from .client.forwarding import Hops
+from .client.http1 import Http1
+from .client.http2 import Http2
+from .client.tls import TlsServer
 from .link import Link
-from .table import RouteTable
-from .tls import TlsServer
-from .upstream import Upstream
+from .origin.upstream import Upstream
+from .policy.fairness import FairQueue
+from .policy.head_cache import HeadCache
+from .policy.holds import Holds
+from .policy.routes import RouteTable
+from .records.access_log import AccessLog
+from .records.counters import Ledger
 
 log = structlog.get_logger()
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from h2_client import Raw
 
-from gateway.edge import frames as f
+from gateway.edge.wire import http2_frames as f
 
 pytestmark = [pytest.mark.vm, pytest.mark.conformance]
 Build = Callable[["Case"], list[bytes]]

@@ -11,7 +11,8 @@ from typing import Any
 
 from gateway import messages as m
 from gateway.config import Edge
-from gateway.edge import http1, upstream
+from gateway.edge.client import http1
+from gateway.edge.origin import upstream
 from gateway.edge.worker import Worker
 from gateway.rpc import Connection, Reply, RpcError, Server, Service
 from gateway.tokens import Minter

@@ -10,7 +10,7 @@ import h2.config
 import h2.connection
 import h2.events
 
-from gateway.edge import frames as f
+from gateway.edge.wire import http2_frames as f
 
 Fields = list[tuple[str, str]]
 

@@ -17,10 +17,10 @@ from edge_rig import HOST, OK, Rig, response
 from h2_client import Judge
 from waiting import until
 
-from gateway.edge import access
-from gateway.edge.access import AccessLog
-from gateway.edge.ledger import Ledger
-from gateway.edge.record import HTTP1, HTTP2, RequestRecord
+from gateway.edge.records import access_log
+from gateway.edge.records.access_log import AccessLog
+from gateway.edge.records.counters import Ledger
+from gateway.edge.records.record import HTTP1, HTTP2, RequestRecord
 
 BIG = 600_000
 
@@ -89,7 +89,7 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     one = Disk()
-    monkeypatch.setattr(access.os, "write", one.write)
+    monkeypatch.setattr(access_log.os, "write", one.write)
     yield one
     one.moves.set()
 
@@ -160,7 +160,7 @@ async def test_reopening_leaves_no_descriptor_behind(log: AccessLog) -> None:
 async def test_a_disk_that_stands_still_costs_lines_neither_the_loop_nor_memory(
     log: AccessLog, path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access, "_BATCH_MAX_BYTES", 1000)
+    monkeypatch.setattr(access_log, "_BATCH_MAX_BYTES", 1000)
     disk.moves.clear()
     log.add(record(0))
     await until(disk.waiting.is_set)  # the loop runs while the write does not return
@@ -203,7 +203,7 @@ async def test_lines_that_a_full_disk_does_not_take_whole_are_lost_and_the_next_
 
 
 async def test_the_end_does_not_wait_for_a_disk_that_stands_still(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access, "_CLOSE_SECONDS", 0.02)
+    monkeypatch.setattr(access_log, "_CLOSE_SECONDS", 0.02)
     log = AccessLog(tmp_path / "log", lambda: 0.0)
     disk.moves.clear()
     log.add(record())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.edge.admission import SHELL_PORT, Forward, Hold, Lookup, Refuse, admit, check_token
-from gateway.edge.head import RequestHead
+from gateway.edge.policy.admission import SHELL_PORT, Forward, Hold, Lookup, Refuse, admit, check_token
+from gateway.edge.wire.http1_head import RequestHead
 from gateway.messages import Route
 from gateway.tokens import Checker, Grant, MalformedToken, TokenError
 

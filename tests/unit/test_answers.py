@@ -12,7 +12,7 @@ from edge_rig import HOST, Rig
 from h2_client import Judge
 from waiting import until
 
-from gateway.edge import frames as f
+from gateway.edge.wire import http2_frames as f
 
 Answer = Callable[[int], bytes]
 

@@ -25,7 +25,7 @@ from test_edge_properties import settled, with_rig
 from waiting import turn, until
 
 from gateway import messages as m
-from gateway.edge.websocket import FrameCounter
+from gateway.edge.wire.websocket import FrameCounter
 
 PATIENCE = 20.0  # of a client, for an exchange: beyond it hangs
 UPGRADED = b"HTTP/1.1 101 Switching\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"

@@ -11,7 +11,7 @@ import pytest
 from edge_rig import Rig, response
 from waiting import until
 
-from gateway.edge.faults import SESSIONS_MAX, TEXT_MAX_CHARACTERS, TEXTS_MAX, WINDOW_SECONDS, FaultLines
+from gateway.edge.records.faults import SESSIONS_MAX, TEXT_MAX_CHARACTERS, TEXTS_MAX, WINDOW_SECONDS, FaultLines
 from gateway.sessions.faults import FaultLog
 from gateway.sessions.logs import LogStore
 from gateway.sessions.model import Session

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.edge.chunked import ChunkedBody, encode_end
-from gateway.edge.head import Malformed
+from gateway.edge.wire.chunked import ChunkedBody, encode_end
+from gateway.edge.wire.http1_head import Malformed
 
 CHUNKS = st.lists(st.binary(min_size=1, max_size=70), max_size=6)
 EXTENSION = st.sampled_from([b"", b";a=b", b' ; a="x y"', b";a;b = c", b';a="\\"\t\xe9"'])

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from gateway.edge.dial import Unread, dial
+from gateway.edge.origin.dial import Unread, dial
 
 
 def unconnected() -> socket.socket:

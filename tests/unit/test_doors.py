@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from waiting import until
 
 from gateway.config import Edge, Settings
-from gateway.edge.certificates import Certificates
-from gateway.edge.doors import BadHeader, is_trusted, parse_proxy_header, redirect
-from gateway.edge.limits import Limiter, bounds_of
-from gateway.edge.websocket import GOING_AWAY, FrameCounter, accept_of
+from gateway.edge.client.certificates import Certificates
+from gateway.edge.client.doors import BadHeader, is_trusted, parse_proxy_header, redirect
+from gateway.edge.policy.limits import Limiter, bounds_of
+from gateway.edge.wire.websocket import GOING_AWAY, FrameCounter, accept_of
 from gateway.instance import make_certificates
 
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
@@ -208,7 +208,7 @@ async def test_new_certificates_are_taken_up_and_sessions_are_shared(served: tup
     rig, directory = served
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     certificates = [Certificates(directory), Certificates(directory)]
-    from gateway.edge.tls import TlsServer
+    from gateway.edge.client.tls import TlsServer
 
     servers = [
         await asyncio.get_running_loop().create_server(lambda c=c: TlsServer(c.context, rig.worker._application), sock=sock)
@@ -246,7 +246,7 @@ async def test_stapled_answer_reaches_a_client_that_asks(served: tuple[Rig, Path
     rig, directory = served
     # Any bytes are passed on: what they say is between the authority and the client.
     (directory / "edge.ocsp").write_bytes(b"\x30\x03\x0a\x01\x06")  # OCSPResponse with status unauthorized (RFC 6960, 4.2.1)
-    from gateway.edge.tls import TlsServer
+    from gateway.edge.client.tls import TlsServer
 
     certificates, listener = Certificates(directory), socket.create_server(("127.0.0.1", 0))
     server = await asyncio.get_running_loop().create_server(lambda: TlsServer(certificates.context, rig.worker._application), sock=listener)
@@ -262,7 +262,7 @@ async def test_over_tls_a_refused_request_is_answered_and_the_connection_ended(s
     """The client reads to the end of the stream, which a close_notify says (RFC 8446, 6.1), and the edge keeps nothing of it."""
     import socket
 
-    from gateway.edge.tls import TlsServer
+    from gateway.edge.client.tls import TlsServer
 
     rig, directory = served
     certificates, listener = Certificates(directory), socket.create_server(("127.0.0.1", 0))

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from waiting import turn, until
 
-from gateway.edge import frames as f
+from gateway.edge.wire import http2_frames as f
 
 FEW = hypothesis.settings(max_examples=25, deadline=None)
 Work = Callable[[Rig], Awaitable[None]]

@@ -15,14 +15,14 @@ from websockets.frames import Opcode
 from websockets.protocol import Protocol, Side, State
 
 from gateway.config import Edge
-from gateway.edge import shell
-from gateway.edge.admission import SHELL_PORT
-from gateway.edge.head import NO_BODY, RequestHead, ResponseHead
-from gateway.edge.head_cache import Cache
+from gateway.edge.origin import shell
+from gateway.edge.origin.shell import ShellOrigin
+from gateway.edge.policy.admission import SHELL_PORT
+from gateway.edge.policy.head_cache import Cache
+from gateway.edge.policy.routes import Account
 from gateway.edge.reading import HELD, PEER_SLOW, UNREAD
-from gateway.edge.shell import ShellOrigin
 from gateway.edge.sides import OriginContext, Parkable
-from gateway.edge.table import Account
+from gateway.edge.wire.http1_head import NO_BODY, RequestHead, ResponseHead
 
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
 

@@ -12,7 +12,7 @@ from edge_rig import HOST, Rig
 from test_parking import UPGRADED, drained, frame, gated
 from waiting import until
 
-from gateway.edge.websocket import GOING_AWAY, PING
+from gateway.edge.wire.websocket import GOING_AWAY, PING
 
 
 @pytest.fixture

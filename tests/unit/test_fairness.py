@@ -11,8 +11,8 @@ from edge_rig import HOST, Rig
 from h2_client import Judge
 from waiting import turn
 
-from gateway.edge.fairness import QUOTA, FairQueue
-from gateway.edge.table import Account
+from gateway.edge.policy.fairness import QUOTA, FairQueue
+from gateway.edge.policy.routes import Account
 
 
 class Always(FairQueue):

@@ -8,7 +8,7 @@ from hyperframe import frame as other
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.edge import frames as f
+from gateway.edge.wire import http2_frames as f
 
 FIELDS = st.lists(st.tuples(st.binary(min_size=1, max_size=200), st.binary(max_size=300)), max_size=20)
 

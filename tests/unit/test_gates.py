@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gateway import messages as m
-from gateway.edge.table import RouteTable
+from gateway.edge.policy.routes import RouteTable
 from gateway.rpc import Client, Connection, RpcLost, Server, Service
 from gateway.sessions.model import Session
 from gateway.sessions.routes import HOLD, OPEN, Gate, Routes

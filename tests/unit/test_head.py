@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.edge.head import CHUNKED, FIXED, NO_BODY, UNTIL_CLOSE, Malformed, RequestHead, find_end, parse_request, parse_response
+from gateway.edge.wire.http1_head import (
+    CHUNKED,
+    FIXED,
+    NO_BODY,
+    UNTIL_CLOSE,
+    Malformed,
+    RequestHead,
+    find_end,
+    parse_request,
+    parse_response,
+)
 
 HOST = b"x.lambda-microvm.us-east-1.localhost"
 

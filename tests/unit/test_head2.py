@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.edge import frames as f
-from gateway.edge import head2
-from gateway.edge.head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead
-from gateway.edge.head import parse_request as parse_http1
+from gateway.edge.wire import http2_frames as f
+from gateway.edge.wire import http2_head
+from gateway.edge.wire.http1_head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead
+from gateway.edge.wire.http1_head import parse_request as parse_http1
 
 HOST = b"x.lambda-microvm.us-east-1.localhost"
 PSEUDO = {b":method": b"GET", b":scheme": b"https", b":path": b"/", b":authority": HOST}
@@ -20,7 +20,7 @@ Plain = list[tuple[bytes, bytes]]
 def request(*fields: tuple[bytes, bytes], end: bool = True, pseudo: dict[bytes, bytes | None] | None = None) -> RequestHead:
     """`pseudo` replaces, adds or (None) removes pseudo-header fields."""
     special = [(name, value) for name, value in (PSEUDO | (pseudo or {})).items() if value is not None]
-    return head2.parse_request([(name, value, False) for name, value in [*special, *fields]], end, 200)
+    return http2_head.parse_request([(name, value, False) for name, value in [*special, *fields]], end, 200)
 
 
 def lines(head: RequestHead) -> list[bytes]:
@@ -87,7 +87,7 @@ def test_refused(case: str) -> None:
 def test_a_pseudo_header_field_comes_once() -> None:
     fields = [(name, value, False) for name, value in PSEUDO.items()]
     with pytest.raises(Malformed):
-        head2.parse_request([fields[0], *fields], True, 200)
+        http2_head.parse_request([fields[0], *fields], True, 200)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_what_goes_on_reads_the_same_in_http1(fields: Plain) -> None:
 
 
 def response(*fields: tuple[bytes, bytes], status: bytes = b"200", end: bool = False, is_head: bool = False) -> ResponseHead:
-    return head2.parse_response([(name, value, False) for name, value in [(b":status", status), *fields]], end, 200, is_head)
+    return http2_head.parse_response([(name, value, False) for name, value in [(b":status", status), *fields]], end, 200, is_head)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def decoded(block: bytes) -> Plain:
 def test_a_response_goes_on_in_both_protocols() -> None:
     head = response((b"x-amzn-requestid", b"the application's"), (b"x-a", b"1"), (b"set-cookie", b"a"), (b"set-cookie", b"b"))
     assert head.block == b"\r\nx-a: 1\r\nset-cookie: a\r\nset-cookie: b\r\nTransfer-Encoding: chunked"
-    assert decoded(head2.response_block(head)) == [(b":status", b"200"), (b"x-a", b"1"), (b"set-cookie", b"a"), (b"set-cookie", b"b")]
+    assert decoded(http2_head.response_block(head)) == [(b":status", b"200"), (b"x-a", b"1"), (b"set-cookie", b"a"), (b"set-cookie", b"b")]
 
 
 def test_a_length_may_not_stand_where_there_is_never_content() -> None:
@@ -216,7 +216,7 @@ def test_a_length_may_not_stand_where_there_is_never_content() -> None:
 )
 def test_trailers_that_do_not_go_on(name: bytes) -> None:
     value = b"trailers" if name == b"te" else b"1"
-    assert head2.parse_trailers([(name, value, False), (b"grpc-status", b"0", False)], 200) == [(b"grpc-status", b"0")]
+    assert http2_head.parse_trailers([(name, value, False), (b"grpc-status", b"0", False)], 200) == [(b"grpc-status", b"0")]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_trailers_that_do_not_go_on(name: bytes) -> None:
 )
 def test_refused_trailers(fields: Plain) -> None:
     with pytest.raises(Malformed):
-        head2.parse_trailers([(name, value, False) for name, value in fields], 200)
+        http2_head.parse_trailers([(name, value, False) for name, value in fields], 200)
 
 
 # ---- towards applications ----
@@ -234,16 +234,16 @@ def test_a_request_for_an_application_that_speaks_http2() -> None:
     head = request(
         (b"te", b"trailers"), (b"x", b"1"), (b"content-length", b"3"), end=False, pseudo={b":method": b"POST", b":path": b"/a?b"}
     )
-    assert decoded(head2.request_block(head, b"id", b"http")) == [
+    assert decoded(http2_head.request_block(head, b"id", b"http")) == [
         (b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/a?b"), (b":authority", HOST), (b"x", b"1"), (b"content-length", b"3"),
         (b"te", b"trailers"), (b"x-amzn-requestid", b"id"),
     ]  # fmt: skip
 
 
 def test_names_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head2, "_known_names", {})
+    monkeypatch.setattr(http2_head, "_known_names", {})
     request((b"x" * 64, b"1"), (b"y" * 65, b"1"))
-    assert set(head2._known_names) == {b"x" * 64}
+    assert set(http2_head._known_names) == {b"x" * 64}
     for number in range(50):
         request(*[(b"n%d-%d" % (number, other), b"1") for other in range(100)])
-    assert len(head2._known_names) <= 4096
+    assert len(http2_head._known_names) <= 4096

@@ -14,10 +14,11 @@ from h2_client import Judge
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.edge import exchange, head2
-from gateway.edge.head import Malformed, RequestHead, parse_request, split_block
-from gateway.edge.head_cache import Cache, Cached, CachedAdmission, HeadCache
-from gateway.edge.table import Account
+from gateway.edge.client import exchange
+from gateway.edge.policy.head_cache import Cache, Cached, CachedAdmission, HeadCache
+from gateway.edge.policy.routes import Account
+from gateway.edge.wire import http2_head
+from gateway.edge.wire.http1_head import Malformed, RequestHead, parse_request, split_block
 from gateway.messages import Route
 from gateway.tokens import Checker
 
@@ -186,7 +187,7 @@ def test_a_list_found_means_what_the_parser_says(requests: list[tuple[list[tuple
         fields = tuple((name, value, False) for name, value in pairs)
         found = cache.of_list(fields)
         try:
-            head = head2.parse_request(list(fields), True, 10)
+            head = http2_head.parse_request(list(fields), True, 10)
         except Malformed:
             assert found is None
             continue
@@ -213,7 +214,7 @@ def test_a_decisive_field_of_a_list_beside_fields_that_are_known_is_looked_at(mo
 
     cache = HeadCache(32 << 10, 100)
     for _ in range(3):
-        head = head2.parse_request(list(fields()), True, 100)
+        head = http2_head.parse_request(list(fields()), True, 100)
         cache.remember_list(fields(), b"GET /x HTTP/1.1", admission(head))
     assert cache.of_list(fields((b"x-trace", b"1"))) is not None
     assert cache.of_list(fields(more)) is None

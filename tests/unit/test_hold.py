@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from waiting import turn
 
 from gateway.config import Edge
-from gateway.edge.hold import HoldFull, Holds, Ticket
+from gateway.edge.policy.holds import HoldFull, Holds, Ticket
 from gateway.messages import Route
 
 ROUTE = Route("h", "s1", 3, "hold")

@@ -12,9 +12,9 @@ from edge_rig import HOST, OK, Rig
 from h2_client import Answer, Fields, Judge, Raw
 from waiting import until
 
-from gateway.edge import frames as f
-from gateway.edge.head import parse_response
-from gateway.edge.websocket import accept_of
+from gateway.edge.wire import http2_frames as f
+from gateway.edge.wire.http1_head import parse_response
+from gateway.edge.wire.websocket import accept_of
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from edge_rig import HOST, OK, Rig
 from h2_client import Judge, Raw
 from waiting import until
 
-from gateway.edge import frames as f
-from gateway.edge.http2 import Http2
+from gateway.edge.client.http2 import Http2
+from gateway.edge.wire import http2_frames as f
 
 HIGH = 512 << 10  # of a client's write buffer (multiplex.py)
 REFUSED = f.encode([(b":method", b"GET"), (b":scheme", b"https"), (b":path", b"/"), (b":authority", HOST.encode())])  # without a token
@@ -281,13 +281,13 @@ async def test_held_bytes_are_bounded_as_over_http1(rig: Rig) -> None:
 
 
 async def test_names_that_clients_send_are_not_kept_beyond_a_bound(rig: Rig) -> None:
-    from gateway.edge import head2
+    from gateway.edge.wire import http2_head
 
     raw = Raw(*await rig.open())
     long = b"x-" + b"a" * 5000
     raw.send(f.headers(1, block(rig) + f.encode([(long, b"1")]), True))
     assert await raw.outcome() == "answer 200"
-    assert long not in head2._known_names
+    assert long not in http2_head._known_names
     raw.writer.close()
 
 

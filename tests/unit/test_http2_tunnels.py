@@ -12,9 +12,9 @@ from h2_client import Raw
 from waiting import until
 
 from gateway import messages as m
-from gateway.edge import frames as f
-from gateway.edge.multiplex import QUEUE_HIGH
-from gateway.edge.websocket import accept_of
+from gateway.edge.wire import http2_frames as f
+from gateway.edge.wire.http2_connection import QUEUE_HIGH
+from gateway.edge.wire.websocket import accept_of
 
 PING = b"\x89\x80\0\0\0\0"  # of a client, masked
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"

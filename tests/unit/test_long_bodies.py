@@ -13,8 +13,8 @@ import pytest
 from edge_rig import HOST, Rig, response
 
 from gateway.config import Settings
-from gateway.edge.certificates import Certificates
-from gateway.edge.tls import TlsServer
+from gateway.edge.client.certificates import Certificates
+from gateway.edge.client.tls import TlsServer
 from gateway.instance import make_certificates
 
 BODY = random.Random(1).randbytes((3 << 20) + 12_345)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.edge import http1, native
+from gateway.edge import native
+from gateway.edge.client import http1
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -28,7 +29,7 @@ def test_an_edit_leaves_the_compiled_form_aside(tmp_path: Path) -> None:
         return subprocess.run([sys.executable, "-c", show], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
     assert directory() == str(before)
-    with (tmp_path / "gateway/edge/http1.py").open("a") as file:
+    with (tmp_path / "gateway/edge/client/http1.py").open("a") as file:
         file.write("\n# edited\n")
     assert directory() != str(before)
 

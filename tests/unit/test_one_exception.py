@@ -13,10 +13,10 @@ from waiting import turn, until
 
 from gateway.config import Edge
 from gateway.edge import worker as worker_module
-from gateway.edge.certificates import Certificates
-from gateway.edge.fairness import QUOTA, FairQueue
-from gateway.edge.hold import Holds
-from gateway.edge.table import Account
+from gateway.edge.client.certificates import Certificates
+from gateway.edge.policy.fairness import QUOTA, FairQueue
+from gateway.edge.policy.holds import Holds
+from gateway.edge.policy.routes import Account
 from gateway.messages import Route
 
 ROUTE = Route("h", "s1", 3, "hold")

@@ -17,9 +17,9 @@ from test_parking import UPGRADED
 from waiting import until
 
 from gateway.config import Settings
-from gateway.edge import frames as f
-from gateway.edge import pool as pools
-from gateway.edge import upstream
+from gateway.edge.origin import pool as pools
+from gateway.edge.origin import upstream
+from gateway.edge.wire import http2_frames as f
 from gateway.instance import make_certificates
 
 

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import messages as m
-from gateway.edge import frames as f
-from gateway.edge import origin
-from gateway.edge.websocket import PING, PONG, FrameCounter, pong
+from gateway.edge.origin import http1
+from gateway.edge.wire import http2_frames as f
+from gateway.edge.wire.websocket import PING, PONG, FrameCounter, pong
 
 UPGRADED = b"HTTP/1.1 101 Switching\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 
@@ -156,7 +156,7 @@ async def test_what_the_guest_has_not_acknowledged_counts_as_active(rig: Rig, mo
     await tunnel.open()
     await tunnel.say(frame(1, b"x", b"abcd"))
     await gated(rig)
-    monkeypatch.setattr(origin, "unacknowledged", lambda transport: 1)
+    monkeypatch.setattr(http1, "unacknowledged", lambda transport: 1)
     assert await drained(rig, if_quiet=True) == m.Drained(quiet=False)
     assert await tunnel.say(frame(1, b"y", b"abcd"))
     assert (await drained(rig, if_quiet=False)).parked == 0

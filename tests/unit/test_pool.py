@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from gateway.config import Edge
-from gateway.edge import pool as pools
-from gateway.edge.head import CHUNKED, NO_BODY, RequestHead
-from gateway.edge.head_cache import Cache
-from gateway.edge.origin import Origin
-from gateway.edge.origin2 import Http2Origin
-from gateway.edge.pool import CONNECTIONS_FIRST, CONNECTIONS_MOST, PLAIN, SHARED_MOST, TLS, TRYING, Pool, Slot, Waiter
+from gateway.edge.origin import pool as pools
+from gateway.edge.origin.http1 import Origin
+from gateway.edge.origin.http2 import Http2Origin
+from gateway.edge.origin.pool import CONNECTIONS_FIRST, CONNECTIONS_MOST, PLAIN, SHARED_MOST, TLS, TRYING, Pool, Slot, Waiter
+from gateway.edge.policy.head_cache import Cache
 from gateway.edge.sides import OriginContext
+from gateway.edge.wire.http1_head import CHUNKED, NO_BODY, RequestHead
 
 KEY = ("s1", 1, 8080)
 

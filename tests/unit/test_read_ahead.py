@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.edge.read_ahead import ReadAhead
+from gateway.edge.wire.read_ahead import ReadAhead
 
 
 @given(st.binary(max_size=50), st.integers(0, 50), st.lists(st.binary(min_size=1, max_size=20), max_size=5))

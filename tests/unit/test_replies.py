@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from gateway.edge import replies
-from gateway.edge.admission import BAD_TOKEN, Refuse
+from gateway.edge.policy import replies
+from gateway.edge.policy.admission import BAD_TOKEN, Refuse
 
 ID = b"00000000-0000-0000-0000-000000000000"
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.edge.head import CHUNKED, FIXED, Malformed
-from gateway.edge.request_body import PUNCTUAL, STANDS_STILL, TOO_SLOW, RequestBody
+from gateway.edge.wire.http1_head import CHUNKED, FIXED, Malformed
+from gateway.edge.wire.request_body import PUNCTUAL, STANDS_STILL, TOO_SLOW, RequestBody
 
 
 @given(st.binary(min_size=1, max_size=80), st.binary(max_size=20), st.booleans(), st.booleans(), st.data())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.edge.table import RouteTable
+from gateway.edge.policy.routes import RouteTable
 from gateway.messages import GateAnswer, Route, Table
 
 

@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from gateway.edge.certificates import server_context
+from gateway.edge.client.certificates import server_context
 
 
 def _suites() -> dict[str, bool]:

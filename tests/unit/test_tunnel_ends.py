@@ -14,8 +14,8 @@ from edge_rig import HOST, Rig
 from h2_client import Judge
 from waiting import until
 
-from gateway.edge import frames as f
-from gateway.edge.http2 import Http2
+from gateway.edge.client.http2 import Http2
+from gateway.edge.wire import http2_frames as f
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 FIELDS = ("Connection: upgrade", "Upgrade: websocket")

@@ -17,7 +17,7 @@ from relay import Relay
 
 pytestmark = pytest.mark.service
 UPLOAD = 48 << 20
-FIRST, MOST = 64 << 10, 8 << 20  # a stream's window at first, and at most (gateway/edge/flow.py)
+FIRST, MOST = 64 << 10, 8 << 20  # a stream's window at first, and at most (gateway/edge/wire/http2_flow.py)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Final
 from gateway.messages import Route
 from gateway.tokens import SHELL, Checker, Grant, MalformedToken, TokenError
 
-from .head import RequestHead, split_block
+from ..wire.http1_head import RequestHead, split_block
 
 DEFAULT_PORT: Final = 8080
 SHELL_PORT: Final = 0  # in place of a port: the microVM's shell

@@ -15,7 +15,7 @@ from typing import Final
 import structlog
 from mypy_extensions import mypyc_attr
 
-from .table import Account
+from .routes import Account
 
 log = structlog.get_logger()
 

@@ -10,13 +10,13 @@ from gateway.config import Edge
 from gateway.observe.spans import Spans
 from gateway.tokens import Checker
 
-from .fairness import FairQueue
-from .head_cache import HeadCache
-from .hold import Holds
-from .hops import Hops
-from .ledger import Ledger
-from .table import RouteTable
-from .upstream import Upstream
+from ..origin.upstream import Upstream
+from ..policy.fairness import FairQueue
+from ..policy.head_cache import HeadCache
+from ..policy.holds import Holds
+from ..policy.routes import RouteTable
+from ..records.counters import Ledger
+from .forwarding import Hops
 
 
 class Context(Protocol):

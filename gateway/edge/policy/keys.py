@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .frames import Field
+from ..wire.http2_frames import Field
 
 Key = tuple[str, int, int]  # of a pool of connections: session, incarnation, port
 FieldList = tuple[Field, ...]  # a request's decoded field section, as HTTP/2 brings it

@@ -2,7 +2,7 @@
 
 A request that another parser could read differently is refused. A response of an application is refused only where it stays
 ambiguous: what can be written anew in one meaning (a bare LF, a control character, equal lengths, a length beside chunks) is
-written anew. A refusal names the rule and its clause. Parsing is pure; heads of HTTP/2 are read by `head2.py` into the same forms.
+written anew. A refusal names the rule and its clause. Parsing is pure; `http2_head.py` reads heads of HTTP/2 into the same forms.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Fields = list[tuple[bytes, bytes, bytes]]  # name in lower case, name as sent, v
 Trailers = list[tuple[bytes, bytes]]  # name in lower case, value
 # Fields that only this service writes, in either direction, in each spelling that is one name to CGI and WSGI.
 OWN_FIELDS = frozenset((b"x-amzn-requestid", b"x_amzn-requestid", b"x-amzn_requestid", b"x_amzn_requestid"))
-# What a request's fields decide, here and nowhere else: all others go on as they are (head_cache.py relies on that).
+# What a request's fields decide, here and nowhere else: all others go on as they are (policy/head_cache.py relies on that).
 DECISIVE = _HOP_BY_HOP | OWN_FIELDS | frozenset((
     b"host", b"content-length", b"transfer-encoding", b"expect", b"max-forwards", b"sec-websocket-protocol",
 ))  # fmt: skip

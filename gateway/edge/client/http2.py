@@ -5,24 +5,26 @@ from __future__ import annotations
 import asyncio
 from typing import Final, cast
 
-from . import failures, head2, multiplex, replies
-from . import frames as f
-from .admission import Refuse
+from .. import failures
+from ..failures import Failure
+from ..policy import replies
+from ..policy.admission import Refuse
+from ..policy.head_cache import CachedAdmission, CachedRequest
+from ..policy.keys import FieldList
+from ..policy.limits import Limiter
+from ..reading import PEER_SLOW, READ_AHEAD, UNREAD
+from ..records.record import HTTP2, peer_of
+from ..sides import OriginSide
+from ..wire import http2_connection, http2_head
+from ..wire import http2_frames as f
+from ..wire.http1_head import FIXED, MARKER, Malformed, ResponseHead, Trailers, split_block
+from ..wire.http2_connection import Multiplex
+from ..wire.http2_flow import FLOW_SLOTS, Flow
+from ..wire.http2_frames import Code, H2ConnectionError, H2StreamError
+from ..wire.request_body import Pace
+from ..wire.websocket import GOING_AWAY, FrameCounter, accept_of
 from .context import Context
 from .exchange import Exchange
-from .failures import Failure
-from .flow import FLOW_SLOTS, Flow
-from .frames import Code, H2ConnectionError, H2StreamError
-from .head import FIXED, MARKER, Malformed, ResponseHead, Trailers, split_block
-from .head_cache import CachedAdmission, CachedRequest
-from .keys import FieldList
-from .limits import Limiter
-from .multiplex import Multiplex
-from .reading import PEER_SLOW, READ_AHEAD, UNREAD
-from .record import HTTP2, peer_of
-from .request_body import Pace
-from .sides import OriginSide
-from .websocket import GOING_AWAY, FrameCounter, accept_of
 
 _STREAMS_MOST: Final = 128
 _LIST_SLACK = 2  # a field list this many times too large is still decoded, to be answered with 431
@@ -57,7 +59,7 @@ class Http2(Multiplex):
         self._blocks: dict[bytes, CachedRequest] = {}  # blocks of indexed fields only, as this connection's table has them
         self.draining = False
         self.via = b""  # a field that each answer gets
-        self.hop_fields = b""  # lines that each request of this client gets (hops.py)
+        self.hop_fields = b""  # lines that each request of this client gets (client/forwarding.py)
         self.joined: dict[str, Limiter] = {}
         self.opened = False  # the preface is here
 
@@ -75,9 +77,9 @@ class Http2(Multiplex):
                 f.MAX_CONCURRENT_STREAMS: _STREAMS_MOST, f.MAX_HEADER_LIST_SIZE: self.worker.settings.head_bytes,
                 f.ENABLE_CONNECT_PROTOCOL: 1,
             })
-            + f.window_update(0, multiplex.CONNECTION_WINDOW - f.WINDOW_BYTES)
+            + f.window_update(0, http2_connection.CONNECTION_WINDOW - f.WINDOW_BYTES)
         )  # fmt: skip
-        self._receive_window = multiplex.CONNECTION_WINDOW
+        self._receive_window = http2_connection.CONNECTION_WINDOW
 
     def data_received(self, data: bytes) -> None:
         if self.opened:
@@ -177,9 +179,9 @@ class Http2(Multiplex):
         request.key = key
         fields = list(key)
         try:
-            if head2.size_of(fields) > settings.head_bytes:
+            if http2_head.size_of(fields) > settings.head_bytes:
                 raise Malformed("Request header fields too large", 431)
-            head = head2.parse_request(fields, end, settings.head_fields)
+            head = http2_head.parse_request(fields, end, settings.head_fields)
         except Malformed as error:
             if error.status == 400:
                 raise H2StreamError(request.number, Code.PROTOCOL_ERROR, str(error)) from error
@@ -215,9 +217,9 @@ class Http2(Multiplex):
             raise H2StreamError(number, Code.PROTOCOL_ERROR, "trailers must end the stream")
         settings = self.worker.settings
         try:
-            if head2.size_of(fields) > settings.head_bytes:
+            if http2_head.size_of(fields) > settings.head_bytes:
                 raise Malformed("Request header fields too large", 431)
-            trailers = head2.parse_trailers(fields, settings.head_fields)
+            trailers = http2_head.parse_trailers(fields, settings.head_fields)
         except Malformed as error:
             raise H2StreamError(number, Code.PROTOCOL_ERROR, str(error)) from error
         stream.received_end = True
@@ -463,7 +465,7 @@ class Request(Exchange, Flow):
             self.first_byte = self.worker.time()
 
     def _fields(self, head: ResponseHead) -> bytes:
-        block = head2.response_block(head) + _REQUEST_ID + self.request_id + self.connection.via
+        block = http2_head.response_block(head) + _REQUEST_ID + self.request_id + self.connection.via
         if not head.is_dated:
             block += replies.date_block()
         if self._timing and self.worker.settings.server_timing:
@@ -476,7 +478,7 @@ class Request(Exchange, Flow):
 
     def send_interim(self, head: ResponseHead) -> None:
         if self._is_open:
-            self.connection.send_interim(self, head2.response_block(head))
+            self.connection.send_interim(self, http2_head.response_block(head))
 
     def response_whole(self, head: ResponseHead, body: bytes) -> None:
         if head.framing == FIXED and head.length != len(body):

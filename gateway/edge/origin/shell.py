@@ -16,11 +16,11 @@ import msgspec
 from websockets.frames import Frame, Opcode
 from websockets.protocol import Protocol, Side, State
 
-from .head import NO_BODY, RequestHead, ResponseHead, Trailers, split_block
-from .keys import Key
-from .reading import HELD, PEER_SLOW, UNREAD, ReadGate
-from .sides import HELD_BYTES, ClientSide, OriginContext
-from .websocket import accept_of
+from ..policy.keys import Key
+from ..reading import HELD, PEER_SLOW, UNREAD, ReadGate
+from ..sides import HELD_BYTES, ClientSide, OriginContext
+from ..wire.http1_head import NO_BODY, RequestHead, ResponseHead, Trailers, split_block
+from ..wire.websocket import accept_of
 
 _TYPED_MAX_BYTES = 4096
 _MESSAGE_BYTES = 65536

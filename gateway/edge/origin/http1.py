@@ -7,15 +7,15 @@ import os
 import socket
 from typing import Final, cast
 
-from . import failures
-from .chunked import ChunkedBody, encode_end
+from .. import failures
+from ..failures import Failure
+from ..policy.head_cache import Cache, CachedResponse
+from ..policy.keys import Key
+from ..reading import HELD, PEER_SLOW, ReadGate
+from ..sides import HELD_BYTES, ClientSide, OriginContext, Owner
+from ..wire.chunked import ChunkedBody, encode_end
+from ..wire.http1_head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, find_end, parse_response
 from .dial import unacknowledged
-from .failures import Failure
-from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, find_end, parse_response
-from .head_cache import Cache, CachedResponse
-from .keys import Key
-from .reading import HELD, PEER_SLOW, ReadGate
-from .sides import HELD_BYTES, ClientSide, OriginContext, Owner
 
 _AT_HEAD: Final = 0
 _IN_FIXED: Final = 1
@@ -54,7 +54,7 @@ class Origin:
         self.answered = False  # the application has answered on this connection: it speaks HTTP
         self.spoke_first = False  # something came while there was no request
         self.reuse_seconds = context.settings.origin_idle_seconds  # idle for longer, it is not used again
-        self.proven_seconds = _PROVEN_SECONDS  # pool.py
+        self.proven_seconds = _PROVEN_SECONDS  # origin/pool.py
         self._state = _AT_HEAD
         self._left = 0
         self._buffer = b""

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from gateway.config import Edge
 from gateway.messages import Route
 
-from .hold import HoldFull, Holds, Ticket
-from .sides import Parkable
+from ..policy.holds import HoldFull, Holds, Ticket
+from ..sides import Parkable
 
 
 class ParkingContext(Protocol):

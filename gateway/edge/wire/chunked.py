@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from .head import Malformed, Trailers, allowed_trailers
+from .http1_head import Malformed, Trailers, allowed_trailers
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'

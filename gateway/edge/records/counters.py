@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Final
 
-from .access import AccessLog
+from .access_log import AccessLog
 from .record import PROTOCOLS
 
 _LOW: Final = 4096

@@ -1,9 +1,9 @@
 """A connection of HTTP/2, whichever side is ours: frames in and out, flow control, floods (RFC 9113).
 
-`Flow` (flow.py) is what is kept of a stream. The sides (http2.py towards clients, origin2.py towards applications) say what a field
-block means, and their streams what data, a reset and an end mean. The machine knows no event loop: the clock and the scheduling of a
-flush are given to it, and bytes come in by `data_received` and go out by the transport. Output is collected and written once in a
-turn of the loop, earlier where it is much.
+`Flow` (http2_flow.py) is what is kept of a stream. The sides (client/http2.py towards clients, origin/http2.py towards applications) say
+what a field block means, and their streams what data, a reset and an end mean. The machine knows no event loop: the clock and the
+scheduling of a flush are given to it, and bytes come in by `data_received` and go out by the transport. Output is collected and written
+once in a turn of the loop, earlier where it is much.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Protocol, cast
 
-from . import frames as f
-from .flow import STREAM_WINDOW, Budget, Flow
-from .frames import Code, H2ConnectionError, H2StreamError
-from .reading import PEER_SLOW, ReadGate
+from ..reading import PEER_SLOW, ReadGate
+from . import http2_frames as f
+from .http2_flow import STREAM_WINDOW, Budget, Flow
+from .http2_frames import Code, H2ConnectionError, H2StreamError
 
 CONNECTION_WINDOW: Final = 16 << 20  # credited at once: what bounds memory is the streams' windows
 _GROWTH_MOST: Final = 16 << 20  # of all streams' windows beyond their first size

@@ -6,8 +6,8 @@ from email.utils import formatdate
 from time import time
 from typing import Final
 
+from ..wire.http2_frames import encode
 from .admission import Refuse
-from .frames import encode
 
 _REASONS: Final = {
     200: b"OK", 400: b"Bad Request", 403: b"Forbidden", 408: b"Request Timeout", 426: b"Upgrade Required", 429: b"Too Many Requests",

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
-from .replies import date_line
+from ..policy.replies import date_line
 
 _SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 _HEAD_BYTES = 16

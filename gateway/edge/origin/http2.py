@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 from typing import Final, cast
 
-from . import failures, head2, multiplex
-from . import frames as f
-from .chunked import encode_end
+from .. import failures
+from ..failures import Failure
+from ..policy.keys import Key
+from ..reading import HELD, PEER_SLOW
+from ..sides import HELD_BYTES, ClientSide, OriginContext, Owner
+from ..wire import http2_connection, http2_head
+from ..wire import http2_frames as f
+from ..wire.chunked import encode_end
+from ..wire.http1_head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, split_block
+from ..wire.http2_connection import Multiplex
+from ..wire.http2_flow import FLOW_SLOTS, Flow
+from ..wire.http2_frames import Code, H2StreamError
 from .dial import unacknowledged
-from .failures import Failure
-from .flow import FLOW_SLOTS, Flow
-from .frames import Code, H2StreamError
-from .head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, split_block
-from .keys import Key
-from .multiplex import Multiplex
-from .reading import HELD, PEER_SLOW
-from .sides import HELD_BYTES, ClientSide, OriginContext, Owner
 
 _STREAMS_MOST = 100  # until the application says how many it takes
 _LIST_BYTES = 128 << 10
@@ -63,7 +64,7 @@ class OriginStream(Flow):
             return
         self.exchange = exchange
         self.is_head = head.method == b"HEAD"
-        block = head2.request_block(head, exchange.request_id, self.connection.scheme)
+        block = http2_head.request_block(head, exchange.request_id, self.connection.scheme)
         if exchange.hop_fields:
             block += f.encode(split_block(exchange.hop_fields))
         bodyless = head.framing == NO_BODY or (exchange.request_complete and head.framing != CHUNKED and not head.length)
@@ -117,12 +118,12 @@ class OriginStream(Flow):
         if exchange is None:
             return
         settings = self.connection.context.settings
-        if head2.size_of(block) > settings.head_bytes:
+        if http2_head.size_of(block) > settings.head_bytes:
             raise Malformed(f"response has more than {settings.head_bytes} bytes of fields (edge.head_bytes)", 502)
         if self._head is not None:
-            self._over(head2.parse_trailers(block, settings.head_fields), end)
+            self._over(http2_head.parse_trailers(block, settings.head_fields), end)
             return
-        head = head2.parse_response(block, end, settings.head_fields, self.is_head)
+        head = http2_head.parse_response(block, end, settings.head_fields, self.is_head)
         if head.status < 200:
             if end:
                 raise Malformed("an interim response ends the stream (RFC 9113, 8.1)", 502)
@@ -229,8 +230,8 @@ class Http2Origin(Multiplex):
 
     def connection_made(self, transport: object) -> None:
         super().connection_made(transport)
-        self.put(f.PREFACE + f.settings({f.ENABLE_PUSH: 0}) + f.window_update(0, multiplex.CONNECTION_WINDOW - f.WINDOW_BYTES))
-        self._receive_window = multiplex.CONNECTION_WINDOW
+        self.put(f.PREFACE + f.settings({f.ENABLE_PUSH: 0}) + f.window_update(0, http2_connection.CONNECTION_WINDOW - f.WINDOW_BYTES))
+        self._receive_window = http2_connection.CONNECTION_WINDOW
 
     def eof_received(self) -> bool:
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from .chunked import ChunkedBody
-from .head import CHUNKED, Trailers
+from .http1_head import CHUNKED, Trailers
 
 PUNCTUAL: Final = 0
 STANDS_STILL: Final = 1

@@ -1,4 +1,4 @@
-"""Connections to applications: made for the pools (pool.py) of each incarnation, over TLS where the port speaks it, and ended with
+"""Connections to applications: made for the pools (origin/pool.py) of each incarnation, over TLS where the port speaks it, and ended with
 their incarnation."""
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import structlog
 from gateway.messages import Route, ShellRequest
 from gateway.rpc import Client, RpcError
 
-from .admission import SHELL_PORT
+from ..policy.admission import SHELL_PORT
+from ..policy.head_cache import HeadCache
+from ..policy.holds import HoldFull
+from ..policy.keys import Key
+from ..sides import OriginContext, Parkable
+from ..wire.http1_head import RequestHead
 from .dial import Unread, dial
-from .head import RequestHead
-from .head_cache import HeadCache
-from .hold import HoldFull
-from .keys import Key
-from .origin import Origin
-from .origin2 import Http2Origin, OriginStream
+from .http1 import Origin
+from .http2 import Http2Origin, OriginStream
 from .parking import Parking, ParkingContext
 from .pool import CONNECTIONS_MOST, PLAIN, TLS, TRYING, UNKNOWN, Pool, Slot, Waiter
 from .shell import ShellOrigin
-from .sides import OriginContext, Parkable
 from .sockets import SessionGone, Sockets
 
 log = structlog.get_logger()

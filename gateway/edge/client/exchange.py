@@ -1,6 +1,6 @@
 """One request and its answer, whichever protocol carries them: admitted, held, forwarded, answered.
 
-A connection of HTTP/1.1 is one exchange after another (http1.py), a stream of HTTP/2 is one (http2.py). What a request may do
+A connection of HTTP/1.1 is one exchange after another (client/http1.py), a stream of HTTP/2 is one (client/http2.py). What a request may do
 is decided here; how it is read and answered, there. What has to wait (a session that sleeps, a connect, a host that is not
 known yet) is a coroutine, `_slow`, of which an exchange has at most one; everything else happens inside `data_received`.
 """
@@ -17,22 +17,23 @@ import structlog
 from gateway.messages import Route
 from gateway.tokens import Grant
 
-from . import failures, replies
-from .admission import NOT_RUNNING, SHELL_PORT, Decision, Forward, Hold, Lookup, Refuse, admit, admit_again, check_token
+from .. import failures
+from ..failures import Failure
+from ..origin.sockets import SessionGone
+from ..origin.upstream import ConnectFailed
+from ..policy import replies
+from ..policy.admission import NOT_RUNNING, SHELL_PORT, Decision, Forward, Hold, Lookup, Refuse, admit, admit_again, check_token
+from ..policy.head_cache import CachedAdmission, CachedRequest
+from ..policy.holds import TOO_MANY_BYTES, HoldFull, Ticket
+from ..policy.keys import Key
+from ..policy.limits import Limiter
+from ..policy.routes import Account, RouteEntry
+from ..reading import PEER_SLOW, THROTTLED
+from ..records.record import HTTP1, HTTP2, RequestRecord
+from ..sides import NOBODY, ClientSide, OriginSide
+from ..wire.http1_head import NO_BODY, Malformed, RequestHead, ResponseHead
+from ..wire.websocket import PING, PONG, FrameCounter, pong
 from .context import Context
-from .failures import Failure
-from .head import NO_BODY, Malformed, RequestHead, ResponseHead
-from .head_cache import CachedAdmission, CachedRequest
-from .hold import TOO_MANY_BYTES, HoldFull, Ticket
-from .keys import Key
-from .limits import Limiter
-from .reading import PEER_SLOW, THROTTLED
-from .record import HTTP1, HTTP2, RequestRecord
-from .sides import NOBODY, ClientSide, OriginSide
-from .sockets import SessionGone
-from .table import Account, RouteEntry
-from .upstream import ConnectFailed
-from .websocket import PING, PONG, FrameCounter, pong
 
 log = structlog.get_logger()
 

@@ -11,8 +11,8 @@ from typing import Final
 
 from gateway.config import Edge
 
-from .head import split_block
-from .record import peer_of
+from ..records.record import peer_of
+from ..wire.http1_head import split_block
 
 _FORWARDED: Final = b"forwarded"
 _PREFIX: Final = b"x-forwarded-"

@@ -18,8 +18,8 @@ GROW_MS: Final = 500  # a window that is used up faster than this is doubled
 
 @trait
 class Flow:
-    """A stream's windows, and the data that waits to be sent on it. The connection (multiplex.py) calls the methods; whoever carries
-    a stream implements them. A class with this trait names FLOW_SLOTS in its own slots, because mypyc's traits have none. Times are
+    """A stream's windows, and the data that waits to be sent on it. The connection (http2_connection.py) calls the methods; whoever
+    carries a stream implements them. A class with this trait names FLOW_SLOTS in its own slots, because mypyc's traits have none. Times are
     milliseconds of the loop's clock, because mypyc does not compile a trait's float."""
 
     number: int

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from . import frames, websocket
-from .frames import Field
-from .head import (
+from . import http2_frames, websocket
+from .http1_head import (
     CHUNKED,
     FIXED,
     NO_BODY,
@@ -22,6 +21,7 @@ from .head import (
     read_fields,
     split_block,
 )
+from .http2_frames import Field
 
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+\Z").match
 # RFC 9113, 8.2.1: no control characters, no white space around; values are joined by line feeds to be looked at together.
@@ -192,7 +192,7 @@ def parse_response(fields: list[Field], end: bool, most: int, is_head: bool) -> 
         framing, block = FIXED, block + b"\r\nContent-Length: 0"
     head = ResponseHead(status, framing, length, True, b"HTTP/1.1 %d " % status, block, None, names)
     head.is_dated = status < 200 or b"date" in head.names
-    head.hpack = frames.encode_status(status) + frames.encode(rest)  # as it came, without what HTTP/1.1 needs for its framing
+    head.hpack = http2_frames.encode_status(status) + http2_frames.encode(rest)  # as it came, without what HTTP/1.1 needs for its framing
     return head
 
 
@@ -211,7 +211,7 @@ def response_block(head: ResponseHead) -> bytes:
     if not head.hpack:
         drop = _NOT_IN_H2 | {b"content-length"} if head.status == 304 else _NOT_IN_H2  # which clients take for a broken promise
         fields = [one for one in split_block(head.block) if one[0] not in drop]
-        head.hpack = frames.encode_status(200 if head.status == 101 else head.status) + frames.encode(fields)
+        head.hpack = http2_frames.encode_status(200 if head.status == 101 else head.status) + http2_frames.encode(fields)
     return head.hpack
 
 
@@ -224,4 +224,4 @@ def request_block(head: RequestHead, request_id: bytes, scheme: bytes) -> bytes:
     if head.te_trailers:
         fields.append((b"te", b"trailers"))
     fields.append((b"x-amzn-requestid", request_id))
-    return frames.encode(fields)
+    return http2_frames.encode(fields)

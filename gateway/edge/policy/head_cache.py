@@ -19,11 +19,11 @@ from typing import Final, Generic, TypeVar
 from gateway.messages import Route
 from gateway.tokens import Checker
 
-from . import head2
-from .frames import Field
-from .head import DECISIVE, DECISIVE_PREFIX, FIELD_BLOCK, RequestHead, ResponseHead, parse_request
+from ..wire import http2_head
+from ..wire.http1_head import DECISIVE, DECISIVE_PREFIX, FIELD_BLOCK, RequestHead, ResponseHead, parse_request
+from ..wire.http2_frames import Field
 from .keys import FieldList, Key
-from .table import Account
+from .routes import Account
 
 _MIB: Final = 1 << 20
 _ENTRY_MAX_BYTES: Final = 16 << 10
@@ -283,14 +283,14 @@ class HeadCache:
         split = self._split_list(fields)
         if split is None or not self._decisive2.comes_again(split[1]):
             return
-        head = head2.parse_request([*_PSEUDO, *split[1]], True, self._fields_most)
+        head = http2_head.parse_request([*_PSEUDO, *split[1]], True, self._fields_most)
         if _is_part_of(head, admission):
             self._decisive2.keep(split[1], admission.with_block(self._rewritten(head.block, b"2")))
 
     def _split_list(self, fields: FieldList) -> tuple[bytes, FieldList, bytes, bool] | None:
         """The request line, the decisive fields, the others as they go on, and whether one of them never came before; None where the
         parser has to look at them."""
-        if len(fields) > self._fields_most or head2.size_of(list(fields)) > self._head_bytes:
+        if len(fields) > self._fields_most or http2_head.size_of(list(fields)) > self._head_bytes:
             return None
         line, decisive, at = _request_line(fields)
         if not line:
@@ -316,7 +316,7 @@ class HeadCache:
 
     def _read_field(self, one: Field) -> CachedField | None:
         name, value, _ = one
-        if not head2.is_field_name(name) or not head2.are_values([value]):
+        if not http2_head.is_field_name(name) or not http2_head.are_values([value]):
             return None
         field = CachedField(_COOKIE, value) if name == b"cookie" else CachedField(self._kind(name), b"%b: %b" % (name, value))
         self._fields.keep(one, field)
@@ -367,5 +367,5 @@ def _is_part_of(head: RequestHead, admission: CachedAdmission) -> bool:
 
 
 def _is_hop(name: bytes) -> bool:
-    name = name.replace(b"_", b"-")  # as hops.py reads it
+    name = name.replace(b"_", b"-")  # as client/forwarding.py reads it
     return name in (b"via", b"forwarded") or name.startswith(b"x-forwarded-")

@@ -16,11 +16,11 @@ import asyncio
 from collections import deque
 from typing import Final
 
-from .head import RequestHead
-from .keys import Key
-from .origin import Origin
-from .origin2 import Http2Origin, OriginStream
-from .sides import Owner
+from ..policy.keys import Key
+from ..sides import Owner
+from ..wire.http1_head import RequestHead
+from .http1 import Origin
+from .http2 import Http2Origin, OriginStream
 
 CONNECTIONS_MOST: Final = 256  # to one port of one session; more requests wait in line
 SHARED_MOST: Final = 16  # connections of HTTP/2, each with many streams

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 from typing import Final, cast
 
-from . import failures, replies
-from .admission import Refuse
+from .. import failures
+from ..policy import replies
+from ..policy.admission import Refuse
+from ..policy.head_cache import CachedAdmission, CachedRequest
+from ..policy.limits import Limiter
+from ..reading import HELD, PEER_SLOW, READ_AHEAD, UNREAD, ReadGate
+from ..records.record import peer_of
+from ..wire.http1_head import CHUNKED, FIXED, MARKER, NO_BODY, UNTIL_CLOSE, Malformed, ResponseHead, Trailers, parse_request
+from ..wire.read_ahead import ReadAhead
+from ..wire.request_body import STANDS_STILL, TOO_SLOW, RequestBody
+from ..wire.websocket import GOING_AWAY, FrameCounter
 from .context import Context
 from .exchange import Exchange
-from .head import CHUNKED, FIXED, MARKER, NO_BODY, UNTIL_CLOSE, Malformed, ResponseHead, Trailers, parse_request
-from .head_cache import CachedAdmission, CachedRequest
-from .limits import Limiter
-from .read_ahead import ReadAhead
-from .reading import HELD, PEER_SLOW, READ_AHEAD, UNREAD, ReadGate
-from .record import peer_of
-from .request_body import STANDS_STILL, TOO_SLOW, RequestBody
-from .websocket import GOING_AWAY, FrameCounter
 
 _AT_HEAD: Final = 0  # the next request's head is awaited
 _IN_BODY: Final = 1  # a request is under way, and its body has not come whole
