@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sources import source
 
-flow = source("flow")
+flow = source("wire.http2_flow")
 MANY = 1 << 40
 
 

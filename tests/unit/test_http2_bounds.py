@@ -375,3 +375,30 @@ async def test_a_connection_is_not_idle_because_its_only_request_took_long(rig: 
     client.sweep(now + 100 + rig.worker.settings.idle_seconds + 1)
     await raw.until(f.GOAWAY)
     raw.writer.close()
+
+
+async def test_an_answer_that_ends_the_connection_arrives_also_where_its_client_has_sent_more(rig: Rig) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n" + b"x" * 60_000)
+        await reader.read()
+
+    rig.script = script
+    reader, writer = await open_narrow(rig)
+    client = connection(rig)
+    writer.write(f.headers(1, block(rig), True))
+    await until(lambda: rig.received and not client.streams)
+    client.go_away()
+    for _ in range(100):
+        writer.write(f.frame(f.PING, 0, 0, bytes(8)) * 100)
+        await asyncio.sleep(0)
+    raw, body, ended = Raw(reader, writer, start=False), 0, False
+    while not ended:
+        kind, _, _, payload = await raw.frame()
+        body += len(payload) if kind == f.DATA else 0
+        ended = kind == f.GOAWAY
+    assert body == 60_000
+    with pytest.raises(EOFError):
+        await raw.frame()
+    await until(lambda: not rig.worker.clients)
+    writer.close()

@@ -31,6 +31,7 @@ _LIST_SLACK = 2  # a field list this many times too large is still decoded, to b
 _BLOCKS_MOST = 256
 _INDEXED = bytes(range(0x80, 0x100))
 _DRAIN_PING = b"draining"
+_LINGER_SECONDS: Final = 1.0
 _REQUEST_ID = b"\0\x10x-amzn-requestid\x24"  # a literal without indexing; a value of 36 bytes follows
 
 
@@ -54,7 +55,7 @@ class Http2(Multiplex):
         super().__init__(worker.time, asyncio.get_running_loop().call_soon, _LIST_SLACK * worker.settings.head_bytes)
         self.worker = worker
         self.write_paused_since = 0.0
-        self._closing_since = 0.0  # the transport was closed, and may still have something to write
+        self._closing_since = 0.0  # our half was ended then, and may still have something to write
         self.idle_since = self.touched  # without streams since then, or since the sweep that last saw one
         self._blocks: dict[bytes, CachedRequest] = {}  # blocks of indexed fields only, as this connection's table has them
         self.draining = False
@@ -100,19 +101,15 @@ class Http2(Multiplex):
 
     def eof_received(self) -> bool:
         """The client will send nothing more, not even a window: it is gone, and so is what runs for it."""
-        self.is_shutting_down = True
-        for stream in self._requests():
-            self.drop(stream)
-            stream.on_reset(Code.CANCEL)
         self.end()
+        if self.transport is not None:
+            self.transport.close()
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
         self.worker.clients.discard(self)
         self.transport = None
-        for stream in self._requests():
-            self.drop(stream)
-            stream.on_reset(Code.CANCEL)
+        self.end()
         for limiter in self.joined.values():
             limiter.leave()
 
@@ -246,13 +243,24 @@ class Http2(Multiplex):
         if self.draining and not self.is_shutting_down:
             self.is_shutting_down = True
             self.goaway(self.last_peer_stream, Code.NO_ERROR)
-        if self.is_shutting_down and self.transport is not None and not self.transport.is_closing():
+        if self.is_shutting_down and not self.is_ended:
             self.flush()
             self.end()
 
     def end(self) -> None:
-        self._closing_since = self._closing_since or self.time()
-        super().end()
+        """Ends our half and what runs, and reads on for a while without looking at it: bytes that come into a closed socket would
+        reset away what was written (as in RFC 9112, 9.6). The sweep closes, if the client has not done so."""
+        if self.is_ended:
+            return
+        self.is_shutting_down = self.is_ended = True
+        self._closing_since = self.time()
+        self._buffer = b""
+        for stream in self._requests():
+            self.drop(stream)
+            stream.on_reset(Code.CANCEL)
+        if self.transport is not None and not self.transport.is_closing():
+            self.resume_receiving()
+            self.transport.write_eof()
 
     def begin_drain(self) -> None:
         """The connection ends together with its last stream: a client that has an answer has the GOAWAY, too, and sends
@@ -291,7 +299,11 @@ class Http2(Multiplex):
             stream.on_reset(Code.CANCEL)
         if self.streams:
             self.idle_since = now
-        if self.read_paused or self._closing_since:
+        if self._closing_since:
+            if now - self._closing_since > _LINGER_SECONDS:
+                self._end_linger()
+            return
+        if self.read_paused:
             return
         begun = self.incomplete_since if self._peer_settled else self.idle_since
         if 0 < begun < now - settings.head_seconds:
@@ -301,6 +313,12 @@ class Http2(Multiplex):
         else:
             for request in self._requests():
                 request.sweep(now)
+
+    def _end_linger(self) -> None:
+        if self.transport is not None and not self.transport.get_write_buffer_size():
+            self.transport.close()
+        else:  # a client that does not read either: it is not listened to for ever
+            self.pause_receiving()
 
     @property
     def is_quiet(self) -> bool:

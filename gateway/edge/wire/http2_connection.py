@@ -38,6 +38,7 @@ class Transport(Protocol):
     def close(self) -> None: ...
     def abort(self) -> None: ...
     def is_closing(self) -> bool: ...
+    def write_eof(self) -> None: ...
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
@@ -67,6 +68,7 @@ class Multiplex:
         "goaway_last",
         "incomplete_since",
         "initial_window",
+        "is_ended",
         "is_shutting_down",
         "last_number",
         "reading",
@@ -89,6 +91,7 @@ class Multiplex:
         self.initial_window = f.WINDOW_BYTES
         self.send_window = f.WINDOW_BYTES
         self.frame_bytes = f.FRAME_BYTES
+        self.is_ended = False  # all was said: what comes is not looked at, and nothing more is sent
         self.is_shutting_down = False  # no stream begins any more, and the connection closes with its last one
         self.goaway_last = f.LAST_POSSIBLE  # of the peer's streams, which our GOAWAY has named: later ones are ignored (RFC 9113, 6.8)
         self._decoder = f.new_decoder(list_bytes)
@@ -139,6 +142,8 @@ class Multiplex:
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
 
     def data_received(self, data: bytes) -> None:
+        if self.is_ended:
+            return
         self.touched = self.time()
         if self._buffer:
             data = self._buffer + data
@@ -171,7 +176,7 @@ class Multiplex:
                     _HANDLERS[kind](self, flags, number, data, begin, at)
             except H2StreamError as error:
                 self.break_stream(error)
-            if self.transport is None:
+            if self.transport is None or self.is_ended:
                 return
         if at < end:
             self._buffer = data[at:]
@@ -428,7 +433,7 @@ class Multiplex:
     def flush(self) -> None:
         self._flush_due = False
         out, self._out, self._out_bytes = self._out, [], 0
-        if self.transport is not None and out:
+        if self.transport is not None and out and not self.is_ended:
             self.transport.write(b"".join(out) if len(out) > 1 else out[0])
 
     def send_message(self, stream: Flow, block: bytes, content: bytes) -> None:
@@ -595,7 +600,7 @@ class Multiplex:
 
     def end(self) -> None:
         """Closes after what was written; what has come behind it is not looked at."""
-        self.goaway_last = self.last_peer_stream
+        self.is_ended = True
         if self.transport is not None:
             self.transport.close()
 
