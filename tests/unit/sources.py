@@ -12,11 +12,11 @@ _EDGE = Path(__file__).resolve().parents[2] / "gateway/edge"
 
 
 def source(name: str) -> Any:
-    """A module of `gateway.edge`, as `wire.http2_flow`, imported from its source under another package's name. What one of them knows of another's
-    classes, it knows of the sources' too."""
-    if "edge_sources" not in sys.modules:
-        for folder in (_EDGE, *(one.parent for one in _EDGE.glob("*/__init__.py"))):
-            package = types.ModuleType(".".join(["edge_sources", *folder.relative_to(_EDGE).parts]))
-            package.__path__ = [str(folder)]  # their __init__ is not run: it looks for what was compiled
-            sys.modules[package.__name__] = package
+    """A module of `gateway.edge`, such as "wire.http2_flow", imported from its source under another package's name. What one of them
+    knows of another's classes, it knows of the sources' too."""
+    for package in ("", *(f".{room.name}" for room in _EDGE.iterdir() if (room / "__init__.py").exists())):
+        if f"edge_sources{package}" not in sys.modules:  # not a package's own __init__, which looks for what was compiled
+            made = types.ModuleType(f"edge_sources{package}")
+            made.__path__ = [str(_EDGE / package.removeprefix("."))]
+            sys.modules[f"edge_sources{package}"] = made
     return importlib.import_module(f"edge_sources.{name}")

@@ -37,8 +37,10 @@ def test_workers_share_a_port_and_the_api_does_not(opened: list[socket.socket]) 
 def test_an_address_of_ipv6_leaves_the_port_of_ipv4_free(opened: list[socket.socket]) -> None:
     if not listeners.has_ipv6():
         pytest.skip("no IPv6")
-    opened.append(listeners.listen("::", 0, "api"))
-    opened.append(listeners.listen("127.0.0.1", port_of(opened[0]), "api"))
+    with socket.create_server(("127.0.0.1", 0)) as free:  # a port of IPv4 that no other process takes meanwhile
+        port = port_of(free)
+        opened.append(listeners.listen("::", port, "api"))
+    opened.append(listeners.listen("127.0.0.1", port, "api"))
 
 
 def test_an_address_that_is_not_here_is_named() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,15 +169,6 @@ def opened(*numbers: int) -> Server:
 
 def u32(value: int) -> bytes:
     return value.to_bytes(4, "big")
-
-
-def test_the_machine_and_the_parsers_know_no_event_loop() -> None:
-    edge = Path(__file__).resolve().parents[2] / "gateway/edge"
-    for file in (*(edge / "wire").glob("*.py"), edge / "reading.py"):
-        tree = ast.parse(file.read_text())
-        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert not any(one.split(".")[0] == "asyncio" for one in imported), file
 
 
 # ---- what is a connection error (5.4.1) ----
