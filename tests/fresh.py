@@ -49,6 +49,7 @@ DEVICES = (
 )
 COMMAND_SECONDS = 3600
 MOST_COMMITS = 500
+ATTEMPTS = 3
 # Where the demo keeps its instance (docs/operations.md).
 EXPECTED = ("files: /var/lib/torpor-demo",)
 # As a login has it; and both limits, which a process of root's could raise again, for all that do not.
@@ -91,11 +92,19 @@ def make_root(root: Path, release: str) -> None:
     sources.write_text(re.sub(rf"\b{host[1] if host else release}\b", release, base.host_sources(host[1] if host else release)))
     options = root.with_name("apt.conf")
     options.write_text(base.apt_options())
-    run(
-        "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--include=make,ca-certificates", f"--aptopt={options}",
+    bootstrap = (
+        "mmdebstrap", "--mode=root", "--variant=minbase", "--include=make,ca-certificates", f"--aptopt={options}",
         '--aptopt=Acquire::Retries "3"',
         release, root, sources,
     )  # fmt: skip
+    for attempt in range(1, ATTEMPTS + 1):  # mirrors falter
+        try:
+            run(*bootstrap)
+            break
+        except SystemExit:
+            remove(root)
+            if attempt == ATTEMPTS:
+                raise
     (root / "etc/hostname").write_text("fresh\n")
     (root / "etc/hosts").write_text("127.0.0.1\tlocalhost\n127.0.1.1\tfresh\n::1\tlocalhost ip6-localhost ip6-loopback\n")
     (root / "etc/resolv.conf").write_text(f"nameserver {NAME_SERVER}\n")
