@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from gateway import messages as m
 from gateway.edge.origin import http1
 from gateway.edge.wire import http2_frames as f
-from gateway.edge.wire.websocket import PING, PONG, FrameCounter, pong
+from gateway.edge.wire.websocket import GOING_AWAY, PING, PONG, FrameCounter, pong
 
 UPGRADED = b"HTTP/1.1 101 Switching\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 
@@ -161,7 +161,7 @@ async def test_what_the_guest_has_not_acknowledged_counts_as_active(rig: Rig, mo
     assert await tunnel.say(frame(1, b"y", b"abcd"))
     assert (await drained(rig, if_quiet=False)).parked == 0
     async with asyncio.timeout(5):
-        assert await tunnel.reader.read() is not None  # a suspend that is not called off cuts it
+        assert await tunnel.reader.read() == GOING_AWAY  # a suspend that is not called off cuts it
 
 
 async def test_pings_to_a_parked_tunnel_are_answered_here(rig: Rig) -> None:

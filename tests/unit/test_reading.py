@@ -158,7 +158,8 @@ async def test_an_upload_that_is_answered_early_leaves_its_client_reading(rig: R
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await rig.head(reader)
-        await asyncio.sleep(0.05)  # the edge's buffer fills meanwhile
+        (origin,) = rig.worker.upstream.pools()[0].open
+        await until(lambda: origin.is_paused)  # the edge's buffer is full
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
 
     rig.script = script
