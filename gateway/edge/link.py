@@ -194,9 +194,9 @@ class Link:
         if lines := self._faults.take():
             connection.notify("faults", m.Faults(lines))
         if self._worker.ledger.answers != self._counted:
-            self._counted = [list(one) for one in self._worker.ledger.answers]
+            counted = [list(one) for one in self._worker.ledger.answers]
             held, access = self._worker.holds.statistics()["requests"], self._worker.ledger.access
-            answers = dict(zip(PROTOCOLS, self._counted, strict=True))
+            answers = dict(zip(PROTOCOLS, counted, strict=True))
             connection.notify(
                 "counters",
                 m.Counters(
@@ -209,3 +209,4 @@ class Link:
                     access.not_reopened if access else 0,
                 ),
             )
+            self._counted = counted

@@ -16,6 +16,7 @@ from waiting import until
 
 from gateway import messages as m
 from gateway.edge import worker as edge_worker
+from gateway.edge.policy.fairness import FairQueue
 
 HIGH = 512 << 10
 Start = Callable[..., Awaitable[Rig]]
@@ -299,10 +300,11 @@ async def test_a_body_that_drips_is_answered_408(start: Start) -> None:
     writer.close()
 
 
-class NeverTheirTurn:
+class NeverTheirTurn(FairQueue):
     """Every request that was seen before has to wait for a turn."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.waiting: list[Callable[[], None]] = []
 
     def admit(self, account: Any, now: float) -> bool:
@@ -318,8 +320,8 @@ async def test_a_head_that_waits_for_its_turn_is_queued_once_and_what_follows_is
     for _ in range(2):
         writer.write(rig.request())
         assert (await response(reader))[0] == 200
-    fairness, rig.worker.fairness = rig.worker.fairness, NeverTheirTurn()  # type: ignore[assignment]
-    waiting = rig.worker.fairness.waiting  # type: ignore[attr-defined]
+    fairness, never = rig.worker.fairness, NeverTheirTurn()
+    rig.worker.fairness, waiting = never, never.waiting
     writer.write(rig.request())
     await until(lambda: waiting)
     (client,) = rig.worker.clients

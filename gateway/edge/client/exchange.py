@@ -408,23 +408,26 @@ class Exchange(ClientSide):
         worker, route = self.worker, entry.route
         self._enter(entry.account)
         started = worker.time()
+        gone: SessionGone | None = None
         try:
             if port == SHELL_PORT:
                 origin: OriginSide = await worker.upstream.shell(route)
             else:
                 origin = await worker.upstream.connect(route, port, entry.opened_at, head, self._tried_again, deadline)
-        except SessionGone:
-            # vmm knows more than our table: control will tell us, or has to be asked again.
-            self._answered()
-            if worker.time() > deadline:
-                raise
-            await asyncio.sleep(_STALE_SECONDS)
-            return False
+        except SessionGone as error:
+            gone = error  # not waited for here: see Upstream._connect_patiently
         except ConnectFailed:
             self._answered()
             current = worker.table.get(route.endpoint)
             if current is None or current.route is route:
                 raise
+            return False
+        if gone is not None:
+            # vmm knows more than our table: control will tell us, or has to be asked again.
+            self._answered()
+            if worker.time() > deadline:
+                raise gone
+            await asyncio.sleep(_STALE_SECONDS)
             return False
         if self._held_since:
             self._timing += f", connect;dur={(worker.time() - started) * 1000:.1f}"

@@ -164,18 +164,21 @@ class Upstream:
     async def _connect_patiently(self, pool: Pool, slot: Slot, head: RequestHead, until: float) -> Origin | OriginStream:
         """A freshly resumed or launched application may not listen yet; one that has been up for a while is just down."""
         while True:
+            refused: ConnectionRefusedError | None = None
             try:
                 return await self._connect_once(pool, slot, head)
             except ConnectionRefusedError as error:
-                if self._loop.time() > until:
-                    raise ConnectFailed(f"nothing listens on port {pool.key[2]}") from error
-                await asyncio.sleep(_RETRY_SECONDS)
+                refused = error
             except TimeoutError as error:
                 raise ConnectFailed("the application does not answer connects") from error
             except ssl.SSLError as error:
                 raise ConnectFailed(f"the TLS handshake failed: {error.reason or error}") from error
             except OSError as error:
                 raise ConnectFailed(f"the application could not be connected to: {error.strerror or error}") from error
+            # Not inside `except`: while a compiled coroutine waits there, whatever is raised elsewhere gets its exception for a context.
+            if self._loop.time() > until:
+                raise ConnectFailed(f"nothing listens on port {pool.key[2]}") from refused
+            await asyncio.sleep(_RETRY_SECONDS)
 
     async def _connect_once(self, pool: Pool, slot: Slot, head: RequestHead) -> Origin | OriginStream:
         """Raises OSError, TimeoutError, ConnectFailed, SessionGone."""
