@@ -147,6 +147,7 @@ class Link:
             self._worker.guard(self._worker.parking.opened, new)
         elif new.gate == "refuse":
             self._worker.guard(self._worker.parking.over, session)
+            self._worker.guard(self._worker.upstream.forget, session)
         self._worker.holds.changed(session)
 
     def _prefetch(self, route: m.Route) -> None:

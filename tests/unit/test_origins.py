@@ -419,6 +419,26 @@ async def test_many_requests_to_a_port_of_tls(rig: Rig, contexts: ssl.SSLContext
     assert await ask(rig, "POST", "Content-Length: 2", body=b"ok") == 200
 
 
+async def test_a_port_of_tls_is_known_after_a_sleep_until_another_application_listens_there(rig: Rig, contexts: ssl.SSLContext) -> None:
+    """A request with content that wakes its application cannot be sent once more to find out."""
+    post = ("POST", "Content-Length: 2")
+    rig.script = rig.echo
+    rig.application.close()
+    rig.application = await asyncio.start_server(rig._application, "127.0.0.1", rig.app_port, ssl=contexts)
+    assert await ask(rig, "GET") == 200
+    for incarnation in (1, 2):
+        await rig.control.change("hold", incarnation, is_live=False)
+        await rig.control.change("open", incarnation + 1)
+        assert await ask(rig, *post, body=b"ok") == 200
+    rig.application.close()
+    await rig.control.change("hold", 3, is_live=False)
+    rig.application = await asyncio.start_server(rig._application, "127.0.0.1", rig.app_port)
+    await rig.control.change("open", 4)
+    assert [await ask(rig, *post, body=b"ok") for _ in range(2)] == [502, 200]
+    await rig.control.change("refuse", 4, is_live=False)
+    assert not rig.worker.upstream._spoke_tls
+
+
 async def test_a_port_that_speaks_neither_is_not_asked_for_tls_again(rig: Rig) -> None:
     firsts = []
 

@@ -89,6 +89,7 @@ class Upstream:
         self._context = OriginContext(self._settings, self._loop.time, worker.heads.responses, self.parking.wake, self.parking.discard)
         self._incarnations: dict[tuple[str, int], Incarnation] = {}
         self._pools: dict[Key, Pool] = {}  # those of all incarnations, for the fast path
+        self._spoke_tls: dict[str, dict[int, bool | None]] = {}  # by session and port, through its sleep: whether HTTP/2 was agreed on
         self._contexts = {alpn: _client_context(list(alpn)) for alpn in (("h2", "http/1.1"), ("http/1.1",))}
 
     def take_idle(self, key: Key, now: float, is_safe: bool) -> Origin | None:
@@ -111,6 +112,9 @@ class Upstream:
         pool = self._pools.get(key)
         if pool is None:
             pool = self._pools[key] = self.incarnation(key[0], key[1]).pools[key[2]] = Pool(key)
+            spoke_tls = self._spoke_tls.get(key[0])
+            if spoke_tls is not None and key[2] in spoke_tls:
+                pool.tls, pool.speaks_h2 = TLS, spoke_tls[key[2]]
         return pool
 
     # ---- connecting ----
@@ -239,13 +243,18 @@ class Upstream:
         """TLS. A WebSocket's handshake is one of HTTP/1.1 (RFC 6455, 4.1), so for that no other is offered."""
         by_alpn = _ByAlpn(self, pool)
         alpn = ("http/1.1",) if head.upgrade is not None else ("h2", "http/1.1")
-        await self._loop.create_connection(
-            lambda: by_alpn,
-            sock=sock,
-            ssl=self._contexts[alpn],
-            server_hostname=head.host or "localhost",
-            ssl_handshake_timeout=_TLS_SECONDS,
-        )
+        try:
+            await self._loop.create_connection(
+                lambda: by_alpn,
+                sock=sock,
+                ssl=self._contexts[alpn],
+                server_hostname=head.host or "localhost",
+                ssl_handshake_timeout=_TLS_SECONDS,
+            )
+        except OSError:
+            if pool.tls == TLS:
+                pool.tls = UNKNOWN  # another application listens there now
+            raise
         assert by_alpn.made is not None
         if head.upgrade is None:
             pool.speaks_h2 = by_alpn.made.is_shared
@@ -335,6 +344,7 @@ class Upstream:
         for pool in ended.pools.values():
             del self._pools[pool.key]
             pool.end()
+        self._remember_tls(session, ended)
         parked = 0
         for connection in connections:
             parked += self._end(connection, park - parked, one_way)
@@ -342,6 +352,23 @@ class Upstream:
             _drop(task)
         ended.sockets.close()
         return parked
+
+    def _remember_tls(self, session: str, ended: Incarnation) -> None:
+        """The application is the same when it is woken, and a request with content that wakes it cannot be sent once more to find out."""
+        spoke_tls = self._spoke_tls.get(session, {})
+        for port, pool in ended.pools.items():
+            if pool.tls == TLS:
+                spoke_tls[port] = pool.speaks_h2
+            else:
+                spoke_tls.pop(port, None)
+        if spoke_tls:
+            self._spoke_tls[session] = spoke_tls
+        else:
+            self.forget(session)
+
+    def forget(self, session: str) -> None:
+        """The session will not run again."""
+        self._spoke_tls.pop(session, None)
 
     def _end(self, connection: Parkable, room: int, one_way: bool) -> int:
         """Parks it, and says how many streams that were, or cuts it. What fails here is this connection's alone."""
