@@ -32,9 +32,11 @@ def service(host_before: dict[str, set[str]]) -> Iterator[Instance]:
     forwards = Path("/proc/sys/net/ipv4/ip_forward")
     before = forwards.read_text()
     one = Instance("conform", 700_000 + 4 * 262_144, IMAGES__START_SECONDS="60", EGRESS__CLOSED="false")
-    with served(one):
-        yield one
-    forwards.write_text(before)
+    try:
+        with served(one):
+            yield one
+    finally:
+        forwards.write_text(before)
 
 
 def log_of(service: Instance, build: str) -> str:
