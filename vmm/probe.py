@@ -25,6 +25,7 @@ from .cgroups import Cgroups
 from .errors import VmmError
 from .firecracker.jail import Jail, Programs
 from .kernel import PROBED
+from .making import key_at
 from .places import QUOTED_CHARACTERS, Place
 from .qemu import machine as topology
 
@@ -41,7 +42,7 @@ def why_not_kvm(settings: Settings, device: Path = KVM) -> str:
     """
     cache = settings.cache
     root, kernel, initrd = cache / "qemu-root", cache / "kernel/vmlinuz", cache / "initrd"
-    if why_not := _not_askable(device, [root / "complete", kernel, initrd]):
+    if why_not := _not_askable(device, [root, kernel.parent, initrd]):
         return why_not
 
     def ask() -> str:
@@ -79,14 +80,14 @@ def why_not_firecracker(settings: Settings, device: Path = KVM) -> str:
 
 
 def _not_askable(device: Path, assets: Sequence[Path]) -> str:
-    """Why no guest can be run to find out; this is not remembered."""
+    """Why no guest can be run to find out; this is not remembered. `assets`: what the set-up must have made whole (vmm/making.py)."""
     try:
         mode = device.stat().st_mode
     except FileNotFoundError:
         return f"{device} is not there"
     if not stat.S_ISCHR(mode):
         return f"{device} is no device"
-    if missing := [path for path in assets if not path.exists()]:
+    if missing := [path for path in assets if not key_at(path)]:
         return f"it can be probed once `torpor assets` has made {missing[0]}"
     return "" if os.geteuid() == 0 else "only root can probe it"
 

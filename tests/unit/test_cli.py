@@ -58,7 +58,7 @@ def test_doctor_before_there_is_an_instance(tmp_path: Path, there: bool) -> None
     assert rows["acceleration"][0] and rows["acceleration"][1].startswith("tcg: software emulation, not KVM: ")
     assert rows["acceleration"][1].rpartition(": ")[2] in (
         "/dev/kvm is not there",
-        f"it can be probed once `torpor assets` has made {tmp_path}/cache/qemu-root/complete",
+        f"it can be probed once `torpor assets` has made {tmp_path}/cache/qemu-root",
     )
     assert rows["hypervisor"] == (True, "qemu: not Firecracker: it needs KVM")
     assert rows["asset kernel"][0] is False and "torpor assets" in rows["asset kernel"][1]

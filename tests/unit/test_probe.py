@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gateway.config import Settings
-from vmm import jail, probe
+from vmm import assets, jail, making, probe
 from vmm.qemu import machine as topology
 
 SPEAKS = "echo 'init 0.042: a guest'\\''s init runs'"
@@ -74,9 +74,11 @@ def test_a_command_that_is_not_there_is_a_reason() -> None:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     """With all that a probe needs, and a device that this test's user may change."""
-    for name in ("qemu-root/complete", "kernel/vmlinuz", "initrd", f"qemu-root{topology.BINARY}"):
+    for name in ("kernel/vmlinuz", "initrd", f"qemu-root{topology.BINARY}"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
+    for name in ("kernel", "initrd", "qemu-root"):
+        making.key_path(tmp_path / name).write_text("made")
     return Settings(cache=tmp_path, root=tmp_path, users={"first": 700_000})
 
 
@@ -146,11 +148,35 @@ def test_half_an_answer_is_none(settings: Settings, device: Path, asked: list[tu
 
 
 def test_what_cannot_be_asked_is_said_and_not_remembered(settings: Settings, device: Path, asked: list[tuple[list[str], float]]) -> None:
-    (settings.cache / "initrd").rename(settings.cache / "away")
-    assert probe.why_not_kvm(settings, device) == f"it can be probed once `torpor assets` has made {settings.cache}/initrd"
-    (settings.cache / "away").rename(settings.cache / "initrd")
+    for name in ("qemu-root", "kernel", "initrd"):
+        for part in (name, f"{name}.key"):  # what was ended in its middle has no key
+            (settings.cache / part).rename(settings.cache / "away")
+            assert probe.why_not_kvm(settings, device) == f"it can be probed once `torpor assets` has made {settings.cache / name}"
+            (settings.cache / "away").rename(settings.cache / part)
     device.unlink()
     assert probe.why_not_kvm(settings, device) == f"{device} is not there"
     device.touch()
     assert probe.why_not_kvm(settings, device) == f"{device} is no device"
     assert not asked and not (settings.cache / "kvm-probe").exists()
+
+
+def test_what_the_set_up_makes_is_all_that_a_probe_asks_for(
+    settings: Settings, device: Path, asked: list[tuple[list[str], float]], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """By the steps of the set-up themselves, and the real root of the jail: a probe that waits for anything else is never run."""
+    cache = settings.cache / "made"
+    cache.mkdir()
+    stand_ins = {"kernel": "vmlinuz", "guest": "init", "qemu-root": "", "initrd": "", "base.tar": ""}
+    for step in assets._STEPS:
+
+        def work(target: Path, name: str = step.name) -> None:
+            if name == "qemu-root":
+                jail.make_root(target)
+            elif stand_ins[name]:
+                target.mkdir()
+                (target / stand_ins[name]).touch()
+            else:
+                target.touch()
+
+        making.make(cache / step.name, step.key(cache), work)
+    assert probe.why_not_kvm(settings.model_copy(update={"cache": cache}), device) == "answer 1"

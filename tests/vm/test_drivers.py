@@ -25,7 +25,7 @@ import pytest
 from gateway.config import Egress, Settings
 from gateway.messages import Shape
 from gateway.sessions.agent import Agent, start_frames, wake_frame
-from vmm import disks, kernel, manifest, probe
+from vmm import disks, kernel, making, manifest, probe
 from vmm.cgroups import Cgroups
 from vmm.driver import DEVICES, Driver, Machine, StateLost, VmmError
 from vmm.firecracker.api import Api, ApiError
@@ -418,6 +418,8 @@ def test_firecracker_is_probed_by_its_jailer(monkeypatch: pytest.MonkeyPatch) ->
         settings = Settings(root=directory, cache=directory)
         kernel.extract_elf(Settings().cache / "kernel/vmlinuz", directory / "vmlinux")
         (directory / "initrd-firecracker").write_bytes(b"initramfs")
+        for name in ("vmlinux", "initrd-firecracker"):
+            making.key_path(directory / name).write_text("made")
         assert probe.why_not_firecracker(settings, Path("/dev/null")) == ""
         (directory / "vmlinux").write_bytes(b"no kernel")
         why = probe.why_not_firecracker(settings, Path("/dev/null"))
