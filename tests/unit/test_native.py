@@ -36,7 +36,7 @@ def test_an_edit_leaves_the_compiled_form_aside(tmp_path: Path) -> None:
 
 @pytest.mark.service
 def test_the_sources_themselves_run_as_well() -> None:
-    tests = [f"tests/unit/test_{name}.py" for name in ("edge", "http2", "parking", "fairness")]
+    tests = [f"tests/unit/test_{name}.py" for name in ("edge", "http2", "parking", "fairness", "application_faults", "one_exception")]
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(
         words, cwd=REPO, env={**os.environ, "TORPOR_INTERPRETED": "1"}, capture_output=True, text=True, timeout=120, check=False

@@ -79,7 +79,7 @@ class ChunkedBody:
                         out.append(instead)
                 kept = at
         if out is not None and in_chunks and at > kept:
-            out.append(data[kept:at])
+            out.append(data[kept:at] if kept or at < end else data)  # a compiled slice is a copy, also of all there is
         return at
 
     def _end_of_line(self, line: bytes) -> bytes:
