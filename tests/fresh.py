@@ -47,11 +47,13 @@ DEVICES = (
     *("null", "zero", "full", "random", "urandom", "tty", "fuse", "net/tun", "kvm", "loop-control"),
     *(f"loop{number}" for number in range(8)),
 )
+RELEASE = "bookworm"
 COMMAND_SECONDS = 3600
 MOST_COMMITS = 500
 ATTEMPTS = 3
 # Where the demo keeps its instance (docs/operations.md).
 EXPECTED = ("files: /var/lib/torpor-demo",)
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # As a login has it; and both limits, which a process of root's could raise again, for all that do not.
 USUAL, ODD = "umask 022; ulimit -S -n 1024; ", "umask 077; ulimit -n 1024; "
 # $1 and on: files of control groups up to "--"; then the command.
@@ -116,7 +118,7 @@ def lend_sources(root: Path) -> dict[str, str]:
         copy = root / file.relative_to("/")
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
-    run("chroot", root, "update-ca-certificates")
+    run("chroot", root, "update-ca-certificates", env={"PATH": PATH})  # the host's TMPDIR, for one, is no directory there
     for name in PIP_FILES:
         source, copy = Path(name), root / name.lstrip("/")
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -137,9 +139,11 @@ def indexes(root: Path, variables: dict[str, str]) -> list[Path]:
     return sorted(path for path in wanted if not (root / path.relative_to("/")).exists())
 
 
-def clone(target: Path) -> None:
+def clone(target: Path) -> str:
+    """Returns the hash of the tree that is in it: the next commits may come while the machine runs."""
     target.parent.mkdir(parents=True, exist_ok=True)
     run("git", "clone", "--quiet", "--no-hardlinks", REPO, target)
+    return tree_hash(repo=target)
 
 
 # ---- its namespaces ----
@@ -306,7 +310,7 @@ def inside(plan: dict[str, object]) -> None:
     pivot(root)
     environment = {
         "HOME": "/root", "USER": "root", "LOGNAME": "root", "SHELL": "/bin/bash", "TERM": "dumb",
-        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C" if odd else "C.UTF-8",
+        "PATH": PATH, "LANG": "C" if odd else "C.UTF-8",
         **plan["variables"],  # type: ignore[dict-item]
     }  # fmt: skip
     for command in plan["commands"]:  # type: ignore[attr-defined]
@@ -335,9 +339,9 @@ def readme_commands() -> list[str]:
     return block[1].splitlines()
 
 
-def tree_hash(commit: str = "HEAD") -> str:
+def tree_hash(commit: str = "HEAD", *, repo: Path) -> str:
     """Of a commit's files, the record itself left out."""
-    listed = run("git", "-C", REPO, "ls-tree", "-r", commit).stdout.splitlines(keepends=True)
+    listed = run("git", "-C", repo, "ls-tree", "-r", commit).stdout.splitlines(keepends=True)
     return hashlib.sha256("".join(line for line in listed if not line.endswith("\t.ci/fresh\n")).encode()).hexdigest()
 
 
@@ -348,7 +352,7 @@ def recorded() -> str:
     text = RECORD.read_text(encoding="utf-8")
     found = re.search(r"^tree: (\w+)$", text, re.MULTILINE)
     commits = run("git", "-C", REPO, "rev-list", "--first-parent", f"--max-count={MOST_COMMITS}", "HEAD").stdout.split()
-    behind = next((number for number, commit in enumerate(commits) if found and tree_hash(commit) == found[1]), None)
+    behind = next((number for number, commit in enumerate(commits) if found and tree_hash(commit, repo=REPO) == found[1]), None)
     age = f"{behind} commits behind" if behind is not None else f"of no tree among the last {len(commits)} commits"
     return "".join(f"test-fresh: {line}\n" for line in [*text.splitlines(), age]).rstrip()
 
@@ -408,7 +412,7 @@ def main() -> int:
         inside(json.loads(sys.argv[2]))
         return 0
     parser = argparse.ArgumentParser()
-    parser.add_argument("--release", default="bookworm")
+    parser.add_argument("--release", default=RELEASE)
     parser.add_argument("--odd", action="store_true")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--recorded", action="store_true")
@@ -417,6 +421,8 @@ def main() -> int:
     if given.recorded:
         print(recorded())
         return 0
+    if given.record and (given.commands or given.odd or given.release != RELEASE):
+        parser.error(f"only the README's commands on {RELEASE} are recorded")
     if os.geteuid():
         raise SystemExit("test-fresh: this needs root: it makes a root directory and namespaces")
     commands = given.commands or (["make demo", "make check"] if given.odd else readme_commands())
@@ -431,16 +437,16 @@ def main() -> int:
         variables = lend_sources(root)
         os.umask(0o077 if given.odd else 0o022)
         place = "/root/a place with spaces/torpor" if given.odd else "/root/torpor"
-        clone(root / place.lstrip("/"))
+        tree = clone(root / place.lstrip("/"))
         os.umask(0o022)
         told = on_the_machine(directory, {
             "root": str(root), "odd": given.odd, "clone": place, "variables": variables, "commands": commands,
             "indexes": [str(path) for path in indexes(root, variables)],
         })  # fmt: skip
-    return report(given, commands, told)
+    return report(given, commands, told, tree)
 
 
-def report(given: argparse.Namespace, commands: list[str], told: list[list[object]]) -> int:
+def report(given: argparse.Namespace, commands: list[str], told: list[list[object]], tree: str) -> int:
     lines, passed = [], len(told) == len(commands)
     for command, seconds, status, left, files in told:
         passed = passed and not status and not left
@@ -455,7 +461,7 @@ def report(given: argparse.Namespace, commands: list[str], told: list[list[objec
     print(f"test-fresh: {result}")
     if given.record:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        RECORD.write_text("\n".join([f"time: {now}", f"result: {result}", f"tree: {tree_hash()}", *lines]) + "\n")
+        RECORD.write_text("\n".join([f"time: {now}", f"result: {result}", f"tree: {tree}", *lines]) + "\n")
     return 0 if passed else 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import fresh
@@ -40,7 +41,9 @@ def commit(repo: Path, text: str, name: str = "file") -> None:
 
 
 def record(status: int, left: list[str]) -> int:
-    return fresh.report(argparse.Namespace(record=True), ["make demo"], [["make demo", 3.2, status, left, {}]])
+    return fresh.report(
+        argparse.Namespace(record=True), ["make demo"], [["make demo", 3.2, status, left, {}]], fresh.tree_hash(repo=fresh.REPO)
+    )
 
 
 def test_the_commands_are_the_readmes() -> None:
@@ -68,7 +71,47 @@ def test_a_command_that_fails_or_leaves_something_is_a_failure(repo: Path, statu
 
 
 def test_a_command_that_was_never_run_is_a_failure(repo: Path) -> None:
-    assert fresh.report(argparse.Namespace(record=False), ["make demo", "make test"], [["make demo", 1.0, 0, [], {}]]) == 1
+    assert fresh.report(argparse.Namespace(record=False), ["make demo", "make test"], [["make demo", 1.0, 0, [], {}]], "") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a machine needs root")
+def test_the_record_is_of_what_was_cloned(repo: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not of what was committed while the machine ran, which takes a quarter of an hour."""
+    commit(repo, "```\nmake demo\n```\n", "README.md")
+    commit(repo, "tested")
+    tested = fresh.tree_hash(repo=repo)
+
+    def on_the_machine(directory: Path, plan: dict[str, object]) -> list[list[object]]:
+        assert (directory / "root/root/torpor/file").read_text() == "tested"
+        commit(repo, "committed meanwhile")
+        return [["make demo", 1.0, 0, [], {}]]
+
+    monkeypatch.setattr(scratch, "PLACE", tmp_path_factory.mktemp("place"))
+    monkeypatch.setattr(fresh, "make_root", lambda root, release: root.mkdir())
+    monkeypatch.setattr(fresh, "lend_sources", lambda root: {})
+    monkeypatch.setattr(fresh, "on_the_machine", on_the_machine)
+    monkeypatch.setattr(fresh.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["fresh.py", "--record"])
+    assert fresh.main() == 0
+    assert f"tree: {tested}\n" in fresh.RECORD.read_text() and fresh.recorded().endswith("test-fresh: 1 commits behind")
+
+
+@pytest.mark.parametrize("words", [["true"], ["--odd"], ["--release", "trixie"]])
+def test_nothing_but_the_readmes_commands_on_debian_12_is_recorded(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fresh, "make_root", None)
+    monkeypatch.setattr(sys, "argv", ["fresh.py", "--record", *words])
+    with pytest.raises(SystemExit) as refused:
+        fresh.main()
+    assert refused.value.code == 2
+
+
+def test_nothing_of_the_hosts_variables_reaches_the_programs_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the host has its temporary files, the machine has no directory."""
+    seen: list[object] = []
+    monkeypatch.setattr(fresh, "run", lambda *command, **options: seen.append((command[0], options["env"])))
+    monkeypatch.setenv("TMPDIR", "/of/the/host")
+    fresh.lend_sources(tmp_path)
+    assert seen == [("chroot", {"PATH": fresh.PATH})]
 
 
 def test_package_indexes_on_the_hosts_disk_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
