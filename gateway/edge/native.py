@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import io
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -80,9 +79,10 @@ def build() -> None:
 
     target = directory()
     os.chdir(_HERE.parents[1])
-    for left in target.parent.glob(f"{_PREFIX}*"):  # by one that was ended, or of other sources
-        shutil.rmtree(left)
+    lefts = list(target.parent.glob(f"{_PREFIX}*"))  # by one that was ended, or of other sources
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=target.parent) as work:
+        for left in lefts:  # they lose their names at once and are removed with `work`: half of one is never found under its name
+            left.rename(f"{work}/{left.name}")
         sources = [f"gateway/edge/{name}.py" for name in MODULES]
         said = io.StringIO()
         try:

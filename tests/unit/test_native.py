@@ -34,6 +34,25 @@ def test_an_edit_leaves_the_compiled_form_aside(tmp_path: Path) -> None:
     assert directory() != str(before)
 
 
+def test_what_is_left_of_other_sources_is_void_before_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is killed while it is removed leaves half of it, and these sources may be wanted again: under its name it would be trusted."""
+    (tmp_path / "lib/torpor-edge-0123456789abcdef/client").mkdir(parents=True)
+    (tmp_path / "lib/torpor-edge-killed/objects").mkdir(parents=True)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(native.os, "chdir", lambda path: None)
+    seen: list[str] = []
+
+    def stopped(*_: object, **__: object) -> None:
+        seen.extend(path.name for path in (tmp_path / "lib").iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mypyc.build.mypycify", stopped)
+    monkeypatch.setattr(shutil, "rmtree", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        native.build()
+    assert seen and not {"torpor-edge-0123456789abcdef", "torpor-edge-killed"} & set(seen)
+
+
 @pytest.mark.service
 def test_the_sources_themselves_run_as_well() -> None:
     tests = [f"tests/unit/test_{name}.py" for name in ("edge", "http2", "parking", "fairness", "application_faults", "one_exception")]

@@ -102,7 +102,7 @@ def test_the_compiled_edge(clone: Path) -> None:
     """After the one above, which made what it needs."""
     library = clone / ".venv/lib"
     killed(clone, "compiled", lambda: list(library.glob("torpor-edge-*/objects/**/*.o")))
-    show = [clone / ".venv/bin/python", "-c", "from gateway.edge import http1; print(http1.__file__)"]
+    show = [clone / ".venv/bin/python", "-c", "from gateway.edge.client import http1; print(http1.__file__)"]
     assert subprocess.run(show, cwd=clone, check=True, capture_output=True, text=True).stdout.endswith(".py\n")
     until(lambda: not processes(str(library)), 60)
     subprocess.run(["make", "compiled"], cwd=clone, env=HOME, check=True, timeout=500)
