@@ -37,10 +37,11 @@ deps:
 	@[ "$$(cat $(VENV)/ready 2>/dev/null)" = "$(KEY)" ] || $(MAKE) --no-print-directory venv
 
 # The lock names every package: nothing has to be resolved, two at a time take less than half as long as one, and what is imported is
-# compiled then. The key is written when all is on the disk.
+# compiled then. The key goes first, and is written when all is on the disk. One set-up at a time; the next one finds what it has made.
 venv:
-	@echo "setup: Python libraries into $(VENV)"
-	@umask 022; /usr/bin/python3 -m venv --clear $(VENV) && \
+	@umask 022; mkdir -p $(VENV) && exec 9<$(VENV) && flock 9 || exit 1; \
+	[ "$$(cat $(VENV)/ready 2>/dev/null)" != "$(KEY)" ] || exit 0; \
+	echo "setup: Python libraries into $(VENV)"; rm -f $(VENV)/ready && /usr/bin/python3 -m venv --clear $(VENV) && \
 	xargs -n 34 -P 2 $(VENV)/bin/pip install $(PIP) --no-compile < requirements.lock && \
 	$(VENV)/bin/pip install $(PIP) --no-build-isolation -e . && $(PY) config/scripts.py && \
 	$(VENV)/bin/torpor version >/dev/null && sync -f $(VENV) && echo $(KEY) > $(VENV)/ready
@@ -124,4 +125,4 @@ lock: ## write requirements.lock from pyproject.toml
 	@$(VENV)/bin/pip freeze --all --exclude-editable --exclude torpor --exclude pip > requirements.lock
 
 clean: ## remove the virtual environment and caches of tools
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV)/ready $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
