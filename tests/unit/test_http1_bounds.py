@@ -348,7 +348,9 @@ async def test_pings_to_a_parked_tunnel_whose_answers_are_not_read_are_bounded(s
     rig.script = script
     reader, writer = await small(rig)
     writer.write(rig.request("/", "Connection: upgrade", "Upgrade: websocket"))
-    (client,) = await until(lambda: [one for one in rig.worker.clients if one.server_frames is not None])  # type: ignore[union-attr]
+    (client,) = await until(
+        lambda: [one for one in rig.worker.clients if one.exchange is not None and one.exchange.server_frames is not None]
+    )  # type: ignore[union-attr]
     (connection,) = rig.control.connections
     await rig.control.change("hold")
     drained = await connection.call("drain", m.DrainRequest("s1", 1, 1.0, True, 8, False), m.Drained)

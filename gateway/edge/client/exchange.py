@@ -1,7 +1,7 @@
 """One request and its answer, whichever protocol carries them: admitted, held, forwarded, answered.
 
-A connection of HTTP/1.1 is one exchange after another (client/http1.py), a stream of HTTP/2 is one (client/http2.py). What a request may do
-is decided here; how it is read and answered, there. What has to wait (a session that sleeps, a connect, a host that is not
+A connection of HTTP/1.1 has one exchange after another (client/http1.py), a stream of HTTP/2 is one (client/http2.py). What a request
+may do is decided here; how it is read and answered, there. What has to wait (a session that sleeps, a connect, a host that is not
 known yet) is a coroutine, `_slow`, of which an exchange has at most one; everything else happens inside `data_received`.
 """
 
@@ -30,7 +30,7 @@ from ..policy.limits import Limiter
 from ..policy.routes import Account, RouteEntry
 from ..reading import PEER_SLOW, THROTTLED
 from ..records.record import HTTP1, HTTP2, RequestRecord
-from ..sides import NOBODY, ClientSide, OriginSide
+from ..sides import ClientSide, OriginSide
 from ..wire.http1_head import NO_BODY, Malformed, RequestHead, ResponseHead
 from ..wire.websocket import PING, PONG, FrameCounter, pong
 from .context import Context
@@ -42,8 +42,22 @@ _INTERIMS_MOST: Final = 64  # of one exchange: progress (102) and hints (103) co
 _TRACEPARENT = re.compile(rb"\r\ntraceparent: *([^\r]{1,128})", re.I)
 
 
+class Handles:
+    """What each request of a connection needs of the worker, kept with its type: a look at the worker, which is not compiled, costs as
+    much as ten of these."""
+
+    __slots__ = ("ledger", "table", "time", "upstream")
+
+    def __init__(self, worker: Context) -> None:
+        self.ledger = worker.ledger
+        self.table = worker.table
+        self.time = worker.time
+        self.upstream = worker.upstream
+
+
 class Exchange(ClientSide):
-    """Origins call the methods under "the answer"; a protocol implements them."""
+    """Origins call the methods under "the answer"; a protocol implements them. Each request has one of its own, so that whatever
+    outlives a request (a timer, a shell, a connection that is cut) cannot mean another one."""
 
     __slots__ = (
         "_held_since", "_interims", "_limiter", "_table", "_task", "_throttle", "_timing", "_tried_again", "_upstream", "_waiting", "again",
@@ -53,12 +67,11 @@ class Exchange(ClientSide):
 
     protocol: ClassVar[int] = HTTP1
 
-    def __init__(self, worker: Context) -> None:
+    def __init__(self, worker: Context, handles: Handles) -> None:
         super().__init__()
         self.worker = worker
-        # What each request needs, kept with its type: a look at the worker, which is not compiled, costs as much as ten of these.
-        self.ledger = worker.ledger
-        self._table, self._upstream = worker.table, worker.upstream
+        self.ledger = handles.ledger
+        self._table, self._upstream = handles.table, handles.upstream
         self.origin: OriginSide | None = None
         self.again: CachedRequest | None = None  # in place of a head, where the request is one that was seen before
         self.counted = True  # whatever ends an exchange counts it; the first that does so sets this
@@ -193,15 +206,7 @@ class Exchange(ClientSide):
         account.last = self.began = now
         self._waiting = True
         self.counted = False
-        self.response_started = False
-        self.head = None
         self.origin = origin
-        self._timing = ""
-        self._held_since = self.held_seconds = 0.0
-        self._interims = 0
-        self._limiter = None
-        self._tried_again = False
-        self.sent = 0
         self.request_id = request_id = self.ledger.request_id()
         origin.begin(self, again.is_head)
         assert origin.transport is not None
@@ -214,16 +219,8 @@ class Exchange(ClientSide):
         """At once where that is possible."""
         worker = self.worker
         self.head = head
-        self.again = None
         self.began = now
         self.counted = False
-        self.response_started = False
-        self.sent = 0
-        self._limiter = None
-        self._tried_again = False
-        self._timing = ""
-        self._held_since = self.held_seconds = 0.0
-        self._interims = 0
         self.request_id = self.ledger.request_id()
         if worker.hops.is_on:
             head.block = worker.hops.of_block(head.block, b"2" if self.protocol == HTTP2 else b"1.%d" % head.minor)
@@ -334,7 +331,6 @@ class Exchange(ClientSide):
                 self.pause_reading(THROTTLED)
 
     def _unthrottle(self) -> None:
-        """Another exchange may be under way by now, on the same connection of the client: it was throttled with the first."""
         self._throttle = None
         self.resume_reading(THROTTLED)
         if self.origin is not None:
@@ -485,12 +481,8 @@ class Exchange(ClientSide):
 
     def unread(self, now: float) -> None:
         """A request whose head could not be read, or did not come in time: it has an id and an answer, and names nothing."""
-        self.head, self.again, self.account = None, None, NOBODY
         self.began = now
         self.counted = False
-        self.response_started = False
-        self.status = self.sent = 0
-        self.held_seconds = 0.0
         self.request_id = self.ledger.request_id()
 
     def record(self, closed_by: str = "") -> None:
@@ -502,8 +494,6 @@ class Exchange(ClientSide):
         ledger.count(self.protocol, self.status)
         if ledger.access is not None:
             ledger.access.add(self._record(closed_by))
-            self.first_byte = 0.0
-            self.reason = ""
 
     def _record(self, closed_by: str) -> RequestRecord:
         head, again = self.head, self.again

@@ -10,14 +10,14 @@ from ..policy import replies
 from ..policy.admission import Refuse
 from ..policy.head_cache import CachedAdmission, CachedRequest
 from ..policy.limits import Limiter
-from ..reading import HELD, PEER_SLOW, READ_AHEAD, UNREAD, ReadGate
+from ..reading import HELD, PEER_SLOW, READ_AHEAD, THROTTLED, UNREAD, ReadGate
 from ..records.record import peer_of
 from ..wire.http1_head import CHUNKED, FIXED, MARKER, NO_BODY, UNTIL_CLOSE, Malformed, ResponseHead, Trailers, parse_request
 from ..wire.read_ahead import ReadAhead
 from ..wire.request_body import STANDS_STILL, TOO_SLOW, RequestBody
 from ..wire.websocket import GOING_AWAY, FrameCounter
 from .context import Context
-from .exchange import Exchange
+from .exchange import Exchange, Handles
 
 _AT_HEAD: Final = 0  # the next request's head is awaited
 _IN_BODY: Final = 1  # a request is under way, and its body has not come whole
@@ -40,33 +40,33 @@ _LINGER_SECONDS = 1.0
 _NONE: dict[str, Limiter] = {}  # shared: replaced before it is written to
 
 
-class Http1(Exchange):
+class Http1:
+    """The connection: what comes on it is read in order, one request at a time. `exchange` is the request under way; whatever is
+    about a single request is there, and ends with it."""
+
     __slots__ = (
-        "_ahead", "_block", "_body", "_buffer", "_frames", "_half_closed_at", "_head_bytes", "_heads", "_joined", "_keep",
-        "_origin_ended", "_reading", "_state", "_stuck_since", "_time", "_via", "is_raw", "touched", "transport",
+        "_ahead", "_buffer", "_half_closed_at", "_head_bytes", "_joined", "_reading", "_state", "_stuck_since", "_throttle", "exchange",
+        "handles", "heads", "hop_fields", "touched", "transport", "via", "worker",
     )  # fmt: skip
 
     def __init__(self, worker: Context) -> None:
-        super().__init__(worker)
+        self.worker = worker
+        self.handles = Handles(worker)
+        self.heads = worker.heads
         self.transport: asyncio.Transport | None = None
+        self.exchange: Http1Exchange | None = None
         self.touched = worker.time()
-        self.is_raw = True
+        self.hop_fields = b""  # lines that each request of this client gets (client/forwarding.py)
+        self.via = b""  # what we add to responses
         self._state = _AT_HEAD
         self._buffer = b""  # of a head that is not complete
         self._ahead = ReadAhead()
         self._head_bytes = worker.settings.head_bytes
-        self._time, self._heads = worker.time, worker.heads
         self._reading: ReadGate | None = None
         self._half_closed_at = 0.0  # when the client ended its half; 0: it has not
-        self._origin_ended = False  # the tunnel's application has ended its half
         self._stuck_since = 0.0  # when the client stopped reading so much that the write buffer is full; 0: it reads
-        self._via = b""  # what we add to responses
-        # the request under way
+        self._throttle: asyncio.TimerHandle | None = None  # while the bytes a second of a session are spent
         self._joined: dict[str, Limiter] = _NONE
-        self._keep = True
-        self._block = b""
-        self._body: RequestBody | None = None
-        self._frames: FrameCounter | None = None
 
     # ---- asyncio ----
 
@@ -76,19 +76,19 @@ class Http1(Exchange):
         self.transport.set_write_buffer_limits(high=_BUFFER_HIGH_BYTES)
         hops = self.worker.hops
         if hops.is_on:
-            self._via = hops.via_line(b"1.1")
+            self.via = hops.via_line(b"1.1")
             self.hop_fields = hops.of_connection(transport)
         self.worker.clients.add(self)
 
     def data_received(self, data: bytes) -> None:
-        state = self._state
+        state, exchange = self._state, self.exchange
         if state == _AT_HEAD:
             self._on_head(data)
-        elif state == _TUNNEL:
-            self.touched = self._time()
-            self.tunnel_in(data)
-        elif state == _IN_BODY:
-            self._on_body(data)
+        elif state == _TUNNEL and exchange is not None:
+            self.touched = self.handles.time()
+            exchange.tunnel_in(data)
+        elif state == _IN_BODY and exchange is not None:
+            self._on_body(exchange, data)
         elif state in (_WAITING, _QUEUED):
             self._keep_ahead(data)
 
@@ -98,20 +98,22 @@ class Http1(Exchange):
         parked stream, where none comes, that is now."""
         if self._half_closed_at:
             return
-        self._half_closed_at = self._time()
-        origin = self.origin
-        if origin is not None and getattr(origin, "is_parked", False):
+        self._half_closed_at = self.handles.time()
+        exchange = self.exchange
+        origin = exchange.origin if exchange is not None else None
+        if exchange is not None and exchange.is_parked:
             self._give_up()
-        elif self._state == _TUNNEL and origin is not None:
+        elif self._state == _TUNNEL and exchange is not None and origin is not None:
             origin.finish(None)
-            if self._origin_ended:
-                self._tunnel_over()
+            if exchange.origin_ended:
+                exchange.tunnel_over()
         elif self._state in (_AT_HEAD, _IN_BODY) and not self._ahead.size:
             self._close()
 
     def eof_received(self) -> bool:
         """TCP: the client is gone, or has closed its half. Nothing is begun for it any more; what runs is answered."""
-        if (self.origin is None and self._state != _QUEUED) or self._state == _IN_BODY:
+        has_origin = self.exchange is not None and self.exchange.origin is not None
+        if (not has_origin and self._state != _QUEUED) or self._state == _IN_BODY:
             return False
         self.close_notified()
         return True
@@ -119,23 +121,25 @@ class Http1(Exchange):
     def connection_lost(self, error: Exception | None) -> None:
         self.worker.clients.discard(self)
         self.transport = self._reading = None
-        if not self.counted:  # the client left in the middle
-            self.status = self.status if self.response_started else 499
-            self.record("client")
+        exchange, self.exchange = self.exchange, None
         self._to(_ENDING)
-        self.leave()
+        if exchange is not None:
+            if not exchange.response_started:
+                exchange.status = 499
+            exchange.record("client")  # it left in the middle
+            exchange.leave()
         for limiter in self._joined.values():
             limiter.leave()
 
     def pause_writing(self) -> None:
-        self._stuck_since = self._time()
-        if self.origin is not None:
-            self.origin.pause(PEER_SLOW)
+        self._stuck_since = self.handles.time()
+        if self.exchange is not None and self.exchange.origin is not None:
+            self.exchange.origin.pause(PEER_SLOW)
 
     def resume_writing(self) -> None:
         self._stuck_since = 0.0
-        if self.origin is not None:
-            self.origin.resume(PEER_SLOW)
+        if self.exchange is not None and self.exchange.origin is not None:
+            self.exchange.origin.resume(PEER_SLOW)
         if self._reading is not None and self._reading.reasons & UNREAD:
             if self._state == _QUEUED:
                 self._next_request()
@@ -163,9 +167,9 @@ class Http1(Exchange):
             self._incomplete(data[begin:])
             return
         self._buffer = b""
-        self.touched = now = self._time()
+        self.touched = now = self.handles.time()
         raw = data[begin:end] if begin else data[:end]
-        again = self._heads.heads.get(raw)
+        again = self.heads.heads.get(raw)
         if again is not None:
             if not is_due and not worker.fairness.admit(again.admission.account, now):
                 self._defer(again, data, begin)
@@ -175,24 +179,25 @@ class Http1(Exchange):
             is_due = True
         at = raw.find(b"\r\n")
         line, block = (raw, b"") if at < 0 else (raw[:at], raw[at:])
-        again = self._heads.of_parts(line, block)
+        again = self.heads.of_parts(line, block)
         if again is not None:
             if not is_due and not worker.fairness.admit(again.admission.account, now):
                 self._defer(again, data, begin)
                 return
             if self._try_cached(again, data, end, now):
                 if not again.is_new:
-                    self._heads.heads.put(raw, again)
+                    self.heads.heads.put(raw, again)
                 return
         self._parsed(line, block, data, end, now)
 
     def _try_cached(self, again: CachedRequest, data: bytes, end: int, now: float) -> bool:
         """Forwards a request that was seen before; its head ends at `end`."""
-        if not self.try_cached(again, now):
+        exchange = Http1Exchange(self)
+        exchange.keep = again.admission.keep_alive
+        if not exchange.try_cached(again, now):
             return False
+        self.exchange = exchange
         self._to(_WAITING)
-        self._keep = again.admission.keep_alive
-        self.is_raw = True
         if len(data) > end + 4:
             self._ahead.keep(data, end + 4)
         return True
@@ -212,7 +217,7 @@ class Http1(Exchange):
             self._fail(431, b"Request header fields too large")
             return
         if not self._buffer:
-            self.touched = self._time()
+            self.touched = self.handles.time()
         self._buffer = data
 
     def _parsed(self, line: bytes, block: bytes, data: bytes, end: int, now: float) -> None:
@@ -221,57 +226,56 @@ class Http1(Exchange):
         except Malformed as error:
             self._fail(error.status, str(error).encode())
             return
-        self._keep = head.keep_alive
-        self.is_raw = head.minor == 1
-        self._body = (
-            None if head.framing == NO_BODY or (head.framing == FIXED and not head.length) else RequestBody(head.framing, head.length, now)
-        )
-        self._to(_WAITING if self._body is None else _IN_BODY)
+        self.exchange = exchange = Http1Exchange(self)
+        exchange.keep = head.keep_alive
+        exchange.is_raw = head.minor == 1
+        if head.framing != NO_BODY and (head.framing != FIXED or head.length):
+            exchange.body = RequestBody(head.framing, head.length, now)
+        self._to(_WAITING if exchange.body is None else _IN_BODY)
         self._ahead.keep(data, end + 4)
-        self._block = block
-        self.decide(head, now)
+        exchange.block = block
+        exchange.decide(head, now)
 
     @property
     def joined(self) -> dict[str, Limiter]:
+        """The sessions that this connection counts for."""
         if self._joined is _NONE:
             self._joined = {}
         return self._joined
 
-    @property
-    def peer(self) -> str:
-        return peer_of(self.transport)
-
-    def remember(self, admission: CachedAdmission) -> None:
-        self._heads.remember_block(self._block, admission)
-
     # ---- the body ----
 
     @property
-    def request_complete(self) -> bool:
-        return self._state != _IN_BODY
+    def is_in_body(self) -> bool:
+        return self._state == _IN_BODY
 
     @property
-    def held_bytes(self) -> int:
+    def ahead_bytes(self) -> int:
+        """Read beyond the request's head, or beyond the request, and not taken up yet."""
         return self._ahead.size
 
     def _keep_ahead(self, data: bytes) -> None:
         self._ahead.append(data)
-        if self.held_for is not None and not self.worker.holds.grow(self.held_for, len(data)):
-            self.held_too_much(self.held_for)
+        exchange = self.exchange
+        ticket = exchange.held_for if exchange is not None else None
+        if exchange is not None and ticket is not None and not self.worker.holds.grow(ticket, len(data)):
+            exchange.held_too_much(ticket)
         elif self._ahead.size > _AHEAD_MAX_BYTES:
             self.pause_reading(READ_AHEAD)
 
-    def send_ahead(self) -> None:
+    def send_ahead(self, exchange: Http1Exchange) -> None:
+        """The request's application is there: it gets what was read of the body meanwhile."""
         if self._state == _IN_BODY:
             data, at = self._ahead.take()
             if data:
-                self._on_body(data[at:])
+                self._on_body(exchange, data[at:])
             self.resume_reading(READ_AHEAD)
 
-    def _on_body(self, data: bytes) -> None:
+    def _on_body(self, exchange: Http1Exchange, data: bytes) -> None:
         """Body bytes: on to the origin, or kept, within a bound, until there is one."""
-        self.touched = now = self.account.last = self._time()
-        origin, body = self.origin, self._body
+        account = exchange.account
+        self.touched = now = account.last = self.handles.time()
+        origin, body = exchange.origin, exchange.body
         if origin is None or body is None:
             self._keep_ahead(data)
             return
@@ -280,9 +284,8 @@ class Http1(Exchange):
         except Malformed as error:
             self._fail(error.status, str(error).encode())
             return
-        self.account.count += 1
-        if self._limiter is not None:
-            self.throttle(used)
+        account.count += 1
+        exchange.throttle(used)
         is_complete = body.is_complete
         if is_complete:
             self._to(_WAITING)
@@ -292,88 +295,71 @@ class Http1(Exchange):
         if is_complete:
             origin.finish(body.trailers)
 
-    # ---- the answer ----
+    def throttle(self, delay: float) -> None:
+        """The client is not read for so many seconds."""
+        if self._throttle is None:
+            self._throttle = asyncio.get_running_loop().call_later(delay, self._unthrottle)
+            self.pause_reading(THROTTLED)
 
-    def send_interim(self, head: ResponseHead) -> None:
-        """Clients of HTTP/1.0 do not know them."""
-        if self.transport is not None and self.is_raw:
-            self.transport.write(head.status_line + head.block + b"\r\n\r\n")
+    def _unthrottle(self) -> None:
+        """Another exchange may be under way by now: it was throttled with the first."""
+        self._throttle = None
+        self.resume_reading(THROTTLED)
+        if self.exchange is not None and self.exchange.origin is not None:
+            self.exchange.origin.resume(THROTTLED)
 
-    def response_whole(self, head: ResponseHead, body: bytes) -> None:
-        self.sent = len(body)
-        worker = self.worker
-        if self._keep and self._state == _WAITING and self.is_raw and not worker.is_draining and not self._timing:
-            # The usual case, said once more without its questions.
-            self._answered()
-            self.response_started = True
-            self.status = head.status
-            if self.ledger.access is not None:
-                self.first_byte = self._time()
-            block = head.block if head.is_dated else head.block + replies.date_line()
-            if self.transport is not None:
-                self.transport.write(
-                    b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n%b" % (head.status_line, self.request_id, block, self._via, body)
-                )
-        else:
-            self._head_out(head, body)
-        self.response_done()
+    # ---- what becomes of the connection when its exchange has ended ----
 
-    def response_head(self, head: ResponseHead) -> None:
-        self._head_out(head, b"")
-
-    def _head_out(self, head: ResponseHead, body: bytes) -> None:
-        self._answered()
-        self.response_started = True
-        self.status = head.status
-        worker = self.worker
-        if head.framing == UNTIL_CLOSE or self._state == _IN_BODY or worker.is_draining or (head.framing == CHUNKED and not self.is_raw):
-            self._keep = False
-        extra = self._via
-        if not self._keep:
-            extra += b"\r\nConnection: close"
-        elif not self.is_raw:
-            extra += b"\r\nConnection: keep-alive"  # RFC 9112, C.2.2: a client of HTTP/1.0 must be told
-        if self._timing and worker.settings.server_timing:
-            extra += b"\r\nServer-Timing: " + self._timing.encode("ascii")
-        block = head.block
-        if not self.is_raw and b"transfer-encoding" in head.names:  # RFC 9112, 6.1: never to HTTP/1.0
-            block = b"".join(b"\r\n" + line for line in block.split(b"\r\n")[1:] if not line.lower().startswith(b"transfer-encoding:"))
-        if not head.is_dated:
-            block += replies.date_line()
-        self.touched = now = self._time()
-        if self.ledger.access is not None:
-            self.first_byte = now
-        if self.transport is not None:
-            self.transport.write(b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n%b" % (head.status_line, self.request_id, block, extra, body))
-
-    @property
-    def is_paused(self) -> bool:
-        """The client is not read at the moment, so it cannot be late."""
-        return self._reading is not None and self._reading.is_paused
-
-    def response_data(self, data: bytes) -> None:
-        self.sent += len(data)
-        if self._limiter is not None:
-            self.throttle(len(data))
-        self.touched = self._time()
-        if self.transport is not None:
-            self.transport.write(data)
-        if self._frames is not None:
-            self._frames.feed(data)
-
-    def response_done(self, trailers: Trailers | None = None) -> None:
-        """The response is complete. An upload that still runs ends with it: its rest has no reader."""
-        self.origin = None
-        self.record()
+    def exchange_over(self, keep: bool) -> None:
+        """The answer is complete. An upload that still runs ends with it: its rest has no reader."""
+        self.exchange = None
         if self._state == _IN_BODY:
             self._linger()
-        elif not self._keep or (self._half_closed_at and not self._ahead.size):
+        elif not keep or (self._half_closed_at and not self._ahead.size):
             if self._ahead.size:  # more is on its way, perhaps, and nobody reads it
                 self._linger()
             else:
                 self._close()
         else:
             self._next_request()
+
+    def exchange_cut(self) -> None:
+        """The client must see that its answer is not complete."""
+        self.exchange = None
+        self._to(_ENDING)
+        if self.transport is not None:
+            self.transport.abort()
+
+    def tunnel_over(self, politely: bool) -> None:
+        """`politely`: what was written last must arrive, whatever the client still sends."""
+        self.exchange = None
+        if politely:
+            self._linger()
+        else:
+            self._close()
+
+    def tunnel_begins(self, exchange: Http1Exchange) -> None:
+        """The application has agreed to an upgrade: bytes that came early belong to the tunnel."""
+        self._to(_TUNNEL)
+        ahead, at = self._ahead.take()
+        if ahead:
+            self.data_received(ahead[at:])
+        self.resume_reading(READ_AHEAD)
+        if self._half_closed_at and exchange.origin is not None:  # before the application had agreed
+            exchange.origin.finish(None)
+
+    @property
+    def is_tunnel(self) -> bool:
+        return self._state == _TUNNEL
+
+    @property
+    def has_half_closed(self) -> bool:
+        return self._half_closed_at > 0
+
+    @property
+    def takes_nothing(self) -> bool:
+        """The client stopped reading so much that the write buffer is full."""
+        return self._stuck_since > 0
 
     def _next_request(self) -> None:
         """Looks at what has come behind the request that is over. Whoever does not read its answers is asked for no more: what they
@@ -403,115 +389,15 @@ class Http1(Exchange):
         if self._half_closed_at and self._state == _AT_HEAD:  # half a request, whose other half will not come
             self._close()
 
-    def cut_short(self) -> None:
-        self.record("origin")
-        self._to(_ENDING)
-        if self.transport is not None:
-            self.transport.abort()
-
-    # ---- tunnels ----
-
-    def switch(self, head: ResponseHead, data: bytes) -> None:
-        """Bytes that came early belong to the tunnel."""
-        self._answered()
-        self.response_started = True
-        self.status = 101
-        request = self.head
-        assert request is not None and head.upgrade is not None
-        extra = b"\r\nConnection: upgrade\r\nUpgrade: " + head.upgrade
-        if request.subprotocol_auth and b"sec-websocket-protocol" not in head.names:
-            extra += b"\r\nSec-WebSocket-Protocol: " + MARKER
-        if self._timing and self.worker.settings.server_timing:
-            extra += b"\r\nServer-Timing: " + self._timing.encode("ascii")
-        extra += self._via
-        if head.upgrade.lower() == b"websocket":
-            self._frames = FrameCounter()
-        if self.transport is not None:
-            self.transport.write(b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n" % (head.status_line, self.request_id, extra, head.block))
-        if data:
-            self.response_data(data)
-        self._to(_TUNNEL)
-        ahead, at = self._ahead.take()
-        if ahead:
-            self.data_received(ahead[at:])
-        self.resume_reading(READ_AHEAD)
-        if self._half_closed_at and self.origin is not None:  # before the application had agreed
-            self.origin.finish(None)
-
-    @property
-    def server_frames(self) -> FrameCounter | None:
-        return self._frames
-
-    def tunnel_write(self, data: bytes) -> None:
-        """Whoever asks for frames of ours and does not read them is not asked for more."""
-        if data and self.transport is not None:
-            self.transport.write(data)
-            if self._stuck_since:
-                self.pause_reading(UNREAD)
-
-    def tunnel_half_closed(self) -> None:
-        if self._frames is not None:
-            self._frames.end()
-        if self.transport is not None and self.transport.can_write_eof():
-            self.transport.write_eof()
-            self._origin_ended = True
-            if self._half_closed_at:
-                self._tunnel_over()
-        else:
-            self._close()
-
-    def _tunnel_over(self) -> None:
-        """Both sides have ended their halves, in whatever order."""
-        self.record()
-        self._close()
-
-    def response_over(self) -> None:
-        self.origin = None
-        self.record()
-        self._linger()
-
-    def cut(self) -> None:
-        if self._state != _TUNNEL:
-            self.origin_failed(failures.SUSPENDED)
-            return
-        self.origin = None
-        self.record("origin")
-        if self._frames is not None and self._frames.at_boundary and self.transport is not None:
-            self.transport.write(GOING_AWAY)
-            self._linger()
-        else:
-            self._close()
-
-    # ---- answers of our own, and ends ----
-
-    def refuse(self, refusal: Refuse) -> None:
-        """The connection stays usable where the request's end is known."""
-        self._answered()
-        if self.transport is None:
-            return
-        self.status = refusal.status
-        self.reason = self.reason or refusal.why
-        in_body = self._state == _IN_BODY
-        self._keep = self._keep and not in_body and not self.worker.is_draining
-        head_only = self.head is not None and self.head.method == b"HEAD"
-        self.transport.write(replies.make(refusal, self.request_id, self._keep, head_only, int(self.is_raw)))
-        self.response_done()
+    # ---- ends ----
 
     def _fail(self, status: int, body: bytes) -> None:
-        """What follows cannot be understood: say so, and close."""
-        if self._state == _AT_HEAD:
-            self.unread(self._time())
-        origin, self.origin = self.origin, None
-        if origin is not None:
-            origin.abandon()
-        elif self._task is not None:
-            self._task.cancel()
-        self._answered()
-        self.status = status
-        if self.transport is not None and not self.response_started:
-            self.transport.write(replies.make(Refuse(status, body), self.request_id, False, False))
-        self.reason = body.decode("latin-1")
-        self.record("client")
+        """What follows cannot be understood, or does not come: the client is told, and the connection closes."""
+        exchange, self.exchange = self.exchange, None
+        if exchange is None:
+            exchange = Http1Exchange(self)
+            exchange.unread(self.handles.time())
+        exchange.fail(status, body)
         self._linger()
 
     def _linger(self) -> None:
@@ -563,12 +449,20 @@ class Http1(Exchange):
         elif self._half_closed_at and self._state != _ENDING:
             if now - max(self._half_closed_at, self.touched) > settings.half_close_seconds:
                 self._give_up()
-        elif self._state == _IN_BODY and self.origin is not None and self._body is not None:
-            late = self._body.check(now, self.is_paused, settings.body_seconds, settings.body_bytes_per_second)
-            if late == STANDS_STILL:
-                self._fail(408, b"The request's body did not come in time")
-            elif late == TOO_SLOW and not self.response_started:
-                self._fail(408, b"The request's body comes too slowly")
+        elif self._state == _IN_BODY and self.exchange is not None:
+            self._sweep_body(self.exchange, now)
+
+    def _sweep_body(self, exchange: Http1Exchange, now: float) -> None:
+        """A client that is not read at the moment cannot be late."""
+        if exchange.origin is None or exchange.body is None:
+            return
+        settings = self.worker.settings
+        is_paused = self._reading is not None and self._reading.is_paused
+        late = exchange.body.check(now, is_paused, settings.body_seconds, settings.body_bytes_per_second)
+        if late == STANDS_STILL:
+            self._fail(408, b"The request's body did not come in time")
+        elif late == TOO_SLOW and not exchange.response_started:
+            self._fail(408, b"The request's body comes too slowly")
 
     @property
     def is_quiet(self) -> bool:
@@ -581,3 +475,249 @@ class Http1(Exchange):
 
     def close_idle(self) -> None:
         self._close()
+
+
+class Http1Exchange(Exchange):
+    """A request of an HTTP/1.1 connection. It writes while it is the one under way, and never after."""
+
+    __slots__ = ("block", "body", "connection", "frames", "is_raw", "keep", "origin_ended")
+
+    def __init__(self, connection: Http1) -> None:
+        super().__init__(connection.worker, connection.handles)
+        self.connection = connection
+        self.hop_fields = connection.hop_fields
+        self.is_raw = True
+        self.keep = True  # the connection is for further requests
+        self.block = b""  # the head's fields, as they came
+        self.body: RequestBody | None = None
+        self.frames: FrameCounter | None = None
+        self.origin_ended = False  # the tunnel's application has ended its half
+
+    @property
+    def _transport(self) -> asyncio.Transport | None:
+        """The client's, while this is the exchange under way."""
+        connection = self.connection
+        return connection.transport if connection.exchange is self else None
+
+    # ---- the request ----
+
+    @property
+    def joined(self) -> dict[str, Limiter]:
+        return self.connection.joined
+
+    @property
+    def peer(self) -> str:
+        return peer_of(self.connection.transport)
+
+    def remember(self, admission: CachedAdmission) -> None:
+        self.connection.heads.remember_block(self.block, admission)
+
+    @property
+    def request_complete(self) -> bool:
+        return not self.connection.is_in_body
+
+    @property
+    def held_bytes(self) -> int:
+        return self.connection.ahead_bytes
+
+    def send_ahead(self) -> None:
+        self.connection.send_ahead(self)
+
+    def pause_reading(self, reason: int) -> None:
+        if self.connection.exchange is self:
+            self.connection.pause_reading(reason)
+
+    def resume_reading(self, reason: int) -> None:
+        if self.connection.exchange is self:
+            self.connection.resume_reading(reason)
+
+    def throttle(self, size: int) -> None:
+        delay = self._limiter.spend(size) if self._limiter is not None else 0.0
+        if delay and self.origin is not None:
+            self.origin.pause(THROTTLED)
+            self.connection.throttle(delay)
+
+    # ---- the answer ----
+
+    def send_interim(self, head: ResponseHead) -> None:
+        """Clients of HTTP/1.0 do not know them."""
+        transport = self._transport
+        if transport is not None and self.is_raw:
+            transport.write(head.status_line + head.block + b"\r\n\r\n")
+
+    def response_whole(self, head: ResponseHead, body: bytes) -> None:
+        self.sent = len(body)
+        connection = self.connection
+        is_usual = self.keep and self.is_raw and not self._timing and self._limiter is None and not connection.is_in_body
+        if is_usual and not self.worker.is_draining:
+            self._answered()
+            self.response_started = True
+            self.status = head.status
+            if self.ledger.access is not None:
+                self.first_byte = connection.handles.time()
+            block = head.block if head.is_dated else head.block + replies.date_line()
+            transport = self._transport
+            if transport is not None:
+                transport.write(
+                    b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n%b" % (head.status_line, self.request_id, block, connection.via, body)
+                )
+        else:
+            self._head_out(head, body)
+            self.throttle(len(body))
+        self.response_done()
+
+    def response_head(self, head: ResponseHead) -> None:
+        self._head_out(head, b"")
+
+    def _head_out(self, head: ResponseHead, body: bytes) -> None:
+        self._answered()
+        self.response_started = True
+        self.status = head.status
+        connection, is_draining = self.connection, self.worker.is_draining
+        if head.framing == UNTIL_CLOSE or connection.is_in_body or is_draining or (head.framing == CHUNKED and not self.is_raw):
+            self.keep = False
+        extra = connection.via
+        if not self.keep:
+            extra += b"\r\nConnection: close"
+        elif not self.is_raw:
+            extra += b"\r\nConnection: keep-alive"  # RFC 9112, C.2.2: a client of HTTP/1.0 must be told
+        if self._timing and self.worker.settings.server_timing:
+            extra += b"\r\nServer-Timing: " + self._timing.encode("ascii")
+        block = head.block
+        if not self.is_raw and b"transfer-encoding" in head.names:  # RFC 9112, 6.1: never to HTTP/1.0
+            block = b"".join(b"\r\n" + line for line in block.split(b"\r\n")[1:] if not line.lower().startswith(b"transfer-encoding:"))
+        if not head.is_dated:
+            block += replies.date_line()
+        connection.touched = now = connection.handles.time()
+        if self.ledger.access is not None:
+            self.first_byte = now
+        transport = self._transport
+        if transport is not None:
+            transport.write(b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n%b" % (head.status_line, self.request_id, block, extra, body))
+
+    def response_data(self, data: bytes) -> None:
+        self.sent += len(data)
+        if self._limiter is not None:
+            self.throttle(len(data))
+        connection = self.connection
+        connection.touched = connection.handles.time()
+        transport = self._transport
+        if transport is not None:
+            transport.write(data)
+        if self.frames is not None:
+            self.frames.feed(data)
+
+    def response_done(self, trailers: Trailers | None = None) -> None:
+        self.origin = None
+        self.record()
+        if self.connection.exchange is self:
+            self.connection.exchange_over(self.keep)
+
+    def cut_short(self) -> None:
+        self.record("origin")
+        if self.connection.exchange is self:
+            self.connection.exchange_cut()
+
+    def refuse(self, refusal: Refuse) -> None:
+        """The connection stays usable where the request's end is known."""
+        self._answered()
+        transport = self._transport
+        if transport is None:
+            return
+        self.status = refusal.status
+        self.reason = self.reason or refusal.why
+        self.keep = self.keep and not self.connection.is_in_body and not self.worker.is_draining
+        head_only = self.head is not None and self.head.method == b"HEAD"
+        transport.write(replies.make(refusal, self.request_id, self.keep, head_only, int(self.is_raw)))
+        self.response_done()
+
+    def fail(self, status: int, body: bytes) -> None:
+        """The request cannot be understood, or does not come whole: its connection has let go of it, and closes."""
+        origin, self.origin = self.origin, None
+        if origin is not None:
+            origin.abandon()
+        elif self._task is not None:
+            self._task.cancel()
+        self._answered()
+        self.status = status
+        if self.connection.transport is not None and not self.response_started:
+            self.connection.transport.write(replies.make(Refuse(status, body), self.request_id, False, False))
+        self.reason = body.decode("latin-1")
+        self.record("client")
+
+    # ---- tunnels ----
+
+    def switch(self, head: ResponseHead, data: bytes) -> None:
+        """`data` came behind the head."""
+        self._answered()
+        self.response_started = True
+        self.status = 101
+        request = self.head
+        assert request is not None and head.upgrade is not None
+        extra = b"\r\nConnection: upgrade\r\nUpgrade: " + head.upgrade
+        if request.subprotocol_auth and b"sec-websocket-protocol" not in head.names:
+            extra += b"\r\nSec-WebSocket-Protocol: " + MARKER
+        if self._timing and self.worker.settings.server_timing:
+            extra += b"\r\nServer-Timing: " + self._timing.encode("ascii")
+        extra += self.connection.via
+        if head.upgrade.lower() == b"websocket":
+            self.frames = FrameCounter()
+        transport = self._transport
+        if transport is None:
+            return
+        transport.write(b"%b\r\nx-amzn-requestid: %b%b%b\r\n\r\n" % (head.status_line, self.request_id, extra, head.block))
+        if data:
+            self.response_data(data)
+        self.connection.tunnel_begins(self)
+
+    @property
+    def server_frames(self) -> FrameCounter | None:
+        return self.frames
+
+    def tunnel_write(self, data: bytes) -> None:
+        """Whoever asks for frames of ours and does not read them is not asked for more."""
+        transport = self._transport
+        if data and transport is not None:
+            transport.write(data)
+            if self.connection.takes_nothing:
+                self.connection.pause_reading(UNREAD)
+
+    def tunnel_half_closed(self) -> None:
+        if self.frames is not None:
+            self.frames.end()
+        transport = self._transport
+        if transport is None:
+            return
+        if transport.can_write_eof():
+            transport.write_eof()
+            self.origin_ended = True
+            if self.connection.has_half_closed:
+                self.tunnel_over()
+        else:
+            self.connection.tunnel_over(politely=False)
+
+    def tunnel_over(self) -> None:
+        """Both sides have ended their halves, in whatever order."""
+        self.record()
+        origin, self.origin = self.origin, None
+        if origin is not None:
+            origin.abandon()
+        self.connection.tunnel_over(politely=False)
+
+    def response_over(self) -> None:
+        self.origin = None
+        self.record()
+        if self.connection.exchange is self:
+            self.connection.tunnel_over(politely=True)
+
+    def cut(self) -> None:
+        connection = self.connection
+        if connection.exchange is not self or not connection.is_tunnel:
+            self.origin_failed(failures.SUSPENDED)
+            return
+        self.origin = None
+        self.record("origin")
+        is_polite = self.frames is not None and self.frames.at_boundary
+        if is_polite and connection.transport is not None:
+            connection.transport.write(GOING_AWAY)
+        connection.tunnel_over(politely=is_polite)

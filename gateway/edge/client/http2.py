@@ -24,7 +24,7 @@ from ..wire.http2_frames import Code, H2ConnectionError, H2StreamError
 from ..wire.request_body import Pace
 from ..wire.websocket import GOING_AWAY, FrameCounter, accept_of
 from .context import Context
-from .exchange import Exchange
+from .exchange import Exchange, Handles
 
 _STREAMS_MOST: Final = 128
 _LIST_SLACK = 2  # a field list this many times too large is still decoded, to be answered with 431
@@ -42,6 +42,7 @@ class Http2(Multiplex):
         "_blocks",
         "_closing_since",
         "draining",
+        "handles",
         "hop_fields",
         "idle_since",
         "joined",
@@ -54,6 +55,7 @@ class Http2(Multiplex):
     def __init__(self, worker: Context) -> None:
         super().__init__(worker.time, asyncio.get_running_loop().call_soon, _LIST_SLACK * worker.settings.head_bytes)
         self.worker = worker
+        self.handles = Handles(worker)
         self.write_paused_since = 0.0
         self._closing_since = 0.0  # our half was ended then, and may still have something to write
         self.idle_since = self.touched  # without streams since then, or since the sweep that last saw one
@@ -337,7 +339,7 @@ class Request(Exchange, Flow):
     is_raw = False
 
     def __init__(self, connection: Http2, number: int, now: float) -> None:
-        super().__init__(connection.worker)
+        super().__init__(connection.worker, connection.handles)
         self.counted = False
         self.began = now
         self.connection = connection
