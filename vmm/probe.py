@@ -30,6 +30,7 @@ from .places import QUOTED_CHARACTERS, Place
 from .qemu import machine as topology
 
 KVM = Path("/dev/kvm")
+_CODE = Path(__file__).parent  # what is asked is written there
 _VERSION_SECONDS = 10
 _ENDING_SECONDS = 5.0
 OLDEST_FIRECRACKER = (1, 13)  # its `track_dirty_pages` at a load
@@ -50,7 +51,7 @@ def why_not_kvm(settings: Settings, device: Path = KVM) -> str:
             command = topology.probe("kvm", first.fileno(), second.fileno())
             return run(jail.command(root, [], settings.users.probe, True, command.arguments), command.descriptors, settings.probe_seconds)
 
-    made_of = [Path(f"{root}{topology.BINARY}"), kernel, initrd, Path(jail.__file__), Path(topology.__file__)]
+    made_of = [Path(f"{root}{topology.BINARY}"), kernel, initrd, *(_CODE / name for name in ("kernel.py", "jail.py", "qemu/machine.py"))]
     return remembered(cache / "kvm-probe", _key(device, made_of, settings.probe_seconds), ask)
 
 
@@ -65,9 +66,11 @@ def why_not_firecracker(settings: Settings, device: Path = KVM) -> str:
     if why_not := _not_askable(device, [kernel, initrd]):
         return why_not
 
+    # Where microVMs' jails will be: its file system decides whether a jailer's device nodes are devices there.
+    place = settings.root if settings.root.is_dir() else cache
+    base = place / "jails"
+
     def ask() -> str:
-        """Where microVMs' jails will be: its file system decides whether a jailer's device nodes are devices there."""
-        base = (settings.root if settings.root.is_dir() else cache) / "jails"
         jailed = Jail(base, programs, Place(f"probe-{os.getpid()}", settings.users.probe, base))
         try:
             jailed.make()
@@ -75,8 +78,9 @@ def why_not_firecracker(settings: Settings, device: Path = KVM) -> str:
         finally:
             jailed.remove()
 
-    made_of = [programs.firecracker, programs.jailer, kernel, initrd]
-    return remembered(cache / "firecracker-probe", _key(device, made_of, settings.probe_seconds), ask)
+    made_of = [programs.firecracker, programs.jailer, kernel, initrd, *(_CODE / name for name in ("kernel.py", "firecracker/jail.py"))]
+    facts = [place.stat().st_dev, os.statvfs(place).f_flag]  # instances with other roots share the cache
+    return remembered(cache / "firecracker-probe", _key(device, made_of, settings.probe_seconds, *facts), ask)
 
 
 def _not_askable(device: Path, assets: Sequence[Path]) -> str:
@@ -150,11 +154,12 @@ def remembered(memory: Path, key: str, ask: Callable[[], str]) -> str:
     return answer
 
 
-def _key(device: Path, made_of: Sequence[Path], seconds: float) -> str:
-    """Another boot of the host, mode or owner of the device, hypervisor, kernel, jail or deadline makes another answer possible."""
+def _key(device: Path, made_of: Sequence[Path], seconds: float, *others: object) -> str:
+    """Another boot of the host, mode or owner of the device, hypervisor, kernel, jail or deadline makes another answer possible; and so
+    does KVM's module when it is loaded again, which makes the device anew."""
     found = device.stat()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    facts = [boot, seconds, found.st_rdev, found.st_mode, found.st_uid, found.st_gid]
+    facts = [boot, seconds, found.st_rdev, found.st_ino, found.st_mode, found.st_uid, found.st_gid, *others]
     for path in made_of:
         entry = path.stat()
         facts += [path, entry.st_size, entry.st_mtime_ns]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from gateway.config import Settings
 from vmm import assets, jail, making, probe
+from vmm.firecracker.jail import Programs
 from vmm.qemu import machine as topology
 
 SPEAKS = "echo 'init 0.042: a guest'\\''s init runs'"
@@ -134,7 +136,38 @@ def test_an_answer_is_kept_until_something_that_it_depends_on_changes(
     assert answer(probe_seconds=60.0) == "answer 7" and answer() == "answer 8"
     device.unlink()
     os.mknod(device, stat.S_IFCHR | 0o660, os.makedev(1, 5))
-    assert answer() == "answer 9"
+    assert answer() == answer() == "answer 9"
+    os.mknod(settings.cache / "loaded-again", stat.S_IFCHR | 0o660, os.makedev(1, 5))
+    (settings.cache / "loaded-again").rename(device)
+    assert answer() == "answer 10"
+
+
+def test_firecrackers_answer_is_of_the_file_system_that_its_jails_are_on(
+    settings: Settings, device: Path, asked: list[tuple[list[str], float]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its jailer makes device nodes there, which a mount that is nodev does not open; and instances with other roots share the cache."""
+    programs = Programs(tmp_path / "firecracker", tmp_path / "jailer")
+    for path in (programs.firecracker, programs.jailer):
+        path.touch()
+    monkeypatch.setattr(probe, "firecracker_programs", lambda: programs)
+    monkeypatch.setattr(probe, "wrong_release", lambda programs: "")
+    for name in ("vmlinux", "initrd-firecracker"):
+        (settings.cache / name).touch()
+        making.key_path(settings.cache / name).write_text("made")
+
+    def answer(root: Path) -> str:
+        return probe.why_not_firecracker(settings.model_copy(update={"root": root}), device)
+
+    other = tmp_path / "other"
+    other.mkdir()
+    assert answer(tmp_path) == answer(other) == "answer 1"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nodev", "other", other], check=True)
+    try:
+        assert answer(other) == answer(other) == "answer 2"
+        subprocess.run(["mount", "-o", "remount,dev", other], check=True)
+        assert answer(other) == "answer 3"
+    finally:
+        subprocess.run(["umount", other], check=True)
 
 
 def test_half_an_answer_is_none(settings: Settings, device: Path, asked: list[tuple[list[str], float]]) -> None:
