@@ -6,6 +6,7 @@ on it, and nothing else.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from . import base, jail, kernel, making, probe
 from .kernel import AssetError
 
 __all__ = ["AssetError", "make", "make_firecracker", "missing"]
+_QUOTED_CHARACTERS = 600
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,11 @@ def _steps() -> Iterator[Step]:
 
 def make(cache: Path, say: Callable[[str], None]) -> None:
     """Makes what is missing; quick when all is there. Raises AssetError."""
-    with making.alone(cache):
-        _make(cache, tuple(_steps()), say)
+    try:
+        with making.alone(cache):
+            _make(cache, tuple(_steps()), say)
+    except OSError as error:
+        raise AssetError(str(error)) from error
 
 
 def make_firecracker(cache: Path) -> None:
@@ -94,5 +99,11 @@ def _make(cache: Path, steps: tuple[Step, ...], say: Callable[[str], None]) -> N
         say(step.says)
         try:
             making.make(cache / step.name, key, lambda target, step=step: step.work(cache, target))  # type: ignore[misc]
-        except OSError as error:
-            raise AssetError(f"{step.name}: {error}") from error
+        except (OSError, subprocess.SubprocessError) as error:
+            raise AssetError(f"{step.name}: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    """What a program that failed wrote last, else what became of it."""
+    said = getattr(error, "stderr", None) or str(error)
+    return (said.decode(errors="replace") if isinstance(said, bytes) else str(said)).strip()[-_QUOTED_CHARACTERS:]

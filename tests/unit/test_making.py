@@ -180,3 +180,32 @@ def test_a_step_that_fails_is_said_in_one_line(cache: Path, monkeypatch: pytest.
     monkeypatch.setattr(making, "make", make)
     with pytest.raises(assets.AssetError, match=r"initrd: .*No space left on device"):
         assets.make(cache, print)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (subprocess.CalledProcessError(1, ["gcc"], stderr="mapper.c:1: fatal error\n"), "initrd: mapper.c:1: fatal error"),
+        (subprocess.CalledProcessError(1, ["gcc"], stderr=b"mapper.c:1: fatal error\n"), "initrd: mapper.c:1: fatal error"),
+        (subprocess.CalledProcessError(100, ["apt-cache", "dumpavail"]), "initrd: Command '['apt-cache', 'dumpavail']' returned non-zero exit status 100."),
+        (subprocess.TimeoutExpired(["ldd"], 20), "initrd: Command '['ldd']' timed out after 20 seconds"),
+    ],
+)  # fmt: skip
+def test_a_program_that_fails_in_a_step_is_quoted(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, error: subprocess.SubprocessError, said: str
+) -> None:  # fmt: skip
+    (cache / "initrd.key").unlink()
+
+    def make(target: Path, key: str, work: object) -> None:
+        raise error
+
+    monkeypatch.setattr(making, "make", make)
+    with pytest.raises(assets.AssetError) as failed:
+        assets.make(cache, print)
+    assert str(failed.value) == said
+
+
+def test_a_cache_that_cannot_be_made_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(assets.AssetError, match=r"Not a directory: .*file/cache"):
+        assets.make(tmp_path / "file/cache", print)
