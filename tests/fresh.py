@@ -372,7 +372,7 @@ def on_the_machine(directory: Path, plan: dict[str, object]) -> list[list[object
 
     process = subprocess.Popen(
         ["/bin/sh", "-c", _JOIN, "sh", *(str(group / "cgroup.procs") for group in groups), "--",
-         "unshare", "--cgroup", "--mount", "--propagation=private", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child",
+         "setpriv", "--pdeathsig=KILL", "unshare", "--cgroup", "--mount", "--propagation=private", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child",
          sys.executable, __file__, "--inside", json.dumps(plan | {"out": into})],
         stdin=subprocess.PIPE, pass_fds=[into],
     )  # fmt: skip

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fresh
@@ -135,3 +138,41 @@ def test_a_directory_of_a_run_that_was_killed_is_removed_by_the_next(tmp_path: P
         with scratch.scratch("run-") as other:  # whose neighbour lives
             assert {path.name for path in tmp_path.iterdir()} == {one.name, other.name}
     assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import fresh
+fresh.__file__ = {machine!r}
+fresh.make_groups = lambda name: []
+fresh.connect = lambda pid, end: (print(pid, flush=True), time.sleep(60))
+fresh.on_the_machine(Path("none"), {{}})
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
+def test_the_machine_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    """Or the next run finds its control groups in use, and its commands go on for as long as they like."""
+    machine = tmp_path / "machine.py"
+    machine.write_text("import sys, time\nsys.stdin.readline()\ntime.sleep(600)\n")
+    program = KILLED.format(tests=str(Path(fresh.__file__).parent), machine=str(machine))
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        first = int(run.stdout.readline())
+        run.kill()
+    try:
+        deadline = time.monotonic() + 10
+        while is_running(first):
+            assert time.monotonic() < deadline
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(first, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
