@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -17,7 +18,10 @@ _PLACES = (
     *("/var/tmp/torpor*", "/tmp/torpor*", "/root/torpor*", "/dev/shm/torpor*"),
 )  # fmt: skip
 # Of the initial network namespace, which the way out of microVMs changes.
-_SETTINGS = ("ip_forward", "ip_local_port_range", "conf/all/forwarding", "conf/default/forwarding")
+_SETTINGS = (
+    *("ipv4/ip_forward", "ipv4/ip_local_port_range", "ipv4/conf/all/forwarding", "ipv4/conf/default/forwarding"),
+    *("ipv6/conf/all/forwarding", "ipv6/conf/all/disable_ipv6", "ipv6/conf/default/disable_ipv6"),
+)
 
 
 def _processes() -> Iterator[str]:
@@ -72,7 +76,7 @@ def _tables() -> list[str]:
         done = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=False, timeout=20)
     except FileNotFoundError:  # before anything is installed
         return []
-    return done.stdout.splitlines()
+    return done.stderr.splitlines() if done.returncode else done.stdout.splitlines()
 
 
 def _files() -> Iterator[str]:
@@ -81,7 +85,8 @@ def _files() -> Iterator[str]:
 
 def _settings() -> Iterator[str]:
     for name in _SETTINGS:
-        yield f"net/ipv4/{name} is {(Path('/proc/sys/net/ipv4') / name).read_text().strip()}"
+        with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
+            yield f"net/{name} is {(Path('/proc/sys/net') / name).read_text().strip()}"
 
 
 KINDS: dict[str, Callable[[], Iterator[str] | list[str]]] = {

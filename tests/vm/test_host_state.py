@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -111,6 +112,19 @@ def table(tmp_path: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def tables_that_nobody_can_list(tmp_path: Path) -> Iterator[str]:
+    """What cannot be looked at is not taken for clean."""
+    (tmp_path / "nft").write_text("#!/bin/sh\necho 'netlink: Error: cache initialization failed' >&2; exit 1\n")
+    (tmp_path / "nft").chmod(0o755)
+    path = os.environ["PATH"]
+    os.environ["PATH"] = f"{tmp_path}:{path}"
+    try:
+        yield "nft tables: netlink: Error: cache initialization failed"
+    finally:
+        os.environ["PATH"] = path
+
+
+@contextlib.contextmanager
 def file(tmp_path: Path) -> Iterator[str]:
     one = Path("/var/tmp") / NAME
     one.touch()
@@ -131,9 +145,22 @@ def setting(tmp_path: Path) -> Iterator[str]:
         one.write_text(before)
 
 
+@contextlib.contextmanager
+def setting_of_ipv6(tmp_path: Path) -> Iterator[str]:
+    one = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
+    if not one.exists():
+        pytest.skip("this host has no IPv6")
+    before = one.read_text()
+    one.write_text("0" if before.strip() == "1" else "1")
+    try:
+        yield "settings: net/ipv6/conf/default/disable_ipv6 is "
+    finally:
+        one.write_text(before)
+
+
 PLANTS: dict[str, list[Callable[[Path], AbstractContextManager[str]]]] = {
     "processes": [process, program], "mounts": [mount, second_mount], "namespaces": [pinned_namespace, held_namespace], "links": [link],
-    "control groups": [control_group], "nft tables": [table], "files": [file], "settings": [setting],
+    "control groups": [control_group], "nft tables": [table, tables_that_nobody_can_list], "files": [file], "settings": [setting, setting_of_ipv6],
 }  # fmt: skip
 
 
