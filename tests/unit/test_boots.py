@@ -16,11 +16,12 @@ SHAPE = Shape(memory_mib=1, vcpus=1, disk_bytes=1 << 20, accelerator="tcg", base
 
 
 def test_another_kernel_line_or_program_finds_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    programs = [tmp_path / name for name in ("qemu", "kernel", "initrd")]
-    for path in programs:
+    """The hypervisor is the jail's, which is copied once: the host's may be upgraded under it."""
+    kernel, initrd, hypervisor = tmp_path / "kernel", tmp_path / "initrd", tmp_path / f"root{machine.BINARY}"
+    hypervisor.parent.mkdir(parents=True)
+    for path in (kernel, initrd, hypervisor):
         path.write_bytes(b"program")
-    monkeypatch.setattr(machine, "BINARY", str(programs[0]))
-    boots = Boots(tmp_path / "boots", *programs[1:])
+    boots = Boots(tmp_path / "boots", tmp_path / "root", kernel, initrd)
     work = boots.begin()
     (work / DEVICES).write_bytes(b"state")
     memory = os.memfd_create("memory")
@@ -31,5 +32,10 @@ def test_another_kernel_line_or_program_finds_none(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(machine, "KERNEL_LINE", "another")
         assert boots.find(SHAPE) is None
-    programs[2].write_bytes(b"another program")
-    assert boots.find(SHAPE) is None
+    for path in (initrd, hypervisor):
+        assert boots.find(SHAPE) is not None
+        before = path.stat()
+        path.write_bytes(b"another program")
+        assert boots.find(SHAPE) is None, path
+        path.write_bytes(b"program")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -27,12 +27,12 @@ _CHUNK = 4 << 20
 
 
 class Boots:
-    def __init__(self, directory: Path, kernel: Path, initrd: Path) -> None:
+    def __init__(self, directory: Path, jail_root: Path, kernel: Path, initrd: Path) -> None:
         self._directory = directory
         for unfinished in directory.glob(f"{_NEW}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
         self._checked: set[Path] = set()
-        self._made_of = (Path(topology.BINARY), Path(topology.__file__), kernel, initrd)
+        self._made_of = (Path(f"{jail_root}{topology.BINARY}"), Path(topology.__file__), kernel, initrd)
 
     def find(self, shape: Shape) -> Path | None:
         """A kept boot of this shape, made with these very programs, undamaged; what is not goes."""

@@ -62,7 +62,7 @@ class QemuDriver:
         self._places = places
         self._cgroups = cgroups
         self._network = network
-        self._boots = Boots(boots, assets.kernel, assets.initrd)
+        self._boots = Boots(boots, assets.jail_root, assets.kernel, assets.initrd)
         self._shared: dict[str, asyncio.Task[_Shared]] = {}
         self._machines: set[QemuMachine] = set()
 
