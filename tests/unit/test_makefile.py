@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-BROKEN = os.environ | {"PYTHONHOME": "/nonexistent"}  # no interpreter comes up: whoever makes anything fails at once
+OWN = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}  # these tests may be make's themselves
+BROKEN = OWN | {"PYTHONHOME": "/nonexistent"}  # no interpreter comes up: whoever makes anything fails at once
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def clone(tmp_path: Path) -> Path:
 
 def key(clone: Path) -> str:
     words = ["make", "--no-print-directory", "--eval", "show: ; @echo $(KEY)", "show"]
-    return subprocess.run(words, cwd=clone, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(words, cwd=clone, env=OWN, check=True, capture_output=True, text=True).stdout
 
 
 def is_waiting(make: int) -> bool:
@@ -48,7 +49,7 @@ def test_an_environment_that_is_made_again_has_no_key_from_the_start(clone: Path
 
 
 def test_an_environment_that_is_removed_loses_its_key_first(clone: Path) -> None:
-    said = subprocess.run(["make", "-n", "clean"], cwd=clone, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(["make", "-n", "clean"], cwd=clone, env=OWN, capture_output=True, text=True, check=True).stdout
     assert said.split()[:3] == ["rm", "-rf", ".venv/ready"]
 
 
