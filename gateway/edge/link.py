@@ -16,7 +16,7 @@ from .origin.upstream import Upstream
 from .policy.head_cache import HeadCache
 from .policy.holds import Holds
 from .policy.routes import RouteTable
-from .records.counters import Ledger
+from .records.counters import Counters
 from .records.faults import FaultLines
 from .records.record import PROTOCOLS
 
@@ -33,9 +33,9 @@ class Served(Protocol):
     clients: set[Any]  # connections that are open
     heads: HeadCache
     holds: Holds
-    ledger: Ledger
+    counters: Counters
     parking: Parking
-    table: RouteTable
+    routes: RouteTable
     time: Callable[[], float]  # the loop's clock
     upstream: Upstream
 
@@ -71,24 +71,24 @@ class Link:
         table: m.Table = await connection.call("hello", m.Hello(self.name), m.Table)
         self._worker.checker = Checker(table.keys)
         self._worker.heads.clear()
-        self._worker.table.replace(table)
+        self._worker.routes.replace(table)
         self.ready.set()
         self._worker.holds.ask_again(self.route_of_session)
 
     async def rpc_route(self, connection: Connection, body: m.Route) -> None:
-        self._worker.table.change(body)
+        self._worker.routes.change(body)
 
     async def rpc_keys(self, connection: Connection, body: list[m.Verifier]) -> None:
         self._worker.checker = Checker(body)
 
     async def rpc_gate(self, connection: Connection, body: m.Route) -> m.GateAnswer:
         """Closes a session's gate: from this answer on no request is forwarded to it."""
-        answer = self._worker.table.close_gate(body)
+        answer = self._worker.routes.close_gate(body)
         self._worker.upstream.close_idle(body.session, body.incarnation)
         return answer
 
     async def rpc_drain(self, connection: Connection, body: m.DrainRequest) -> m.Drained:
-        account = self._worker.table.account(body.session)
+        account = self._worker.routes.account(body.session)
         deadline = self._worker.time() + max(body.seconds, _ACKNOWLEDGE_SECONDS if body.park else 0)
 
         def is_busy() -> bool:
@@ -125,7 +125,7 @@ class Link:
 
     def route_of_session(self, session: str) -> m.Route | None:
         """The session's route as the table has it now."""
-        entry = self._worker.table.get(self._endpoints.get(session, ""))
+        entry = self._worker.routes.get(self._endpoints.get(session, ""))
         return entry.route if entry is not None else None
 
     def route_changed(self, old: m.Route | None, new: m.Route) -> None:
@@ -173,7 +173,7 @@ class Link:
         finally:
             self._lookups.pop(host, None)
         if route is not None:
-            self._worker.table.add(route)
+            self._worker.routes.add(route)
             return True
         if len(self._misses) >= _MISSES_MAX:
             self._misses.clear()
@@ -190,13 +190,13 @@ class Link:
         connection = self._control.connection
         if connection is None:
             return
-        if (report := self._worker.table.report()) is not None:
+        if (report := self._worker.routes.report()) is not None:
             connection.notify("activity", report)
         if lines := self._faults.take():
             connection.notify("faults", m.Faults(lines))
-        if self._worker.ledger.answers != self._counted:
-            counted = [list(one) for one in self._worker.ledger.answers]
-            held, access = self._worker.holds.statistics()["requests"], self._worker.ledger.access
+        if self._worker.counters.answers != self._counted:
+            counted = [list(one) for one in self._worker.counters.answers]
+            held, access = self._worker.holds.statistics()["requests"], self._worker.counters.access
             answers = dict(zip(PROTOCOLS, counted, strict=True))
             connection.notify(
                 "counters",

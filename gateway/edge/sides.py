@@ -18,21 +18,21 @@ from .policy.routes import Account
 from .wire.http1_head import RequestHead, ResponseHead, Trailers
 
 HELD_BYTES: Final = 64 << 10  # of what a client says to a parked stream; then it is not read further
-NOBODY: Final = Account()
+UNADMITTED: Final = Account()  # shared by all exchanges that are not admitted to a session; it is never reported
 
 
 class ClientSide:
     """What an application's connection knows of the exchange that it carries. A base class and no protocol: its calls are many."""
 
-    __slots__ = ("account", "head", "hop_fields", "request_id", "response_started")
+    __slots__ = ("account", "forwarding_fields", "head", "request_id", "response_started")
 
     is_raw: bool = True  # the answer's body may come in HTTP/1.1's own framing
 
     def __init__(self) -> None:
-        self.account = NOBODY
+        self.account = UNADMITTED
         self.head: RequestHead | None = None
         self.request_id = b""
-        self.hop_fields = b""  # lines that each request of this client gets (client/forwarding.py)
+        self.forwarding_fields = b""  # lines that each request of this client gets (client/forwarding.py)
         self.response_started = False
 
     @property

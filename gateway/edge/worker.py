@@ -20,10 +20,11 @@ from gateway.tokens import Checker
 
 from .client import tls
 from .client.certificates import Certificates
-from .client.doors import ProxyDoor, RedirectDoor
-from .client.forwarding import Hops
+from .client.forwarding import Forwarding
 from .client.http1 import Http1
 from .client.http2 import Http2
+from .client.https_redirect import HttpsRedirect
+from .client.proxy_protocol import ProxyProtocol
 from .client.tls import TlsServer
 from .link import Link
 from .origin.upstream import Upstream
@@ -32,7 +33,7 @@ from .policy.head_cache import HeadCache
 from .policy.holds import Holds
 from .policy.routes import RouteTable
 from .records.access_log import AccessLog
-from .records.counters import Ledger
+from .records.counters import Counters
 
 log = structlog.get_logger()
 
@@ -61,11 +62,11 @@ class Worker:
         self.time = loop.time
         self.wall = time.time
         self.clients: set[Http1 | Http2] = set()
-        self.ledger = Ledger(AccessLog(Path(settings.access_log), time.time) if settings.access_log else None)
+        self.counters = Counters(AccessLog(Path(settings.access_log), time.time) if settings.access_log else None)
         self.checker = Checker([])
-        self.table = RouteTable(loop.time, self.link.route_changed, settings)
-        self.hops = Hops(settings)
-        self.heads = HeadCache(settings.head_bytes, settings.head_fields, self.hops.of_block if self.hops.is_on else None)
+        self.routes = RouteTable(loop.time, self.link.route_changed, settings)
+        self.forwarding = Forwarding(settings)
+        self.heads = HeadCache(settings.head_bytes, settings.head_fields, self.forwarding.of_block if self.forwarding.is_on else None)
         self.fairness = FairQueue()
         self.holds = Holds(settings, self.link.ask_for)
         self.spans = Spans("", name)
@@ -86,10 +87,10 @@ class Worker:
         for sock in sockets:
             await self._listen(sock, self._accept)
         for sock in redirects:
-            await self._listen(sock, lambda: RedirectDoor(self.settings.port))
+            await self._listen(sock, lambda: HttpsRedirect(self.settings.port))
         self.spawn(self._report())
         self.spawn(self._sweep())
-        log.info("edge.ready", worker=self.link.name, routes=len(self.table), compiled=tls.__file__.endswith(".so"))
+        log.info("edge.ready", worker=self.link.name, routes=len(self.routes), compiled=tls.__file__.endswith(".so"))
 
     async def _listen(self, sock: socket.socket, factory: Callable[[], asyncio.BaseProtocol]) -> None:
         loop = asyncio.get_running_loop()
@@ -105,7 +106,7 @@ class Worker:
         if self._certificates is None:
             return cast(asyncio.BaseProtocol, self._application(None))
         if self._balancers:
-            return ProxyDoor(self._balancers, self._behind)
+            return ProxyProtocol(self._balancers, self._behind)
         return self._behind(None)
 
     def _behind(self, peer: str | None) -> asyncio.BaseProtocol:
@@ -192,9 +193,9 @@ async def run(
     ready()
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    if worker.ledger.access is not None:
-        loop.add_signal_handler(signal.SIGUSR1, worker.ledger.access.reopen)
+    if worker.counters.access is not None:
+        loop.add_signal_handler(signal.SIGUSR1, worker.counters.access.reopen)
     await stop.wait()
     await worker.drain()
-    if worker.ledger.access is not None:
-        worker.ledger.access.close()
+    if worker.counters.access is not None:
+        worker.counters.access.close()

@@ -30,7 +30,7 @@ def condition(worker: Worker) -> dict[str, Any]:
     idle, pools = worker.upstream.idle(), worker.upstream.pools()
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return {
-        "waiting": sum(worker.table.account(session).waiting for session in ("s1",)),
+        "waiting": sum(worker.routes.account(session).waiting for session in ("s1",)),
         "held": worker.holds.statistics()["requests"],
         "clients": len(worker.clients),
         "idle": len(idle),

@@ -19,7 +19,7 @@ from waiting import until
 
 from gateway.edge.records import access_log
 from gateway.edge.records.access_log import AccessLog
-from gateway.edge.records.counters import Ledger
+from gateway.edge.records.counters import Counters
 from gateway.edge.records.record import HTTP1, HTTP2, RequestRecord
 
 BIG = 600_000
@@ -59,7 +59,7 @@ def ids(file: Path) -> list[str]:
 
 
 def lines(rig: Rig) -> list[dict[str, Any]]:
-    log = rig.worker.ledger.access
+    log = rig.worker.counters.access
     assert log is not None and log.settle(5)
     return [json.loads(line) for line in (rig.directory / "access.log").read_text().splitlines()]
 
@@ -216,17 +216,17 @@ async def test_the_end_does_not_wait_for_a_disk_that_stands_still(tmp_path: Path
 
 
 def test_request_ids_are_uuids_and_differ() -> None:
-    ledger = Ledger(None)
-    found = [ledger.request_id() for _ in range(10_000)]
+    counters = Counters(None)
+    found = [counters.request_id() for _ in range(10_000)]
     assert len(set(found)) == len(found) and all(len(one) == 36 and one.count(b"-") == 4 for one in found)
-    assert len({one[:24] for one in found}) == 1 and Ledger(None).request_id()[:24] != found[0][:24]
+    assert len({one[:24] for one in found}) == 1 and Counters(None).request_id()[:24] != found[0][:24]
 
 
 def test_answers_are_counted_by_protocol_and_first_digit() -> None:
-    ledger = Ledger(None)
+    counters = Counters(None)
     for protocol, status in ((HTTP1, 200), (HTTP1, 204), (HTTP2, 502), (HTTP2, 999)):
-        ledger.count(protocol, status)
-    assert ledger.answers == [[0, 0, 2, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0, 0, 1]]
+        counters.count(protocol, status)
+    assert counters.answers == [[0, 0, 2, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0, 0, 1]]
 
 
 # ---- what a request becomes ----
@@ -272,7 +272,7 @@ async def test_an_aborted_http2_download_is_one_line_and_one_answer(rig: Rig, ho
     await until(lambda: stream.number not in connection.streams)  # type: ignore[union-attr]
     (line,) = lines(rig)
     assert (line["status"], line["closed_by"], line["sent_bytes"]) == (200, "client", 65535)
-    assert sum(rig.worker.ledger.answers[HTTP2]) == 1
+    assert sum(rig.worker.counters.answers[HTTP2]) == 1
 
 
 async def test_an_http2_download_is_counted_when_its_client_has_it(rig: Rig) -> None:
@@ -360,7 +360,7 @@ async def test_a_client_that_leaves_between_requests_is_no_line(rig: Rig) -> Non
     await rig.start(access_log=str(rig.directory / "access.log"))
     await rig.ask(rig.request())
     await until(lambda: not rig.worker.clients)
-    assert len(lines(rig)) == 1 and sum(rig.worker.ledger.answers[HTTP1]) == 1
+    assert len(lines(rig)) == 1 and sum(rig.worker.counters.answers[HTTP1]) == 1
 
 
 async def test_an_application_that_breaks_off_is_named(rig: Rig) -> None:

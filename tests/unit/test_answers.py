@@ -96,7 +96,7 @@ async def test_a_malformed_answer_of_http2_is_never_another_ones(rig: Rig, metho
                 assert not rest
     writer.close()
     await until(lambda: not any(pool.shared for pool in rig.worker.upstream.pools()))
-    await until(lambda: not rig.worker.table.account("s1").waiting)
+    await until(lambda: not rig.worker.routes.account("s1").waiting)
 
 
 @pytest.mark.parametrize(("method", "head_sent", "answer"), MALFORMED.values(), ids=list(MALFORMED))

@@ -275,7 +275,7 @@ async def conversation(rig: Rig, done: list[tuple[str, Any]]) -> None:
             await suspend(rig, incarnation, value)
             incarnation, suspended = incarnation + 1, True
         elif what == "throttle":
-            entry = rig.worker.table.get(HOST)
+            entry = rig.worker.routes.get(HOST)
             if entry is not None and entry.limiter is not None:
                 entry.limiter._bytes = 0.0
         else:

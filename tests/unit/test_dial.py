@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from gateway.edge.origin.dial import Unread, dial
+from gateway.edge.origin.dial import UnclaimedConnection, dial
 
 
 def unconnected() -> socket.socket:
@@ -60,7 +60,7 @@ async def test_what_an_application_says_first_waits_for_who_takes_the_connection
         await dial(sock, server.getsockname())
         peer, _ = server.accept()
         with peer:
-            transport, unread = await asyncio.get_running_loop().create_connection(Unread, sock=sock)
+            transport, unread = await asyncio.get_running_loop().create_connection(UnclaimedConnection, sock=sock)
             peer.sendall(b"SETTINGS")
             async with asyncio.timeout(2):
                 while transport.is_reading():

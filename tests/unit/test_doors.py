@@ -18,7 +18,8 @@ from waiting import until
 
 from gateway.config import Edge, Settings
 from gateway.edge.client.certificates import Certificates
-from gateway.edge.client.doors import BadHeader, is_trusted, parse_proxy_header, redirect
+from gateway.edge.client.https_redirect import redirect
+from gateway.edge.client.proxy_protocol import BadHeader, is_trusted, parse_proxy_header
 from gateway.edge.policy.limits import Limiter, bounds_of
 from gateway.edge.wire.websocket import GOING_AWAY, FrameCounter, accept_of
 from gateway.instance import make_certificates
@@ -100,7 +101,7 @@ async def test_limits_of_an_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert [status for status, _, _ in answers] == [200] * 3 + [429] * 2
         assert answers[-1][1]["retry-after"] == "1" and answers[-1][2] == b"The rate limit of this MicroVM is exceeded"
         await until(lambda: not rig.worker.clients)  # connections that have ended do not count
-        rig.worker.table.get(HOST).limiter._requests = 100.0  # type: ignore[union-attr]
+        rig.worker.routes.get(HOST).limiter._requests = 100.0  # type: ignore[union-attr]
         open_ones = []
         for expected in (200, 200, 429):
             reader, writer = await rig.open()
@@ -145,17 +146,17 @@ async def test_access_log_has_a_line_a_request_and_no_secrets(tmp_path: Path, mo
     await rig.start(access_log=str(path))
     try:
         await rig.ask(rig.request("/a?secret=1") + rig.request("/b", token="no"), 2)
-        assert rig.worker.ledger.access is not None
-        assert rig.worker.ledger.access.settle(5)
+        assert rig.worker.counters.access is not None
+        assert rig.worker.counters.access.settle(5)
         text = path.read_text()
         lines = [json.loads(line) for line in text.splitlines()]
         assert [(line["path"], line["status"], line["protocol"]) for line in lines] == [("/a", 200, "HTTP/1.1"), ("/b", 403, "HTTP/1.1")]
         assert lines[0]["host"] == HOST and lines[0]["client"] == "127.0.0.1" and lines[0]["sent_bytes"] == 11
         assert "secret" not in text and rig.token not in text
         path.rename(tmp_path / "rotated")
-        rig.worker.ledger.access.reopen()
+        rig.worker.counters.access.reopen()
         await rig.ask(rig.request())
-        assert rig.worker.ledger.access.settle(5)
+        assert rig.worker.counters.access.settle(5)
         assert len(path.read_text().splitlines()) == 1
     finally:
         await rig.stop()

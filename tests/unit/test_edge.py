@@ -470,7 +470,7 @@ async def test_hold_has_a_deadline_and_a_client_that_leaves_is_forgotten(rig: Ri
     await until(lambda: rig.worker.holds.statistics()["requests"])
     writer.transport.abort()
     await until(lambda: not rig.worker.holds.statistics()["requests"])
-    assert rig.worker.table.account("s1").waiting == 0
+    assert rig.worker.routes.account("s1").waiting == 0
 
 
 async def test_too_many_held(rig: Rig) -> None:

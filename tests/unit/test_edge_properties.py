@@ -49,7 +49,7 @@ async def settled(rig: Rig) -> None:
             worker.holds.statistics()["requests"],
             len(worker._tasks) - 2,
             upstream["open"] - upstream["idle"] + streams,
-            worker.table.account("s1").waiting,
+            worker.routes.account("s1").waiting,
         )
 
     try:
@@ -281,7 +281,7 @@ def test_any_conversation_within_the_rules_is_answered_to_the_byte(steps: list[t
                 await turn()
             elif what == "suspend" and incarnation < 3 and not open_:
                 await rig.control.change("hold", incarnation)
-                await until(lambda: not rig.worker.table.account("s1").waiting)
+                await until(lambda: not rig.worker.routes.account("s1").waiting)
                 await rig.control.change("hold", incarnation, is_live=False)
                 incarnation += 1
                 await rig.control.change("open", incarnation)
@@ -325,7 +325,7 @@ def test_random_suspends_resumes_and_requests_lose_and_double_none(data: st.Data
                 asked.append(asyncio.create_task(rig.ask(rig.request(f"/{number}", method="POST"))))
             elif step == "sleep":  # the gate closes, what waits for a head is waited for, the incarnation ends, the next begins
                 await rig.control.change("hold", incarnation)
-                await until(lambda: not rig.worker.table.account("s1").waiting)
+                await until(lambda: not rig.worker.routes.account("s1").waiting)
                 rig.control.change("hold", incarnation, is_live=False)
                 incarnation += 1
                 rig.control.change("open", incarnation)

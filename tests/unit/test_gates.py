@@ -42,19 +42,19 @@ class Worker:
     """What a worker does with its routes."""
 
     def __init__(self, path: Path) -> None:
-        self.table = RouteTable(lambda: 0.0, lambda old, new: None)
+        self.routes = RouteTable(lambda: 0.0, lambda old, new: None)
         self.is_up = asyncio.Event()
         self.client = Client(path, Service(self), self._connected)
 
     async def _connected(self, connection: Connection) -> None:
-        self.table.replace(await connection.call("hello", m.Hello("edge-0"), m.Table))
+        self.routes.replace(await connection.call("hello", m.Hello("edge-0"), m.Table))
         self.is_up.set()
 
     async def rpc_route(self, connection: Connection, body: m.Route) -> None:
-        self.table.change(body)
+        self.routes.change(body)
 
     async def rpc_gate(self, connection: Connection, body: m.Route) -> m.GateAnswer:
-        return self.table.close_gate(body)
+        return self.routes.close_gate(body)
 
 
 class Control:
@@ -84,7 +84,7 @@ async def test_a_gate_closes_though_another_session_changes_in_the_same_turn(tmp
         other.state = State.TERMINATED
         routes.publish(other)
     answers, is_complete = await gate
-    entry = worker.table.get(one.endpoint)
+    entry = worker.routes.get(one.endpoint)
     assert entry is not None and entry.route.gate == HOLD and is_complete and len(answers) == 1
     worker.client.close()
     server.close()
@@ -108,7 +108,7 @@ async def test_a_worker_whose_gate_is_not_closed_is_no_confirmation(tmp_path: Pa
         one.state = State.SUSPENDING
         assert await routes.close_gate(one, 5.0) == ({}, False)
         await worker.is_up.wait()
-    entry = worker.table.get(one.endpoint)
+    entry = worker.routes.get(one.endpoint)
     assert entry is not None and entry.route.gate == HOLD
     worker.client.close()
     server.close()
@@ -220,7 +220,7 @@ class RoutesAndTables(RuleBasedStateMachine):
         self.sessions = [session_of("s1"), session_of("s2")]
         self.gates: dict[str, asyncio.Task[Gate]] = {}  # of sessions that are SUSPENDING
         self.links: list[Link | None] = [None] * WORKERS
-        self.tables: list[RouteTable] = [self._table() for _ in range(WORKERS)]
+        self.routess: list[RouteTable] = [self._table() for _ in range(WORKERS)]
 
     @initialize()
     def all_connect(self) -> None:
@@ -250,7 +250,7 @@ class RoutesAndTables(RuleBasedStateMachine):
                 self.loses(worker)
                 self.connects(worker)
             self._flush(worker)
-        for table in self.tables:
+        for table in self.routess:
             assert {name: entry.route for name in self._endpoints() if (entry := table.get(name)) is not None} == self.routes._routes
         for gate in self.gates.values():
             gate.cancel()
@@ -349,7 +349,7 @@ class RoutesAndTables(RuleBasedStateMachine):
         self._call(link.close)
         self.links[worker] = None
         if is_killed:
-            self.tables[worker] = self._table()  # and does not serve before its first table
+            self.routess[worker] = self._table()  # and does not serve before its first table
 
     @rule(worker=st.integers(0, WORKERS - 1))
     def worker_hears(self, worker: int) -> None:
@@ -358,7 +358,7 @@ class RoutesAndTables(RuleBasedStateMachine):
         if link is None or not link.to_worker:
             return
         method, body, future = link.to_worker.popleft()
-        table = self.tables[worker]
+        table = self.routess[worker]
         if method == "table":
             table.replace(body)
         elif method == "route":
@@ -396,7 +396,7 @@ class RoutesAndTables(RuleBasedStateMachine):
             answers, is_complete = gate.result()
             for worker, link in enumerate(self.links):
                 if link in answers:
-                    entry = self.tables[worker].get(session.endpoint)
+                    entry = self.routess[worker].get(session.endpoint)
                     assert entry is not None and entry.route.gate != OPEN, (session.id, worker)
             assert not is_complete or len(answers) >= 2
 

@@ -182,7 +182,7 @@ async def test_a_client_that_ends_its_half_of_a_silent_exchange_has_left(start: 
     async with asyncio.timeout(5):
         await ended.wait()
     await until(lambda: not rig.worker.clients)
-    assert rig.worker.table.account("s1").waiting == 0
+    assert rig.worker.routes.account("s1").waiting == 0
     writer.close()
 
 

@@ -147,7 +147,7 @@ async def test_reset_by_the_client_leaves_nothing(rig: Rig) -> None:
     client.h2.reset_stream(number)
     client.flush()
     await until(lambda: not rig.worker.upstream.statistics()["open"])
-    assert rig.worker.table.account("s1").waiting == 0
+    assert rig.worker.routes.account("s1").waiting == 0
 
 
 async def test_early_answer_ends_the_upload_without_losing_the_answer(rig: Rig) -> None:

@@ -347,7 +347,7 @@ async def test_an_aborted_download_is_counted_once(rig: Rig) -> None:
     await until(lambda: stream.origin is None)  # the application is done; the client is not
     raw.send(f.rst_stream(1, f.Code.CANCEL))
     await until(lambda: not connection(rig).streams)
-    assert sum(map(sum, rig.worker.ledger.answers)) == 1
+    assert sum(map(sum, rig.worker.counters.answers)) == 1
     raw.writer.close()
 
 

@@ -156,7 +156,7 @@ async def test_frames_that_came_early_are_followed_so_that_pings_are_no_activity
     await raw.until(f.HEADERS)
     raw.send(data(b"cd"))
     await until(lambda: application.heard == b"\x82\x84\0\0\0\0abcd")
-    account = rig.worker.table.account("s1")
+    account = rig.worker.routes.account("s1")
     before = account.count
     raw.send(data(PING))
     await until(lambda: application.heard.endswith(PING))

@@ -76,7 +76,7 @@ async def test_a_request_that_met_the_end_of_its_connection_is_sent_once_more(ri
         assert await ask(rig, method) == 200
     name = method.encode()
     assert application.seen == [(1, name), (1, name), (2, name), (2, name), (3, name), (3, name), (4, name), (4, name), (5, name), (5, name), (6, name)]  # fmt: skip
-    assert rig.worker.table.account("s1").waiting == 0
+    assert rig.worker.routes.account("s1").waiting == 0
 
 
 async def test_an_answer_in_front_of_the_end_that_a_write_meets_is_read(rig: Rig) -> None:
@@ -104,7 +104,7 @@ async def test_an_answer_in_front_of_the_end_that_a_write_meets_is_read(rig: Rig
     writer.write(b"x" * 999_999)
     status, fields, body = await response(reader)
     assert (status, fields["connection"], body) == (413, "close", b"big")
-    assert rig.worker.table.account("s1").waiting == 0 and not rig.worker.upstream.idle()
+    assert rig.worker.routes.account("s1").waiting == 0 and not rig.worker.upstream.idle()
     writer.close()
 
 
@@ -259,7 +259,7 @@ async def test_the_queue_for_a_connection_has_an_end(rig: Rig, monkeypatch: pyte
     assert await second == 502 and pool.waiting == 0
     hold.set()
     assert await first == 200
-    assert rig.worker.table.account("s1").waiting == 0
+    assert rig.worker.routes.account("s1").waiting == 0
 
 
 async def test_a_client_that_leaves_the_queue_is_forgotten(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ async def test_a_client_that_leaves_the_queue_is_forgotten(rig: Rig, monkeypatch
     await until(lambda: pool.waiting == 0)
     hold.set()
     assert await first == 200
-    await until(lambda: not rig.worker.table.account("s1").waiting)
+    await until(lambda: not rig.worker.routes.account("s1").waiting)
 
 
 async def test_an_error_of_our_own_is_answered(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ async def test_an_error_of_our_own_is_answered(rig: Rig, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(upstream, "dial", broken)
     assert await ask(rig, "GET") == 500
-    assert rig.worker.table.account("s1").waiting == 0
+    assert rig.worker.routes.account("s1").waiting == 0
     (pool,) = rig.worker.upstream.pools()
     assert pool.connecting == 0
 
@@ -459,4 +459,4 @@ async def test_an_application_that_speaks_before_it_is_asked_is_answered_for(rig
 
     rig.script = script
     assert await ask(rig, "POST") == 502
-    assert rig.worker.table.account("s1").waiting == 0
+    assert rig.worker.routes.account("s1").waiting == 0

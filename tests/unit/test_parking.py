@@ -194,7 +194,7 @@ async def test_pings_of_a_running_tunnel_pass_and_do_not_count(rig: Rig) -> None
     tunnel = Tunnel(rig)
     await tunnel.open()
     await tunnel.say(frame(1, b"x", b"abcd"))
-    account = rig.worker.table.account("s1")
+    account = rig.worker.routes.account("s1")
     before = account.count
     tunnel.application.write(frame(PING, b"from the application"))
     assert await tunnel.reader.readexactly(22) == frame(PING, b"from the application")

@@ -16,7 +16,7 @@ from gateway.config import Edge
 from gateway.edge.origin import pool as pools
 from gateway.edge.origin.http1 import Origin
 from gateway.edge.origin.http2 import Http2Origin
-from gateway.edge.origin.pool import CONNECTIONS_FIRST, CONNECTIONS_MOST, PLAIN, SHARED_MOST, TLS, TRYING, Pool, Slot, Waiter
+from gateway.edge.origin.pool import CONNECTIONS_FIRST, CONNECTIONS_MOST, PLAIN, SHARED_MOST, TLS, TLS_PROBING, Pool, Slot, Waiter
 from gateway.edge.policy.head_cache import Cache
 from gateway.edge.sides import OriginContext
 from gateway.edge.wire.http1_head import CHUNKED, NO_BODY, RequestHead
@@ -300,8 +300,8 @@ async def test_shared_connections_are_bounded(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize(("tls", "speaks_h2", "upgrade", "is_shared"), [
-    (pools.UNKNOWN, None, None, False), (PLAIN, None, None, False), (TRYING, None, None, True), (TLS, None, None, True),
-    (TLS, True, None, True), (TLS, False, None, False), (TLS, True, b"websocket", False), (TRYING, None, b"websocket", False),
+    (pools.TLS_UNKNOWN, None, None, False), (PLAIN, None, None, False), (TLS_PROBING, None, None, True), (TLS, None, None, True),
+    (TLS, True, None, True), (TLS, False, None, False), (TLS, True, b"websocket", False), (TLS_PROBING, None, b"websocket", False),
 ])  # fmt: skip
 async def test_handshakes_of_tls_count_in_the_ramp(
     rig: Rig, tls: int, speaks_h2: bool | None, upgrade: bytes | None, is_shared: bool
@@ -365,7 +365,7 @@ class Model(RuleBasedStateMachine):
         waiter = Waiter(head, fresh, self.loop.create_future())
         if lease is not None:
             waiter.lease.set_result(lease)
-        elif self.rig.pool.is_over:
+        elif self.rig.pool.has_ended:
             waiter.lease.set_result(None)
         else:
             self.rig.pool.wait(waiter)
@@ -401,7 +401,7 @@ class Model(RuleBasedStateMachine):
             self.collect()
             return
         lease = waiter.lease.result()
-        if what == "leaves" and not pool.is_over:
+        if what == "leaves" and not pool.has_ended:
             self.held.discard(lease)
             self.used.discard(lease)
             pool.withdraw(waiter, now)
@@ -453,7 +453,7 @@ class Model(RuleBasedStateMachine):
         pool = self.rig.pool
         assert pool.connecting == len(self.held)
         assert pool.waiting == len(self.waiters)
-        if not pool.is_over:
+        if not pool.has_ended:
             assert set(pool.idle) | self.used == pool.open and not set(pool.idle) & self.used
             assert not (pool.waiting and len(pool.open) + pool.connecting < pool.allowed), "somebody waits for what is free"
         assert all(one.is_reusable and one.transport is not None and one.transport.is_reading() for one in pool.idle)

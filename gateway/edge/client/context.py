@@ -15,8 +15,8 @@ from ..policy.fairness import FairQueue
 from ..policy.head_cache import HeadCache
 from ..policy.holds import Holds
 from ..policy.routes import RouteTable
-from ..records.counters import Ledger
-from .forwarding import Hops
+from ..records.counters import Counters
+from .forwarding import Forwarding
 
 
 class Context(Protocol):
@@ -26,11 +26,11 @@ class Context(Protocol):
     clients: set[Any]  # connections that are open
     heads: HeadCache
     checker: Checker
-    table: RouteTable
+    routes: RouteTable
     fairness: FairQueue
     holds: Holds
-    hops: Hops
-    ledger: Ledger
+    forwarding: Forwarding
+    counters: Counters
     spans: Spans
     upstream: Upstream
     is_draining: bool

@@ -46,11 +46,11 @@ class Handles:
     """What each request of a connection needs of the worker, kept with its type: a look at the worker, which is not compiled, costs as
     much as ten of these."""
 
-    __slots__ = ("ledger", "table", "time", "upstream")
+    __slots__ = ("counters", "routes", "time", "upstream")
 
     def __init__(self, worker: Context) -> None:
-        self.ledger = worker.ledger
-        self.table = worker.table
+        self.counters = worker.counters
+        self.routes = worker.routes
         self.time = worker.time
         self.upstream = worker.upstream
 
@@ -60,9 +60,9 @@ class Exchange(ClientSide):
     outlives a request (a timer, a shell, a connection that is cut) cannot mean another one."""
 
     __slots__ = (
-        "_held_since", "_interims", "_limiter", "_table", "_task", "_throttle", "_timing", "_tried_again", "_upstream", "_waiting", "again",
-        "began", "client_frames", "counted", "first_byte", "held_for", "held_seconds", "ledger", "origin", "owed", "reason", "sent",
-        "status", "worker",
+        "_held_since", "_interims", "_limiter", "_routes", "_task", "_throttle", "_timing", "_tried_again", "_upstream", "_waiting",
+        "began", "cached", "client_frames", "counted", "counters", "first_byte", "held_for", "held_seconds", "origin", "reason", "sent",
+        "status", "unanswered_pings", "worker",
     )  # fmt: skip
 
     protocol: ClassVar[int] = HTTP1
@@ -70,10 +70,10 @@ class Exchange(ClientSide):
     def __init__(self, worker: Context, handles: Handles) -> None:
         super().__init__()
         self.worker = worker
-        self.ledger = handles.ledger
-        self._table, self._upstream = handles.table, handles.upstream
+        self.counters = handles.counters
+        self._routes, self._upstream = handles.routes, handles.upstream
         self.origin: OriginSide | None = None
-        self.again: CachedRequest | None = None  # in place of a head, where the request is one that was seen before
+        self.cached: CachedRequest | None = None  # in place of a head, where the request is one that was seen before
         self.counted = True  # whatever ends an exchange counts it; the first that does so sets this
         self.status = 0
         self.reason = ""  # why the answer is ours and not the application's, for the access log
@@ -90,7 +90,7 @@ class Exchange(ClientSide):
         self._held_since = self.held_seconds = 0.0
         self.held_for: Ticket | None = None
         self.client_frames: FrameCounter | None = None
-        self.owed: list[tuple[int, bytes]] = []  # pings that the application was sent last, and has not answered
+        self.unanswered_pings: list[tuple[int, bytes]] = []  # forwarded to the application, and not answered by a pong
 
     # ---- the answer: the rest is implemented by a protocol ----
 
@@ -133,11 +133,11 @@ class Exchange(ClientSide):
         return True
 
     def _head_of_cached(self) -> RequestHead | None:
-        again = self.again
-        if again is None:
+        cached = self.cached
+        if cached is None:
             return None
-        method, target, _ = again.rewritten.split(b" ", 2)
-        admission = again.admission
+        method, target, _ = cached.rewritten.split(b" ", 2)
+        admission = cached.admission
         return RequestHead(method, target, 1, admission.host, keep_alive=admission.keep_alive, block=admission.block)
 
     def cut_short(self) -> None:
@@ -186,20 +186,20 @@ class Exchange(ClientSide):
 
     # ---- the fast path ----
 
-    def try_cached(self, again: CachedRequest, now: float) -> bool:
+    def try_cached(self, cached: CachedRequest, now: float) -> bool:
         """Forwards a request without a body that was seen before, where what was remembered still holds and a connection waits."""
-        admission, worker = again.admission, self.worker
-        entry = self._table.get(admission.host)
+        admission, worker = cached.admission, self.worker
+        entry = self._routes.get(admission.host)
         if entry is None or entry.route is not admission.route:
             return False
         if admission.checker is not worker.checker or admission.expires <= worker.wall():
             return False
         if entry.limiter is not None:
             return False
-        origin = self._upstream.take_idle(admission.key, now, again.is_safe)
+        origin = self._upstream.take_idle(admission.key, now, cached.is_safe)
         if origin is None:
             return False
-        self.again = again
+        self.cached = cached
         self.account = account = admission.account
         account.count += 1
         account.waiting += 1
@@ -207,10 +207,10 @@ class Exchange(ClientSide):
         self._waiting = True
         self.counted = False
         self.origin = origin
-        self.request_id = request_id = self.ledger.request_id()
-        origin.begin(self, again.is_head)
+        self.request_id = request_id = self.counters.request_id()
+        origin.begin(self, cached.is_head)
         assert origin.transport is not None
-        origin.transport.write(b"%b%b%b\r\n\r\n" % (again.rewritten, request_id, self.hop_fields))
+        origin.transport.write(b"%b%b%b\r\n\r\n" % (cached.rewritten, request_id, self.forwarding_fields))
         return True
 
     # ---- what was parsed ----
@@ -221,16 +221,16 @@ class Exchange(ClientSide):
         self.head = head
         self.began = now
         self.counted = False
-        self.request_id = self.ledger.request_id()
-        if worker.hops.is_on:
-            head.block = worker.hops.of_block(head.block, b"2" if self.protocol == HTTP2 else b"1.%d" % head.minor)
+        self.request_id = self.counters.request_id()
+        if worker.forwarding.is_on:
+            head.block = worker.forwarding.of_block(head.block, b"2" if self.protocol == HTTP2 else b"1.%d" % head.minor)
         wall = worker.wall()
         grant = check_token(head, worker.checker, wall)
-        entry = worker.table.get(head.host)
+        entry = worker.routes.get(head.host)
         decision = admit(head, grant, entry.route if entry else None, False, wall)
         if isinstance(decision, Refuse):
             self._refuse_decided(decision, entry)
-        elif entry is not None and entry.limiter is not None and self._is_over(entry.route.session, entry.limiter):
+        elif entry is not None and entry.limiter is not None and self._exceeds_limits(entry.route.session, entry.limiter):
             if isinstance(decision, Forward | Hold):
                 limited = "more requests or connections than the endpoint's limits allow (edge.limits)"
                 self.fault((entry.route.session, entry.route.incarnation, decision.port), limited)
@@ -273,7 +273,7 @@ class Exchange(ClientSide):
             return  # nothing for the application
         else:
             # The latest alone: a pong answers those before it too (RFC 6455, 5.5.3).
-            self.owed = [one for one in control if one[0] == PING] or self.owed
+            self.unanswered_pings = [one for one in control if one[0] == PING] or self.unanswered_pings
         if origin is not None:
             origin.send(data)
 
@@ -296,15 +296,15 @@ class Exchange(ClientSide):
     def is_only_control(self, data: bytes) -> bool:
         server = self.server_frames
         control = server.only_control(data) if server is not None else None
-        if control is not None and self.owed and any(opcode == PONG for opcode, _ in control):
-            self.owed = []
+        if control is not None and self.unanswered_pings and any(opcode == PONG for opcode, _ in control):
+            self.unanswered_pings = []
         return control is not None
 
     def parked(self) -> None:
         """The application is about to freeze: what it owes is answered here, for its client would give up."""
-        owed, self.owed = self.owed, []
-        if owed:
-            self._answer_pings(owed)
+        unanswered_pings, self.unanswered_pings = self.unanswered_pings, []
+        if unanswered_pings:
+            self._answer_pings(unanswered_pings)
 
     # ---- limits ----
 
@@ -313,7 +313,8 @@ class Exchange(ClientSide):
         """The sessions that this connection counts for."""
         raise AssertionError
 
-    def _is_over(self, session: str, limiter: Limiter) -> bool:
+    def _exceeds_limits(self, session: str, limiter: Limiter) -> bool:
+        """Counts this connection, once, and this request for the session; returns whether either is one too many."""
         self._limiter = limiter
         if session not in self.joined:
             if not limiter.join():
@@ -349,7 +350,7 @@ class Exchange(ClientSide):
         key: Key = ("", 0, 0)
         try:
             while True:
-                entry = worker.table.get(head.host)
+                entry = worker.routes.get(head.host)
                 decision = decide(entry.route if entry else None, is_known)
                 if isinstance(decision, Lookup):
                     is_known = await worker.lookup(head.host, session)
@@ -414,7 +415,7 @@ class Exchange(ClientSide):
             gone = error  # not waited for here: see Upstream._connect_patiently
         except ConnectFailed:
             self._answered()
-            current = worker.table.get(route.endpoint)
+            current = worker.routes.get(route.endpoint)
             if current is None or current.route is route:
                 raise
             return False
@@ -483,26 +484,26 @@ class Exchange(ClientSide):
         """A request whose head could not be read, or did not come in time: it has an id and an answer, and names nothing."""
         self.began = now
         self.counted = False
-        self.request_id = self.ledger.request_id()
+        self.request_id = self.counters.request_id()
 
     def record(self, closed_by: str = "") -> None:
         """The exchange has ended, and is counted, once. `closed_by` is client or origin where this is not its usual end."""
         if self.counted:
             return
         self.counted = True
-        ledger = self.ledger
-        ledger.count(self.protocol, self.status)
-        if ledger.access is not None:
-            ledger.access.add(self._record(closed_by))
+        counters = self.counters
+        counters.count(self.protocol, self.status)
+        if counters.access is not None:
+            counters.access.add(self._record(closed_by))
 
     def _record(self, closed_by: str) -> RequestRecord:
-        head, again = self.head, self.again
+        head, cached = self.head, self.cached
         host, method, target = "", b"", b""
         if head is not None:
             host, method, target = head.host, head.method, head.target
-        elif again is not None:
-            host = again.admission.host
-            method, target, _ = again.rewritten.split(b" ", 2)
+        elif cached is not None:
+            host = cached.admission.host
+            method, target, _ = cached.rewritten.split(b" ", 2)
         return RequestRecord(
             self.request_id, self.peer, self.protocol, host, method, target, self.status, self.sent, self.began, self.first_byte,
             self.worker.time(), self.held_seconds, closed_by, self.reason,

@@ -18,7 +18,7 @@ _FORWARDED: Final = b"forwarded"
 _PREFIX: Final = b"x-forwarded-"
 
 
-class Hops:
+class Forwarding:
     __slots__ = ("_is_forwarded", "is_on", "via")
 
     def __init__(self, settings: Edge) -> None:

@@ -37,7 +37,7 @@ _NEXT: Final = (
 _AHEAD_MAX_BYTES: Final = 64 << 10  # read beyond the request under way, or while it is held
 _BUFFER_HIGH_BYTES: Final = 512 << 10
 _LINGER_SECONDS = 1.0
-_NONE: dict[str, Limiter] = {}  # shared: replaced before it is written to
+_NO_LIMITERS: Final[dict[str, Limiter]] = {}  # shared, always empty: `joined` replaces it before anything is written
 
 
 class Http1:
@@ -46,7 +46,7 @@ class Http1:
 
     __slots__ = (
         "_ahead", "_buffer", "_half_closed_at", "_head_bytes", "_joined", "_reading", "_state", "_stuck_since", "_throttle", "exchange",
-        "handles", "heads", "hop_fields", "touched", "transport", "via", "worker",
+        "forwarding_fields", "handles", "heads", "touched", "transport", "via", "worker",
     )  # fmt: skip
 
     def __init__(self, worker: Context) -> None:
@@ -56,7 +56,7 @@ class Http1:
         self.transport: asyncio.Transport | None = None
         self.exchange: Http1Exchange | None = None
         self.touched = worker.time()
-        self.hop_fields = b""  # lines that each request of this client gets (client/forwarding.py)
+        self.forwarding_fields = b""  # lines that each request of this client gets (client/forwarding.py)
         self.via = b""  # what we add to responses
         self._state = _AT_HEAD
         self._buffer = b""  # of a head that is not complete
@@ -66,7 +66,7 @@ class Http1:
         self._half_closed_at = 0.0  # when the client ended its half; 0: it has not
         self._stuck_since = 0.0  # when the client stopped reading so much that the write buffer is full; 0: it reads
         self._throttle: asyncio.TimerHandle | None = None  # while the bytes a second of a session are spent
-        self._joined: dict[str, Limiter] = _NONE
+        self._joined: dict[str, Limiter] = _NO_LIMITERS
 
     # ---- asyncio ----
 
@@ -74,10 +74,10 @@ class Http1:
         self.transport = cast(asyncio.Transport, transport)
         self._reading = ReadGate(self.transport)
         self.transport.set_write_buffer_limits(high=_BUFFER_HIGH_BYTES)
-        hops = self.worker.hops
-        if hops.is_on:
-            self.via = hops.via_line(b"1.1")
-            self.hop_fields = hops.of_connection(transport)
+        forwarding = self.worker.forwarding
+        if forwarding.is_on:
+            self.via = forwarding.via_line(b"1.1")
+            self.forwarding_fields = forwarding.of_connection(transport)
         self.worker.clients.add(self)
 
     def data_received(self, data: bytes) -> None:
@@ -169,32 +169,32 @@ class Http1:
         self._buffer = b""
         self.touched = now = self.handles.time()
         raw = data[begin:end] if begin else data[:end]
-        again = self.heads.heads.get(raw)
-        if again is not None:
-            if not is_due and not worker.fairness.admit(again.admission.account, now):
-                self._defer(again, data, begin)
+        cached = self.heads.heads.get(raw)
+        if cached is not None:
+            if not is_due and not worker.fairness.admit(cached.admission.account, now):
+                self._defer(cached, data, begin)
                 return
-            if self._try_cached(again, data, end, now):
+            if self._try_cached(cached, data, end, now):
                 return
             is_due = True
         at = raw.find(b"\r\n")
         line, block = (raw, b"") if at < 0 else (raw[:at], raw[at:])
-        again = self.heads.of_parts(line, block)
-        if again is not None:
-            if not is_due and not worker.fairness.admit(again.admission.account, now):
-                self._defer(again, data, begin)
+        cached = self.heads.of_parts(line, block)
+        if cached is not None:
+            if not is_due and not worker.fairness.admit(cached.admission.account, now):
+                self._defer(cached, data, begin)
                 return
-            if self._try_cached(again, data, end, now):
-                if not again.is_new:
-                    self.heads.heads.put(raw, again)
+            if self._try_cached(cached, data, end, now):
+                if not cached.is_new:
+                    self.heads.heads.put(raw, cached)
                 return
         self._parsed(line, block, data, end, now)
 
-    def _try_cached(self, again: CachedRequest, data: bytes, end: int, now: float) -> bool:
+    def _try_cached(self, cached: CachedRequest, data: bytes, end: int, now: float) -> bool:
         """Forwards a request that was seen before; its head ends at `end`."""
         exchange = Http1Exchange(self)
-        exchange.keep = again.admission.keep_alive
-        if not exchange.try_cached(again, now):
+        exchange.keep = cached.admission.keep_alive
+        if not exchange.try_cached(cached, now):
             return False
         self.exchange = exchange
         self._to(_WAITING)
@@ -202,10 +202,10 @@ class Http1:
             self._ahead.keep(data, end + 4)
         return True
 
-    def _defer(self, again: CachedRequest, data: bytes, begin: int) -> None:
+    def _defer(self, cached: CachedRequest, data: bytes, begin: int) -> None:
         self._to(_QUEUED)
         self._ahead.keep(data, begin)
-        self.worker.fairness.defer(again.admission.account, self._due)
+        self.worker.fairness.defer(cached.admission.account, self._due)
 
     def _due(self) -> None:
         """The turn has come of a head that had to wait for it."""
@@ -239,7 +239,7 @@ class Http1:
     @property
     def joined(self) -> dict[str, Limiter]:
         """The sessions that this connection counts for."""
-        if self._joined is _NONE:
+        if self._joined is _NO_LIMITERS:
             self._joined = {}
         return self._joined
 
@@ -485,7 +485,7 @@ class Http1Exchange(Exchange):
     def __init__(self, connection: Http1) -> None:
         super().__init__(connection.worker, connection.handles)
         self.connection = connection
-        self.hop_fields = connection.hop_fields
+        self.forwarding_fields = connection.forwarding_fields
         self.is_raw = True
         self.keep = True  # the connection is for further requests
         self.block = b""  # the head's fields, as they came
@@ -553,7 +553,7 @@ class Http1Exchange(Exchange):
             self._answered()
             self.response_started = True
             self.status = head.status
-            if self.ledger.access is not None:
+            if self.counters.access is not None:
                 self.first_byte = connection.handles.time()
             block = head.block if head.is_dated else head.block + replies.date_line()
             transport = self._transport
@@ -589,7 +589,7 @@ class Http1Exchange(Exchange):
         if not head.is_dated:
             block += replies.date_line()
         connection.touched = now = connection.handles.time()
-        if self.ledger.access is not None:
+        if self.counters.access is not None:
             self.first_byte = now
         transport = self._transport
         if transport is not None:

@@ -42,8 +42,8 @@ class Http2(Multiplex):
         "_blocks",
         "_closing_since",
         "draining",
+        "forwarding_fields",
         "handles",
-        "hop_fields",
         "idle_since",
         "joined",
         "opened",
@@ -62,7 +62,7 @@ class Http2(Multiplex):
         self._blocks: dict[bytes, CachedRequest] = {}  # blocks of indexed fields only, as this connection's table has them
         self.draining = False
         self.via = b""  # a field that each answer gets
-        self.hop_fields = b""  # lines that each request of this client gets (client/forwarding.py)
+        self.forwarding_fields = b""  # lines that each request of this client gets (client/forwarding.py)
         self.joined: dict[str, Limiter] = {}
         self.opened = False  # the preface is here
 
@@ -70,10 +70,10 @@ class Http2(Multiplex):
 
     def connection_made(self, transport: object) -> None:
         super().connection_made(transport)
-        hops = self.worker.hops
-        if hops.is_on:
-            self.hop_fields = hops.of_connection(cast(asyncio.BaseTransport, transport))
-            self.via = f.encode([(b"via", b"1.1 " + hops.via)]) if hops.via else b""
+        forwarding = self.worker.forwarding
+        if forwarding.is_on:
+            self.forwarding_fields = forwarding.of_connection(cast(asyncio.BaseTransport, transport))
+            self.via = f.encode([(b"via", b"1.1 " + forwarding.via)]) if forwarding.via else b""
         self.worker.clients.add(self)
         self.put(
             f.settings({
@@ -139,37 +139,37 @@ class Http2(Multiplex):
             self._ignore(block)
             return
         worker = self.worker
-        again = self._blocks.get(block) if end else None
+        cached = self._blocks.get(block) if end else None
         key: FieldList = ()
-        if again is None:
+        if cached is None:
             fields = f.decode(self._decoder, block)
             indexed = not block.translate(None, _INDEXED)
             if not indexed:
                 self._blocks.clear()  # the table may be another now
             key = tuple(fields)
-            again = worker.heads.of_list(key) if end else None
-            if again is not None and indexed and len(self._blocks) < _BLOCKS_MOST:
-                self._blocks[block] = again
+            cached = worker.heads.of_list(key) if end else None
+            if cached is not None and indexed and len(self._blocks) < _BLOCKS_MOST:
+                self._blocks[block] = cached
         if len(self.streams) >= _STREAMS_MOST:
             raise H2StreamError(number, Code.REFUSED_STREAM, "too many streams")
         self.idle_since = now = self.touched
         request = self.streams[number] = Request(self, number, now)
         request.received_end = end
-        if again is None:
+        if cached is None:
             self._parsed(request, key, end, now)
-        elif not worker.fairness.admit(again.admission.account, now):
+        elif not worker.fairness.admit(cached.admission.account, now):
             known = key or tuple(f.decode(self._decoder, block))  # now, because the table goes on
-            worker.fairness.defer(again.admission.account, lambda: self._due(request, again, known))
-        elif not request.try_cached(again, now):
+            worker.fairness.defer(cached.admission.account, lambda: self._due(request, cached, known))
+        elif not request.try_cached(cached, now):
             self._blocks.pop(block, None)
             self._parsed(request, key or tuple(f.decode(self._decoder, block)), end, now)
 
-    def _due(self, request: Request, again: CachedRequest, key: FieldList) -> None:
+    def _due(self, request: Request, cached: CachedRequest, key: FieldList) -> None:
         """The turn has come of a request that had to wait for it."""
         if self.streams.get(request.number) is not request:
             return  # its client has given it up
         now = self.worker.time()
-        if not request.try_cached(again, now):
+        if not request.try_cached(cached, now):
             self._parsed(request, key, True, now)
             self.flush()
 
@@ -345,7 +345,7 @@ class Request(Exchange, Flow):
         self.connection = connection
         self.open_flow(number, connection.initial_window, now)
         self._ahead: bytearray | None = None  # of the body, or for the tunnel, read while there is neither application nor 101
-        self.hop_fields = connection.hop_fields
+        self.forwarding_fields = connection.forwarding_fields
         self._received = 0  # bytes of the request's body
         self._pace: Pace | None = None  # since it was first asked for
         self._trailers: Trailers | None = None  # which may come before there is an application
@@ -481,7 +481,7 @@ class Request(Exchange, Flow):
         self._answered()
         self.response_started = True
         self.status = status
-        if self.ledger.access is not None:
+        if self.counters.access is not None:
             self.first_byte = self.worker.time()
 
     def _fields(self, head: ResponseHead) -> bytes:

@@ -36,26 +36,27 @@ def _set(done: asyncio.Future[None]) -> None:
         done.set_result(None)
 
 
-class Unread(asyncio.Protocol):
-    """A connection without a request yet. What its application says first, as HTTP/2 does, waits."""
+class UnclaimedConnection(asyncio.Protocol):
+    """Keeps what comes on a connection that no protocol has taken yet, which a server of HTTP/2 sends first, and pauses reading
+    until `hand_over`."""
 
     def __init__(self) -> None:
-        self._said = b""
+        self._received = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        self._said += data
+        self._received += data
         self.transport.pause_reading()
 
     def hand_over(self, protocol: asyncio.Protocol) -> None:
         """The connection is `protocol`'s from now on."""
         self.transport.set_protocol(protocol)
         protocol.connection_made(self.transport)
-        if self._said:
-            self.transport.resume_reading()  # first: what is said may be a reason for `protocol` to pause
-            protocol.data_received(self._said)
+        if self._received:
+            self.transport.resume_reading()  # first: what was received may be a reason for `protocol` to pause
+            protocol.data_received(self._received)
 
 
 def unacknowledged(transport: asyncio.Transport) -> int:

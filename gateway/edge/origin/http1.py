@@ -197,7 +197,7 @@ class Origin:
         self._encodes = self._in_chunks and not exchange.is_raw
         self.transport.write(
             b"%b %b HTTP/1.1%b\r\nx-amzn-requestid: %b%b\r\n\r\n"
-            % (head.method, head.target, head.block, exchange.request_id, exchange.hop_fields)
+            % (head.method, head.target, head.block, exchange.request_id, exchange.forwarding_fields)
         )
 
     def give_up(self) -> None:

@@ -65,8 +65,8 @@ class OriginStream(Flow):
         self.exchange = exchange
         self.is_head = head.method == b"HEAD"
         block = http2_head.request_block(head, exchange.request_id, self.connection.scheme)
-        if exchange.hop_fields:
-            block += f.encode(split_block(exchange.hop_fields))
+        if exchange.forwarding_fields:
+            block += f.encode(split_block(exchange.forwarding_fields))
         bodyless = head.framing == NO_BODY or (exchange.request_complete and head.framing != CHUNKED and not head.length)
         self.connection.put(f.headers(self.number, block, bodyless))
         if bodyless:

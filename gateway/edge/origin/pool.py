@@ -32,8 +32,8 @@ _FRESH_SECONDS: Final = 0.5  # idle for longer, a connection may have been close
 _JUST_NOW: Final = 0.002  # the same for requests that cannot be sent again
 
 # Whether the port speaks TLS.
-UNKNOWN: Final = 0
-TRYING: Final = 1  # its first answer was not HTTP: the next connection shows it
+TLS_UNKNOWN: Final = 0
+TLS_PROBING: Final = 1  # the port's first answer was not HTTP: the handshake of the next connection shows whether it speaks TLS
 TLS: Final = 2
 PLAIN: Final = 3
 
@@ -63,7 +63,7 @@ class Pool(Owner):
     """Connections of one (session, incarnation, port)."""
 
     __slots__ = (
-        "allowed", "connecting", "idle", "is_over", "open", "ramping", "shared", "shared_connecting", "speaks_h2",
+        "allowed", "connecting", "has_ended", "idle", "open", "ramping", "shared", "shared_connecting", "speaks_h2",
         "tls", "waiters", "waiters_for_shared",
     )  # fmt: skip
 
@@ -78,8 +78,8 @@ class Pool(Owner):
         self.waiters_for_shared: deque[Waiter] = deque()
         self.allowed = CONNECTIONS_FIRST
         self.ramping = False
-        self.is_over = False  # the incarnation has ended
-        self.tls = UNKNOWN
+        self.has_ended = False  # the incarnation has ended
+        self.tls = TLS_UNKNOWN
         self.speaks_h2: bool | None = None  # what ALPN agreed on; None: not known yet
 
     # ---- connections that wait ----
@@ -104,7 +104,7 @@ class Pool(Owner):
     def release(self, origin: Origin, now: float) -> None:
         """A connection whose exchange has ended, in the state of a new one."""
         assert origin.is_reusable
-        if self.is_over or origin.is_closing or origin.reuse_seconds <= 0:
+        if self.has_ended or origin.is_closing or origin.reuse_seconds <= 0:
             self.close(origin)
             return
         origin.idle_since = now
@@ -142,7 +142,7 @@ class Pool(Owner):
 
     def wants_shared(self, head: RequestHead) -> bool:
         """The connection is of HTTP/2, or perhaps: one is made, and then it is known."""
-        return head.wants_h2 or (self.tls in (TRYING, TLS) and self.speaks_h2 is not False and head.upgrade is None)
+        return head.wants_h2 or (self.tls in (TLS_PROBING, TLS) and self.speaks_h2 is not False and head.upgrade is None)
 
     def ready(self, head: RequestHead, now: float) -> Origin | OriginStream | None:
         """A connection or stream that is there."""
@@ -248,7 +248,7 @@ class Pool(Owner):
 
     def end(self) -> list[Origin | Http2Origin]:
         """The incarnation ends: nobody gets anything any more. The connections, for whoever parks or cuts them."""
-        self.is_over = True
+        self.has_ended = True
         found = self.connections
         self.idle, self.open, self.shared = [], set(), []
         for line in (self.waiters, self.waiters_for_shared):

@@ -118,7 +118,7 @@ class ShellOrigin:
         return exchange
 
     @property
-    def is_over(self) -> bool:
+    def is_closed(self) -> bool:
         return self._socket.fileno() < 0
 
     # ---- what its ReadGate calls ----
@@ -130,7 +130,7 @@ class ShellOrigin:
         self._loop.add_reader(self._socket.fileno(), self._readable)
 
     def is_closing(self) -> bool:
-        return self.is_over
+        return self.is_closed
 
     # ---- through a suspend: control keeps the other end of the socket, and the guest its terminal ----
 
@@ -142,7 +142,7 @@ class ShellOrigin:
         return self.stream_count
 
     def is_silent(self, one_way: bool) -> bool:
-        return self._exchange is not None and self._exchange.response_started and not self.is_over and not self._typed
+        return self._exchange is not None and self._exchange.response_started and not self.is_closed and not self._typed
 
     def unpark(self) -> None:
         self.is_parked = False

@@ -29,7 +29,7 @@ class Sockets:
         self._request = SocketsRequest(session, incarnation, _STOCK)
         self._stock: deque[int] = deque()
         self._fetching: asyncio.Task[None] | None = None
-        self._is_over = False
+        self._is_closed = False
 
     def __len__(self) -> int:
         return len(self._stock)
@@ -46,7 +46,7 @@ class Sockets:
 
     def prefetch(self) -> None:
         """Fetches before the first request needs one."""
-        if not self._stock and not self._is_over:
+        if not self._stock and not self._is_closed:
             self._fetch_more()
 
     def _fetch_more(self) -> asyncio.Task[None]:
@@ -60,7 +60,7 @@ class Sockets:
         until = loop.time() + _VMM_SECONDS
         try:
             while True:
-                if self._is_over:
+                if self._is_closed:
                     raise SessionGone("the MicroVM was suspended, or has ended")
                 try:
                     _, descriptors = await self._vmm.call_with_descriptors("sockets", self._request, timeout=5.0)
@@ -75,7 +75,7 @@ class Sockets:
         finally:
             self._fetching = None
         self._stock.extend(descriptors)
-        if self._is_over:
+        if self._is_closed:
             self.close()
             raise SessionGone("the MicroVM was suspended, or has ended")
 
@@ -87,6 +87,6 @@ class Sockets:
 
     def close(self) -> None:
         """The incarnation has ended: its sockets, those on their way included, keep its network namespace alive no longer."""
-        self._is_over = True
+        self._is_closed = True
         while self._stock:
             os.close(self._stock.popleft())

@@ -19,11 +19,11 @@ from ..policy.holds import HoldFull
 from ..policy.keys import Key
 from ..sides import OriginContext, Parkable
 from ..wire.http1_head import RequestHead
-from .dial import Unread, dial
+from .dial import UnclaimedConnection, dial
 from .http1 import Origin
 from .http2 import Http2Origin, OriginStream
 from .parking import Parking, ParkingContext
-from .pool import CONNECTIONS_MOST, PLAIN, TLS, TRYING, UNKNOWN, Pool, Slot, Waiter
+from .pool import CONNECTIONS_MOST, PLAIN, TLS, TLS_PROBING, TLS_UNKNOWN, Pool, Slot, Waiter
 from .shell import ShellOrigin
 from .sockets import SessionGone, Sockets
 
@@ -71,7 +71,7 @@ class Incarnation:
     def __init__(self, sockets: Sockets) -> None:
         self.sockets = sockets
         self.pools: dict[int, Pool] = {}  # by port
-        self.preconnected: dict[int, asyncio.Task[Unread]] = {}  # by port: one connection, made before the first request came
+        self.preconnected: dict[int, asyncio.Task[UnclaimedConnection]] = {}  # by port: one connection, made before the first request came
         self.shells: set[ShellOrigin] = set()
 
     @property
@@ -161,7 +161,7 @@ class Upstream:
 
     def _ramp(self, pool: Pool) -> None:
         pool.ramping = False
-        if pool.waiting and not pool.is_over:
+        if pool.waiting and not pool.has_ended:
             pool.ramp(self._loop.time())
             self._ramp_later(pool)
 
@@ -187,13 +187,13 @@ class Upstream:
     async def _connect_once(self, pool: Pool, slot: Slot, head: RequestHead) -> Origin | OriginStream:
         """Raises OSError, TimeoutError, ConnectFailed, SessionGone."""
         incarnation = self._incarnations.get(pool.key[:2])
-        if pool.is_over or incarnation is None:
+        if pool.has_ended or incarnation is None:
             raise ConnectFailed("the MicroVM was suspended")
         made = await self._preconnected(incarnation, pool, head) or await self._dial(incarnation, pool, head)
         try:
             if isinstance(made, Http2Origin):
                 await self._until_settings(made)
-            if pool.is_over:
+            if pool.has_ended:
                 raise ConnectFailed("the MicroVM was suspended")
             if made.is_closing:
                 raise ConnectFailed("the application closed the connection at once")
@@ -219,7 +219,7 @@ class Upstream:
         raise ConnectFailed("the application does not speak HTTP/2: no SETTINGS came first (RFC 9113, 3.4)")
 
     async def _dial(self, incarnation: Incarnation, pool: Pool, head: RequestHead) -> Origin | Http2Origin:
-        is_secure = pool.tls in (TRYING, TLS)
+        is_secure = pool.tls in (TLS_PROBING, TLS)
         sock = socket.socket(fileno=await incarnation.sockets.take())
         sock.setblocking(False)
         try:
@@ -232,8 +232,8 @@ class Upstream:
                     await self._loop.create_connection(lambda: cast(asyncio.Protocol, made), sock=sock)
         except BaseException as error:
             sock.close()
-            if pool.tls == TRYING:
-                pool.tls = PLAIN if isinstance(error, OSError) else UNKNOWN
+            if pool.tls == TLS_PROBING:
+                pool.tls = PLAIN if isinstance(error, OSError) else TLS_UNKNOWN
             raise
         if is_secure:
             pool.tls = TLS
@@ -253,7 +253,7 @@ class Upstream:
             )
         except OSError:
             if pool.tls == TLS:
-                pool.tls = UNKNOWN  # another application listens there now
+                pool.tls = TLS_UNKNOWN  # another application listens there now
             raise
         assert by_alpn.made is not None
         if head.upgrade is None:
@@ -269,8 +269,8 @@ class Upstream:
         pool = self._pools.get(key)
         if pool is None or pool.tls == PLAIN:
             return False
-        if pool.tls == UNKNOWN:
-            pool.tls = TRYING
+        if pool.tls == TLS_UNKNOWN:
+            pool.tls = TLS_PROBING
         return True
 
     # ---- ahead of the first request ----
@@ -282,13 +282,13 @@ class Upstream:
             task = incarnation.preconnected[port] = self._loop.create_task(self._preconnect(incarnation, port))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    async def _preconnect(self, incarnation: Incarnation, port: int) -> Unread:
+    async def _preconnect(self, incarnation: Incarnation, port: int) -> UnclaimedConnection:
         sock = socket.socket(fileno=await incarnation.sockets.take())
         sock.setblocking(False)
         try:
             async with asyncio.timeout(_SYN_SECONDS):
                 await dial(sock, (GUEST_ADDRESS, port))
-                return (await self._loop.create_connection(Unread, sock=sock))[1]
+                return (await self._loop.create_connection(UnclaimedConnection, sock=sock))[1]
         except BaseException:
             sock.close()
             raise
@@ -304,7 +304,7 @@ class Upstream:
             return None
         if unread.transport.is_closing():
             return None
-        if pool.is_over or pool.tls in (TRYING, TLS):  # which begins with the first byte
+        if pool.has_ended or pool.tls in (TLS_PROBING, TLS):  # which begins with the first byte
             unread.transport.abort()
             return None
         made = self.new(pool, head.wants_h2, is_secure=False)
@@ -329,7 +329,7 @@ class Upstream:
 
     def add_shell(self, origin: ShellOrigin) -> None:
         shells = self.incarnation(origin.key[0], origin.key[1]).shells
-        shells -= {one for one in shells if one.is_over}
+        shells -= {one for one in shells if one.is_closed}
         shells.add(origin)
 
     # ---- ends ----
@@ -444,7 +444,7 @@ class Upstream:
         }
 
 
-def _drop(task: asyncio.Task[Unread]) -> None:
+def _drop(task: asyncio.Task[UnclaimedConnection]) -> None:
     """A connection made ahead that nobody takes."""
     task.cancel()
     if task.done() and not task.cancelled() and task.exception() is None:

@@ -12,7 +12,7 @@ _LOW: Final = 4096
 _ENDS = [b"%03x" % number for number in range(_LOW)]
 
 
-class Ledger:
+class Counters:
     __slots__ = ("_next", "_prefix", "_start", "access", "answers")
 
     def __init__(self, access: AccessLog | None) -> None:
