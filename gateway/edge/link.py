@@ -43,7 +43,7 @@ class Served(Protocol):
         """Does one step; what it raises is logged and ends itself alone."""
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """A task whose failure is logged."""
+        """Runs a task; the worker logs its failure."""
 
 
 class Link:
@@ -111,16 +111,16 @@ class Link:
         return m.Drained()
 
     async def rpc_parked(self, connection: Connection, body: m.SessionName) -> int:
-        """How many streams of a sleeping session clients still hold here."""
+        """Answers how many streams of a sleeping session clients still hold here."""
         return self._worker.parking.streams(body.session)
 
     async def open_shell(self, request: m.ShellRequest) -> int:
-        """Raises RpcError."""
+        """Asks control for a shell, and returns our end of its socket. Raises RpcError."""
         _, (descriptor,) = await self._control.call_with_descriptors("shell", request, timeout=5.0)
         return descriptor
 
     def ask_for(self, route: m.Route) -> None:
-        """A request waits for this session: control resumes it."""
+        """Asks control to resume this session, for which a request waits."""
         self._control.notify("resume", m.ResumeRequest(route.session, route.incarnation))
 
     def route_of_session(self, session: str) -> m.Route | None:

@@ -41,7 +41,7 @@ class ClientSide:
         raise AssertionError
 
     def interim(self, head: ResponseHead) -> None:
-        """A 1xx response. Raises Malformed where an application sends them without end."""
+        """Passes on an interim (1xx) response. Raises Malformed where the application sends too many of them."""
 
     def response_head(self, head: ResponseHead) -> None: ...
 
@@ -58,7 +58,7 @@ class ClientSide:
         self.response_done()
 
     def origin_failed(self, failure: Failure) -> None:
-        """There is no whole answer from the application."""
+        """Ends the exchange, for which there is no whole response from the application."""
 
     def cut(self) -> None:
         """The incarnation ends, and with it a stream or tunnel that is open; the client is told so where it can be."""
@@ -67,17 +67,17 @@ class ClientSide:
         """101: from here on bytes go both ways as they are; `data` came with the head."""
 
     def tunnel_half_closed(self) -> None:
-        """The application has nothing more to say."""
+        """Ends our half towards the client, because the application has ended its half of the tunnel."""
 
     def is_only_control(self, data: bytes) -> bool:
-        """The application's pings and pongs alone: no activity."""
+        """Whether `data` is nothing but pings and pongs of the application's, which are no activity."""
         return False
 
     def parked(self) -> None:
-        """The application is about to freeze."""
+        """Answers what the application has left unanswered, because it is about to freeze."""
 
     def response_over(self) -> None:
-        """A tunnel is over, in both directions."""
+        """Ends the exchange of a tunnel that is over in both directions."""
 
     def pause_reading(self, reason: int) -> None:
         """The request is not read while a reason (reading.py) holds."""
@@ -95,11 +95,11 @@ class OriginSide(Protocol):
 
     @property
     def is_paused(self) -> bool:
-        """Its write buffer, or its stream's queue, is full."""
+        """Whether its write buffer, or its stream's queue, is full."""
 
     @property
     def is_parked(self) -> bool:
-        """Its session sleeps."""
+        """Whether its session sleeps, so that what is sent is held."""
 
     def open(self, exchange: ClientSide, head: RequestHead) -> None:
         """Sends the request's head. Fails the exchange where the connection has closed meanwhile."""
@@ -134,7 +134,7 @@ class Parkable(Protocol):
 
     @property
     def stream_count(self) -> int:
-        """Its streams, parked or not."""
+        """The number of its streams, parked or not."""
 
     def park(self, one_way: bool) -> None:
         """Keeps those streams, and ends the others."""
@@ -156,20 +156,20 @@ class Owner:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a connection."""
+        """The number of requests that wait for a connection."""
         return 0
 
     def release(self, origin: Any, now: float) -> None:
-        """A connection whose exchange has ended, in the state of a new one."""
+        """Takes back a connection whose exchange has ended; the connection sees to it that it is in the state of a new one."""
 
     def forget(self, origin: Any, now: float) -> None:
-        """A connection that has closed."""
+        """Forgets a connection that has closed."""
 
     def forget_shared(self, connection: Any, now: float) -> None:
-        """A connection of HTTP/2 that has closed."""
+        """Forgets a connection of HTTP/2 that has closed."""
 
     def serve(self, now: float) -> None:
-        """Something came free."""
+        """Serves the requests that wait, because something came free."""
 
 
 class OriginContext:

@@ -48,7 +48,7 @@ class Certificates:
         return tuple(stamps)
 
     def _load(self) -> ssl.SSLContext:
-        """Raises ssl.SSLError, OSError."""
+        """Makes a context of the files. Raises ssl.SSLError, OSError."""
         certificate, key, ocsp, tickets = self._files
         stamps = self._stamps()
         context = server_context(certificate, key)

@@ -36,10 +36,10 @@ class Context(Protocol):
     is_draining: bool
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """A task whose failure is logged."""
+        """Runs a task; the worker logs its failure."""
 
     async def lookup(self, host: str, session: str) -> bool:
         """Asks control for a host that is not in the table; whether its answer is known."""
 
     def report_fault(self, session: str, text: str) -> None:
-        """A line for the microVM's log."""
+        """Writes a line into the microVM's log."""

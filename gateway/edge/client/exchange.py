@@ -155,7 +155,7 @@ class Exchange(ClientSide):
         """A whole frame of ours to the client, where the application's last frame has ended."""
 
     def refuse(self, refusal: Refuse) -> None:
-        """Answers without the application."""
+        """Answers the client with a response of ours; the application has no part in it."""
 
     # ---- implemented by a protocol, called from here ----
 
@@ -172,13 +172,13 @@ class Exchange(ClientSide):
 
     @property
     def held_bytes(self) -> int:
-        """Of the body, read while there is no origin."""
+        """The bytes of the body that were read while there is no origin."""
         return 0
 
     # ---- what an answer may cost ----
 
     def interim(self, head: ResponseHead) -> None:
-        """A 1xx response. Raises Malformed where an application sends them without end."""
+        """Passes on an interim (1xx) response. Raises Malformed where the application sends too many of them."""
         self._interims += 1
         if self._interims > _INTERIMS_MOST:
             raise Malformed(f"response has more than {_INTERIMS_MOST} interim responses before it (RFC 9110 15.2)", 502)
@@ -216,7 +216,7 @@ class Exchange(ClientSide):
     # ---- what was parsed ----
 
     def decide(self, head: RequestHead, now: float) -> None:
-        """At once where that is possible."""
+        """Admits, refuses or forwards the request at once where that is possible; where it has to wait, `_slow` goes on with it."""
         worker = self.worker
         self.head = head
         self.began = now
@@ -257,7 +257,7 @@ class Exchange(ClientSide):
     # ---- tunnels: what counts ----
 
     def tunnel_in(self, data: bytes) -> None:
-        """What the client says in a tunnel. Pings and pongs are no activity, and to a stream that is parked we answer a ping
+        """Takes what the client sends in a tunnel. Pings and pongs are no activity, and to a stream that is parked we answer a ping
         ourselves: background tabs and keep-alives do not wake a session."""
         frames, origin = self.client_frames, self.origin
         if frames is None and self.server_frames is not None:
@@ -279,7 +279,7 @@ class Exchange(ClientSide):
 
     @property
     def is_parked(self) -> bool:
-        """The session sleeps, and the stream goes on when it wakes."""
+        """Whether the session sleeps, so that the stream goes on when it wakes."""
         return self.origin is not None and self.origin.is_parked
 
     def _answer_pings(self, control: list[tuple[int, bytes]]) -> bool:
@@ -301,7 +301,7 @@ class Exchange(ClientSide):
         return control is not None
 
     def parked(self) -> None:
-        """The application is about to freeze: what it owes is answered here, for its client would give up."""
+        """Answers the PINGs that the application has left unanswered, because it is about to freeze and its client would give up."""
         unanswered_pings, self.unanswered_pings = self.unanswered_pings, []
         if unanswered_pings:
             self._answer_pings(unanswered_pings)
@@ -310,7 +310,7 @@ class Exchange(ClientSide):
 
     @property
     def joined(self) -> dict[str, Limiter]:
-        """The sessions that this connection counts for."""
+        """The limiters that this connection is counted in, by session; the connection leaves them when it closes."""
         raise AssertionError
 
     def _exceeds_limits(self, session: str, limiter: Limiter) -> bool:
@@ -514,7 +514,7 @@ class Exchange(ClientSide):
         self._task = self.worker.spawn(work)
 
     def leave(self) -> None:
-        """The client is gone, or its stream: whatever waits or runs for it ends."""
+        """Ends whatever waits or runs for a client that is gone, or has reset its stream."""
         if self._task is not None:
             self._task.cancel()
         self._answered()

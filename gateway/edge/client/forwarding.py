@@ -19,6 +19,8 @@ _PREFIX: Final = b"x-forwarded-"
 
 
 class Forwarding:
+    """Writes a worker's Via and X-Forwarded-* fields. `is_on` is false where settings ask for neither, and nothing else is called then."""
+
     __slots__ = ("_is_forwarded", "is_on", "via")
 
     def __init__(self, settings: Edge) -> None:

@@ -208,7 +208,7 @@ class Http1:
         self.worker.fairness.defer(cached.admission.account, self._due)
 
     def _due(self) -> None:
-        """The turn has come of a head that had to wait for it."""
+        """Takes up the request that fairness had deferred."""
         self._go_on(True)
 
     def _incomplete(self, data: bytes) -> None:
@@ -238,7 +238,7 @@ class Http1:
 
     @property
     def joined(self) -> dict[str, Limiter]:
-        """The sessions that this connection counts for."""
+        """The limiters that this connection is counted in, by session; the connection leaves them when it closes."""
         if self._joined is _NO_LIMITERS:
             self._joined = {}
         return self._joined
@@ -251,7 +251,7 @@ class Http1:
 
     @property
     def ahead_bytes(self) -> int:
-        """Read beyond the request's head, or beyond the request, and not taken up yet."""
+        """The number of bytes that were read beyond the request's head, or beyond the request, and are not parsed yet."""
         return self._ahead.size
 
     def _keep_ahead(self, data: bytes) -> None:
@@ -296,7 +296,7 @@ class Http1:
             origin.finish(body.trailers)
 
     def throttle(self, delay: float) -> None:
-        """The client is not read for so many seconds."""
+        """Pauses reading of the client for so many seconds."""
         if self._throttle is None:
             self._throttle = asyncio.get_running_loop().call_later(delay, self._unthrottle)
             self.pause_reading(THROTTLED)
@@ -437,7 +437,7 @@ class Http1:
     # ---- the sweeper ----
 
     def sweep(self, now: float) -> None:
-        """Called about once a second."""
+        """Ends what has stood still for too long; the worker calls it about once a second."""
         settings, quiet = self.worker.settings, now - self.touched
         if self._stuck_since and now - self._stuck_since > settings.idle_seconds:
             self._give_up()  # it reads nothing of what it asked for

@@ -36,7 +36,7 @@ _REQUEST_ID = b"\0\x10x-amzn-requestid\x24"  # a literal without indexing; a val
 
 
 class Http2(Multiplex):
-    """The connection. `clients` of the worker hold it until it is closed."""
+    """A client's connection. It is in the worker's `clients` until it is closed."""
 
     __slots__ = (
         "_blocks",
@@ -165,7 +165,7 @@ class Http2(Multiplex):
             self._parsed(request, key or tuple(f.decode(self._decoder, block)), end, now)
 
     def _due(self, request: Request, cached: CachedRequest, key: FieldList) -> None:
-        """The turn has come of a request that had to wait for it."""
+        """Takes up a request that fairness had deferred."""
         if self.streams.get(request.number) is not request:
             return  # its client has given it up
         now = self.worker.time()
@@ -288,7 +288,7 @@ class Http2(Multiplex):
         self.maybe_end()
 
     def sweep(self, now: float) -> None:
-        """Called about once a second: ends what has stood still for too long. Nothing that one stream does, and no PING, keeps
+        """Ends what has stood still for too long. Nothing that one stream does, and no PING, keeps
         another one alive, or an idle connection."""
         settings = self.worker.settings
         long_ago = now - settings.idle_seconds
@@ -331,7 +331,7 @@ class Http2(Multiplex):
 
 
 class Request(Exchange, Flow):
-    """One stream: one exchange, and its flow control."""
+    """A stream: one exchange, and its flow control."""
 
     __slots__ = ("_ahead", "_end_sent", "_frames", "_left", "_pace", "_received", "_trailers", "connection", "expected", "key", *FLOW_SLOTS)
 
@@ -367,7 +367,8 @@ class Request(Exchange, Flow):
 
     @property
     def request_complete(self) -> bool:
-        """Of a handshake that has not led to a tunnel: never. What its client sent behind it has no reader."""
+        """Whether all of the request has been read. That of a handshake that has led to no tunnel never is: what its client sent behind
+        it has no reader."""
         return self.received_end and (self.head is None or self.head.upgrade is None)
 
     @property

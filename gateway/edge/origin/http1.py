@@ -181,7 +181,7 @@ class Origin:
         return False
 
     def begin(self, exchange: ClientSide, is_head: bool) -> None:
-        """Takes an exchange whose head, without a body, its caller writes."""
+        """Begins an exchange without a request body; the caller writes the request's head."""
         self.exchange = exchange
         self.is_head = is_head
         self._state = _AT_HEAD
@@ -201,7 +201,7 @@ class Origin:
         )
 
     def give_up(self) -> None:
-        """It was taken out of its pool, and not begun with."""
+        """Goes back to the pool that it was taken out of: the request that it was for has not used it."""
         if self.is_closing:
             return
         if self.is_reusable:
@@ -232,11 +232,11 @@ class Origin:
             self.exchange.parked()
 
     def move(self, owner: Owner) -> None:
-        """It belongs to the next incarnation of its session."""
+        """Makes `owner`, a pool of the session's next incarnation, its owner."""
         self._owner = owner
 
     def unpark(self) -> None:
-        """The session runs again: what was held goes to the application."""
+        """Sends what was held to the application, because the session runs again."""
         self.is_parked = False
         held, self._held = self._held, []
         if held:
@@ -280,7 +280,7 @@ class Origin:
 
     @property
     def is_reusable(self) -> bool:
-        """Its state is that of a new connection."""
+        """Whether the connection is in the state of a new one; the pool takes back no other."""
         return (
             self.exchange is None and not self.is_paused and not self.must_close and self.reading is not None and not self.reading.reasons
         )
@@ -351,7 +351,7 @@ class Origin:
         return head
 
     def _refuse(self, exchange: ClientSide, failure: Failure) -> None:
-        """What the application said cannot be taken."""
+        """Aborts the connection because of what the application has sent on it, and fails the exchange."""
         self.exchange = None
         self.must_close = True
         exchange.origin_failed(failure)

@@ -28,7 +28,7 @@ _TOO_LITTLE: Final = "the content is shorter than content-length says (RFC 9113,
 
 
 class OriginStream(Flow):
-    """One exchange on the connection."""
+    """A stream of the connection. It carries one exchange, and lets go of it when that has ended."""
 
     __slots__ = ("_chunks", "_head", "_left", "connection", "exchange", "is_head", "sent_end", *FLOW_SLOTS)
 
@@ -73,7 +73,7 @@ class OriginStream(Flow):
             self.on_end_sent()
 
     def give_up(self) -> None:
-        """It was reserved, and not opened."""
+        """Gives back the reservation of a stream that was not opened."""
         self.connection.unreserve()
 
     def send(self, data: bytes) -> None:
@@ -277,7 +277,7 @@ class Http2Origin(Multiplex):
         self.freed()
 
     def register(self, stream: OriginStream) -> bool:
-        """Numbers a reserved stream; False where the connection takes no more since."""
+        """Gives a reserved stream its number; returns False where the connection has stopped to take streams since it was reserved."""
         self._reserved -= 1
         if not self.is_open:
             return False
@@ -303,7 +303,7 @@ class Http2Origin(Multiplex):
 
     @property
     def last_peer_stream(self) -> int:
-        """An application opens none."""
+        """It is always 0: an application opens no streams, because push is switched off (RFC 9113, 8.4)."""
         return 0
 
     def on_headers(self, number: int, block: bytes, end: bool) -> None:
@@ -326,7 +326,7 @@ class Http2Origin(Multiplex):
         raise H2StreamError(stream.number, Code.PROTOCOL_ERROR, str(error)) from error
 
     def on_goaway(self, last: int, code: int) -> None:
-        """Streams beyond the last were not looked at."""
+        """Fails the streams beyond the last, which the application has not processed (RFC 9113, 6.8): their requests may be sent again."""
         self.is_shutting_down = True
         for stream in [one for one in self._origin_streams() if one.number > last]:
             self.drop(stream)
@@ -334,7 +334,7 @@ class Http2Origin(Multiplex):
         self._maybe_end()
 
     def answered(self, stream: OriginStream) -> None:
-        """The answer is complete; where the request is not, nobody reads its rest."""
+        """Ends a stream whose answer is complete. A request that is not complete is reset, because nobody reads its rest."""
         self.idle_since = self.time()
         if stream.sent_end:
             self.drop(stream)
@@ -352,7 +352,7 @@ class Http2Origin(Multiplex):
             self.end()
 
     def retire(self) -> None:
-        """Idle for long: no more streams."""
+        """Shuts down a connection that has been idle for long: it opens no more streams, and closes after its last one."""
         self.is_shutting_down = True
         self.goaway(0, Code.NO_ERROR)
         self.flush()
@@ -364,11 +364,11 @@ class Http2Origin(Multiplex):
         return [stream for stream in self._origin_streams() if one_way or not stream.sent_end]
 
     def parkable(self, one_way: bool) -> int:
-        """Streams whose client has not ended its half; `one_way`: all."""
+        """Counts the streams whose client has not ended its half, or all with `one_way`."""
         return len(self._to_park(one_way))
 
     def is_silent(self, one_way: bool) -> bool:
-        """Those streams, and the connection itself."""
+        """Whether nothing is under way on those streams, nor on the connection itself."""
         self.flush()
         transport = self.transport
         if transport is None or transport.is_closing() or self.is_shutting_down or self._buffer or self._block is not None:
@@ -378,7 +378,8 @@ class Http2Origin(Multiplex):
         return all(stream.is_silent for stream in self._to_park(one_way))
 
     def park(self, one_way: bool) -> None:
-        """The streams that are not to be parked end; the application is told so when it runs again."""
+        """Parks the connection, and ends the streams that are not to be parked: the application gets their RST_STREAM when it runs
+        again."""
         self.is_parked = True
         for stream in [] if one_way else self._origin_streams():
             if stream.sent_end:
@@ -392,7 +393,7 @@ class Http2Origin(Multiplex):
         return len(self.streams)
 
     def move(self, owner: Owner) -> None:
-        """It belongs to the next incarnation of its session."""
+        """Makes `owner`, a pool of the session's next incarnation, its owner."""
         self._owner = owner
 
     def unpark(self) -> None:
@@ -403,7 +404,8 @@ class Http2Origin(Multiplex):
                 stream.exchange.resume_reading(HELD)
 
     def flush(self) -> None:
-        """Of a parked connection nothing is written; a client that leaves is forgotten (its RST_STREAM waits with the rest)."""
+        """Writes what is due, but nothing while the connection is parked: then it is kept, a RST_STREAM of a client that has left
+        included, and a connection without streams is closed."""
         if not self.is_parked:
             super().flush()
         elif not self.streams and self.transport is not None:
@@ -412,14 +414,14 @@ class Http2Origin(Multiplex):
             self._flush_due = False
 
     def spoken_to(self, stream: OriginStream) -> None:
-        """A client has sent something on a stream: a session that sleeps wakes for it."""
+        """Wakes the session of a parked connection, because a client has sent something on a stream."""
         if self.is_parked:
             self.context.wake(self)
             if self._out_bytes > HELD_BYTES and stream.exchange is not None:
                 stream.exchange.pause_reading(HELD)
 
     def cut(self) -> None:
-        """The incarnation ends."""
+        """Aborts the connection because its incarnation ends, and tells the exchanges on it."""
         self.is_shutting_down = True
         streams = self._origin_streams()
         self.streams = {}

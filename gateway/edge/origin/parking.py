@@ -18,7 +18,7 @@ from ..sides import Parkable
 
 
 class ParkingContext(Protocol):
-    """What is needed of the worker."""
+    """What Parking needs of the worker."""
 
     settings: Edge
     holds: Holds
@@ -57,7 +57,7 @@ class Parking:
         self._parked.setdefault(connection.key[0], set()).add(connection)
 
     def discard(self, connection: Parkable) -> None:
-        """A parked connection is over: its client left, or it was cut."""
+        """Forgets a parked connection that is over, because its client left or it was cut."""
         parked = self._parked.get(connection.key[0])
         if parked is not None:
             parked.discard(connection)
@@ -65,7 +65,7 @@ class Parking:
                 del self._parked[connection.key[0]]
 
     def wake(self, connection: Parkable) -> None:
-        """Somebody spoke: the session is resumed, once."""
+        """Has the session resumed, once however many clients speak on its parked streams."""
         session = connection.key[0]
         if session not in self._waking:
             self._waking.add(session)
@@ -91,18 +91,18 @@ class Parking:
             self._waking.discard(session)
 
     def opened(self, route: Route) -> None:
-        """The session runs (again): its streams go on, as connections of this incarnation."""
+        """Gives the session's parked connections to the incarnation that runs now; their streams go on."""
         for connection in self._parked.pop(route.session, ()):
             if not self._worker.guard(self._adopt, connection, route.incarnation):
                 self._worker.guard(connection.cut)
 
     def over(self, session: str) -> None:
-        """The session will not run again: its streams are cut."""
+        """Cuts the streams of a session that will not run again."""
         for connection in self._parked.pop(session, ()):
             self._worker.guard(connection.cut)
 
     def close(self) -> None:
-        """The worker ends, and with it what it has parked."""
+        """Cuts everything that is parked, because the worker ends."""
         for session in list(self._parked):
             self.over(session)
 

@@ -60,7 +60,8 @@ class Waiter:
 
 
 class Pool(Owner):
-    """Connections of one (session, incarnation, port)."""
+    """Owns the connections of one (session, incarnation, port), and decides who gets which. Each one is idle, has an exchange, or is
+    being made for a slot; only what is in the state of a new connection becomes idle."""
 
     __slots__ = (
         "allowed", "connecting", "has_ended", "idle", "open", "ramping", "shared", "shared_connecting", "speaks_h2",
@@ -85,7 +86,8 @@ class Pool(Owner):
     # ---- connections that wait ----
 
     def take(self, now: float, is_safe: bool) -> Origin | None:
-        """An idle connection, where there is one that this request may use. Nobody is overtaken: while requests wait there is none."""
+        """Returns an idle connection, where there is one that this request may use. While others wait there is
+        none, so that nobody is overtaken."""
         return self._pop_idle(now, is_safe) if self.idle and not self.waiters else None
 
     def _pop_idle(self, now: float, is_safe: bool) -> Origin | None:
@@ -102,7 +104,7 @@ class Pool(Owner):
         return None
 
     def release(self, origin: Origin, now: float) -> None:
-        """A connection whose exchange has ended, in the state of a new one."""
+        """Takes back a connection whose exchange has ended. The connection is in the state of a new one: it has seen to that."""
         assert origin.is_reusable
         if self.has_ended or origin.is_closing or origin.reuse_seconds <= 0:
             self.close(origin)
@@ -115,14 +117,14 @@ class Pool(Owner):
             self.serve(now)
 
     def close(self, origin: Origin) -> None:
-        """An idle connection that is of no use any more."""
+        """Closes an idle connection that is of no use any more."""
         self.open.discard(origin)
         if origin in self.idle:
             self.idle.remove(origin)
         origin.close()
 
     def forget(self, origin: Origin, now: float) -> None:
-        """A connection that has closed."""
+        """Forgets a connection that has closed."""
         if origin in self.open:
             self.open.discard(origin)
             if origin in self.idle:
@@ -137,15 +139,15 @@ class Pool(Owner):
     # ---- for one request ----
 
     def must_wait(self, head: RequestHead) -> bool:
-        """Others wait for the same already."""
+        """Whether others wait for the same already, so that this request must wait behind them."""
         return bool(self.waiters_for_shared if self.wants_shared(head) else self.waiters)
 
     def wants_shared(self, head: RequestHead) -> bool:
-        """The connection is of HTTP/2, or perhaps: one is made, and then it is known."""
+        """Whether a connection for this request is one of HTTP/2, or may turn out to be one: then one is made, and others wait for it."""
         return head.wants_h2 or (self.tls in (TLS_PROBING, TLS) and self.speaks_h2 is not False and head.upgrade is None)
 
     def ready(self, head: RequestHead, now: float) -> Origin | OriginStream | None:
-        """A connection or stream that is there."""
+        """Returns a connection or stream that is there already, or None."""
         return None if self.must_wait(head) else self._ready(head, False, now)
 
     def _ready(self, head: RequestHead, fresh: bool, now: float) -> Origin | OriginStream | None:
@@ -156,7 +158,8 @@ class Pool(Owner):
         return None if fresh or head.wants_h2 else self._pop_idle(now, head.is_safe and head.upgrade is None)
 
     def acquire(self, head: RequestHead, fresh: bool, now: float) -> Origin | OriginStream | Slot | None:
-        """A connection or stream, a slot, or None where the request has to wait. `fresh`: not on a connection that was used before."""
+        """Returns a connection or stream, a slot, or None where the request has to wait; with `fresh`, no connection that was used
+        before."""
         found = self._ready(head, fresh, now)
         if found is not None:
             return found
@@ -193,7 +196,7 @@ class Pool(Owner):
             lease.give_up()
 
     def serve(self, now: float) -> None:
-        """Gives what there is to those who wait, in their order."""
+        """Gives connections, streams and slots that are free to the requests that wait, in the order of their arrival."""
         for line in (self.waiters, self.waiters_for_shared):
             while line:
                 waiter = line[0]
@@ -209,7 +212,7 @@ class Pool(Owner):
     # ---- slots ----
 
     def free(self, slot: Slot, now: float) -> None:
-        """The connection was not made, or is no business of the pool's."""
+        """Ends a slot: its connection is made, has failed, or is not kept in the pool."""
         if slot.is_held:
             slot.is_held = False
             if slot.is_shared:
@@ -219,7 +222,7 @@ class Pool(Owner):
             self.serve(now)
 
     def add(self, slot: Slot, origin: Origin, now: float) -> None:
-        """The connection is made, and its first exchange has it."""
+        """Takes in the connection that was made for a slot; its first exchange has it at once."""
         self.open.add(origin)
         self.free(slot, now)
 
@@ -228,7 +231,7 @@ class Pool(Owner):
         self.free(slot, now)
 
     def adopt(self, connection: Origin | Http2Origin) -> None:
-        """A parked connection goes on in this incarnation."""
+        """Takes in a parked connection, which goes on in this incarnation."""
         if isinstance(connection, Http2Origin):
             self.shared.append(connection)
         else:
@@ -236,7 +239,7 @@ class Pool(Owner):
         connection.move(self)
 
     def ramp(self, now: float) -> None:
-        """Time has passed: more connections are allowed."""
+        """Allows more connections, every RAMP_SECONDS in which a request waits."""
         self.allowed = min(CONNECTIONS_MOST, self.allowed + RAMP)
         self.serve(now)
 

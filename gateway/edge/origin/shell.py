@@ -34,7 +34,8 @@ class _Resize(msgspec.Struct, tag_field="type", tag="resize"):
 
 
 class ShellOrigin:
-    """`sock` is the edge's end of gateway/sessions/shells.py."""
+    """Speaks WebSocket to one exchange, and the shell's messages to control on `sock` (gateway/sessions/shells.py has the other end).
+    It lets go of the exchange as soon as that has ended, so that it never calls an exchange that is over."""
 
     takes_raw = False
 
@@ -74,7 +75,7 @@ class ShellOrigin:
             self.resume_reading()
 
     def send(self, data: bytes) -> None:
-        """The client's frames."""
+        """Takes the client's WebSocket frames, in any cut."""
         before = len(self._typed)
         self._frames.receive_data(data)  # of a mistake it says so itself, in a closing frame
         for event in self._frames.events_received():
@@ -104,14 +105,14 @@ class ShellOrigin:
         self._close()
 
     def cut(self) -> None:
-        """The incarnation ends."""
+        """Closes the shell because its incarnation ends, and tells the exchange."""
         exchange = self._leave()
         self._close()
         if exchange is not None:
             exchange.cut()
 
     def _leave(self) -> ClientSide | None:
-        """The exchange is over, and nothing of this shell may reach it any more: its connection carries others."""
+        """Lets go of the exchange, which is over: the client's connection carries others from now on."""
         exchange, self._exchange = self._exchange, None
         if self._closing is not None:
             self._closing.cancel()
@@ -173,7 +174,7 @@ class ShellOrigin:
             self._exchange.pause_reading(HELD)
 
     def _typable(self) -> None:
-        """Stops the client while the terminal takes nothing."""
+        """Writes what was typed to the terminal, and pauses the client while the terminal takes nothing."""
         exchange = self._exchange
         while self._typed and self._socket.fileno() >= 0:
             if not self._write(b"i" + bytes(self._typed[:_TYPED_MAX_BYTES])):
@@ -223,7 +224,7 @@ class ShellOrigin:
         self._flush()
 
     def _flush(self) -> bool:
-        """Sends the frames that are due; whether there were any."""
+        """Sends the frames that are due, and returns whether there were any."""
         exchange, has_sent = self._exchange, False
         if exchange is None:
             return False
@@ -250,7 +251,7 @@ class ShellOrigin:
             self._socket.close()
 
     def _give_up(self) -> None:
-        """The client has not answered the Close frame (RFC 6455, 7.1.1)."""
+        """Ends the tunnel of a client that has not answered the Close frame (RFC 6455, 7.1.1)."""
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.response_over()

@@ -18,11 +18,12 @@ _VMM_SECONDS = 10.0  # a vmm that is restarted is there again within two or thre
 
 
 class SessionGone(Exception):
-    """vmm has no such incarnation (any more): the route is stale."""
+    """The route is stale: vmm has no such incarnation, or has it no more."""
 
 
 class Sockets:
-    """The stock of one incarnation, as descriptors."""
+    """The unconnected sockets of one incarnation. This object owns their descriptors until `take` gives one away or `close` closes
+    them."""
 
     def __init__(self, vmm: Client, session: str, incarnation: int) -> None:
         self._vmm = vmm
@@ -35,7 +36,7 @@ class Sockets:
         return len(self._stock)
 
     async def take(self) -> int:
-        """Raises OSError, SessionGone."""
+        """Gives away one descriptor, and waits for vmm where none is left. Raises OSError, SessionGone."""
         while True:
             if len(self._stock) <= _STOCK // 4:
                 task = self._fetch_more()
@@ -45,7 +46,7 @@ class Sockets:
             return self._stock.popleft()
 
     def prefetch(self) -> None:
-        """Fetches before the first request needs one."""
+        """Begins to fetch sockets, so that the first request need not wait for vmm."""
         if not self._stock and not self._is_closed:
             self._fetch_more()
 
@@ -80,7 +81,7 @@ class Sockets:
             raise SessionGone("the MicroVM was suspended, or has ended")
 
     def abandon(self) -> None:
-        """The worker ends: nobody waits for sockets that are on their way."""
+        """Closes, and does not wait for a fetch that is under way: the worker ends."""
         if self._fetching is not None:
             self._fetching.cancel()
         self.close()

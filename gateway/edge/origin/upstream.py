@@ -43,7 +43,7 @@ class ConnectFailed(Exception):
 
 
 class UpstreamContext(ParkingContext, Protocol):
-    """What is needed of the worker."""
+    """What Upstream needs of the worker."""
 
     heads: HeadCache
 
@@ -66,7 +66,8 @@ class _ByAlpn(asyncio.Protocol):
 
 
 class Incarnation:
-    """What this worker has of one incarnation of a session."""
+    """Keeps what this worker has of one incarnation of a session: its pools, sockets and shells. All of it ends with the incarnation
+    (`Upstream.end`)."""
 
     def __init__(self, sockets: Sockets) -> None:
         self.sockets = sockets
@@ -98,7 +99,7 @@ class Upstream:
         return pool.take(now, is_safe) if pool is not None else None
 
     def ready(self, key: Key, head: RequestHead, now: float) -> Origin | OriginStream | None:
-        """A connection or stream that is there already."""
+        """Returns a connection or stream that is there already, or None."""
         pool = self._pools.get(key)
         return pool.ready(head, now) if pool is not None else None
 
@@ -135,7 +136,7 @@ class Upstream:
             pool.free(lease, self._loop.time())
 
     async def _wait(self, pool: Pool, head: RequestHead, fresh: bool, deadline: float) -> Origin | OriginStream | Slot:
-        """The queue for a connection: in order, bounded, and no longer than until `deadline`."""
+        """Waits in the queue for a connection, which is served in order and bounded, and no longer than until `deadline`."""
         if pool.waiting >= self._settings.held_requests:
             raise HoldFull("more requests wait for a connection than are held (edge.held_requests)")
         waiter = Waiter(head, fresh, self._loop.create_future())
@@ -185,7 +186,7 @@ class Upstream:
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _connect_once(self, pool: Pool, slot: Slot, head: RequestHead) -> Origin | OriginStream:
-        """Raises OSError, TimeoutError, ConnectFailed, SessionGone."""
+        """Tries to connect once. Raises OSError, TimeoutError, ConnectFailed, SessionGone."""
         incarnation = self._incarnations.get(pool.key[:2])
         if pool.has_ended or incarnation is None:
             raise ConnectFailed("the MicroVM was suspended")
@@ -276,7 +277,7 @@ class Upstream:
     # ---- ahead of the first request ----
 
     def preconnect(self, route: Route, port: int) -> None:
-        """One connection to a guest that is about to run: its SYN waits in the link. The first request takes it."""
+        """Begins one connection to a guest that is about to run: its SYN waits in the link, and the first request takes it."""
         incarnation = self.incarnation(route.session, route.incarnation)
         if port > 0 and port not in incarnation.preconnected:
             task = incarnation.preconnected[port] = self._loop.create_task(self._preconnect(incarnation, port))
@@ -294,7 +295,8 @@ class Upstream:
             raise
 
     async def _preconnected(self, incarnation: Incarnation, pool: Pool, head: RequestHead) -> Origin | Http2Origin | None:
-        """The connection that was made ahead. None where there is none, or it failed, which says nothing of now."""
+        """Returns the preconnected connection, or None where there is none. One that failed is None, too: an application that refused
+        it then may listen by now."""
         task = incarnation.preconnected.pop(pool.key[2], None)
         if task is None:
             return None
@@ -318,7 +320,7 @@ class Upstream:
     # ---- shells ----
 
     async def shell(self, route: Route) -> ShellOrigin:
-        """A new shell in the session. Raises ConnectFailed."""
+        """Opens a new shell in the session. Raises ConnectFailed."""
         try:
             descriptor = await self._worker.open_shell(ShellRequest(route.session, route.incarnation, _COLUMNS, _ROWS))
         except RpcError as error:
@@ -367,7 +369,7 @@ class Upstream:
             self.forget(session)
 
     def forget(self, session: str) -> None:
-        """The session will not run again."""
+        """Forgets what is remembered of a session, which will not run again."""
         self._spoke_tls.pop(session, None)
 
     def _end(self, connection: Parkable, room: int, one_way: bool) -> int:
@@ -397,7 +399,7 @@ class Upstream:
         return found is not None and any(one.parkable(one_way) and not one.is_silent(one_way) for one in found.connections)
 
     def adopt(self, connection: Parkable, incarnation: int) -> None:
-        """A stream that was parked goes on in this incarnation."""
+        """Takes a parked connection into the pools of this incarnation, where its streams go on."""
         session, _, port = connection.key
         if isinstance(connection, ShellOrigin):
             connection.key = (session, incarnation, port)
@@ -407,7 +409,7 @@ class Upstream:
         connection.unpark()
 
     def close(self) -> None:
-        """The worker ends."""
+        """Closes everything, because the worker ends."""
         for (session, incarnation), found in list(self._incarnations.items()):
             found.sockets.abandon()
             self.end(session, incarnation)
@@ -431,7 +433,7 @@ class Upstream:
         return list(self._pools.values())
 
     def idle(self) -> list[Origin]:
-        """Connections that wait for their next request."""
+        """Returns the connections that wait for their next request."""
         return [origin for pool in self._pools.values() for origin in pool.idle]
 
     def statistics(self) -> dict[str, int]:
@@ -445,7 +447,7 @@ class Upstream:
 
 
 def _drop(task: asyncio.Task[UnclaimedConnection]) -> None:
-    """A connection made ahead that nobody takes."""
+    """Closes a preconnected connection that no request has taken."""
     task.cancel()
     if task.done() and not task.cancelled() and task.exception() is None:
         task.result().transport.abort()

@@ -34,7 +34,7 @@ class HoldFull(Exception):
 
 
 class Usage:
-    """What is held for a session, for an account, or in all."""
+    """Counts what is held for a session, for an account, or in all."""
 
     __slots__ = ("held_bytes", "requests")
 
@@ -62,7 +62,7 @@ class Held(Protocol):
 
     @property
     def held_bytes(self) -> int:
-        """Of the body, read when the wait begins."""
+        """The bytes of the body that were read when the wait begins."""
 
 
 class _Queue:
@@ -138,24 +138,24 @@ class Holds:
             usage.held_bytes += size
 
     def _has_room(self, session: int, account: int) -> bool:
-        """For one request more than these."""
+        """Whether there is room for one request more than these."""
         most = self._settings.held_requests
         free = _TOTAL * most - self._total.requests
         return session < min(most, _ACCOUNT * free - account)
 
     def _has_room_for_bytes(self, session: int, account: int) -> bool:
-        """For these bytes, of which some may be counted in the total already."""
+        """Whether there is room for these bytes, of which some may be counted in the total already."""
         most = self._settings.held_bytes
         free = _TOTAL * most - self._total.held_bytes
         return session <= max(0, min(most, _ACCOUNT * free - account))
 
     def ports(self, session: str) -> set[int]:
-        """Where the session's held requests will connect to."""
+        """The ports that the session's held requests will connect to."""
         queue = self._queues.get(session)
         return queue.ports if queue is not None else set()
 
     def changed(self, session: str) -> None:
-        """The session's route is another now: everyone decides anew, oldest first."""
+        """Lets the session's held requests decide anew, oldest first, because its route has changed."""
         queue = self._queues.get(session)
         if queue is None:
             return

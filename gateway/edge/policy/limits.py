@@ -22,7 +22,8 @@ class Bounds:
 
 
 def bounds_of(settings: Edge, baseline_mib: int) -> Bounds | None:
-    """None where nothing is limited. The bounds of one worker: workers share them evenly, at least one of each."""
+    """Returns the bounds of one worker, or None where nothing is limited. Workers share a session's bounds evenly, and each has at
+    least one of everything."""
     if settings.limits == "none":
         return None
     if settings.limits == "aws":
@@ -35,7 +36,8 @@ def bounds_of(settings: Edge, baseline_mib: int) -> Bounds | None:
 
 
 class Limiter:
-    """One session's at one worker."""
+    """Token buckets of one session at one worker: each holds at most a second's worth, so that is the largest burst. Its exchanges
+    count their requests, connections and bytes here."""
 
     __slots__ = ("_at", "_bounds", "_bytes", "_clock", "_requests", "connections")
 
@@ -55,7 +57,7 @@ class Limiter:
         self._bytes = min(bounds.bytes_per_second, self._bytes + passed * bounds.bytes_per_second)
 
     def take(self) -> bool:
-        """One request; False when there are too many a second. A burst is a second's worth."""
+        """Counts a request; returns False when it is one too many in this second."""
         self._refill()
         if self._requests < 1:
             return False
@@ -63,7 +65,7 @@ class Limiter:
         return True
 
     def join(self) -> bool:
-        """One more connection; False when there are too many."""
+        """Counts a connection, until `leave`; returns False when it is one too many."""
         if self.connections >= self._bounds.connections:
             return False
         self.connections += 1
@@ -73,7 +75,8 @@ class Limiter:
         self.connections -= 1
 
     def spend(self, size: int) -> float:
-        """Bytes of a body in either direction; the seconds to wait before the next. Nothing is refused (reference, 3.5)."""
+        """Counts bytes of a body in either direction, and returns how many seconds their sender has to wait before the next: bytes are
+        delayed, never refused (service reference, 3.5)."""
         self._refill()
         self._bytes -= size
         return max(0.0, -self._bytes / self._bounds.bytes_per_second)

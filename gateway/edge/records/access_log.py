@@ -59,12 +59,12 @@ class AccessLog:
 
     @property
     def lost(self) -> int:
-        """Lines that are not in the file."""
+        """Returns the number of lines that are not in the file."""
         return self._dropped + self._writer.lost
 
     @property
     def not_reopened(self) -> int:
-        """How often the file could not be opened again."""
+        """Returns how often the file could not be opened again."""
         return self._writer.not_reopened
 
     def add(self, record: RequestRecord) -> None:

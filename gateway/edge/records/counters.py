@@ -1,4 +1,4 @@
-"""What a worker counts of its requests: a number for each, and the answers. The access log stands beside it."""
+"""A worker's counters: each request gets its id from here, and is counted here once when it has ended (Exchange.record)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ _ENDS = [b"%03x" % number for number in range(_LOW)]
 
 
 class Counters:
+    """Numbers the requests of one worker and counts their answers; `access` is its access log, where one is kept."""
+
     __slots__ = ("_next", "_prefix", "_start", "access", "answers")
 
     def __init__(self, access: AccessLog | None) -> None:
@@ -23,7 +25,7 @@ class Counters:
         self._start = b""
 
     def request_id(self) -> bytes:
-        """A UUID's form: random for the worker, counted for the request."""
+        """Returns an id in the form of a UUID: 24 characters are random for each worker, the other 12 count its requests."""
         low = self._next % _LOW
         if not low:
             self._start = b"%b%09x" % (self._prefix, self._next // _LOW)
@@ -31,5 +33,5 @@ class Counters:
         return self._start + _ENDS[low]
 
     def count(self, protocol: int, status: int) -> None:
-        """A request has ended."""
+        """Counts a request that has ended."""
         self.answers[protocol][status // 100] += 1

@@ -237,7 +237,7 @@ def host_of(value: bytes) -> str:
 
 
 def parse_request(line: bytes, block: bytes, most: int) -> RequestHead:
-    """Raises Malformed."""
+    """Parses a request's head: its request line, and its field block. Raises Malformed."""
     match = _REQUEST_LINE.match(line)
     if match is None:
         raise Malformed("request has a malformed request line (RFC 9112 3)")

@@ -116,7 +116,7 @@ class Multiplex:
     # ---- what a side says ----
 
     def on_headers(self, number: int, block: bytes, end: bool) -> None:
-        """A complete field block. Raises H2ConnectionError, H2StreamError."""
+        """Takes a complete field block. Raises H2ConnectionError, H2StreamError."""
         raise AssertionError("a side says what it means")
 
     def on_goaway(self, last: int, code: int) -> None: ...
@@ -126,7 +126,7 @@ class Multiplex:
     def on_settings(self) -> None: ...
 
     def is_idle(self, number: int) -> bool:
-        """A stream that was never opened (RFC 9113, 5.1)."""
+        """Whether the stream was never opened (RFC 9113, 5.1)."""
         return number > self.last_number
 
     @property
@@ -569,7 +569,8 @@ class Multiplex:
             self.put(f.rst_stream(stream.number, code))
 
     def break_stream(self, error: H2StreamError) -> None:
-        """RST_STREAM for the peer's mistake. Many of them are one way to make us work for nothing."""
+        """Resets a stream for a stream error of the peer's (RFC 9113, 5.4.2). It counts against the budget of resets (CVE-2023-44487,
+        CVE-2025-8671)."""
         stream = self.streams.get(error.stream)
         if stream is not None:
             self.drop(stream, BY_US)

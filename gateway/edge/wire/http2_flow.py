@@ -92,7 +92,7 @@ class Budget:
         self._most, self._rate, self._left, self._at = most, rate, most, 0.0
 
     def spend(self, now: float) -> bool:
-        """Takes one; False when none is left."""
+        """Takes one token; returns False when none is left."""
         self._left = min(self._most, self._left + (now - self._at) * self._rate) - 1
         self._at = now
         return self._left > 0

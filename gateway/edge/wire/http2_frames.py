@@ -127,7 +127,7 @@ def new_decoder(list_bytes: int) -> FieldDecoder:
 
 
 def decode(decoder: FieldDecoder, block: bytes) -> list[Field]:
-    """Raises H2ConnectionError: after an error the table is not the peer's any more."""
+    """Decodes a field block. Raises H2ConnectionError, because after an error the dynamic table differs from the peer's (RFC 7541, 2.2)."""
     try:
         return decoder.decode(block, True)
     except OversizedHeaderListError as error:

@@ -165,7 +165,7 @@ def _upgrade(head: RequestHead, fields: Fields) -> None:
 
 
 def parse_response(fields: list[Field], end: bool, most: int, is_head: bool) -> ResponseHead:
-    """An application's answer. Raises Malformed, which its client sees as 502."""
+    """Reads an application's response. Raises Malformed, which its client sees as 502."""
     try:
         special, rest = _check(fields, _RESPONSE_PSEUDO, "response")
     except Malformed as error:
@@ -197,7 +197,7 @@ def parse_response(fields: list[Field], end: bool, most: int, is_head: bool) -> 
 
 
 def parse_trailers(fields: list[Field], most: int) -> Trailers:
-    """Those that may go on. Raises Malformed."""
+    """Returns the trailers that may go on. Raises Malformed."""
     if len(fields) > most:
         raise Malformed(f"trailer section has more than {most} fields (edge.head_fields)")
     return allowed_trailers(_check(fields, _NO_PSEUDO, "trailer section")[1])
