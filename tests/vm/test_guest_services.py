@@ -130,7 +130,9 @@ def test_host_and_neighbours_are_shut_to_a_connector_that_allows_everything(inst
                 hosts = set(re.findall(r"inet ([\d.]+)", outside_world.addresses())) - {"127.0.0.1"}
                 assert UPLINK in hosts and len(hosts) == 2
                 for address in _addresses(instance, vms[1]["microvmId"]) | hosts:
-                    assert "timed out" in guest.connect(address)["error"], address  # a refusal would have been somebody's answer
+                    error = guest.connect(address)["error"]  # a refusal would be somebody's answer
+                    is_there = address in _addresses(instance, vms[1]["microvmId"]) | hosts  # or its link was thrown away meanwhile
+                    assert "timed out" in error or not is_there, f"{address}: {error}"
         finally:
             instance.terminate(*(vm["microvmId"] for vm in vms))
 
