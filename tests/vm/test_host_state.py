@@ -178,7 +178,8 @@ def test_a_leak_is_found(plant: Callable[[Path], AbstractContextManager[str]], t
 
 
 def test_a_namespace_ends_with_its_last_descriptor() -> None:
-    before = host_state.snapshot()["namespaces"]
     one = Namespace()
+    own = str(os.stat(one.path).st_ino)  # others come and go meanwhile: the service under test makes links ahead
+    assert any(own in found for found in host_state.snapshot()["namespaces"])
     one.close()
-    assert host_state.snapshot()["namespaces"] == before
+    assert not any(own in found for found in host_state.snapshot()["namespaces"])
