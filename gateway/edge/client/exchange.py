@@ -327,9 +327,13 @@ class Exchange(ClientSide):
         delay = self._limiter.spend(size) if self._limiter is not None else 0.0
         if delay and self.origin is not None:
             self.origin.pause(THROTTLED)
-            if self._throttle is None:
-                self._throttle = asyncio.get_running_loop().call_later(delay, self._unthrottle)
-                self.pause_reading(THROTTLED)
+            self.hold_back(delay)
+
+    def hold_back(self, delay: float) -> None:
+        """The client is not read for so many seconds, and neither is the application."""
+        if self._throttle is None:
+            self._throttle = asyncio.get_running_loop().call_later(delay, self._unthrottle)
+            self.pause_reading(THROTTLED)
 
     def _unthrottle(self) -> None:
         self._throttle = None

@@ -531,11 +531,8 @@ class Http1Exchange(Exchange):
         if self.connection.exchange is self:
             self.connection.resume_reading(reason)
 
-    def throttle(self, size: int) -> None:
-        delay = self._limiter.spend(size) if self._limiter is not None else 0.0
-        if delay and self.origin is not None:
-            self.origin.pause(THROTTLED)
-            self.connection.throttle(delay)
+    def hold_back(self, delay: float) -> None:
+        self.connection.throttle(delay)  # whose timer outlives the exchange
 
     # ---- the answer ----
 
