@@ -7,8 +7,8 @@ import sys
 from gateway import process
 from gateway.config import Settings
 
-from .daemon import serve
 from .errors import VmmError
+from .serving import serve
 
 
 async def main(settings: Settings) -> None:

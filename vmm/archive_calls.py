@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING
 
 from gateway import messages as m
 from gateway.rpc import Connection
 
 from . import archives
+from .daemon import Vmm
 from .errors import DiskFull, VmmError
-
-if TYPE_CHECKING:
-    from .daemon import Vmm
 
 
 class ArchiveCalls:

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import errno
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,14 +20,12 @@ from gateway import messages as m
 from gateway.config import Settings
 from gateway.observe.room import disk_free_bytes, memory_available_bytes
 from gateway.observe.steps import Steps
-from gateway.rpc import Connection, Reply, Server, Service
+from gateway.rpc import Connection, Reply
 
-from . import disks, drivers, probe
-from .archive_calls import ArchiveCalls
+from . import disks, drivers
 from .builds import Builder, BuildSettings
 from .cgroups import Cgroups
 from .driver import DiskFull, Machine, StateLost, VmmError
-from .image_calls import ImageCalls
 from .network import Link, Network
 from .snapshots import Snapshots
 from .standbys import Standbys
@@ -478,20 +475,3 @@ class Vmm:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def serve(settings: Settings, ready: object) -> None:
-    """Runs until SIGTERM. `ready` is called once the socket answers."""
-    cgroups = Cgroups(settings.name, settings.root)
-    info = await asyncio.to_thread(probe.host_info, settings, cgroups)
-    vmm = Vmm(settings, info, cgroups)
-    await vmm.start()
-    server = Server(settings.vmm_socket, Service(vmm, ImageCalls(vmm), ArchiveCalls(vmm)), {0, settings.users.control, settings.users.edge})
-    server.on_connect = vmm.connected
-    log.info("vmm.ready", hypervisor=info.hypervisor, accelerator=info.accelerator, note=info.accelerator_note)
-    ready()  # type: ignore[operator]
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    await stop.wait()
-    server.close()
-    await vmm.close()

@@ -6,16 +6,13 @@ import asyncio
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gateway import messages as m
 from gateway.rpc import Connection, Reply
 
 from . import disks
+from .daemon import Vmm
 from .driver import Machine
-
-if TYPE_CHECKING:
-    from .daemon import Vmm
 
 
 class ImageCalls:
