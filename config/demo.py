@@ -23,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from vmm import host
+from gateway.supervisor import is_living, living
 from vmm.cgroups import Cgroups
 
 REPO = Path(__file__).resolve().parents[1]
@@ -113,11 +113,10 @@ def end_earlier() -> None:
         except BlockingIOError:
             os.kill(int(lock.read()), signal.SIGKILL)
             fcntl.flock(lock, fcntl.LOCK_EX)
-    with contextlib.suppress(FileNotFoundError):
-        for child in json.loads((RUN / NAME / "supervisor.json").read_text()).values():
-            if child["started"] is not None and host.start_time(child["pid"]) == child["started"]:
-                os.kill(child["pid"], signal.SIGKILL)
-                await_that(lambda child=child: host.start_time(child["pid"]) != child["started"], f"process {child['pid']} does not end")
+    for child in living(RUN / NAME / "supervisor.json"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
+        await_that(lambda child=child: not is_living(child), f"process {child.pid} does not end")
 
 
 def clear_earlier() -> None:

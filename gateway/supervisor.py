@@ -73,7 +73,7 @@ class Supervisor:
         """Everything up and serving; returns the settings with the ports that were chosen. Raises ConfigError, StartError."""
         self._take_lock()
         host.become_subreaper()
-        old = _living(self._path)
+        old = living(self._path)
         sockets = _adopt_sockets(old)
         port = listeners.choose_edge_port(self._settings, in_use=bool(sockets.get("edge")))
         self._settings = self._settings.model_copy(update={"edge": self._settings.edge.model_copy(update={"port": port})})
@@ -286,16 +286,17 @@ def read_state(path: Path) -> State:
     return msgspec.json.decode(path.read_bytes(), type=State)
 
 
-def _living(path: Path) -> list[Recorded]:
+def living(path: Path) -> list[Recorded]:
     """Processes of an earlier supervisor that still run."""
     try:
         recorded = read_state(path).processes
     except (OSError, msgspec.MsgspecError):
         return []
-    return [one for one in recorded if _is_living(one)]
+    return [one for one in recorded if is_living(one)]
 
 
-def _is_living(one: Recorded) -> bool:
+def is_living(one: Recorded) -> bool:
+    """Whether that very process runs: its pid may be another's by now."""
     return one.started is not None and host.start_time(one.pid) == one.started
 
 
@@ -327,7 +328,7 @@ async def _stop_old(old: list[Recorded]) -> None:
     for one in old:
         _signal(one, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS
-    while left := [one for one in old if _is_living(one)]:
+    while left := [one for one in old if is_living(one)]:
         if time.monotonic() > deadline:
             for one in left:
                 _signal(one, signal.SIGKILL)

@@ -105,13 +105,13 @@ async def test_every_process_that_lives_is_recorded(one: Scripted) -> None:
 
 def test_the_processes_of_an_earlier_supervisor_are_those_that_still_run(tmp_path: Path) -> None:
     path = tmp_path / "supervisor.json"
-    assert supervisor._living(path) == []
+    assert supervisor.living(path) == []
     path.write_text("{")
-    assert supervisor._living(path) == []
+    assert supervisor.living(path) == []
     mine = Recorded("edge-0", os.getpid(), host.start_time(os.getpid()), True, {})
     others = [Recorded("edge-1", os.getpid(), 1, True, {}), Recorded("vmm", 2**22 + 1, None, True, {})]
     path.write_bytes(supervisor.msgspec.json.encode(supervisor.State([mine, *others])))
-    assert supervisor._living(path) == [mine]
+    assert supervisor.living(path) == [mine]
 
 
 def test_sockets_that_two_processes_share_are_taken_over_once() -> None:
