@@ -7,7 +7,7 @@ import ipaddress
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ import structlog
 from gateway.config import Edge
 from gateway.observe.spans import Spans
 from gateway.rpc import Client as RpcClient
+from gateway.tasks import Tasks
 from gateway.tokens import Checker
 
 from .client import tls
@@ -55,6 +56,8 @@ def find_vanished_peers(listener: socket.socket, unread_seconds: float) -> None:
 class Worker:
     def __init__(self, name: str, settings: Edge, control: Path, vmm: Path) -> None:
         loop = asyncio.get_running_loop()
+        self.tasks = Tasks()
+        self.spawn = self.tasks.spawn
         self.link = Link(self, name, control)
         self.lookup, self.open_shell = self.link.lookup, self.link.open_shell
         self.report_fault, self.route_of_session = self.link.report_fault, self.link.route_of_session
@@ -71,7 +74,6 @@ class Worker:
         self.holds = Holds(settings, self.link.ask_for)
         self.spans = Spans("", name)
         self.is_draining = False
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._certificates: Certificates | None = None
         self._balancers = [ipaddress.ip_network(one) for one in settings.proxy_protocol_from]
         self._servers: list[asyncio.Server] = []
@@ -136,17 +138,6 @@ class Worker:
             await asyncio.sleep(0.05)
         self.guard(self.link.report)
         self.link.close()
-
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("edge.task_failed", exc_info=task.exception())
 
     # ---- in the background ----
 

@@ -21,6 +21,7 @@ import structlog
 from gateway.config import Settings
 from gateway.messages import HostState
 from gateway.observe.steps import Steps
+from gateway.tasks import Tasks
 
 from . import hooks
 from .agent import AgentError, wake_frame
@@ -33,7 +34,6 @@ from .model import Session
 from .routes import Routes
 from .states import MAX_LIFETIME, Action, Event, State, exit_reason
 from .store import Store, StoreError
-from .tasks import Tasks
 from .transitions import Observer, Transitions
 
 log = structlog.get_logger()

@@ -11,6 +11,7 @@ import structlog
 
 from gateway.config import Egress
 from gateway.messages import EgressRules
+from gateway.tasks import Tasks
 
 from .agent import Agent, AgentError
 from .egress import rules_of
@@ -19,7 +20,6 @@ from .logs import LineWriter, LogStore
 from .model import Session
 from .states import State
 from .store import Store
-from .tasks import Tasks
 
 log = structlog.get_logger()
 

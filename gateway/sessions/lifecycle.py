@@ -16,6 +16,7 @@ import structlog
 from gateway.config import Settings
 from gateway.messages import Activity, Ended, HostState
 from gateway.observe.steps import Steps
+from gateway.tasks import Tasks
 
 from .actions import Actions, Arrival, End, Fired, Outcome
 from .agent import Agent
@@ -30,7 +31,6 @@ from .room import Room
 from .routes import Routes
 from .states import Action, Event, State, exit_reason, reason_of
 from .store import Store
-from .tasks import Tasks
 from .timers import Deadline, Timers
 from .transitions import Observer, Transitions
 

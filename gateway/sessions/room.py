@@ -7,9 +7,9 @@ import contextlib
 
 from gateway.config import Limits
 from gateway.messages import Usage
+from gateway.tasks import Tasks
 
 from .host import Host, RpcError
-from .tasks import Tasks
 
 _SHOWS_SECONDS = 2.0  # until what an admitted microVM uses shows in the host's figures
 _KNOWN_SECONDS = 0.1  # a herd asks once

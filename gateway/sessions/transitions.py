@@ -16,12 +16,12 @@ from functools import partial
 import structlog
 
 from gateway.observe.steps import Steps
+from gateway.tasks import Tasks
 
 from .model import Session
 from .routes import Gate, Routes
 from .states import CALLS, Action, Event, State, step
 from .store import Store, StoreError
-from .tasks import Tasks
 
 log = structlog.get_logger()
 

@@ -1,12 +1,27 @@
-"""For scripted hosts: their guests answer at once, so what is stored after a resume is stored at once."""
+"""What unit tests share: the edge on loopback, and hosts whose guests answer at once."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
 import pytest
+from edge_rig import Rig
 
 from gateway.sessions import transitions
 
 
+@pytest.fixture
+async def rig(tmp_path: Path, monkeypatch: Any) -> AsyncIterator[Rig]:
+    """An edge worker that serves plain HTTP/1.1. A file whose tests start theirs in other ways has a fixture of its own."""
+    one = Rig(tmp_path, monkeypatch)
+    await one.start()
+    yield one
+    await one.stop()
+
+
 @pytest.fixture(autouse=True)
 def stored_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored after a resume is stored at once, because scripted guests answer at once."""
     monkeypatch.setattr(transitions, "_FIRST_SECONDS", 0.0)

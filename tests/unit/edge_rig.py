@@ -162,8 +162,7 @@ class Rig:
         self.token = self.minter.mint("s1", [(1, 65535)], 600)
 
     async def stop(self) -> None:
-        for task in self.worker._tasks:
-            task.cancel()
+        await self.worker.tasks.close()
         for server in self.worker._servers:
             server.close()
         for one in list(self.worker.clients):

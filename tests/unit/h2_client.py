@@ -9,10 +9,12 @@ from typing import Any
 import h2.config
 import h2.connection
 import h2.events
+from edge_rig import Rig
 
 from gateway.edge.wire import http2_frames as f
 
 Fields = list[tuple[str, str]]
+OnHead = Callable[[int], bytes]  # what an application sends when the head of a request on this stream has come
 
 
 class Judge:
@@ -164,3 +166,18 @@ class Raw:
             return "ping"
         status = f.new_decoder(1 << 16).decode(payload, True)[0]
         return f"answer {status[1].decode()}"
+
+
+def speaks_h2(rig: Rig, answer: OnHead) -> None:
+    """The rig's application speaks HTTP/2 with prior knowledge."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(f.settings({}))
+        await reader.readexactly(len(f.PREFACE))
+        while True:
+            head = await reader.readexactly(9)
+            await reader.readexactly(int.from_bytes(head[:3], "big"))
+            if head[3] == f.HEADERS:
+                writer.write(answer(int.from_bytes(head[5:9], "big")))
+
+    rig.script = script

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from edge_rig import HOST, Rig
-from h2_client import Judge
+from h2_client import Judge, OnHead, speaks_h2
 from waiting import until
 
 from gateway.edge.wire import http2_frames as f
-
-Answer = Callable[[int], bytes]
 
 
 @pytest.fixture
@@ -22,21 +20,6 @@ async def rig(tmp_path: Path, monkeypatch: Any) -> AsyncIterator[Rig]:
     one = Rig(tmp_path, monkeypatch)
     yield one
     await one.stop()
-
-
-def speaks_h2(rig: Rig, answer: Answer) -> None:
-    """An application of HTTP/2 with prior knowledge: `answer(stream)` is what it sends when a request's head has come."""
-
-    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(f.settings({}))
-        await reader.readexactly(len(f.PREFACE))
-        while True:
-            head = await reader.readexactly(9)
-            await reader.readexactly(int.from_bytes(head[:3], "big"))
-            if head[3] == f.HEADERS:
-                writer.write(answer(int.from_bytes(head[5:9], "big")))
-
-    rig.script = script
 
 
 def head(stream: int, status: int, length: int | None, end: bool = False) -> bytes:
@@ -53,7 +36,7 @@ def trailers(stream: int) -> bytes:
 
 
 # Each malformed (RFC 9113, 8.1.1), and whether the answer's head can have gone on to the client by then.
-MALFORMED: dict[str, tuple[str, bool, Answer]] = {
+MALFORMED: dict[str, tuple[str, bool, OnHead]] = {
     "a length, and END_STREAM with the head": ("GET", False, lambda n: head(n, 200, 8, end=True)),
     "less than its length, then trailers": ("GET", True, lambda n: head(n, 200, 8) + data(n, b"four") + trailers(n)),
     "a length, then trailers alone": ("GET", True, lambda n: head(n, 200, 8) + trailers(n)),
@@ -65,7 +48,7 @@ MALFORMED: dict[str, tuple[str, bool, Answer]] = {
     "an interim response that ends the stream": ("GET", False, lambda n: head(n, 103, None, end=True)),
     "content before the head": ("GET", False, lambda n: data(n, b"four")),
 }
-GOOD: dict[str, tuple[str, Answer, bytes]] = {
+GOOD: dict[str, tuple[str, OnHead, bytes]] = {
     "no content with a length, to HEAD": ("HEAD", lambda n: head(n, 200, 8, end=True), b""),
     "no content, in two frames": ("GET", lambda n: head(n, 204, None) + data(n, b"", end=True), b""),
     "304 with the length of what is not sent": ("GET", lambda n: head(n, 304, 8, end=True), b""),
@@ -80,7 +63,7 @@ def http1(rig: Rig, method: str) -> bytes:
 
 
 @pytest.mark.parametrize(("method", "head_sent", "answer"), MALFORMED.values(), ids=list(MALFORMED))
-async def test_a_malformed_answer_of_http2_is_never_another_ones(rig: Rig, method: str, head_sent: bool, answer: Answer) -> None:
+async def test_a_malformed_answer_of_http2_is_never_another_ones(rig: Rig, method: str, head_sent: bool, answer: OnHead) -> None:
     """To a client of HTTP/1.1 that pipelines: what follows on the connection must not be read as this answer's content."""
     await rig.start()
     speaks_h2(rig, answer)
@@ -100,7 +83,7 @@ async def test_a_malformed_answer_of_http2_is_never_another_ones(rig: Rig, metho
 
 
 @pytest.mark.parametrize(("method", "head_sent", "answer"), MALFORMED.values(), ids=list(MALFORMED))
-async def test_a_malformed_answer_of_http2_ends_the_clients_stream(rig: Rig, method: str, head_sent: bool, answer: Answer) -> None:
+async def test_a_malformed_answer_of_http2_ends_the_clients_stream(rig: Rig, method: str, head_sent: bool, answer: OnHead) -> None:
     await rig.start(http2=True)
     speaks_h2(rig, answer)
     client = Judge(*await rig.open())
@@ -118,7 +101,7 @@ def h2_fields(rig: Rig, method: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("method", "answer", "content"), GOOD.values(), ids=list(GOOD))
-async def test_answers_of_http2_that_are_as_they_say(rig: Rig, method: str, answer: Answer, content: bytes) -> None:
+async def test_answers_of_http2_that_are_as_they_say(rig: Rig, method: str, answer: OnHead, content: bytes) -> None:
     await rig.start()
     speaks_h2(rig, answer)
     reader, writer = await rig.open()

@@ -30,7 +30,7 @@ from gateway.sessions.model import Archived, Connector, Session
 from gateway.sessions.room import Room
 from gateway.sessions.states import State
 from gateway.sessions.store import Store
-from gateway.sessions.tasks import Tasks
+from gateway.tasks import Tasks
 
 ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a"
 INTERNET = "arn:aws:lambda:us-east-1:aws:network-connector:aws-network-connector:INTERNET_EGRESS"

@@ -47,7 +47,7 @@ async def settled(rig: Rig) -> None:
         return (
             len(worker.clients),
             worker.holds.statistics()["requests"],
-            len(worker._tasks) - 2,
+            len(worker.tasks) - 2,
             upstream["open"] - upstream["idle"] + streams,
             worker.routes.account("s1").waiting,
         )

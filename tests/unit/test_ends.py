@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any
 
-import pytest
 from edge_rig import HOST, Rig
 from test_parking import UPGRADED, drained, frame, gated
 from waiting import until
 
 from gateway.edge.wire.websocket import GOING_AWAY, PING
-
-
-@pytest.fixture
-async def rig(tmp_path: Path, monkeypatch: Any) -> AsyncIterator[Rig]:
-    one = Rig(tmp_path, monkeypatch)
-    await one.start()
-    yield one
-    await one.stop()
 
 
 class Tunnels:

@@ -17,8 +17,8 @@ REPO = Path(__file__).resolve().parents[2]
 
 # Package to what of the project it may import, besides itself.
 ALLOWED = {
-    "gateway.edge": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc", "gateway.tokens", "gateway.listeners"},
-    "gateway.sessions": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.accounts.model", "gateway.observe.room", "gateway.observe.steps", "gateway.observe.use"},
+    "gateway.edge": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc", "gateway.tasks", "gateway.tokens", "gateway.listeners"},
+    "gateway.sessions": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.tasks", "gateway.accounts.model", "gateway.observe.room", "gateway.observe.steps", "gateway.observe.use"},
     "gateway.accounts": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.store"},
     "gateway.images": {"gateway.accounts.directory", "gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions"},
     "gateway.guest": {"gateway.config", "gateway.messages", "gateway.accounts.directory", "gateway.sessions.egress", "gateway.sessions.model", "gateway.sessions.store"},
@@ -32,7 +32,7 @@ ALLOWED = {
 ROOMS: dict[str, list[str | tuple[str, ...]]] = {
     "gateway.edge": [("", "native"), "reading", "wire", "policy", ("failures", "sides"), "records", "origin", "client", "link", "worker", "__main__"],
     "gateway.sessions": [
-        ("frame", "states", "deadlines", "logs", "hooks", "tasks"), "model", "store", ("egress", "faults", "host", "shells", "shipping"),
+        ("frame", "states", "deadlines", "logs", "hooks"), "model", "store", ("egress", "faults", "host", "shells", "shipping"),
         ("room", "agent", "routes", "archive"), ("timers", "liveness", "channels", "transitions", "ahead"), "actions", "lifecycle", "recovery",
     ],
 }  # fmt: skip

@@ -7,12 +7,12 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from edge_rig import OK, Rig, response
+from h2_client import speaks_h2
 from test_parking import UPGRADED
 from waiting import until
 
@@ -21,14 +21,6 @@ from gateway.edge.origin import pool as pools
 from gateway.edge.origin import upstream
 from gateway.edge.wire import http2_frames as f
 from gateway.instance import make_certificates
-
-
-@pytest.fixture
-async def rig(tmp_path: Path, monkeypatch: Any) -> AsyncIterator[Rig]:
-    one = Rig(tmp_path, monkeypatch)
-    await one.start()
-    yield one
-    await one.stop()
 
 
 class Once:
@@ -220,26 +212,15 @@ async def test_an_application_that_closes_after_each_answer_is_learned(rig: Rig)
 async def test_a_stream_that_an_application_of_http2_did_not_look_at_is_opened_once_more(rig: Rig) -> None:
     """GOAWAY with a lower last stream (RFC 9113, 6.8), whatever the method."""
 
-    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(f.settings({}))
-        await reader.readexactly(len(f.PREFACE))
-        while True:
-            head = await reader.readexactly(9)
-            await reader.readexactly(int.from_bytes(head[:3], "big"))
-            if head[3] == f.HEADERS:
-                number = int.from_bytes(head[5:9], "big")
-                writer.write(f.goaway(0, f.Code.NO_ERROR) if rig.connects == 1 else f.headers(number, f.encode_status(204), True))
-
-    rig.script = script
+    speaks_h2(rig, lambda number: f.goaway(0, f.Code.NO_ERROR) if rig.connects == 1 else f.headers(number, f.encode_status(204), True))
     assert await ask(rig, "DELETE", "X-aws-proxy-force-h2: true") == 204 and rig.connects == 2
 
 
 # ---- what has to wait ----
 
 
-async def test_the_queue_for_a_connection_has_an_end(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig.worker.settings.hold_seconds = 0.2
-    rig.worker.settings.held_requests = 1
+async def busy(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Task[int], asyncio.Event, pools.Pool]:
+    """A request that is answered when the event is set, on the one connection that its pool may have."""
     hold = asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -253,6 +234,13 @@ async def test_the_queue_for_a_connection_has_an_end(rig: Rig, monkeypatch: pyte
     (pool,) = rig.worker.upstream.pools()
     monkeypatch.setattr(upstream, "_RAMP_SECONDS", 60.0)
     pool.allowed = 1
+    return first, hold, pool
+
+
+async def test_the_queue_for_a_connection_has_an_end(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.worker.settings.hold_seconds = 0.2
+    rig.worker.settings.held_requests = 1
+    first, hold, pool = await busy(rig, monkeypatch)
     second = asyncio.create_task(ask(rig, "GET"))
     await until(lambda: pool.waiting == 1)
     assert await ask(rig, "GET") == 429, "as many wait as are held"
@@ -263,19 +251,7 @@ async def test_the_queue_for_a_connection_has_an_end(rig: Rig, monkeypatch: pyte
 
 
 async def test_a_client_that_leaves_the_queue_is_forgotten(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    hold = asyncio.Event()
-
-    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await rig.head(reader)
-        await hold.wait()
-        writer.write(OK)
-
-    rig.script = script
-    first = asyncio.create_task(ask(rig, "GET"))
-    await until(lambda: rig.connects)
-    (pool,) = rig.worker.upstream.pools()
-    monkeypatch.setattr(upstream, "_RAMP_SECONDS", 60.0)
-    pool.allowed = 1
+    first, hold, pool = await busy(rig, monkeypatch)
     _, writer = await rig.open()
     writer.write(rig.request())
     await until(lambda: pool.waiting == 1)

@@ -30,14 +30,6 @@ def frame(opcode: int, payload: bytes, mask: bytes = b"") -> bytes:
     return head + mask + (bytes(byte ^ mask[at & 3] for at, byte in enumerate(payload)) if mask else payload)
 
 
-@pytest.fixture
-async def rig(tmp_path: Path, monkeypatch: Any) -> AsyncIterator[Rig]:
-    one = Rig(tmp_path, monkeypatch)
-    await one.start()
-    yield one
-    await one.stop()
-
-
 class Tunnel:
     """A WebSocket through the edge to an application that echoes bytes as they are, or only listens."""
 

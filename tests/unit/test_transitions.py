@@ -15,8 +15,8 @@ from gateway.sessions.model import Session
 from gateway.sessions.routes import Gate, Routes
 from gateway.sessions.states import Action, Event, State
 from gateway.sessions.store import Store, StoreError
-from gateway.sessions.tasks import Tasks
 from gateway.sessions.transitions import Observer, Transitions
+from gateway.tasks import Tasks
 
 
 class Rig:
