@@ -14,7 +14,7 @@ from pathlib import Path
 from . import base, jail, kernel, making, probe
 from .kernel import AssetError
 
-__all__ = ["AssetError", "make", "make_firecracker", "missing"]
+__all__ = ["AssetError", "make", "missing"]
 _QUOTED_CHARACTERS = 600
 
 
@@ -78,12 +78,6 @@ def make(cache: Path, say: Callable[[str], None]) -> None:
             _make(cache, tuple(_steps()), say)
     except OSError as error:
         raise AssetError(str(error)) from error
-
-
-def make_firecracker(cache: Path) -> None:
-    """The same kernel and init for Firecracker's machine. Raises AssetError."""
-    with making.alone(cache):
-        _make(cache, _FIRECRACKER, lambda text: None)
 
 
 def missing(cache: Path) -> dict[str, bool]:

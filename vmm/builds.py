@@ -28,7 +28,6 @@ from .namespaces import destroy_namespace, make_namespace, run_batch
 from .places import QUOTED_CHARACTERS
 
 _HERE = Path(__file__).parent
-_RANGE = 65536
 _MEMORY_BYTES = 3 << 30
 _BUILD_SECONDS = 1800
 _SLIRP_SECONDS = 10

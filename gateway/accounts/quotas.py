@@ -36,7 +36,6 @@ PROFILES = {
     ),
 }  # fmt: skip
 
-MEMORY_CODE = "L-CD1C0CC4"
 RUN_CODE = "L-91B95582"
 
 
