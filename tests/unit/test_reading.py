@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edge_rig import HOST, Rig, response
+from edge_rig import HOST, OK, Rig, response
 from h2_client import Judge
 from waiting import until
 
+from gateway.edge.policy import replies
 from gateway.edge.reading import HELD, PEER_SLOW, THROTTLED, ReadGate
 
 
@@ -170,3 +171,59 @@ async def test_an_upload_that_is_answered_early_leaves_its_client_reading(rig: R
     assert status == 200 and fields["connection"] == "close"
     writer.close()
     await until(lambda: not rig.worker.clients)
+
+
+async def test_answers_that_come_whole_are_charged_to_the_limit(rig: Rig) -> None:
+    """Their client is not read until the bytes a second are there again."""
+    await rig.start(limits="custom", workers=1, limit_bytes_per_second=100_000)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await rig.head(reader):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n" + b"x" * 60_000)
+
+    rig.script = script
+    reader, writer = await rig.open()
+    for _ in range(2):
+        writer.write(rig.request())
+        assert len((await response(reader))[2]) == 60_000
+    (client,) = rig.worker.clients
+    assert client.transport is not None and not client.transport.is_reading()
+    await until(client.transport.is_reading, 5)
+    writer.close()
+
+
+async def test_an_exchange_that_is_over_says_nothing_to_the_next_ones_client(rig: Rig) -> None:
+    """Timers, shells and cuts may outlive a request: what they call is then nobody's."""
+    await rig.start()
+    asked, answers = asyncio.Event(), asyncio.Semaphore(0)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await rig.head(reader):
+            asked.set()
+            await answers.acquire()
+            writer.write(OK)
+
+    rig.script = script
+    reader, writer = await rig.open()
+
+    async def under_way() -> Any:
+        """The exchange of the request that the application has been asked now."""
+        writer.write(rig.request())
+        await asked.wait()
+        asked.clear()
+        (client,) = rig.worker.clients
+        return client.exchange  # type: ignore[union-attr]
+
+    over = await under_way()
+    answers.release()
+    assert (await response(reader))[2] == b"ok"
+    for call in (
+        lambda: over.refuse(replies.UNAVAILABLE), lambda: over.response_data(b"stray"), lambda: over.tunnel_write(b"stray"),
+        lambda: over.pause_reading(PEER_SLOW), over.response_done, over.response_over, over.cut_short, over.cut,
+    ):  # fmt: skip
+        assert await under_way() is not over
+        call()
+        answers.release()
+        assert (await response(reader))[2] == b"ok"
+    assert rig.connects == 1
+    writer.close()
