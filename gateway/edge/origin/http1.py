@@ -17,17 +17,31 @@ from ..wire.chunked import ChunkedBody, encode_end
 from ..wire.http1_head import CHUNKED, FIXED, NO_BODY, Malformed, RequestHead, ResponseHead, Trailers, find_end, parse_response
 from .dial import unacknowledged
 
-_AT_HEAD: Final = 0
-_IN_FIXED: Final = 1
-_IN_CHUNKED: Final = 2
-_TO_CLOSE: Final = 3
-_TUNNEL: Final = 4
+_IDLE: Final = 0  # no exchange: the connection is new, or waits in its pool
+_AT_HEAD: Final = 1  # a request is under way, and its response's final head is awaited
+_IN_FIXED: Final = 2  # in content that Content-Length delimits
+_IN_CHUNKED: Final = 3
+_TO_CLOSE: Final = 4  # in content that the connection's end delimits
+_TUNNEL: Final = 5
+_ENDED: Final = 6  # the connection carries nothing any more, and is closed or about to be
+# By state, the states that may follow it, as a set of bits.
+_NEXT: Final = (
+    1 << _AT_HEAD | 1 << _ENDED,  # idle
+    1 << _IDLE | 1 << _IN_FIXED | 1 << _IN_CHUNKED | 1 << _TO_CLOSE | 1 << _TUNNEL | 1 << _ENDED,  # at a head
+    1 << _IDLE | 1 << _ENDED,  # in content of a known length
+    1 << _IDLE | 1 << _ENDED,  # in chunks
+    1 << _ENDED,  # in content that ends with the connection
+    1 << _ENDED,  # in a tunnel
+    1 << _ENDED,  # ended: whoever closes it is told of that by connection_lost
+)
 _MEMO_HEAD_MAX_BYTES: Final = 2048
 _PROVEN_SECONDS: Final = 1.0  # idle for less, a connection is still open at its application, where that has not said how long it keeps it
 BUFFER_HIGH_BYTES: Final = 512 << 10
 
 
 class Origin:
+    """The connection. `exchange` is there from a request's head to the end of its response, and in no other state."""
+
     __slots__ = (
         "_asks_upgrade", "_body", "_buffer", "_context", "_encodes", "_held", "_in_chunks", "_left", "_owner", "_responses",
         "_sent_early", "_state", "answered", "exchange", "idle_since", "is_head", "is_parked", "is_paused", "is_secure", "must_close",
@@ -50,12 +64,12 @@ class Origin:
         self.is_paused = False  # its write buffer is full
         self.is_parked = False  # its session sleeps; what is sent meanwhile is held
         self._held: list[bytes] = []
-        self.must_close = False  # it carries no further exchange
+        self.must_close = False  # the response under way is the last
         self.answered = False  # the application has answered on this connection: it speaks HTTP
         self.spoke_first = False  # something came while there was no request
         self.reuse_seconds = context.settings.origin_idle_seconds  # idle for longer, it is not used again
         self.proven_seconds = _PROVEN_SECONDS  # origin/pool.py
-        self._state = _AT_HEAD
+        self._state = _IDLE
         self._left = 0
         self._buffer = b""
         self._body: ChunkedBody | None = None
@@ -72,12 +86,12 @@ class Origin:
         self.transport.set_write_buffer_limits(high=BUFFER_HIGH_BYTES)
 
     def data_received(self, data: bytes) -> None:
-        exchange = self.exchange
+        exchange, state = self.exchange, self._state
         if exchange is None:
-            self.spoke_first = True
-            self.close()
+            if state == _IDLE:
+                self.spoke_first = True
+                self.close()
             return
-        state = self._state
         if state == _AT_HEAD:
             self._head(exchange, data)
             return
@@ -96,7 +110,7 @@ class Origin:
         if self._state == _TUNNEL and self.exchange is not None:
             self.exchange.tunnel_half_closed()
             return True
-        if self.exchange is None:
+        if self._state == _IDLE:
             self._closed_while_idle()
         return False
 
@@ -106,7 +120,7 @@ class Origin:
             self._owner.closes_early = True
 
     def connection_lost(self, error: Exception | None) -> None:
-        if error is not None and self.exchange is None:
+        if error is not None and self._state == _IDLE:
             self._closed_while_idle()
         if error is not None and self.exchange is not None and not self.is_secure:
             self._read_unread()
@@ -114,14 +128,14 @@ class Origin:
         if self.is_parked:
             self._context.forget_parked(self)
         self._owner.forget(self, self._context.time())
-        exchange, self.exchange = self.exchange, None
+        state, exchange = self._state, self._let_go()
         if exchange is None:
             return
-        if self._state == _TO_CLOSE and error is None:
+        if state == _TO_CLOSE and error is None:
             exchange.response_done()
-        elif self._state == _TUNNEL:
+        elif state == _TUNNEL:
             exchange.cut()
-        elif self._state != _AT_HEAD:
+        elif state != _AT_HEAD:
             exchange.origin_failed(failures.CONTENT_CUT_SHORT)
         elif self._buffer:
             exchange.origin_failed(failures.HEAD_CUT_SHORT)
@@ -151,6 +165,17 @@ class Origin:
         self.is_paused = False
         if self.exchange is not None:
             self.exchange.resume_reading(PEER_SLOW)
+
+    def _to(self, state: int) -> None:
+        """The connection's next state: nothing else sets it."""
+        assert _NEXT[self._state] >> state & 1, (self._state, state)
+        self._state = state
+
+    def _let_go(self) -> ClientSide | None:
+        """The connection has ended, and returns the exchange that was on it: its caller tells that exchange, or knows that it is over."""
+        self._to(_ENDED)
+        exchange, self.exchange = self.exchange, None
+        return exchange
 
     def _unanswered(self) -> Failure:
         if self.spoke_first:
@@ -182,9 +207,9 @@ class Origin:
 
     def begin(self, exchange: ClientSide, is_head: bool) -> None:
         """Begins an exchange without a request body; the caller writes the request's head."""
+        self._to(_AT_HEAD)
         self.exchange = exchange
         self.is_head = is_head
-        self._state = _AT_HEAD
         self._buffer = b""
 
     def open(self, exchange: ClientSide, head: RequestHead) -> None:
@@ -260,7 +285,7 @@ class Origin:
 
     def finish(self, trailers: Trailers | None) -> None:
         if self.is_parked:  # the client has ended its half: it left, and wakes nobody for that
-            exchange, self.exchange = self.exchange, None
+            exchange = self._let_go()
             self.close()
             if exchange is not None:
                 exchange.response_over()
@@ -282,25 +307,25 @@ class Origin:
     def is_reusable(self) -> bool:
         """Whether the connection is in the state of a new one; the pool takes back no other."""
         return (
-            self.exchange is None and not self.is_paused and not self.must_close and self.reading is not None and not self.reading.reasons
+            self._state == _IDLE and not self.is_paused and not self.must_close and self.reading is not None and not self.reading.reasons
         )
 
     def abandon(self) -> None:
-        self.exchange = None
-        self.must_close = True
+        self._let_go()
         if self.transport is not None and self.is_parked:
             self.transport.close()  # whose FIN is sent again until the guest runs; a reset would be lost
         elif self.transport is not None:
             self.transport.abort()
 
     def close(self) -> None:
+        """Closes a connection that has no exchange."""
+        self._to(_ENDED)
         if self.transport is not None:
             self.transport.close()
 
     def cut(self) -> None:
         """Ends the connection because its incarnation ends; the exchange on it, if any, fails."""
-        self.must_close = True
-        exchange, self.exchange = self.exchange, None
+        exchange = self._let_go()
         if self.transport is not None:
             self.transport.abort()
         if exchange is not None:
@@ -352,8 +377,7 @@ class Origin:
 
     def _refuse(self, exchange: ClientSide, failure: Failure) -> None:
         """Aborts the connection because of what the application has sent on it, and fails the exchange."""
-        self.exchange = None
-        self.must_close = True
+        self._let_go()
         exchange.origin_failed(failure)
         if self.transport is not None:
             self.transport.abort()
@@ -372,16 +396,18 @@ class Origin:
             self.must_close = self.must_close or bool(data)
             self._finish(exchange, head, b"")
         elif framing == FIXED:
-            self._state, self._left = _IN_FIXED, head.length
+            self._to(_IN_FIXED)
+            self._left = head.length
             exchange.response_head(head)
             self._fixed(exchange, data)
         elif framing == CHUNKED:
-            self._state, self._body = _IN_CHUNKED, ChunkedBody()
+            self._to(_IN_CHUNKED)
+            self._body = ChunkedBody()
             exchange.response_head(head)
             if data:
                 self._chunked(exchange, data)
         else:
-            self._state = _TO_CLOSE
+            self._to(_TO_CLOSE)
             exchange.response_head(head)
             if data:
                 exchange.response_data(data)
@@ -396,7 +422,7 @@ class Origin:
         if asked is None or head.upgrade is None or head.upgrade.lower() != asked:
             self._refuse(exchange, failures.UNASKED_UPGRADE)
             return
-        self._state = _TUNNEL
+        self._to(_TUNNEL)
         self._encodes = False
         exchange.switch(head, data)
 
@@ -435,7 +461,7 @@ class Origin:
         if self.exchange is not exchange:  # cut short meanwhile
             return
         self.exchange = None
-        self._state = _AT_HEAD
+        self._to(_IDLE)
         reusable = not self.must_close and exchange.request_complete
         if head is not None:
             exchange.response_whole(head, body)
@@ -443,7 +469,7 @@ class Origin:
             exchange.response_done(trailers)
         if self.reading is not None:
             self.reading.clear()  # its client's slowness was the exchange's
-        if reusable and not self.must_close and not self.is_paused:
+        if reusable and self._state == _IDLE and not self.is_paused:
             self._owner.release(self, self._context.time())
         else:
             self.close()
