@@ -90,7 +90,7 @@ def read_until(sock: socket.socket, wanted: bytes, seconds: float = 60.0) -> byt
     return seen
 
 
-def get(endpoint: str, ca: Path, token: str | None, path: str = "/", timeout: float = 40.0, **fields: str) -> Answer:
+def get(endpoint: str, ca: Path, token: str | None, path: str = "/", timeout: float = 40.0, **fields: Any) -> Answer:
     """One request on a connection of its own."""
     one = Endpoint(endpoint, ca, timeout)
     try:

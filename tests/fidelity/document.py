@@ -1,0 +1,36 @@
+"""docs/images.md, from the table: `python tests/fidelity/document.py` writes it; a test holds it to the table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+DOCUMENT = TESTS.parent / "docs/images.md"
+HEAD = """# Images: what works, what differs, what to write instead
+
+This page is made from the table in tests/fidelity/ (`python tests/fidelity/document.py`), each row of which is built, launched and
+asked in `make test` or `make test-long`. Whatever Docker builds and runs is meant to build and run here.
+"""
+
+
+def document() -> str:
+    from fidelity.table import subjects
+
+    lines = [HEAD]
+    for subject in subjects():
+        lines += [f"## {subject.title}", "", subject.text, "", "| case | what is true | note |", "|---|---|---|"]
+        for image in subject.images:
+            says = [check.says for check in image.checks if check.says]
+            if image.fails is not None:
+                says.insert(0, "is refused with a line that says why")
+            elif not says:
+                says = ["builds and starts"]
+            lines.append(f"| {image.title} | {'; '.join(says)} | {image.note} |".replace("  |", " |"))
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(TESTS))
+    DOCUMENT.write_text(document())

@@ -1,0 +1,145 @@
+"""The table of images (table.py), row by row, against real builds and real microVMs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from service import ROLE, Instance, until
+from wire import Answer, get
+
+from fidelity.table import Call, Check, Get, Image, Logs, Run, Sleep, subjects
+
+pytestmark = pytest.mark.vm
+IMAGES = {image.name: image for subject in subjects() for image in subject.images}
+AHEAD = 3  # builds under way at once
+POLICY = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    made = tmp_path_factory.mktemp("fidelity") / "server"
+    source = Path(__file__).with_name("server.c")
+    subprocess.run(["musl-gcc", "-static", "-Os", "-Wall", "-Werror", "-o", made, source], check=True, timeout=60)
+    return made.read_bytes()
+
+
+class Builds:
+    """Builds of the selected rows, some of them started ahead of the test that asks."""
+
+    def __init__(self, instance: Instance, server: bytes, names: list[str]) -> None:
+        self.instance, self.server = instance, server
+        self.waiting, self.started = names, dict[str, str]()
+
+    def start(self, image: Image) -> str:
+        files = image.files
+        if callable(files):
+            content: Any = files()
+        else:
+            content = {**({"Dockerfile": image.dockerfile} if image.dockerfile is not None else {}), "server": self.server, **files}
+        uri = self.instance.upload(content, f"fidelity-{image.name}.zip")
+        return self.instance.create(f"fidelity-{image.name}", uri, **image.request)
+
+    def of(self, name: str) -> str:
+        """The row's image; the next ones are begun."""
+        wanted = [name, *(one for one in self.waiting if one != name)][:AHEAD]
+        for one in wanted:
+            if one not in self.started:
+                self.started[one] = self.start(IMAGES[one])
+        self.waiting = [one for one in self.waiting if one != name]
+        return self.started[name]
+
+
+@pytest.fixture(scope="session")
+def row_builds(request: pytest.FixtureRequest, instance: Instance, server: bytes) -> Builds:
+    return Builds(
+        instance,
+        server,
+        [item.callspec.params["name"] for item in request.session.items if "row_builds" in getattr(item, "fixturenames", ())],
+    )  # type: ignore[attr-defined]
+
+
+class Running:
+    """A row's image, and the microVM that was launched from it."""
+
+    def __init__(self, instance: Instance, image: Image, arn: str, build: dict[str, Any]) -> None:
+        self.instance, self.image, self.arn, self.build = instance, image, arn, build
+        self.vm: dict[str, Any] | None = None
+
+    def started(self) -> dict[str, Any]:
+        if self.vm is None:
+            self.vm = self.instance.launch(self.arn, **{"idlePolicy": POLICY, "executionRoleArn": ROLE, **self.image.launch})
+            self.vm["token"] = self.instance.token(self.vm["microvmId"])
+        return self.vm
+
+    def ask(self, path: str, **request: Any) -> Answer:
+        vm = self.started()
+        return get(vm["endpoint"], self.instance.root / "tls/ca.crt", vm["token"], path, **request)
+
+    def run(self, command: str) -> tuple[int, str]:
+        answer = self.ask("/run", method="POST", body=command.encode())
+        assert answer.status == 200, answer
+        return int(answer.fields["x-exit-code"]), answer.body.decode(errors="replace").strip()
+
+    def log(self, build: bool = False) -> str:
+        if not build:
+            return self.instance.command("torpor", "logs", self.started()["microvmId"]).stdout
+        return self.instance.command("torpor", "logs", f"fidelity-{self.image.name}").stdout
+
+    def check(self, check: Check) -> None:
+        match check:
+            case Run():
+                code, printed = self.run(check.command)
+                assert code == check.code and re.fullmatch(check.prints, printed, re.DOTALL), f"{check.command}: {code}: {printed}"
+            case Get():
+                self.get(check)
+            case Logs():
+                if check.contains:
+                    until(lambda: re.search(check.contains, self.log(check.build)), 20, 0.2)
+                assert not check.absent or not re.search(check.absent, self.log(check.build)), self.log(check.build)
+            case Sleep():
+                identifier = self.started()["microvmId"]
+                self.instance.client().suspend_microvm(microvmIdentifier=identifier)
+                self.instance.state(identifier, "SUSPENDED")
+            case Call():
+                check.check(self)
+
+    def get(self, check: Get) -> None:
+        deadline = time.monotonic() + check.within
+        while True:
+            fields = {"X_aws_proxy_port": str(check.port), **check.fields}
+            answer = self.ask(check.path, method=check.method, body=check.body, **fields)
+            if answer.status == check.status and re.search(check.contains.encode(), answer.body, re.DOTALL):
+                return
+            assert time.monotonic() < deadline, f"{check.path}: {answer.status} {answer.body[:2000]!r}"
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def running(instance: Instance, row_builds: Builds, name: str) -> Iterator[Running]:
+    image = IMAGES[name]
+    arn = row_builds.of(name)
+    one = Running(instance, image, arn, instance.built(arn, seconds=image.times))
+    yield one
+    if one.vm is not None:
+        instance.terminate(one.vm["microvmId"])
+    instance.client().delete_microvm_image(imageIdentifier=arn)
+
+
+@pytest.mark.parametrize("name", [pytest.param(one.name, marks=[pytest.mark.long] if one.long else []) for one in IMAGES.values()])
+def test_a_row(running: Running, name: str) -> None:
+    image, build = running.image, running.build
+    log = running.log(build=True)
+    if image.fails is None:
+        assert build["buildState"] == "SUCCESSFUL", f"{build.get('stateReason')}\n{log[-4000:]}"
+        running.started()
+    else:
+        assert build["buildState"] == "FAILED", log[-4000:]
+        assert re.search(image.fails, f"{build['stateReason']}\n{log[-4000:]}"), f"{build['stateReason']}\n{log[-4000:]}"
+    for check in image.checks:
+        running.check(check)
