@@ -13,7 +13,7 @@ import pytest
 from service import ROLE, Instance, until
 from wire import Answer, get
 
-from fidelity.table import Call, Check, Get, Image, Logs, Run, Sleep, subjects
+from fidelity.table import Call, Check, Get, Image, Logs, Run, Sleep, archive, subjects
 
 pytestmark = pytest.mark.vm
 IMAGES = {image.name: image for subject in subjects() for image in subject.images}
@@ -37,11 +37,11 @@ class Builds:
         self.waiting, self.started = names, dict[str, str]()
 
     def start(self, image: Image) -> str:
-        files = image.files
-        if callable(files):
-            content: Any = files()
+        if callable(image.files):
+            content = image.files()
         else:
-            content = {**({"Dockerfile": image.dockerfile} if image.dockerfile is not None else {}), "server": self.server, **files}
+            own = {"Dockerfile": image.dockerfile} if image.dockerfile is not None else {}
+            content = archive({**own, "server": self.server, **image.files})
         uri = self.instance.upload(content, f"fidelity-{image.name}.zip")
         return self.instance.create(f"fidelity-{image.name}", uri, **image.request)
 
@@ -57,11 +57,8 @@ class Builds:
 
 @pytest.fixture(scope="session")
 def row_builds(request: pytest.FixtureRequest, instance: Instance, server: bytes) -> Builds:
-    return Builds(
-        instance,
-        server,
-        [item.callspec.params["name"] for item in request.session.items if "row_builds" in getattr(item, "fixturenames", ())],
-    )  # type: ignore[attr-defined]
+    chosen = [item for item in request.session.items if isinstance(item, pytest.Function) and "row_builds" in item.fixturenames]
+    return Builds(instance, server, [item.callspec.params["name"] for item in chosen])
 
 
 class Running:
@@ -89,7 +86,12 @@ class Running:
     def log(self, build: bool = False) -> str:
         if not build:
             return self.instance.command("torpor", "logs", self.started()["microvmId"]).stdout
-        return self.instance.command("torpor", "logs", f"fidelity-{self.image.name}").stdout
+        pages = (
+            self.instance.client("logs")
+            .get_paginator("filter_log_events")
+            .paginate(logGroupName=f"/aws/lambda-microvms/fidelity-{self.image.name}", logStreamNamePrefix="build/")
+        )
+        return "\n".join(event["message"] for page in pages for event in page["events"])
 
     def check(self, check: Check) -> None:
         match check:
