@@ -306,9 +306,7 @@ class Origin:
     @property
     def is_reusable(self) -> bool:
         """Whether the connection is in the state of a new one; the pool takes back no other."""
-        return (
-            self._state == _IDLE and not self.is_paused and not self.must_close and self.reading is not None and not self.reading.reasons
-        )
+        return self._state == _IDLE and not self.is_paused and not self.must_close and self.reading is not None and not self.reading.reasons
 
     def abandon(self) -> None:
         self._let_go()
