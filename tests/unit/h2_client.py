@@ -9,12 +9,19 @@ from typing import Any
 import h2.config
 import h2.connection
 import h2.events
-from edge_rig import Rig
+from edge_rig import HOST, Rig
 
 from gateway.edge.wire import http2_frames as f
 
 Fields = list[tuple[str, str]]
 OnHead = Callable[[int], bytes]  # what an application sends when the head of a request on this stream has come
+
+
+def fields(rig: Rig, path: str = "/", method: str = "GET", *more: tuple[str, str], host: str = HOST) -> Fields:
+    return [
+        (":method", method), (":scheme", "https"), (":path", path), (":authority", host),
+        ("x-aws-proxy-auth", rig.token), ("x-aws-proxy-port", str(rig.app_port)), *more,
+    ]  # fmt: skip
 
 
 class Judge:

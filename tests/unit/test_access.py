@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edge_rig import HOST, OK, Rig, response
-from h2_client import Judge
+from edge_rig import OK, Rig, response
+from h2_client import Judge, fields
 from waiting import until
 
 from gateway.edge.records import access_log
@@ -236,13 +236,6 @@ def lose(writer: asyncio.StreamWriter) -> None:
     """A connection that ends with a reset, not with a FIN."""
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
-
-
-def fields(rig: Rig, path: str = "/") -> list[tuple[str, str]]:
-    return [
-        (":method", "GET"), (":scheme", "https"), (":authority", HOST), (":path", path), ("x-aws-proxy-auth", rig.token),
-        ("x-aws-proxy-port", str(rig.app_port)),
-    ]  # fmt: skip
 
 
 async def big(rig: Rig, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from edge_rig import HOST, OK, Rig
-from h2_client import Answer, Fields, Judge, Raw
+from h2_client import Answer, Judge, Raw, fields
 from waiting import until
 
 from gateway.edge.wire import http2_frames as f
@@ -23,13 +23,6 @@ async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
     await one.start(http2=True, head_seconds=0.5, idle_seconds=5, hold_seconds=5, connect_seconds=0.2)
     yield one
     await one.stop()
-
-
-def fields(rig: Rig, path: str = "/", method: str = "GET", *more: tuple[str, str], host: str = HOST) -> Fields:
-    return [
-        (":method", method), (":scheme", "https"), (":path", path), (":authority", host),
-        ("x-aws-proxy-auth", rig.token), ("x-aws-proxy-port", str(rig.app_port)), *more,
-    ]  # fmt: skip
 
 
 async def judge(rig: Rig) -> Judge:

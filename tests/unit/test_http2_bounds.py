@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from edge_rig import HOST, OK, Rig
-from h2_client import Judge, Raw
+from h2_client import Judge, Raw, fields
 from waiting import until
 
 from gateway.edge.client.http2 import Http2
@@ -26,13 +26,6 @@ async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
     await one.start(http2=True, head_seconds=0.5, body_seconds=0.5, idle_seconds=5, hold_seconds=5, connect_seconds=0.2)
     yield one
     await one.stop()
-
-
-def fields(rig: Rig, path: str = "/", method: str = "GET", *more: tuple[str, str]) -> list[tuple[str, str]]:
-    return [
-        (":method", method), (":scheme", "https"), (":path", path), (":authority", HOST),
-        ("x-aws-proxy-auth", rig.token), ("x-aws-proxy-port", str(rig.app_port)), *more,
-    ]  # fmt: skip
 
 
 def block(rig: Rig, path: str = "/", method: str = "GET", *more: tuple[str, str]) -> bytes:

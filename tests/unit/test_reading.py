@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from edge_rig import HOST, OK, Rig, response
-from h2_client import Judge
+from h2_client import Judge, fields
 from waiting import until
 
 from gateway.edge.policy import replies
@@ -85,6 +85,18 @@ def sized(rig: Rig) -> None:
             size = int((await rig.head(reader)).split(b" ")[1][1:])
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
             writer.write(b"x" * size)
+            await writer.drain()
+
+    rig.script = script
+
+
+def whole(rig: Rig) -> None:
+    """The application answers /N with N bytes in one write, for ever."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            size = int((await rig.head(reader)).split(b" ")[1][1:])
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size)
             await writer.drain()
 
     rig.script = script
@@ -176,18 +188,66 @@ async def test_an_upload_that_is_answered_early_leaves_its_client_reading(rig: R
 async def test_answers_that_come_whole_are_charged_to_the_limit(rig: Rig) -> None:
     """Their client is not read until the bytes a second are there again."""
     await rig.start(limits="custom", workers=1, limit_bytes_per_second=100_000)
-
-    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await rig.head(reader):
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n" + b"x" * 60_000)
-
-    rig.script = script
+    whole(rig)
     reader, writer = await rig.open()
     for _ in range(2):
-        writer.write(rig.request())
+        writer.write(rig.request("/60000"))
         assert len((await response(reader))[2]) == 60_000
     (client,) = rig.worker.clients
     assert client.transport is not None and not client.transport.is_reading()
+    await until(client.transport.is_reading, 5)
+    writer.close()
+
+
+async def test_answers_that_come_whole_wait_for_the_limit_over_http2(rig: Rig) -> None:
+    """A stream has no next request that could wait for what its answer has spent: the answer does."""
+    await rig.start(http2=True, limits="custom", workers=1, limit_bytes_per_second=150_000)
+    whole(rig)
+    judge = Judge(*await rig.open())
+    started = asyncio.get_running_loop().time()
+    numbers = [judge.ask(fields(rig, "/60000")) for _ in range(3)]
+    for number in numbers:
+        answer = await judge.answer(number)
+        assert answer.ended and len(answer.body) == 60_000
+    assert asyncio.get_running_loop().time() - started > 0.19  # 180,000 bytes, of which a second's worth is free
+    judge.writer.close()
+
+
+async def test_a_body_that_comes_before_its_application_is_charged_to_the_limit(rig: Rig) -> None:
+    await rig.start(http2=True, limits="custom", workers=1, limit_bytes_per_second=40_000)
+    rig.script = rig.echo
+    judge = Judge(*await rig.open())
+    started = asyncio.get_running_loop().time()
+    number = judge.ask([*fields(rig, "/", "POST"), ("content-length", "48000")], bytes(16_000), end=False)
+    judge.h2.send_data(number, bytes(16_000))
+    judge.h2.send_data(number, bytes(16_000), end_stream=True)
+    judge.flush()
+    assert len((await judge.answer(number)).body) == 48_000
+    assert asyncio.get_running_loop().time() - started > 1.3  # 96,000 bytes
+    judge.writer.close()
+
+
+async def test_what_a_client_says_in_a_tunnel_is_charged_to_the_limit(rig: Rig) -> None:
+    await rig.start(limits="custom", workers=1, limit_bytes_per_second=100_000)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await rig.head(reader)
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n")
+        while await reader.read(65536):
+            pass
+
+    rig.script = script
+    reader, writer = await rig.open()
+    writer.write(
+        rig.request(
+            "/", "Connection: upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
+        )
+    )
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+    writer.write(b"\x82\xff" + (120_000).to_bytes(8, "big") + bytes(120_004))
+    (client,) = rig.worker.clients
+    assert client.transport is not None
+    await until(lambda: not client.transport.is_reading(), 5)
     await until(client.transport.is_reading, 5)
     writer.close()
 

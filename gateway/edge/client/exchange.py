@@ -275,6 +275,8 @@ class Exchange(ClientSide):
             # The latest alone: a pong answers those before it too (RFC 6455, 5.5.3).
             self.unanswered_pings = [one for one in control if one[0] == PING] or self.unanswered_pings
         if origin is not None:
+            if self._limiter is not None:
+                self.throttle(len(data))
             origin.send(data)
 
     @property
@@ -323,7 +325,8 @@ class Exchange(ClientSide):
         return not limiter.take()
 
     def throttle(self, size: int) -> None:
-        """Bytes of a body passed: where they are too many a second, both sides wait."""
+        """Bytes of a body, or of a tunnel, pass in either direction: where they are too many a second, both sides wait. An answer over
+        HTTP/2 that came whole waits itself (`Request.response_whole`)."""
         delay = self._limiter.spend(size) if self._limiter is not None else 0.0
         if delay and self.origin is not None:
             self.origin.pause(THROTTLED)

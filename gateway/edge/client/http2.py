@@ -441,6 +441,7 @@ class Request(Exchange, Flow):
             return
         ahead, self._ahead = self._ahead, None
         if ahead:
+            self.throttle(len(ahead))
             origin.send(bytes(ahead))
         if self.received_end and self.head is not None and self.head.framing != 0:
             origin.finish(self._trailers)
@@ -506,9 +507,16 @@ class Request(Exchange, Flow):
             self._inconsistent()
             return
         self._begin_answer(head.status)
-        self.sent = len(body)
         self.origin = None
+        delay = self._limiter.spend(len(body)) if body and self._limiter is not None else 0.0
+        if delay:  # and no request comes behind it on its stream that could wait in its place
+            asyncio.get_running_loop().call_later(delay, self._send_whole, head, body)
+        else:
+            self._send_whole(head, body)
+
+    def _send_whole(self, head: ResponseHead, body: bytes) -> None:
         if self._is_open:
+            self.sent = len(body)
             self.connection.send_message(self, self._fields(head), body)
 
     def response_head(self, head: ResponseHead) -> None:
