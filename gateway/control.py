@@ -116,9 +116,9 @@ class Control:
         try:
             async with asyncio.timeout(_STOP_SECONDS):
                 while running := [
-                    one for one in self.store.sessions.values() if one.state is State.RUNNING and one.id not in tried
+                    session for session in self.store.sessions.values() if session.state is State.RUNNING and session.id not in tried
                 ]:  # fmt: skip
-                    tried |= {one.id for one in running}
+                    tried |= {session.id for session in running}
                     await asyncio.gather(*map(self._suspend, running))
                     await self.lifecycle.quiet()  # one that was launched or resumed meanwhile runs then
             await self.host.leave()
@@ -183,12 +183,12 @@ class Control:
         session = self.store.sessions.get(body.session)
         if connection.uid != 0 or session is None:
             raise RpcError("NotFound", f"MicroVM not found: {body.session}")
-        own = [m.Trace(one.work, one.started_at, one.steps) for one in self.lifecycle.traces(session)]
+        own = [m.Trace(trace.work, trace.started_at, trace.steps) for trace in self.lifecycle.traces(session)]
         return own + await self.host.traces(session.id)
 
     async def tiers(self) -> dict[str, m.Tier]:
         """Returns where every sleeping session is."""
-        held = {one.session: one for one in (await self.host.state()).sessions if one.phase == "warm"}
+        held = {host_session.session: host_session for host_session in (await self.host.state()).sessions if host_session.phase == "warm"}
         found = {}
         for session in self.store.sessions.values():
             if session.state is not State.SUSPENDED:
@@ -262,7 +262,7 @@ async def main(settings: Settings) -> None:
     if settings.logs.endpoint:
         shipper = Shipper(control.logs, settings.control_dir / "logs-sent.json", lambda: default_client(settings))
         work.append(shipper.run())
-    background = [asyncio.get_running_loop().create_task(one) for one in work]
+    background = [asyncio.get_running_loop().create_task(coroutine) for coroutine in work]
     process.ready()
     log.info("control.ready", sessions=len(control.store.sessions), images=len(control.store.images))
     stop, suspend = asyncio.Event(), asyncio.Event()

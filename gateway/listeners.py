@@ -98,7 +98,7 @@ def choose_edge_port(settings: Settings, in_use: bool) -> int:
         if not in_use and not _is_free(addresses, port):
             raise ConfigError(f"port {port} (edge) is taken by {holder(port)}: end it, or set edge.port")
     else:
-        port = next((one for one in (*_CHOICES, *_SEARCH) if _is_free(addresses, one)), 0)
+        port = next((candidate for candidate in (*_CHOICES, *_SEARCH) if _is_free(addresses, candidate)), 0)
         if not port:
             raise ConfigError("no free port for the edge from 443, 8443 to 8543: set edge.port")
     kept.write_text(str(port), encoding="ascii")
@@ -113,7 +113,7 @@ def _kept_port(kept: Path) -> int:
 
 def edge_addresses(settings: Settings) -> list[str]:
     """Returns the addresses of endpoints, without those of IPv6 where the host has none."""
-    return [one for one in settings.edge.addresses if not is_inet(one) or ":" not in one or has_ipv6()]
+    return [address for address in settings.edge.addresses if not is_inet(address) or ":" not in address or has_ipv6()]
 
 
 def holder(port: int) -> str:

@@ -82,7 +82,7 @@ class Supervisor:
         edges = self._edges()
         for child in self._children:
             if child not in edges:
-                await _stop_old([one for one in old if one.name == child.name])
+                await _stop_old([process for process in old if process.name == child.name])
                 await self._processes.start(child)
         try:
             async with asyncio.TaskGroup() as group:
@@ -90,9 +90,9 @@ class Supervisor:
                     group.create_task(self._processes.start(child))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from errors
-        for one in old:
-            if one.name.startswith("edge"):
-                _signal(one, signal.SIGTERM)
+        for process in old:
+            if process.name.startswith("edge"):
+                _signal(process, signal.SIGTERM)
         return self._settings
 
     def _edges(self) -> list[Child]:
@@ -113,17 +113,17 @@ class Supervisor:
         settings, users = self._settings, self._settings.users
         python = [self._python(), "-m"]
 
-        def one(purpose: str, address: str, port: int) -> list[socket.socket]:
+        def listening(purpose: str, address: str, port: int) -> list[socket.socket]:
             adopted = sockets.get(purpose)
             return adopted.pop() if adopted else [listeners.listen(address, port, purpose)]
 
         if settings.object_store.embedded and not settings.object_store.endpoint:
-            store = one("store", "127.0.0.1", settings.object_store.port)
+            store = listening("store", "127.0.0.1", settings.object_store.port)
             self._children.append(Child("store", [*python, "gateway.objectstore"], users.store, {"store": store}))
         self._children.append(Child("vmm", [*python, "vmm"], 0))
         control = {
-            "api": one("api", settings.api.address, settings.api.port),
-            "metrics": one("metrics", settings.api.address, settings.api.metrics_port),
+            "api": listening("api", settings.api.address, settings.api.port),
+            "metrics": listening("metrics", settings.api.address, settings.api.metrics_port),
         }
         self._children.append(Child("control", [*python, "gateway.control"], users.control, control))
         shared: list[socket.socket] = []  # sockets of which there is only one, whatever the number of workers
@@ -292,22 +292,22 @@ def living(path: Path) -> list[Recorded]:
         recorded = read_state(path).processes
     except (OSError, msgspec.MsgspecError):
         return []
-    return [one for one in recorded if is_living(one)]
+    return [process for process in recorded if is_living(process)]
 
 
-def is_living(one: Recorded) -> bool:
+def is_living(process: Recorded) -> bool:
     """Whether that very process runs: its pid may be another's by now."""
-    return one.started is not None and host.start_time(one.pid) == one.started
+    return process.started is not None and host.start_time(process.pid) == process.started
 
 
 def _adopt_sockets(old: list[Recorded]) -> dict[str, list[list[socket.socket]]]:
     """Listening sockets of living processes, each once: closing the last holder of one would reset what is queued in it."""
     found: dict[str, list[list[socket.socket]]] = {}
     known: set[int] = set()
-    for one in old:
-        for purpose, numbers in one.sockets.items():
+    for process in old:
+        for purpose, numbers in process.sockets.items():
             with contextlib.suppress(OSError):
-                taken = [socket.socket(fileno=host.pidfd_getfd(one.pid, number)) for number in numbers]
+                taken = [socket.socket(fileno=host.pidfd_getfd(process.pid, number)) for number in numbers]
                 inodes = {os.fstat(sock.fileno()).st_ino for sock in taken}
                 if inodes <= known:  # those of its predecessor or successor
                     for sock in taken:
@@ -318,20 +318,20 @@ def _adopt_sockets(old: list[Recorded]) -> dict[str, list[list[socket.socket]]]:
     return found
 
 
-def _signal(one: Recorded, number: signal.Signals) -> None:
+def _signal(process: Recorded, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.kill(one.pid, number)
+        os.kill(process.pid, number)
 
 
 async def _stop_old(old: list[Recorded]) -> None:
     """Tells processes of an earlier supervisor to end, and waits for it; kills those that do not end in time."""
-    for one in old:
-        _signal(one, signal.SIGTERM)
+    for process in old:
+        _signal(process, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS
-    while left := [one for one in old if is_living(one)]:
+    while left := [process for process in old if is_living(process)]:
         if time.monotonic() > deadline:
-            for one in left:
-                _signal(one, signal.SIGKILL)
+            for process in left:
+                _signal(process, signal.SIGKILL)
         await asyncio.sleep(0.02)
 
 

@@ -30,7 +30,7 @@ class Admin:
 
     async def rpc_accounts(self, connection: Connection, body: None) -> list[m.AccountFacts]:
         self._check(connection)
-        return [m.AccountFacts(one.id, one.name, one.created_at) for one in self._directory.accounts]
+        return [m.AccountFacts(account.id, account.name, account.created_at) for account in self._directory.accounts]
 
     async def rpc_account_create(self, connection: Connection, body: m.AccountName) -> m.AccountFacts:
         self._check(connection)

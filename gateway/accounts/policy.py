@@ -182,7 +182,7 @@ def parse(document: Any) -> Policy:
         raise PolicyError("Version must be 2012-10-17")
     statements = document.get("Statement", [])
     statements = statements if isinstance(statements, list) else [statements]
-    return Policy(tuple(_statement(one, f"Statement {at}") for at, one in enumerate(statements, 1)))
+    return Policy(tuple(_statement(statement, f"Statement {at}") for at, statement in enumerate(statements, 1)))
 
 
 def _only(given: dict[str, Any], known: set[str], where: str) -> None:
@@ -193,9 +193,9 @@ def _only(given: dict[str, Any], known: set[str], where: str) -> None:
 
 def _strings(value: Any, where: str) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(one, str | int | float | bool) for one in values):
+    if not values or not all(isinstance(value, str | int | float | bool) for value in values):
         raise PolicyError(f"{where} must be a string or a list of strings")
-    return tuple(str(one).lower() if isinstance(one, bool) else str(one) for one in values)
+    return tuple(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
 
 
 def _statement(given: Any, where: str) -> Statement:
@@ -214,7 +214,7 @@ def _statement(given: Any, where: str) -> Statement:
         given["Effect"] == "Allow",
         _strings(given.get("Action", given.get("NotAction")), f"{where}: Action"), "NotAction" in given,
         _strings(given.get("Resource", given.get("NotResource")), f"{where}: Resource"), "NotResource" in given,
-        tuple(one for name, keys in conditions.items() for one in _conditions(name, keys, where)),
+        tuple(condition for name, keys in conditions.items() for condition in _conditions(name, keys, where)),
     )  # fmt: skip
 
 

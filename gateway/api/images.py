@@ -57,7 +57,7 @@ class Images:
         self._check_idle(image)
         request = self._request(caller, call)
         self._check_quota("versions", len(image.versions))
-        self._check_builds([one for one in self._store.images.values() if one.account == caller.account])
+        self._check_builds([image for image in self._store.images.values() if image.account == caller.account])
         return await self._begin(image, self._service.registry.update(image, request), remember)
 
     async def _once(

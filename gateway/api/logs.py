@@ -78,8 +78,8 @@ class Logs:
         for name in page:
             streams = [self._store.facts(account, name, stream) for stream in self._store.streams(account, name)]
             groups.append({
-                "logGroupName": name, "arn": self._arn(account, name), "storedBytes": sum(one.stored_bytes for one in streams),
-                "creationTime": min((one.first for one in streams), default=0), "metricFilterCount": 0,
+                "logGroupName": name, "arn": self._arn(account, name), "storedBytes": sum(stream.stored_bytes for stream in streams),
+                "creationTime": min((stream.first for stream in streams), default=0), "metricFilterCount": 0,
             })  # fmt: skip
         return {"logGroups": groups, **token}
 
@@ -129,8 +129,8 @@ class Logs:
             if stream.startswith(prefix) and (wanted is None or stream in wanted):
                 events = self._store.events(account, group, stream, 0)
                 found += [(e.t, stream, at, e) for at, e in events if first <= e.t < last and matches(e.m)]
-        found.sort(key=lambda one: one[:3])
-        page, token = _page(found, lambda one: f"{one[0]:015d}/{one[2]:012d}/{one[1]}", call, _MOST_EVENTS, sort=True)
+        found.sort(key=lambda event: event[:3])
+        page, token = _page(found, lambda event: f"{event[0]:015d}/{event[2]:012d}/{event[1]}", call, _MOST_EVENTS, sort=True)
         return {
             "events": [
                 {"logStreamName": stream, "timestamp": t, "message": event.m, "ingestionTime": t, "eventId": f"{t:014d}{at:012d}{stream}"}

@@ -61,7 +61,7 @@ class Model:
             if name == SERVICE:
                 description["shapes"]["IdlePolicyMaxIdleDurationSecondsInteger"]["min"] = min_idle_seconds
             service = ServiceModel(description, name)
-            self.operations += [_operation(name, service.operation_model(one)) for one in service.operation_names]
+            self.operations += [_operation(name, service.operation_model(operation)) for operation in service.operation_names]
 
     def find(self, method: str, raw_path: str) -> tuple[Operation, dict[str, str]] | None:
         """The operation of a request line and its path members, decoded."""
@@ -100,7 +100,9 @@ def parse_input(operation: Operation, path: dict[str, str], query: str, body: An
     problems: list[str] = []
     result = _check_structure(operation.input, given, "", problems)
     if operation.service == CORE:  # whose members are Capital, and whose texts are not
-        problems = [_PATH.sub(lambda match: re.sub(r"(?<![a-zA-Z])[A-Z]", lambda c: c[0].lower(), match[0]), one) for one in problems]
+        problems = [
+            _PATH.sub(lambda match: re.sub(r"(?<![a-zA-Z])[A-Z]", lambda c: c[0].lower(), match[0]), problem) for problem in problems
+        ]
     if problems:
         noun = "error" if len(problems) == 1 else "errors"
         raise Validation(f"{len(problems)} validation {noun} detected: {'; '.join(problems)}")

@@ -29,7 +29,7 @@ class Pager:
         """One page of items sorted by `key`, and the token of the next. Raises Validation for a bad token."""
         by_key = {key(item): item for item in items}
         page, token = self.page_of_keys(what, sorted(by_key), call)
-        return [by_key[one] for one in page], token
+        return [by_key[key] for key in page], token
 
     def page_of_keys(self, what: str, ordered: Sequence[Key], call: dict[str, Any]) -> tuple[list[Key], str | None]:
         """The same for keys that are in order already: costs the page, not the list."""

@@ -212,7 +212,7 @@ def tiers() -> dict[str, str]:
     if os.geteuid() != 0 or not config.load().control_socket.exists():
         return {}
     found = ask("tiers", None, dict[str, m.Tier])
-    return {session: f"{one.tier}, {mib(one.stored_bytes)}" for session, one in found.items()}
+    return {session: f"{kept.tier}, {mib(kept.stored_bytes)}" for session, kept in found.items()}
 
 
 def microvm_log(identifier: str, after: int) -> m.MicrovmLog | None:
@@ -232,11 +232,11 @@ def trace(
     """
     found = ask("traces", m.SessionName(resolve(identifier)), list[m.Trace])
     if as_json:
-        show_json([msgspec.to_builtins(one) for one in found])
+        show_json([msgspec.to_builtins(trace) for trace in found])
         return
     rows = []
-    for one in sorted(found, key=lambda one: one.started_at):
-        total = sum(step.took_ms for step in one.steps)
-        rows.append((one.work, one.steps[0].where if one.steps else "", "in all", f"{total:.1f}"))
-        rows += [("", step.where, step.what, f"{step.took_ms:.1f}") for step in one.steps]
+    for trace in sorted(found, key=lambda trace: trace.started_at):
+        total = sum(step.took_ms for step in trace.steps)
+        rows.append((trace.work, trace.steps[0].where if trace.steps else "", "in all", f"{total:.1f}"))
+        rows += [("", step.where, step.what, f"{step.took_ms:.1f}") for step in trace.steps]
     show_table(("WORK", "PROCESS", "STEP", "MS"), rows)

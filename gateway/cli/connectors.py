@@ -51,7 +51,7 @@ def ls(as_json: Json = False) -> None:
     if as_json:
         show_json(found)
     else:
-        show_table(("NAME", "STATE", "ARN"), [(one["Name"], one["State"], one["Arn"]) for one in found])
+        show_table(("NAME", "STATE", "ARN"), [(connector["Name"], connector["State"], connector["Arn"]) for connector in found])
 
 
 @connector.command("rm")
@@ -76,8 +76,8 @@ def tag_set(
 
     Example: torpor tag set flask team=blue
     """
-    pairs = dict(one.partition("=")[::2] for one in tags)
-    if not all("=" in one for one in tags):
+    pairs = dict(tag.partition("=")[::2] for tag in tags)
+    if not all("=" in tag for tag in tags):
         fail("tags have the form name=value", 2)
     client().tag_resource(Resource=_resource(resource), Tags=pairs)
 

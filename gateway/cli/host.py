@@ -93,7 +93,7 @@ def reload(root: Root = None, name: Name = None) -> None:
     path, began = supervisor.state_file(settings), time.time()
 
     def workers(state: supervisor.State) -> set[int]:
-        return {one.pid for one in state.processes if one.serves and one.name.startswith("edge")}
+        return {process.pid for process in state.processes if process.serves and process.name.startswith("edge")}
 
     try:
         before = workers(supervisor.read_state(path))
@@ -194,12 +194,12 @@ def doctor(
         rows.append(("edge port", True, f"{port}, held by {listeners.holder(port)}"))
     if repair and is_served(settings):
         fail(f"instance {settings.name} is served: it mends what it finds at its start; stop it to repair by hand", 1)
-    for one in leftovers_of(settings):
+    for leftover in leftovers_of(settings):
         if repair:
-            leftovers.mend(settings, one)
-            errors.print(f"torpor: removed {one.kind} {one.what}: {one.why}", soft_wrap=True)
+            leftovers.mend(settings, leftover)
+            errors.print(f"torpor: removed {leftover.kind} {leftover.what}: {leftover.why}", soft_wrap=True)
         else:
-            rows.append((f"left over: {one.kind}", False, f"{one.what}: {one.why}; torpor doctor --repair removes it"))
+            rows.append((f"left over: {leftover.kind}", False, f"{leftover.what}: {leftover.why}; torpor doctor --repair removes it"))
     if as_json:
         show_json([{"check": check, "ok": ok, "text": text} for check, ok, text in rows])
     else:

@@ -217,6 +217,6 @@ def terminate(microvms: Annotated[list[str], typer.Argument(help="Ids, or the be
 
     Example: torpor terminate 3f2a 77b0
     """
-    for identifier in [resolve(one) for one in microvms]:
+    for identifier in [resolve(name) for name in microvms]:
         client().terminate_microvm(microvmIdentifier=identifier)
         _wait_for(identifier, ("TERMINATED",))

@@ -195,7 +195,7 @@ class Link:
         if lines := self._faults.take():
             connection.notify("faults", m.Faults(lines))
         if self._worker.counters.answers != self._counted:
-            counted = [list(one) for one in self._worker.counters.answers]
+            counted = [list(by_digit) for by_digit in self._worker.counters.answers]
             held, access = self._worker.holds.statistics()["requests"], self._worker.counters.access
             answers = dict(zip(PROTOCOLS, counted, strict=True))
             connection.notify(

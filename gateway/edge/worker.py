@@ -75,7 +75,7 @@ class Worker:
         self.spans = Spans("", name)
         self.is_draining = False
         self._certificates: Certificates | None = None
-        self._balancers = [ipaddress.ip_network(one) for one in settings.proxy_protocol_from]
+        self._balancers = [ipaddress.ip_network(network) for network in settings.proxy_protocol_from]
         self._servers: list[asyncio.Server] = []
         self.upstream = Upstream(self, RpcClient(vmm))
         self.parking = self.upstream.parking
@@ -157,7 +157,7 @@ class Worker:
 
     def _each_client(self, step: str, *arguments: object, only_quiet: bool = False) -> None:
         """A client whose step raises is ended: nobody could say what state it is in."""
-        for client in [one for one in self.clients if not only_quiet or one.is_quiet]:
+        for client in [accepted for accepted in self.clients if not only_quiet or accepted.is_quiet]:
             if not self.guard(getattr(client, step), *arguments):
                 self.clients.discard(client)
                 if client.transport is not None:

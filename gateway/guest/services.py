@@ -49,7 +49,7 @@ class Services:
         """A few connections at once: the rest wait in the guest's own network, not in ours."""
         loop, room = asyncio.get_running_loop(), asyncio.Semaphore(_CONNECTIONS)
 
-        async def one(sock: socket.socket) -> None:
+        async def serve_in_room(sock: socket.socket) -> None:
             try:
                 await serve(sock)
             finally:
@@ -63,7 +63,7 @@ class Services:
                 room.release()
                 await asyncio.sleep(_ACCEPT_PAUSE_SECONDS)
                 continue
-            self._spawn(one(sock))
+            self._spawn(serve_in_room(sock))
 
     async def _meet(self, sock: socket.socket, metadata: Metadata) -> None:
         loop = asyncio.get_running_loop()

@@ -42,13 +42,13 @@ def logins(
     if credentials is None:
         return found
     named = {match[0]: match[1] for match in _ECR.finditer(dockerfile)}
-    for one in sorted({region} if settings.ecr_endpoint else set(named.values())):
+    for where_from in sorted({region} if settings.ecr_endpoint else set(named.values())):
         try:
-            granted = _ecr(settings.ecr_endpoint, one, credentials).get_authorization_token()["authorizationData"][0]
+            granted = _ecr(settings.ecr_endpoint, where_from, credentials).get_authorization_token()["authorizationData"][0]
         except (BotoCoreError, ClientError) as error:
-            say(f"no login to ECR in {one} for {role}: {error}")
+            say(f"no login to ECR in {where_from} for {role}: {error}")
             continue
-        hosts = [host for host, where in named.items() if where == one]
+        hosts = [host for host, where in named.items() if where == where_from]
         found |= dict.fromkeys([*hosts, urlsplit(granted["proxyEndpoint"]).netloc], granted["authorizationToken"])
     return found
 

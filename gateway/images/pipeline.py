@@ -304,7 +304,7 @@ class Pipeline:
         used = -1.0
         while time.monotonic() < max(deadline, settle):
             state = await self._host.state()
-            now = next((one.cpu_seconds for one in state.sessions if one.session == job.session), 0.0)
+            now = next((host_session.cpu_seconds for host_session in state.sessions if host_session.session == job.session), 0.0)
             if used >= 0 and now - used < _QUIET_STEP_SECONDS * _QUIET_SHARE and time.monotonic() >= settle:
                 return
             used = now

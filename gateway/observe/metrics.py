@@ -52,12 +52,15 @@ def edge_left(worker: Hashable) -> None:
 
 
 def _edge_sums() -> dict[str, int]:
-    sums = {"clients": sum(one.clients for one in _counted.values()), "held": sum(one.held for one in _counted.values())}
-    sums["parked"] = sum(one.parked for one in _counted.values())
-    sums["access_log_lines_lost"] = sum(one.lost_lines for one in _counted.values())
-    sums["access_log_not_reopened"] = sum(one.not_reopened for one in _counted.values())
-    for one in _counted.values():
-        for name, count in one.origins.items():
+    sums = {
+        "clients": sum(counters.clients for counters in _counted.values()),
+        "held": sum(counters.held for counters in _counted.values()),
+    }
+    sums["parked"] = sum(counters.parked for counters in _counted.values())
+    sums["access_log_lines_lost"] = sum(counters.lost_lines for counters in _counted.values())
+    sums["access_log_not_reopened"] = sum(counters.not_reopened for counters in _counted.values())
+    for counters in _counted.values():
+        for name, count in counters.origins.items():
             sums[f"origins_{name}"] = sums.get(f"origins_{name}", 0) + count
     return sums
 
@@ -76,7 +79,7 @@ def application(states: object, tiers: Callable[[], Awaitable[dict[str, Tier]]])
         except RpcError:  # the host is away: the figures stay as they were
             sleeping = None
         for tier in ("warm", "cold", "archived") if sleeping is not None else ():
-            among = [one.stored_bytes for one in sleeping or () if one.tier == tier]
+            among = [session.stored_bytes for session in sleeping or () if session.tier == tier]
             asleep.labels(tier).set(len(among))
             asleep_bytes.labels(tier).set(sum(among))
         for what, count in _edge_sums().items():

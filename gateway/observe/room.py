@@ -24,7 +24,7 @@ def _meminfo() -> int:
 
 def existing(path: Path) -> Path:
     """The path, or the nearest directory above it that is there: where it would be made."""
-    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    return next(directory for directory in (path.absolute(), *path.absolute().parents) if directory.exists())
 
 
 def disk_free_bytes(path: Path) -> int:

@@ -408,7 +408,7 @@ class Actions:
         """Compares a session with what the host has of it, and goes on from there."""
         if state is None:
             state = await patiently(self._host.state)
-        held = next((one for one in state.sessions if one.session == session.id), None)
+        held = next((host_session for host_session in state.sessions if host_session.session == session.id), None)
         saved = state.snapshots.get(session.id)
         if session.state is State.PENDING and session.incarnation == 0:
             if held is not None:

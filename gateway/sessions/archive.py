@@ -80,7 +80,7 @@ class Archive:
     def _put(self, key: str, descriptor: int) -> None:
         client, bucket = self._client(), self._settings.bucket
         if not self._is_made:
-            if bucket not in [one["Name"] for one in client.list_buckets()["Buckets"]]:
+            if bucket not in [made["Name"] for made in client.list_buckets()["Buckets"]]:
                 client.create_bucket(Bucket=bucket)
             self._is_made = True
         with os.fdopen(descriptor, "rb") as file:

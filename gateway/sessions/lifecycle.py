@@ -146,7 +146,7 @@ class Lifecycle:
         self.channels.release(session)
         self.timers.watch_idle(session, self.liveness.touch(session.id))
         deferred = self.transitions.take_deferred(session)
-        event = next((one for one in (Event.TERMINATE, Event.EXPIRED, Event.SUSPEND) if one in deferred), None)
+        event = next((candidate for candidate in (Event.TERMINATE, Event.EXPIRED, Event.SUSPEND) if candidate in deferred), None)
         if event is not None:
             self.post(session, event, reason_of(event))
 
@@ -156,7 +156,7 @@ class Lifecycle:
         if session.state is not State.SUSPENDED:  # a request came meanwhile, and waits for this
             return
         deferred = self.transitions.take_deferred(session)
-        event = next((one for one in (Event.TERMINATE, Event.EXPIRED, Event.RESUME) if one in deferred), None)
+        event = next((candidate for candidate in (Event.TERMINATE, Event.EXPIRED, Event.RESUME) if candidate in deferred), None)
         if event is not None:
             self.post(session, event, reason_of(event))
         elif Event.REQUEST in deferred and session.resumes_on_request:

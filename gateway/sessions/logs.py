@@ -117,7 +117,9 @@ class LogStore:
     def names(self) -> list[tuple[str, str, str]]:
         """(account, group, stream) of everything that is kept."""
         accounts = [path.name for path in self._directory.iterdir()] if self._directory.is_dir() else []
-        return [(one, group, stream) for one in accounts for group in self.groups(one) for stream in self.streams(one, group)]
+        return [
+            (account, group, stream) for account in accounts for group in self.groups(account) for stream in self.streams(account, group)
+        ]
 
     def take_changed(self) -> set[tuple[str, str, str]]:
         """Returns the streams that were written to since this was last called; none at the first call."""

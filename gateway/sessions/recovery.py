@@ -16,7 +16,7 @@ log = structlog.get_logger()
 async def recover(lifecycle: Lifecycle, state: HostState) -> None:
     """Forgets what the host holds for nobody. Routes are published before anything else happens."""
     sessions = lifecycle.store.sessions
-    held = {one.session: one for one in state.sessions}
+    held = {host_session.session: host_session for host_session in state.sessions}
     for session in sessions.values():
         lifecycle.routes.publish(session)
     for session in list(sessions.values()):

@@ -179,4 +179,6 @@ class Routes:
             if answer is None:
                 connection.close()
             done.append(answer or Drained(quiet=False))
-        return Drained(sum(one.parked for one in done), any(one.spoken for one in done), all(one.quiet for one in done))
+        return Drained(
+            sum(drained.parked for drained in done), any(drained.spoken for drained in done), all(drained.quiet for drained in done)
+        )

@@ -106,9 +106,9 @@ class Store:
         await self._make_room()
         session, image = msgspec.msgpack.Decoder(Session), msgspec.msgpack.Decoder(Image)
         for (body,) in await self.db.execute_fetchall("SELECT body FROM sessions"):
-            one = session.decode(body)
-            self.sessions[one.id] = one
-            self._order.setdefault(one.account, []).append((one.started_at, one.id))
+            restored = session.decode(body)
+            self.sessions[restored.id] = restored
+            self._order.setdefault(restored.account, []).append((restored.started_at, restored.id))
         for order in self._order.values():
             order.sort()
         for (body,) in await self.db.execute_fetchall("SELECT body FROM images"):
@@ -178,7 +178,7 @@ class Store:
     def put_client_token(self, token: str, parameters: str, reply: str) -> None:
         """Keeps a token for a day; those that are older go."""
         now = self._clock()
-        for old in list(itertools.takewhile(lambda one: self._token_times[one] < now - _CLIENT_TOKENS_SECONDS, self._token_times)):
+        for old in list(itertools.takewhile(lambda known: self._token_times[known] < now - _CLIENT_TOKENS_SECONDS, self._token_times)):
             self.forget_client_token(old)
             self._add("DELETE FROM client_tokens WHERE token = ?", (old,))
         self.client_tokens[token] = (parameters, reply)

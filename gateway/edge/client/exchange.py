@@ -273,7 +273,7 @@ class Exchange(ClientSide):
             return  # nothing for the application
         else:
             # The latest alone: a pong answers those before it too (RFC 6455, 5.5.3).
-            self.unanswered_pings = [one for one in control if one[0] == PING] or self.unanswered_pings
+            self.unanswered_pings = [frame for frame in control if frame[0] == PING] or self.unanswered_pings
         if origin is not None:
             if self._limiter is not None:
                 self.throttle(len(data))

@@ -236,7 +236,7 @@ class Http2(Multiplex):
     # ---- ends ----
 
     def _requests(self) -> list[Request]:
-        return [cast(Request, one) for one in self.streams.values()]
+        return [cast(Request, stream) for stream in self.streams.values()]
 
     def maybe_end(self) -> None:
         """Closes where no stream is left, and none may come."""
@@ -296,7 +296,7 @@ class Http2(Multiplex):
             if self.transport is not None:
                 self.transport.abort()  # it reads nothing of what it asked for
             return
-        for stream in [one for one in self._blocked if one.blocked_ms < long_ago * 1000]:
+        for stream in [blocked for blocked in self._blocked if blocked.blocked_ms < long_ago * 1000]:
             self.reset(stream, Code.CANCEL)  # whose window the client does not open
             stream.on_reset(Code.CANCEL)
         if self.streams:

@@ -299,7 +299,7 @@ class Http2Origin(Multiplex):
             self._most = min(value, 1000)
 
     def _origin_streams(self) -> list[OriginStream]:
-        return [cast(OriginStream, one) for one in self.streams.values()]
+        return [cast(OriginStream, stream) for stream in self.streams.values()]
 
     @property
     def last_peer_stream(self) -> int:
@@ -328,7 +328,7 @@ class Http2Origin(Multiplex):
     def on_goaway(self, last: int, code: int) -> None:
         """Fails the streams beyond the last, which the application has not processed (RFC 9113, 6.8): their requests may be sent again."""
         self.is_shutting_down = True
-        for stream in [one for one in self._origin_streams() if one.number > last]:
+        for stream in [opened for opened in self._origin_streams() if opened.number > last]:
             self.drop(stream)
             stream.failed(failures.STREAM_REFUSED)
         self._maybe_end()

@@ -152,9 +152,9 @@ class Pool(Owner):
 
     def _ready(self, head: RequestHead, fresh: bool, now: float) -> Origin | OriginStream | None:
         if self.shared and head.upgrade is None:
-            for one in self.shared:
-                if one.has_room:
-                    return one.reserve()
+            for connection in self.shared:
+                if connection.has_room:
+                    return connection.reserve()
         return None if fresh or head.wants_h2 else self._pop_idle(now, head.is_safe and head.upgrade is None)
 
     def acquire(self, head: RequestHead, fresh: bool, now: float) -> Origin | OriginStream | Slot | None:
@@ -263,5 +263,5 @@ class Pool(Owner):
 
     def sweep(self, now: float) -> None:
         """Closes what has been idle for long."""
-        for origin in [one for one in self.idle if now - one.idle_since >= one.reuse_seconds]:
+        for origin in [idle for idle in self.idle if now - idle.idle_since >= idle.reuse_seconds]:
             self.close(origin)

@@ -77,7 +77,7 @@ class Incarnation:
 
     @property
     def connections(self) -> list[Parkable]:
-        return [*[one for pool in self.pools.values() for one in pool.connections], *self.shells]
+        return [*[connection for pool in self.pools.values() for connection in pool.connections], *self.shells]
 
 
 class Upstream:
@@ -331,7 +331,7 @@ class Upstream:
 
     def add_shell(self, origin: ShellOrigin) -> None:
         shells = self.incarnation(origin.key[0], origin.key[1]).shells
-        shells -= {one for one in shells if one.is_closed}
+        shells -= {shell for shell in shells if shell.is_closed}
         shells.add(origin)
 
     # ---- ends ----
@@ -396,7 +396,9 @@ class Upstream:
     def is_busy(self, session: str, incarnation: int, one_way: bool) -> bool:
         """Whether something is under way on a stream that may be parked, or has yet to be acknowledged by the guest."""
         found = self._incarnations.get((session, incarnation))
-        return found is not None and any(one.parkable(one_way) and not one.is_silent(one_way) for one in found.connections)
+        return found is not None and any(
+            connection.parkable(one_way) and not connection.is_silent(one_way) for connection in found.connections
+        )
 
     def adopt(self, connection: Parkable, incarnation: int) -> None:
         """Takes a parked connection into the pools of this incarnation, where its streams go on."""
@@ -442,7 +444,7 @@ class Upstream:
             "open": sum(len(pool.open) for pool in pools),
             "idle": sum(len(pool.idle) for pool in pools),
             "multiplexed": sum(len(pool.shared) for pool in pools),
-            "stock": sum(len(one.sockets) for one in self._incarnations.values()),
+            "stock": sum(len(incarnation.sockets) for incarnation in self._incarnations.values()),
         }
 
 

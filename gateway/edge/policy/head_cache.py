@@ -297,30 +297,30 @@ class HeadCache:
             return None
         others, is_new = [b""], False
         cookies: list[bytes] = []
-        for one in fields[at:]:
-            field = self._fields.get(one)
-            if field is None:
-                field = self._read_field(one)
-                if field is None:
+        for field in fields[at:]:
+            known = self._fields.get(field)
+            if known is None:
+                known = self._read_field(field)
+                if known is None:
                     return None
                 is_new = True
-            if field.kind == _DECIDES:
-                decisive.append(one)
-            elif field.kind == _PASSES:
-                others.append(field.text)
+            if known.kind == _DECIDES:
+                decisive.append(field)
+            elif known.kind == _PASSES:
+                others.append(known.text)
             else:
-                cookies.append(field.text)
+                cookies.append(known.text)
         if cookies:
             others.append(b"cookie: " + b"; ".join(cookies))
         return line, tuple(decisive), b"\r\n".join(others), is_new
 
-    def _read_field(self, one: Field) -> CachedField | None:
-        name, value, _ = one
+    def _read_field(self, field: Field) -> CachedField | None:
+        name, value, _ = field
         if not http2_head.is_field_name(name) or not http2_head.are_values([value]):
             return None
-        field = CachedField(_COOKIE, value) if name == b"cookie" else CachedField(self._kind(name), b"%b: %b" % (name, value))
-        self._fields.keep(one, field)
-        return field
+        checked = CachedField(_COOKIE, value) if name == b"cookie" else CachedField(self._kind(name), b"%b: %b" % (name, value))
+        self._fields.keep(field, checked)
+        return checked
 
     # ---- both ----
 

@@ -68,7 +68,7 @@ def fields(refusal: Refuse) -> list[tuple[bytes, bytes]]:
 def make(refusal: Refuse, request_id: bytes, keep_alive: bool, head_only: bool, minor: int = 1) -> bytes:
     """The whole response in HTTP/1.1, to a request of HTTP/1.x with `minor` for x."""
     head = [b"HTTP/1.1 %d %b\r\nx-amzn-requestid: %b" % (refusal.status, _REASONS.get(refusal.status, b"Error"), request_id)]
-    head += [b"%b: %b" % one for one in fields(refusal)]
+    head += [b"%b: %b" % field_line for field_line in fields(refusal)]
     options = [] if keep_alive and minor else [b"keep-alive" if keep_alive else b"close"]
     if refusal.status == 426:
         head.append(b"Upgrade: websocket")  # RFC 9110, 15.5.22

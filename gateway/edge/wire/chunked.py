@@ -127,4 +127,4 @@ def encode_end(trailers: Trailers | None) -> bytes:
     """The last chunk, and the trailers."""
     if not trailers:
         return b"0\r\n\r\n"
-    return b"0\r\n" + b"".join(b"%b: %b\r\n" % one for one in trailers) + b"\r\n"
+    return b"0\r\n" + b"".join(b"%b: %b\r\n" % trailer for trailer in trailers) + b"\r\n"

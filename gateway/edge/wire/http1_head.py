@@ -132,7 +132,7 @@ def split_block(block: bytes) -> list[tuple[bytes, bytes]]:
 
 def allowed_trailers(trailers: Trailers) -> Trailers:
     """The fields of a trailer section that may go on, whichever protocol it came by and goes on in."""
-    return [one for one in trailers if one[0] not in _NOT_IN_TRAILERS and not one[0].startswith(_NOT_IN_TRAILERS_PREFIXES)]
+    return [trailer for trailer in trailers if trailer[0] not in _NOT_IN_TRAILERS and not trailer[0].startswith(_NOT_IN_TRAILERS_PREFIXES)]
 
 
 def split_fields(block: bytes, most: int, message: str = "request") -> Fields:

@@ -151,7 +151,7 @@ def _of_handshake(protocol: bytes, fields: Fields) -> Fields:
         raise Malformed("request has a :protocol other than websocket (RFC 8441 4)", 501)
     if any(name == b"content-length" for name, _, _ in fields):
         raise Malformed("request has the method CONNECT and a Content-Length (RFC 9110 9.3.6)")
-    return [one for one in fields if one[0] not in _NOT_IN_HANDSHAKE]
+    return [field for field in fields if field[0] not in _NOT_IN_HANDSHAKE]
 
 
 def _upgrade(head: RequestHead, fields: Fields) -> None:
@@ -179,8 +179,8 @@ def parse_response(fields: list[Field], end: bool, most: int, is_head: bool) -> 
     if len(lengths) > 1 or (lengths and not _DIGITS(lengths[0])):
         raise Malformed("response has a malformed or repeated content-length (RFC 9113 8.1.1)", 502)
     dropped = OWN_FIELDS | {b"content-length"} if status < 200 or status == 204 else OWN_FIELDS  # RFC 9110, 8.6
-    rest = [one for one in rest if one[0] not in dropped]
-    block = b"".join(b"\r\n%b: %b" % one for one in rest)
+    rest = [field for field in rest if field[0] not in dropped]
+    block = b"".join(b"\r\n%b: %b" % field for field in rest)
     names = frozenset(name for name, _ in rest)
     framing, length = NO_BODY, 0
     if not (status < 200 or status in (204, 304) or is_head or (end and not lengths)):
@@ -210,7 +210,7 @@ def response_block(head: ResponseHead) -> bytes:
     """Status and fields for a client of HTTP/2, kept with the head. 101 is 200 there (RFC 8441, 5)."""
     if not head.hpack:
         drop = _NOT_IN_H2 | {b"content-length"} if head.status == 304 else _NOT_IN_H2  # which clients take for a broken promise
-        fields = [one for one in split_block(head.block) if one[0] not in drop]
+        fields = [field for field in split_block(head.block) if field[0] not in drop]
         head.hpack = http2_frames.encode_status(200 if head.status == 101 else head.status) + http2_frames.encode(fields)
     return head.hpack
 
@@ -220,7 +220,7 @@ def request_block(head: RequestHead, request_id: bytes, scheme: bytes) -> bytes:
     fields = [(b":method", head.method), (b":scheme", scheme), (b":path", head.target)]
     plain = split_block(head.block)
     fields += [(b":authority", value) for name, value in plain if name == b"host"]
-    fields += [one for one in plain if one[0] not in _OF_CONNECTION and one[0] != b"host"]
+    fields += [field for field in plain if field[0] not in _OF_CONNECTION and field[0] != b"host"]
     if head.te_trailers:
         fields.append((b"te", b"trailers"))
     fields.append((b"x-amzn-requestid", request_id))
