@@ -100,7 +100,6 @@ def serve() -> subprocess.Popen[str]:
             name, _, value = line.removeprefix("export ").strip().partition("=")
             environment[name] = value
             if name == "CURL_CA_BUNDLE":
-                environment.pop("AWS_CA_BUNDLE", None)
                 return process
     raise DemoFailed(f"torpor serve ended: {(ROOT / 'serve.log').read_text()[-2000:]}")
 

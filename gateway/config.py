@@ -101,8 +101,8 @@ class Images(BaseModel):
     concurrent_builds: int = Field(2, ge=1)
     archive_bytes: int = Field(512 << 20, ge=1024, description="of an artifact")
     unpacked_bytes: int = Field(2 << 30, ge=1024, description="of an artifact's files in all")
-    unpacked_entries: int = Field(50_000, ge=1)
-    ratio: int = Field(200, ge=2, description="unpacked to packed; beyond is a bomb")
+    unpacked_entries: int = Field(250_000, ge=1)
+    ratio: int = Field(1100, ge=2, description="unpacked to packed; beyond is a bomb (one layer of deflate reaches 1032)")
     settle_seconds: float = Field(2.0, ge=0, description="an application without ready hook and port gets this long before its snapshot")
     run_ahead: dict[str, str] = Field(
         {}, description="image names whose launches may come from microVMs that ran ahead, and what to ask of them: /path, or :port/path"

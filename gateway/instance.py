@@ -20,6 +20,11 @@ from .config import ConfigError, Settings
 _TICKETS_SECONDS = 12 * 3600
 # What clients are pointed at us for; what we do not serve of them fails at once instead of far away.
 _SERVED = ("lambda_microvms", "lambda_core", "cloudwatch_logs", "sts", "service_quotas", "iam")
+# Each family of clients has its own: OpenSSL (Python, Ruby) and Go, requests, aws and boto3, Node, gRPC, git, curl.
+_CA_VARIABLES = (
+    "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", "GIT_SSL_CAINFO",
+    "CURL_CA_BUNDLE",
+)  # fmt: skip
 _CA_DAYS, _LEAF_DAYS, _RENEW_DAYS = 3650, 397, 30
 
 
@@ -101,11 +106,11 @@ def write_aws_profile(settings: Settings, key: str, secret: str) -> None:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """The variables that make aws, boto3, curl and torpor work with this instance."""
+    """The variables that make aws, boto3, curl and torpor, and clients of endpoints in any language, work with this instance."""
     return {
         "AWS_CONFIG_FILE": str(settings.aws_dir / "config"),
         "AWS_SHARED_CREDENTIALS_FILE": str(settings.aws_dir / "credentials"),
-        "CURL_CA_BUNDLE": str(settings.tls_dir / "bundle.crt"),
+        **dict.fromkeys(_CA_VARIABLES, str(settings.tls_dir / "bundle.crt")),
     }
 
 

@@ -50,7 +50,7 @@ class EgressRules(msgspec.Struct, frozen=True):
 
 
 class BuildRequest(msgspec.Struct):
-    """Builds the container image and the disk of `image` from the unpacked context in `context`.
+    """Builds the container image and the disk of `image` from the tar archive `context`.
 
     `logins`: registry hosts to base64 of `user:password`; they are reached even where their addresses are private.
     """

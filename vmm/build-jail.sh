@@ -1,5 +1,5 @@
 # Makes the build's jail and enters it. $1 its root (an empty directory), $2 the first id of the builder's range, $3 the
-# instance's build directory (store, runroot), $4 the context, $5 the output directory, $6 the host's settings for RUN steps,
+# instance's build directory (store, runroot), $4 the context's tar archive, $5 the output directory, $6 the host's settings for RUN steps,
 # $7 the base archive, $8 the script, $9 the logins; then files of cgroups up to "--"; the rest are the script's arguments.
 set -eu
 umask 022
@@ -10,7 +10,7 @@ while [ "$1" != -- ]; do echo $$ > "$1"; shift; done; shift
 mount --make-rprivate /
 mount -t tmpfs -o mode=755,size=64m torpor-build "$root"
 cd "$root"
-mkdir -p usr etc/containers proc sys dev/pts dev/shm tmp var/tmp run store runroot ctx out buildhost old
+mkdir -p usr etc/containers proc sys dev/pts dev/shm tmp var/tmp run store runroot out buildhost old
 chmod 1777 tmp var/tmp dev/shm
 for link in bin sbin lib lib64; do ln -s usr/$link $link; done
 mount --rbind /usr usr; mount -o remount,bind,ro usr
@@ -32,7 +32,7 @@ mount --bind "$store/store" store
 mount --bind "$store/runroot" runroot
 mount --bind "$store/tmp" var/tmp
 mount --rbind /sys sys
-mount --bind "$context" ctx; mount -o remount,bind,ro ctx
+touch ctx.tar; mount --bind "$context" ctx.tar; mount -o remount,bind,ro ctx.tar
 mount --bind "$settings" buildhost
 while read -r source target; do mount --bind "$source" "buildhost/$target"; mount -o remount,bind,ro "buildhost/$target"; done < "$settings/mounts"
 mount -o remount,bind,ro buildhost

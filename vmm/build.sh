@@ -8,6 +8,10 @@ phase() { echo "$1" >&"$phases"; }
 phases=$5 key=$6
 b() { buildah --root /store --runroot /runroot --storage-driver overlay "$@"; }
 
+# Here root owns what root is to own, links lead nowhere but below this root, and every mode may be as the archive has it.
+mkdir /out/ctx
+tar -C /out/ctx --warning=no-timestamp -xpf /ctx.tar
+
 phase BASE
 for name in $names; do
     [ -n "$(b images -q "$name" 2>/dev/null || :)" ] && [ "$(cat /store/local-base 2>/dev/null)" = "$key" ] && continue
@@ -29,7 +33,7 @@ echo "$listed" | while read -r id name tag; do
     b rmi --force "$id" >/dev/null || exit 75
 done
 for name in $names; do
-    if grep -qiE "^[[:space:]]*FROM[^#]*$name" /ctx/Dockerfile; then
+    if grep -qiE "^[[:space:]]*FROM[^#]*$name" /out/ctx/Dockerfile; then
         echo "torpor: $name is the local base (Debian, with a dnf that calls apt): no container registry is asked for it"
     fi
 done
@@ -37,7 +41,7 @@ done
 phase CONTAINER
 policy=never
 [ "$pull" = pull ] && policy=false # only what is missing: the local base is there, nothing else is
-b bud --pull=$policy --authfile /auth.json --layers --isolation chroot --network host --volume /buildhost:/run/buildhost:ro,rbind --tag "$tag" /ctx 2>&1
+b bud --pull=$policy --authfile /auth.json --layers --isolation chroot --network host --volume /buildhost:/run/buildhost:ro,rbind --tag "$tag" /out/ctx 2>&1
 
 phase DISK
 b inspect --type image "$tag" > /out/config.json

@@ -33,6 +33,8 @@ GUEST_ADDRESS = "169.254.77.2"
 HOST_MAC = "02:fc:00:00:00:01"
 GUEST_MAC = "02:fc:00:00:00:02"
 TAP = "tap0"
+_SO_RCVBUFFORCE = 33  # socket(7); Python has no name for it
+_NAMES_BYTES = 1 << 20
 
 SETUP = f"""\
 link set lo up
@@ -268,6 +270,8 @@ def _services() -> tuple[socket.socket, ...]:
     for address, port, kind in kinds:
         one = socket.socket(socket.AF_INET, kind | socket.SOCK_NONBLOCK)
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if kind == socket.SOCK_DGRAM:  # a burst of questions waits here until control reads
+            one.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _NAMES_BYTES)
         one.bind((address, port))
         if kind == socket.SOCK_STREAM:
             one.listen(64)

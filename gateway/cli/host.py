@@ -16,6 +16,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich.text import Text
 
 from gateway import config, instance, listeners
 from gateway.observe import log
@@ -128,7 +129,20 @@ def trust(root: Root = None, name: Name = None, remove: Annotated[bool, typer.Op
     done = subprocess.run(["update-ca-certificates"], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         fail(f"update-ca-certificates: {done.stderr.strip()}", 1)
-    errors.print(f"torpor: {target} {'removed' if remove else 'added'}; Firefox keeps a list of its own: import {authority} there")
+    errors.print(f"torpor: {target} {'removed' if remove else 'added'}", soft_wrap=True)
+    for line in _own_lists(settings.name, authority, remove):
+        errors.print(line, soft_wrap=True)
+
+
+def _own_lists(name: str, authority: Path, remove: bool) -> list[str]:
+    """What to do for browsers, which do not ask the system for its authorities on Linux."""
+    list_of_nss = "-d sql:$HOME/.pki/nssdb"
+    words = f"-D {list_of_nss} -n torpor-{name}" if remove else f"-A {list_of_nss} -t C,, -n torpor-{name} -i {authority}"
+    return [
+        "Chromium and Chrome keep a list of their own, for each user (certutil is in libnss3-tools):",
+        f"  certutil {words}",
+        f"Firefox too: in its settings, Certificates, {f'delete Torpor development CA ({name})' if remove else f'import {authority}'}",
+    ]
 
 
 def env(root: Root = None, name: Name = None) -> None:
@@ -203,7 +217,7 @@ def doctor(
     if as_json:
         show_json([{"check": check, "ok": ok, "text": text} for check, ok, text in rows])
     else:
-        show_table(("", "check", ""), [("[green]ok[/]" if ok else "[red]no[/]", check, text) for check, ok, text in rows])
+        show_table(("", "check", ""), [(Text("ok", "green") if ok else Text("no", "red"), check, text) for check, ok, text in rows])
     if not all(ok for _, ok, _ in rows):
         raise typer.Exit(1)
 

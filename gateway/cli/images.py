@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
+import tempfile
 import time
-import zipfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import botocore.exceptions
 import typer
 
 from gateway.sessions.logs import build_stream, default_group
 
+from . import context
 from .client import all_images, client, image_arn, role_arn, session
 from .output import console, errors, fail, mib, show_json, show_table
 
@@ -32,18 +32,19 @@ def register(app: typer.Typer) -> None:
     app.command()(deactivate)
 
 
-def pack(source: Path) -> bytes:
-    """A directory as a zip, or a zip as it is."""
+def packed(source: Path) -> IO[bytes]:
+    """A directory as a zip file, or a zip file as it is."""
     if source.is_file():
-        return source.read_bytes()
-    if not (source / "Dockerfile").is_file():
-        fail(f"{source} has no Dockerfile", 2)
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(source.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                archive.write(path, path.relative_to(source))
-    return out.getvalue()
+        return source.open("rb")
+    out = tempfile.TemporaryFile()  # noqa: SIM115 (the caller's to close)
+    try:
+        left = context.pack(source, out)
+    except context.ContextError as error:
+        fail(str(error), 2)
+    if left:
+        errors.print(f"torpor: left out, being neither files, folders nor links: {', '.join(left)}", soft_wrap=True)
+    out.seek(0)
+    return out
 
 
 def build(
@@ -56,14 +57,15 @@ def build(
 
     Example: torpor build config/examples/flask --name flask --memory 512
     """
-    name = name or source.resolve().stem
+    name = name or (source.resolve().name if source.is_dir() else source.stem)
     store, api = session().client("s3"), client()
     try:
         store.head_bucket(Bucket=_BUCKET)
     except botocore.exceptions.ClientError:
         store.create_bucket(Bucket=_BUCKET)
     key = f"{name}/{int(time.time() * 1000)}.zip"
-    store.put_object(Bucket=_BUCKET, Key=key, Body=pack(source))
+    with packed(source) as body:
+        store.put_object(Bucket=_BUCKET, Key=key, Body=body)
     base = f"arn:aws:lambda:{session().region_name}:aws:microvm-image:al2023-1"
     request = {
         "baseImageArn": base, "buildRoleArn": role_arn("torpor-build"), "codeArtifact": {"uri": f"s3://{_BUCKET}/{key}"},

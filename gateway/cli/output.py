@@ -9,13 +9,15 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-errors = Console(stderr=True, highlight=False)
+# Without markup: an address, an ARN or an error's text may have square brackets.
+console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+errors = Console(stderr=True, highlight=False, markup=False)
 
 
 def fail(text: str, code: int = 1) -> NoReturn:
-    errors.print(f"[bold red]torpor:[/] {text}", soft_wrap=True)
+    errors.print(Text("torpor: ", style="bold red").append(text, style="not bold default"), soft_wrap=True)
     sys.exit(code)
 
 
@@ -29,7 +31,7 @@ def show_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
+        table.add_row(*(cell if isinstance(cell, Text) else "" if cell is None else str(cell) for cell in row))
     console.print(table)
 
 

@@ -1,23 +1,29 @@
 """The resolver: a microVM's DNS questions, passed to the host's own servers and back (RFC 1035, RFC 7766).
 
-Nothing in a message is changed or believed. Where the microVM has no way out, every question is REFUSED: names are a way
-out too.
+Nothing in a message is changed or believed. Every question gets an answer: a burst waits for its turn, what a server or the way to it
+loses is asked again (RFC 1035, 7.2), and what nobody answers is SERVFAIL. Where the microVM has no way out, every question is REFUSED:
+names are a way out too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+from collections import deque
 from pathlib import Path
 from typing import cast
 
-_ASKING = 64  # questions under way, of one microVM
-_STREAMS = 4
-_SECONDS = 5.0
+_ASKING = 64  # questions under way, of one microVM; the rest wait for their turn
+_WAITING = 1024  # … as many as that; beyond, the answer is SERVFAIL at once
+_PORT = 53
+_WAITS_SECONDS = (1.0, 2.0, 4.0)  # for an answer, before all servers are asked again
 _STREAM_SECONDS = 30.0
+_CONNECT_SECONDS = 3.0
 _MESSAGE_BYTES = 4096
 _HEADER_BYTES = 12
-_REFUSED = 5
+_SERVFAIL, _REFUSED = 2, 5
+Address = tuple[str, int]
 
 
 def host_resolvers(path: Path = Path("/etc/resolv.conf")) -> list[str]:
@@ -29,90 +35,155 @@ def host_resolvers(path: Path = Path("/etc/resolv.conf")) -> list[str]:
     return [words[1] for line in lines if len(words := line.split()) >= 2 and words[0] == "nameserver"]
 
 
-def refused(question: bytes) -> bytes:
-    """The answer REFUSED to a question (RFC 1035, 4.1.1)."""
-    flags = bytes([0x80 | question[2] & 0x79, _REFUSED])
+def without_answer(question: bytes, code: int = _REFUSED) -> bytes:
+    """The reply to a question that has a response code and no answer (RFC 1035, 4.1.1)."""
+    flags = bytes([0x80 | question[2] & 0x79, code])
     return question[:2] + flags + question[4:6] + bytes(6) + question[12:]
 
 
 class Names(asyncio.DatagramProtocol):
-    """Questions over UDP. Every one has an upstream socket, and so a port, of its own."""
+    """Questions over UDP. Every one has upstream sockets, and so ports, of its own."""
 
     def __init__(self, upstream: list[str], tasks: set[asyncio.Task[None]]) -> None:
         self._upstream = upstream
         self._tasks = tasks
         self._asking = 0
+        self._waiting: deque[tuple[bytes, Address]] = deque()
+        self._known: set[tuple[bytes, Address]] = set()  # a client that asks again does not take a second turn
         self._transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.DatagramTransport, transport)  # uvloop's is none by its class
 
-    def datagram_received(self, data: bytes, address: tuple[str, int]) -> None:
-        if len(data) < _HEADER_BYTES or data[2] & 0x80 or self._asking >= _ASKING:
+    def datagram_received(self, data: bytes, address: Address) -> None:
+        if len(data) < _HEADER_BYTES or data[2] & 0x80:  # no question
             return
         if not self._upstream:
-            self._send(refused(data), address)
-            return
-        self._asking += 1
-        task = asyncio.get_running_loop().create_task(self._ask(data, address))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            self._send(without_answer(data), address)
+        elif len(self._waiting) >= _WAITING:
+            self._send(without_answer(data, _SERVFAIL), address)
+        elif (data, address) not in self._known:
+            self._known.add((data, address))
+            self._waiting.append((data, address))
+            self._turn()
 
-    async def _ask(self, question: bytes, address: tuple[str, int]) -> None:
+    def _turn(self) -> None:
+        while self._waiting and self._asking < _ASKING:
+            self._asking += 1
+            task = asyncio.get_running_loop().create_task(self._ask(*self._waiting.popleft()))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _ask(self, question: bytes, address: Address) -> None:
         try:
-            for server in self._upstream:
-                answer = await _exchange(server, question)
-                if answer is not None:
-                    self._send(answer, address)
-                    return
+            answer = await ask(self._upstream, question)
+            self._send(without_answer(question, _SERVFAIL) if answer is None else answer, address)
         finally:
             self._asking -= 1
+            self._known.discard((question, address))
+            self._turn()
 
-    def _send(self, data: bytes, address: tuple[str, int]) -> None:
+    def _send(self, data: bytes, address: Address) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.sendto(data, address)
 
 
-async def _exchange(server: str, question: bytes) -> bytes | None:
+async def ask(upstream: list[str], question: bytes) -> bytes | None:
+    """The first answer of any server, each asked in turn and then again: a late one counts too. None where none comes."""
+    asked: dict[str, asyncio.Task[bytes]] = {}
+    try:
+        for seconds in _WAITS_SECONDS:
+            for server in upstream:
+                sock = _connected(server)
+                if sock is None:
+                    continue
+                asked[f"{server} {seconds}"] = asyncio.get_running_loop().create_task(_exchange(sock, question))
+                answer = await _first(asked, seconds)
+                if answer is not None:
+                    return answer
+        return None
+    finally:
+        for task in asked.values():
+            task.cancel()
+
+
+def _connected(server: str) -> socket.socket | None:
+    sock = socket.socket(socket.AF_INET6 if ":" in server else socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.connect((server, _PORT))
+    except OSError:
+        sock.close()
+        return None
+    return sock
+
+
+async def _exchange(sock: socket.socket, question: bytes) -> bytes:
+    """Raises OSError where nobody listens."""
     loop = asyncio.get_running_loop()
-    family = socket.AF_INET6 if ":" in server else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
-        try:
-            async with asyncio.timeout(_SECONDS):
-                sock.connect((server, 53))
-                await loop.sock_sendall(sock, question)
-                while True:
-                    answer = await loop.sock_recv(sock, _MESSAGE_BYTES)
-                    if answer[:2] == question[:2]:
-                        return answer
-        except (OSError, TimeoutError):
+    with sock:
+        await loop.sock_sendall(sock, question)
+        while True:
+            answer = await loop.sock_recv(sock, _MESSAGE_BYTES)
+            if answer[:2] == question[:2]:
+                return answer
+
+
+async def _first(asked: dict[str, asyncio.Task[bytes]], seconds: float) -> bytes | None:
+    """The first that ends with an answer, within these seconds; those that end without one are forgotten."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while asked:
+        done, _ = await asyncio.wait(asked.values(), timeout=max(0.0, deadline - loop.time()), return_when=asyncio.FIRST_COMPLETED)
+        if not done:
             return None
+        for name in [name for name, task in asked.items() if task in done]:
+            task = asked.pop(name)
+            if task.exception() is None:
+                return task.result()
+    return None
 
 
 class NameStreams:
-    """Questions over TCP, for answers that do not fit a datagram: a relay, for a few streams at once."""
+    """Questions over TCP, for answers that do not fit a datagram: a relay. How many there are at once, who accepts them bounds."""
 
     def __init__(self, upstream: list[str]) -> None:
         self._upstream = upstream
-        self._open = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if not self._upstream or self._open >= _STREAMS:
-            writer.transport.abort()
-            return
-        self._open += 1
         try:
             async with asyncio.timeout(_STREAM_SECONDS):
-                theirs, ours = await asyncio.open_connection(self._upstream[0], 53)
+                opened = await self._open()
+                if opened is None:
+                    await self._decline(reader, writer)
+                    return
+                theirs, ours = opened
                 try:
                     await asyncio.gather(_pour(reader, ours), _pour(theirs, writer))
                 finally:
                     ours.transport.abort()
-        except (OSError, TimeoutError):
+        except (OSError, TimeoutError, EOFError):
             pass
         finally:
-            self._open -= 1
+            with contextlib.suppress(OSError, TimeoutError):
+                writer.close()
+                await asyncio.wait_for(writer.wait_closed(), _CONNECT_SECONDS)
             writer.transport.abort()
+
+    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        for server in self._upstream:
+            with contextlib.suppress(OSError, TimeoutError):
+                return await asyncio.wait_for(asyncio.open_connection(server, _PORT), _CONNECT_SECONDS)
+        return None
+
+    async def _decline(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answers each question on the stream (RFC 1035, 4.2.2: two bytes of length before a message)."""
+        while True:
+            question = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+            if len(question) < _HEADER_BYTES:
+                return
+            answer = without_answer(question, _SERVFAIL if self._upstream else _REFUSED)
+            writer.write(len(answer).to_bytes(2, "big") + answer)
+            await writer.drain()
 
 
 async def _pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

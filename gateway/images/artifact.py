@@ -18,6 +18,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gateway.accounts.directory import Credentials
 from gateway.config import Settings
 
+from .unpack import DOCKERFILE
+
 _URI = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([^\x00-\x1f]+?)(?:\?versionId=([^\s?&]+))?")
 _UNPACK_SECONDS = 180
 _CHUNK = 1 << 20
@@ -95,7 +97,10 @@ def fetch(settings: Settings, credentials: Credentials, uri: str, target: Path) 
 
 
 async def unpack(settings: Settings, archive: Path, target: Path) -> None:
-    """Raises BuildFailed; the target may then hold parts, and is the caller's to remove."""
+    """Writes the build's context and its Dockerfile (gateway.images.unpack) below `target`.
+
+    Raises BuildFailed; the target may then hold parts, and is the caller's to remove.
+    """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(mode=0o755, parents=True)
     limits = settings.images
@@ -116,7 +121,7 @@ async def unpack(settings: Settings, archive: Path, target: Path) -> None:
         raise BuildFailed("ARCHIVE_INVALID", f"the artifact could not be unpacked: {errors.decode(errors='replace')[-200:]}") from error
     if answer["code"]:
         raise BuildFailed(answer["code"], answer["text"])
-    check_dockerfile(target / "Dockerfile")
+    check_dockerfile(target / DOCKERFILE)
 
 
 def check_dockerfile(path: Path) -> None:

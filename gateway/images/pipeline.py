@@ -32,6 +32,7 @@ from gateway.sessions.model import Build, Hooks, Image, Version
 from . import artifact, bases
 from .artifact import BuildFailed
 from .container import ContainerError, agent_entries, exposed_ports, parse_config, reserved_variables
+from .unpack import CONTEXT, DOCKERFILE
 
 log = structlog.get_logger()
 
@@ -188,11 +189,12 @@ class Pipeline:
         size = await asyncio.to_thread(artifact.fetch, self._settings, credentials, uri, work / "artifact.zip")
         job.say(f"fetched {uri}, {size} bytes")
         await artifact.unpack(self._settings, work / "artifact.zip", work / "context")
+        (work / "artifact.zip").unlink()
 
     async def _container(self, job: Job, shape: Shape, role: Credentials) -> dict[str, object]:
         context = self._work(job) / "context"
-        logins = await asyncio.to_thread(self._logins, job, context / "Dockerfile", role) if self._settings.images.pull else {}
-        request = BuildRequest(job.build.id, job.version.key, str(context), shape.disk_bytes, logins)
+        logins = await asyncio.to_thread(self._logins, job, context / DOCKERFILE, role) if self._settings.images.pull else {}
+        request = BuildRequest(job.build.id, job.version.key, str(context / CONTEXT), shape.disk_bytes, logins)
         full = _Watch(b"No space left on device")
         for attempt in range(1, _CONTAINER_TRIES + 1):
             try:

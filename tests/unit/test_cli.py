@@ -15,6 +15,7 @@ import pytest
 import typer
 
 from gateway import instance
+from gateway.cli import output
 from gateway.config import ConfigError
 from gateway.messages import LogLine, MicrovmLog
 
@@ -42,6 +43,49 @@ def test_version() -> None:
 def test_errors_are_one_line(words: tuple[str, ...], variables: dict[str, str], code: int, text: str) -> None:
     done = run(*words, **variables)
     assert done.returncode == code and done.stderr.startswith(text) and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_env_has_the_certificates_of_every_family_of_clients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from gateway.cli import host
+
+    host.env(tmp_path, None)
+    lines = capsys.readouterr().out.split()
+    for name in (
+        "CURL_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
+    ):  # fmt: skip
+        assert f"{name}={tmp_path}/tls/bundle.crt" in lines
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_trust_says_what_to_do_for_browsers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], remove: bool
+) -> None:
+    from gateway.cli import host
+
+    (tmp_path / "tls").mkdir()
+    (tmp_path / "tls/ca.crt").write_text("ours")
+    monkeypatch.setattr(host, "_SYSTEM_AUTHORITIES", tmp_path / "system")
+    monkeypatch.setattr(host.subprocess, "run", lambda *words, **rest: subprocess.CompletedProcess(words, 0, "", ""))
+    monkeypatch.setattr(host.os, "geteuid", lambda: 0)
+    (tmp_path / "system").mkdir()
+    host.trust(tmp_path, "mine", remove)
+    said = capsys.readouterr().err
+    expected = (
+        "certutil -D -d sql:$HOME/.pki/nssdb -n torpor-mine\n"
+        if remove
+        else f"certutil -A -d sql:$HOME/.pki/nssdb -t C,, -n torpor-mine -i {tmp_path}/tls/ca.crt\n"
+    )
+    assert expected in said and "Firefox" in said and (tmp_path / "system/torpor-mine.crt").exists() is not remove
+
+
+def test_an_error_keeps_its_square_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the patterns of the API's validation have them, and IPv6 addresses."""
+    text = "Member must satisfy regular expression pattern: [a-zA-Z0-9-_]+ at [::1]:4700 [/] [red]x[/red]"
+    with pytest.raises(SystemExit):
+        output.fail(text)
+    output.show_table(("[A]",), [("[::1]",)])
+    done = capsys.readouterr()
+    assert done.err == f"torpor: {text}\n" and "[::1]" in done.out and "[A]" in done.out
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from hypothesis import strategies as st
 
 from gateway.accounts.directory import Credentials as Made
 from gateway.config import Credentials
+from gateway.guest import resolver
 from gateway.guest.credentials import Issuer
 from gateway.guest.metadata import Metadata
-from gateway.guest.resolver import host_resolvers, refused
+from gateway.guest.resolver import Names, NameStreams, host_resolvers, without_answer
 
 ROLE = f"arn:aws:iam::{ACCOUNT}:role/worker"
 CREDENTIALS = "/latest/meta-data/iam/security-credentials/"
@@ -129,9 +132,129 @@ def test_credentials_from_a_real_sts(tmp_path: Path) -> None:
 
 @given(st.binary(min_size=12, max_size=60))
 def test_a_refusal_answers_its_question(question: bytes) -> None:
-    answer = refused(question)
+    answer = without_answer(question)
     assert answer[:2] == question[:2] and answer[2] & 0x80 and answer[3] & 0x0F == 5
     assert answer[4:6] == question[4:6] and answer[12:] == question[12:]
+
+
+class Server(asyncio.DatagramProtocol):
+    """A DNS server that answers `delay` seconds later, and loses the first `loses` questions."""
+
+    def __init__(self, delay: float = 0.0, loses: int = 0) -> None:
+        self.delay, self.loses, self.asked, self.most, self.now = delay, loses, 0, 0, 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: Any = transport
+
+    def datagram_received(self, data: bytes, address: Any) -> None:
+        self.asked += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        if self.asked > self.loses:
+            asyncio.get_running_loop().call_later(self.delay, self._answer, data, address)
+
+    def _answer(self, data: bytes, address: Any) -> None:
+        self.now -= 1
+        self.transport.sendto(data[:2] + bytes([data[2] | 0x80]) + data[3:], address)
+
+
+class Client:
+    """What Names sends back, by the question's id; `all` is set when there are so many."""
+
+    def __init__(self, wanted: int) -> None:
+        self.answers: dict[int, int] = {}
+        self.wanted, self.all = wanted, asyncio.Event()
+
+    def is_closing(self) -> bool:
+        return False
+
+    def sendto(self, data: bytes, address: Any) -> None:
+        assert data[2] & 0x80
+        self.answers[int.from_bytes(data[:2], "big")] = data[3] & 0x0F
+        if len(self.answers) == self.wanted:
+            self.all.set()
+
+
+def question(number: int) -> bytes:
+    return number.to_bytes(2, "big") + b"\1\0\0\1\0\0\0\0\0\0\1a\0\0\1\0\1"
+
+
+@pytest.fixture
+async def dns(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[[Server], Awaitable[None]]]:
+    """Starts a server on 127.0.0.1; questions go to its port."""
+    opened = []
+
+    async def start(server: Server) -> None:
+        transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: server, local_addr=("127.0.0.1", 0))
+        opened.append(transport)
+        monkeypatch.setattr(resolver, "_PORT", transport.get_extra_info("sockname")[1])
+
+    yield start
+    for transport in opened:
+        transport.close()
+
+
+async def asked(numbers: Iterable[int], wanted: int, upstream: tuple[str, ...] = ("127.0.0.1",)) -> dict[int, int]:
+    """The response codes by id."""
+    client, names = Client(wanted), Names(list(upstream), set())
+    names.connection_made(client)  # type: ignore[arg-type]
+    for number in numbers:
+        names.datagram_received(question(number), ("10.0.0.2", 5353))
+    async with asyncio.timeout(10):
+        await client.all.wait()
+    return client.answers
+
+
+async def test_a_burst_of_questions_is_answered_to_the_last(dns: Callable[[Server], Awaitable[None]]) -> None:
+    server = Server(delay=0.02)
+    await dns(server)
+    assert await asked(range(200), 200) == dict.fromkeys(range(200), 0)
+    assert server.most <= 64  # what a slow server is asked at once is bounded all the same
+
+
+async def test_what_is_lost_is_asked_again(dns: Callable[[Server], Awaitable[None]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolver, "_WAITS_SECONDS", (0.05, 0.1, 5.0))
+    server = Server(loses=70)
+    await dns(server)
+    assert await asked(range(40), 40) == dict.fromkeys(range(40), 0)
+    assert server.asked > 70
+
+
+async def test_the_next_server_is_asked_while_the_first_is_silent(dns: Callable[[Server], Awaitable[None]]) -> None:
+    await dns(Server())
+    assert await asked([7], 1, ("127.0.0.9", "127.0.0.1")) == {7: 0}
+
+
+async def test_what_nobody_answers_is_said_to_have_failed(
+    dns: Callable[[Server], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await dns(Server(loses=1000))
+    monkeypatch.setattr(resolver, "_WAITS_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(resolver, "_WAITING", 100)
+    assert await asked(range(200), 200) == dict.fromkeys(range(200), 2)
+    monkeypatch.setattr(resolver, "_PORT", 1)  # where nobody listens
+    assert await asked([7], 1) == {7: 2}
+
+
+async def test_a_question_that_is_repeated_takes_one_turn(dns: Callable[[Server], Awaitable[None]]) -> None:
+    server = Server(delay=0.02)
+    await dns(server)
+    assert await asked([5, 5, 5], 1) == {5: 0} and server.asked == 1
+
+
+@pytest.mark.parametrize(("upstream", "code"), [([], 5), (["127.0.0.1"], 2)])
+async def test_a_stream_that_leads_nowhere_is_declined_by_an_answer(
+    upstream: list[str], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolver, "_PORT", 1)
+    server = await asyncio.start_server(NameStreams(upstream).serve, "127.0.0.1", 0)
+    async with server, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(len(question(7)).to_bytes(2, "big") + question(7))
+        answer = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+        assert answer[:2] == question(7)[:2] and answer[3] & 0x0F == code
+        writer.close()
+        assert await reader.read() == b""
 
 
 def test_the_hosts_resolvers(tmp_path: Path) -> None:

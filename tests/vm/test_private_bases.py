@@ -42,6 +42,15 @@ int main(void) {
 """
 
 
+def tarred(path: Path, dockerfile: str) -> Path:
+    """A build's context of this Dockerfile alone."""
+    with tarfile.open(path, "w") as archive:
+        member = tarfile.TarInfo("Dockerfile")
+        member.size = len(dockerfile)
+        archive.addfile(member, io.BytesIO(dockerfile.encode()))
+    return path
+
+
 @pytest.fixture
 def registry(tmp_path: Path, host_before: object) -> Iterator[tuple[Registry, Path]]:
     (tmp_path / "probe.c").write_text(PROBE)
@@ -58,9 +67,7 @@ async def test_a_login_is_one_builds_and_stays_outside_of_it(registry: tuple[Reg
     cgroups = Cgroups("bases", directory)
     (tmp_path / "base.tar").touch()
     builder = Builder(directory, tmp_path / "netns", cgroups, BuildSettings(tmp_path / "base.tar", (), True, UID, str(trusted)))
-    context = directory / "context"
-    context.mkdir()
-    (context / "Dockerfile").write_text(f'FROM {private.host}/private/base:1\nRUN ["/probe"]\nCMD ["/probe"]\n')
+    context = tarred(directory / "context.tar", f'FROM {private.host}/private/base:1\nRUN ["/probe"]\nCMD ["/probe"]\n')
 
     async def build(logins: dict[str, str]) -> tuple[BuildResult, str]:
         request = BuildRequest(uuid.uuid4().hex, "image", str(context), 64 << 20, logins)
@@ -96,9 +103,7 @@ async def test_another_local_base_takes_the_place_of_the_one_in_the_store(tmp_pa
     cgroups = Cgroups("bases", directory)
     base = directory / "base.tar"
     builder = Builder(directory, tmp_path / "netns", cgroups, BuildSettings(base, ("local:base",), False, UID, ""))
-    context = directory / "context"
-    context.mkdir()
-    (context / "Dockerfile").write_text('FROM local:base\nCOPY Dockerfile /copied\nCMD ["/release"]\n')
+    context = tarred(directory / "context.tar", 'FROM local:base\nCOPY Dockerfile /copied\nCMD ["/release"]\n')
 
     async def build(release: str) -> str:
         with tarfile.open(base, "w") as archive:
