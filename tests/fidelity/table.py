@@ -77,7 +77,8 @@ Check = Run | Get | Logs | Sleep | Call
 class Image:
     """`title` names the subject in docs/images.md, `note` says what differs from Docker's and what to write instead.
 
-    `dockerfile` is the whole file, or None where `files` has one. `files` are those of the archive, or a function that makes the archive.
+    `dockerfile` is the whole file, or None where `files` has one. `files` are those of the archive, or a function that makes the archive,
+    given the server.
     `fails` is a regular expression for the reason of a build that must fail, with the log's last lines behind it. `request` and `launch`
     are members of CreateMicrovmImage and RunMicrovm. `times` is how long a build may take, in seconds."""
 
@@ -85,7 +86,7 @@ class Image:
     title: str
     dockerfile: str | None = None
     checks: Sequence[Check] = ()
-    files: Mapping[str, str | bytes] | Callable[[], bytes] = field(default_factory=dict)
+    files: Mapping[str, str | bytes] | Callable[[bytes], bytes] = field(default_factory=dict)
     fails: str | None = None
     note: str = ""
     long: bool = False

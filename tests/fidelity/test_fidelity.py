@@ -38,7 +38,7 @@ class Builds:
 
     def start(self, image: Image) -> str:
         if callable(image.files):
-            content = image.files()
+            content = image.files(self.server)
         else:
             own = {"Dockerfile": image.dockerfile} if image.dockerfile is not None else {}
             content = archive({**own, "server": self.server, **image.files})
