@@ -106,7 +106,8 @@ class Link:
             return m.Drained(quiet=False)
         if body.cut or account.waiting:
             return m.Drained(
-                self._worker.upstream.end(body.session, body.incarnation, body.park, body.one_way), account.spoken != account.gated[1]
+                self._worker.upstream.incarnation_ended(body.session, body.incarnation, body.park, body.one_way),
+                account.spoken != account.gated[1],
             )
         return m.Drained()
 
@@ -136,7 +137,7 @@ class Link:
         else:
             self._endpoints.pop(session, None)
         if old is not None and (old.incarnation != new.incarnation or not new.is_live):
-            self._worker.guard(self._worker.upstream.end, old.session, old.incarnation)
+            self._worker.guard(self._worker.upstream.incarnation_ended, old.session, old.incarnation)
         if new.gate == "hold" and new.is_live and old is not None and old.incarnation < new.incarnation:
             # The guest is about to run: what is held goes on waiting, and its connections are made meanwhile.
             for port in self._worker.holds.ports(session):

@@ -69,14 +69,14 @@ class ClientSide:
     def tunnel_half_closed(self) -> None:
         """Ends our half towards the client, because the application has ended its half of the tunnel."""
 
-    def is_only_control(self, data: bytes) -> bool:
-        """Whether `data` is nothing but pings and pongs of the application's, which are no activity."""
-        return False
+    def tunnel_out(self, data: bytes) -> bool:
+        """Looks at what the application sends in a tunnel, and returns whether it is activity: nothing but pings and pongs is none."""
+        return True
 
     def parked(self) -> None:
         """Answers what the application has left unanswered, because it is about to freeze."""
 
-    def response_over(self) -> None:
+    def tunnel_over(self) -> None:
         """Ends the exchange of a tunnel that is over in both directions."""
 
     def pause_reading(self, reason: int) -> None:
@@ -115,7 +115,7 @@ class OriginSide(Protocol):
 
     def resume(self, reason: int) -> None: ...
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         """The exchange is over before its end: the application must not be waited for."""
 
 

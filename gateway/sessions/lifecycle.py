@@ -233,12 +233,12 @@ class Lifecycle:
             return
         if session.state is State.SUSPENDING and self.transitions.is_request_deferred(session):
             return
-        if session.state is State.SUSPENDED and not await self._has_room(session):
+        if session.state is State.SUSPENDED and not await self._take_room(session):
             self.timers.retry_later(session)
             return
         await self.fire(session, Event.REQUEST)
 
-    async def _has_room(self, session: Session) -> bool:
+    async def _take_room(self, session: Session) -> bool:
         try:
             if await self.room.take():
                 return True

@@ -31,13 +31,13 @@ class Room:
 
     async def take(self) -> bool:
         """True when memory and disk have room for one more, which then counts. Raises RpcError."""
-        if not await self._is_free():
+        if not await self._find():
             return False
         self._promised += 1
         asyncio.get_running_loop().call_later(_SHOWS_SECONDS, self._shown)
         return True
 
-    async def _is_free(self) -> bool:
+    async def _find(self) -> bool:
         now = asyncio.get_running_loop().time()
         if now - self._asked > _KNOWN_SECONDS:
             if self._has(*self._host.free(), count=_PLENTY):

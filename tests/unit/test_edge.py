@@ -493,7 +493,7 @@ async def test_stale_incarnation_is_asked_for_again(rig: Rig) -> None:
     await until(lambda: rig.vmm.refused > 1)
     rig.control.change("open", incarnation=3)
     assert (await task)[0][2] == b"/x"
-    rig.worker.upstream.end("s1", 3)
+    rig.worker.upstream.incarnation_ended("s1", 3)
 
 
 # ---- bounds ----

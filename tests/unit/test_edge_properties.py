@@ -298,7 +298,7 @@ def test_any_conversation_within_the_rules_is_answered_to_the_byte(steps: list[t
         assert not {number for number, one in answers.items() if one.heads} - complete
         writer.close()
         await settled(rig)
-        rig.worker.upstream.end("s1", incarnation)
+        rig.worker.upstream.incarnation_ended("s1", incarnation)
 
     with_rig(work, http2=True)
 
@@ -335,7 +335,7 @@ def test_random_suspends_resumes_and_requests_lose_and_double_none(data: st.Data
         assert all(status == 200 for status, _, _ in answers)
         assert sorted(seen) == sorted(body for _, _, body in answers)
         await settled(rig)
-        rig.worker.upstream.end("s1", incarnation)
+        rig.worker.upstream.incarnation_ended("s1", incarnation)
 
     with_rig(work)
 

@@ -63,7 +63,7 @@ class Exchange:
         self.client.receive_data(data)
         self.messages += [(one.opcode, bytes(one.data)) for one in self.client.events_received()]  # type: ignore[union-attr]
 
-    def response_over(self) -> None:
+    def tunnel_over(self) -> None:
         self.said.append("over")
 
     def cut(self) -> None:
@@ -109,7 +109,7 @@ async def one(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Shell]:
     monkeypatch.setattr(shell, "_CLOSE_SECONDS", 0.05)
     made = Shell()
     yield made
-    made.origin.abandon()
+    made.origin.cancel()
     made.control.close()
 
 

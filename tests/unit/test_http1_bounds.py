@@ -105,7 +105,7 @@ async def test_what_is_read_ahead_of_a_request_that_waits_is_bounded(start: Star
         await asyncio.sleep(0)
         if rig.worker.clients:
             (client,) = rig.worker.clients
-            most = max(most, client._ahead.size)  # type: ignore[union-attr]
+            most = max(most, client._read_ahead.size)  # type: ignore[union-attr]
     assert most < (64 << 10) + 2 * (256 << 10)
     writer.transport.abort()
 
@@ -327,7 +327,7 @@ async def test_a_head_that_waits_for_its_turn_is_queued_once_and_what_follows_is
     (client,) = rig.worker.clients
     writer.write(rig.request("/after") * 20_000)
     await until(lambda: not client.transport.is_reading())  # type: ignore[union-attr]
-    assert len(waiting) == 1 and client._ahead.size < (64 << 10) + 2 * (256 << 10)  # type: ignore[union-attr]
+    assert len(waiting) == 1 and client._read_ahead.size < (64 << 10) + 2 * (256 << 10)  # type: ignore[union-attr]
     rig.worker.fairness = fairness
     waiting[0]()
     for expected in (b"/", b"/after", b"/after"):

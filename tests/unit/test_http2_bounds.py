@@ -225,7 +225,7 @@ async def test_a_closed_connection_that_reads_nothing_is_aborted(rig: Rig) -> No
     for number in range(1000):
         writer.write(f.headers(1 + 2 * number, REFUSED, True))
     await until(lambda: connection(rig).transport.get_write_buffer_size() > 50_000 and not connection(rig).streams)
-    connection(rig).go_away()
+    connection(rig).shut_down()
     await until(lambda: not rig.worker.clients)
     writer.close()
 
@@ -292,7 +292,7 @@ async def test_a_stream_above_the_last_of_our_goaway_is_ignored(rig: Rig) -> Non
     raw = Raw(*await rig.open())
     raw.send(f.headers(1, block(rig, "/stream"), True))
     await raw.until(f.DATA)
-    connection(rig).go_away()
+    connection(rig).shut_down()
     _, _, _, payload = await raw.until(f.GOAWAY)
     assert int.from_bytes(payload[:4], "big") == 1
     indexed = f.encode([(b":method", b"POST")]) + block(rig, "/late", "POST")[len(f.encode([(b":method", b"POST")])) :]
@@ -381,7 +381,7 @@ async def test_an_answer_that_ends_the_connection_arrives_also_where_its_client_
     client = connection(rig)
     writer.write(f.headers(1, block(rig), True))
     await until(lambda: rig.received and not client.streams)
-    client.go_away()
+    client.shut_down()
     for _ in range(100):
         writer.write(f.frame(f.PING, 0, 0, bytes(8)) * 100)
         await asyncio.sleep(0)

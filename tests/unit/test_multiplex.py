@@ -603,7 +603,7 @@ def test_streams_above_the_last_of_a_goaway_are_ignored() -> None:
 
 def test_nothing_is_looked_at_behind_an_end() -> None:
     one = opened(1)
-    one.end()
+    one.close()
     one.hear(head(3, True))
     assert 3 not in one.streams
 

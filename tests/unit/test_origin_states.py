@@ -71,7 +71,7 @@ def test_a_connection_with_an_exchange_begins_no_other(origin: Origin, data: byt
     assert origin.exchange is exchange
 
 
-@pytest.mark.parametrize("end", ["cut", "abandon", "connection_lost", "finish"])
+@pytest.mark.parametrize("end", ["cut", "cancel", "connection_lost", "finish"])
 @pytest.mark.parametrize("data", ANSWERED.values(), ids=ANSWERED)
 def test_an_end_in_any_state_is_the_last_of_the_connection(origin: Origin, data: bytes, end: str) -> None:
     answered(origin, data)

@@ -309,7 +309,7 @@ async def test_sockets_that_come_for_an_incarnation_that_has_ended_are_closed(ri
     sockets.prefetch()
     async with asyncio.timeout(5):
         await asked.wait()
-    rig.worker.upstream.end("s1", 1)
+    rig.worker.upstream.incarnation_ended("s1", 1)
     go.set()
     await until(lambda: sockets._fetching is None)
     assert len(sockets) == 0 and len(os.listdir("/proc/self/fd")) == before
@@ -340,7 +340,7 @@ async def test_what_one_connection_raises_at_its_end_stops_no_other(rig: Rig) ->
 
     incarnation = rig.worker.upstream.incarnation("s1", 1)
     incarnation.shells |= {Broken(), Broken()}  # type: ignore[arg-type]
-    rig.worker.upstream.end("s1", 1)
+    rig.worker.upstream.incarnation_ended("s1", 1)
     assert len(ended) == 2 and len(incarnation.sockets) == 0
     assert await asyncio.gather(*asking) == [502] * 3
     hold.set()

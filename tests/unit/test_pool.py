@@ -86,7 +86,7 @@ class Rig:
     def connect(self, slot: Slot) -> Origin:
         origin = Origin(self.context, self.pool, is_secure=False)
         origin.connection_made(self.transport())
-        origin.answered = True
+        origin.has_answered = True
         self.pool.add(slot, origin, self.now)
         return origin
 
@@ -252,7 +252,7 @@ async def test_a_request_that_leaves_gives_its_turn_to_the_next(rig: Rig) -> Non
 
 async def test_the_end_tells_everybody(rig: Rig) -> None:
     idle, busy, waiter = rig.idle(), rig.connected(), rig.wait()
-    assert set(rig.pool.end()) == {idle, busy}
+    assert set(rig.pool.incarnation_ended()) == {idle, busy}
     assert waiter.lease.result() is None and rig.pool.waiting == 0
     rig.pool.release(busy, rig.now)
     assert busy.is_closing and not rig.pool.idle
@@ -287,7 +287,7 @@ async def test_one_shared_connection_is_made_at_a_time(rig: Rig) -> None:
     connection = shared(rig, slot)
     assert first.lease.result().connection is second.lease.result().connection is connection
     assert isinstance(third.lease.result(), Slot), "its streams are used up: another one is made"
-    second.lease.result().give_up()
+    second.lease.result().give_back()
     assert rig.acquire(get(h2=True)).connection is connection
 
 
@@ -444,7 +444,7 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.rig.now > 130)
     @rule()
     def ended(self) -> None:
-        self.rig.pool.end()
+        self.rig.pool.incarnation_ended()
         self.collect()
         assert not self.waiters
 

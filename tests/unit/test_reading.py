@@ -279,7 +279,7 @@ async def test_an_exchange_that_is_over_says_nothing_to_the_next_ones_client(rig
     assert (await response(reader))[2] == b"ok"
     for call in (
         lambda: over.refuse(replies.UNAVAILABLE), lambda: over.response_data(b"stray"), lambda: over.tunnel_write(b"stray"),
-        lambda: over.pause_reading(PEER_SLOW), over.response_done, over.response_over, over.cut_short, over.cut,
+        lambda: over.pause_reading(PEER_SLOW), over.response_done, over.tunnel_over, over.cut_short, over.cut,
     ):  # fmt: skip
         assert await under_way() is not over
         call()

@@ -107,7 +107,7 @@ class Exchange(ClientSide):
         if failure.kind != failures.ENDED or not self.response_started:
             self.fault(key, failure.reason)
         if self.response_started:
-            self._answered()
+            self._stop_waiting()
             self.cut_short()
         else:
             self.refuse(replies.UNAVAILABLE)
@@ -125,7 +125,7 @@ class Exchange(ClientSide):
         head = self.head or self._head_of_cached()
         if head is None or head.framing != NO_BODY or not (head.is_safe or failure.kind == failures.REFUSED):
             return False
-        if failure.kind in (failures.NOT_HTTP, failures.UNANSWERED) and not self.worker.upstream.may_speak_tls(key):
+        if failure.kind in (failures.NOT_HTTP, failures.UNANSWERED) and not self.worker.upstream.try_tls(key):
             return False
         self._tried_again = True
         self.head = head
@@ -167,7 +167,7 @@ class Exchange(ClientSide):
     def remember(self, admission: CachedAdmission) -> None:
         """Keeps an admission for requests with the same fields."""
 
-    def send_ahead(self) -> None:
+    def send_read_ahead(self) -> None:
         """The origin is there: sends it what was read of the body meanwhile."""
 
     @property
@@ -230,7 +230,7 @@ class Exchange(ClientSide):
         decision = admit(head, grant, entry.route if entry else None, False, wall)
         if isinstance(decision, Refuse):
             self._refuse_decided(decision, entry)
-        elif entry is not None and entry.limiter is not None and self._exceeds_limits(entry.route.session, entry.limiter):
+        elif entry is not None and entry.limiter is not None and not self._count_request(entry.route.session, entry.limiter):
             if isinstance(decision, Forward | Hold):
                 limited = "more requests or connections than the endpoint's limits allow (edge.limits)"
                 self.fault((entry.route.session, entry.route.incarnation, decision.port), limited)
@@ -295,12 +295,14 @@ class Exchange(ClientSide):
             self.tunnel_write(pongs)
         return True
 
-    def is_only_control(self, data: bytes) -> bool:
+    def tunnel_out(self, data: bytes) -> bool:
+        """Looks at what the application sends in a tunnel, and returns whether it is activity: nothing but pings and pongs is none. A
+        pong answers the PINGs that were forwarded."""
         server = self.server_frames
         control = server.only_control(data) if server is not None else None
         if control is not None and self.unanswered_pings and any(opcode == PONG for opcode, _ in control):
             self.unanswered_pings = []
-        return control is not None
+        return control is None
 
     def parked(self) -> None:
         """Answers the PINGs that the application has left unanswered, because it is about to freeze and its client would give up."""
@@ -315,14 +317,14 @@ class Exchange(ClientSide):
         """The limiters that this connection is counted in, by session; the connection leaves them when it closes."""
         raise AssertionError
 
-    def _exceeds_limits(self, session: str, limiter: Limiter) -> bool:
-        """Counts this connection, once, and this request for the session; returns whether either is one too many."""
+    def _count_request(self, session: str, limiter: Limiter) -> bool:
+        """Counts this connection, once, and this request for the session; returns False where either is one too many."""
         self._limiter = limiter
         if session not in self.joined:
             if not limiter.join():
-                return True
+                return False
             self.joined[session] = limiter
-        return not limiter.take()
+        return limiter.take()
 
     def throttle(self, size: int) -> None:
         """Bytes of a body, or of a tunnel, pass in either direction: where they are too many a second, both sides wait. An answer over
@@ -410,7 +412,7 @@ class Exchange(ClientSide):
     async def _connect(self, entry: RouteEntry, port: int, head: RequestHead, deadline: float) -> bool:
         """Connects and starts the exchange; False when the route changed meanwhile and must be looked at again."""
         worker, route = self.worker, entry.route
-        self._enter(entry.account)
+        self._start_waiting(entry.account)
         started = worker.time()
         gone: SessionGone | None = None
         try:
@@ -421,14 +423,14 @@ class Exchange(ClientSide):
         except SessionGone as error:
             gone = error  # not waited for here: see Upstream._connect_patiently
         except ConnectFailed:
-            self._answered()
+            self._stop_waiting()
             current = worker.routes.get(route.endpoint)
             if current is None or current.route is route:
                 raise
             return False
         if gone is not None:
             # vmm knows more than our table: control will tell us, or has to be asked again.
-            self._answered()
+            self._stop_waiting()
             if worker.time() > deadline:
                 raise gone
             await asyncio.sleep(_STALE_SECONDS)
@@ -447,7 +449,7 @@ class Exchange(ClientSide):
     def held_too_much(self, ticket: Ticket) -> None:
         """More of this request's body came than may be held with it."""
         self.fault(ticket.key, TOO_MANY_BYTES)
-        self.leave()
+        self.cancel()
         self.refuse(replies.TOO_MANY)
 
     def fault(self, key: Key, text: str) -> None:
@@ -458,7 +460,7 @@ class Exchange(ClientSide):
 
     # ---- forwarding ----
 
-    def _enter(self, account: Account) -> None:
+    def _start_waiting(self, account: Account) -> None:
         self.account = account
         account.count += 1
         account.last = self.worker.time()
@@ -466,7 +468,7 @@ class Exchange(ClientSide):
             account.waiting += 1
             self._waiting = True
 
-    def _answered(self) -> None:
+    def _stop_waiting(self) -> None:
         if self._waiting:
             self._waiting = False
             account = self.account
@@ -480,12 +482,12 @@ class Exchange(ClientSide):
         """Sends the head, and whatever of the body is here, to the application."""
         head = self.head
         assert head is not None
-        self._enter(entry.account)
+        self._start_waiting(entry.account)
         self.origin = origin
         origin.open(self, head)
         if origin.is_paused:
             self.pause_reading(PEER_SLOW)
-        self.send_ahead()
+        self.send_read_ahead()
 
     def unread(self, now: float) -> None:
         """A request whose head could not be read, or did not come in time: it has an id and an answer, and names nothing."""
@@ -520,11 +522,11 @@ class Exchange(ClientSide):
         """The exchange's one task; it ends with the exchange."""
         self._task = self.worker.spawn(work)
 
-    def leave(self) -> None:
+    def cancel(self) -> None:
         """Ends whatever waits or runs for a client that is gone, or has reset its stream."""
         if self._task is not None:
             self._task.cancel()
-        self._answered()
+        self._stop_waiting()
         origin, self.origin = self.origin, None
         if origin is not None:
-            origin.abandon()
+            origin.cancel()

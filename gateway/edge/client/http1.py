@@ -45,8 +45,8 @@ class Http1:
     about a single request is there, and ends with it."""
 
     __slots__ = (
-        "_ahead", "_buffer", "_half_closed_at", "_head_bytes", "_joined", "_reading", "_state", "_stuck_since", "_throttle", "exchange",
-        "forwarding_fields", "handles", "heads", "touched", "transport", "via", "worker",
+        "_buffer", "_half_closed_at", "_head_bytes", "_joined", "_read_ahead", "_reading", "_state", "_stuck_since", "_throttle",
+        "exchange", "forwarding_fields", "handles", "heads", "touched", "transport", "via", "worker",
     )  # fmt: skip
 
     def __init__(self, worker: Context) -> None:
@@ -60,7 +60,7 @@ class Http1:
         self.via = b""  # what we add to responses
         self._state = _AT_HEAD
         self._buffer = b""  # of a head that is not complete
-        self._ahead = ReadAhead()
+        self._read_ahead = ReadAhead()
         self._head_bytes = worker.settings.head_bytes
         self._reading: ReadGate | None = None
         self._half_closed_at = 0.0  # when the client ended its half; 0: it has not
@@ -90,7 +90,7 @@ class Http1:
         elif state == _IN_BODY and exchange is not None:
             self._on_body(exchange, data)
         elif state in (_WAITING, _QUEUED):
-            self._keep_ahead(data)
+            self._keep_read_ahead(data)
 
     def close_notified(self) -> None:
         """TLS: the client sends nothing more, and may still read. What it asked for completely is answered, while it can be
@@ -102,12 +102,12 @@ class Http1:
         exchange = self.exchange
         origin = exchange.origin if exchange is not None else None
         if exchange is not None and exchange.is_parked:
-            self._give_up()
+            self._abort()
         elif self._state == _TUNNEL and exchange is not None and origin is not None:
             origin.finish(None)
             if exchange.origin_ended:
-                exchange.tunnel_over()
-        elif self._state in (_AT_HEAD, _IN_BODY) and not self._ahead.size:
+                exchange.both_halves_ended()
+        elif self._state in (_AT_HEAD, _IN_BODY) and not self._read_ahead.size:
             self._close()
 
     def eof_received(self) -> bool:
@@ -127,7 +127,7 @@ class Http1:
             if not exchange.response_started:
                 exchange.status = 499
             exchange.record("client")  # it left in the middle
-            exchange.leave()
+            exchange.cancel()
         for limiter in self._joined.values():
             limiter.leave()
 
@@ -199,12 +199,12 @@ class Http1:
         self.exchange = exchange
         self._to(_WAITING)
         if len(data) > end + 4:
-            self._ahead.keep(data, end + 4)
+            self._read_ahead.keep(data, end + 4)
         return True
 
     def _defer(self, cached: CachedRequest, data: bytes, begin: int) -> None:
         self._to(_QUEUED)
-        self._ahead.keep(data, begin)
+        self._read_ahead.keep(data, begin)
         self.worker.fairness.defer(cached.admission.account, self._due)
 
     def _due(self) -> None:
@@ -232,7 +232,7 @@ class Http1:
         if head.framing != NO_BODY and (head.framing != FIXED or head.length):
             exchange.body = RequestBody(head.framing, head.length, now)
         self._to(_WAITING if exchange.body is None else _IN_BODY)
-        self._ahead.keep(data, end + 4)
+        self._read_ahead.keep(data, end + 4)
         exchange.block = block
         exchange.decide(head, now)
 
@@ -250,23 +250,23 @@ class Http1:
         return self._state == _IN_BODY
 
     @property
-    def ahead_bytes(self) -> int:
+    def read_ahead_bytes(self) -> int:
         """The number of bytes that were read beyond the request's head, or beyond the request, and are not parsed yet."""
-        return self._ahead.size
+        return self._read_ahead.size
 
-    def _keep_ahead(self, data: bytes) -> None:
-        self._ahead.append(data)
+    def _keep_read_ahead(self, data: bytes) -> None:
+        self._read_ahead.append(data)
         exchange = self.exchange
         ticket = exchange.held_for if exchange is not None else None
         if exchange is not None and ticket is not None and not self.worker.holds.grow(ticket, len(data)):
             exchange.held_too_much(ticket)
-        elif self._ahead.size > _AHEAD_MAX_BYTES:
+        elif self._read_ahead.size > _AHEAD_MAX_BYTES:
             self.pause_reading(READ_AHEAD)
 
-    def send_ahead(self, exchange: Http1Exchange) -> None:
+    def send_read_ahead(self, exchange: Http1Exchange) -> None:
         """The request's application is there: it gets what was read of the body meanwhile."""
         if self._state == _IN_BODY:
-            data, at = self._ahead.take()
+            data, at = self._read_ahead.take()
             if data:
                 self._on_body(exchange, data[at:])
             self.resume_reading(READ_AHEAD)
@@ -277,7 +277,7 @@ class Http1:
         self.touched = now = account.last = self.handles.time()
         origin, body = exchange.origin, exchange.body
         if origin is None or body is None:
-            self._keep_ahead(data)
+            self._keep_read_ahead(data)
             return
         try:
             used, content = body.take(data, origin.takes_raw, now)
@@ -289,7 +289,7 @@ class Http1:
         is_complete = body.is_complete
         if is_complete:
             self._to(_WAITING)
-            self._ahead.keep(data, used)
+            self._read_ahead.keep(data, used)
         if content:
             origin.send(content)
         if is_complete:
@@ -315,15 +315,15 @@ class Http1:
         self.exchange = None
         if self._state == _IN_BODY:
             self._linger()
-        elif not keep or (self._half_closed_at and not self._ahead.size):
-            if self._ahead.size:  # more is on its way, perhaps, and nobody reads it
+        elif not keep or (self._half_closed_at and not self._read_ahead.size):
+            if self._read_ahead.size:  # more is on its way, perhaps, and nobody reads it
                 self._linger()
             else:
                 self._close()
         else:
             self._next_request()
 
-    def exchange_cut(self) -> None:
+    def cut_short(self) -> None:
         """The client must see that its answer is not complete."""
         self.exchange = None
         self._to(_ENDING)
@@ -341,7 +341,7 @@ class Http1:
     def tunnel_begins(self, exchange: Http1Exchange) -> None:
         """The application has agreed to an upgrade: bytes that came early belong to the tunnel."""
         self._to(_TUNNEL)
-        ahead, at = self._ahead.take()
+        ahead, at = self._read_ahead.take()
         if ahead:
             self.data_received(ahead[at:])
         self.resume_reading(READ_AHEAD)
@@ -368,11 +368,11 @@ class Http1:
         if self._reading is not None and self._reading.reasons:
             self._reading.resume(PEER_SLOW | HELD)  # reasons of the exchange that is over
             if not self._stuck_since:
-                self._reading.resume(UNREAD if self._ahead.size else UNREAD | READ_AHEAD)
+                self._reading.resume(UNREAD if self._read_ahead.size else UNREAD | READ_AHEAD)
         if self._stuck_since:
             self._to(_QUEUED)
             self.pause_reading(UNREAD)
-        elif self._ahead.size:
+        elif self._read_ahead.size:
             # Not at once: a long pipeline must neither recurse nor keep the loop from others.
             self._to(_QUEUED)
             asyncio.get_running_loop().call_soon(self._go_on, False)
@@ -381,10 +381,10 @@ class Http1:
         """Takes up the request that was queued."""
         if self.transport is None or self._state != _QUEUED:
             return
-        data, begin = self._ahead.take()
+        data, begin = self._read_ahead.take()
         self._to(_AT_HEAD)
         self._on_head(data, begin, is_due)
-        if self._ahead.size <= _AHEAD_MAX_BYTES:
+        if self._read_ahead.size <= _AHEAD_MAX_BYTES:
             self.resume_reading(READ_AHEAD)
         if self._half_closed_at and self._state == _AT_HEAD:  # half a request, whose other half will not come
             self._close()
@@ -421,7 +421,7 @@ class Http1:
         if self.transport is not None:
             self.transport.close()
 
-    def _give_up(self) -> None:
+    def _abort(self) -> None:
         """The client has left: `connection_lost` ends what runs for it."""
         if self.transport is not None:
             self.transport.abort()
@@ -440,7 +440,7 @@ class Http1:
         """Ends what has stood still for too long; the worker calls it about once a second."""
         settings, quiet = self.worker.settings, now - self.touched
         if self._stuck_since and now - self._stuck_since > settings.idle_seconds:
-            self._give_up()  # it reads nothing of what it asked for
+            self._abort()  # it reads nothing of what it asked for
         elif self._state == _AT_HEAD:
             if self._buffer and quiet > settings.head_seconds:
                 self._fail(408, b"The request's head did not come in time")
@@ -448,7 +448,7 @@ class Http1:
                 self._close()
         elif self._half_closed_at and self._state != _ENDING:
             if now - max(self._half_closed_at, self.touched) > settings.half_close_seconds:
-                self._give_up()
+                self._abort()
         elif self._state == _IN_BODY and self.exchange is not None:
             self._sweep_body(self.exchange, now)
 
@@ -518,10 +518,10 @@ class Http1Exchange(Exchange):
 
     @property
     def held_bytes(self) -> int:
-        return self.connection.ahead_bytes
+        return self.connection.read_ahead_bytes
 
-    def send_ahead(self) -> None:
-        self.connection.send_ahead(self)
+    def send_read_ahead(self) -> None:
+        self.connection.send_read_ahead(self)
 
     def pause_reading(self, reason: int) -> None:
         if self.connection.exchange is self:
@@ -547,7 +547,7 @@ class Http1Exchange(Exchange):
         connection = self.connection
         is_usual = self.keep and self.is_raw and not self._timing and self._limiter is None and not connection.is_in_body
         if is_usual and not self.worker.is_draining:
-            self._answered()
+            self._stop_waiting()
             self.response_started = True
             self.status = head.status
             if self.counters.access is not None:
@@ -567,7 +567,7 @@ class Http1Exchange(Exchange):
         self._head_out(head, b"")
 
     def _head_out(self, head: ResponseHead, body: bytes) -> None:
-        self._answered()
+        self._stop_waiting()
         self.response_started = True
         self.status = head.status
         connection, is_draining = self.connection, self.worker.is_draining
@@ -613,11 +613,11 @@ class Http1Exchange(Exchange):
     def cut_short(self) -> None:
         self.record("origin")
         if self.connection.exchange is self:
-            self.connection.exchange_cut()
+            self.connection.cut_short()
 
     def refuse(self, refusal: Refuse) -> None:
         """The connection stays usable where the request's end is known."""
-        self._answered()
+        self._stop_waiting()
         transport = self._transport
         if transport is None:
             return
@@ -632,10 +632,10 @@ class Http1Exchange(Exchange):
         """The request cannot be understood, or does not come whole: its connection has let go of it, and closes."""
         origin, self.origin = self.origin, None
         if origin is not None:
-            origin.abandon()
+            origin.cancel()
         elif self._task is not None:
             self._task.cancel()
-        self._answered()
+        self._stop_waiting()
         self.status = status
         if self.connection.transport is not None and not self.response_started:
             self.connection.transport.write(replies.make(Refuse(status, body), self.request_id, False, False))
@@ -646,7 +646,7 @@ class Http1Exchange(Exchange):
 
     def switch(self, head: ResponseHead, data: bytes) -> None:
         """`data` came behind the head."""
-        self._answered()
+        self._stop_waiting()
         self.response_started = True
         self.status = 101
         request = self.head
@@ -689,19 +689,19 @@ class Http1Exchange(Exchange):
             transport.write_eof()
             self.origin_ended = True
             if self.connection.has_half_closed:
-                self.tunnel_over()
+                self.both_halves_ended()
         else:
             self.connection.tunnel_over(politely=False)
 
-    def tunnel_over(self) -> None:
+    def both_halves_ended(self) -> None:
         """Both sides have ended their halves, in whatever order."""
         self.record()
         origin, self.origin = self.origin, None
         if origin is not None:
-            origin.abandon()
+            origin.cancel()
         self.connection.tunnel_over(politely=False)
 
-    def response_over(self) -> None:
+    def tunnel_over(self) -> None:
         self.origin = None
         self.record()
         if self.connection.exchange is self:

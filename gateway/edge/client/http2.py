@@ -103,7 +103,7 @@ class Http2(Multiplex):
 
     def eof_received(self) -> bool:
         """The client will send nothing more, not even a window: it is gone, and so is what runs for it."""
-        self.end()
+        self.close()
         if self.transport is not None:
             self.transport.close()
         return False
@@ -111,7 +111,7 @@ class Http2(Multiplex):
     def connection_lost(self, error: Exception | None) -> None:
         self.worker.clients.discard(self)
         self.transport = None
-        self.end()
+        self.close()
         for limiter in self.joined.values():
             limiter.leave()
 
@@ -227,34 +227,34 @@ class Http2(Multiplex):
     def on_goaway(self, last: int, code: int) -> None:
         """The client takes no more streams of ours, of which there are none, and is about to leave."""
         self.is_shutting_down = True
-        self.maybe_end()
+        self.close_if_unused()
 
     def on_ping_ack(self, payload: bytes) -> None:
         if payload == _DRAIN_PING:
-            self.go_away()
+            self.shut_down()
 
     # ---- ends ----
 
     def _requests(self) -> list[Request]:
         return [cast(Request, stream) for stream in self.streams.values()]
 
-    def maybe_end(self) -> None:
+    def close_if_unused(self) -> None:
         """Closes where no stream is left, and none may come."""
         if self.streams:
             return
         if self.draining and not self.is_shutting_down:
             self.is_shutting_down = True
             self.goaway(self.last_peer_stream, Code.NO_ERROR)
-        if self.is_shutting_down and not self.is_ended:
+        if self.is_shutting_down and not self.has_closed:
             self.flush()
-            self.end()
+            self.close()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Ends our half and what runs, and reads on for a while without looking at it: bytes that come into a closed socket would
         reset away what was written (as in RFC 9112, 9.6). The sweep closes, if the client has not done so."""
-        if self.is_ended:
+        if self.has_closed:
             return
-        self.is_shutting_down = self.is_ended = True
+        self.is_shutting_down = self.has_closed = True
         self._closing_since = self.time()
         self._buffer = b""
         for stream in self._requests():
@@ -275,17 +275,17 @@ class Http2(Multiplex):
         self.goaway(f.LAST_POSSIBLE, Code.NO_ERROR)
         self.put(f.frame(f.PING, 0, 0, _DRAIN_PING))
 
-    def go_away_unless_parked(self) -> None:
+    def shut_down_unless_parked(self) -> None:
         """Streams of it were cut. Others that are parked go on after the sleep, which some clients do not allow after a GOAWAY."""
         if not any(cast(Request, stream).is_parked for stream in self.streams.values()):
-            self.go_away()
+            self.shut_down()
 
-    def go_away(self) -> None:
+    def shut_down(self) -> None:
         """Begins a graceful shutdown: what runs is answered, and later streams are ignored (RFC 9113, 6.8)."""
         if not self.is_shutting_down:
             self.is_shutting_down = True
             self.goaway(self.last_peer_stream, Code.NO_ERROR)
-        self.maybe_end()
+        self.close_if_unused()
 
     def sweep(self, now: float) -> None:
         """Ends what has stood still for too long. Nothing that one stream does, and no PING, keeps
@@ -311,7 +311,7 @@ class Http2(Multiplex):
         if 0 < begun < now - settings.head_seconds:
             self.fail(Code.PROTOCOL_ERROR, "not continued in time")
         elif not self.streams and self.idle_since < long_ago:
-            self.go_away()
+            self.shut_down()
         else:
             for request in self._requests():
                 request.sweep(now)
@@ -327,13 +327,25 @@ class Http2(Multiplex):
         return not self.streams
 
     def close_idle(self) -> None:
-        self.go_away()
+        self.shut_down()
 
 
 class Request(Exchange, Flow):
     """A stream: one exchange, and its flow control."""
 
-    __slots__ = ("_ahead", "_end_sent", "_frames", "_left", "_pace", "_received", "_trailers", "connection", "expected", "key", *FLOW_SLOTS)
+    __slots__ = (
+        "_read_ahead",
+        "_end_sent",
+        "_frames",
+        "_remaining",
+        "_pace",
+        "_received",
+        "_trailers",
+        "connection",
+        "expected",
+        "key",
+        *FLOW_SLOTS,
+    )
 
     protocol = HTTP2
     is_raw = False
@@ -344,12 +356,12 @@ class Request(Exchange, Flow):
         self.began = now
         self.connection = connection
         self.open_flow(number, connection.initial_window, now)
-        self._ahead: bytearray | None = None  # of the body, or for the tunnel, read while there is neither application nor 101
+        self._read_ahead: bytearray | None = None  # of the body, or for the tunnel, read while there is neither application nor 101
         self.forwarding_fields = connection.forwarding_fields
         self._received = 0  # bytes of the request's body
         self._pace: Pace | None = None  # since it was first asked for
         self._trailers: Trailers | None = None  # which may come before there is an application
-        self._left = -1  # bytes of the answer that Content-Length has promised, and that are still to come
+        self._remaining = -1  # bytes of the answer that Content-Length has promised, and that are still to come
         self._frames: FrameCounter | None = None
         self._end_sent = False  # the tunnel's application has ended its half
         self.expected = -1  # bytes of the request's body that are still to come by Content-Length
@@ -373,7 +385,7 @@ class Request(Exchange, Flow):
 
     @property
     def held_bytes(self) -> int:
-        return len(self._ahead) if self._ahead is not None else 0
+        return len(self._read_ahead) if self._read_ahead is not None else 0
 
     def remember(self, admission: CachedAdmission) -> None:
         head = self.head
@@ -389,7 +401,7 @@ class Request(Exchange, Flow):
                 raise H2StreamError(self.number, Code.PROTOCOL_ERROR, "not the length that was said")
         origin = self.origin
         if origin is None or self._awaits_switch:
-            self._keep_ahead(data)
+            self._keep_read_ahead(data)
             return
         if self._frames is not None:
             if data:
@@ -410,20 +422,20 @@ class Request(Exchange, Flow):
         """The client has ended its half."""
         origin.finish(trailers)
         if self._end_sent:
-            self._over()
+            self._complete()
 
     @property
     def _awaits_switch(self) -> bool:
         """An extended CONNECT that the application has not agreed to: nothing of a tunnel goes out (RFC 8441, 5)."""
         return self._frames is None and self.head is not None and self.head.upgrade is not None
 
-    def _keep_ahead(self, data: bytes) -> None:
+    def _keep_read_ahead(self, data: bytes) -> None:
         """Within the stream's window, which is not credited meanwhile, and the session's bound on what is held."""
         if self.response_started or not data:
             return  # it was refused: nobody will read this
-        if self._ahead is None:
-            self._ahead = bytearray()
-        self._ahead += data
+        if self._read_ahead is None:
+            self._read_ahead = bytearray()
+        self._read_ahead += data
         if self.held_for is not None and not self.worker.holds.grow(self.held_for, len(data)):
             self.held_too_much(self.held_for)
 
@@ -435,11 +447,11 @@ class Request(Exchange, Flow):
         elif not self._awaits_switch:
             self._finish(self.origin, trailers)
 
-    def send_ahead(self) -> None:
+    def send_read_ahead(self) -> None:
         origin = self.origin
         if origin is None or self._awaits_switch:
             return
-        ahead, self._ahead = self._ahead, None
+        ahead, self._read_ahead = self._read_ahead, None
         if ahead:
             self.throttle(len(ahead))
             origin.send(bytes(ahead))
@@ -465,7 +477,7 @@ class Request(Exchange, Flow):
         if pace is None:
             pace = self._pace = Pace()
         received = self._received + self.connection.incomplete_of(self.number)
-        is_slow = pace.is_too_slow(received, now, self.paused != 0, settings.body_seconds, settings.body_bytes_per_second)
+        is_slow = pace.check(received, now, self.paused != 0, settings.body_seconds, settings.body_bytes_per_second)
         if self.paused:
             return
         if self.received_ms <= (now - settings.body_seconds) * 1000:
@@ -474,13 +486,13 @@ class Request(Exchange, Flow):
             self._late(b"The request's body comes too slowly")
 
     def _late(self, text: bytes) -> None:
-        self.leave()
+        self.cancel()
         self.refuse(Refuse(408, text))
 
     # ---- the answer ----
 
     def _begin_answer(self, status: int) -> None:
-        self._answered()
+        self._stop_waiting()
         self.response_started = True
         self.status = status
         if self.counters.access is not None:
@@ -521,14 +533,14 @@ class Request(Exchange, Flow):
 
     def response_head(self, head: ResponseHead) -> None:
         self._begin_answer(head.status)
-        self._left = head.length if head.framing == FIXED else -1
+        self._remaining = head.length if head.framing == FIXED else -1
         if self._is_open:
             self.connection.put(f.headers(self.number, self._fields(head), False))
 
     def response_data(self, data: bytes) -> None:
-        if self._left >= 0:
-            self._left -= len(data)
-            if self._left < 0:
+        if self._remaining >= 0:
+            self._remaining -= len(data)
+            if self._remaining < 0:
                 self._inconsistent()
                 return
         self.sent += len(data)
@@ -540,7 +552,7 @@ class Request(Exchange, Flow):
             self.connection.send_data(self, data, False)
 
     def response_done(self, trailers: Trailers | None = None) -> None:
-        if self._left > 0:
+        if self._remaining > 0:
             self._inconsistent()
             return
         self.origin = None
@@ -555,7 +567,7 @@ class Request(Exchange, Flow):
         """The answer is not as long as its Content-Length says: an intermediary must not pass that on (RFC 9113, 8.1.1)."""
         origin = self.origin
         if origin is not None:
-            origin.abandon()
+            origin.cancel()
         self.origin_failed(Failure(failures.INVALID, "the content is not as long as content-length says (RFC 9113, 8.1.1)"))
 
     def pause_source(self) -> None:
@@ -570,7 +582,7 @@ class Request(Exchange, Flow):
     def cut_short(self) -> None:
         self.record("origin")
         self.connection.reset(self, Code.INTERNAL_ERROR)
-        self.connection.maybe_end()
+        self.connection.close_if_unused()
 
     def refuse(self, refusal: Refuse) -> None:
         self._begin_answer(refusal.status)
@@ -590,26 +602,26 @@ class Request(Exchange, Flow):
         if self._frames is not None and not self.received_end:
             self._end_sent = True
         else:
-            self._over()
+            self._complete()
 
-    def _over(self) -> None:
+    def _complete(self) -> None:
         """Both sides of a tunnel have ended, or the answer is complete."""
         self.record()
         if self._frames is not None:
-            self.leave()
+            self.cancel()
         if self.received_end:
             self.connection.drop(self)
         else:
             self.connection.reset(self, Code.NO_ERROR)
-        self.connection.maybe_end()
+        self.connection.close_if_unused()
 
     def on_reset(self, code: int) -> None:
         """The client has given it up, or was made to."""
         self.status = self.status or 499
         self.sent -= len(self.queue) if self.queue is not None else 0
         self.record("client")
-        self.leave()
-        self.connection.maybe_end()
+        self.cancel()
+        self.connection.close_if_unused()
 
     # ---- tunnels ----
 
@@ -619,7 +631,7 @@ class Request(Exchange, Flow):
         assert request is not None and origin is not None
         accept = [value for name, value in split_block(head.block) if name == b"sec-websocket-accept"]
         if accept != [accept_of(request.websocket_key)]:
-            origin.abandon()
+            origin.cancel()
             self.origin_failed(Failure(failures.INVALID, "Sec-WebSocket-Accept does not answer the request's key (RFC 6455, 4.2.2)"))
             return
         self._begin_answer(200)
@@ -631,7 +643,7 @@ class Request(Exchange, Flow):
             self.connection.put(f.headers(self.number, block, False))
         if data:
             self.response_data(data)
-        ahead, self._ahead = self._ahead, None
+        ahead, self._read_ahead = self._read_ahead, None
         if ahead:
             self.tunnel_in(bytes(ahead))
         if self.received_end:
@@ -656,7 +668,7 @@ class Request(Exchange, Flow):
         if self._is_open:
             self.connection.send_data(self, b"", True)
 
-    def response_over(self) -> None:
+    def tunnel_over(self) -> None:
         self.response_done()
 
     def cut(self) -> None:
@@ -671,4 +683,4 @@ class Request(Exchange, Flow):
             connection.send_data(self, GOING_AWAY, True)
         connection.reset(self, Code.CANCEL)
         # After the resets of all streams that are cut now: clients built on h2 take nothing that follows a GOAWAY.
-        connection.call_soon(connection.go_away_unless_parked)
+        connection.call_soon(connection.shut_down_unless_parked)

@@ -110,7 +110,7 @@ class TlsServer:
             return
         except (ssl.SSLError, OSError):
             self._flush()  # the alert that says why
-            self._end()
+            self._close_transport()
             return
         self._flush()
         self._disarm()
@@ -158,7 +158,7 @@ class TlsServer:
         if self.transport is not None and self._outgoing.pending:
             self.transport.write(self._outgoing.read())
 
-    def _end(self) -> None:
+    def _close_transport(self) -> None:
         self._disarm()
         if self.transport is not None:
             self.transport.close()
@@ -190,7 +190,7 @@ class TlsServer:
         with contextlib.suppress(ssl.SSLError, OSError):  # our close_notify is in the buffer; the peer's is not waited for
             self._tls.unwrap()
         self._flush()
-        self._end()
+        self._close_transport()
 
     def abort(self) -> None:
         self._closing = True

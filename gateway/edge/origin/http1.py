@@ -43,8 +43,8 @@ class Origin:
     """The connection. `exchange` is there from a request's head to the end of its response, and in no other state."""
 
     __slots__ = (
-        "_asks_upgrade", "_body", "_buffer", "_context", "_encodes", "_held", "_in_chunks", "_left", "_owner", "_responses",
-        "_sent_early", "_state", "answered", "exchange", "idle_since", "is_head", "is_parked", "is_paused", "is_secure", "must_close",
+        "_asks_upgrade", "_body", "_buffer", "_context", "_encodes", "_held", "_in_chunks", "_owner", "_remaining", "_responses",
+        "_sent_early", "_state", "exchange", "has_answered", "idle_since", "is_head", "is_parked", "is_paused", "is_secure", "must_close",
         "proven_seconds", "reading", "reuse_seconds", "spoke_first", "transport",
     )  # fmt: skip
 
@@ -65,12 +65,12 @@ class Origin:
         self.is_parked = False  # its session sleeps; what is sent meanwhile is held
         self._held: list[bytes] = []
         self.must_close = False  # the response under way is the last
-        self.answered = False  # the application has answered on this connection: it speaks HTTP
+        self.has_answered = False  # the application has answered on this connection: it speaks HTTP
         self.spoke_first = False  # something came while there was no request
         self.reuse_seconds = context.settings.origin_idle_seconds  # idle for longer, it is not used again
         self.proven_seconds = _PROVEN_SECONDS  # origin/pool.py
         self._state = _IDLE
-        self._left = 0
+        self._remaining = 0
         self._buffer = b""
         self._body: ChunkedBody | None = None
         self._in_chunks = False  # the request's body goes on in chunks
@@ -95,7 +95,7 @@ class Origin:
         if state == _AT_HEAD:
             self._head(exchange, data)
             return
-        if state != _TUNNEL or not exchange.is_only_control(data):
+        if state != _TUNNEL or exchange.tunnel_out(data):
             account = exchange.account
             account.count += 1
             account.last = self._context.time()
@@ -116,7 +116,7 @@ class Origin:
 
     def _closed_while_idle(self) -> None:
         """The application closed a connection that waited: where it did so sooner than was to be expected, it may do so again."""
-        if self.answered and not self.is_closing and self._context.time() - self.idle_since < self.proven_seconds:
+        if self.has_answered and not self.is_closing and self._context.time() - self.idle_since < self.proven_seconds:
             self._owner.closes_early = True
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -180,7 +180,7 @@ class Origin:
     def _unanswered(self) -> Failure:
         if self.spoke_first:
             return failures.SPOKE_FIRST
-        return failures.STALE_FAILURE if self.answered else failures.UNANSWERED_FAILURE
+        return failures.STALE_FAILURE if self.has_answered else failures.UNANSWERED_FAILURE
 
     # ---- used by the exchange ----
 
@@ -225,7 +225,7 @@ class Origin:
             % (head.method, head.target, head.block, exchange.request_id, exchange.forwarding_fields)
         )
 
-    def give_up(self) -> None:
+    def give_back(self) -> None:
         """Goes back to the pool that it was taken out of: the request that it was for has not used it."""
         if self.is_closing:
             return
@@ -288,7 +288,7 @@ class Origin:
             exchange = self._let_go()
             self.close()
             if exchange is not None:
-                exchange.response_over()
+                exchange.tunnel_over()
         elif self._state == _TUNNEL:
             if self.transport is not None and self.transport.can_write_eof():
                 self.transport.write_eof()
@@ -308,7 +308,7 @@ class Origin:
         """Whether the connection is in the state of a new one; the pool takes back no other."""
         return self._state == _IDLE and not self.is_paused and not self.must_close and self.reading is not None and not self.reading.reasons
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         self._let_go()
         if self.transport is not None and self.is_parked:
             self.transport.close()  # whose FIN is sent again until the guest runs; a reset would be lost
@@ -351,7 +351,7 @@ class Origin:
                         return
                     head = self._parse(data if end < 0 else data[:end])
                 except Malformed as error:
-                    not_http = not self.answered and not self.is_secure and not data.startswith(b"HTTP/")
+                    not_http = not self.has_answered and not self.is_secure and not data.startswith(b"HTTP/")
                     self._refuse(exchange, failures.NOT_HTTP_FAILURE if not_http else Failure(failures.INVALID, str(error)))
                     return
             data = data[rest:]
@@ -364,7 +364,7 @@ class Origin:
                 return
             if not data:
                 return
-        self.answered = True
+        self.has_answered = True
         self._final(exchange, head, data)
 
     def _parse(self, raw: bytes) -> ResponseHead:
@@ -389,13 +389,13 @@ class Origin:
             self.keep_alive(head.idle_seconds)
         framing = head.framing
         if framing == FIXED and len(data) == head.length:  # the usual answer: all of it came in one read
-            self._finish(exchange, head, data)
+            self._complete(exchange, head, data)
         elif framing == NO_BODY:
             self.must_close = self.must_close or bool(data)
-            self._finish(exchange, head, b"")
+            self._complete(exchange, head, b"")
         elif framing == FIXED:
             self._to(_IN_FIXED)
-            self._left = head.length
+            self._remaining = head.length
             exchange.response_head(head)
             self._fixed(exchange, data)
         elif framing == CHUNKED:
@@ -425,15 +425,15 @@ class Origin:
         exchange.switch(head, data)
 
     def _fixed(self, exchange: ClientSide, data: bytes) -> None:
-        extra = len(data) - self._left
+        extra = len(data) - self._remaining
         if extra > 0:
-            data = data[: self._left]
+            data = data[: self._remaining]
             self.must_close = True
-        self._left -= len(data)
+        self._remaining -= len(data)
         if data:
             exchange.response_data(data)
-        if not self._left:
-            self._finish(exchange)
+        if not self._remaining:
+            self._complete(exchange)
 
     def _chunked(self, exchange: ClientSide, data: bytes) -> None:
         body = self._body
@@ -451,9 +451,11 @@ class Origin:
         if body.is_complete:
             self.must_close = self.must_close or used < len(data)
             self._body = None
-            self._finish(exchange, trailers=body.trailers)
+            self._complete(exchange, trailers=body.trailers)
 
-    def _finish(self, exchange: ClientSide, head: ResponseHead | None = None, body: bytes = b"", trailers: Trailers | None = None) -> None:
+    def _complete(
+        self, exchange: ClientSide, head: ResponseHead | None = None, body: bytes = b"", trailers: Trailers | None = None
+    ) -> None:
         """The response is complete; `head` is there when all of it came at once. A connection on which a request's body is
         still under way cannot be used again: its rest would be read as the next request."""
         if self.exchange is not exchange:  # cut short meanwhile

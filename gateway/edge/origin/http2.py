@@ -30,7 +30,7 @@ _TOO_LITTLE: Final = "the content is shorter than content-length says (RFC 9113,
 class OriginStream(Flow):
     """A stream of the connection. It carries one exchange, and lets go of it when that has ended."""
 
-    __slots__ = ("_chunks", "_head", "_left", "connection", "exchange", "is_head", "sent_end", *FLOW_SLOTS)
+    __slots__ = ("_chunks", "_head", "_remaining", "connection", "exchange", "is_head", "sent_end", *FLOW_SLOTS)
 
     takes_raw = False
 
@@ -42,7 +42,7 @@ class OriginStream(Flow):
         self._head: ResponseHead | None = None
         self._chunks = False
         self.sent_end = False  # our half of the stream has ended
-        self._left = -1  # of the content that the head announces; -1: of any length
+        self._remaining = -1  # of the content that the head announces; -1: of any length
 
     # ---- used by the exchange ----
 
@@ -72,7 +72,7 @@ class OriginStream(Flow):
         if bodyless:
             self.on_end_sent()
 
-    def give_up(self) -> None:
+    def give_back(self) -> None:
         """Gives back the reservation of a stream that was not opened."""
         self.connection.unreserve()
 
@@ -98,7 +98,7 @@ class OriginStream(Flow):
         if not self.paused and self.number in self.connection.streams:
             self.connection.credit(self)
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         self.exchange = None
         self.connection.reset(self, Code.CANCEL)
         self.connection.freed()
@@ -121,7 +121,7 @@ class OriginStream(Flow):
         if http2_head.size_of(block) > settings.head_bytes:
             raise Malformed(f"response has more than {settings.head_bytes} bytes of fields (edge.head_bytes)", 502)
         if self._head is not None:
-            self._over(http2_head.parse_trailers(block, settings.head_fields), end)
+            self._complete(http2_head.parse_trailers(block, settings.head_fields), end)
             return
         head = http2_head.parse_response(block, end, settings.head_fields, self.is_head)
         if head.status < 200:
@@ -129,8 +129,8 @@ class OriginStream(Flow):
                 raise Malformed("an interim response ends the stream (RFC 9113, 8.1)", 502)
             exchange.interim(head)
             return
-        self._left = head.length if head.framing == FIXED else 0 if head.framing == NO_BODY else -1
-        if end and self._left > 0:
+        self._remaining = head.length if head.framing == FIXED else 0 if head.framing == NO_BODY else -1
+        if end and self._remaining > 0:
             raise Malformed(_TOO_LITTLE, 502)
         self._head = head
         self.connection.has_answered = True
@@ -138,7 +138,7 @@ class OriginStream(Flow):
         if end:  # as gRPC says that a call failed at once: to its clients it must stay one frame
             self.exchange = None
             exchange.response_whole(head, b"")
-            self.connection.answered(self)
+            self.connection.response_complete(self)
         else:
             exchange.response_head(head)
 
@@ -157,28 +157,28 @@ class OriginStream(Flow):
         account = exchange.account
         account.count += 1
         account.last = self.connection.time()
-        if self._left >= 0:
-            self._left -= len(data)
-            if self._left < 0:
+        if self._remaining >= 0:
+            self._remaining -= len(data)
+            if self._remaining < 0:
                 raise Malformed("the content is longer than content-length says, or not allowed (RFC 9113, 8.1.1)", 502)
-            if end and self._left:
+            if end and self._remaining:
                 raise Malformed(_TOO_LITTLE, 502)
         if data:
             exchange.response_data(b"%x\r\n%b\r\n" % (len(data), data) if self._chunks else data)
         if end:
-            self._over(None, True)
+            self._complete(None, True)
 
-    def _over(self, trailers: Trailers | None, end: bool) -> None:
+    def _complete(self, trailers: Trailers | None, end: bool) -> None:
         exchange = self.exchange
         if not end or exchange is None:
             raise Malformed("trailers do not end the stream (RFC 9113, 8.1)", 502)
-        if self._left > 0:
+        if self._remaining > 0:
             raise Malformed(_TOO_LITTLE, 502)
         self.exchange = None
         if self._chunks:
             exchange.response_data(encode_end(trailers))
         exchange.response_done(trailers)
-        self.connection.answered(self)
+        self.connection.response_complete(self)
 
     @property
     def has_head(self) -> bool:
@@ -192,7 +192,7 @@ class OriginStream(Flow):
 
     def on_reset(self, code: int) -> None:
         """NO_ERROR after an answer only says that the rest of the request is not wanted."""
-        self.failed(failures.STREAM_REFUSED if code == Code.REFUSED_STREAM and not self.has_head else failures.STREAM_RESET)
+        self.fail(failures.STREAM_REFUSED if code == Code.REFUSED_STREAM and not self.has_head else failures.STREAM_RESET)
         self.connection.freed()
 
     def on_end_sent(self) -> None:
@@ -201,7 +201,7 @@ class OriginStream(Flow):
             self.connection.drop(self)
             self.connection.freed()
 
-    def failed(self, failure: Failure) -> None:
+    def fail(self, failure: Failure) -> None:
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
             exchange.origin_failed(failure)
@@ -248,7 +248,7 @@ class Http2Origin(Multiplex):
         streams = self._origin_streams()
         self.streams = {}
         for stream in streams:
-            stream.failed(failures.CONTENT_CUT_SHORT if stream.has_head else unanswered)
+            stream.fail(failures.CONTENT_CUT_SHORT if stream.has_head else unanswered)
 
     # ---- streams ----
 
@@ -322,7 +322,7 @@ class Http2Origin(Multiplex):
         """A malformed response is a stream error (RFC 9113, 8.1.1). The connection takes no further streams: an application that
         frames one response wrongly is not trusted with the next."""
         self.is_shutting_down = True
-        stream.failed(Failure(failures.INVALID, str(error)))
+        stream.fail(Failure(failures.INVALID, str(error)))
         raise H2StreamError(stream.number, Code.PROTOCOL_ERROR, str(error)) from error
 
     def on_goaway(self, last: int, code: int) -> None:
@@ -330,10 +330,10 @@ class Http2Origin(Multiplex):
         self.is_shutting_down = True
         for stream in [opened for opened in self._origin_streams() if opened.number > last]:
             self.drop(stream)
-            stream.failed(failures.STREAM_REFUSED)
-        self._maybe_end()
+            stream.fail(failures.STREAM_REFUSED)
+        self._close_if_unused()
 
-    def answered(self, stream: OriginStream) -> None:
+    def response_complete(self, stream: OriginStream) -> None:
         """Ends a stream whose answer is complete. A request that is not complete is reset, because nobody reads its rest."""
         self.idle_since = self.time()
         if stream.sent_end:
@@ -345,18 +345,18 @@ class Http2Origin(Multiplex):
     def freed(self) -> None:
         if self._owner.waiting:
             self._owner.serve(self.time())
-        self._maybe_end()
+        self._close_if_unused()
 
-    def _maybe_end(self) -> None:
+    def _close_if_unused(self) -> None:
         if self.is_shutting_down and not self.streams:
-            self.end()
+            self.close()
 
-    def retire(self) -> None:
+    def shut_down(self) -> None:
         """Shuts down a connection that has been idle for long: it opens no more streams, and closes after its last one."""
         self.is_shutting_down = True
         self.goaway(0, Code.NO_ERROR)
         self.flush()
-        self._maybe_end()
+        self._close_if_unused()
 
     # ---- through a suspend ----
 
@@ -369,11 +369,10 @@ class Http2Origin(Multiplex):
 
     def is_silent(self, one_way: bool) -> bool:
         """Whether nothing is under way on those streams, nor on the connection itself."""
-        self.flush()
         transport = self.transport
         if transport is None or transport.is_closing() or self.is_shutting_down or self._buffer or self._block is not None:
             return False
-        if transport.get_write_buffer_size() or unacknowledged(cast(asyncio.Transport, transport)):
+        if self._out or transport.get_write_buffer_size() or unacknowledged(cast(asyncio.Transport, transport)):
             return False
         return all(stream.is_silent for stream in self._to_park(one_way))
 

@@ -193,7 +193,7 @@ class Pool(Owner):
         if isinstance(lease, Slot):
             self.free(lease, now)
         elif lease is not None:
-            lease.give_up()
+            lease.give_back()
 
     def serve(self, now: float) -> None:
         """Gives connections, streams and slots that are free to the requests that wait, in the order of their arrival."""
@@ -249,7 +249,7 @@ class Pool(Owner):
     def connections(self) -> list[Origin | Http2Origin]:
         return [*self.open, *self.shared]
 
-    def end(self) -> list[Origin | Http2Origin]:
+    def incarnation_ended(self) -> list[Origin | Http2Origin]:
         """The incarnation ends: nobody gets anything any more. The connections, for whoever parks or cuts them."""
         self.has_ended = True
         found = self.connections

@@ -100,18 +100,18 @@ class ShellOrigin:
     def resume(self, reason: int) -> None:
         self._reading.resume(reason)
 
-    def abandon(self) -> None:
-        self._leave()
+    def cancel(self) -> None:
+        self._let_go()
         self._close()
 
     def cut(self) -> None:
         """Closes the shell because its incarnation ends, and tells the exchange."""
-        exchange = self._leave()
+        exchange = self._let_go()
         self._close()
         if exchange is not None:
             exchange.cut()
 
-    def _leave(self) -> ClientSide | None:
+    def _let_go(self) -> ClientSide | None:
         """Lets go of the exchange, which is over: the client's connection carries others from now on."""
         exchange, self._exchange = self._exchange, None
         if self._closing is not None:
@@ -233,15 +233,15 @@ class ShellOrigin:
                 has_sent = True
                 exchange.response_data(bytes(data))
             else:
-                self._leave()
+                self._let_go()
                 self._close()
-                exchange.response_over()
+                exchange.tunnel_over()
                 return has_sent
         return has_sent
 
     def _close(self) -> None:
         if self._exchange is not None and self._closing is None:
-            self._closing = self._loop.call_later(_CLOSE_SECONDS, self._give_up)
+            self._closing = self._loop.call_later(_CLOSE_SECONDS, self._close_timed_out)
         if self.is_parked:
             self.is_parked = False
             self._context.forget_parked(self)
@@ -250,8 +250,8 @@ class ShellOrigin:
             self._loop.remove_writer(self._socket.fileno())
             self._socket.close()
 
-    def _give_up(self) -> None:
+    def _close_timed_out(self) -> None:
         """Ends the tunnel of a client that has not answered the Close frame (RFC 6455, 7.1.1)."""
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
-            exchange.response_over()
+            exchange.tunnel_over()

@@ -80,7 +80,7 @@ class Sockets:
             self.close()
             raise SessionGone("the MicroVM was suspended, or has ended")
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Closes, and does not wait for a fetch that is under way: the worker ends."""
         if self._fetching is not None:
             self._fetching.cancel()

@@ -264,9 +264,9 @@ class Upstream:
     def new(self, pool: Pool, http2: bool, is_secure: bool) -> Origin | Http2Origin:
         return Http2Origin(self._context, pool, is_secure) if http2 else Origin(self._context, pool, is_secure)
 
-    def may_speak_tls(self, key: Key) -> bool:
-        """The port's first answer was not HTTP. TLS is tried once for a port and incarnation: a handshake that succeeds shows that the
-        application never took the request for one. False where that is known to fail."""
+    def try_tls(self, key: Key) -> bool:
+        """Makes the port's next connection try TLS, because its first answer was not HTTP; returns False where TLS is known to fail. It is
+        tried once for a port and incarnation: a handshake that succeeds shows that the application never took the request for one."""
         pool = self._pools.get(key)
         if pool is None or pool.tls == PLAIN:
             return False
@@ -336,7 +336,7 @@ class Upstream:
 
     # ---- ends ----
 
-    def end(self, session: str, incarnation: int, park: int = 0, one_way: bool = False) -> int:
+    def incarnation_ended(self, session: str, incarnation: int, park: int = 0, one_way: bool = False) -> int:
         """Closes everything of an incarnation that ends, but up to `park` silent streams; how many those are. `one_way`: also
         streams on which only the server speaks."""
         ended = self._incarnations.pop((session, incarnation), None)
@@ -345,11 +345,11 @@ class Upstream:
         connections = ended.connections
         for pool in ended.pools.values():
             del self._pools[pool.key]
-            pool.end()
+            pool.incarnation_ended()
         self._remember_tls(session, ended)
         parked = 0
         for connection in connections:
-            parked += self._end(connection, park - parked, one_way)
+            parked += self._park_or_cut(connection, park - parked, one_way)
         for task in ended.preconnected.values():
             _drop(task)
         ended.sockets.close()
@@ -372,7 +372,7 @@ class Upstream:
         """Forgets what is remembered of a session, which will not run again."""
         self._spoke_tls.pop(session, None)
 
-    def _end(self, connection: Parkable, room: int, one_way: bool) -> int:
+    def _park_or_cut(self, connection: Parkable, room: int, one_way: bool) -> int:
         """Parks it, and says how many streams that were, or cuts it. What fails here is this connection's alone."""
         try:
             count = connection.parkable(one_way)
@@ -413,8 +413,8 @@ class Upstream:
     def close(self) -> None:
         """Closes everything, because the worker ends."""
         for (session, incarnation), found in list(self._incarnations.items()):
-            found.sockets.abandon()
-            self.end(session, incarnation)
+            found.sockets.abort()
+            self.incarnation_ended(session, incarnation)
         self._vmm.close()
 
     def sweep(self, now: float) -> None:
@@ -427,7 +427,7 @@ class Upstream:
                 pool.sweep(now)
                 for connection in list(pool.shared):
                     if not connection.stream_count and now - connection.idle_since > self._settings.origin_idle_seconds:
-                        connection.retire()
+                        connection.shut_down()
 
     # ---- what there is ----
 

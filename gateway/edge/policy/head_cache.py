@@ -133,11 +133,11 @@ class Cache(Generic[K, V]):
 
     def put(self, key: K, value: V) -> None:
         """Keeps what comes again: of what came once the hash alone is known."""
-        if self.comes_again(key):
+        if self.note(key):
             self.keep(key, value)
 
-    def comes_again(self, key: K) -> bool:
-        """Whether the key was asked about before, not long ago, or is here, and may be replaced."""
+    def note(self, key: K) -> bool:
+        """Notes that the key came; returns whether it had come before, not long ago, or is here, and may be replaced."""
         if key in self._younger or key in self._older:
             return True
         mark = hash(key)
@@ -224,7 +224,7 @@ class HeadCache:
     def remember_block(self, block: bytes, admission: CachedAdmission) -> None:
         self.blocks.put(block, admission)
         split = self._split_block(block)
-        if split is None or not self._decisive.comes_again(split[0]):
+        if split is None or not self._decisive.note(split[0]):
             return
         head = parse_request(b"GET / HTTP/1.1", b"\r\n" + b"\r\n".join(split[0]), self._fields_most)
         if _is_part_of(head, admission):
@@ -281,7 +281,7 @@ class HeadCache:
     def remember_list(self, fields: FieldList, line: bytes, admission: CachedAdmission) -> None:
         self.lists.put(fields, CachedRequest(admission, line))
         split = self._split_list(fields)
-        if split is None or not self._decisive2.comes_again(split[1]):
+        if split is None or not self._decisive2.note(split[1]):
             return
         head = http2_head.parse_request([*_PSEUDO, *split[1]], True, self._fields_most)
         if _is_part_of(head, admission):

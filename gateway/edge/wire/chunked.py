@@ -31,12 +31,12 @@ _DONE: Final = 4
 class ChunkedBody:
     """Feed it bytes in any cut; it says how many belong to the body, and when the body is complete."""
 
-    __slots__ = ("_extensions", "_left", "_line", "_state", "_trailers", "trailers")
+    __slots__ = ("_extensions", "_line", "_remaining", "_state", "_trailers", "trailers")
 
     def __init__(self) -> None:
         self.trailers: Trailers = []  # once the body is complete: those that may go on
         self._state = _AT_SIZE
-        self._left = 0
+        self._remaining = 0
         self._line = b""  # of a line whose end has not come yet
         self._extensions = 0
         self._trailers = 0
@@ -52,12 +52,12 @@ class ChunkedBody:
         kept = 0  # where in `data` the chunks begin that go on as they came
         while at < end and self._state != _DONE:
             if self._state == _IN_DATA:
-                step = min(self._left, end - at)
-                self._left -= step
+                step = min(self._remaining, end - at)
+                self._remaining -= step
                 if out is not None and not in_chunks:
                     out.append(data[at : at + step])
                 at += step
-                if not self._left:
+                if not self._remaining:
                     self._state = _AFTER_DATA
                 continue
             start = at
@@ -97,9 +97,9 @@ class ChunkedBody:
         match = _SIZE.match(line[:-2])
         if match is None:
             raise Malformed("chunked body has a malformed chunk size or extension (RFC 9112 7.1)")
-        self._left = int(match[1], 16)
-        self._state = _IN_DATA if self._left else _IN_TRAILERS
-        if not self._left:
+        self._remaining = int(match[1], 16)
+        self._state = _IN_DATA if self._remaining else _IN_TRAILERS
+        if not self._remaining:
             return b""
         extension = len(match[2])
         if not extension:

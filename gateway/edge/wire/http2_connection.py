@@ -66,9 +66,9 @@ class Multiplex:
         "call_soon",
         "frame_bytes",
         "goaway_last",
+        "has_closed",
         "incomplete_since",
         "initial_window",
-        "is_ended",
         "is_shutting_down",
         "last_number",
         "reading",
@@ -91,7 +91,7 @@ class Multiplex:
         self.initial_window = f.WINDOW_BYTES
         self.send_window = f.WINDOW_BYTES
         self.frame_bytes = f.FRAME_BYTES
-        self.is_ended = False  # all was said: what comes is not looked at, and nothing more is sent
+        self.has_closed = False  # all was said: what comes is not looked at, and nothing more is sent
         self.is_shutting_down = False  # no stream begins any more, and the connection closes with its last one
         self.goaway_last = f.LAST_POSSIBLE  # of the peer's streams, which our GOAWAY has named: later ones are ignored (RFC 9113, 6.8)
         self._decoder = f.new_decoder(list_bytes)
@@ -142,7 +142,7 @@ class Multiplex:
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
 
     def data_received(self, data: bytes) -> None:
-        if self.is_ended:
+        if self.has_closed:
             return
         self.touched = self.time()
         if self._buffer:
@@ -176,7 +176,7 @@ class Multiplex:
                     _HANDLERS[kind](self, flags, number, data, begin, at)
             except H2StreamError as error:
                 self.break_stream(error)
-            if self.transport is None or self.is_ended:
+            if self.transport is None or self.has_closed:
                 return
         if at < end:
             self._buffer = data[at:]
@@ -433,7 +433,7 @@ class Multiplex:
     def flush(self) -> None:
         self._flush_due = False
         out, self._out, self._out_bytes = self._out, [], 0
-        if self.transport is not None and out and not self.is_ended:
+        if self.transport is not None and out and not self.has_closed:
             self.transport.write(b"".join(out) if len(out) > 1 else out[0])
 
     def send_message(self, stream: Flow, block: bytes, content: bytes) -> None:
@@ -597,11 +597,11 @@ class Multiplex:
         self.goaway(self.last_peer_stream, code, text)
         self.is_shutting_down = True
         self.flush()
-        self.end()
+        self.close()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Closes after what was written; what has come behind it is not looked at."""
-        self.is_ended = True
+        self.has_closed = True
         if self.transport is not None:
             self.transport.close()
 

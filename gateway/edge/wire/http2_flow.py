@@ -86,13 +86,13 @@ class Flow:
 class Budget:
     """A token bucket: how often a peer may do what costs it nothing."""
 
-    __slots__ = ("_at", "_left", "_most", "_rate")
+    __slots__ = ("_at", "_most", "_rate", "_tokens")
 
     def __init__(self, most: float, rate: float) -> None:
-        self._most, self._rate, self._left, self._at = most, rate, most, 0.0
+        self._most, self._rate, self._tokens, self._at = most, rate, most, 0.0
 
     def spend(self, now: float) -> bool:
         """Takes one token; returns False when none is left."""
-        self._left = min(self._most, self._left + (now - self._at) * self._rate) - 1
+        self._tokens = min(self._most, self._tokens + (now - self._at) * self._rate) - 1
         self._at = now
-        return self._left > 0
+        return self._tokens > 0

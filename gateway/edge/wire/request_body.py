@@ -21,7 +21,7 @@ class Pace:
         self._counted = 0  # bytes that had come when the current span began
         self._since = 0.0  # when that was; 0: no span has begun
 
-    def is_too_slow(self, received: int, now: float, is_paused: bool, seconds: float, bytes_per_second: int) -> bool:
+    def check(self, received: int, now: float, is_paused: bool, seconds: float, bytes_per_second: int) -> bool:
         """`received` bytes have come in all. A body that is not read (`is_paused`) cannot be late."""
         if is_paused or not self._since:
             self._counted, self._since = received, now
@@ -36,18 +36,18 @@ class Pace:
 class RequestBody:
     """Bytes go through `take` in any cut, until `is_complete`. `check` is asked about once a second whether the client is late."""
 
-    __slots__ = ("_chunks", "_left", "_pace", "_received", "last_at")
+    __slots__ = ("_chunks", "_pace", "_received", "_remaining", "last_at")
 
     def __init__(self, framing: int, length: int, now: float) -> None:
         self._chunks: ChunkedBody | None = ChunkedBody() if framing == CHUNKED else None
-        self._left = length  # of a body with Content-Length: bytes that are still to come
+        self._remaining = length  # of a body with Content-Length: bytes that are still to come
         self._received = 0
         self._pace: Pace | None = None  # since it was first asked for
         self.last_at = now  # when bytes came last
 
     @property
     def is_complete(self) -> bool:
-        return self._chunks.is_complete if self._chunks is not None else not self._left
+        return self._chunks.is_complete if self._chunks is not None else not self._remaining
 
     @property
     def trailers(self) -> Trailers | None:
@@ -59,8 +59,8 @@ class RequestBody:
         as chunks without its end. Raises Malformed."""
         self.last_at = now
         if self._chunks is None:
-            used = min(self._left, len(data))
-            self._left -= used
+            used = min(self._remaining, len(data))
+            self._remaining -= used
             content = data if used == len(data) else data[:used]
         else:
             pieces: list[bytes] = []
@@ -75,7 +75,7 @@ class RequestBody:
         pace = self._pace
         if pace is None:
             pace = self._pace = Pace()
-        is_slow = pace.is_too_slow(self._received, now, is_paused, seconds, bytes_per_second)
+        is_slow = pace.check(self._received, now, is_paused, seconds, bytes_per_second)
         if is_paused:
             self.last_at = max(self.last_at, now)
         elif now - self.last_at > seconds:

@@ -22,11 +22,11 @@ class FrameCounter:
     there is no boundary any more.
     """
 
-    __slots__ = ("_closed", "_head", "_left")
+    __slots__ = ("_closed", "_head", "_remaining")
 
     def __init__(self) -> None:
         self._head = b""  # of a frame whose length is not known yet
-        self._left = 0  # of the frame's payload
+        self._remaining = 0  # of the frame's payload
         self._closed = False
 
     @property
@@ -35,7 +35,7 @@ class FrameCounter:
 
     @property
     def at_boundary(self) -> bool:
-        return not self._left and not self._head and not self._closed
+        return not self._remaining and not self._head and not self._closed
 
     def only_control(self, data: bytes) -> list[tuple[int, bytes]] | None:
         """The pings and pongs (opcode, payload unmasked) where `data` begins at a boundary and is nothing but whole ones of them;
@@ -63,16 +63,16 @@ class FrameCounter:
         self._closed = True
 
     def feed(self, data: bytes) -> None:
-        if not self._left and not self._head and len(data) > 3:  # the usual case: one whole frame
+        if not self._remaining and not self._head and len(data) > 3:  # the usual case: one whole frame
             length = data[1]
             size = 2 + length if length < 126 else 4 + (data[2] << 8 | data[3]) if length == 126 else 0
             if len(data) == size and data[0] & 15 != 8:
                 return
         at, end = 0, len(data)
         while at < end:
-            if self._left:
-                step = min(self._left, end - at)
-                self._left -= step
+            if self._remaining:
+                step = min(self._remaining, end - at)
+                self._remaining -= step
                 at += step
                 continue
             head = self._head + data[at : at + 14 - len(self._head)]
@@ -82,7 +82,7 @@ class FrameCounter:
                 return
             at += size - len(self._head)
             self._head = b""
-            self._left = _payload_size(head)
+            self._remaining = _payload_size(head)
             if head[0] & 15 == 8:
                 self._closed = True
 
