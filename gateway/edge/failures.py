@@ -14,7 +14,8 @@ ENDED: Final = 6  # the incarnation ended
 
 
 class Failure:
-    """`reason` is a sentence for the log, with the rule that was broken and its clause, and nothing that was sent."""
+    """What became of a request; `reason` is a sentence for the log, with the rule that was broken and its clause, and nothing that was
+    sent."""
 
     __slots__ = ("kind", "reason")
 

@@ -125,7 +125,7 @@ class Link:
         self._control.notify("resume", m.ResumeRequest(route.session, route.incarnation))
 
     def route_of_session(self, session: str) -> m.Route | None:
-        """The session's route as the table has it now."""
+        """Returns the session's route as the table has it now."""
         entry = self._worker.routes.get(self._endpoints.get(session, ""))
         return entry.route if entry is not None else None
 
@@ -187,7 +187,7 @@ class Link:
         self._faults.add(session, text)
 
     def report(self) -> None:
-        """What has happened since the last report: activity, faults, counters."""
+        """Reports what has happened since the last report: activity, faults, counters."""
         connection = self._control.connection
         if connection is None:
             return

@@ -49,6 +49,6 @@ class ReadGate:
                 self._transport.resume_reading()
 
     def clear(self) -> None:
-        """No reason is left."""
+        """Lifts every reason."""
         if self.reasons:
             self.resume(self.reasons)

@@ -37,7 +37,7 @@ class ClientSide:
 
     @property
     def request_complete(self) -> bool:
-        """All of the request has been read, and sent on if there is an origin."""
+        """Whether all of the request has been read, and sent on if there is an origin."""
         raise AssertionError
 
     def interim(self, head: ResponseHead) -> None:
@@ -48,10 +48,10 @@ class ClientSide:
     def response_data(self, data: bytes) -> None: ...
 
     def response_done(self, trailers: Trailers | None = None) -> None:
-        """The response is complete."""
+        """Ends the exchange, because the response is complete."""
 
     def response_whole(self, head: ResponseHead, body: bytes) -> None:
-        """The usual answer: head and all of the body at once."""
+        """Passes on the usual answer, whose head and body come at once."""
         self.response_head(head)
         if body:
             self.response_data(body)
@@ -61,10 +61,10 @@ class ClientSide:
         """Ends the exchange, for which there is no whole response from the application."""
 
     def cut(self) -> None:
-        """The incarnation ends, and with it a stream or tunnel that is open; the client is told so where it can be."""
+        """Ends the exchange, because its incarnation ends; the client of an open stream or tunnel is told so where it can be."""
 
     def switch(self, head: ResponseHead, data: bytes) -> None:
-        """101: from here on bytes go both ways as they are; `data` came with the head."""
+        """Begins a tunnel with a 101: from here on bytes go both ways as they are; `data` came with the head."""
 
     def tunnel_half_closed(self) -> None:
         """Ends our half towards the client, because the application has ended its half of the tunnel."""
@@ -80,7 +80,7 @@ class ClientSide:
         """Ends the exchange of a tunnel that is over in both directions."""
 
     def pause_reading(self, reason: int) -> None:
-        """The request is not read while a reason (reading.py) holds."""
+        """Does not read the request while a reason (reading.py) holds."""
 
     def resume_reading(self, reason: int) -> None: ...
 
@@ -108,15 +108,15 @@ class OriginSide(Protocol):
         """Sends a piece of the request's body (or of a tunnel)."""
 
     def finish(self, trailers: Trailers | None) -> None:
-        """The request's body, or the client's half of a tunnel, is complete."""
+        """Sends the end of the request's body, or of the client's half of a tunnel."""
 
     def pause(self, reason: int) -> None:
-        """The answer is not read while a reason (reading.py) holds."""
+        """Does not read the answer while a reason (reading.py) holds."""
 
     def resume(self, reason: int) -> None: ...
 
     def cancel(self) -> None:
-        """The exchange is over before its end: the application must not be waited for."""
+        """Stops, because the client has left: the application is not waited for."""
 
 
 class Parkable(Protocol):
@@ -126,7 +126,7 @@ class Parkable(Protocol):
     def key(self) -> Key: ...
 
     def parkable(self, one_way: bool) -> int:
-        """How many of its streams may outlive a suspend: those on which the client can speak, and so wake the session; `one_way`:
+        """Returns how many of its streams may outlive a suspend: those on which the client can speak, and so wake the session; `one_way`:
         also those on which only the server speaks."""
 
     def is_silent(self, one_way: bool) -> bool:
@@ -134,19 +134,19 @@ class Parkable(Protocol):
 
     @property
     def stream_count(self) -> int:
-        """The number of its streams, parked or not."""
+        """Returns the number of its streams, parked or not."""
 
     def park(self, one_way: bool) -> None:
         """Keeps those streams, and ends the others."""
 
     def unpark(self) -> None:
-        """The session runs again: what was held goes to the application."""
+        """Sends what was held to the application, because the session runs again."""
 
     def cut(self) -> None: ...
 
 
 class Owner:
-    """Whose an application's connection is: what it tells its pool."""
+    """Owns connections to an application; a pool, as they know it."""
 
     __slots__ = ("closes_early", "key")
 
@@ -156,7 +156,7 @@ class Owner:
 
     @property
     def waiting(self) -> int:
-        """The number of requests that wait for a connection."""
+        """Returns the number of requests that wait for a connection."""
         return 0
 
     def release(self, origin: Any, now: float) -> None:

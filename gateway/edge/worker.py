@@ -1,4 +1,4 @@
-"""An edge worker: one process, one loop, its own listeners. It has no privileges and no key that signs."""
+"""An edge worker is one process with one loop and its own listeners. It has no privileges and no key that signs."""
 
 from __future__ import annotations
 
@@ -147,7 +147,8 @@ class Worker:
             self.guard(self.link.report)
 
     def guard(self, work: Callable[..., object], *arguments: object) -> bool:
-        """One step among several that do not depend on each other; False where it raised. What raises is logged, and ends itself alone."""
+        """Does one step among several that do not depend on each other, and returns False where it raised: that is logged, and ends the
+        step alone."""
         try:
             work(*arguments)
         except Exception:
@@ -156,7 +157,7 @@ class Worker:
         return True
 
     def _each_client(self, step: str, *arguments: object, only_quiet: bool = False) -> None:
-        """A client whose step raises is ended: nobody could say what state it is in."""
+        """Does a step for each client. A client whose step raises is aborted: nobody could say what state it is in."""
         for client in [accepted for accepted in self.clients if not only_quiet or accepted.is_quiet]:
             if not self.guard(getattr(client, step), *arguments):
                 self.clients.discard(client)
@@ -177,7 +178,7 @@ async def run(
     name: str, settings: Edge, control: Path, vmm: Path, sockets: dict[str, list[socket.socket]], certificates: Certificates, ready: Any,
     traces: str = "",
 ) -> None:  # fmt: skip
-    """Until SIGTERM, then drains. SIGUSR1 opens the access log again. `traces` is where spans go."""
+    """Serves until SIGTERM, then drains. SIGUSR1 opens the access log again. `traces` is where spans go."""
     worker = Worker(name, settings, control, vmm)
     worker.spans = Spans(traces, name)
     await worker.serve(sockets["edge"], certificates, sockets.get("redirect", ()))

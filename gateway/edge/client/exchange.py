@@ -98,8 +98,8 @@ class Exchange(ClientSide):
         """Passes on a 1xx response."""
 
     def origin_failed(self, failure: Failure) -> None:
-        """There is no whole answer from the application. Before its head this is a 502, or the request is sent once more; after it,
-        the client must see that it is cut short. Both are written into the microVM's log."""
+        """Ends the exchange without a whole answer from the application. Before its head this is a 502, or the request is sent once more;
+        after it, the client must see that it is cut short. Both are written into the microVM's log."""
         origin, self.origin = self.origin, None
         key: Key = origin.key if origin is not None else ("", 0, 0)
         if not self.response_started and self._tries_again(failure, key):
@@ -113,9 +113,9 @@ class Exchange(ClientSide):
             self.refuse(replies.UNAVAILABLE)
 
     def _tries_again(self, failure: Failure, key: Key) -> bool:
-        """Once, on a new connection, and only where the application cannot have acted on the request: it is safe and has no content
-        (RFC 9110, 9.2.2), or its application has said that it was not looked at. Over TLS, where the answer was not HTTP. Not behind an
-        interim response, which says that the application has begun."""
+        """Sends the request once more, on a new connection, and only where the application cannot have acted on the request: it is safe and
+        has no content (RFC 9110, 9.2.2), or its application has said that it was not looked at. Over TLS, where the answer was not HTTP.
+        Not behind an interim response, which says that the application has begun."""
         if (
             self._tried_again
             or self._interims
@@ -148,11 +148,11 @@ class Exchange(ClientSide):
 
     @property
     def server_frames(self) -> FrameCounter | None:
-        """Where a WebSocket's frames from the application end; None in other tunnels."""
+        """Says where a WebSocket's frames from the application end; None in other tunnels."""
         raise AssertionError
 
     def tunnel_write(self, data: bytes) -> None:
-        """A whole frame of ours to the client, where the application's last frame has ended."""
+        """Writes a whole frame of ours to the client, where the application's last frame has ended."""
 
     def refuse(self, refusal: Refuse) -> None:
         """Answers the client with a response of ours; the application has no part in it."""
@@ -161,18 +161,18 @@ class Exchange(ClientSide):
 
     @property
     def peer(self) -> str:
-        """The client's address, for the access log."""
+        """Returns the client's address, for the access log."""
         raise AssertionError
 
     def remember(self, admission: CachedAdmission) -> None:
         """Keeps an admission for requests with the same fields."""
 
     def send_read_ahead(self) -> None:
-        """The origin is there: sends it what was read of the body meanwhile."""
+        """Sends what was read of the body meanwhile, because the origin is there."""
 
     @property
     def held_bytes(self) -> int:
-        """The bytes of the body that were read while there is no origin."""
+        """Returns how many bytes of the body were read while there is no origin."""
         return 0
 
     # ---- what an answer may cost ----
@@ -314,7 +314,7 @@ class Exchange(ClientSide):
 
     @property
     def joined(self) -> dict[str, Limiter]:
-        """The limiters that this connection is counted in, by session; the connection leaves them when it closes."""
+        """Returns the limiters that count this connection, by session; it leaves them when it closes."""
         raise AssertionError
 
     def _count_request(self, session: str, limiter: Limiter) -> bool:
@@ -335,7 +335,7 @@ class Exchange(ClientSide):
             self.hold_back(delay)
 
     def hold_back(self, delay: float) -> None:
-        """The client is not read for so many seconds, and neither is the application."""
+        """Reads neither the client nor the application for so many seconds."""
         if self._throttle is None:
             self._throttle = asyncio.get_running_loop().call_later(delay, self._unthrottle)
             self.pause_reading(THROTTLED)
@@ -405,12 +405,12 @@ class Exchange(ClientSide):
         self._timing = f"hold;dur={self.held_seconds * 1000:.1f}, resume;dur={resume * 1000:.1f}"
 
     def _traceparent(self) -> str:
-        """The request's own trace context (W3C Trace Context, 3.2)."""
+        """Returns the request's own trace context (W3C Trace Context, 3.2)."""
         match = _TRACEPARENT.search(self.head.block) if self.head is not None else None
         return match[1].decode("latin-1") if match is not None else ""
 
     async def _connect(self, entry: RouteEntry, port: int, head: RequestHead, deadline: float) -> bool:
-        """Connects and starts the exchange; False when the route changed meanwhile and must be looked at again."""
+        """Connects and starts the exchange; returns False when the route changed meanwhile and must be looked at again."""
         worker, route = self.worker, entry.route
         self._start_waiting(entry.account)
         started = worker.time()
@@ -441,19 +441,19 @@ class Exchange(ClientSide):
         return True
 
     def _refuse_decided(self, refusal: Refuse, entry: RouteEntry | None) -> None:
-        """What admission refuses is the client's, but for a MicroVM that no request may wake."""
+        """Refuses, and tells the microVM's log where no request may wake it: whatever else admission refuses is the client's fault."""
         if entry is not None and refusal is NOT_RUNNING:
             self.worker.report_fault(entry.route.session, f"a request was refused: {refusal.why}")
         self.refuse(refusal)
 
     def held_too_much(self, ticket: Ticket) -> None:
-        """More of this request's body came than may be held with it."""
+        """Refuses a request of whose body more came than may be held with it."""
         self.fault(ticket.key, TOO_MANY_BYTES)
         self.cancel()
         self.refuse(replies.TOO_MANY)
 
     def fault(self, key: Key, text: str) -> None:
-        """The answer is ours because of the application at `key`: the access log and the microVM's log say why."""
+        """Has the access log and the microVM's log say why the answer is ours and not that of the application at `key`."""
         self.reason = text
         port = f"port {key[2]}" if key[2] != SHELL_PORT else "shell"
         self.worker.report_fault(key[0], f"{port}: {text}")
@@ -490,13 +490,13 @@ class Exchange(ClientSide):
         self.send_read_ahead()
 
     def unread(self, now: float) -> None:
-        """A request whose head could not be read, or did not come in time: it has an id and an answer, and names nothing."""
+        """Begins a request whose head could not be read, or did not come in time: it has an id and an answer, and names nothing."""
         self.began = now
         self.counted = False
         self.request_id = self.counters.request_id()
 
     def record(self, closed_by: str = "") -> None:
-        """The exchange has ended, and is counted, once. `closed_by` is client or origin where this is not its usual end."""
+        """Counts the exchange, which has ended, once. `closed_by` is client or origin where this is not its usual end."""
         if self.counted:
             return
         self.counted = True
@@ -519,11 +519,11 @@ class Exchange(ClientSide):
         )  # fmt: skip
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """The exchange's one task; it ends with the exchange."""
+        """Runs the exchange's one task, which ends with the exchange."""
         self._task = self.worker.spawn(work)
 
     def cancel(self) -> None:
-        """Ends whatever waits or runs for a client that is gone, or has reset its stream."""
+        """Stops whatever waits or runs for a client that is gone, or has reset its stream."""
         if self._task is not None:
             self._task.cancel()
         self._stop_waiting()

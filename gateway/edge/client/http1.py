@@ -1,4 +1,5 @@
-"""A client's HTTP/1.1 connection: requests in order, each admitted, forwarded and answered; tunnels after an upgrade."""
+"""A client's HTTP/1.1 connection takes one request after another; each is admitted, forwarded and answered, and an upgrade leads to a
+tunnel."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ _NO_LIMITERS: Final[dict[str, Limiter]] = {}  # shared, always empty: `joined` r
 
 
 class Http1:
-    """The connection: what comes on it is read in order, one request at a time. `exchange` is the request under way; whatever is
-    about a single request is there, and ends with it."""
+    """The connection reads what comes in order, one request at a time. `exchange` is the request under way: whatever is about a
+    single request is kept there, and ends with it."""
 
     __slots__ = (
         "_buffer", "_half_closed_at", "_head_bytes", "_joined", "_read_ahead", "_reading", "_state", "_stuck_since", "_throttle",
@@ -93,8 +94,8 @@ class Http1:
             self._keep_read_ahead(data)
 
     def close_notified(self) -> None:
-        """TLS: the client sends nothing more, and may still read. What it asked for completely is answered, while it can be
-        believed to be there: most clients that end their half have left. `sweep` gives it up after a while without a byte; on a
+        """The client has ended its half of TLS: it sends nothing more, and may still read. What it asked for completely is answered, while
+        it can be believed to be there: most clients that end their half have left. `sweep` gives it up after a while without a byte; on a
         parked stream, where none comes, that is now."""
         if self._half_closed_at:
             return
@@ -111,7 +112,7 @@ class Http1:
             self._close()
 
     def eof_received(self) -> bool:
-        """TCP: the client is gone, or has closed its half. Nothing is begun for it any more; what runs is answered."""
+        """The client has ended its half of the TCP connection, or is gone. Nothing is begun for it any more; what runs is answered."""
         has_origin = self.exchange is not None and self.exchange.origin is not None
         if (not has_origin and self._state != _QUEUED) or self._state == _IN_BODY:
             return False
@@ -147,14 +148,14 @@ class Http1:
                 self.resume_reading(UNREAD)
 
     def _to(self, state: int) -> None:
-        """The connection's next state: nothing else sets it."""
+        """Sets the connection's state, and alone does so; the table says which one may follow."""
         assert _NEXT[self._state] >> state & 1, (self._state, state)
         self._state = state
 
     # ---- the head ----
 
     def _on_head(self, data: bytes, begin: int = 0, is_due: bool = False) -> None:
-        """The head of a request begins in `data` at `begin`, or before, in what came of it until now."""
+        """Reads a head that begins in `data` at `begin`, or before, in what came of it until now (`_buffer`)."""
         worker = self.worker
         if self._buffer:
             data, begin = self._buffer + data[begin:], 0
@@ -191,7 +192,7 @@ class Http1:
         self._parsed(line, block, data, end, now)
 
     def _try_cached(self, cached: CachedRequest, data: bytes, end: int, now: float) -> bool:
-        """Forwards a request that was seen before; its head ends at `end`."""
+        """Forwards a request that was seen before, and returns whether it could; its head ends at `end`."""
         exchange = Http1Exchange(self)
         exchange.keep = cached.admission.keep_alive
         if not exchange.try_cached(cached, now):
@@ -238,7 +239,7 @@ class Http1:
 
     @property
     def joined(self) -> dict[str, Limiter]:
-        """The limiters that this connection is counted in, by session; the connection leaves them when it closes."""
+        """Returns the limiters that count this connection, by session; it leaves them when it closes."""
         if self._joined is _NO_LIMITERS:
             self._joined = {}
         return self._joined
@@ -251,7 +252,7 @@ class Http1:
 
     @property
     def read_ahead_bytes(self) -> int:
-        """The number of bytes that were read beyond the request's head, or beyond the request, and are not parsed yet."""
+        """Returns the number of bytes that were read beyond the request's head, or beyond the request, and are not parsed yet."""
         return self._read_ahead.size
 
     def _keep_read_ahead(self, data: bytes) -> None:
@@ -264,7 +265,7 @@ class Http1:
             self.pause_reading(READ_AHEAD)
 
     def send_read_ahead(self, exchange: Http1Exchange) -> None:
-        """The request's application is there: it gets what was read of the body meanwhile."""
+        """Sends what was read of the body meanwhile, because the request's application is there."""
         if self._state == _IN_BODY:
             data, at = self._read_ahead.take()
             if data:
@@ -272,7 +273,7 @@ class Http1:
             self.resume_reading(READ_AHEAD)
 
     def _on_body(self, exchange: Http1Exchange, data: bytes) -> None:
-        """Body bytes: on to the origin, or kept, within a bound, until there is one."""
+        """Sends body bytes on to the origin, or keeps them, within a bound, until there is one."""
         account = exchange.account
         self.touched = now = account.last = self.handles.time()
         origin, body = exchange.origin, exchange.body
@@ -302,7 +303,7 @@ class Http1:
             self.pause_reading(THROTTLED)
 
     def _unthrottle(self) -> None:
-        """Another exchange may be under way by now: it was throttled with the first."""
+        """Ends the throttle. Another exchange may be under way by now: it was throttled with the first."""
         self._throttle = None
         self.resume_reading(THROTTLED)
         if self.exchange is not None and self.exchange.origin is not None:
@@ -311,7 +312,8 @@ class Http1:
     # ---- what becomes of the connection when its exchange has ended ----
 
     def exchange_over(self, keep: bool) -> None:
-        """The answer is complete. An upload that still runs ends with it: its rest has no reader."""
+        """Goes on to the next request, or closes, because the answer is complete. An upload that still runs ends with it: its rest
+        has no reader."""
         self.exchange = None
         if self._state == _IN_BODY:
             self._linger()
@@ -324,14 +326,14 @@ class Http1:
             self._next_request()
 
     def cut_short(self) -> None:
-        """The client must see that its answer is not complete."""
+        """Aborts the connection, so that the client sees that its answer is not complete."""
         self.exchange = None
         self._to(_ENDING)
         if self.transport is not None:
             self.transport.abort()
 
     def tunnel_over(self, politely: bool) -> None:
-        """`politely`: what was written last must arrive, whatever the client still sends."""
+        """Closes, because nothing of the tunnel is left; `politely`: what was written last must arrive, whatever the client still sends."""
         self.exchange = None
         if politely:
             self._linger()
@@ -339,7 +341,7 @@ class Http1:
             self._close()
 
     def tunnel_begins(self, exchange: Http1Exchange) -> None:
-        """The application has agreed to an upgrade: bytes that came early belong to the tunnel."""
+        """Begins a tunnel, because the application has agreed to an upgrade; bytes that came early belong to it."""
         self._to(_TUNNEL)
         ahead, at = self._read_ahead.take()
         if ahead:
@@ -392,7 +394,7 @@ class Http1:
     # ---- ends ----
 
     def _fail(self, status: int, body: bytes) -> None:
-        """What follows cannot be understood, or does not come: the client is told, and the connection closes."""
+        """Tells the client that what follows cannot be understood, or does not come, and closes the connection."""
         exchange, self.exchange = self.exchange, None
         if exchange is None:
             exchange = Http1Exchange(self)
@@ -422,7 +424,7 @@ class Http1:
             self.transport.close()
 
     def _abort(self) -> None:
-        """The client has left: `connection_lost` ends what runs for it."""
+        """Aborts the connection of a client that has left; `connection_lost` cancels what runs for it."""
         if self.transport is not None:
             self.transport.abort()
 
@@ -453,7 +455,7 @@ class Http1:
             self._sweep_body(self.exchange, now)
 
     def _sweep_body(self, exchange: Http1Exchange, now: float) -> None:
-        """A client that is not read at the moment cannot be late."""
+        """Fails a request whose body is late. A client that is not read at the moment cannot be late."""
         if exchange.origin is None or exchange.body is None:
             return
         settings = self.worker.settings
@@ -469,7 +471,7 @@ class Http1:
         return self._state == _AT_HEAD and not self._buffer
 
     def begin_drain(self) -> None:
-        """The answer under way, or the next, says that it is the last."""
+        """Has the answer under way, or the next, say that it is the last: `is_draining` tells each exchange."""
 
     def press_drain(self) -> None: ...
 
@@ -478,7 +480,7 @@ class Http1:
 
 
 class Http1Exchange(Exchange):
-    """A request of an HTTP/1.1 connection. It writes while it is the one under way, and never after."""
+    """A request of an HTTP/1.1 connection. It writes while it is the request under way, and never after: `_transport` sees to that."""
 
     __slots__ = ("block", "body", "connection", "frames", "is_raw", "keep", "origin_ended")
 
@@ -495,7 +497,7 @@ class Http1Exchange(Exchange):
 
     @property
     def _transport(self) -> asyncio.Transport | None:
-        """The client's, while this is the exchange under way."""
+        """Returns the client's transport while this is the exchange under way."""
         connection = self.connection
         return connection.transport if connection.exchange is self else None
 
@@ -537,7 +539,7 @@ class Http1Exchange(Exchange):
     # ---- the answer ----
 
     def send_interim(self, head: ResponseHead) -> None:
-        """Clients of HTTP/1.0 do not know them."""
+        """Passes on an interim response, but not to a client of HTTP/1.0, which does not know them (RFC 9110, 15.2)."""
         transport = self._transport
         if transport is not None and self.is_raw:
             transport.write(head.status_line + head.block + b"\r\n\r\n")
@@ -616,7 +618,7 @@ class Http1Exchange(Exchange):
             self.connection.cut_short()
 
     def refuse(self, refusal: Refuse) -> None:
-        """The connection stays usable where the request's end is known."""
+        """Answers in place of the application; the connection stays usable where the request's end is known."""
         self._stop_waiting()
         transport = self._transport
         if transport is None:
@@ -629,7 +631,7 @@ class Http1Exchange(Exchange):
         self.response_done()
 
     def fail(self, status: int, body: bytes) -> None:
-        """The request cannot be understood, or does not come whole: its connection has let go of it, and closes."""
+        """Ends a request that cannot be understood, or does not come whole; its connection has let go of it, and closes."""
         origin, self.origin = self.origin, None
         if origin is not None:
             origin.cancel()
@@ -645,7 +647,7 @@ class Http1Exchange(Exchange):
     # ---- tunnels ----
 
     def switch(self, head: ResponseHead, data: bytes) -> None:
-        """`data` came behind the head."""
+        """Passes on the application's 101, behind which `data` came, and begins the tunnel."""
         self._stop_waiting()
         self.response_started = True
         self.status = 101
@@ -672,7 +674,7 @@ class Http1Exchange(Exchange):
         return self.frames
 
     def tunnel_write(self, data: bytes) -> None:
-        """Whoever asks for frames of ours and does not read them is not asked for more."""
+        """Writes frames of ours. A client that asks for them and does not read them is read no further."""
         transport = self._transport
         if data and transport is not None:
             transport.write(data)
@@ -694,7 +696,7 @@ class Http1Exchange(Exchange):
             self.connection.tunnel_over(politely=False)
 
     def both_halves_ended(self) -> None:
-        """Both sides have ended their halves, in whatever order."""
+        """Ends the tunnel, because both sides have ended their halves, in whatever order."""
         self.record()
         origin, self.origin = self.origin, None
         if origin is not None:

@@ -1,4 +1,4 @@
-"""A client's HTTP/2 connection, and its streams, each of which is an exchange (RFC 9113, WebSocket by RFC 8441)."""
+"""A client's HTTP/2 connection carries streams, each of which is an exchange (RFC 9113; WebSocket by RFC 8441)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _REQUEST_ID = b"\0\x10x-amzn-requestid\x24"  # a literal without indexing; a val
 
 
 class Http2(Multiplex):
-    """A client's connection. It is in the worker's `clients` until it is closed."""
+    """The connection stands in the worker's `clients` from `connection_made` to `connection_lost`."""
 
     __slots__ = (
         "_blocks",
@@ -102,7 +102,7 @@ class Http2(Multiplex):
         self.eof_received()
 
     def eof_received(self) -> bool:
-        """The client will send nothing more, not even a window: it is gone, and so is what runs for it."""
+        """Closes, because the client will send nothing more, not even a window: it is gone, and so is what runs for it."""
         self.close()
         if self.transport is not None:
             self.transport.close()
@@ -116,7 +116,7 @@ class Http2(Multiplex):
             limiter.leave()
 
     def pause_writing(self) -> None:
-        """The client does not read: neither does the connection, for whatever it asks is answered with something."""
+        """Reads no further while the client does not read, for whatever it asks is answered with something."""
         super().pause_writing()
         self.write_paused_since = self.time()
         self.pause_receiving()
@@ -193,14 +193,14 @@ class Http2(Multiplex):
         request.decide(head, now)
 
     def _ignore(self, block: bytes) -> None:
-        """A stream that our GOAWAY has refused: its client sends it again elsewhere (RFC 9113, 6.8). The block is decoded, because the
-        table goes on."""
+        """Ignores a stream that our GOAWAY has refused: its client sends it again elsewhere (RFC 9113, 6.8). The block is decoded,
+        because the table goes on."""
         f.decode(self._decoder, block)
         self._blocks.clear()
         self.spend_reset()
 
     def _late_headers(self, number: int, stream: Request | None, block: bytes, end: bool) -> None:
-        """A block on a stream that was opened before: trailers, or a mistake. It is decoded in any case, for the table."""
+        """Takes a block on a stream that was opened before: trailers, or a mistake. It is decoded in any case, for the table."""
         fields = f.decode(self._decoder, block)
         self._blocks.clear()
         if not number & 1:
@@ -225,7 +225,7 @@ class Http2(Multiplex):
         stream.on_trailers(trailers)
 
     def on_goaway(self, last: int, code: int) -> None:
-        """The client takes no more streams of ours, of which there are none, and is about to leave."""
+        """Shuts down: the client takes no more streams of ours, of which there are none, and is about to leave."""
         self.is_shutting_down = True
         self.close_if_unused()
 
@@ -270,13 +270,14 @@ class Http2(Multiplex):
         self.draining = True
 
     def press_drain(self) -> None:
-        """A connection that is never without streams is told to open no more; the last number is said only when the client
+        """Tells the client of a connection that is never without streams to open no more; the last number is said only when the client
         has seen that, so that no stream on its way is lost."""
         self.goaway(f.LAST_POSSIBLE, Code.NO_ERROR)
         self.put(f.frame(f.PING, 0, 0, _DRAIN_PING))
 
     def shut_down_unless_parked(self) -> None:
-        """Streams of it were cut. Others that are parked go on after the sleep, which some clients do not allow after a GOAWAY."""
+        """Shuts down a connection of which streams were cut, but not while others are parked: they go on after the sleep, which some
+        clients do not allow after a GOAWAY."""
         if not any(cast(Request, stream).is_parked for stream in self.streams.values()):
             self.shut_down()
 
@@ -331,7 +332,7 @@ class Http2(Multiplex):
 
 
 class Request(Exchange, Flow):
-    """A stream: one exchange, and its flow control."""
+    """A stream is one exchange, and its flow control."""
 
     __slots__ = (
         "_read_ahead",
@@ -393,7 +394,7 @@ class Request(Exchange, Flow):
         self.worker.heads.remember_list(self.key, b"%b %b HTTP/1.1" % (head.method, head.target), admission)
 
     def on_data(self, data: bytes, end: bool) -> None:
-        """Raises H2StreamError where the body is not what Content-Length says."""
+        """Takes a piece of the body. Raises H2StreamError where the body is not as long as Content-Length says."""
         self._received += len(data)
         if self.expected >= 0:
             self.expected -= len(data)
@@ -419,18 +420,19 @@ class Request(Exchange, Flow):
             self._finish(origin, None)
 
     def _finish(self, origin: OriginSide, trailers: Trailers | None) -> None:
-        """The client has ended its half."""
+        """Sends the origin the end of the client's half."""
         origin.finish(trailers)
         if self._end_sent:
             self._complete()
 
     @property
     def _awaits_switch(self) -> bool:
-        """An extended CONNECT that the application has not agreed to: nothing of a tunnel goes out (RFC 8441, 5)."""
+        """Whether this is an extended CONNECT that the application has not agreed to: nothing of a tunnel goes out (RFC 8441, 5)."""
         return self._frames is None and self.head is not None and self.head.upgrade is not None
 
     def _keep_read_ahead(self, data: bytes) -> None:
-        """Within the stream's window, which is not credited meanwhile, and the session's bound on what is held."""
+        """Keeps what has nowhere to go yet. The stream's window, which is not credited meanwhile, and the session's share of what is held
+        bound it."""
         if self.response_started or not data:
             return  # it was refused: nobody will read this
         if self._read_ahead is None:
@@ -470,7 +472,7 @@ class Request(Exchange, Flow):
             self.connection.credit(self)
 
     def sweep(self, now: float) -> None:
-        """An upload that stands still or drips, though it is read, is given up."""
+        """Fails an upload that stands still or drips, though it is read."""
         if self.origin is None or self.received_end or self.response_started:
             return
         settings, pace = self.worker.settings, self._pace
@@ -564,7 +566,7 @@ class Request(Exchange, Flow):
             self.connection.send_data(self, b"", True)
 
     def _inconsistent(self) -> None:
-        """The answer is not as long as its Content-Length says: an intermediary must not pass that on (RFC 9113, 8.1.1)."""
+        """Fails an answer that is not as long as its Content-Length says, which an intermediary must not pass on (RFC 9113, 8.1.1)."""
         origin = self.origin
         if origin is not None:
             origin.cancel()
@@ -597,15 +599,15 @@ class Request(Exchange, Flow):
     # ---- ends ----
 
     def on_end_sent(self) -> None:
-        """All of the answer has been sent. One that comes before the whole request asks for no more of it (RFC 9113, 8.1); in a tunnel
-        it is one half that has ended, and the client may speak on (RFC 8441, 5)."""
+        """Our half of the stream has ended. An answer that comes before the whole request asks for no more of it (RFC 9113, 8.1); in a
+        tunnel the client may speak on (RFC 8441, 5)."""
         if self._frames is not None and not self.received_end:
             self._end_sent = True
         else:
             self._complete()
 
     def _complete(self) -> None:
-        """Both sides of a tunnel have ended, or the answer is complete."""
+        """Drops the stream, because both sides of a tunnel have ended, or the answer is complete."""
         self.record()
         if self._frames is not None:
             self.cancel()
@@ -616,7 +618,7 @@ class Request(Exchange, Flow):
         self.connection.close_if_unused()
 
     def on_reset(self, code: int) -> None:
-        """The client has given it up, or was made to."""
+        """Cancels what runs for the stream: the client has reset it, or was made to."""
         self.status = self.status or 499
         self.sent -= len(self.queue) if self.queue is not None else 0
         self.record("client")
@@ -626,7 +628,7 @@ class Request(Exchange, Flow):
     # ---- tunnels ----
 
     def switch(self, head: ResponseHead, data: bytes) -> None:
-        """The application agrees to the handshake that we made; what came early belongs to the tunnel (RFC 8441, 5)."""
+        """Begins the tunnel, because the application agrees to the handshake that we made; what came early belongs to it (RFC 8441, 5)."""
         request, origin = self.head, self.origin
         assert request is not None and origin is not None
         accept = [value for name, value in split_block(head.block) if name == b"sec-websocket-accept"]
@@ -656,7 +658,7 @@ class Request(Exchange, Flow):
         return self._frames
 
     def tunnel_write(self, data: bytes) -> None:
-        """Whoever asks for frames of ours and does not read them is not asked for more."""
+        """Sends frames of ours. A client that asks for them and does not read them is read no further."""
         if data and self._is_open:
             self.connection.send_data(self, data, False)
             if self.source_paused:
@@ -672,7 +674,7 @@ class Request(Exchange, Flow):
         self.response_done()
 
     def cut(self) -> None:
-        """The client learns that this connection is no good for the session any more, and of a WebSocket why."""
+        """Ends the stream with its incarnation; the client of a WebSocket is told why."""
         if not self.response_started:
             self.origin_failed(failures.SUSPENDED)
             return

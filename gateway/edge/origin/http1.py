@@ -167,12 +167,12 @@ class Origin:
             self.exchange.resume_reading(PEER_SLOW)
 
     def _to(self, state: int) -> None:
-        """The connection's next state: nothing else sets it."""
+        """Sets the connection's state, and alone does so; the table says which one may follow."""
         assert _NEXT[self._state] >> state & 1, (self._state, state)
         self._state = state
 
     def _let_go(self) -> ClientSide | None:
-        """The connection has ended, and returns the exchange that was on it: its caller tells that exchange, or knows that it is over."""
+        """Ends the connection and returns the exchange that was on it: the caller tells that exchange, or knows that it is over."""
         self._to(_ENDED)
         exchange, self.exchange = self.exchange, None
         return exchange
@@ -194,7 +194,7 @@ class Origin:
 
     @property
     def is_quiet(self) -> bool:
-        """Nothing has come on it that the loop has not seen yet, an end above all."""
+        """Whether nothing has come on it that the loop has not seen yet, an end above all."""
         assert self.transport is not None
         try:
             with socket.socket(fileno=os.dup(self.transport.get_extra_info("socket").fileno())) as own:
@@ -226,7 +226,7 @@ class Origin:
         )
 
     def give_back(self) -> None:
-        """Goes back to the pool that it was taken out of: the request that it was for has not used it."""
+        """Returns to the pool that it was taken out of: the request that it was for has not used it."""
         if self.is_closing:
             return
         if self.is_reusable:
@@ -239,7 +239,7 @@ class Origin:
         return int(self.exchange is not None)
 
     def parkable(self, one_way: bool) -> int:
-        """A tunnel, or a request whose client can go on with it; `one_way`: any exchange."""
+        """Returns 1 for a tunnel, or a request whose client can go on with it; `one_way`: for any exchange."""
         exchange = self.exchange
         return int(exchange is not None and (one_way or self._state == _TUNNEL or not exchange.request_complete))
 
@@ -411,7 +411,7 @@ class Origin:
                 exchange.response_data(data)
 
     def keep_alive(self, seconds: float) -> None:
-        """The application keeps an idle connection for so long."""
+        """Notes that the application keeps an idle connection for so long."""
         self.proven_seconds = max(0.0, seconds - 1)
         self.reuse_seconds = min(self.proven_seconds, self._context.settings.origin_idle_seconds)
 
@@ -456,8 +456,8 @@ class Origin:
     def _complete(
         self, exchange: ClientSide, head: ResponseHead | None = None, body: bytes = b"", trailers: Trailers | None = None
     ) -> None:
-        """The response is complete; `head` is there when all of it came at once. A connection on which a request's body is
-        still under way cannot be used again: its rest would be read as the next request."""
+        """Ends the exchange, because the response is complete; `head` is there when all of it came at once. A connection on which a
+        request's body is still under way cannot be used again: its rest would be read as the next request."""
         if self.exchange is not exchange:  # cut short meanwhile
             return
         self.exchange = None

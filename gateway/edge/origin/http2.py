@@ -1,4 +1,4 @@
-"""A connection of HTTP/2 to an application: gRPC servers, and what else is spoken to with prior knowledge (RFC 9113, 3.3)."""
+"""A connection of HTTP/2 goes to applications that are gRPC servers, or are spoken to with prior knowledge otherwise (RFC 9113, 3.3)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TOO_LITTLE: Final = "the content is shorter than content-length says (RFC 9113,
 
 
 class OriginStream(Flow):
-    """A stream of the connection. It carries one exchange, and lets go of it when that has ended."""
+    """A stream carries one exchange, and lets go of it when that has ended."""
 
     __slots__ = ("_chunks", "_head", "_remaining", "connection", "exchange", "is_head", "sent_end", *FLOW_SLOTS)
 
@@ -182,16 +182,16 @@ class OriginStream(Flow):
 
     @property
     def has_head(self) -> bool:
-        """The response's final head has come."""
+        """Whether the response's final head has come."""
         return self._head is not None
 
     @property
     def is_silent(self) -> bool:
-        """Its head is out, and nothing is under way."""
+        """Whether its head is out, and nothing is under way."""
         return self.exchange is not None and self._head is not None and not self.queue and not self.source_paused and not self.paused
 
     def on_reset(self, code: int) -> None:
-        """NO_ERROR after an answer only says that the rest of the request is not wanted."""
+        """Fails the exchange. NO_ERROR after an answer only says that the rest of the request is not wanted."""
         self.fail(failures.STREAM_REFUSED if code == Code.REFUSED_STREAM and not self.has_head else failures.STREAM_RESET)
         self.connection.freed()
 
@@ -208,7 +208,7 @@ class OriginStream(Flow):
 
 
 class Http2Origin(Multiplex):
-    """The connection. Exchanges have streams of it: reserved first, for whoever waits for one in the pool, and numbered when they
+    """The connection gives streams to exchanges: reserved first, for whoever waits for one in the pool, and numbered when they
     are opened, because numbers must come in order (RFC 9113, 5.1.1)."""
 
     __slots__ = ("_most", "_owner", "_reserved", "context", "has_answered", "idle_since", "is_parked", "ready", "scheme")

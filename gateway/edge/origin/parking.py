@@ -26,13 +26,13 @@ class ParkingContext(Protocol):
     def route_of_session(self, session: str) -> Route | None: ...
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """A task whose failure is logged."""
+        """Runs a task whose failure is logged."""
 
     def guard(self, work: Callable[..., object], *arguments: object) -> bool:
-        """What raises is logged, and ends itself alone; whether it did not."""
+        """Does one step, and returns whether it did not raise: what it raises is logged, and ends itself alone."""
 
     def report_fault(self, session: str, text: str) -> None:
-        """A line for the microVM's log."""
+        """Writes a line into the microVM's log."""
 
 
 class _Waker:
@@ -44,7 +44,7 @@ class _Waker:
 
 
 class Parking:
-    """Parked connections by session. `adopt(connection, incarnation)` takes one into the pools of the incarnation that runs."""
+    """Keeps parked connections by session. `adopt(connection, incarnation)` takes one into the pools of the incarnation that runs."""
 
     def __init__(self, worker: ParkingContext, adopt: Callable[[Parkable, int], None]) -> None:
         self._worker = worker

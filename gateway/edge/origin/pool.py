@@ -39,7 +39,7 @@ PLAIN: Final = 3
 
 
 class Slot:
-    """The right to make one connection. It ends with `Pool.add`, or with `Pool.free`."""
+    """A right to make one connection. It ends with `Pool.add`, or with `Pool.free`."""
 
     __slots__ = ("is_held", "is_shared")
 
@@ -183,7 +183,8 @@ class Pool(Owner):
         return len(self.waiters) + len(self.waiters_for_shared)
 
     def withdraw(self, waiter: Waiter, now: float) -> None:
-        """The request waits no longer: its client has left, or its deadline has passed. What it was given meanwhile goes to the next."""
+        """Takes a request out of the queue: its client has left, or its deadline has passed. What it was given meanwhile goes to the
+        next."""
         for line in (self.waiters, self.waiters_for_shared):
             if waiter in line:
                 line.remove(waiter)
@@ -250,7 +251,7 @@ class Pool(Owner):
         return [*self.open, *self.shared]
 
     def incarnation_ended(self) -> list[Origin | Http2Origin]:
-        """The incarnation ends: nobody gets anything any more. The connections, for whoever parks or cuts them."""
+        """Gives nobody anything any more, because the incarnation ends; returns the connections, for whoever parks or cuts them."""
         self.has_ended = True
         found = self.connections
         self.idle, self.open, self.shared = [], set(), []

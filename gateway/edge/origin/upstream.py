@@ -48,7 +48,7 @@ class UpstreamContext(ParkingContext, Protocol):
     heads: HeadCache
 
     async def open_shell(self, request: ShellRequest) -> int:
-        """Asks control for a shell; our end of its socket. Raises RpcError."""
+        """Asks control for a shell, and returns our end of its socket. Raises RpcError."""
 
 
 class _ByAlpn(asyncio.Protocol):
@@ -94,7 +94,8 @@ class Upstream:
         self._contexts = {alpn: _client_context(list(alpn)) for alpn in (("h2", "http/1.1"), ("http/1.1",))}
 
     def take_idle(self, key: Key, now: float, is_safe: bool) -> Origin | None:
-        """A connection that waits, if there is one: the fast path. `is_safe`: the request can be sent once more (RFC 9110, 9.2.1)."""
+        """Returns a connection that waits, if there is one: the fast path. `is_safe`: the request can be sent once more (RFC 9110,
+        9.2.1)."""
         pool = self._pools.get(key)
         return pool.take(now, is_safe) if pool is not None else None
 
@@ -123,7 +124,8 @@ class Upstream:
     async def connect(
         self, route: Route, port: int, opened_at: float, head: RequestHead, fresh: bool, deadline: float
     ) -> Origin | OriginStream:
-        """A connection, or stream, for one exchange; `fresh`: none that was used before. Raises ConnectFailed, SessionGone, HoldFull."""
+        """Returns a connection, or stream, for one exchange; `fresh`: none that was used before. Raises ConnectFailed, SessionGone,
+        HoldFull."""
         pool = self.pool((route.session, route.incarnation, port))
         lease = None if pool.must_wait(head) else pool.acquire(head, fresh, self._loop.time())
         if lease is None:
@@ -241,7 +243,7 @@ class Upstream:
         return made
 
     async def _handshake(self, sock: socket.socket, pool: Pool, head: RequestHead) -> Origin | Http2Origin:
-        """TLS. A WebSocket's handshake is one of HTTP/1.1 (RFC 6455, 4.1), so for that no other is offered."""
+        """Shakes hands in TLS. A WebSocket's handshake is one of HTTP/1.1 (RFC 6455, 4.1), so for that no other is offered."""
         by_alpn = _ByAlpn(self, pool)
         alpn = ("http/1.1",) if head.upgrade is not None else ("h2", "http/1.1")
         try:
@@ -314,7 +316,7 @@ class Upstream:
         return made
 
     def prefetch(self, route: Route) -> None:
-        """Sockets are fetched when a route opens, before the first request needs one."""
+        """Fetches sockets when a route opens, before the first request needs one."""
         self.incarnation(route.session, route.incarnation).sockets.prefetch()
 
     # ---- shells ----
@@ -337,7 +339,7 @@ class Upstream:
     # ---- ends ----
 
     def incarnation_ended(self, session: str, incarnation: int, park: int = 0, one_way: bool = False) -> int:
-        """Closes everything of an incarnation that ends, but up to `park` silent streams; how many those are. `one_way`: also
+        """Closes everything of an incarnation that ends, but up to `park` silent streams; returns how many those are. `one_way`: also
         streams on which only the server speaks."""
         ended = self._incarnations.pop((session, incarnation), None)
         if ended is None:
@@ -356,7 +358,8 @@ class Upstream:
         return parked
 
     def _remember_tls(self, session: str, ended: Incarnation) -> None:
-        """The application is the same when it is woken, and a request with content that wakes it cannot be sent once more to find out."""
+        """Remembers which ports spoke TLS: the application is the same when it is woken, and a request with content that wakes it cannot be
+        sent once more to find out."""
         spoke_tls = self._spoke_tls.get(session, {})
         for port, pool in ended.pools.items():
             if pool.tls == TLS:
@@ -373,7 +376,7 @@ class Upstream:
         self._spoke_tls.pop(session, None)
 
     def _park_or_cut(self, connection: Parkable, room: int, one_way: bool) -> int:
-        """Parks it, and says how many streams that were, or cuts it. What fails here is this connection's alone."""
+        """Parks a connection, and returns how many streams that were, or cuts it. What fails here is this connection's alone."""
         try:
             count = connection.parkable(one_way)
             if 0 < count <= room and connection.is_silent(one_way):
@@ -386,7 +389,8 @@ class Upstream:
         return 0
 
     def close_idle(self, session: str, incarnation: int) -> None:
-        """Of a session that is about to fall asleep: what the guest does about their ends it does now, not when it is woken."""
+        """Closes idle connections of a session that is about to fall asleep: what the guest does about their ends it does now, not when it
+        is woken."""
         found = self._incarnations.get((session, incarnation))
         if found is not None:
             for pool in found.pools.values():
@@ -456,7 +460,7 @@ def _drop(task: asyncio.Task[UnclaimedConnection]) -> None:
 
 
 def _client_context(alpn: list[str]) -> ssl.SSLContext:
-    """To a guest over its own link: its certificate proves nothing that the link does not, so it is not checked."""
+    """Makes the context towards a guest over its own link: its certificate proves nothing that the link does not, so it is not checked."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

@@ -1,4 +1,4 @@
-"""Who may pass: a pure function of head, route, token and clock (service reference, 3.2 and 3.4).
+"""Admission is a pure function of head, route, token and clock (service reference, 3.2 and 3.4).
 
 The order of the checks is part of the contract. A refusal must not reveal what exists: an unknown host and another
 session's token read the same; and nothing is looked up, and nothing wakes, before the token is verified.
@@ -44,7 +44,7 @@ class Lookup:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """`reason` is for the logs where the body, which the client sees, must not say it."""
+    """Refuses the request. `reason` is for the logs where the body, which the client sees, must not say it."""
 
     status: int
     body: bytes = b""
@@ -63,7 +63,7 @@ NO_TRACE = Refuse(501, b"TRACE with Max-Forwards: 0 is not answered here")
 
 
 def check_token(head: RequestHead, checker: Checker, now: float) -> Grant | Refuse:
-    """The token's grant, or why there is none."""
+    """Returns the token's grant, or why there is none."""
     if head.subprotocol_auth and head.upgrade is None:
         return Refuse(400, b"Subprotocol authentication needs a WebSocket upgrade")
     if head.subprotocol_auth and not head.marker_offered:
@@ -87,7 +87,7 @@ def check_port(head: RequestHead) -> int | Refuse:
 
 
 def _check_shell(head: RequestHead) -> Refuse | None:
-    """A shell's handshake is answered here, so it is checked here (RFC 6455, 4.2.1 and 4.4)."""
+    """Checks a shell's handshake, which is answered by the edge and not by an application (RFC 6455, 4.2.1 and 4.4)."""
     if head.upgrade is None:
         return Refuse(502, reason="a shell needs a WebSocket upgrade")
     fields = dict(split_block(head.block))
@@ -99,7 +99,7 @@ def _check_shell(head: RequestHead) -> Refuse | None:
 
 
 def admit(head: RequestHead, grant: Grant | Refuse, route: Route | None, is_known: bool, now: float) -> Decision:
-    """`is_known` says that `route` is final: None then means that the host names nothing."""
+    """Decides about a request. `is_known` says that `route` is final: None then means that the host names nothing."""
     if isinstance(grant, Refuse):
         return grant
     if grant.expires <= now:
@@ -125,7 +125,7 @@ def admit(head: RequestHead, grant: Grant | Refuse, route: Route | None, is_know
 
 
 def admit_again(session: str, port: int, route: Route | None) -> Decision:
-    """For a request whose token was verified and allows the port (SHELL_PORT: a shell): only its route can have changed."""
+    """Decides again about a request whose token was verified and allows the port (SHELL_PORT: a shell): only its route can have changed."""
     if route is None or route.session != session:
         return BAD_TOKEN
     if not (route.opens_shell if port == SHELL_PORT else route.opens_http):

@@ -1,4 +1,4 @@
-"""Fairness between sessions within a turn of the event loop: a flood for one session does not delay the requests of the others.
+"""Sessions share each turn of the event loop fairly: a flood for one session does not delay the requests of the others.
 
 In one turn the loop reads every client that has sent something. While more than one session is asked, each is admitted a quota of
 requests in a turn; its further requests wait, in order, for the next turns, which serve the sessions round robin. The loop's
@@ -34,7 +34,7 @@ class FairQueue:
         self._deferred: dict[Account, deque[Callable[[], None]]] = {}
 
     def admit(self, account: Account, now: float) -> bool:
-        """Counts a request of the session in the turn at `now`; False where it must be deferred."""
+        """Counts a request of the session in the turn at `now`; returns False where it must be deferred."""
         if account is not self._last:
             if self._last is not None:
                 self._shared_until = now + _SHARED_SECONDS
@@ -52,7 +52,7 @@ class FairQueue:
         self._deferred.setdefault(account, deque()).append(proceed)
 
     def _serve(self) -> None:
-        """One turn: up to a quota of each session's requests. One that raises ends itself alone."""
+        """Serves up to a quota of each session's requests in this turn. A request that raises ends itself alone."""
         try:
             for account, queue in list(self._deferred.items()):
                 for _ in range(min(QUOTA, len(queue))):

@@ -1,4 +1,4 @@
-"""Heads that come again: what was parsed, and admitted, once.
+"""Heads that come again need not be parsed and admitted again.
 
 Clients repeat their heads to the byte, but for a trace id, a path, a cookie. A request is looked for as a whole, then by its field
 block, then by those of its fields alone that decide anything: the rest is checked, and goes on as it is. An entry is used only for a
@@ -41,7 +41,7 @@ _COOKIE: Final = 3  # of HTTP/2, whose clients may send it in pieces (RFC 9113, 
 
 
 class Cached:
-    """`size` is what an entry was made for, in bytes."""
+    """An entry; `size` says what it was made for, in bytes, and the cache's bound counts it."""
 
     __slots__ = ("size",)
 
@@ -50,7 +50,7 @@ class Cached:
 
 
 class CachedAdmission(Cached):
-    """A field block whose request may be forwarded at once; `block` is what becomes of it."""
+    """Says that the request of a field block may be forwarded at once; `block` is what becomes of it."""
 
     __slots__ = ("account", "block", "checker", "expires", "host", "keep_alive", "key", "route")
 
@@ -72,7 +72,7 @@ class CachedAdmission(Cached):
 
 
 class CachedRequest(Cached):
-    """A request's whole head: its admission, and what becomes of it, up to our own field."""
+    """Says of a request's whole head how it was admitted, and what becomes of it, up to our own field."""
 
     __slots__ = ("admission", "is_head", "is_new", "is_safe", "rewritten")
 
@@ -94,7 +94,7 @@ class CachedResponse(Cached):
 
 
 class CachedField(Cached):
-    """A field line, or a field of HTTP/2, that was checked: what it means for the cache, and how it goes on."""
+    """Says of a field line, or a field of HTTP/2, that was checked, what it means for the cache, and how it goes on."""
 
     __slots__ = ("kind", "text")
 
@@ -109,9 +109,9 @@ V = TypeVar("V", bound=Cached)
 
 
 class Cache(Generic[K, V]):
-    """Two generations: when the younger one has half of the bytes, it becomes the older one, and what that still had is forgotten. What
-    is used in the older one returns to the younger one. So a hit costs what a dictionary costs, and nothing is ever searched for the least
-    recently used."""
+    """Keeps two generations: when the younger one has half of the bytes, it becomes the older one, and what that still had is forgotten.
+    What is used in the older one returns to the younger one. So a hit costs what a dictionary costs, and nothing is ever searched for the
+    least recently used."""
 
     __slots__ = ("_bytes", "_half", "_older", "_seen", "_seen_before", "_younger")
 
@@ -132,7 +132,7 @@ class Cache(Generic[K, V]):
         return value
 
     def put(self, key: K, value: V) -> None:
-        """Keeps what comes again: of what came once the hash alone is known."""
+        """Keeps what comes again; of what came once only the hash is kept."""
         if self.note(key):
             self.keep(key, value)
 
@@ -174,8 +174,8 @@ class Cache(Generic[K, V]):
 
 
 class HeadCache:
-    """A worker's. `rewrite(block, version)` is what becomes of the fields of intermediaries (Via, Forwarded, X-Forwarded-*), where they
-    do not go on as they are."""
+    """Holds the caches of a worker. `rewrite(block, version)` says what becomes of the fields of intermediaries (Via, Forwarded,
+    X-Forwarded-*), where they do not go on as they are."""
 
     __slots__ = (
         "_decisive", "_decisive2", "_fields", "_fields_most", "_head_bytes", "_lines", "_rewrite", "blocks", "heads", "lists", "responses",
@@ -193,7 +193,7 @@ class HeadCache:
         self._fields: Cache[Field, CachedField] = Cache(_MIB)
 
     def clear(self) -> None:
-        """Admissions are void: the keys or the routes are others. What applications answer is not."""
+        """Forgets all admissions, because the keys or the routes are others. What applications answer stays."""
         self.heads.clear()
         self.blocks.clear()
         self.lists.clear()
@@ -203,7 +203,7 @@ class HeadCache:
     # ---- HTTP/1.1 ----
 
     def of_parts(self, line: bytes, block: bytes) -> CachedRequest | None:
-        """A request whose head did not come before as a whole, but its field block, or the decisive fields."""
+        """Returns a request whose head did not come before as a whole, but whose field block did, or the decisive fields."""
         if _REQUEST_LINE(line) is None:
             return None
         admission = self.blocks.get(block)
@@ -231,8 +231,8 @@ class HeadCache:
             self._decisive.keep(split[0], admission.with_block(self._rewritten(head.block, b"1.1")))
 
     def _split_block(self, block: bytes) -> tuple[tuple[bytes, ...], bytes, bool] | None:
-        """The decisive lines as they came, the others as they go on, and whether one of them never came before; None where the parser
-        has to look at them."""
+        """Returns the decisive lines as they came, the others as they go on, and whether one of them never came before; None where the
+        parser has to look at them."""
         lines = block.split(b"\r\n")
         if lines[0] or len(lines) - 1 > self._fields_most:
             return None
@@ -262,7 +262,7 @@ class HeadCache:
     # ---- HTTP/2 ----
 
     def of_list(self, fields: FieldList) -> CachedRequest | None:
-        """A request without a body that came before, or whose decisive fields did."""
+        """Returns a request without a body that came before, or whose decisive fields did."""
         found = self.lists.get(fields)
         if found is not None:
             return found
@@ -288,8 +288,8 @@ class HeadCache:
             self._decisive2.keep(split[1], admission.with_block(self._rewritten(head.block, b"2")))
 
     def _split_list(self, fields: FieldList) -> tuple[bytes, FieldList, bytes, bool] | None:
-        """The request line, the decisive fields, the others as they go on, and whether one of them never came before; None where the
-        parser has to look at them."""
+        """Returns the request line, the decisive fields, the others as they go on, and whether one of them never came before; None where
+        the parser has to look at them."""
         if len(fields) > self._fields_most or http2_head.size_of(list(fields)) > self._head_bytes:
             return None
         line, decisive, at = _request_line(fields)
@@ -334,8 +334,8 @@ class HeadCache:
 
 
 def _request_line(fields: FieldList) -> tuple[bytes, list[Field], int]:
-    """The line that the pseudo-header fields become, empty where the parser has to look at them; the one of them that is decisive, and
-    their number."""
+    """Returns the line that the pseudo-header fields become, empty where the parser has to look at them; the decisive field among them;
+    and their number."""
     method: bytes | None = None
     scheme: bytes | None = None
     path: bytes | None = None

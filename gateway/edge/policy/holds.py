@@ -56,13 +56,13 @@ class Ticket:
 
 
 class Held(Protocol):
-    """What is held. `held_for` is set while it is, and goes to `Holds.grow` with what more is read of the body."""
+    """A request that is held. `held_for` is set while it is, and goes to `Holds.grow` with what more is read of the body."""
 
     held_for: Ticket | None
 
     @property
     def held_bytes(self) -> int:
-        """The bytes of the body that were read when the wait begins."""
+        """Returns the bytes of the body that were read when the wait begins."""
 
 
 class _Queue:
@@ -79,7 +79,7 @@ class _Queue:
 
 
 class Holds:
-    """`ask(route)` tells control that a request waits."""
+    """Holds the requests of a worker. `ask(route)` tells control that a request waits."""
 
     def __init__(self, settings: Edge, ask: Callable[[Route], None]) -> None:
         self._settings = settings
@@ -89,7 +89,7 @@ class Holds:
         self._total = Usage()
 
     async def wait(self, route: Route, seconds: float, request: Held, port: int = 0) -> float:
-        """Returns when the route has changed; the seconds since its change was asked for. Raises HoldFull, TimeoutError.
+        """Waits until the route has changed; returns the seconds since its change was asked for. Raises HoldFull, TimeoutError.
         `port` is the application's, where the request needs a connection to it."""
         queue = self._queues.get(route.session) or _Queue()
         account = self._accounts.get(route.account) or Usage()
@@ -126,8 +126,8 @@ class Holds:
                 del self._accounts[route.account]
 
     def grow(self, ticket: Ticket, size: int) -> bool:
-        """More of a held request's body was read. False where that is more than may be held: the request is then refused, for what has been
-        read, or is on its way within a window that was granted, cannot be kept waiting elsewhere."""
+        """Counts more of a held request's body. Returns False where that is more than may be held: the request is then refused, for what
+        has been read, or is on its way within a window that was granted, cannot be kept waiting elsewhere."""
         ticket.held_bytes += size
         self._add(ticket, 0, size)
         return self._has_room_for_bytes(ticket.session.held_bytes, ticket.account.held_bytes)
@@ -150,7 +150,7 @@ class Holds:
         return session <= max(0, min(most, _ACCOUNT * free - account))
 
     def ports(self, session: str) -> set[int]:
-        """The ports that the session's held requests will connect to."""
+        """Returns the ports that the session's held requests will connect to."""
         queue = self._queues.get(session)
         return queue.ports if queue is not None else set()
 
@@ -166,7 +166,7 @@ class Holds:
                 waiter.set_result(None)
 
     def ask_again(self, find: Callable[[str], Route | None]) -> None:
-        """After control was away: whatever is held is asked for anew."""
+        """Asks anew for whatever is held, because control was away."""
         for session, queue in list(self._queues.items()):
             try:
                 route = find(session)

@@ -1,4 +1,4 @@
-"""Answers that the edge makes itself (service reference, 3.4): plain text, no envelope, never stored. And the Date of all answers."""
+"""The edge makes some answers itself (service reference, 3.4), in plain text without an envelope, never stored; and it gives all a Date."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIMITED = Refuse(429, b"The rate limit of this MicroVM is exceeded")
 
 
 class _Date:
-    """The Date of this second (RFC 9110, 5.6.7), written once in each form that an answer takes."""
+    """Writes the Date of this second (RFC 9110, 5.6.7) once in each form that an answer takes."""
 
     __slots__ = ("block", "line", "second", "text")
 
@@ -44,17 +44,17 @@ _date: Final = _Date()
 
 
 def date_line() -> bytes:
-    """What a response of HTTP/1.1 without a Date is given on its way (RFC 9110, 6.6.1)."""
+    """Returns the Date that a response of HTTP/1.1 without one is given on its way (RFC 9110, 6.6.1)."""
     return _date.now().line
 
 
 def date_block() -> bytes:
-    """The same for a response of HTTP/2."""
+    """Returns the same for a response of HTTP/2."""
     return _date.now().block
 
 
 def fields(refusal: Refuse) -> list[tuple[bytes, bytes]]:
-    """The fields besides the request's id and those of the connection."""
+    """Returns a refusal's fields besides the request's id and those of the connection."""
     found = [(b"date", _date.now().text), (b"cache-control", b"private, no-store"), (b"content-length", b"%d" % len(refusal.body))]
     if refusal.body:
         found.append((b"content-type", b"text/plain"))
@@ -66,7 +66,7 @@ def fields(refusal: Refuse) -> list[tuple[bytes, bytes]]:
 
 
 def make(refusal: Refuse, request_id: bytes, keep_alive: bool, head_only: bool, minor: int = 1) -> bytes:
-    """The whole response in HTTP/1.1, to a request of HTTP/1.x with `minor` for x."""
+    """Returns the whole response in HTTP/1.1, to a request of HTTP/1.x with `minor` for x."""
     head = [b"HTTP/1.1 %d %b\r\nx-amzn-requestid: %b" % (refusal.status, _REASONS.get(refusal.status, b"Error"), request_id)]
     head += [b"%b: %b" % field_line for field_line in fields(refusal)]
     options = [] if keep_alive and minor else [b"keep-alive" if keep_alive else b"close"]

@@ -28,7 +28,7 @@ _CLOSE_SECONDS = 2.0  # what the last batch gets at the end
 
 
 class Line(msgspec.Struct, omit_defaults=True):
-    """Times in milliseconds since the request's head was complete."""
+    """A line of the log. Times are milliseconds since the request's head was complete."""
 
     time: float  # seconds since the epoch, of the request's end
     id: str
@@ -48,7 +48,7 @@ class Line(msgspec.Struct, omit_defaults=True):
 
 class AccessLog:
     def __init__(self, path: Path, wall: Callable[[], float]) -> None:
-        """Raises OSError where the file cannot be opened for appending. After a rotation, SIGUSR1 has it opened again."""
+        """Opens the file. Raises OSError where it cannot be opened for appending. After a rotation, SIGUSR1 has it opened again."""
         self._wall = wall
         self._writer = Writer(path)
         self._lines: list[bytes] = []
@@ -99,7 +99,7 @@ class AccessLog:
         self._writer.write(lines)
 
     def reopen(self) -> None:
-        """What is being written still goes to the file that was open until now."""
+        """Opens the file again. What is being written still goes to the file that was open until now."""
         self.flush()
         self._writer.reopen()
 
@@ -111,14 +111,14 @@ class AccessLog:
         return self._writer.wait(seconds)
 
     def close(self) -> None:
-        """Blocks for a bounded time: a worker that ends has nothing else to do."""
+        """Closes the log, and blocks for a bounded time: a worker that ends has nothing else to do."""
         self.settle(_CLOSE_SECONDS)
         self._writer.close()
         self._writer.wait(_CLOSE_SECONDS)
 
 
 class Writer:
-    """The file and its thread. `write`, `reopen` and `close` are orders, which it carries out one after another."""
+    """Owns the file and its thread. `write`, `reopen` and `close` are orders, which the thread carries out one after another."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -173,7 +173,8 @@ class Writer:
         return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
 
     def _reopen(self) -> None:
-        """The old file stays open until the new one is: a descriptor's number that was closed is soon a connection's."""
+        """Opens the file again. The old one stays open until the new one is: a descriptor's number that was closed is soon a
+        connection's."""
         try:
             new = self._open()
         except OSError as error:
@@ -185,7 +186,8 @@ class Writer:
         os.close(old)
 
     def _write(self, lines: list[bytes]) -> None:
-        """A disk that is full takes a part: lines that it did not take whole are lost, and the next begins on a line of its own."""
+        """Writes lines. A disk that is full takes a part: lines that it did not take whole are lost, and the next begins on a line of its
+        own."""
         start = b"\n" if self._is_torn else b""
         data = start + b"\n".join(lines) + b"\n"
         at = 0

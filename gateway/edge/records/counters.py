@@ -1,4 +1,4 @@
-"""A worker's counters: each request gets its id from here, and is counted here once when it has ended (Exchange.record)."""
+"""Each request of a worker gets its id from here, and is counted here once when it has ended (Exchange.record)."""
 
 from __future__ import annotations
 

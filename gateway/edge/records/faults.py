@@ -1,4 +1,4 @@
-"""What was wrong with an application, as lines for its microVM's log: bounded, and each said once.
+"""What was wrong with an application becomes lines for its microVM's log, which are bounded, and each said once.
 
 A client is told 502 and nothing else (service reference, 3.4). Whoever runs the microVM finds the reason in its log, which
 control writes. An application that fails on every request must not fill that log: within a window each text is written at
@@ -16,7 +16,7 @@ TEXT_MAX_CHARACTERS = 300
 
 
 class _Window:
-    """The faults of one session since `began`."""
+    """Keeps the faults of one session since `began`."""
 
     __slots__ = ("began", "fresh", "omitted", "repeats")
 
@@ -27,7 +27,7 @@ class _Window:
         self.omitted = 0
 
     def summary(self) -> list[str]:
-        """The lines at the window's end."""
+        """Returns the lines at the window's end."""
         lines = [f"{text} ({count} more in {WINDOW_SECONDS:.0f} s)" for text, count in self.repeats.items() if count]
         if self.omitted:
             lines.append(f"{self.omitted} other faults in {WINDOW_SECONDS:.0f} s")
@@ -57,7 +57,7 @@ class FaultLines:
             window.omitted += 1
 
     def take(self) -> dict[str, list[str]]:
-        """The lines that are due, by session. A session without faults in a whole window is forgotten."""
+        """Returns the lines that are due, by session. A session without faults in a whole window is forgotten."""
         if not self._windows:
             return {}
         now = self._clock()

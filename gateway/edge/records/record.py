@@ -1,4 +1,4 @@
-"""A request that has ended, as the counters and the access log know it."""
+"""A request that has ended is a record to the counters and the access log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ HTTP2: Final = 1
 
 @dataclass(slots=True)
 class RequestRecord:
-    """Made once, when the exchange ends, and only where an access log is kept. Times are the loop's, in seconds."""
+    """A request that has ended. The exchange makes it once, when it ends, and only where an access log is kept. Times are the loop's, in
+    seconds."""
 
     request_id: bytes
     client: str  # the peer's address
@@ -32,6 +33,6 @@ class RequestRecord:
 
 
 def peer_of(transport: asyncio.BaseTransport | None) -> str:
-    """The other end's address, without its port."""
+    """Returns the other end's address, without its port."""
     name = transport.get_extra_info("peername") if transport is not None else None
     return str(name[0]) if isinstance(name, tuple) else ""

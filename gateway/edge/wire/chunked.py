@@ -1,4 +1,4 @@
-"""Chunked bodies (RFC 9112, 7.1): where they end, what they carry, and how they go on.
+"""A chunked body is followed to its end (RFC 9112, 7.1): what it carries is taken out, or its chunks go on.
 
 A body goes on in the chunks that it came in, but what an intermediary must not pass on unseen is written anew: chunk
 extensions are left out, and so is the end (last chunk and trailer section), which whoever forwards the body writes with
@@ -29,7 +29,7 @@ _DONE: Final = 4
 
 
 class ChunkedBody:
-    """Feed it bytes in any cut; it says how many belong to the body, and when the body is complete."""
+    """Takes bytes in any cut, and knows how many belong to the body, and when the body is complete."""
 
     __slots__ = ("_extensions", "_line", "_remaining", "_state", "_trailers", "trailers")
 
@@ -46,8 +46,8 @@ class ChunkedBody:
         return self._state == _DONE
 
     def feed(self, data: bytes, out: list[bytes] | None = None, in_chunks: bool = False) -> int:
-        """The number of leading bytes of `data` that are the body's. To `out` goes what they carry or, with `in_chunks`, the chunks to
-        forward. Raises Malformed."""
+        """Returns the number of leading bytes of `data` that are the body's. To `out` goes what they carry or, with `in_chunks`, the chunks
+        to forward. Raises Malformed."""
         at, end = 0, len(data)
         kept = 0  # where in `data` the chunks begin that go on as they came
         while at < end and self._state != _DONE:
@@ -83,7 +83,7 @@ class ChunkedBody:
         return at
 
     def _end_of_line(self, line: bytes) -> bytes:
-        """The line as it goes on."""
+        """Returns the line as it goes on."""
         if not line.endswith(b"\r\n") or line.find(b"\r") != len(line) - 2:
             raise Malformed("chunked body has a bare CR or LF (RFC 9112 7.1)")
         if self._state == _AFTER_DATA:
@@ -124,7 +124,7 @@ class ChunkedBody:
 
 
 def encode_end(trailers: Trailers | None) -> bytes:
-    """The last chunk, and the trailers."""
+    """Returns the last chunk and the trailers."""
     if not trailers:
         return b"0\r\n\r\n"
     return b"0\r\n" + b"".join(b"%b: %b\r\n" % trailer for trailer in trailers) + b"\r\n"

@@ -1,4 +1,4 @@
-"""Heads of HTTP/1.1 messages: strict parsing, and which of their fields go on to the other side (RFC 9110, RFC 9112).
+"""Heads of HTTP/1.1 messages are parsed strictly, and it is decided which of their fields go on (RFC 9110, RFC 9112).
 
 A request that another parser could read differently is refused. A response of an application is refused only where it stays
 ambiguous: what can be written anew in one meaning (a bare LF, a control character, equal lengths, a length beside chunks) is
@@ -69,7 +69,7 @@ class Malformed(Exception):
 
 @dataclass(slots=True)
 class RequestHead:
-    """A request's head, checked. `fields` are those that go on to the origin, as they will be written."""
+    """A request's head after it was checked. `fields` are those that go on to the origin, as they will be written."""
 
     method: bytes
     target: bytes
@@ -94,12 +94,12 @@ class RequestHead:
 
     @property
     def wants_h2(self) -> bool:
-        """The application is to be spoken to in HTTP/2 without asking first."""
+        """Whether the application is to be spoken to in HTTP/2 without asking first (RFC 9113, 3.3)."""
         return self.force_h2 and self.upgrade is None
 
     @property
     def is_safe(self) -> bool:
-        """RFC 9110, 9.2.1, without a body."""
+        """Whether the method is safe (RFC 9110, 9.2.1) and there is no body."""
         return self.method in (b"GET", b"HEAD", b"OPTIONS") and self.framing == NO_BODY
 
 
@@ -122,7 +122,7 @@ class ResponseHead:
 
 
 def split_block(block: bytes) -> list[tuple[bytes, bytes]]:
-    """The fields of a block that was checked: names in lower case."""
+    """Returns the fields of a block that was checked, with names in lower case."""
     fields = []
     for line in block.split(b"\r\n")[1:]:
         name, _, value = line.partition(b":")
@@ -131,12 +131,12 @@ def split_block(block: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def allowed_trailers(trailers: Trailers) -> Trailers:
-    """The fields of a trailer section that may go on, whichever protocol it came by and goes on in."""
+    """Returns the fields of a trailer section that may go on, whichever protocol it came by and goes on in."""
     return [trailer for trailer in trailers if trailer[0] not in _NOT_IN_TRAILERS and not trailer[0].startswith(_NOT_IN_TRAILERS_PREFIXES)]
 
 
 def split_fields(block: bytes, most: int, message: str = "request") -> Fields:
-    """The fields of a block that begins with CRLF and ends without one. Raises Malformed."""
+    """Returns the fields of a block that begins with CRLF and ends without one. Raises Malformed."""
     lines = block.split(b"\r\n")[1:]
     if not _BLOCK.match(block):
         raise Malformed(f"{message} {_fault(lines)}")
@@ -150,7 +150,7 @@ def split_fields(block: bytes, most: int, message: str = "request") -> Fields:
 
 
 def _fault(lines: list[bytes]) -> str:
-    """What is wrong with the first line that is no field."""
+    """Says what is wrong with the first line that is no field."""
     for line in lines:
         name, colon, value = line.partition(b":")
         if line[:1] in (b" ", b"\t"):
@@ -179,7 +179,7 @@ def _values(fields: Fields, wanted: bytes) -> list[bytes]:
 
 
 def _request_framing(fields: Fields, minor: int) -> tuple[int, int]:
-    """One length, or chunked: never both, never several (RFC 9112, 6.3). Raises Malformed."""
+    """Returns a request's framing: one length, or chunked; never both, never several (RFC 9112, 6.3). Raises Malformed."""
     lengths, codings = _values(fields, b"content-length"), _values(fields, b"transfer-encoding")
     if codings:
         if lengths:
@@ -202,7 +202,8 @@ def _request_framing(fields: Fields, minor: int) -> tuple[int, int]:
 
 
 def _response_framing(fields: Fields, minor: int) -> tuple[int, int]:
-    """Transfer-Encoding wins over Content-Length, and equal lengths are one (RFC 9112, 6.3). Raises Malformed."""
+    """Returns a response's framing: Transfer-Encoding wins over Content-Length, and equal lengths are one (RFC 9112, 6.3). Raises
+    Malformed."""
     codings = _values(fields, b"transfer-encoding")
     if codings:
         if minor == 0:
@@ -222,14 +223,14 @@ def _response_framing(fields: Fields, minor: int) -> tuple[int, int]:
 
 
 def _listed(fields: Fields) -> tuple[frozenset[bytes], bool, bool, bool]:
-    """What Connection lists: names to drop, and whether it says close, keep-alive, upgrade."""
+    """Returns what Connection lists: names to drop, and whether it says close, keep-alive, upgrade."""
     options = [option for name, _, value in fields if name == b"connection" for option in _tokens(value)]
     drop = frozenset(options) - _UNLISTABLE
     return drop, b"close" in options, b"keep-alive" in options, b"upgrade" in options
 
 
 def host_of(value: bytes) -> str:
-    """The host of an authority, in lower case. Raises Malformed."""
+    """Returns the host of an authority, in lower case. Raises Malformed."""
     if not _HOST.match(value):
         raise Malformed("request has a malformed Host (RFC 9112 3.2)")
     host = value if value.endswith(b"]") else value.rpartition(b":")[0] if b":" in value else value
@@ -304,7 +305,7 @@ def read_fields(head: RequestHead, fields: Fields, minor: int) -> None:
 
 
 def _one_hop_less(head: RequestHead, value: bytes) -> bytes:
-    """Max-Forwards as it goes on, of the methods that have it (RFC 9110, 7.6.2). Raises Malformed."""
+    """Returns Max-Forwards as it goes on, for the methods that have it (RFC 9110, 7.6.2). Raises Malformed."""
     head.is_memorable = False  # what is remembered of a field block is used for any method
     if head.method not in (b"TRACE", b"OPTIONS"):
         return value
@@ -346,7 +347,7 @@ def _subprotocols(head: RequestHead, value: bytes) -> bytes:
 
 
 def find_end(data: bytes) -> tuple[int, int]:
-    """Where an application's head ends, and where what follows it begins; (-1, 0) while its end has not come. A bare LF ends a
+    """Returns where an application's head ends, and where what follows it begins; (-1, 0) while its end has not come. A bare LF ends a
     line (RFC 9112, 2.2)."""
     match = _END_OF_HEAD.search(data)
     if match is None:
@@ -356,7 +357,7 @@ def find_end(data: bytes) -> tuple[int, int]:
 
 
 def parse_response(raw: bytes, most: int, is_head: bool) -> ResponseHead:
-    """An application's response, from its status line to before the empty line. Raises Malformed, which its client sees as 502."""
+    """Parses an application's response, from its status line to before the empty line. Raises Malformed, which its client sees as 502."""
     line, block = _split_line(raw)
     match = _STATUS_LINE.match(line)
     if match is None or not _BLOCK.match(block):

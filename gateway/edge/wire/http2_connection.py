@@ -1,4 +1,4 @@
-"""A connection of HTTP/2, whichever side is ours: frames in and out, flow control, floods (RFC 9113).
+"""A connection of HTTP/2, whichever side is ours, takes and sends frames, keeps flow control and withstands floods (RFC 9113).
 
 `Flow` (http2_flow.py) is what is kept of a stream. The sides (client/http2.py towards clients, origin/http2.py towards applications) say
 what a field block means, and their streams what data, a reset and an end mean. The machine knows no event loop: the clock and the
@@ -81,7 +81,8 @@ class Multiplex:
     )  # fmt: skip
 
     def __init__(self, time: Callable[[], float], call_soon: Callable[[Callable[[], None]], object], list_bytes: int) -> None:
-        """`call_soon` calls a function later, once what was received in this turn is done; `list_bytes` bounds a decoded field list."""
+        """Makes the machine. `call_soon` calls a function later, once what was received in this turn is done; `list_bytes` bounds a decoded
+        field list."""
         self.time = time
         self.call_soon = call_soon
         self.transport: Transport | None = None
@@ -131,7 +132,7 @@ class Multiplex:
 
     @property
     def last_peer_stream(self) -> int:
-        """The last stream of the peer's that we have acted on."""
+        """Returns the last stream of the peer's that we have acted on."""
         return min(self.last_number, self.goaway_last)
 
     # ---- receiving ----
@@ -187,15 +188,15 @@ class Multiplex:
             self.incomplete_since = 0.0
 
     def incomplete_of(self, number: int) -> int:
-        """Bytes that have come of a DATA frame of this stream that is not whole yet."""
+        """Returns how many bytes have come of a DATA frame of this stream that is not whole yet."""
         buffer = self._buffer
         if len(buffer) < 9 or buffer[3] != f.DATA or int.from_bytes(buffer[5:9], "big") & 0x7FFFFFFF != number:
             return 0
         return len(buffer) - 9
 
     def _incomplete(self) -> None:
-        """Of a DATA frame that has not come whole, what has come is its stream's progress. Whatever else has begun has to end: its
-        clock runs from its first byte, whatever trickles in meanwhile."""
+        """Notes what has begun and not come whole. Of a DATA frame, what has come is its stream's progress. Whatever else has begun has to
+        end: its clock runs from its first byte, whatever trickles in meanwhile."""
         buffer = self._buffer
         stream = None
         if self._block is None and len(buffer) >= 9 and buffer[3] == f.DATA:
@@ -211,7 +212,7 @@ class Multiplex:
         return self.reading is not None and self.reading.is_paused
 
     def pause_receiving(self) -> None:
-        """The peer does not read: neither is it read, and frames that are here already wait."""
+        """Reads no further, because the peer does not read; frames that are here already wait."""
         if self.reading is not None:
             self.reading.pause(PEER_SLOW)
 
@@ -289,14 +290,14 @@ class Multiplex:
             self.credit(stream)
 
     def credit(self, stream: Flow) -> None:
-        """What was received is consumed: the peer may send as much again, and more where it is fast."""
+        """Lets the peer send as much again as was consumed, and more where it is fast."""
         update, growth = stream.credit(self.time(), _GROWTH_MOST - self._growth)
         if update:
             self._growth += growth
             self.put(f.window_update(stream.number, update))
 
     def closed_stream(self, number: int, stream: Flow | None) -> None:
-        """A frame for a stream on which the peer has nothing more to say (RFC 9113, 5.1)."""
+        """Judges a frame for a stream on which the peer has nothing more to say (RFC 9113, 5.1)."""
         if stream is None and number > self.goaway_last:
             return
         if stream is not None:
@@ -421,7 +422,7 @@ class Multiplex:
     # ---- sending ----
 
     def put(self, data: bytes) -> None:
-        """Frames that flow control does not bound, or that it has let through."""
+        """Sends frames that flow control does not bound, or that it has let through."""
         self._out.append(data)
         self._out_bytes += len(data)
         if self._out_bytes > _OUT_BYTES:
@@ -437,7 +438,7 @@ class Multiplex:
             self.transport.write(b"".join(out) if len(out) > 1 else out[0])
 
     def send_message(self, stream: Flow, block: bytes, content: bytes) -> None:
-        """All of an answer. Where the windows let it through it is one write, as usual."""
+        """Sends all of an answer. Where the windows let it through, as usual, it is one write."""
         size = len(content)
         if size and size <= self._window(stream) and size <= self.frame_bytes:
             self._spend(stream, size)
@@ -478,8 +479,8 @@ class Multiplex:
             stream.on_end_sent()
 
     def send_interim(self, stream: Flow, block: bytes) -> None:
-        """A field block that flow control does not bound, and that does not end what can be said: while the peer does not read, no
-        more of them are taken from their source."""
+        """Sends a field block that flow control does not bound, and behind which more may come: while the peer does not read, no more
+        of them are taken from their source."""
         self.put(f.headers(stream.number, block, False))
         if self.write_paused:
             if stream not in self._blocked:
@@ -493,7 +494,7 @@ class Multiplex:
             stream.pause_source()
 
     def _window(self, stream: Flow) -> int:
-        """How much may be sent on a stream now."""
+        """Returns how many bytes may be sent on a stream now."""
         return 0 if self.write_paused else min(stream.send_window, self.send_window)
 
     def _spend(self, stream: Flow, size: int) -> None:
@@ -501,7 +502,7 @@ class Multiplex:
         self.send_window -= size
 
     def _emit(self, stream: Flow, data: bytes, end: bool) -> int:
-        """DATA frames of as much as the windows allow; how much that was. `end` puts END_STREAM on the last byte."""
+        """Sends DATA frames of as much as the windows allow, and returns how much that was. `end` puts END_STREAM on the last byte."""
         size, at = len(data), 0
         while (step := min(size - at, self._window(stream), self.frame_bytes)) > 0:
             self._spend(stream, step)
@@ -511,7 +512,7 @@ class Multiplex:
         return at
 
     def _unblock(self, turn: deque[Flow]) -> None:
-        """A frame for each of these streams that waits, in turn, until the windows are used up."""
+        """Sends a frame for each of these streams that waits, in turn, until the windows are used up."""
         while turn and not self.write_paused:
             stream = turn.popleft()
             if stream not in self._blocked:
@@ -550,7 +551,7 @@ class Multiplex:
     # ---- ends ----
 
     def drop(self, stream: Flow, how: int = 0) -> None:
-        """A stream is over; what it had of windows is free again."""
+        """Drops a stream from the table; what it had of the windows' growth is free again."""
         if self.streams.pop(stream.number, None) is None:
             return
         self._blocked.pop(stream, None)
@@ -588,12 +589,12 @@ class Multiplex:
             raise H2ConnectionError(Code.ENHANCE_YOUR_CALM, "too many broken streams")
 
     def goaway(self, last: int, code: Code, text: str = "") -> None:
-        """The peer's streams beyond `last` will not be looked at; the number never grows again (RFC 9113, 6.8)."""
+        """Tells the peer that its streams beyond `last` will not be looked at; the number never grows again (RFC 9113, 6.8)."""
         self.goaway_last = min(last, self.goaway_last)
         self.put(f.goaway(self.goaway_last, code, text))
 
     def fail(self, code: Code, text: str) -> None:
-        """GOAWAY, and the end of everything on this connection."""
+        """Tells the peer of its error (GOAWAY), and closes with everything on this connection."""
         self.goaway(self.last_peer_stream, code, text)
         self.is_shutting_down = True
         self.flush()

@@ -1,4 +1,4 @@
-"""One stream's flow control (RFC 9113, 5.2), and the budget of frames that cost us work and their sender nothing (10.5)."""
+"""A stream has flow control (RFC 9113, 5.2), and frames that cost us work and their sender nothing have a budget (10.5)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GROW_MS: Final = 500  # a window that is used up faster than this is doubled
 
 @trait
 class Flow:
-    """A stream's windows, and the data that waits to be sent on it. The connection (http2_connection.py) calls the methods; whoever
+    """Keeps a stream's windows, and the data that waits to be sent on it. The connection (http2_connection.py) calls the methods; whoever
     carries a stream implements them. A class with this trait names FLOW_SLOTS in its own slots, because mypyc's traits have none. Times are
     milliseconds of the loop's clock, because mypyc does not compile a trait's float."""
 
@@ -53,7 +53,7 @@ class Flow:
         self.blocked_ms = self.received_ms = self._grown_ms = int(now * 1000)
 
     def credit(self, now: float, growth_left: int) -> tuple[int, int]:
-        """The WINDOW_UPDATE that is due, and how much of it the window has grown by: it doubles where it is used up fast, within
+        """Returns the WINDOW_UPDATE that is due, and how much of it the window has grown by: it doubles where it is used up fast, within
         `growth_left`. (0, 0) while less than half of the window was consumed."""
         if self.uncredited < self.receive_size // 2 or self.received_end:
             return 0, 0
@@ -69,7 +69,7 @@ class Flow:
         return update, growth
 
     def on_data(self, data: bytes, end: bool) -> None:
-        """DATA, without its padding. Raises StreamError where it may not come."""
+        """Takes DATA, without its padding. Raises H2StreamError where it may not come."""
 
     def on_reset(self, code: int) -> None:
         """The stream has ended before its time: by the peer's RST_STREAM, or by ours because of a mistake of the peer's."""
@@ -84,7 +84,7 @@ class Flow:
 
 
 class Budget:
-    """A token bucket: how often a peer may do what costs it nothing."""
+    """A token bucket bounds how often a peer may do what costs it nothing."""
 
     __slots__ = ("_at", "_most", "_rate", "_tokens")
 

@@ -1,4 +1,4 @@
-"""HTTP/2's frames and codes (RFC 9113, 4, 6 and 7), and the HPACK codec behind two calls (RFC 7541)."""
+"""HTTP/2's frames and codes are written here (RFC 9113, 4, 6 and 7), and the HPACK codec stands behind two calls (RFC 7541)."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def goaway(last: int, code: Code, text: str = "") -> bytes:
 
 
 def headers(stream: int, block: bytes, end_stream: bool) -> bytes:
-    """HEADERS, and CONTINUATION where the block is longer than a frame."""
+    """Returns HEADERS, with CONTINUATION where the block is longer than a frame."""
     end = END_STREAM if end_stream else 0
     if len(block) <= FRAME_BYTES:
         return frame(HEADERS, end | END_HEADERS, stream, block)
@@ -120,8 +120,8 @@ class FieldDecoder(Protocol):
 
 
 def new_decoder(list_bytes: int) -> FieldDecoder:
-    """One for each connection: it holds the dynamic table. jh2's is a private module, so its version is pinned, and the
-    tests compare it with another implementation."""
+    """Makes a decoder, one for each connection, because it holds the dynamic table. jh2's is a private module, so its version is pinned,
+    and the tests compare it with another implementation."""
     decoder: FieldDecoder = _Decoder(list_bytes)
     return decoder
 
@@ -137,7 +137,7 @@ def decode(decoder: FieldDecoder, block: bytes) -> list[Field]:
 
 
 def _integer(value: int, first: int, bits: int) -> bytes:
-    """RFC 7541, 5.1."""
+    """Encodes an integer with a prefix (RFC 7541, 5.1)."""
     most = (1 << bits) - 1
     if value < most:
         return bytes((first | value,))
@@ -151,8 +151,8 @@ def _integer(value: int, first: int, bits: int) -> bytes:
 
 
 def encode(fields: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Literals without indexing (RFC 7541, 6.2.2): no table is touched, so the result depends on the fields alone and can be
-    kept for every connection."""
+    """Encodes fields as literals without indexing (RFC 7541, 6.2.2): no table is touched, so the result depends on the fields alone and can
+    be kept for every connection."""
     out = []
     for name, value in fields:
         out += [b"\0", _integer(len(name), 0, 7), name, _integer(len(value), 0, 7), value]

@@ -1,4 +1,4 @@
-"""Heads of HTTP/2 messages, read into the same forms as those of HTTP/1.1 (RFC 9113, 8; RFC 8441)."""
+"""Heads of HTTP/2 messages are read into the same forms as those of HTTP/1.1 (RFC 9113, 8; RFC 8441)."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _KNOWN_BYTES: Final = 64
 
 
 def size_of(fields: list[Field]) -> int:
-    """Of names and values, which is what is bounded over HTTP/1.1."""
+    """Returns the bytes of names and values, which are what is bounded over HTTP/1.1."""
     return sum([len(name) + len(value) for name, value, _ in fields])
 
 
 def is_field_name(name: bytes) -> bool:
-    """In a section of HTTP/2, where fields of the connection have no place (RFC 9113, 8.2.1, 8.2.2)."""
+    """Whether a name may stand in a section of HTTP/2, where fields of the connection have no place (RFC 9113, 8.2.1, 8.2.2)."""
     return _NAME(name) is not None and name not in _OF_CONNECTION
 
 
@@ -80,7 +80,7 @@ def _check(fields: list[Field], pseudo: frozenset[bytes], message: str) -> tuple
 
 
 def parse_request(fields: list[Field], end: bool, most: int) -> RequestHead:
-    """`end` says that no body follows. Raises Malformed: the stream is broken, or with status 431 answered."""
+    """Parses a request; `end` says that no body follows. Raises Malformed: the stream is broken, or with status 431 answered."""
     special, rest = _check(fields, _REQUEST_PSEUDO, "request")
     if len(rest) > most:
         raise Malformed(f"request has more than {most} fields (edge.head_fields)", 431)
@@ -105,7 +105,7 @@ def parse_request(fields: list[Field], end: bool, most: int) -> RequestHead:
 
 
 def _one_host(authority: bytes | None, rest: list[tuple[bytes, bytes]]) -> tuple[bytes, Fields]:
-    """RFC 9113, 8.3.1: :authority and Host must not differ. Cookies may come in pieces (8.2.3)."""
+    """Checks that :authority and Host do not differ (RFC 9113, 8.3.1), and joins cookies, which may come in pieces (8.2.3)."""
     cookies: list[bytes] = []
     plain: Fields = []
     for name, value in rest:
@@ -146,7 +146,7 @@ _NOT_IN_HANDSHAKE = frozenset((b"expect", b"sec-websocket-key"))
 
 
 def _of_handshake(protocol: bytes, fields: Fields) -> Fields:
-    """The fields of an extended CONNECT that go on. Raises Malformed."""
+    """Returns the fields of an extended CONNECT that go on. Raises Malformed."""
     if protocol != b"websocket":
         raise Malformed("request has a :protocol other than websocket (RFC 8441 4)", 501)
     if any(name == b"content-length" for name, _, _ in fields):
@@ -155,7 +155,7 @@ def _of_handshake(protocol: bytes, fields: Fields) -> Fields:
 
 
 def _upgrade(head: RequestHead, fields: Fields) -> None:
-    """To the application an extended CONNECT is the usual upgrade (RFC 8441, 5)."""
+    """Makes the usual upgrade of an extended CONNECT, for the application (RFC 8441, 5)."""
     key = websocket.new_key()
     head.method, head.framing, head.length = b"GET", NO_BODY, 0
     head.upgrade, head.websocket_key = b"websocket", key
@@ -207,7 +207,7 @@ _NOT_IN_H2 = _OF_CONNECTION | {b"sec-websocket-accept"}
 
 
 def response_block(head: ResponseHead) -> bytes:
-    """Status and fields for a client of HTTP/2, kept with the head. 101 is 200 there (RFC 8441, 5)."""
+    """Returns status and fields for a client of HTTP/2, and keeps them with the head. 101 is 200 there (RFC 8441, 5)."""
     if not head.hpack:
         drop = _NOT_IN_H2 | {b"content-length"} if head.status == 304 else _NOT_IN_H2  # which clients take for a broken promise
         fields = [field for field in split_block(head.block) if field[0] not in drop]
@@ -216,7 +216,7 @@ def response_block(head: ResponseHead) -> bytes:
 
 
 def request_block(head: RequestHead, request_id: bytes, scheme: bytes) -> bytes:
-    """A request's field block for an application that speaks HTTP/2."""
+    """Returns a request's field block for an application that speaks HTTP/2."""
     fields = [(b":method", head.method), (b":scheme", scheme), (b":path", head.target)]
     plain = split_block(head.block)
     fields += [(b":authority", value) for name, value in plain if name == b"host"]

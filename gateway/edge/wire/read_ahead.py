@@ -1,5 +1,4 @@
-"""Bytes of a connection that were read before anybody could look at them: the next requests, or a body whose application is not there
-yet."""
+"""Bytes of a connection may be read before anybody can look at them: the next requests, or a body whose application is not there yet."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ class ReadAhead:
         self.size = 0
 
     def keep(self, data: bytes, at: int) -> None:
-        """The bytes from `at` on, where nothing is kept yet."""
+        """Keeps the bytes from `at` on; nothing may be kept yet."""
         assert not self.size
         if at < len(data):
             self._data, self._at = data, at
@@ -30,7 +29,7 @@ class ReadAhead:
             self.keep(data, 0)
 
     def take(self) -> tuple[bytes, int]:
-        """All of it: bytes, and where in them it begins."""
+        """Returns all that was kept, as bytes and where in them it begins, and keeps nothing any more."""
         data, at, more = self._data, self._at, self._more
         self._data, self._at, self.size = b"", 0, 0
         if more:

@@ -1,4 +1,4 @@
-"""A request's body in HTTP/1.1 as it is received: where it ends, what goes on, and how fast it comes (RFC 9112, 6)."""
+"""A request's body in HTTP/1.1 is followed as it is received: where it ends, what goes on, and how fast it comes (RFC 9112, 6)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOO_SLOW: Final = 2
 
 
 class Pace:
-    """Whether a body comes more slowly than it may, over spans of time: what drips does not keep its request open. Both protocols ask."""
+    """Measures how fast a body comes, over spans of time: what drips does not keep its request open. Both protocols ask it."""
 
     __slots__ = ("_counted", "_since")
 
@@ -22,7 +22,8 @@ class Pace:
         self._since = 0.0  # when that was; 0: no span has begun
 
     def check(self, received: int, now: float, is_paused: bool, seconds: float, bytes_per_second: int) -> bool:
-        """`received` bytes have come in all. A body that is not read (`is_paused`) cannot be late."""
+        """Returns whether the body comes too slowly, of which `received` bytes have come in all. A body that is not read (`is_paused`)
+        cannot be late."""
         if is_paused or not self._since:
             self._counted, self._since = received, now
             return False
@@ -51,12 +52,12 @@ class RequestBody:
 
     @property
     def trailers(self) -> Trailers | None:
-        """Of a complete body, those that may go on."""
+        """Returns the trailers of a complete body that may go on."""
         return self._chunks.trailers if self._chunks is not None else None
 
     def take(self, data: bytes, in_chunks: bool, now: float) -> tuple[int, bytes]:
-        """How many leading bytes of `data` are the body's, and what of them goes on: the content or, with `in_chunks`, a chunked body
-        as chunks without its end. Raises Malformed."""
+        """Returns how many leading bytes of `data` are the body's, and what of them goes on: the content or, with `in_chunks`, a chunked
+        body as chunks without its end. Raises Malformed."""
         self.last_at = now
         if self._chunks is None:
             used = min(self._remaining, len(data))
@@ -70,8 +71,8 @@ class RequestBody:
         return used, content
 
     def check(self, now: float, is_paused: bool, seconds: float, bytes_per_second: int) -> int:
-        """Whether the body stands still for `seconds`, or comes more slowly than it may over a span of them. A body that is not read
-        (`is_paused`) cannot be late."""
+        """Returns whether the body stands still for `seconds`, or comes more slowly than it may over a span of them. A body that is not
+        read (`is_paused`) cannot be late."""
         pace = self._pace
         if pace is None:
             pace = self._pace = Pace()

@@ -1,4 +1,4 @@
-"""WebSocket where an intermediary must know of it (RFC 6455): frame boundaries, the closing frame, the handshake's key."""
+"""An intermediary must know three things of WebSocket (RFC 6455): frame boundaries, the closing frame, the handshake's key."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class FrameCounter:
         return not self._remaining and not self._head and not self._closed
 
     def only_control(self, data: bytes) -> list[tuple[int, bytes]] | None:
-        """The pings and pongs (opcode, payload unmasked) where `data` begins at a boundary and is nothing but whole ones of them;
+        """Returns the pings and pongs (opcode, payload unmasked) where `data` begins at a boundary and is nothing but whole ones of them;
         None otherwise. It need not be fed then."""
         if not data or not data[0] & 8 or not self.at_boundary:  # the usual case: a message
             return None
@@ -59,7 +59,7 @@ class FrameCounter:
         return found or None
 
     def end(self) -> None:
-        """The server's half has ended: there is nothing more to say."""
+        """Notes that the server's half has ended: there is nothing more to say."""
         self._closed = True
 
     def feed(self, data: bytes) -> None:
@@ -88,12 +88,12 @@ class FrameCounter:
 
 
 def pong(payload: bytes) -> bytes:
-    """A server's answer to a ping (RFC 6455, 5.5.3)."""
+    """Returns a server's answer to a ping (RFC 6455, 5.5.3)."""
     return bytes((0x80 | PONG, len(payload))) + payload
 
 
 def _head_size(head: bytes) -> int:
-    """Bytes of a frame's head; more than there are where that is not known yet."""
+    """Returns the bytes of a frame's head, or more than there are where that is not known yet."""
     if len(head) < 2:
         return 2
     length = head[1] & 127
@@ -108,10 +108,10 @@ def _payload_size(head: bytes) -> int:
 
 
 def new_key() -> bytes:
-    """Sec-WebSocket-Key of a handshake that we make for a client of HTTP/2, which has none (RFC 8441, 5)."""
+    """Returns the Sec-WebSocket-Key of a handshake that we make for a client of HTTP/2, which has none (RFC 8441, 5)."""
     return base64.b64encode(os.urandom(16))
 
 
 def accept_of(key: bytes) -> bytes:
-    """Sec-WebSocket-Accept that answers a key (RFC 6455, 4.2.2)."""
+    """Returns the Sec-WebSocket-Accept that answers a key (RFC 6455, 4.2.2)."""
     return base64.b64encode(hashlib.sha1(key + _GUID, usedforsecurity=False).digest())
