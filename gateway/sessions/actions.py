@@ -98,8 +98,8 @@ class Actions:
         self._turn = asyncio.Semaphore(2 * (os.cpu_count() or 1))
 
     async def carry_out(self, session: Session, action: Action, event: Event, before: asyncio.Task[None] | None) -> Outcome:
-        """`before` is work on the sleeping session that is under way. Raises nothing: an action that ends in a way that it does not know
-        is followed by a comparison of the session with its host."""
+        """Carries out an action; `before` is work on the sleeping session that is under way. Raises nothing: an action that ends in a way
+        that it does not know is followed by a comparison of the session with its host."""
         started = time.monotonic()
         try:
             if action is Action.SAVE:
@@ -130,7 +130,7 @@ class Actions:
         return End.NOTHING
 
     def traces(self, session: Session) -> list[Steps]:
-        """Of the last launch or resume, and of the last suspend, as long as they are remembered."""
+        """Returns the traces of the last launch or resume and of the last suspend, as long as they are remembered."""
         return list(self._traces.get(session.id, {}).values())
 
     def forget(self, session: Session) -> None:
@@ -140,8 +140,8 @@ class Actions:
     # ---- launch and wake ----
 
     async def launch(self, session: Session, arrival: Arrival | None = None) -> Outcome:
-        """From the image to RUNNING. Incarnation 0 is stored until the guest is about to run: it has not started yet. What is prepared
-        beside the session's first commit goes again where that fails."""
+        """Brings a session from its image to RUNNING. Incarnation 0 is stored until the guest is about to run: it has not started yet. What
+        is prepared beside the session's first commit goes again where that fails."""
         begun = False
         steps = self._steps(session, "launch")
         try:
@@ -174,7 +174,7 @@ class Actions:
         return Fired(Event.STARTED, steps=steps)
 
     async def _prepare_launch(self, session: Session, steps: Steps, arrival: Arrival | None) -> None:
-        """Raises RpcError."""
+        """Prepares a launch at the host. Raises RpcError."""
         if await self._ahead.claim(session, self._channels.egress(session)):
             steps.mark("one that ran ahead")
             return
@@ -187,8 +187,8 @@ class Actions:
         await self._hook(session, "run", {"microvmId": session.id, "runHookPayload": session.run_hook_payload})
 
     async def wake(self, session: Session, event: Event, before: asyncio.Task[None] | None = None) -> Outcome:
-        """From the snapshot to RUNNING. Until the next incarnation is stored the snapshot is good, and a failure leads back to
-        SUSPENDED."""
+        """Brings a session from its snapshot to RUNNING. Until the next incarnation is stored the snapshot is good, and a failure leads
+        back to SUSPENDED."""
         begun = False
         steps = self._steps(session, "resume")
         if before is not None:
@@ -254,7 +254,7 @@ class Actions:
     # ---- save and rest ----
 
     async def save(self, session: Session, event: Event) -> Outcome:
-        """Gate, drain, hook, cut, snapshot. An idle suspend is called off by activity until the hook is sent."""
+        """Suspends a session: gate, drain, hook, cut, snapshot. An idle suspend is called off by activity until the hook is sent."""
         idle = event is Event.IDLE
         known = self._liveness.counts(session.id)
         has_hook = session.hooks.timeout("suspend") is not None
@@ -296,7 +296,7 @@ class Actions:
         return Fired(Event.SAVED, steps=steps)
 
     def _may_park(self, session: Session) -> int:
-        """How many streams may be parked at each worker: none where no request may wake the session, for they would never go on."""
+        """Returns how many streams may be parked at each worker: none where no request may wake the session, for they would never go on."""
         settings = self._settings.sessions
         may = settings.streams_at_suspend != "cut" and session.resumes_on_request
         has_window = session.idle_policy is None or session.idle_policy.suspended > 0
@@ -358,7 +358,7 @@ class Actions:
         return session.parked == 0
 
     async def _fetch(self, session: Session, steps: Steps) -> None:
-        """Raises ArchiveError, RpcError, StoreError; the session sleeps on then, archived as it was."""
+        """Fetches the session's archive. Raises ArchiveError, RpcError, StoreError; the session sleeps on then, archived as it was."""
         archived = session.archived
         if archived is None or self._archive is None:
             return
@@ -376,7 +376,7 @@ class Actions:
     # ---- destroy ----
 
     async def destroy(self, session: Session, event: Event, before: asyncio.Task[None] | None = None) -> Outcome:
-        """The terminate hook where the guest still runs, then everything of the session goes; never given up."""
+        """Calls the terminate hook where the guest still runs, then has everything of the session go, and tries until that is done."""
         if before is not None:  # what it puts into the object store would be nobody's
             await asyncio.wait([before])
         if self._channels.is_attached(session) and event in (Event.TERMINATE, Event.EXPIRED):
@@ -397,7 +397,7 @@ class Actions:
     # ---- after a restart, or a failure ----
 
     async def settled(self, session: Session, state: HostState | None = None) -> Outcome:
-        """Like `settle`, until it works."""
+        """Does what `settle` does, until it works."""
         try:
             return await self.settle(session, state)
         except Exception:
@@ -440,7 +440,7 @@ class Actions:
         return await self._take_over(session, held.phase)
 
     async def _take_over(self, session: Session, phase: str) -> Outcome:
-        """A guest that went on while control was away."""
+        """Takes over a guest that went on while control was away."""
         try:
             if phase == "prepared":
                 await self._start(session)

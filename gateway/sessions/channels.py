@@ -27,7 +27,7 @@ _SERVE_SECONDS = 0.01  # after a guest has woken
 
 
 class GuestServices(Protocol):
-    """What answers a running guest on sockets of its own network."""
+    """Answers a running guest on sockets of its own network."""
 
     def close(self) -> None: ...
 
@@ -53,11 +53,11 @@ class Channels:
         self._services: dict[str, GuestServices] = {}
 
     def egress(self, session: Session) -> EgressRules | None:
-        """What the session may reach now."""
+        """Returns what the session may reach now."""
         return rules_of(self._egress, self._store, session.egress)
 
     def agent(self, session: Session) -> Agent:
-        """The agent of a running session. Raises AgentError."""
+        """Returns the agent of a running session. Raises AgentError."""
         agent = self._agents.get(session.id) if session.state is State.RUNNING else None
         if agent is None:
             raise AgentError("the MicroVM is not running")
@@ -92,7 +92,7 @@ class Channels:
             self._tasks.spawn(self._serve_guest(session, agent))
 
     async def _serve_guest(self, session: Session, agent: Agent) -> None:
-        """For as long as the agent is this incarnation's."""
+        """Serves the guest for as long as the agent is this incarnation's."""
         await asyncio.sleep(_SERVE_SECONDS)
         if self._agents.get(session.id) is not agent:
             return
@@ -116,19 +116,19 @@ class Channels:
             await agent.quiet(seconds)
 
     def detach(self, session: Session) -> None:
-        """The guest sleeps; its shells sleep with it."""
+        """Keeps the shells, because the guest sleeps, and they sleep with it."""
         agent = self._agents.get(session.id)
         if agent is not None and agent.shells.count:
             agent.detach()
 
     def release(self, session: Session) -> None:
-        """What was held back for a suspend goes on."""
+        """Lets go on what was held back for a suspend."""
         agent = self._agents.get(session.id)
         if agent is not None:
             agent.release()
 
     def rested(self, session: Session) -> bool:
-        """The hypervisor of a session that sleeps has ended. Closes what does not sleep with it; whether that is all of it."""
+        """Closes what does not sleep with a session whose hypervisor has ended, and returns whether that is all of it."""
         agent = self._agents.get(session.id)
         if agent is None or not agent.is_detached:
             self.close(session)

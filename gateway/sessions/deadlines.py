@@ -1,4 +1,4 @@
-"""One heap of deadlines, checked by one timer. An entry of the heap counts only while it is the one registered for its key."""
+"""Deadlines are kept in one heap, which one timer checks. An entry of the heap counts only while it is the one registered for its key."""
 
 from __future__ import annotations
 

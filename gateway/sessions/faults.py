@@ -30,8 +30,8 @@ class FaultLog:
         self._next = 1
 
     def write(self, session: Session, texts: list[str]) -> None:
-        """To the microVM's stream; where it has none, or the disk is full, to memory. The texts come from a worker, which may be
-        anybody's: what would not be one line of text becomes one."""
+        """Writes lines to the microVM's stream; where it has none, or the disk is full, to memory. The texts come from a worker, which may
+        be anybody's: what would not be one line of text becomes one."""
         lines = [_PREFIX + _printable(text[:_TEXT_MAX_CHARACTERS]) for text in texts[:_AT_ONCE_MAX]]
         if session.log_group is not None and session.log_stream is not None:
             try:
@@ -52,7 +52,7 @@ class FaultLog:
             self._next += 1
 
     def read(self, session: Session, after: int) -> MicrovmLog:
-        """Where the microVM's stream is, or why there is none, and the lines in memory whose numbers are above `after`."""
+        """Returns where the microVM's stream is, or why there is none, and the lines in memory whose numbers are above `after`."""
         why = ""
         if session.execution_role is None:
             why = "it has no execution role"

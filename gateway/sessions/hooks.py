@@ -106,12 +106,12 @@ async def poll(connect: Connect, name: str, port: int, seconds: float, request_i
 
 
 def runtime_reason(name: str, error: HookError) -> str:
-    """stateReason as recorded (service reference, 2.2)."""
+    """Returns the stateReason as recorded (service reference, 2.2)."""
     return f"{name.capitalize()} lifecycle hook {error}. Please check your hook endpoint and application logs for more details."
 
 
 def image_reason(name: str, error: HookError, seconds: int) -> str:
-    """A build's stateReason as recorded (service reference, 4)."""
+    """Returns a build's stateReason as recorded (service reference, 4)."""
     if error.status >= 500:
         return f"{name.capitalize()} hook check failed: the application returned a server error (HTTP 5xx) response"
     if error.status >= 400:

@@ -38,11 +38,11 @@ async def patiently(call: Callable[[], Awaitable[T]]) -> T:
 
 
 class Host:
-    """vmm, as control calls it. Every call raises RpcError with the host's words (kind: StateLost, DiskFull, VmmError), or
+    """Calls vmm. Every call raises RpcError with the host's words (kind: StateLost, DiskFull, VmmError), or
     RpcLost when vmm is away."""
 
     def __init__(self, client: Client, root: Path) -> None:
-        """`root` is where the host keeps what it stores."""
+        """Makes the caller; `root` is where the host keeps what it stores."""
         self._client = client
         self._root = root
 

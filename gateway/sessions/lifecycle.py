@@ -38,7 +38,7 @@ log = structlog.get_logger()
 
 
 class _Work:
-    """A session's one task; and the one that ends the hypervisor of a session that sleeps, or archives it, which is not stopped: who
+    """Keeps a session's one task; and the one that ends the hypervisor of a session that sleeps, or archives it, which is not stopped: who
     wakes or ends the session waits for it."""
 
     __slots__ = ("at_rest", "task")
@@ -81,7 +81,7 @@ class Lifecycle:
         return await self.transitions.fire(session, event, detail)
 
     def post(self, session: Session, event: Event, detail: str = "") -> None:
-        """Fires without waiting: for what happens by itself."""
+        """Fires an event without waiting for what becomes of it, as for what happens by itself."""
         self.tasks.spawn(self.fire(session, event, detail))
 
     def launch(self, session: Session, arrival: Arrival | None = None) -> None:
@@ -151,7 +151,7 @@ class Lifecycle:
             self.post(session, event, reason_of(event))
 
     def rested(self, session: Session) -> None:
-        """The hypervisor of a suspended session is gone: deferred events come first, then the deadlines of its sleep."""
+        """Goes on with a suspended session whose hypervisor is gone: deferred events come first, then the deadlines of its sleep."""
         is_closed = self.channels.rested(session)
         if session.state is not State.SUSPENDED:  # a request came meanwhile, and waits for this
             return
@@ -168,19 +168,19 @@ class Lifecycle:
                 self._forget(session)
 
     def ended(self, session: Session) -> None:
-        """A terminated session stays listed for a while, then its row goes."""
+        """Lists a terminated session for a while; then its row goes."""
         self.channels.close(session)
         self._forget(session)
         self.timers.watch_purge(session)
 
     def discard(self, session: Session) -> None:
-        """A session that could not be stored: nobody was told of it."""
+        """Discards a session that could not be stored, of which nobody was told."""
         self.routes.remove(session)
         self.store.forget_session(session)
         self._forget(session)
 
     def _forget(self, session: Session) -> None:
-        """Of a session that is at rest only what is stored is kept."""
+        """Forgets whatever is not stored of a session that is at rest."""
         self._work.pop(session.id, None)
         self.transitions.forget(session)
         self.liveness.forget(session.id)
@@ -228,7 +228,7 @@ class Lifecycle:
         self.liveness.worker_left(worker)
 
     async def request(self, session: Session) -> None:
-        """A request is held for this session."""
+        """Has this session resumed, for which a request is held."""
         if session.state is State.SUSPENDED and not session.resumes_on_request:
             return
         if session.state is State.SUSPENDING and self.transitions.is_request_deferred(session):
@@ -253,13 +253,13 @@ class Lifecycle:
             self.post(session, Event.LOST, ended.reason)
 
     def exited(self, session: Session, code: int) -> None:
-        """A guest's application has ended."""
+        """Ends the session of a guest whose application has ended."""
         self.post(session, Event.EXITED, exit_reason(code))
 
     # ---- what others ask ----
 
     def agent(self, session: Session) -> Agent:
-        """The agent of a running session. Raises AgentError."""
+        """Returns the agent of a running session. Raises AgentError."""
         return self.channels.agent(session)
 
     def traces(self, session: Session) -> list[Steps]:

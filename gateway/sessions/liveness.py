@@ -1,4 +1,4 @@
-"""What the edge's workers report of running sessions: when each was last active, and how many of its requests wait for an answer."""
+"""The edge's workers report of running sessions when each was last active, and how many of its requests wait for an answer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Liveness:
         activity.last = max(activity.last, self._time() - seconds_ago)
 
     def worker_left(self, worker: Hashable) -> None:
-        """What the worker has not reported counts as activity now."""
+        """Notes that a worker has left: what it has not reported counts as activity now."""
         for activity in self._sessions.values():
             count, waiting = activity.counts.pop(worker, None), activity.waiting.pop(worker, 0)
             if count is not None or waiting:
@@ -47,12 +47,12 @@ class Liveness:
         return activity.last
 
     def last_active(self, session: str) -> float:
-        """Now, while a request waits for its answer."""
+        """Returns when the session was last active, which is now while a request waits for its answer."""
         activity = self._of(session)
         return self.touch(session) if any(activity.waiting.values()) else activity.last
 
     def counts(self, session: str) -> dict[Hashable, int]:
-        """By worker, as last reported: a copy."""
+        """Returns a copy of what each worker last reported."""
         return dict(self._of(session).counts)
 
     def forget(self, session: str) -> None:

@@ -64,7 +64,7 @@ class LogStore:
         return self._directory / account / quote(group, safe=_SAFE)
 
     def append(self, account: str, group: str, stream: str, lines: list[str]) -> None:
-        """Raises OSError when the disk is full; callers drop the lines then."""
+        """Adds lines to a stream. Raises OSError when the disk is full; callers drop the lines then."""
         path = self._path(account, group, stream)
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._changed is not None:
@@ -115,7 +115,7 @@ class LogStore:
             return StreamFacts(0, 0, 0)
 
     def names(self) -> list[tuple[str, str, str]]:
-        """(account, group, stream) of everything that is kept."""
+        """Returns (account, group, stream) of everything that is kept."""
         accounts = [path.name for path in self._directory.iterdir()] if self._directory.is_dir() else []
         return [
             (account, group, stream) for account in accounts for group in self.groups(account) for stream in self.streams(account, group)

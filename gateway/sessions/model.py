@@ -12,7 +12,7 @@ from .states import State
 
 
 def account_of(arn: str) -> str:
-    """The account of an ARN: its fifth part."""
+    """Returns the account of an ARN, which is its fifth part."""
     return arn.split(":", 5)[4]
 
 
@@ -31,7 +31,7 @@ class Hooks(msgspec.Struct, frozen=True):
     enabled: dict[str, int] = {}
 
     def timeout(self, name: str) -> int | None:
-        """Seconds, or None when the hook is off."""
+        """Returns seconds, or None when the hook is off."""
         return self.enabled.get(name)
 
 

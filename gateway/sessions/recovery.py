@@ -1,4 +1,4 @@
-"""After a restart of control: the store is compared with the host, session by session, and each goes on from there."""
+"""After a restart of control the store is compared with the host, session by session, and each goes on from there."""
 
 from __future__ import annotations
 

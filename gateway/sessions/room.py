@@ -30,7 +30,7 @@ class Room:
         self._is_asking = False
 
     async def take(self) -> bool:
-        """True when memory and disk have room for one more, which then counts. Raises RpcError."""
+        """Takes room for one more, and returns False when memory or disk have none. Raises RpcError."""
         if not await self._find():
             return False
         self._promised += 1

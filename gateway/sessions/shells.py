@@ -29,7 +29,7 @@ class ShellsFull(Exception):
 
 
 class Shells:
-    """The shells of one agent's connection; `send` writes frames to it."""
+    """Keeps the shells of one agent's connection; `send` writes frames to it."""
 
     def __init__(self, send: Callable[[bytes], None]) -> None:
         self._send = send

@@ -33,7 +33,7 @@ Name = tuple[str, str, str]  # account, group, stream
 
 
 def default_client(settings: Settings) -> Any:
-    """boto3's, with the credentials of its own chain (environment, profile)."""
+    """Makes boto3's client, with the credentials of its own chain (environment, profile)."""
     return boto3.client(
         "logs", region_name=settings.region, endpoint_url=settings.logs.endpoint,
         config=Config(connect_timeout=3, read_timeout=10, retries={"max_attempts": 2}),

@@ -1,4 +1,4 @@
-"""The session's states: one table, and nothing else decides.
+"""The session's states are one table, and nothing else decides.
 
     PENDING -> RUNNING <-> SUSPENDING -> SUSPENDED -> RESUMING -> RUNNING ... -> TERMINATING -> TERMINATED
 
@@ -25,7 +25,7 @@ class State(StrEnum):
 
     @property
     def public(self) -> str:
-        """The state's name in the API."""
+        """Returns the state's name in the API."""
         return "SUSPENDED" if self is State.RESUMING else self.value
 
     @property
@@ -146,7 +146,7 @@ class IllegalTransition(Exception):
 
 
 def reason_of(event: Event) -> str:
-    """The stateReason of a session that is terminated by this event, where the event alone says it."""
+    """Returns the stateReason of a session that is terminated by this event, where the event alone says it."""
     return SUCCESS if event is Event.TERMINATE else MAX_LIFETIME if event in (Event.EXPIRED, Event.WINDOW_OVER) else ""
 
 

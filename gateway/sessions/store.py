@@ -1,4 +1,4 @@
-"""The store: SQLite, one writer, durable before anything is acted on.
+"""The store is SQLite with one writer, and durable before anything is acted on.
 
 Everything is held in memory too; rows are what survives. What one turn of the loop changes is one transaction
 (WAL, synchronous=FULL): a commit is waited for once, however many callers wait.

@@ -1,4 +1,4 @@
-"""The deadlines of sessions, by kind: one clock for all of them (deadlines.py)."""
+"""The deadlines of sessions, of all kinds, have one clock (deadlines.py)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Timers:
         self._deadlines = Deadlines(timer, lambda key: due(*cast(tuple[Deadline, str], key)))
 
     def watch_idle(self, session: Session, since: float) -> None:
-        """`since` is in the timer's seconds."""
+        """Sets the idle deadline; `since` is in the timer's seconds."""
         if session.idle_policy is not None:
             self._set(session, Deadline.IDLE, since + session.idle_policy.max_idle)
 
@@ -52,11 +52,11 @@ class Timers:
             self._set_wall(session, Deadline.ARCHIVE, session.suspended_at + self._archive_after)
 
     def archive_later(self, session: Session) -> None:
-        """For a session that cannot be archived now."""
+        """Tries later to archive a session that cannot be archived now."""
         self._set(session, Deadline.ARCHIVE, self._timer.time() + self._archive_after)
 
     def retry_later(self, session: Session) -> None:
-        """For a resume that could not be made now; what is held is tried again until the edges give up."""
+        """Tries later a resume that could not be made now; what is held is tried again until the edges give up."""
         self._set(session, Deadline.RETRY, self._timer.time() + _RETRY_SECONDS)
 
     def watch_purge(self, session: Session) -> None:

@@ -1,4 +1,4 @@
-"""Transitions: an event meets the table (states.py), and what follows is stored before it is acted on.
+"""An event meets the table (states.py), and what follows is stored before it is acted on.
 
 One event at a time for each session. Two things are ahead of the disk, because they can be taken back: the gate of a call's suspend is
 closed beside its commit, and workers that hold requests hear that the next incarnation is about to run. One thing is behind it: that a
@@ -39,7 +39,7 @@ class Observer:
 
 
 class _Moves:
-    """What is known of a session's transitions that is not worth storing."""
+    """Keeps what is known of a session's transitions and not worth storing."""
 
     __slots__ = ("deferred", "gate", "lock", "stored")
 
@@ -146,7 +146,7 @@ class Transitions:
     # ---- the gate ----
 
     def _begin_gate(self, session: Session) -> None:
-        """Requests may be held before it is known for how long: the disk need not be waited for."""
+        """Begins to close the gate: requests may be held before it is known for how long, so the disk need not be waited for."""
         self._of(session).gate = self._tasks.spawn(self._routes.close_gate(session, self._gate_seconds))
 
     async def close_gate(self, session: Session) -> Gate:
@@ -196,7 +196,7 @@ class Transitions:
         return bool(self._of(session).deferred)
 
     def drop_wakes(self, session: Session) -> None:
-        """A session that goes on running need not be woken."""
+        """Drops events that would wake a session, because it goes on running."""
         moves = self._of(session)
         moves.deferred = [event for event in moves.deferred if event not in (Event.REQUEST, Event.RESUME)]
 
@@ -212,5 +212,5 @@ class Transitions:
         return moves is not None and moves.lock.locked()
 
     def forget(self, session: Session) -> None:
-        """For a session that is at rest or gone."""
+        """Forgets what is known of a session that is at rest or gone."""
         self._moves.pop(session.id, None)
