@@ -42,6 +42,7 @@ class Floor:
         self.shape = msgspec.json.decode((image / "manifest.json").read_bytes(), type=Manifest).shape
         self.memory = memory.new_memory(image.name, (image / "memory.raw").stat().st_size)
         memory.fill(image / "memory.raw", self.memory)
+        self.holes = memory.holes(self.memory)
         template = (image / "overlay.qcow2").read_bytes()
         self.stand_ins = machine.StandIns(memory.sealed("floor-disk", template), network.open_tap_to_nowhere())
 
@@ -73,6 +74,7 @@ class Floor:
         self._run("migrate-incoming", uri="fd:state")
         self.agent = self._connect("agent")
         self.guest = memory.find_mapping(self.process.pid, self.image.name)
+        mapping.clear(self.guest, self.mapper, self.holes)
 
     def restore(self, is_launch: bool) -> float:
         """Loads a state, runs it, waits for its agent and for the first byte of an answer; the seconds it took."""

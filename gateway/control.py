@@ -77,7 +77,9 @@ class Control:
         artifacts = (store.access_key, store.secret_key) if store.access_key else next(iter(root_keys.items()))
         archive = Archive(settings, self.host, lambda: default_store(settings, artifacts))
         guests = Guests(settings, Issuer(settings.credentials, settings.region, self.directory), self.store)
-        observer = Observer(metrics.transition, lambda session, steps: self.spans.steps(steps, session.id), metrics.action_took)
+        observer = Observer(
+            metrics.transition, lambda session, steps: self.spans.steps(steps, session.id), metrics.action_took, self._out_of_memory
+        )
         self.lifecycle = Lifecycle(settings, self.store, self.host, self.routes, self.logs, guests.for_session, archive, observer)
         self.lifecycle.ahead.on_count = metrics.ran_ahead.set
         self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds)
@@ -95,6 +97,10 @@ class Control:
             self.settings, self.store, self.lifecycle, self.registry, self.host, self.minter, pager,
             self.settings.edge.port,
         )  # fmt: skip
+
+    def _out_of_memory(self, session: Session, line: str) -> None:
+        self.faults.write(session, [line])
+        metrics.out_of_memory.inc()
 
     def _phase(self, job: Job) -> None:
         self.store.put_image(job.image)

@@ -56,7 +56,8 @@ class Vmm:
         runtime = settings.runtime
         self.network = Network(runtime / "netns", settings.egress, settings.name)
         self.driver = drivers.choose(settings, info.hypervisor, cgroups, self.network)
-        self.standbys = Standbys(self.driver, settings.standbys.per_image, settings.standbys.most_per_image, self._has_memory)
+        kept = settings.standbys
+        self.standbys = Standbys(self.driver, kept.per_image, kept.most_per_image, kept.unused_seconds, self._has_memory)
         self.builder = Builder(
             settings.root / "builds", runtime / "build-netns", cgroups,
             BuildSettings(
@@ -460,7 +461,7 @@ class Vmm:
     async def _housekeeping(self) -> None:
         while True:
             await asyncio.sleep(_HOUSEKEEPING_SECONDS)
-            await self.standbys.drop_unused()
+            await self.standbys.drop_unused({self.settings.images_dir / one.machine.record.image for one in self._sessions.values()})
             await self.network.trim()
             late = asyncio.get_running_loop().time() - self.settings.standbys.warm_seconds
             for session in [session for session, since in self._warm.items() if since < late]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import mmap
 import os
 import re
 import struct
@@ -94,10 +95,11 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
-# ---- pages that a process changed in a private file mapping (PAGEMAP_SCAN, Linux 6.7) ----
+# ---- pages that a process has changed in private mappings of files and of nothing (PAGEMAP_SCAN, Linux 6.7) ----
 
 _PAGEMAP_SCAN = 0xC0606610
-_PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 4, 8, 16
+_PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED, _PAGE_IS_ZERO = 4, 8, 16, 32
+_OTHERS = _PAGE_IS_FILE | _PAGE_IS_ZERO
 _REGIONS = 1 << 14
 PAGE = 4096
 
@@ -113,7 +115,8 @@ class _ScanArgument(ctypes.Structure):
 
 
 def private_pages(pid: int, start: int, end: int) -> list[tuple[int, int]]:
-    """Runs (first page, page after the last) of [start, end) that are the process's own, not the file's.
+    """Runs (first page, page after the last) of [start, end) that are the process's own: no file's, and not the kernel's page of
+    zeros, which is mapped where memory of nobody's was read before it was written.
 
     Source: Documentation/admin-guide/mm/pagemap.rst. `walk_end` may be stale when the walk is complete (6.18), so fewer
     regions than fit mean the end. Kernels without PAGEMAP_SCAN are read through pagemap.
@@ -126,7 +129,7 @@ def private_pages(pid: int, start: int, end: int) -> list[tuple[int, int]]:
         while current < end:
             argument = _ScanArgument(
                 96, 0, current, end, 0, ctypes.addressof(vector), _REGIONS, 0,
-                _PAGE_IS_FILE, _PAGE_IS_FILE, _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED, _PAGE_IS_FILE,
+                _OTHERS, _OTHERS, _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED, _OTHERS,
             )  # fmt: skip
             count = _libc.ioctl(descriptor, ctypes.c_ulong(_PAGEMAP_SCAN), ctypes.byref(argument))
             if count < 0:
@@ -145,14 +148,29 @@ def private_pages(pid: int, start: int, end: int) -> list[tuple[int, int]]:
         os.close(descriptor)
 
 
+_FRAME = 1 << 63 | (1 << 55) - 1  # of an entry: whether the page is present, and the number of its frame
+
+
+def _page_of_zeros() -> int:
+    """How pagemap says that a page is the kernel's page of zeros."""
+    with mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page, open("/proc/self/pagemap", "rb", buffering=0) as own:
+        at = ctypes.c_char.from_buffer(page)
+        try:
+            assert page[0] == 0  # read, and so mapped
+            return int.from_bytes(os.pread(own.fileno(), 8, ctypes.addressof(at) // PAGE * 8), "little") & _FRAME
+        finally:
+            del at
+
+
 def _private_pages_by_pagemap(descriptor: int, start: int, end: int) -> list[tuple[int, int]]:
     runs: list[tuple[int, int]] = []
+    zeros = _page_of_zeros()
     page, chunk = 0, 1 << 16
     total = (end - start) // PAGE
     while page < total:
         data = os.pread(descriptor, min(chunk, total - page) * 8, (start // PAGE + page) * 8)
         for (entry,) in struct.iter_unpack("<Q", data):
-            if entry >> 62 and not entry >> 61 & 1:
+            if entry >> 62 and not entry >> 61 & 1 and entry & _FRAME != zeros:
                 if runs and runs[-1][1] == page:
                     runs[-1] = (runs[-1][0], page + 1)
                 else:

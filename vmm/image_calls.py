@@ -71,8 +71,7 @@ class ImageCalls:
 
     async def rpc_image_delete(self, connection: Connection, body: m.ImageName) -> None:
         image = self._directory / body.image
-        await self._vmm.standbys.drop(image)
-        await self._vmm.driver.forget_image(body.image)
+        await self._vmm.standbys.forget(image)
         for path in (image, self._making(body.image)):
             await asyncio.to_thread(shutil.rmtree, path, True)
 

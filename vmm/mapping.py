@@ -1,5 +1,6 @@
 """Puts what a session has into a hypervisor that has not run, by a thread of ours inside it (qemu/mapper.c): a chain of diffs, mapped over
-the guest's memory, and open files in the place of those that stood in for them.
+the guest's memory, and open files in the place of those that stood in for them. Before there is a session, memory of its own for what
+its image has no data for.
 
 Mapping costs by the number of runs, copying by their bytes. Where runs are too many, the longest are mapped and the rest are
 copied: vm.max_map_count bounds a process's mappings, and each costs some 5 µs.
@@ -37,7 +38,8 @@ class Mapper:
         self._asked = 0
 
     def map(self, file: int, ranges: list[tuple[int, int, int]]) -> None:
-        """`ranges`: (address in the hypervisor, bytes, offset in the file). Raises OSError."""
+        """`ranges`: (address in the hypervisor, bytes, offset in the file); of /dev/zero, memory that is the hypervisor's own.
+        Raises OSError."""
         self._ask(_MAP, [file], b"".join(struct.pack("<3Q", *one) for one in ranges), len(ranges))
 
     def put(self, file: int, replaced: int) -> None:
@@ -63,6 +65,13 @@ class Mapper:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def clear(mapping: Mapping, mapper: Mapper, holes: list[tuple[int, int]]) -> None:
+    """Maps nobody's memory where the image's has holes: what a clone writes there is its own alone (vmm/memory.py). Raises OSError."""
+    with open("/dev/zero", "rb", buffering=0) as zeros:
+        mapper.map(zeros.fileno(), [(mapping.start + start, end - start, 0) for start, end in holes])
+    mapper.finish()
 
 
 def load(mapping: Mapping, mapper: Mapper, snapshot: Path, manifest: Manifest) -> None:

@@ -20,7 +20,9 @@ from .driver import Process, Shape
 RECORD = "process.json"
 STDERR = "stderr"
 _RECORD_BYTES = 4096  # a page: always the same length
-_OVERHEAD_BYTES = 256 << 20  # the hypervisor's own memory: heap, translated code
+# The hypervisor's own memory: heap and 64 MiB of translated code, and what grows with the guest, of which it needs a part only: page tables
+# (two of 1/512 each) and the emulator's TLB (64 bytes for each page of the guest in use, in each of its modes; QEMU: cputlb.c).
+_OVERHEAD_BYTES, _OVERHEAD_SHARE = 256 << 20, 16
 _IO_BYTES_PER_SECOND = 128 << 20  # for each 512 MiB of the size asked for
 _USERS = 4096
 QUOTED_CHARACTERS = 400
@@ -109,7 +111,7 @@ def is_alive(record: Process) -> bool:
 def limits(shape: Shape) -> Limits:
     """A microVM's share of the host: its peak as the bound, its baseline as its weight (reference, section 4)."""
     return Limits(
-        memory_bytes=(shape.memory_mib << 20) + _OVERHEAD_BYTES,
+        memory_bytes=(shape.memory_mib << 20) * (_OVERHEAD_SHARE + 1) // _OVERHEAD_SHARE + _OVERHEAD_BYTES,
         cpus=shape.vcpus,
         weight=max(1, shape.baseline_mib // 20),
         pids=256,

@@ -1,13 +1,14 @@
 """Hypervisors that wait: started ahead for the images in use, so that a resume starts with a process that is ready.
 
-How many is by use: what was taken in the last minutes may be wanted again, all at once, as far as memory allows.
+How many is by use: what was taken in the last minutes may be wanted again, all at once, as far as memory allows. With the last
+hypervisor of an image that nobody uses goes what its clones share, its memory above all: the next one reads it again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import structlog
@@ -19,18 +20,21 @@ from .driver import Driver, Machine, StateLost, VmmError
 log = structlog.get_logger()
 
 _QUIET_SECONDS = 0.6  # after a take: a refill must not compete with the resume that it follows
-_UNUSED_SECONDS = 900.0
 
 
 class Standbys:
-    def __init__(self, driver: Driver, least: int, most: int, has_memory: Callable[[], bool]) -> None:
-        """`least` for each image in use, `most` where that many are taken; more than `least` only while `has_memory`."""
+    def __init__(self, driver: Driver, least: int, most: int, unused_seconds: float, has_memory: Callable[[], bool]) -> None:
+        """`least` for each image in use, `most` where that many are taken; more than `least` only while `has_memory`. An image is in use
+        for `unused_seconds` after the last take."""
         self._driver = driver
         self._least, self._most = least, most
+        self._unused_seconds = unused_seconds
         self._has_memory = has_memory
         self._use: dict[Path, Use] = {}
         self._ready: dict[Path, deque[Machine]] = {}
         self._used: dict[Path, float] = {}
+        self._shared: dict[Path, float] = {}  # images with memory on the host, and when somebody had it last
+        self._starting: Counter[Path] = Counter()
         self._refills: dict[Path, asyncio.Task[None]] = {}
 
     async def take(self, image: Path) -> Machine:
@@ -42,26 +46,39 @@ class Standbys:
             machine = ready.popleft()
             if not _has_ended(machine):
                 return machine
-        return await self._driver.standby(image)
+        return await self._start(image)
+
+    async def _start(self, image: Path) -> Machine:
+        self._starting[image] += 1
+        try:
+            return await self._driver.standby(image)
+        finally:
+            self._starting[image] -= 1
 
     def want(self, image: Path) -> None:
         """Keeps standbys of this image from now on."""
         self._ready.setdefault(image, deque())
-        self._used[image] = asyncio.get_running_loop().time()
+        self._used[image] = self._shared[image] = asyncio.get_running_loop().time()
         task = self._refills.get(image)
         if task is None or task.done():
             self._refills[image] = asyncio.get_running_loop().create_task(self._refill(image))
 
     async def drop(self, image: Path) -> None:
-        """Ends all standbys of an image that is deleted or unused."""
-        task = self._refills.pop(image, None)
+        """Ends all standbys of an image that is deleted or unused. Who takes one meanwhile begins anew."""
+        task, ready = self._refills.pop(image, None), self._ready.pop(image, ())
+        self._used.pop(image, None)
+        self._use.pop(image, None)
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        self._used.pop(image, None)
-        self._use.pop(image, None)
-        for machine in self._ready.pop(image, ()):
+        for machine in ready:
             await machine.kill()
+
+    async def forget(self, image: Path) -> None:
+        """The image is deleted."""
+        await self.drop(image)
+        self._shared.pop(image, None)
+        await self._driver.forget_image(image.name)
 
     def _wanted(self, image: Path) -> int:
         use = self._use.get(image)
@@ -69,14 +86,21 @@ class Standbys:
             return self._least
         return max(self._least, min(self._most, use.recent(asyncio.get_running_loop().time())))
 
-    async def drop_unused(self) -> None:
-        """Ends what nobody has wanted for long, and what there is too much of."""
+    async def drop_unused(self, held: Collection[Path] = ()) -> None:
+        """Ends what nobody has wanted for long, and what there is too much of. `held`: images of which there are hypervisors that are
+        taken, running or paused."""
         now = asyncio.get_running_loop().time()
         for image, ready in list(self._ready.items()):
-            for _ in range(len(ready) - self._wanted(image)):
+            while len(ready) > self._wanted(image):
                 await ready.popleft().kill()
-        for image in [image for image, used in self._used.items() if now - used > _UNUSED_SECONDS]:
+        for image in [image for image, used in self._used.items() if now - used > self._unused_seconds]:
             await self.drop(image)
+        self._shared |= dict.fromkeys((*held, *+self._starting), now)
+        for image in list(self._shared):
+            if image not in self._ready and now - self._shared[image] > self._unused_seconds:
+                del self._shared[image]
+                log.info("image.let_go", image=image.name)
+                await self._driver.forget_image(image.name)
 
     async def close(self) -> None:
         for image in list(self._ready):
@@ -94,7 +118,7 @@ class Standbys:
             if len(self._ready[image]) >= self._wanted(image):
                 return
             try:
-                self._ready[image].append(await self._driver.standby(image))
+                self._ready[image].append(await self._start(image))
             except (VmmError, StateLost) as error:
                 log.warning("standby.failed", image=image.name, error=str(error))
                 return

@@ -228,7 +228,7 @@ class Pipeline:
     async def _boot(self, job: Job, shape: Shape, config: dict[str, object]) -> None:
         self._phase(job, "BOOT")
         descriptor = await self._host.boot(job.session, job.version.key, shape, self._serve.egress(job.version))
-        agent = Agent(descriptor, job.log.feed, job.exit_code.set_result)
+        agent = Agent(descriptor, job.log.feed, job.exit_code.set_result, job.say)
         services = await self._serve.open(await self._host.services(job.session, 0), job.version, job.session)
         try:
             await agent.hello(_BOOT_SECONDS)

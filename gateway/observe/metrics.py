@@ -25,6 +25,9 @@ edge_now = Gauge(
 asleep = Gauge("torpor_asleep", "Sleeping sessions: warm (paused), cold (files), archived (object store).", ["tier"], registry=registry)
 asleep_bytes = Gauge("torpor_asleep_bytes", "What sleeping sessions take there.", ["tier"], registry=registry)
 ran_ahead = Gauge("torpor_ran_ahead", "MicroVMs that ran ahead and wait for launches.", registry=registry)
+out_of_memory = Counter(
+    "torpor_out_of_memory", "Processes that the kernels of running microVMs killed for want of memory.", registry=registry
+)
 _counted: dict[Hashable, Counters] = {}  # by worker, as last reported: a worker's own counts only grow
 
 

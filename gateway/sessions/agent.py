@@ -8,12 +8,13 @@ import secrets
 import struct
 from collections.abc import Callable, Iterable
 
+from . import out_of_memory
 from .frame import HEADER, MAGIC, MAGIC_BYTES, frame
 from .shells import Shells
 
 _HELLO, _WAKE, _CONFIG, _START, _SYNC = 0x01, 0x02, 0x03, 0x04, 0x0A
 _IS_HELLO, _WOKEN, _OUTPUT, _EXIT = 0x81, 0x82, 0x83, 0x84
-_SHELL_OUTPUT, _SHELL_TAKEN, _SHELL_EXIT = 0x85, 0x86, 0x87
+_SHELL_OUTPUT, _SHELL_TAKEN, _SHELL_EXIT, _KILLED = 0x85, 0x86, 0x87, 0x88
 _FRAME_MAX_IN = 4096
 _FRAME_MAX_OUT = 16384
 _BUDGET_BYTES = 65536  # read per session and loop turn, so that a chatty guest starves nobody
@@ -45,12 +46,17 @@ def start_frames(entries: Iterable[tuple[str, str]]) -> list[bytes]:
 class Agent:
     """A connection to a guest's agent; it lasts until `close` or the hypervisor's end."""
 
-    def __init__(self, descriptor: int, on_output: Callable[[int, bytes], None], on_exit: Callable[[int], None]) -> None:
+    def __init__(
+        self, descriptor: int, on_output: Callable[[int, bytes], None], on_exit: Callable[[int], None],
+        on_killed: Callable[[str], None] = lambda line: None,
+    ) -> None:  # fmt: skip
+        """`on_killed` is called with a line that says which process the guest's kernel killed for want of memory."""
         os.set_blocking(descriptor, False)
         self._descriptor = descriptor
         self._loop = asyncio.get_running_loop()
         self._on_output = on_output
         self._on_exit = on_exit
+        self._on_killed = on_killed
         self._buffer = bytearray()
         self._synced = False
         self._nonces: dict[int, asyncio.Future[bytes]] = {}
@@ -199,6 +205,8 @@ class Agent:
             self._on_output(channel, payload)
         elif kind == _EXIT and len(payload) == 4:
             self._on_exit(struct.unpack("<i", payload)[0])
+        elif kind == _KILLED:
+            self._on_killed(out_of_memory.line_of(payload))
         elif kind == _SHELL_OUTPUT:
             self.shells.output(channel, payload)
         elif kind == _SHELL_TAKEN and len(payload) == 4:

@@ -35,7 +35,6 @@ log = structlog.get_logger()
 PREFIX = "ahead-"
 _QUIET_SECONDS = 0.6  # after a launch: what is made for the next one must not compete with it
 _MOST = 16
-_UNUSED_SECONDS = 900.0
 _SECONDS = 30.0
 _TARGET = re.compile(r"(?::(\d{1,5}))?(/[!-~]*)")
 _DEFAULT_PORT = 8080
@@ -150,7 +149,7 @@ class Ahead:
         """Waits for the next launch; False when there was none for long."""
         pool.taken.clear()
         try:
-            async with asyncio.timeout(_UNUSED_SECONDS):
+            async with asyncio.timeout(self._settings.standbys.unused_seconds):
                 await pool.taken.wait()
         except TimeoutError:
             return False

@@ -36,11 +36,12 @@ OpenServices = Callable[[Session, list[socket.socket], EgressRules | None], Awai
 
 
 class Channels:
-    """`exited(session, code)` is called when a guest's application has ended."""
+    """`exited(session, code)` is called when a guest's application has ended, `killed(session, line)` when its kernel has killed a
+    process for want of memory."""
 
     def __init__(
         self, host: Host, store: Store, egress: Egress, logs: LogStore, tasks: Tasks, open_services: OpenServices,
-        exited: Callable[[Session, int], None],
+        exited: Callable[[Session, int], None], killed: Callable[[Session, str], None],
     ) -> None:  # fmt: skip
         self._host = host
         self._store = store
@@ -49,6 +50,7 @@ class Channels:
         self._tasks = tasks
         self._open_services = open_services
         self._exited = exited
+        self._killed = killed
         self._agents: dict[str, Agent] = {}
         self._services: dict[str, GuestServices] = {}
 
@@ -77,8 +79,9 @@ class Channels:
         if session.log_group is not None and session.log_stream is not None:
             writer = LineWriter(self._logs, session.account, session.log_group, session.log_stream)
         agent = Agent(
-            descriptor, writer.feed if writer is not None else lambda channel, data: None, lambda code: self._exited(session, code)
-        )
+            descriptor, writer.feed if writer is not None else lambda channel, data: None, lambda code: self._exited(session, code),
+            lambda line: self._killed(session, line),
+        )  # fmt: skip
         if writer is not None:
             agent.closed.add_done_callback(lambda _: writer.flush())
         self._agents[session.id] = agent

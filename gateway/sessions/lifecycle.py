@@ -65,7 +65,7 @@ class Lifecycle:
         self.ahead = Ahead(host, store, settings, self.tasks.spawn)
         self.timers = Timers(loop, self._due, settings.archive.after_seconds, clock)
         self.liveness = Liveness(loop.time)
-        self.channels = Channels(host, store, settings.egress, logs, self.tasks, open_services, self.exited)
+        self.channels = Channels(host, store, settings.egress, logs, self.tasks, open_services, self.exited, observer.out_of_memory)
         gate_seconds = settings.suspend.gate_seconds
         self.transitions = Transitions(store, routes, self.tasks, gate_seconds, self._entered, observer, clock)
         self.actions = Actions(

@@ -31,11 +31,12 @@ _FIRST_SECONDS = 0.03  # for the requests that were held: what is then stored sa
 
 @dataclass
 class Observer:
-    """Hears what happens to sessions: metrics and spans."""
+    """Hears what happens to sessions: metrics, spans, and lines of their logs."""
 
     transition: Callable[[Event], None] = lambda event: None
     steps: Callable[[Session, Steps], None] = lambda session, steps: None
     action: Callable[[str, float], None] = lambda name, seconds: None
+    out_of_memory: Callable[[Session, str], None] = lambda session, line: None
 
 
 class _Moves:

@@ -34,7 +34,7 @@ from gateway.tasks import Tasks
 
 ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a"
 INTERNET = "arn:aws:lambda:us-east-1:aws:network-connector:aws-network-connector:INTERNET_EGRESS"
-OUTPUT, EXIT = 0x83, 0x84
+OUTPUT, EXIT, KILLED = 0x83, 0x84, 0x88
 
 
 def session_of(**changes: Any) -> Session:
@@ -55,10 +55,11 @@ class Rig:
         self.logs = LogStore(directory / "logs")
         self.tasks = Tasks()
         self.exited: list[int] = []
+        self.killed: list[str] = []
         self.opened: list[Services] = []
         self.channels = Channels(
             self.host, Store(directory / "state.db"), Egress(), self.logs, self.tasks, self._open,  # type: ignore[arg-type]
-            lambda session, code: self.exited.append(code),
+            lambda session, code: self.exited.append(code), lambda session, line: self.killed.append(line),
         )  # fmt: skip
         self.guests: list[socket.socket] = []
 
@@ -96,6 +97,27 @@ async def test_a_guests_output_is_logged_and_its_end_is_told(rig: Rig) -> None:
     assert [event.m for event in rig.logs.read(one.account, "g", "s")[0]] == ["a line", "half"]
     with pytest.raises(AgentError):
         rig.channels.agent(one)
+
+
+@pytest.mark.parametrize(
+    ("record", "line"),
+    [
+        (
+            b"Out of memory: Killed process 62 (hold) total-vm:1973120kB, anon-rss:1969220kB, file-rss:1052kB, shmem-rss:4kB, UID:0 pgtables:4kB",
+            "out of memory: the guest's kernel killed hold, which held 1924 MiB",
+        ),
+        (
+            b"Memory cgroup out of memory: Killed process 7 (a (b) c) total-vm:9kB, anon-rss:20480kB, file-rss:0kB, shmem-rss:0kB, UID:0",
+            "a control group inside the guest is out of memory: the guest's kernel killed a (b) c, which held 20 MiB",
+        ),
+        (b"Out of memory: Killed process \xff", "out of memory: the guest's kernel killed a process"),
+        (b"", "out of memory: the guest's kernel killed a process"),
+    ],
+)
+async def test_what_a_guests_kernel_killed_is_told(rig: Rig, record: bytes, line: str) -> None:
+    rig.channels.attach(session_of(), rig.guest())
+    rig.guests[0].sendall(frame(KILLED, record))
+    await until(lambda: rig.killed == [line])
 
 
 async def test_only_a_running_sessions_agent_can_be_had(rig: Rig) -> None:

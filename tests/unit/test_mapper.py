@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from vmm import host, mapping, memory
+from vmm.host import PAGE
 from vmm.mapping import Mapper
 from vmm.memory import sealed
 
+MIB = 1 << 20
 SOURCE = Path(__file__).parents[2] / "vmm/qemu/mapper.c"
 
 
@@ -91,6 +94,33 @@ def test_files_are_mapped_where_they_are_wanted(library: Path, tmp_path: Path) -
         mapper.finish()
         with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
             assert os.pread(memory.fileno(), 2 * mmap.PAGESIZE, free) == b"b" * mmap.PAGESIZE + b"a" * mmap.PAGESIZE
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["PAGEMAP_SCAN", "pagemap"])
+def test_what_an_image_has_no_data_for_is_the_clones_own(
+    library: Path, tmp_path: Path, scan: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clone that writes zeros of its image leaves the image's memory as large as it was; what it has only read is no change."""
+    if not scan:
+        monkeypatch.setattr(host, "_PAGEMAP_SCAN", 0)
+    image, size, at = memory.new_memory("unit", 64 * MIB), 64 * MIB, 0x10_0000_0000
+    os.pwrite(image, b"a" * MIB, 8 * MIB)
+    os.pwrite(image, b"b" * MIB, 32 * MIB)
+    before = os.fstat(image).st_blocks
+    with waiting(library, []) as (mapper, pid), open(f"/proc/{pid}/mem", "r+b", buffering=0) as guest:
+        mapper.map(image, [(at, size, 0)])
+        mapping.clear(memory.Mapping(pid, at, at + size), mapper, memory.holes(image))
+        for place in range(0, 16 * MIB, PAGE):  # over the first data
+            assert os.pread(guest.fileno(), 1, at + place) == (b"a" if 8 * MIB <= place < 9 * MIB else b"\0")
+        assert host.private_pages(pid, at, at + size) == []
+        for page in (0, 5, 8 * MIB // PAGE, 20 * MIB // PAGE, size // PAGE - 1):
+            os.pwrite(guest.fileno(), b"x", at + page * PAGE)
+        assert os.fstat(image).st_blocks == before
+        changed = host.private_pages(pid, at, at + size)
+        assert changed == [(page, page + 1) for page in (0, 5, 8 * MIB // PAGE, 20 * MIB // PAGE, size // PAGE - 1)]
+        written = memory.save_diff(memory.Mapping(pid, at, at + size), tmp_path, 1, image)
+        assert written[1].size == 5 * PAGE
+    os.close(image)
 
 
 def test_an_end_of_the_process_is_an_error(library: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm import diffs, memory
+from vmm import diffs, host, memory
 from vmm.host import PAGE
 
 
@@ -57,6 +57,33 @@ def test_a_large_change_is_not_compared_to_its_end(monkeypatch: pytest.MonkeyPat
         assert memory.differing(runs, reads, guest.mapping.start, guest.image) == runs
     finally:
         os.close(reads)
+
+
+def test_small_holes_of_an_image_are_filled_and_large_ones_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each hole costs two mappings, which the kernel counts."""
+    stored, size = tmp_path / "memory.raw", 1024 * PAGE
+    with stored.open("wb") as file:
+        file.truncate(size)
+        for page in (10, 12, 20, 100, 900):
+            file.seek(page * PAGE)
+            file.write(bytes([page % 256]) * PAGE)
+    image = memory.new_memory("unit", size)
+    memory.fill(stored, image)
+    wanted = [(10 * PAGE, 21 * PAGE), (100 * PAGE, 101 * PAGE), (900 * PAGE, 901 * PAGE)]
+    assert list(host.data_segments(image)) == memory.pieces(image) == memory.pieces(image) == wanted
+    assert memory.holes(image) == [(0, 10 * PAGE), (21 * PAGE, 100 * PAGE), (101 * PAGE, 900 * PAGE), (901 * PAGE, size)]
+    assert os.pread(image, size, 0) == stored.read_bytes()
+    monkeypatch.setattr(memory, "_PIECES_MOST", 2)
+    assert memory.pieces(image) == [(10 * PAGE, 101 * PAGE), (900 * PAGE, 901 * PAGE)]
+    os.close(image)
+
+
+def test_memory_full_of_data_has_no_holes() -> None:
+    image = memory.new_memory("unit", 4 * PAGE)
+    assert memory.holes(image) == [(0, 4 * PAGE)]
+    os.pwrite(image, b"x" * 4 * PAGE, 0)
+    assert memory.holes(image) == []
+    os.close(image)
 
 
 def open_for_reading(guest: Guest) -> int:

@@ -29,9 +29,17 @@ class Driver:
     def __init__(self) -> None:
         self.made: list[Machine] = []
 
+        self.forgotten: list[str] = []
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+
     async def standby(self, image: Path) -> Machine:
+        await self.go_on.wait()
         self.made.append(Machine())
         return self.made[-1]
+
+    async def forget_image(self, image: str) -> None:
+        self.forgotten.append(image)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +48,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pool(driver: Driver, has_memory: bool = True) -> Standbys:
-    return Standbys(driver, 2, 5, lambda: has_memory)  # type: ignore[arg-type]
+    return Standbys(driver, 2, 5, 900.0, lambda: has_memory)  # type: ignore[arg-type]
 
 
 async def settled(one: Standbys) -> int:
@@ -73,6 +81,74 @@ async def test_too_many_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one, "_has_memory", lambda: False)
     await one.drop_unused()
     assert one.statistics()["a"] == 2 and sum(machine.killed for machine in driver.made) == 3
+    await one.close()
+
+
+async def test_an_image_that_nobody_uses_leaves_the_hosts_memory() -> None:
+    """Its hypervisors that wait end, then what its clones share is let go, once, until somebody wants it again."""
+    driver = Driver()
+    one = pool(driver)
+    await one.take(IMAGE)
+    await settled(one)
+    await one.drop_unused()
+    assert not driver.forgotten and one.statistics() == {"a": 2}
+    one._unused_seconds = -1.0  # all of it is over
+    await one.drop_unused()
+    await one.drop_unused()
+    assert driver.forgotten == ["a"] and one.statistics() == {} and [machine.killed for machine in driver.made] == [False, True, True]
+    one._unused_seconds = 900.0
+    await one.take(IMAGE)
+    await one.drop_unused()
+    assert driver.forgotten == ["a"] and await settled(one) == 2
+    await one.close()
+
+
+async def test_an_images_memory_stays_for_so_long_after_its_last_hypervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a hypervisor that an earlier daemon started, of whose image nobody has taken one since."""
+    driver = Driver()
+    one = pool(driver)
+    await one.drop_unused(held={IMAGE})
+    await one.drop_unused()
+    assert not driver.forgotten
+    one._shared[IMAGE] -= 901.0
+    await one.drop_unused(held={IMAGE})
+    assert not driver.forgotten
+    one._shared[IMAGE] -= 901.0
+    await one.drop_unused()
+    assert driver.forgotten == ["a"]
+
+
+async def test_memory_is_not_let_go_under_a_hypervisor_that_starts() -> None:
+    driver = Driver()
+    driver.go_on.clear()
+    one = pool(driver)
+    one._least = 0
+    taking = asyncio.create_task(one.take(IMAGE))
+    await asyncio.sleep(0)
+    one._used[IMAGE] -= 901.0
+    one._shared[IMAGE] -= 901.0
+    await one.drop_unused()
+    assert not driver.forgotten
+    driver.go_on.set()
+    await taking
+    one._shared[IMAGE] -= 901.0
+    await one.drop_unused()
+    assert driver.forgotten == ["a"]
+
+
+async def test_too_many_are_ended_although_some_are_taken_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = pool(Driver())
+    for _ in range(5):
+        await one.take(IMAGE)
+    await settled(one)
+    monkeypatch.setattr(one, "_has_memory", lambda: False)
+
+    async def kill(machine: Machine) -> None:
+        one._ready[IMAGE].clear()
+
+    monkeypatch.setattr(Machine, "kill", kill)
+    await one.drop_unused()
+    monkeypatch.undo()
     await one.close()
 
 

@@ -33,6 +33,7 @@ enum frame_type {
     FRAME_SHELL_OUTPUT = 0x85,
     FRAME_SHELL_TAKEN = 0x86, /* u32 bytes of input that the terminal took */
     FRAME_SHELL_EXIT = 0x87,  /* i32 exit code, as a shell writes it */
+    FRAME_KILLED = 0x88,      /* what the kernel's log says of a process that it killed for want of memory */
 };
 
 struct frame {
@@ -86,6 +87,12 @@ void shell_close(uint16_t id);
 void shell_poll(struct pollfd *fds); /* SHELLS_MAX of them */
 void shell_ready(const struct pollfd *fds);
 int shell_reaped(pid_t pid, int status); /* whether it was one */
+
+/* ---- want of memory ---- */
+
+void oom_prepare(void);
+void oom_poll(struct pollfd *fd);
+void oom_ready(const struct pollfd *fd);
 
 /* ---- after a restore, and the network ---- */
 

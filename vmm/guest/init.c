@@ -190,10 +190,12 @@ static void reap(void)
 static void serve(int signals)
 {
     for (;;) {
-        struct pollfd fds[5 + SHELLS_MAX] = {{signals, POLLIN, 0}, {app_output, POLLIN, 0}, {app_errors, POLLIN, 0}};
+        struct pollfd fds[6 + SHELLS_MAX] = {{signals, POLLIN, 0}, {app_output, POLLIN, 0}, {app_errors, POLLIN, 0}};
         port_poll(fds + 3);
-        shell_poll(fds + 5);
-        if (poll(fds, 5 + SHELLS_MAX, -1) < 0) continue;
+        oom_poll(fds + 5);
+        shell_poll(fds + 6);
+        if (poll(fds, 6 + SHELLS_MAX, -1) < 0) continue;
+        oom_ready(fds + 5); /* before the end of the process, if that was the application's */
         if (fds[0].revents) {
             struct signalfd_siginfo info[8];
             (void)!read(signals, info, sizeof info);
@@ -203,7 +205,7 @@ static void serve(int signals)
         port_ready(fds + 3, handle);
         if (fds[1].revents) forward(&app_output, 1);
         if (fds[2].revents) forward(&app_errors, 2);
-        shell_ready(fds + 5);
+        shell_ready(fds + 6);
         port_flush();
     }
 }
@@ -227,6 +229,7 @@ int main(int argc, char **argv)
     network_up();
     gate_open();
     wake_prepare();
+    oom_prepare();
 
     sigset_t set;
     sigemptyset(&set);

@@ -47,6 +47,7 @@ class _Shared(NamedTuple):
     """What all clones of an image have open."""
 
     memory: int
+    holes: list[tuple[int, int]]  # of the memory (vmm/memory.py)
     disk: int  # a copy of the empty overlay, which nobody can write: it stands in for a session's
 
 
@@ -75,6 +76,7 @@ class QemuDriver:
             boot = files.enter_context((image / "boot.qcow2").open("rb")).fileno()
             machine = await self._spawn(image.name, shape, lambda ends: topology.standby(shape, shared.memory, base, boot, stand_ins, ends))
         try:
+            await asyncio.to_thread(machine.clear, shared.holes)
             await machine.await_session(stand_ins)
         except (QmpError, OSError, VmmError) as error:
             why = await machine.why(error)
@@ -192,8 +194,9 @@ class QemuDriver:
         task = self._shared.pop(image, None)
         if task is not None:
             with contextlib.suppress(OSError, StateLost):
-                for descriptor in await task:
-                    os.close(descriptor)
+                shared = await task
+                os.close(shared.memory)
+                os.close(shared.disk)
         self._cgroups.remove(f"image-{image}")
 
     async def _share(self, image: Path) -> _Shared:
@@ -210,7 +213,8 @@ class QemuDriver:
     async def _load(self, image: Path) -> _Shared:
         disk = memory.sealed(f"torpor-disk-{image.name}", (image / self.disk_template).read_bytes())
         try:
-            return _Shared(await self._load_memory(image), disk)
+            loaded = await self._load_memory(image)
+            return _Shared(loaded, await asyncio.to_thread(memory.holes, loaded), disk)
         except BaseException:
             os.close(disk)
             raise

@@ -2,6 +2,7 @@
  *
  * MAP lays a file over parts of the guest's memory. Copying changed pages in costs by what ever changed; mapping them costs by
  * the number of runs, and leaves them file pages until they are written, so that the next suspend stores what changed since.
+ * For /dev/zero it lays memory of this process's own there, as it is where the image's file has a hole.
  *
  * PUT puts one open file in the place of another, wherever this process has that one open: the session's disk and tap for those
  * that stood in for them. QEMU has looked at neither: disks are inactive until the incoming state is loaded, when it reads them
@@ -74,10 +75,15 @@ static int read_head(struct head *head, int files[2])
 
 static int32_t map(const struct range *ranges, uint32_t count, int file)
 {
+    struct stat of;
+    if (fstat(file, &of) < 0) return errno;
+    int is_zero = S_ISCHR(of.st_mode);
+    int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE | (is_zero ? MAP_ANONYMOUS : 0);
     for (uint32_t i = 0; i < count; i++) {
         void *want = (void *)(uintptr_t)ranges[i].address;
-        int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
-        if (mmap(want, ranges[i].length, PROT_READ | PROT_WRITE, flags, file, (off_t)ranges[i].offset) == MAP_FAILED) return errno;
+        if (mmap(want, ranges[i].length, PROT_READ | PROT_WRITE, flags, is_zero ? -1 : file, (off_t)ranges[i].offset) == MAP_FAILED)
+            return errno;
+        if (is_zero) madvise(want, ranges[i].length, MADV_NOHUGEPAGE); /* one byte written would be 512 pages of the next diff */
     }
     return 0;
 }

@@ -109,6 +109,12 @@ class QemuMachine:
         answer = await self.qmp.run("query-status")
         return str(answer["status"])
 
+    def clear(self, holes: list[tuple[int, int]]) -> None:
+        """A standby gets memory of its own where its image has none. Raises StateLost, OSError."""
+        if self._mapper is None:
+            raise StateLost(f"hypervisor {self.record.vm} waits for no session")
+        mapping.clear(self.mapping(), self._mapper, holes)
+
     async def await_session(self, stand_ins: StandIns) -> None:
         """A standby: from now on what a session brings is put in without a word of QMP, which QEMU reads byte by byte, 5 µs each.
         Raises QmpError, StateLost."""
