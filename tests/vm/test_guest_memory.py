@@ -126,6 +126,7 @@ def used_up(guest: Guest, kind: str, sleeps: bool) -> None:
 
 # In the first clone of an image and in the fifth: what is held, and whether over a sleep.
 SHORT = {1: [("process", True), ("file", False)], CLONES: [("tmpfs", True), ("process", False)]}
+SHORTER = {1: [("process", True)], CLONES: [("file", False), ("tmpfs", False)]}
 ALL = {number: [(kind, True) for kind in ("process", "tmpfs", "file")] for number in (1, CLONES)}
 AWAKE = {1: [(kind, False) for kind in ("process", "tmpfs", "file")]}
 
@@ -134,7 +135,7 @@ AWAKE = {1: [(kind, False) for kind in ("process", "tmpfs", "file")]}
     ("size", "uses"),
     [
         (512, SHORT),
-        (1024, SHORT),
+        (1024, SHORTER),
         *(pytest.param(size, ALL, marks=pytest.mark.long) for size in (512, 1024, 2048)),
         pytest.param(4096, AWAKE, marks=pytest.mark.long),
     ],
