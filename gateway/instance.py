@@ -18,8 +18,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from .config import ConfigError, Settings
 
 _TICKETS_SECONDS = 12 * 3600
-# What clients are pointed at us for; what we do not serve of them fails at once instead of far away.
-_SERVED = ("lambda_microvms", "lambda_core", "cloudwatch_logs", "sts", "service_quotas", "iam")
+# What clients are pointed at us for: each answers here, what is not served of it with an error that says so.
+SERVED = ("lambda_microvms", "lambda_core", "cloudwatch_logs", "sts", "service_quotas")
 # Each family of clients has its own: OpenSSL (Python, Ruby) and Go, requests, aws and boto3, Node, gRPC, git, curl.
 _CA_VARIABLES = (
     "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", "GIT_SSL_CAINFO",
@@ -95,7 +95,7 @@ def write_aws_profile(settings: Settings, key: str, secret: str) -> None:
     """`AWS_CONFIG_FILE` and `AWS_SHARED_CREDENTIALS_FILE` of this instance; nobody's own files are touched."""
     api = f"http://{settings.api.address}:{settings.api.port}"
     store = settings.object_store.endpoint or f"http://127.0.0.1:{settings.object_store.port}"
-    ours = "".join(f"{name} =\n  endpoint_url = {api}\n" for name in _SERVED)
+    ours = "".join(f"{name} =\n  endpoint_url = {api}\n" for name in SERVED)
     config = (
         f"[default]\nregion = {settings.region}\noutput = json\ncli_pager =\nservices = torpor\n\n[services torpor]\n{ours}"
         f"s3 =\n  endpoint_url = {store}\n  addressing_style = path\n"

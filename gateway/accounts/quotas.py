@@ -36,7 +36,41 @@ PROFILES = {
     ),
 }  # fmt: skip
 
-RUN_CODE = "L-91B95582"
+RUN_CODE, MEMORY_CODE, DURATION_CODE = "L-91B95582", "L-CD1C0CC4", "L-B430C318"
+LONGEST_LIFE_SECONDS = 28_800  # of a microVM's life
+MOST_CONNECTORS = 100
+# Codes that are not public are ours: no AWS code has their form.
+_RATE_CODES = {
+    "RunMicrovm": RUN_CODE, "ResumeMicrovm": "resume-microvm-rate", "SuspendMicrovm": "suspend-microvm-rate",
+    "TerminateMicrovm": "terminate-microvm-rate", "CreateMicrovmAuthToken": "auth-token-rate",
+    "CreateMicrovmShellAuthToken": "shell-auth-token-rate",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Quota:
+    """One quota of an account, as AWS Service Quotas describes it."""
+
+    code: str
+    name: str
+    value: float
+    unit: str = "None"
+    is_rate: bool = False
+
+
+def limited(profile: Profile, memory_mib: int) -> list[Quota]:
+    """What of an account is limited; `memory_mib` takes the place of the profile's where it is not 0."""
+    found = [
+        Quota(MEMORY_CODE, "MicroVM memory, running and suspended", (memory_mib or profile.memory_mib) / 1024, "Gigabytes"),
+        Quota(DURATION_CODE, "Maximum duration of a MicroVM", LONGEST_LIFE_SECONDS, "Seconds"),
+        Quota("microvm-images", "MicroVM images", profile.images),
+        Quota("microvm-image-versions", "Versions of a MicroVM image", profile.versions),
+        Quota("microvm-image-builds", "Concurrent MicroVM image builds", profile.builds),
+        Quota("network-connectors", "Network connectors", MOST_CONNECTORS),
+        Quota("read-rate", "Rate of Get and List requests", profile.read_rate, is_rate=True),
+        *(Quota(code, f"Rate of {name} requests", profile.rates.get(name, 0), is_rate=True) for name, code in _RATE_CODES.items()),
+    ]
+    return [quota for quota in found if quota.value]
 
 
 class Buckets:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from gateway.accounts.directory import Directory
-from gateway.accounts.quotas import Buckets
+from gateway.accounts.quotas import Buckets, limited
 from gateway.observe.audit import AuditTrail
 from gateway.sessions.logs import LogStore
 
@@ -17,14 +17,16 @@ from .model import Model
 from .permissions import Permissions
 from .server import ApiServer
 from .service import Service
+from .service_quotas import ServiceQuotas
 from .tags import Tags
 
 
 def make(service: Service, directory: Directory, logs: LogStore, audit: AuditTrail, architecture: str) -> web.Application:
     settings = service.settings
     targets: list[object] = [Microvms(service), Images(service, architecture), Connectors(service), Tags(service)]
+    quotas = ServiceQuotas(limited(service.quotas, settings.limits.memory_mib), service.pager, settings.region)
     server = ApiServer(
-        Model(settings.limits.min_idle_seconds), targets, Logs(logs, settings.region), directory, Permissions(service),
+        Model(settings.limits.min_idle_seconds), targets, [Logs(logs, settings.region), quotas], directory, Permissions(service),
         Buckets(service.quotas), audit, settings.region, settings.api.clock_skew_seconds,
     )  # fmt: skip
     return server.application

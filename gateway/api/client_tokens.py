@@ -27,11 +27,12 @@ class ClientTokens:
 
     async def once(
         self, account: str, operation: str, token: str | None, call: dict[str, Any],
-        work: Callable[[Remember], Awaitable[dict[str, Any]]],
+        work: Callable[[Remember], Awaitable[dict[str, Any]]], stands: Callable[[dict[str, Any]], bool],
     ) -> dict[str, Any]:  # fmt: skip
         """Runs `work`, which calls `remember(reply)` before it commits: reply and deed are one transaction.
 
-        What fails is not remembered. Raises TokenMismatch, and what `work` raises.
+        What fails is not remembered. A reply about what is there no more, as `stands` says, is as if it had never been given.
+        Raises TokenMismatch, and what `work` raises.
         """
         if token is None:
             return await work(lambda reply: None)
@@ -40,7 +41,7 @@ class ClientTokens:
             await asyncio.wait([self._running[name]])
         parameters = msgspec.json.encode(call, order="sorted").decode()
         known = self._store.client_tokens.get(name)
-        if known is not None:
+        if known is not None and stands(msgspec.json.decode(known[1])):
             if known[0] != parameters:
                 raise TokenMismatch
             return msgspec.json.decode(known[1])  # type: ignore[no-any-return]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from botocore.model import StructureShape
+
 
 class ApiError(Exception):
     """An answer that is an error. `members` are its modelled detail members, sent as null where not set."""
@@ -22,7 +26,7 @@ class ApiError(Exception):
 
 
 class InternalServer(ApiError):
-    pass
+    """Also where an operation models ServiceException instead: `as_modelled` gives that."""
 
 
 class Validation(ApiError):
@@ -81,7 +85,7 @@ class CoreError(ApiError):
     fault = "User"
 
     def body(self) -> dict[str, object]:
-        return {"Type": self.fault, self.text_member: str(self)}
+        return {"Type": self.fault, self.text_member: str(self), **self.details}
 
 
 class InvalidParameter(CoreError):
@@ -105,5 +109,21 @@ class CoreNotFound(ApiError):
 class TooManyRequests(CoreError):
     kind, status = "TooManyRequestsException", 429
 
-    def body(self) -> dict[str, object]:
-        return {**super().body(), "Reason": "CallerRateLimitExceeded"}
+
+class ServiceFault(CoreError):
+    kind, status, fault = "ServiceException", 500, "Service"
+
+
+def as_modelled(error: ApiError, errors: Mapping[str, StructureShape]) -> ApiError:
+    """The error that stands for `error` in an operation that models `errors`: Lambda Core and the classic tags have names of their
+    own for what was our fault, and for calls that come too fast."""
+    if isinstance(error, InternalServer) and ServiceFault.kind in errors:
+        fault = ServiceFault(str(error), error.retry_after)
+        fault.text_member = next(name for name in errors[fault.kind].members if name.lower() == "message")
+        return fault
+    if isinstance(error, Throttling) and TooManyRequests.kind in errors:
+        fast = TooManyRequests(str(error), error.retry_after)
+        if "Reason" in errors[fast.kind].members:
+            fast.details = {"Reason": "CallerRateLimitExceeded"}
+        return fast
+    return error

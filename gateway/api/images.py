@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -25,6 +26,7 @@ _ARN_TEXT = "Invalid ARN format: {}"
 _CHIPS = {"x86_64": ("X86_64", "INTEL", "1"), "aarch64": ("ARM_64", "GRAVITON", "4")}
 _BASE_VERSIONS = ("1", "0")
 _BUSY = ("CREATING", "UPDATING", "DELETING")
+_BASE_VERSION = re.compile(r"[0-9]+")
 
 
 class Images:
@@ -47,7 +49,7 @@ class Images:
         self._check_quota("images", len(own))
         self._check_builds(own)
         image, version = self._service.registry.create(arn, call["name"], request, call.get("tags") or {})
-        return await self._begin(image, version, remember)
+        return await self._begin(image, version, remember, tags=image.tags or None)
 
     async def update_microvm_image(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         return await self._once(caller, "image-update", call, lambda remember: self._update(caller, call, remember))
@@ -64,18 +66,27 @@ class Images:
         self, caller: Caller, what: str, call: dict[str, Any], work: Callable[[Remember], Awaitable[dict[str, Any]]]
     ) -> dict[str, Any]:  # fmt: skip
         try:
-            return await self._service.client_tokens.once(caller.account, what, call.pop("clientToken", None), call, work)
+            token = call.pop("clientToken", None)
+            return await self._service.client_tokens.once(caller.account, what, token, call, work, self._stands)
         except TokenMismatch:
             raise Conflict("The client token was used before with other parameters.") from None
 
-    async def _begin(self, image: Image, version: Version, remember: Remember) -> dict[str, Any]:
-        answer = self._describe_made(image, version)
+    def _stands(self, reply: dict[str, Any]) -> bool:
+        """Whether the version that a reply says was made is there still, and of the same image."""
+        image = self._store.images.get(reply["imageArn"])
+        if image is None or image.id != reply["id"] or image.state in ("DELETING", "DELETE_FAILED"):
+            return False
+        version = image.find(reply["imageVersion"])
+        return version is not None and version.state not in ("DELETING", "DELETE_FAILED")
+
+    async def _begin(self, image: Image, version: Version, remember: Remember, **more: Any) -> dict[str, Any]:
+        answer = self._describe_made(image, version) | more
         remember(answer)
         await self._service.registry.begin(image, version)
         return answer
 
     def _check_idle(self, image: Image) -> None:
-        if image.state in _BUSY:
+        if image.state in (*_BUSY, "DELETE_FAILED"):
             raise Conflict(f"MicroVM Image is already in state: {image.state}")
 
     def _check_quota(self, what: str, have: int) -> None:
@@ -89,16 +100,26 @@ class Images:
             raise QuotaExceeded("The maximum number of concurrent builds has been reached for this account.")
 
     async def delete_microvm_image(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
+        """Idempotent, as the model says: one that is being deleted, or was, is no error."""
+        arn = call["imageIdentifier"]
+        if arn not in self._store.images and await self._store.ended(arn) is not None:
+            return {"imageIdentifier": arn, "state": "DELETED"}
         image = self._find(call)
-        if image.state in _BUSY:
+        if image.state in ("CREATING", "UPDATING"):
             raise Validation(f"Cannot delete MicroVM image in its current state: {image.arn}")
-        self._check_unused(lambda session: session.image_arn == image.arn)
-        await self._service.registry.delete(image)
+        if image.state != "DELETING":
+            self._check_unused(lambda session: session.image_arn == image.arn)
+            await self._service.registry.delete(image)
         return {"imageIdentifier": image.arn, "state": "DELETING"}
 
     async def delete_microvm_image_version(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
-        """A version whose build is under way may go too: the build is called off."""
+        """A version whose build is under way may go too: the build is called off. Idempotent as DeleteMicrovmImage."""
+        arn, number = call["imageIdentifier"], call["imageVersion"]
+        if await self._was_deleted(arn, number):
+            return {"imageIdentifier": arn, "imageVersion": number, "state": "DELETED"}
         image, version = self._find_version(call)
+        if version.state == "DELETING" or image.state == "DELETING":
+            return {"imageIdentifier": arn, "imageVersion": number, "state": "DELETING"}
         if len(image.versions) == 1:
             raise Validation("This is the last version. Please delete the entire image")
         if image.state in _BUSY and version.state not in ("PENDING", "IN_PROGRESS"):
@@ -107,6 +128,12 @@ class Images:
         await self._service.registry.delete_version(image, version)
         return {"imageIdentifier": image.arn, "imageVersion": version.version, "state": "DELETING"}
 
+    async def _was_deleted(self, arn: str, number: str) -> bool:
+        image = self._store.images.get(arn)
+        if image is None:
+            return await self._store.ended(arn) is not None
+        return image.find(number) is None and number in image.past_numbers
+
     def _check_unused(self, uses: Callable[[Session], bool]) -> None:
         if any(uses(session) and session.terminated_at is None for session in self._store.sessions.values()):
             raise Validation("Cannot delete microvm image with running microvms.")
@@ -114,6 +141,8 @@ class Images:
     async def update_microvm_image_version(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         image, version = self._find_version(call)
         self._check_idle(image)
+        if call["status"] == "ACTIVE" and version.state != "SUCCESSFUL":
+            raise Validation(f"MicroVM Image version {version.version} is {version.state}: only a SUCCESSFUL one can be ACTIVE")
         await self._service.registry.set_status(image, version, call["status"])
         return self._describe_version(image, version)
 
@@ -122,9 +151,12 @@ class Images:
         request = {name: call[name] for name in _ECHO if call.get(name) is not None}
         base, version = call["baseImageArn"], call.get("baseImageVersion")
         check_image_arn(base, _ARN_TEXT)
-        if base != self._service.managed_base or (version or "1").removesuffix(".0") not in _BASE_VERSIONS:
-            raise Validation(f"No managed MicroVM Image with arn {base} and version {version or '1'} is available")
-        request["baseImageVersion"] = f"{(version or '1').removesuffix('.0')}.0"
+        version = version or _BASE_VERSIONS[0]
+        if not _BASE_VERSION.fullmatch(version):
+            raise Validation(f"Invalid baseMicroVMImageVersion: {version}. Expected a single major version number (e.g., 1).")
+        if base != self._service.managed_base or version not in _BASE_VERSIONS:
+            raise Validation(f"No managed MicroVM Image with arn {base} and version {version} is available")
+        request["baseImageVersion"] = f"{version}.0"
         if parse_uri(call["codeArtifact"].get("uri", "")) is None:
             raise Validation("CodeArtifact URI must be a valid S3 URI in the format: s3://<bucket>/<key>")
         request["resources"] = [{"minimumMemoryInMiB": self._size(call, base)}]
@@ -167,12 +199,12 @@ class Images:
         }
 
     def _describe_made(self, image: Image, version: Version) -> dict[str, Any]:
+        """What both CreateMicrovmImage and UpdateMicrovmImage answer."""
         return {
             **reply(_ECHO, version.request),
             **self._describe_image(image),
             "imageVersion": version.version,
             "updatedAt": round(image.updated_at, 3),
-            "tags": image.tags or None,
             "buildPhaseOverrides": None,
             "roleConfiguration": None,
         }
@@ -217,7 +249,7 @@ class Images:
 
     async def get_microvm_image(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         image = self._find(call)
-        return {**self._describe_image(image), "updatedAt": round(image.updated_at, 3), "tags": image.tags or None}
+        return {**self._describe_image(image), "updatedAt": round(image.updated_at, 3), "tags": image.tags}
 
     async def list_microvm_images(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         own = [image for image in self._store.images.values() if image.account == caller.account]
@@ -229,7 +261,9 @@ class Images:
         return self._describe_version(*self._find_version(call))
 
     async def list_microvm_image_versions(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
-        image = self._find(call)
+        image = self._store.images.get(call["imageIdentifier"])
+        if image is None:  # as it seems to be at the service: clients ask before they create
+            return {"items": [], "nextToken": None}
         page, token = self._service.pager.page(image.arn, image.versions, lambda v: (-float(v.version),), call)
         return {"items": [self._describe_version(image, version) for version in page], "nextToken": token}
 
@@ -255,8 +289,12 @@ class Images:
             raise NotFound(f"MicroVMImage not found for MicroVMImageID: {arn}")
         at = self._based_at
         versions: list[dict[str, Any]] = [
-            {"imageArn": arn, "imageVersion": number, "status": "AVAILABLE", "createdAt": at, "updatedAt": at} for number in _BASE_VERSIONS
-        ]
+            {
+                "imageArn": arn, "imageVersion": number, "status": "AVAILABLE", "createdAt": at, "updatedAt": at,
+                "supportedCpuConfigurations": [{"architecture": self._chip[0]}],
+            }
+            for number in _BASE_VERSIONS
+        ]  # fmt: skip
         page, token = self._service.pager.page("managed versions", versions, lambda v: (-int(v["imageVersion"]),), call)
         return {"items": page, "nextToken": token}
 

@@ -16,7 +16,6 @@ from gateway.sessions.logs import GROUP_PREFIX, LogEvent, LogStore
 
 from .errors import AccessDenied, ApiError
 
-TARGET_PREFIX = "Logs_20140328."
 _ANNOUNCED_PREFIX = "/aws/lambda/microvms/"  # the announcement's spelling of the group's name: the same streams
 _MOST_EVENTS = 10_000
 _FOREVER = 1 << 62
@@ -35,6 +34,8 @@ class UnknownOperation(ApiError):
 
 
 class Logs:
+    target_prefix, source = "Logs_20140328", "logs.amazonaws.com"
+
     def __init__(self, store: LogStore, region: str) -> None:
         self._store = store
         self._region = region
@@ -72,7 +73,11 @@ class Logs:
 
     def _describe_log_groups(self, account: str, call: dict[str, Any]) -> dict[str, Any]:
         prefix, pattern = _text(call, "logGroupNamePrefix"), _text(call, "logGroupNamePattern")
+        wanted = _texts(call, "logGroupIdentifiers")
         names = [name for name in self._store.groups(account) if name.startswith(prefix) and pattern in name]
+        if wanted is not None:
+            asked = {one.rpartition("log-group:")[2].removesuffix(":*") for one in wanted}
+            names = [name for name in names if name in asked]
         page, token = _page(names, lambda name: name, call, 50)
         groups = []
         for name in page:
@@ -122,7 +127,7 @@ class Logs:
 
     def _filter_log_events(self, account: str, call: dict[str, Any]) -> dict[str, Any]:
         group, matches = self._group(account, call), pattern(_text(call, "filterPattern"))
-        wanted, prefix = call.get("logStreamNames"), _text(call, "logStreamNamePrefix")
+        wanted, prefix = _texts(call, "logStreamNames"), _text(call, "logStreamNamePrefix")
         first, last = _span(call)
         found: list[tuple[int, str, int, LogEvent]] = []
         for stream in self._store.streams(account, group):
@@ -148,6 +153,13 @@ def _text(call: dict[str, Any], name: str) -> str:
     return value or ""
 
 
+def _texts(call: dict[str, Any], name: str) -> list[str] | None:
+    value = call.get(name)
+    if value is not None and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+        raise InvalidParameter(f"{name} must be a list of strings.")
+    return value
+
+
 def _number(call: dict[str, Any], name: str, otherwise: int) -> int:
     value = call.get(name)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
@@ -167,7 +179,7 @@ def _span(call: dict[str, Any]) -> tuple[int, int]:
 
 
 def _position(token: str) -> tuple[str, int]:
-    match = re.fullmatch(r"([fb])/(\d{1,19})", token)
+    match = re.fullmatch(r"([fb])/([0-9]{1,19})", token)
     if match is None:
         raise InvalidParameter("The specified nextToken is invalid.")
     return match[1], int(match[2])

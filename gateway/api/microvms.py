@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from gateway.accounts.model import Caller
+from gateway.accounts.quotas import LONGEST_LIFE_SECONDS
 from gateway.images.pipeline import read_hooks
 from gateway.sessions.actions import Arrival
 from gateway.sessions.host import RpcError
@@ -22,7 +24,6 @@ from .client_tokens import Remember, TokenMismatch
 from .errors import Conflict, InsufficientCapacity, NotFound, QuotaExceeded, Throttling, Validation
 from .service import EGRESS, INGRESS, Service, reply
 
-_MAX_DURATION = 28_800
 _AWAY_SECONDS = 0.005
 _VM_MEMBERS = (
     "microvmId", "state", "endpoint", "imageArn", "imageVersion", "executionRoleArn", "idlePolicy",
@@ -42,8 +43,9 @@ class Microvms:
         token = call.pop("clientToken", None)
         try:
             return await self._service.client_tokens.once(
-                caller.account, "run", token, call, lambda remember: self._run(caller, call, remember)
-            )
+                caller.account, "run", token, call, lambda remember: self._run(caller, call, remember),
+                lambda reply: reply["microvmId"] in self._store.sessions,
+            )  # fmt: skip
         except TokenMismatch:
             raise Conflict("The client token was used before with other parameters.") from None
 
@@ -87,9 +89,12 @@ class Microvms:
         hooks = read_hooks(version.request)
         if call.get("runHookPayload") is not None and hooks.timeout("run") is None:
             raise Validation("The run hook must be enabled in the MicroVM image to pass the run hook payload")
+        logging = call.get("logging") or {}
+        if "cloudWatch" in logging and call.get("executionRoleArn") is None:
+            raise Validation("Logging cannot be enabled without providing executionRoleArn")
         policy = call.get("idlePolicy")
-        if policy is not None and policy["maxIdleDurationSeconds"] > _MAX_DURATION:
-            raise Validation(f"maxIdleDurationSeconds must be at most {_MAX_DURATION}")
+        if policy is not None and policy["maxIdleDurationSeconds"] > LONGEST_LIFE_SECONDS:
+            raise Validation(f"maxIdleDurationSeconds must be at most {LONGEST_LIFE_SECONDS}")
         ingress = service.check_connectors(caller, call.get("ingressNetworkConnectors") or [], INGRESS)
         egress = service.check_connectors(caller, call.get("egressNetworkConnectors") or [], EGRESS)
         if len(egress) > 1:
@@ -100,7 +105,7 @@ class Microvms:
             endpoint=f"{uuid.uuid4()}.lambda-microvm.{settings.region}.{settings.domain}",
             image_arn=version.image_arn, image_version=version.version, image=version.key,
             minimum_mib=version.shape.baseline_mib if version.shape else 0,
-            started_at=now, max_duration=call.get("maximumDurationInSeconds") or _MAX_DURATION,
+            started_at=now, max_duration=call.get("maximumDurationInSeconds") or LONGEST_LIFE_SECONDS,
             execution_role=call.get("executionRoleArn"),
             idle_policy=None if policy is None else IdlePolicy(
                 policy["maxIdleDurationSeconds"], policy["suspendedDurationSeconds"], policy["autoResumeEnabled"]
@@ -110,7 +115,6 @@ class Microvms:
             hooks=hooks, run_hook_payload=call.get("runHookPayload"),
             accelerator=version.shape.accelerator if version.shape else "tcg",
         )  # fmt: skip
-        logging = call.get("logging") or {}
         if session.execution_role is not None and "disabled" not in logging:
             target = logging.get("cloudWatch") or {}
             session.log_group = target.get("logGroup") or default_group(name)
@@ -171,14 +175,20 @@ class Microvms:
 
     async def list_microvms(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         arn, version = call.get("imageIdentifier"), call.get("imageVersion")
-        page, token = self._service.pager.page_of_keys(f"microvms {caller.account}", self._store.order(caller.account), call)
+        order: Sequence[tuple[float, str]] = self._store.order(caller.account)
+        if arn is not None or version is not None:
+            sessions = self._store.sessions
+            order = [
+                key for key in order
+                if arn in (None, sessions[key[1]].image_arn) and version in (None, sessions[key[1]].image_version)
+            ]  # fmt: skip
+        page, token = self._service.pager.page_of_keys(f"microvms {caller.account}", order, call)
         items = [
             {
                 "microvmId": s.id, "state": s.state.public, "imageArn": s.image_arn,
                 "imageVersion": s.image_version, "startedAt": round(s.started_at, 3),
             }
             for s in (self._store.sessions[name] for _, name in page)
-            if (arn is None or s.image_arn == arn) and (version is None or s.image_version == version)
         ]  # fmt: skip
         return {"items": items, "nextToken": token}
 

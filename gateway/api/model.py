@@ -39,6 +39,11 @@ class Operation:
     def is_offered(self) -> bool:
         return self.service == SERVICE or "NetworkConnector" in self.name
 
+    @cached_property
+    def errors(self) -> dict[str, StructureShape]:
+        """The exceptions that the operation models, by name."""
+        return {str(shape.name): shape for shape in self.model.error_shapes if isinstance(shape, StructureShape)}
+
     @property
     def status(self) -> int:
         return int(self.model.http.get("responseCode", 200))
@@ -59,9 +64,21 @@ class Model:
         for name in (SERVICE, CORE):
             description = botocore.loaders.Loader().load_service_model(name, "service-2")
             if name == SERVICE:
-                description["shapes"]["IdlePolicyMaxIdleDurationSecondsInteger"]["min"] = min_idle_seconds
+                policy = description["shapes"]["IdlePolicy"]["members"]["maxIdleDurationSeconds"]
+                description["shapes"][policy["shape"]]["min"] = min_idle_seconds
             service = ServiceModel(description, name)
             self.operations += [_operation(name, service.operation_model(operation)) for operation in service.operation_names]
+
+    @property
+    def secret_members(self) -> frozenset[str]:
+        """Names of the members, anywhere in an input or output, whose values the models mark sensitive."""
+        return frozenset(
+            name
+            for operation in self.operations
+            for shape in (operation.model.input_shape, operation.model.output_shape)
+            if shape is not None
+            for name in _secret_members(shape)
+        )
 
     def find(self, method: str, raw_path: str) -> tuple[Operation, dict[str, str]] | None:
         """The operation of a request line and its path members, decoded."""
@@ -69,6 +86,30 @@ class Model:
             if operation.method == method and (match := operation.pattern.match(raw_path)):
                 return operation, {name: unquote(match[name]) for name in operation.names}
         return None
+
+
+def _secret_members(shape: Shape) -> set[str]:
+    if isinstance(shape, ListShape):
+        return _secret_members(shape.member)
+    if not isinstance(shape, StructureShape):
+        return set()
+    own = {name for name, member in shape.members.items() if not _holds_structures(member) and is_secret(member)}
+    return own.union(*map(_secret_members, shape.members.values()))
+
+
+def _holds_structures(shape: Shape) -> bool:
+    return _holds_structures(shape.member) if isinstance(shape, ListShape) else isinstance(shape, StructureShape)
+
+
+def is_secret(shape: Shape) -> bool:
+    """Whether a value of the shape may hold one that the model marks sensitive: no message says such a value."""
+    if isinstance(shape, StructureShape):
+        return any(map(is_secret, shape.members.values()))
+    if isinstance(shape, ListShape):
+        return is_secret(shape.member)
+    if isinstance(shape, MapShape):
+        return is_secret(shape.key) or is_secret(shape.value)
+    return bool(shape.metadata.get("sensitive"))
 
 
 def _operation(service: str, model: OperationModel) -> Operation:
@@ -114,16 +155,20 @@ _PATH = re.compile(r"(?<= at ')[^']*(?=' failed)")
 
 def _from_query(shape: Shape, text: str, name: str) -> Any:
     if shape.type_name in ("integer", "long"):
-        try:
-            return int(text)
-        except ValueError:
-            raise Validation(f"1 validation error detected: Value '{text}' at '{name}' must be a number") from None
+        if not _INTEGER.fullmatch(text):
+            raise Validation(f"1 validation error detected: Value '{text}' at '{name}' must be a number")
+        return int(text)
     return text
 
 
-def _fails(problems: list[str], value: Any, path: str, constraint: str) -> None:
-    shown = "null" if value is None else f"'{_shown(value)}'"
-    problems.append(f"Value {shown} at '{path}' failed to satisfy constraint: Member must {constraint}")
+_INTEGER = re.compile(r"-?[0-9]{1,20}")  # as JSON has them, and no more digits than the longest type's
+_BITS = {"integer": 32, "long": 64}
+
+
+def _fails(problems: list[str], shape: Shape, value: Any, path: str, constraint: str) -> None:
+    """A value that is sensitive is left out, as recorded for runHookPayload."""
+    shown = "Value null" if value is None else "Value" if is_secret(shape) else f"Value '{_shown(value)}'"
+    problems.append(f"{shown} at '{path}' failed to satisfy constraint: Member must {constraint}")
 
 
 def _shown(value: Any) -> str:
@@ -171,30 +216,32 @@ def _check(shape: Shape, value: Any, path: str, problems: list[str]) -> Any:
         return checked
     if shape.type_name == "string":
         _check_string(shape, value, path, problems)
-    elif shape.type_name in ("integer", "long"):
+    elif shape.type_name in _BITS:
+        if not -(1 << (_BITS[shape.type_name] - 1)) <= value < 1 << (_BITS[shape.type_name] - 1):
+            raise Unserializable(_expected(shape))
         low, high = shape.metadata.get("min"), shape.metadata.get("max")
         if low is not None and value < low:
-            _fails(problems, value, path, f"have value greater than or equal to {low}")
+            _fails(problems, shape, value, path, f"have value greater than or equal to {low}")
         if high is not None and value > high:
-            _fails(problems, value, path, f"have value less than or equal to {high}")
+            _fails(problems, shape, value, path, f"have value less than or equal to {high}")
     return value
 
 
 def _check_size(shape: Shape, length: int, value: Any, path: str, problems: list[str]) -> None:
     low, high = shape.metadata.get("min"), shape.metadata.get("max")
     if low is not None and length < low:
-        _fails(problems, value, path, f"have length greater than or equal to {low}")
+        _fails(problems, shape, value, path, f"have length greater than or equal to {low}")
     if high is not None and length > high:
-        _fails(problems, value, path, f"have length less than or equal to {high}")
+        _fails(problems, shape, value, path, f"have length less than or equal to {high}")
 
 
 def _check_string(shape: Shape, value: str, path: str, problems: list[str]) -> None:
     _check_size(shape, len(value), value, path, problems)
     pattern, enum = shape.metadata.get("pattern"), getattr(shape, "enum", None)
     if pattern is not None and not regex.fullmatch(pattern, value):
-        _fails(problems, value, path, f"satisfy regular expression pattern: {pattern}")
+        _fails(problems, shape, value, path, f"satisfy regular expression pattern: {pattern}")
     if enum and value not in enum:
-        _fails(problems, value, path, f"satisfy enum value set: [{', '.join(enum)}]")
+        _fails(problems, shape, value, path, f"satisfy enum value set: [{', '.join(enum)}]")
 
 
 def _check_structure(shape: StructureShape, value: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
@@ -204,7 +251,7 @@ def _check_structure(shape: StructureShape, value: dict[str, Any], path: str, pr
         item = value.get(name)
         if item is None:
             if name in shape.required_members:
-                _fails(problems, None, prefix + name, "not be null")
+                _fails(problems, member, None, prefix + name, "not be null")
             continue
         result[name] = _check(member, item, prefix + name, problems)
     if shape.metadata.get("union") and len(result) > 1:

@@ -7,7 +7,7 @@ import json
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 from aiohttp import web
@@ -21,14 +21,13 @@ from gateway.sessions.states import IllegalTransition
 from gateway.sessions.store import StoreError
 
 from . import sigv4, sts
-from .errors import AccessDenied, ApiError, InternalServer, SignatureError, Throttling, TooManyRequests, Unserializable, Validation
-from .logs import TARGET_PREFIX, Logs
-from .model import SERVICE, Model, Operation, parse_input
+from .errors import AccessDenied, ApiError, InternalServer, SignatureError, Throttling, Unserializable, Validation, as_modelled
+from .model import Model, Operation, parse_input
 from .permissions import Permissions
 
 log = structlog.get_logger()
 
-LOGS, STS = "logs.amazonaws.com", "sts.amazonaws.com"
+STS = "sts.amazonaws.com"
 _FORM = "application/x-www-form-urlencoded"
 _BODY_MAX_BYTES = 1 << 20
 _NOT_FOUND = (
@@ -36,6 +35,15 @@ _NOT_FOUND = (
 )
 _COMPACT = json.JSONEncoder(separators=(",", ":"))
 Handler = Callable[[Caller, dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+class JsonService(Protocol):
+    """A service of the AWS JSON 1.1 protocol beside Lambda: what it is called in X-Amz-Target and in the audit trail."""
+
+    target_prefix: str
+    source: str
+
+    async def answer(self, caller: Caller, name: str, call: dict[str, Any]) -> dict[str, Any]: ...
 
 
 class Unoffered(AccessDenied):
@@ -53,6 +61,7 @@ class Exchange:
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
     event: str = ""
     source: str = "lambda.amazonaws.com"
+    operation: Operation | None = None
     caller: Caller | None = None
     access_key: str = ""
     call: dict[str, Any] | None = None
@@ -63,11 +72,12 @@ class ApiServer:
     """`targets` have a coroutine for each operation they serve, named as boto3 names it."""
 
     def __init__(
-        self, model: Model, targets: list[object], logs: Logs, directory: Directory, permissions: Permissions, buckets: Buckets,
-        audit: AuditTrail, region: str, skew_seconds: int,
+        self, model: Model, targets: list[object], beside: list[JsonService], directory: Directory, permissions: Permissions,
+        buckets: Buckets, audit: AuditTrail, region: str, skew_seconds: int,
     ) -> None:  # fmt: skip
         self._model = model
-        self._logs = logs
+        self._hidden = model.secret_members
+        self._beside = {one.target_prefix: one for one in beside}
         self._directory = directory
         self._sts = sts.Sts(directory)
         self._permissions = permissions
@@ -110,13 +120,16 @@ class ApiServer:
         return web.Response(status=status, body=_COMPACT.encode(body).encode(), content_type="application/json", headers=headers)
 
     def _failed(self, exchange: Exchange, error: ApiError) -> web.Response:
+        if exchange.operation is not None:
+            error = as_modelled(error, exchange.operation.errors)
         self._record(exchange, error, None)
         headers = {"x-amzn-requestid": exchange.id, "x-amzn-errortype": error.kind}
         if error.retry_after is not None:
             headers["Retry-After"] = str(error.retry_after)
         if exchange.source == STS:
             return web.Response(status=error.status, text=sts.failure(error, exchange.id), content_type="text/xml", headers=headers)
-        body = error.body() | ({"__type": error.kind} if exchange.source == LOGS else {})  # where JSON 1.1 has the type
+        is_json11 = any(exchange.source == one.source for one in self._beside.values())
+        body = error.body() | ({"__type": error.kind} if is_json11 else {})  # where JSON 1.1 has the type
         return web.Response(status=error.status, body=_COMPACT.encode(body).encode(), content_type="application/json", headers=headers)
 
     # ---- a call's way ----
@@ -127,14 +140,14 @@ class ApiServer:
         path, _, query = request.raw_path.partition("?")
         if request.method == "POST" and path == "/" and request.content_type == _FORM:
             return 200, await self._answer_sts(exchange, query)
-        target = request.headers.get("X-Amz-Target", "")
-        found = None if target else self._model.find(request.method, path)
-        if found is None and not target.startswith(TARGET_PREFIX):
-            return 404, None
+        prefix, _, name = request.headers.get("X-Amz-Target", "").rpartition(".")
+        if (beside := self._beside.get(prefix)) is not None:
+            return 200, await self._answer_beside(beside, exchange, path, query, name)
+        found = None if prefix else self._model.find(request.method, path)
         if found is None:
-            return 200, await self._answer_logs(exchange, path, query, target.removeprefix(TARGET_PREFIX))
+            return 404, None
         operation, members = found
-        exchange.event = operation.name
+        exchange.operation, exchange.event = operation, operation.name
         body = await request.read()
         caller = exchange.caller = self._authenticate(exchange, path, query, body)
         if not operation.is_offered:
@@ -144,14 +157,14 @@ class ApiServer:
         exchange.resources = self._permissions.check(caller, operation.name, call)
         return operation.status, await self._handlers[operation.name](caller, call)
 
-    async def _answer_logs(self, exchange: Exchange, path: str, query: str, name: str) -> dict[str, Any]:
-        exchange.event, exchange.source = name, LOGS
+    async def _answer_beside(self, service: JsonService, exchange: Exchange, path: str, query: str, name: str) -> dict[str, Any]:
+        exchange.event, exchange.source = name, service.source
         body = await exchange.request.read()
         caller = exchange.caller = self._authenticate(exchange, path, query, body)
         call = exchange.call = _parse(body) or {}
         if not isinstance(call, dict):
             raise Unserializable("Expected a JSON object")
-        return await self._logs.answer(caller, name, call)
+        return await service.answer(caller, name, call)
 
     async def _answer_sts(self, exchange: Exchange, query: str) -> str:
         exchange.event, exchange.source = "Sts", STS
@@ -180,8 +193,6 @@ class ApiServer:
         if not wait:
             return
         after = max(1, round(wait + 0.5))
-        if operation.service != SERVICE:
-            raise TooManyRequests("Rate exceeded", retry_after=after)
         code = RUN_CODE if operation.name == "RunMicrovm" else ""
         raise Throttling("Rate exceeded", after, serviceCode="lambda", quotaCode=code)
 
@@ -199,8 +210,8 @@ class ApiServer:
             awsRegion=self._region,
             sourceIPAddress=exchange.request.remote,
             userAgent=exchange.request.headers.get("User-Agent"),
-            requestParameters=redacted(exchange.call),
-            responseElements=None if reads else redacted(reply),
+            requestParameters=redacted(exchange.call, self._hidden),
+            responseElements=None if reads else redacted(reply, self._hidden),
             **({"errorCode": error.kind, "errorMessage": str(error)} if error is not None else {}),
             requestID=exchange.id,
             eventID=str(uuid.uuid4()),

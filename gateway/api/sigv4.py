@@ -16,7 +16,8 @@ from .errors import SignatureError
 _ALGORITHM = "AWS4-HMAC-SHA256"
 _AUTHORIZATION = re.compile(r"AWS4-HMAC-SHA256\s+Credential=([^,\s]+)\s*,\s*SignedHeaders=([^,\s]+)\s*,\s*Signature=([0-9a-f]{64})\s*\Z")
 _SCOPE = re.compile(r"([^/]+)/(\d{8})/([^/]+)/([^/]+)/aws4_request\Z")
-_SERVICES = ("lambda", "logs", "sts")
+SERVICES = ("lambda", "logs", "sts", "servicequotas")
+_SECONDS = re.compile(r"[0-9]{1,7}")
 _LONGEST_SECONDS = 604_800
 _PLAIN = "-_.~"
 _MISMATCH = (
@@ -82,7 +83,7 @@ def _from_query(query: dict[str, str]) -> Signature:
     if missing:
         raise SignatureError("IncompleteSignatureException", f"AWS query-string parameters must include {', '.join(missing)}.")
     lives = query["X-Amz-Expires"]
-    if query["X-Amz-Algorithm"] != _ALGORITHM or not (lives.isdigit() and len(lives) < 8 and 0 < int(lives) <= _LONGEST_SECONDS):
+    if query["X-Amz-Algorithm"] != _ALGORITHM or not (_SECONDS.fullmatch(lives) and 0 < int(lives) <= _LONGEST_SECONDS):
         raise SignatureError(
             "IncompleteSignatureException", f"X-Amz-Algorithm must be {_ALGORITHM}, X-Amz-Expires 1 to {_LONGEST_SECONDS} seconds."
         )
@@ -137,9 +138,9 @@ def verify(
     if secret is None:
         raise SignatureError("UnrecognizedClientException", _BAD_TOKEN)
     _check_time(claimed, skew_seconds, clock())
-    if claimed.region != region or claimed.service not in _SERVICES:
+    if claimed.region != region or claimed.service not in SERVICES:
         raise SignatureError(
-            "InvalidSignatureException", f"Credential should be scoped to a valid region and service: {region}, {' or '.join(_SERVICES)}."
+            "InvalidSignatureException", f"Credential should be scoped to a valid region and service: {region}, {' or '.join(SERVICES)}."
         )
     if "host" not in claimed.signed or list(claimed.signed) != sorted(claimed.signed):
         raise SignatureError("InvalidSignatureException", "'Host' must be a 'SignedHeader' in the AWS Authorization.")

@@ -18,6 +18,9 @@ VERSION = "2011-06-15"
 _NAMESPACE = "https://sts.amazonaws.com/doc/2011-06-15/"
 _ROLE = re.compile(r"arn:aws[a-z-]*:iam::(\d{12}):role/[\w+=,.@/-]{1,512}", re.A)
 _NAME = re.compile(r"[\w+=,.@-]{2,64}", re.A)
+_SECONDS = re.compile(r"[0-9]{1,6}")
+# What narrows or guards the credentials at STS and is not evaluated here: ignoring it would give more than was asked for.
+_UNSERVED = ("Policy", "PolicyArns", "SerialNumber", "TokenCode", "ProvidedContexts")
 _SHORTEST, _LONGEST = 900, 43_200
 
 
@@ -52,7 +55,10 @@ class Sts:
     def _assume(self, caller: Caller, form: dict[str, str]) -> Answer:
         role, name, seconds = form.get("RoleArn", ""), form.get("RoleSessionName", ""), form.get("DurationSeconds", "3600")
         match = _ROLE.fullmatch(role)
-        if match is None or not _NAME.fullmatch(name) or not seconds.isdigit() or not _SHORTEST <= int(seconds[:9]) <= _LONGEST:
+        unserved = sorted({one.split(".")[0] for one in form} & set(_UNSERVED))
+        if unserved:
+            raise Validation(f"{', '.join(unserved)} is not served here: the credentials may do what the role's own policy allows.")
+        if match is None or not _NAME.fullmatch(name) or not _SECONDS.fullmatch(seconds) or not _SHORTEST <= int(seconds) <= _LONGEST:
             raise Validation(f"RoleArn, RoleSessionName or DurationSeconds ({_SHORTEST} to {_LONGEST}) is not valid.")
         allowed = caller.policy.decide("sts:AssumeRole", role, caller.context()) is Decision.ALLOW
         if not allowed or match[1] != caller.account:

@@ -7,7 +7,7 @@ from typing import Any
 from gateway.accounts.model import Caller
 from gateway.sessions.model import Connector, Image
 
-from .errors import CoreNotFound, InvalidParameter, Validation
+from .errors import CoreNotFound, InvalidParameter, ResourceConflict, Validation
 from .service import Service
 
 _MOST = 50
@@ -40,6 +40,8 @@ class Tags:
         return resource
 
     async def _set(self, resource: Image | Connector, tags: dict[str, str]) -> dict[str, Any]:
+        if resource.state == "DELETING":
+            raise ResourceConflict(f"The resource is being deleted: {resource.arn}")
         before, resource.tags = resource.tags, tags
         if isinstance(resource, Image):
             self._store.put_image(resource)

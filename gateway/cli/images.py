@@ -108,11 +108,42 @@ def follow(api: Any, name: str, arn: str, version: str, quiet: bool) -> dict[str
     return dict(state, **{"ResponseMetadata": None})
 
 
-def _print_new(logs: Any, name: str, version: str, build_id: str, token: str | None, quiet: bool) -> str | None:
+def find(text: str) -> dict[str, Any] | None:
+    """The image of a name or an ARN; None where the text is neither's."""
+    if text.startswith("microvm-"):
+        return None
+    try:
+        return dict(client().get_microvm_image(imageIdentifier=image_arn(text)))
+    except botocore.exceptions.ClientError:
+        return None
+
+
+def print_build_log(image: dict[str, Any], number: str | None, follow: bool) -> None:
+    """Prints the log of a version's build, the newest version's by default; with `follow` until the build is over."""
+    api, logs, token = client(), session().client("logs"), None
+    pages = api.get_paginator("list_microvm_image_versions").paginate(imageIdentifier=image["imageArn"])
+    version = next((item for page in pages for item in page["items"] if number in (None, item["imageVersion"])), None)
+    if version is None:
+        fail(f"{image['name']} has no version {number or ''}: see torpor versions {image['name']}", 3)
+    of = {"imageIdentifier": image["imageArn"], "imageVersion": version["imageVersion"]}
+    group = ((version.get("logging") or {}).get("cloudWatch") or {}).get("logGroup")
+    (build,) = api.list_microvm_image_builds(**of)["items"]
+    is_over = False
+    while not is_over:
+        state = api.get_microvm_image_build(**of, buildId=build["buildId"])["buildState"]
+        is_over = not follow or state in ("SUCCESSFUL", "FAILED")
+        before, token = token, _print_new(logs, image["name"], of["imageVersion"], build["buildId"], token, False, group)
+        if not is_over and before == token:
+            time.sleep(_POLL_SECONDS)
+
+
+def _print_new(
+    logs: Any, name: str, version: str, build_id: str, token: str | None, quiet: bool, group: str | None = None
+) -> str | None:  # fmt: skip
     arguments = {"nextToken": token} if token else {}
     try:
         page = logs.get_log_events(
-            logGroupName=default_group(name), logStreamName=build_stream(version, build_id), startFromHead=True, **arguments
+            logGroupName=group or default_group(name), logStreamName=build_stream(version, build_id), startFromHead=True, **arguments
         )
     except botocore.exceptions.ClientError:
         return token

@@ -14,6 +14,7 @@ from gateway.sessions.logs import default_group, default_stream
 
 from .admin import microvm_log, tiers
 from .client import all_microvms, bundle, client, connector_arn, image_arn, resolve, role_arn, session
+from .images import find, print_build_log
 from .output import fail, show_json, show_table
 
 _POLL_SECONDS = 0.05
@@ -150,13 +151,17 @@ def curl(
 
 
 def logs(
-    microvm: Id,
+    microvm: Annotated[str, typer.Argument(help="A microVM's id, or the beginning of it; or an image's name.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes.")] = False,
+    version: Annotated[str | None, typer.Option(help="Of an image: the version; the newest by default.")] = None,
 ) -> None:
     """Print what a microVM's application wrote, and what the service says about the microVM (lines that begin with "torpor:").
 
-    Example: torpor logs 3f2a -f
+    Of an image it prints the build's log. Example: torpor logs 3f2a -f
     """
+    if (image := find(microvm)) is not None:
+        print_build_log(image, version, follow)
+        return
     api, reader = client(), session().client("logs")
     identifier = resolve(microvm)
     vm = api.get_microvm(microvmIdentifier=identifier)

@@ -60,7 +60,7 @@ class Metadata:
 
     def _token(self, fields: dict[str, str]) -> tuple[int, str, str]:
         lives = fields.get(_TTL_FIELD, "")
-        if not (lives.isdigit() and len(lives) < 6 and 1 <= int(lives) <= _LONGEST_SECONDS):
+        if not (lives.isascii() and lives.isdigit() and len(lives) < 6 and 1 <= int(lives) <= _LONGEST_SECONDS):
             return 400, "text/plain", "Bad Request"
         now = self._clock()
         self._tokens = {token: end for token, end in list(self._tokens.items())[1 - _TOKENS :] if end > now}

@@ -25,7 +25,7 @@ def exposed_ports(config: dict[str, Any]) -> list[int]:
     ports = []
     for entry in config.get("ExposedPorts") or {}:
         number, _, protocol = entry.partition("/")
-        if number.isdigit() and protocol in ("", "tcp"):
+        if number.isascii() and number.isdigit() and protocol in ("", "tcp"):
             ports.append(int(number))
     return sorted(ports)
 

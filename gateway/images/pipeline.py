@@ -37,6 +37,7 @@ from .unpack import CONTEXT, DOCKERFILE
 log = structlog.get_logger()
 
 DISK_GIB = {512: 8, 1024: 8, 2048: 8, 4096: 16, 8192: 32}  # reference, section 4
+ARCHITECTURES = {"x86_64": "X86_64", "aarch64": "ARM_64"}  # the host's name for it, and the API's
 _PEAK = 4  # the guest sees four times the size that was asked for
 _BOOT_SECONDS = 60.0
 _SYNC_SECONDS = 300.0  # for what an emulated application has written
@@ -154,6 +155,9 @@ class Pipeline:
         job.version.shape = shape
         if usage.disk_free < (self._settings.limits.disk_reserve_mib << 20) + _ROOM_BYTES:
             raise BuildFailed("DISK_STORAGE_FULL", "the host has no room for another image: free some, or move --root")
+        wanted = [one["architecture"] for one in job.version.request.get("cpuConfigurations") or []]
+        if wanted and ARCHITECTURES[info.architecture] not in wanted:
+            job.say(f"cpuConfigurations asks for {', '.join(wanted)}: this host builds for {ARCHITECTURES[info.architecture]}")
         role = await self._role(job)
         await self._fetch(job, role)
         config = await self._container(job, shape, role)

@@ -11,6 +11,7 @@ from typing import Any
 import structlog
 
 from gateway.sessions.ahead import Ahead
+from gateway.sessions.host import RpcError
 from gateway.sessions.logs import LineWriter, LogStore, build_stream, default_group
 from gateway.sessions.model import Build, Image, Version
 from gateway.sessions.store import Store
@@ -162,6 +163,7 @@ class Registry:
         failed = reason is not None
         version.state = version.build.state = "FAILED" if failed else "SUCCESSFUL"
         version.build.reason = reason
+        version.status = "INACTIVE" if failed else version.status
         version.updated_at = self._clock()
         if image.state in ("CREATING", "UPDATING"):
             first = image.state == "CREATING"
@@ -176,11 +178,15 @@ class Registry:
     ) -> None:  # fmt: skip
         if building is not None:
             await asyncio.wait([building])
-        if version.build is not None:
-            await self.pipeline.clean(self._job(image, version, version.build), keep_image=False)
-        await self.ahead.drop(version.key)
-        await self.pipeline.delete(version.key)
-        image.versions.remove(version)
+        try:
+            if version.build is not None:
+                await self.pipeline.clean(self._job(image, version, version.build), keep_image=False)
+            await self.ahead.drop(version.key)
+            await self.pipeline.delete(version.key)
+            image.versions.remove(version)
+        except RpcError as error:  # it may be deleted again
+            log.error("image.not_deleted", image=version.key, error=str(error))
+            version.state = "DELETE_FAILED"
         self._set_state(image, after)
         await self._store.commit()
 
@@ -188,9 +194,15 @@ class Registry:
         return Job(image, version, build, LineWriter(self._logs, image.account, log_group(image, version), stream))
 
     async def _delete(self, image: Image) -> None:
-        for version in image.versions:
-            await self.ahead.drop(version.key)
-            await self.pipeline.delete(version.key)
+        try:
+            for version in image.versions:
+                await self.ahead.drop(version.key)
+                await self.pipeline.delete(version.key)
+        except RpcError as error:  # it may be deleted again
+            log.error("image.not_deleted", image=image.arn, error=str(error))
+            self._set_state(image, "DELETE_FAILED")
+            await self._store.commit()
+            return
         self._store.add_event(image.arn, "deleted", image.state, "DELETED")
         self._store.drop_image(image.arn)
         await self._store.commit()
@@ -203,6 +215,8 @@ class Registry:
             for version in list(image.versions):
                 if version.build is None:
                     continue
+                if version.state == "FAILED":  # stored as ACTIVE by a service of before
+                    version.status = "INACTIVE"
                 if version.state == "PENDING":
                     self._start(version.key, self._build(image, version))
                 elif version.state == "IN_PROGRESS":

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,19 @@ log = structlog.get_logger()
 _FILE_BYTES = 64 << 20
 _FILES = 8
 _HIDDEN = "HIDDEN_DUE_TO_SECURITY_REASONS"
-_SECRETS = frozenset(
-    {"runHookPayload", "environmentVariables", "authToken", "clientToken", "ClientToken", "nextToken", "NextMarker", "Marker"}
-)
+_TOKENS = frozenset({"clientToken", "ClientToken", "nextToken", "NextToken", "NextMarker", "Marker"})
 # Calls on microVMs are data events, the rest are management events (service reference, 7).
 _DATA = frozenset(
     {"RunMicrovm", "SuspendMicrovm", "ResumeMicrovm", "TerminateMicrovm", "CreateMicrovmAuthToken", "CreateMicrovmShellAuthToken"}
 )
 
 
-def redacted(value: Any) -> Any:
-    """A copy without secrets; what is long is cut."""
+def redacted(value: Any, hidden: Set[str]) -> Any:
+    """A copy without tokens and the members that are `hidden`; what is long is cut."""
     if isinstance(value, dict):
-        return {name: _HIDDEN if name in _SECRETS and item else redacted(item) for name, item in value.items()}
+        return {name: _HIDDEN if (name in hidden or name in _TOKENS) and item else redacted(item, hidden) for name, item in value.items()}
     if isinstance(value, list):
-        return [redacted(item) for item in value[:100]]
+        return [redacted(item, hidden) for item in value[:100]]
     return value[:1000] if isinstance(value, str) else copy.copy(value)
 
 

@@ -141,6 +141,11 @@ class Image(msgspec.Struct):
         return next((v for v in self.versions if v.version == version), None)
 
     @property
+    def past_numbers(self) -> frozenset[str]:
+        """Every version that there ever was."""
+        return frozenset(f"{number}.0" for number in range(1, self.last_number + 1))
+
+    @property
     def latest_active(self) -> Version | None:
         return next((v for v in reversed(self.versions) if v.is_runnable), None)
 
@@ -165,6 +170,7 @@ class Connector(msgspec.Struct):
     update_reason: str | None = None
     version: int = 1
     versions: list[tuple[int, float]] = []
+    past: dict[int, tuple[dict[str, Any], str]] = {}  # of older versions: configuration and operator role
     tags: dict[str, str] = {}
 
     @property

@@ -203,6 +203,12 @@ class Store:
         )
         return [EventRow(*row) for row in rows]
 
+    async def ended(self, subject: str) -> str | None:
+        """What the event table says of the end of what was once there under this name; None where it knows of none."""
+        statement = "SELECT detail FROM events WHERE subject = ? AND event = 'deleted' ORDER BY number DESC LIMIT 1"
+        rows = list(await self.db.execute_fetchall(statement, (subject,)))
+        return str(rows[0][0]) if rows else None
+
     async def commit(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Returns when everything put before is on the disk. Raises StoreError. `meanwhile` is called while the disk is waited
         for: what it starts takes no processor from the commit."""

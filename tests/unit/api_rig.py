@@ -19,6 +19,7 @@ from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.credentials import Credentials
+from output_shapes import faults
 from scripted_host import ScriptedHost, no_services
 from waiting import until
 
@@ -32,6 +33,7 @@ from gateway.images.pipeline import Job, machine_shape
 from gateway.images.registry import Registry
 from gateway.messages import HostInfo
 from gateway.observe.audit import AuditTrail
+from gateway.sessions.host import RpcError
 from gateway.sessions.lifecycle import Lifecycle
 from gateway.sessions.logs import LogStore
 from gateway.sessions.routes import Routes
@@ -61,6 +63,7 @@ class ScriptedPipeline:
         self.held: dict[str, asyncio.Event] = {}
         self.failing: dict[str, str] = {}
         self.deleted: list[str] = []
+        self.stuck: set[str] = set()  # keys, whose images the host cannot delete
         self.order: list[str] = []
 
     async def run(self, job: Job) -> None:
@@ -77,6 +80,8 @@ class ScriptedPipeline:
         pass
 
     async def delete(self, key: str) -> None:
+        if key in self.stuck:
+            raise RpcError("VmmError", "the disk is away")
         self.deleted.append(key)
 
 
@@ -86,6 +91,7 @@ class ApiRig:
         directory.mkdir(exist_ok=True)
         self.settings = Settings(root=directory, limits={"min_idle_seconds": 1, **settings.pop("limits", {})}, **settings)
         self.wall = 0.0
+        self.answered: set[str] = set()  # operations
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
@@ -153,7 +159,7 @@ class ApiRig:
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, key: tuple[str, ...] = (KEY, SECRET),
         sign: bool = True,
     ) -> tuple[int, dict[str, str], bytes]:  # fmt: skip
-        """A request of exactly this path; `body` is JSON unless it is bytes."""
+        """A request of exactly this path; `body` is JSON unless it is bytes. Every answer is held against botocore's models."""
         data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         request = AWSRequest(
             method, f"http://127.0.0.1:{self.port}{path}", data=data, headers={"Content-Type": "application/json"} | (headers or {})
@@ -164,9 +170,14 @@ class ApiRig:
         try:
             connection.request(method, path, data, dict(request.prepare().headers))
             answer = connection.getresponse()
-            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+            status, fields, said = answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
         finally:
             connection.close()
+        if "json" in fields.get("content-type", "json"):
+            operation, wrong = faults(method, path, status, fields.get("x-amzn-errortype", ""), json.loads(said) if said else None)
+            assert not wrong, (wrong, said[:2000])
+            self.answered |= {operation.name} if operation is not None and status < 300 else set()
+        return status, fields, said
 
     def call(self, method: str, path: str, body: Any = None, **more: Any) -> tuple[int, str, dict[str, Any]]:
         """(status, error type, JSON body)."""

@@ -5,12 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from api_rig import ACCOUNT, BASE, KEY, OTHER, ROLE, ApiRig, connector, encoded, image_arn
+from api_rig import ACCOUNT, BASE, KEY, OTHER, REGION, ROLE, SECRET, ApiRig, connector, encoded, image_arn
+from botocore import xform_name
 from botocore.exceptions import ClientError
+from botocore.session import Session
 from rows import row
 
 VMS, IMAGES = "/2025-09-09/microvms", "/2025-09-09/microvm-images"
@@ -192,6 +198,91 @@ def test_sts(api: ApiRig) -> None:
     with pytest.raises(ClientError) as error:
         root.get_session_token()
     assert error.value.response["Error"]["Code"] == "InvalidAction"
+
+
+@row("STS", "a duration that is no plain number, and what would narrow or guard the credentials and is not evaluated here: 400", "ours")
+@pytest.mark.parametrize(
+    "asked",
+    [{"DurationSeconds": "9²"}, {"DurationSeconds": "9_00"}, {"DurationSeconds": "000043200999"}, {"Policy": "{}"},
+     {"PolicyArns": [{"arn": "arn:aws:iam::aws:policy/ReadOnlyAccess"}]}, {"SerialNumber": "GAHT12345678", "TokenCode": "123456"}],
+)  # fmt: skip
+def test_what_sts_does_not_evaluate_is_refused(api: ApiRig, asked: dict[str, Any]) -> None:
+    role = f"arn:aws:iam::{ACCOUNT}:role/assumed"
+    with pytest.raises(ClientError) as error:
+        api.client("sts").assume_role(RoleArn=role, RoleSessionName="me", **asked)
+    assert error.value.response["Error"]["Code"] == "ValidationError"
+
+
+@row("Service Quotas", "the five calls that read: what limits.profile limits; a quota that is not there or not limited is refused", "ours")
+def test_quotas_are_readable(api: ApiRig, tmp_path: Any) -> None:
+    client = api.client("service-quotas")
+    assert [one["ServiceCode"] for one in client.list_services()["Services"]] == ["lambda"]
+    own = {one["QuotaCode"]: one["Value"] for one in client.list_service_quotas(ServiceCode="lambda")["Quotas"]}
+    assert own == {"L-B430C318": 28_800.0, "network-connectors": 100.0}, "nothing else is limited"
+    for ask in ({"ServiceCode": "lambda", "QuotaCode": "L-CD1C0CC4"}, {"ServiceCode": "ec2", "QuotaCode": "L-1"}):
+        with pytest.raises(client.exceptions.NoSuchResourceException):
+            client.get_service_quota(**ask)
+    with pytest.raises(client.exceptions.InvalidPaginationTokenException):
+        client.list_service_quotas(ServiceCode="lambda", NextToken="made-up")
+    with pytest.raises(client.exceptions.AccessDeniedException):
+        api.client("service-quotas", user(api)).list_services()
+    with pytest.raises(ClientError, match=r"quotas are set by the host's limits\.profile"):
+        client.request_service_quota_increase(ServiceCode="lambda", QuotaCode="L-CD1C0CC4", DesiredValue=1)
+    small = ApiRig(tmp_path, limits={"profile": "small"})
+    try:
+        client = small.client("service-quotas")
+        pages = client.get_paginator("list_service_quotas").paginate(ServiceCode="lambda", PaginationConfig={"PageSize": 5})
+        found = {one["QuotaCode"]: one for page in pages for one in page["Quotas"]}
+        assert found["L-CD1C0CC4"]["Value"] == 8.0 and found["L-91B95582"]["Period"] == {"PeriodValue": 1, "PeriodUnit": "SECOND"}
+        assert client.get_service_quota(ServiceCode="lambda", QuotaCode="L-CD1C0CC4")["Quota"] == found["L-CD1C0CC4"]
+        default = client.get_aws_default_service_quota(ServiceCode="lambda", QuotaCode="microvm-images")["Quota"]
+        assert default["Value"] == 100.0 and default["QuotaArn"] == "arn:aws:servicequotas:us-east-1::lambda/microvm-images"
+        assert len(client.list_aws_default_service_quotas(ServiceCode="lambda")["Quotas"]) == len(found) == 13
+    finally:
+        small.close()
+
+
+@row("every operation", "the generated AWS configuration names only what answers here, with an error that says what is not served", "ours")
+def test_what_the_configuration_names_is_served(api: ApiRig, tmp_path: Any) -> None:
+    from gateway.api.sigv4 import SERVICES
+    from gateway.instance import SERVED
+
+    session = Session()
+    services = {name.replace("-", "_"): name for name in session.get_available_services()}
+    names = {"cloudwatch_logs": "logs"}
+    assert "iam" not in SERVED
+    for service in SERVED:
+        name = names.get(service) or services[service]
+        client = api.client(name)
+        assert client.meta.service_model.signing_name in SERVICES
+        operation = "GetCallerIdentity" if name == "sts" else next(
+            one for one in sorted(client.meta.service_model.operation_names, reverse=True)
+            if one.startswith(("ListN", "ListM", "ListServices", "DescribeLogGroups"))
+            and not client.meta.service_model.operation_model(one).input_shape.required_members
+        )  # fmt: skip
+        assert getattr(client, xform_name(operation))()["ResponseMetadata"]["HTTPStatusCode"] == 200, service
+
+
+@pytest.mark.service
+@row("Service Quotas", "AWS's command line reads quotas, and pages and filters lists, with the endpoint of this API", "ours")
+def test_the_aws_command_line(api: ApiRig) -> None:
+    def aws(*words: str) -> Any:
+        environment = {
+            "PATH": os.environ["PATH"], "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": REGION,
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{api.port}", "AWS_CONFIG_FILE": "/dev/null",
+        }  # fmt: skip
+        command = [str(Path(sys.executable).with_name("aws")), *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    quota = aws("service-quotas", "get-service-quota", "--service-code", "lambda", "--quota-code", "L-B430C318")["Quota"]
+    assert quota["Value"] == 28_800.0
+    one = api.run(PLAIN)
+    listed = aws("lambda-microvms", "list-microvms", "--image-identifier", PLAIN, "--page-size", "1")["items"]
+    assert one in [item["microvmId"] for item in listed]
+    assert aws("lambda-microvms", "get-microvm-image", "--image-identifier", PLAIN)["tags"]["team"] == "blue"
+    assert aws("lambda-core", "list-network-connectors")["NetworkConnectors"] == []
 
 
 @row("accounts", "a deleted key is unknown at once; an account that has something left is not deleted", "ours")

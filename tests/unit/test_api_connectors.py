@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_list(api: ApiRig) -> None:
             break
         marker = body["NextMarker"]
     assert {"listed-0", "listed-1", "listed-2"} <= set(found) and len(found) == len(set(found))
-    assert api.call("GET", f"{PATH}?State=FAILED")[2] == {"NetworkConnectors": []}
+    assert api.call("GET", f"{PATH}?State=FAILED&MaxItems=1")[2] == {"NetworkConnectors": []}, "the filter comes before the page"
 
 
 @row("DeleteNetworkConnector", "202 with State DELETING; then 404 with a capital `Message` alone", "R")
@@ -84,6 +85,58 @@ def test_delete(api: ApiRig) -> None:
     assert (status, body["State"]) == (202, "DELETING")
     status, kind, body = api.call("GET", f"{PATH}/{made['Id']}")
     assert (status, kind, body) == (404, "ResourceNotFoundException", {"Message": f"Network connector not found for: {made['Arn']}"})
+
+
+@row("DeleteNetworkConnector", "idempotent: one that was deleted is no error, by its ARN, id or name; one that never was is 404", "D")
+def test_delete_again(api: ApiRig) -> None:
+    made = create(api, "twice")[2]
+    first = api.call("DELETE", f"{PATH}/{made['Id']}")[2]
+    for name in (made["Arn"], made["Id"], "twice"):
+        status, _, body = api.call("DELETE", f"{PATH}/{encoded(name)}")
+        assert (status, body) == (202, {member: first[member] for member in ("Arn", "Name", "Id", "State")})
+    assert api.call("DELETE", f"{PATH}/nc-never")[:2] == (404, "ResourceNotFoundException")
+    assert create(api, "twice", ClientToken="other")[2]["Id"] != made["Id"]
+
+
+@row("DeleteNetworkConnector", "a version's ARN deletes that version alone, and not the latest; Get answers that version's own values", "D")
+def test_a_connectors_versions(api: ApiRig) -> None:
+    made = create(api, "versions")[2]
+    other = {"ClientToken": "v2", "Configuration": {"VpcEgressConfiguration": {**EGRESS, "SubnetIds": ["subnet-2"]}}}
+    api.call("PUT", f"{PATH}/{made['Id']}", other)
+    first = api.call("GET", f"{PATH}/{encoded(made['Arn'] + ':1')}")[2]
+    assert (first["Version"], first["VersionArn"]) == (1, f"{made['Arn']}:1") and first["Configuration"] == made["Configuration"]
+    assert api.call("DELETE", f"{PATH}/{encoded(made['Arn'] + ':2')}")[:2] == (409, "ResourceConflictException")
+    assert api.call("DELETE", f"{PATH}/{encoded(made['Arn'] + ':9')}")[0] == 404
+    for _ in range(2):
+        status, _, body = api.call("DELETE", f"{PATH}/{encoded(made['Arn'] + ':1')}")
+        assert (status, body["Version"], body["State"]) == (202, 1, "DELETING")
+    assert api.call("GET", f"{PATH}/{encoded(made['Arn'] + ':1')}")[0] == 404
+    versions = api.call("GET", f"{PATH}/{made['Id']}/versions")[2]["NetworkConnectorVersions"]
+    assert [one["Version"] for one in versions] == [2]
+    assert api.call("GET", f"{PATH}/{made['Id']}")[2]["State"] == "ACTIVE"
+
+
+@row("UpdateNetworkConnector", "AssociatedComputeResourceTypes and NetworkProtocol may be left out: they stay as they are", "M")
+def test_an_update_needs_no_more_than_its_model(api: ApiRig) -> None:
+    made = create(api, "shorter")[2]
+    asked = {"ClientToken": "s1", "Configuration": {"VpcEgressConfiguration": {"SubnetIds": ["subnet-2"]}}}
+    status, _, body = api.call("PUT", f"{PATH}/{made['Id']}", asked)
+    assert (status, body["State"], body["LastUpdateStatus"]) == (202, "ACTIVE", "Successful")
+    kept = {"NetworkProtocol": "IPv4", "AssociatedComputeResourceTypes": ["MicroVm"], "SubnetIds": ["subnet-2"]}
+    assert body["Configuration"]["VpcEgressConfiguration"] == kept
+
+
+@row("network connectors", "times are ISO 8601 in UTC with milliseconds, as the model has them; those of microVMs are numbers", "R")
+def test_times(api: ApiRig) -> None:
+    made = create(api, "timed")[2]
+    for body in (
+        api.call("GET", f"{PATH}/{made['Id']}")[2],
+        api.call("GET", PATH)[2]["NetworkConnectors"][0],
+        api.call("GET", f"{PATH}/{made['Id']}/versions")[2]["NetworkConnectorVersions"][0],
+        api.call("PUT", f"{PATH}/{made['Id']}", {"ClientToken": "t", "OperatorRole": OPERATOR})[2],
+    ):
+        assert len(body["LastModified"]) == 24 and body["LastModified"][10] == "T" and body["LastModified"].endswith("Z")
+    assert isinstance(api.client("lambda-core").get_network_connector(Identifier="timed")["LastModified"], datetime.datetime)
 
 
 @row("CreateNetworkConnector", "constraints come before all logic: 400 ValidationException with a camelCase path", "R")
@@ -125,6 +178,10 @@ def test_tokens(api: ApiRig) -> None:
     assert create(api, "again") == first
     assert create(api, "again", Tags={"a": "b"})[:2] == (409, "ResourceConflictException")
     assert create(api, "again", ClientToken="another")[:2] == (409, "ResourceConflictException")
+    api.call("DELETE", f"{PATH}/{first[2]['Id']}")
+    later = create(api, "again")
+    assert later[0] == 202 and later[2]["Id"] != first[2]["Id"], "the token of what was deleted is free"
+    assert api.call("GET", f"{PATH}/again")[2]["State"] == "ACTIVE"
 
 
 @row("RunMicrovm", "an own VPC_EGRESS connector is taken for egress, not for ingress; one in use is not deleted", "ours")

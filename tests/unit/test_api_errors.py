@@ -15,6 +15,7 @@ from api_rig import (
     OTHER,
     PLAIN,
     REGION,
+    ROLE,
     VMS,
     ApiRig,
     connector,
@@ -47,7 +48,7 @@ def test_unknown_vm(api: ApiRig, method: str, tail: str, body: Any) -> None:
 
 
 @row("GetMicrovmImage", "unknown: 404 `MicroVMImage not found for MicroVMImageID: <arn>`", "R")
-@pytest.mark.parametrize(("method", "tail"), [("GET", ""), ("DELETE", ""), ("GET", "/versions")])
+@pytest.mark.parametrize(("method", "tail"), [("GET", ""), ("DELETE", "")])
 def test_unknown_image(api: ApiRig, method: str, tail: str) -> None:
     arn = image_arn("none")
     answer = api.call(method, f"{IMAGES}/{encoded(arn)}{tail}")
@@ -207,6 +208,22 @@ def test_bad_base(api: ApiRig) -> None:
     refused(create(api, baseImageVersion="999"), 400, "ValidationException", text)
 
 
+@row("CreateMicrovmImage", "a base version that is no single number: 400 `Invalid baseMicroVMImageVersion: 1.0. Expected …`", "M")
+def test_base_version_with_a_point(api: ApiRig) -> None:
+    for version in ("1.0", "latest", "+1", "1_0"):
+        text = f"Invalid baseMicroVMImageVersion: {version}. Expected a single major version number (e.g., 1)."
+        refused(create(api, baseImageVersion=version), 400, "ValidationException", text)
+    assert create(api, "based", baseImageVersion="0")[2]["baseImageVersion"] == "0.0"
+
+
+@row("RunMicrovm", "`logging.cloudWatch` without a role: 400 `Logging cannot be enabled without providing executionRoleArn`", "M")
+def test_logging_without_a_role(api: ApiRig) -> None:
+    answer = run(api, logging={"cloudWatch": {"logGroup": "mine"}})
+    refused(answer, 400, "ValidationException", "Logging cannot be enabled without providing executionRoleArn")
+    assert run(api, logging={"cloudWatch": {}})[0] == 400
+    assert run(api, logging={"disabled": {}})[0] == run(api, logging={"cloudWatch": {"logGroup": "mine"}}, executionRoleArn=ROLE)[0] == 200
+
+
 @row("CreateMicrovmImage", "a reserved variable: 400 `Environment variable key 'AWS_REGION' is reserved`", "M")
 def test_reserved_variable(api: ApiRig) -> None:
     answer = create(api, environmentVariables={"AWS_REGION": "x"})
@@ -223,7 +240,8 @@ def test_duplicate_name(api: ApiRig) -> None:
 
 @row("every operation", "broken JSON, or a wrong type: 400 SerializationException with a capital `Message`", "ours")
 def test_broken_bodies(api: ApiRig) -> None:
-    for body in (b"{", b"\xff", b"[1]", b'"x"', b'{"imageIdentifier": 5}', b"[" * 100_000):
+    too_long = b'{"imageIdentifier": "a", "idlePolicy": {"suspendedDurationSeconds": 2147483648}}'
+    for body in (b"{", b"\xff", b"[1]", b'"x"', b'{"imageIdentifier": 5}', b"[" * 100_000, too_long):
         status, headers, data = api.raw("POST", VMS, body)
         assert (status, headers["x-amzn-errortype"]) == (400, "SerializationException"), body[:20]
         assert list(json.loads(data)) == ["Message"]

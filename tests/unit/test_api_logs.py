@@ -79,6 +79,10 @@ def test_describe(api: ApiRig) -> None:
     second = client.describe_log_streams(logGroupName=GROUP, limit=1, nextToken=first["nextToken"])
     assert [one["logStreams"][0]["logStreamName"] for one in (first, second)] == [STREAM, "build/1.0/b"]
     assert "nextToken" not in second
+    named = client.describe_log_groups(logGroupIdentifiers=[group["arn"], "/none"])["logGroups"]
+    assert [one["logGroupName"] for one in named] == [GROUP] and client.describe_log_groups(logGroupIdentifiers=["/none"])[
+        "logGroups"
+    ] == []
     newest = client.describe_log_streams(logGroupName=GROUP, orderBy="LastEventTime", descending=True)["logStreams"]
     assert len(newest) == 2 and newest[0]["lastEventTimestamp"] >= newest[1]["lastEventTimestamp"]
 

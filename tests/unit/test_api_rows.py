@@ -118,12 +118,14 @@ def test_build_body(api: ApiRig) -> None:
 
 
 @row("ListManagedMicrovmImages", "the one base image; its versions are 1 and 0, newest first, AVAILABLE", "R")
+@row("ListManagedMicrovmImageVersions", "`supportedCpuConfigurations` has the host's architecture", "D")
 def test_managed_images(api: ApiRig) -> None:
     (item,) = api.call("GET", "/2025-09-09/managed-microvm-images")[2]["items"]
     assert item["imageArn"] == BASE and set(item) == {"imageArn", "createdAt", "updatedAt"}
     versions = api.call("GET", f"/2025-09-09/managed-microvm-images/{encoded(BASE)}/versions")[2]["items"]
     assert [(one["imageVersion"], one["status"]) for one in versions] == [("1", "AVAILABLE"), ("0", "AVAILABLE")]
-    assert set(versions[0]) == {"imageArn", "imageVersion", "status", "createdAt", "updatedAt"}
+    assert set(versions[0]) == {"imageArn", "imageVersion", "status", "createdAt", "updatedAt", "supportedCpuConfigurations"}
+    assert versions[0]["supportedCpuConfigurations"] == [{"architecture": "X86_64"}]
 
 
 @row("CreateMicrovmAuthToken", "one member, `authToken`, with the field's name and the token", "R")
@@ -291,6 +293,8 @@ def test_page_tokens(api: ApiRig) -> None:
     status, kind, _ = api.call("GET", f"{VMS}?nextToken=made-up")
     assert (status, kind) == (400, "ValidationException")
     assert api.call("GET", f"{VMS}?maxResults=51")[0] == api.call("GET", f"{VMS}?maxResults=0")[0] == 400
+    for text in ("1_0", "%2B5", "%205", "5.0", "%D9%A3", "", "9" * 19, "9" * 400):
+        assert api.call("GET", f"{VMS}?maxResults={text}")[0] == 400, text
 
 
 @row("RunMicrovm", "same token and parameters: the original reply, also at once, also after a restart; others: 409", "M")
@@ -307,7 +311,7 @@ def test_client_tokens(api: ApiRig) -> None:
     assert run(api, clientToken="other")[2]["microvmId"] != answers[0][2]["microvmId"]
 
 
-@row("CreateMicrovmImage", "the client token too; after the image is deleted it makes a new one (the service wedges: not copied)", "ours")
+@row("CreateMicrovmImage", "the same client token and parameters: the first reply; others: 409", "ours")
 def test_image_client_tokens(api: ApiRig) -> None:
     first = create(api, "token", clientToken="img")
     assert create(api, "token", clientToken="img") == first

@@ -175,12 +175,46 @@ def test_logs_show_the_services_own_lines_and_say_why_the_applications_are_missi
     monkeypatch.setattr(microvms, "client", lambda: SimpleNamespace(get_microvm=lambda microvmIdentifier: vm))
     monkeypatch.setattr(microvms, "session", lambda: SimpleNamespace(client=lambda name: Logs("hello")))
     monkeypatch.setattr(microvms, "resolve", lambda text: "vm-1")
+    monkeypatch.setattr(microvms, "find", lambda text: None)
     monkeypatch.setattr(
         microvms, "microvm_log", lambda identifier, after: MicrovmLog("", "", why, [line for line in lines if line.number > after])
     )
     microvms.logs("vm", follow=False)
     done = capsys.readouterr()
     assert done.out == printed and done.err.startswith(said) and bool(done.err) is bool(why)
+
+
+def test_logs_of_an_images_name_are_its_builds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest version's by default, until the build is over with --follow; an older version's by its number."""
+    from gateway.cli import images, microvms
+
+    states = ["IN_PROGRESS", "IN_PROGRESS", "SUCCESSFUL"]
+    asked: list[str] = []
+
+    class Written(Logs):
+        def get_log_events(self, **call: object) -> dict[str, object]:
+            asked.append(f"{call['logGroupName']} {call['logStreamName']}")
+            return super().get_log_events(**call)
+
+    versions = [{"imageVersion": "2.0"}, {"imageVersion": "1.0", "logging": {"cloudWatch": {"logGroup": "/own"}}}]
+    api = SimpleNamespace(
+        get_microvm_image=lambda imageIdentifier: {"imageArn": imageIdentifier, "name": "hello"},
+        get_paginator=lambda name: SimpleNamespace(paginate=lambda imageIdentifier: [{"items": versions}]),
+        list_microvm_image_builds=lambda **of: {"items": [{"buildId": "b"}]},
+        get_microvm_image_build=lambda **of: {"buildState": states.pop(0) if states else "SUCCESSFUL"},
+    )
+    monkeypatch.setattr(images, "client", lambda: api)
+    monkeypatch.setattr(images, "image_arn", lambda name: f"arn:x:{name}")
+    monkeypatch.setattr(images, "session", lambda: SimpleNamespace(client=lambda name: Written("STEP 1")))
+    monkeypatch.setattr(images, "_POLL_SECONDS", 0)
+    microvms.logs("hello", follow=True, version=None)
+    assert capsys.readouterr().out == "STEP 1\n" and states == []
+    assert set(asked) == {"/aws/lambda-microvms/hello build/2.0/b"}
+    microvms.logs("hello", follow=False, version="1.0")
+    assert asked[-1] == "/own build/1.0/b" and capsys.readouterr().out == "STEP 1\n"
+    with pytest.raises(SystemExit):
+        microvms.logs("hello", follow=False, version="3.0")
+    assert "hello has no version 3.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["", "gateway", "gateway/__init__.py"])

@@ -69,6 +69,7 @@ async def test_credentials(metadata: Metadata) -> None:
         ("PUT", "/latest/api/token", {}, 400),
         ("PUT", "/latest/api/token", {"x-aws-ec2-metadata-token-ttl-seconds": "0"}, 400),
         ("PUT", "/latest/api/token", {"x-aws-ec2-metadata-token-ttl-seconds": "21601"}, 400),
+        ("PUT", "/latest/api/token", {"x-aws-ec2-metadata-token-ttl-seconds": "9²"}, 400),
         ("PUT", "/latest/api/token", {"x-aws-ec2-metadata-token-ttl-seconds": "60", "x-forwarded-for": "1.2.3.4"}, 403),
         ("GET", "/latest/api/token", {}, 405),
         ("POST", CREDENTIALS, {}, 405),
