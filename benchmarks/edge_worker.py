@@ -11,15 +11,15 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from gateway import reach
 from gateway.config import Edge
 from gateway.edge.client.certificates import Certificates
-from gateway.edge.origin import upstream
 from gateway.edge.worker import run
 
 
 def main() -> None:
     port, certificate, _, control, vmm = sys.argv[1:]
-    upstream.GUEST_ADDRESS = "127.0.0.1"
+    reach.GUEST_ADDRESS = "127.0.0.1"
     listener = socket.create_server(("127.0.0.1", int(port)), backlog=4096)
     sockets = {"edge": [listener]}
     gc.freeze()  # as gateway/process.py does

@@ -30,6 +30,8 @@ from .namespaces import destroy_namespace, inside, make_namespace, run_batch, ru
 
 HOST_ADDRESS = "169.254.77.1"
 GUEST_ADDRESS = "169.254.77.2"
+HOST_ADDRESS6 = "fd54:5250:52::1"
+GUEST_ADDRESS6 = "fd54:5250:52::2"
 HOST_MAC = "02:fc:00:00:00:01"
 GUEST_MAC = "02:fc:00:00:00:02"
 TAP = "tap0"
@@ -45,6 +47,12 @@ addr add {HOST_ADDRESS}/30 dev {TAP}
 link set {TAP} up
 addr add {METADATA_ADDRESS}/32 dev lo
 neigh replace {GUEST_ADDRESS} lladdr {GUEST_MAC} dev {TAP} nud permanent
+"""
+# The way to what listens on ::1. The address is lo's: on the tap it would be announced to the guest at each resume (RFC 3810, 6.1).
+SETUP6 = f"""\
+addr add {HOST_ADDRESS6}/128 dev lo nodad
+route add {GUEST_ADDRESS6}/128 dev {TAP}
+neigh replace {GUEST_ADDRESS6} lladdr {GUEST_MAC} dev {TAP} nud permanent
 """
 # Of our own ends: a guest's are from 32768 on, and its connections to itself must look like none of ours (vmm/guest/gate.c).
 PORTS = "10000 32767"
@@ -238,7 +246,7 @@ class Network:
         made: list[tuple[socket.socket, ...]] = []
 
         def setup() -> None:
-            commands = SETUP
+            commands = SETUP + (SETUP6 if _has_ipv6() else "")
             if self._uplink.is_open:
                 self._uplink.attach(number, path)
                 commands += self._uplink.inner_setup(number)
@@ -254,10 +262,20 @@ class Network:
         return Link(path, made[0])
 
 
+def _has_ipv6() -> bool:
+    """In the calling thread's namespace."""
+    try:
+        return Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").read_text(encoding="ascii").strip() == "0"
+    except OSError:
+        return False
+
+
 def _sockets(count: int) -> list[socket.socket]:
+    """Those of IPv6 connect over either (ipv6(7))."""
     made = []
+    family = socket.AF_INET6 if _has_ipv6() else socket.AF_INET
     for _ in range(count):
-        one = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        one = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         made.append(one)
     return made

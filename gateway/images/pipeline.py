@@ -22,6 +22,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gateway.accounts.directory import Credentials
 from gateway.config import Settings
 from gateway.messages import BuildRequest, EgressRules, HostInfo, Shape
+from gateway.reach import reach
 from gateway.sessions import hooks
 from gateway.sessions.agent import Agent, AgentError, start_frames, sync_frame, wake_frame
 from gateway.sessions.channels import GuestServices
@@ -293,15 +294,12 @@ class Pipeline:
 
     async def _listens(self, session: str, ports: list[int]) -> bool:
         for port in ports:
-            sock = await self._host.socket(session, 0)
             try:
                 async with asyncio.timeout(1):
-                    await asyncio.get_running_loop().sock_connect(sock, (hooks.GUEST_ADDRESS, port))
+                    (await reach(lambda: self._host.socket(session, 0), port)).close()
                 return True
             except (OSError, TimeoutError):
                 continue
-            finally:
-                sock.close()
         return False
 
     async def _quiet(self, job: Job, deadline: float, settle_seconds: float) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 import httptools
 import msgspec
 
-GUEST_ADDRESS = "169.254.77.2"
+from gateway.reach import reach
+
 DEFAULT_PORT = 9000
 PATH = "/aws/lambda-microvms/runtime/v1/"
 _REQUEST_ID_FIELD = "x-amzn-requestid"
@@ -46,10 +47,9 @@ async def post(connect: Connect, name: str, port: int, body: bytes, request_id: 
 
 async def ask(connect: Connect, port: int, request: str, fields: str = "", body: bytes = b"") -> int:
     """Sends one request (its method and target) on a connection of its own; returns the status. Raises OSError, HookError."""
-    sock = await connect()
+    sock = await reach(connect, port)
     loop = asyncio.get_running_loop()
     try:
-        await loop.sock_connect(sock, (GUEST_ADDRESS, port))
         head = f"{request} HTTP/1.1\r\nHost: localhost:{port}\r\nUser-Agent: torpor\r\n{fields}Connection: close\r\n\r\n"
         await loop.sock_sendall(sock, head.encode() + body)
         state = _Status()

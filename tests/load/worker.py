@@ -18,9 +18,9 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from gateway import reach
 from gateway.config import Edge
 from gateway.edge.client.certificates import Certificates
-from gateway.edge.origin import upstream
 from gateway.edge.worker import Worker
 from gateway.observe import log
 
@@ -57,7 +57,7 @@ async def serve(settings: Edge, directory: Path) -> None:
 
 
 def main() -> None:
-    upstream.GUEST_ADDRESS = "127.0.0.1"
+    reach.GUEST_ADDRESS = "127.0.0.1"
     settings, directory = sys.argv[1:]
     log.configure("edge-0")  # to standard error
     gc.freeze()  # as gateway/process.py does

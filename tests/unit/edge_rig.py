@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway import messages as m
+from gateway import reach
 from gateway.config import Edge
 from gateway.edge.client import http1
 from gateway.edge.origin import upstream
@@ -133,7 +134,7 @@ class Either(asyncio.Protocol):
 class Rig:
     def __init__(self, directory: Path, monkeypatch: Any) -> None:
         self.directory = directory
-        monkeypatch.setattr(upstream, "GUEST_ADDRESS", "127.0.0.1")
+        monkeypatch.setattr(reach, "GUEST_ADDRESS", "127.0.0.1")
         monkeypatch.setattr(http1, "_LINGER_SECONDS", 0.05)
         monkeypatch.setattr(upstream, "_TLS_SECONDS", 0.2)
         self.now = 1_800_000_000.0

@@ -14,8 +14,9 @@ from test_lifecycle import Rig
 from waiting import until
 
 from gateway import messages as m
+from gateway import reach
 from gateway.rpc import RpcError, RpcLost
-from gateway.sessions import ahead, hooks
+from gateway.sessions import ahead
 from gateway.sessions.model import Image, Version
 from gateway.sessions.states import State
 
@@ -53,7 +54,7 @@ async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
     one = Rig(tmp_path)
     await one.start()
     one.application = application = Application()  # type: ignore[attr-defined]
-    monkeypatch.setattr(hooks, "GUEST_ADDRESS", "127.0.0.1")
+    monkeypatch.setattr(reach, "GUEST_ADDRESS", "127.0.0.1")
     monkeypatch.setattr(ahead, "_QUIET_SECONDS", 0.01)
 
     async def sock(session: str, incarnation: int) -> socket.socket:

@@ -7,7 +7,9 @@ import socket
 
 import pytest
 
-from gateway.edge.origin.dial import UnclaimedConnection, dial
+from gateway import reach as module
+from gateway.edge.origin.dial import UnclaimedConnection
+from gateway.reach import dial, reach
 
 
 def unconnected() -> socket.socket:
@@ -44,6 +46,62 @@ def test_a_deadline_leaves_nothing_watched() -> None:
         for one in full:
             one.connect_ex(server.getsockname())
         assert runner.run(dialled(server.getsockname())) is False
+        for one in full:
+            one.close()
+
+
+class Taken:
+    """Gives sockets of both families, as vmm does, and remembers them."""
+
+    def __init__(self, family: socket.AddressFamily = socket.AF_INET6) -> None:
+        self.family, self.given = family, list[socket.socket]()
+
+    async def __call__(self) -> socket.socket:
+        self.given.append(socket.socket(self.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+        return self.given[-1]
+
+    @property
+    def open(self) -> int:
+        return sum(one.fileno() >= 0 for one in self.given)
+
+
+@pytest.fixture
+def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GUEST_ADDRESS", "127.0.0.1")
+    monkeypatch.setattr(module, "GUEST_ADDRESS6", "::1")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+async def test_a_listener_of_either_loopback_address_is_reached(loopback: None, address: str) -> None:
+    take = Taken()
+    with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as server:
+        sock = await reach(take, server.getsockname()[1])
+        assert sock.getpeername()[0].removeprefix("::ffff:") == address
+        sock.close()
+    assert take.open == 0
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+async def test_a_port_without_a_listener_refuses(loopback: None, family: socket.AddressFamily) -> None:
+    take = Taken(family)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(ConnectionRefusedError):
+        await reach(take, port)
+    assert take.open == 0 and len(take.given) == (2 if family == socket.AF_INET6 else 1)
+
+
+async def test_a_guest_without_ipv6_refuses_as_ever(loopback: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers no SYN of IPv6: as here a full listen queue."""
+    monkeypatch.setattr(module, "_SECOND_SECONDS", 0.05)
+    take = Taken()
+    with socket.create_server(("::1", 0), family=socket.AF_INET6, backlog=0) as server:
+        full = [await take() for _ in range(3)]
+        for one in full:
+            one.connect_ex(server.getsockname())
+        with pytest.raises(ConnectionRefusedError):
+            await reach(take, server.getsockname()[1])
+        assert take.open == len(full)
         for one in full:
             one.close()
 

@@ -17,10 +17,10 @@ REPO = Path(__file__).resolve().parents[2]
 
 # Package to what of the project it may import, besides itself.
 ALLOWED = {
-    "gateway.edge": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc", "gateway.tasks", "gateway.tokens", "gateway.listeners"},
-    "gateway.sessions": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.tasks", "gateway.accounts.model", "gateway.observe.room", "gateway.observe.steps", "gateway.observe.use"},
+    "gateway.edge": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.reach", "gateway.rpc", "gateway.tasks", "gateway.tokens", "gateway.listeners"},
+    "gateway.sessions": {"gateway.config", "gateway.messages", "gateway.reach", "gateway.rpc", "gateway.tasks", "gateway.accounts.model", "gateway.observe.room", "gateway.observe.steps", "gateway.observe.use"},
     "gateway.accounts": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.store"},
-    "gateway.images": {"gateway.accounts.directory", "gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions"},
+    "gateway.images": {"gateway.accounts.directory", "gateway.config", "gateway.messages", "gateway.reach", "gateway.rpc", "gateway.sessions"},
     "gateway.guest": {"gateway.config", "gateway.messages", "gateway.accounts.directory", "gateway.sessions.egress", "gateway.sessions.model", "gateway.sessions.store"},
     "gateway.observe": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.states"},
     "vmm": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc"},

@@ -16,6 +16,7 @@ from h2_client import speaks_h2
 from test_parking import UPGRADED
 from waiting import until
 
+from gateway import reach
 from gateway.config import Settings
 from gateway.edge.origin import pool as pools
 from gateway.edge.origin import upstream
@@ -268,7 +269,7 @@ async def test_an_error_of_our_own_is_answered(rig: Rig, monkeypatch: pytest.Mon
     async def broken(*arguments: object) -> None:
         raise ValueError("a fault")
 
-    monkeypatch.setattr(upstream, "dial", broken)
+    monkeypatch.setattr(reach, "dial", broken)
     assert await ask(rig, "GET") == 500
     assert rig.worker.routes.account("s1").waiting == 0
     (pool,) = rig.worker.upstream.pools()

@@ -9,7 +9,10 @@
                     oif eth0 ip saddr 127.0.0.1 ip saddr,daddr set GUEST,HOST } }
 
    Sockets take the mark of the connection's first packet (tcp_fwmark_accept), by which their answers leave through eth0, though
-   they are for 127.0.0.1. The host's ports and the guest's own are of different ranges (vmm/network.py): no two connections look alike. */
+   they are for 127.0.0.1. The host's ports and the guest's own are of different ranges (vmm/network.py): no two connections look alike.
+
+   The same over IPv6, for applications that listen on ::1 only: from HOST6 to GUEST6, rewritten to ::1. The guest's eth0 has no IPv6 address,
+   so that it says nothing by itself, and resolvers see no IPv6; the kernel takes ::1 from eth0 by a local route over that very device. */
 #define _GNU_SOURCE
 #include "guest.h"
 
@@ -19,6 +22,7 @@
 #include <linux/netfilter/nf_tables.h>
 #include <linux/netfilter/nfnetlink.h>
 #include <linux/fib_rules.h>
+#include <linux/neighbour.h>
 #include <linux/netlink.h>
 #include <linux/rtnetlink.h>
 #include <net/if.h>
@@ -32,12 +36,24 @@
 
 #define GUEST_ADDRESS "169.254.77.2"
 #define NETMASK "255.255.255.252"
+#define HOST_ADDRESS6 "fd54:5250:52::1"
+#define GUEST_ADDRESS6 "fd54:5250:52::2"
+#define HOST_MAC {0x02, 0xfc, 0, 0, 0, 1} /* vmm/network.py */
 #define HOST_MARK 0x54524f52u
 #define HOST_TABLE 77
-#define ADDRESSES 12 /* in an IPv4 header: source and destination */
-#define CHECKSUM 10
+#define LOCAL_TABLE6 78
+#define VALUE_MAX 16 /* of an immediate */
+#define CHECKSUM 10 /* in an IPv4 header */
 
-static uint8_t batch[4096] __attribute__((aligned(4)));
+/* What differs between the two families: where source and destination stand in a header, and how long an address is. */
+static const struct family {
+    uint8_t number, netfilter;
+    uint16_t addresses, length;
+    const char *host, *guest, *loopback;
+} ipv4 = {AF_INET, NFPROTO_IPV4, 12, 4, HOST_ADDRESS, GUEST_ADDRESS, "127.0.0.1"},
+  ipv6 = {AF_INET6, NFPROTO_IPV6, 8, 16, HOST_ADDRESS6, GUEST_ADDRESS6, "::1"};
+
+static uint8_t batch[8192] __attribute__((aligned(4)));
 static size_t used;
 
 static struct nlmsghdr *begin_with(uint16_t type, uint16_t flags, const void *body, size_t size)
@@ -112,20 +128,24 @@ static void compare(uint32_t operator, const void *with, uint16_t length)
     expression_end();
 }
 
-static void set_addresses(const char *source, const char *destination)
+static void set_addresses(const struct family *family, const char *source, const char *destination)
 {
-    struct in_addr both[2];
-    inet_aton(source, &both[0]);
-    inet_aton(destination, &both[1]);
-    expression("immediate"); number(NFTA_IMMEDIATE_DREG, NFT_REG_1); value(NFTA_IMMEDIATE_DATA, both, 8); expression_end();
-    expression("payload"); number(NFTA_PAYLOAD_SREG, NFT_REG_1); number(NFTA_PAYLOAD_BASE, NFT_PAYLOAD_NETWORK_HEADER);
-    number(NFTA_PAYLOAD_OFFSET, ADDRESSES); number(NFTA_PAYLOAD_LEN, 8); number(NFTA_PAYLOAD_CSUM_TYPE, NFT_PAYLOAD_CSUM_INET);
-    number(NFTA_PAYLOAD_CSUM_OFFSET, CHECKSUM); number(NFTA_PAYLOAD_CSUM_FLAGS, NFT_PAYLOAD_L4CSUM_PSEUDOHDR); expression_end();
+    uint8_t both[32];
+    inet_pton(family->number, source, both);
+    inet_pton(family->number, destination, both + family->length);
+    for (size_t at = 0; at < 2u * family->length; at += VALUE_MAX) {
+        uint16_t length = (uint16_t)(2 * family->length - at < VALUE_MAX ? 2 * family->length - at : VALUE_MAX);
+        expression("immediate"); number(NFTA_IMMEDIATE_DREG, NFT_REG_1); value(NFTA_IMMEDIATE_DATA, both + at, length); expression_end();
+        expression("payload"); number(NFTA_PAYLOAD_SREG, NFT_REG_1); number(NFTA_PAYLOAD_BASE, NFT_PAYLOAD_NETWORK_HEADER);
+        number(NFTA_PAYLOAD_OFFSET, (uint32_t)(family->addresses + at)); number(NFTA_PAYLOAD_LEN, length);
+        number(NFTA_PAYLOAD_CSUM_TYPE, family == &ipv4 ? NFT_PAYLOAD_CSUM_INET : NFT_PAYLOAD_CSUM_NONE); /* IPv6's header has none */
+        number(NFTA_PAYLOAD_CSUM_OFFSET, CHECKSUM); number(NFTA_PAYLOAD_CSUM_FLAGS, NFT_PAYLOAD_L4CSUM_PSEUDOHDR); expression_end();
+    }
 }
 
-static void chain(const char *name, uint32_t hook, int32_t priority)
+static void chain(const struct family *family, const char *name, uint32_t hook, int32_t priority)
 {
-    struct nlmsghdr *m = begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWCHAIN, NLM_F_CREATE, NFPROTO_IPV4, 0);
+    struct nlmsghdr *m = begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWCHAIN, NLM_F_CREATE, family->netfilter, 0);
     text(NFTA_CHAIN_TABLE, "torpor");
     text(NFTA_CHAIN_NAME, name);
     text(NFTA_CHAIN_TYPE, "filter");
@@ -136,48 +156,56 @@ static void chain(const char *name, uint32_t hook, int32_t priority)
     end(m);
 }
 
-static struct nlattr *rule(const char *name, struct nlmsghdr **message)
+static struct nlattr *rule(const struct family *family, const char *name, struct nlmsghdr **message)
 {
-    *message = begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, NFPROTO_IPV4, 0);
+    *message = begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, family->netfilter, 0);
     text(NFTA_RULE_TABLE, "torpor");
     text(NFTA_RULE_CHAIN, name);
     return nest(NFTA_RULE_EXPRESSIONS);
 }
 
-static void compose(void)
+static void compare_source(const struct family *family, const char *with)
 {
-    struct nlmsghdr *m;
-    struct nlattr *expressions;
-    end(begin(NFNL_MSG_BATCH_BEGIN, 0, AF_UNSPEC, NFNL_SUBSYS_NFTABLES));
-    m = begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE, NLM_F_CREATE, NFPROTO_IPV4, 0);
+    uint8_t address_[16];
+    inet_pton(family->number, with, address_);
+    load_header(NFT_PAYLOAD_NETWORK_HEADER, family->addresses, family->length); compare(NFT_CMP_EQ, address_, family->length);
+}
+
+static void compose_table(const struct family *family)
+{
+    struct nlmsghdr *m = begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE, NLM_F_CREATE, family->netfilter, 0);
     text(NFTA_TABLE_NAME, "torpor");
     end(m);
-    chain("in", NF_INET_PRE_ROUTING, -300);
-    chain("back", NF_INET_POST_ROUTING, 300);
+    chain(family, "in", NF_INET_PRE_ROUTING, -300);
+    chain(family, "back", NF_INET_POST_ROUTING, 300);
 
     uint32_t eth0 = if_nametoindex("eth0");
-    struct in_addr host, loopback = {htonl(INADDR_LOOPBACK)};
     uint8_t tcp = IPPROTO_TCP;
     uint16_t domain = htons(53);
-    inet_aton(HOST_ADDRESS, &host);
-    expressions = rule("in", &m);
+    struct nlattr *expressions = rule(family, "in", &m);
     load_meta(NFT_META_IIF); compare(NFT_CMP_EQ, &eth0, 4);
     load_meta(NFT_META_L4PROTO); compare(NFT_CMP_EQ, &tcp, 1);
-    load_header(NFT_PAYLOAD_NETWORK_HEADER, ADDRESSES, 4); compare(NFT_CMP_EQ, &host, 4);
+    compare_source(family, family->host);
     load_header(NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2); compare(NFT_CMP_NEQ, &domain, 2); /* the resolver's answers */
-    set_addresses("127.0.0.1", "127.0.0.1");
+    set_addresses(family, family->loopback, family->loopback);
     set_mark(HOST_MARK);
     close_nest(expressions);
     end(m);
 
-    expressions = rule("back", &m);
+    expressions = rule(family, "back", &m);
     load_meta(NFT_META_OIF); compare(NFT_CMP_EQ, &eth0, 4);
-    load_header(NFT_PAYLOAD_NETWORK_HEADER, ADDRESSES, 4); compare(NFT_CMP_EQ, &loopback, 4);
-    set_addresses(GUEST_ADDRESS, HOST_ADDRESS);
+    compare_source(family, family->loopback);
+    set_addresses(family, family->guest, family->host);
     close_nest(expressions);
     end(m);
-    m = begin(NFNL_MSG_BATCH_END, NLM_F_ACK, AF_UNSPEC, NFNL_SUBSYS_NFTABLES);
-    end(m);
+}
+
+static void compose(void)
+{
+    end(begin(NFNL_MSG_BATCH_BEGIN, 0, AF_UNSPEC, NFNL_SUBSYS_NFTABLES));
+    compose_table(&ipv4);
+    compose_table(&ipv6);
+    end(begin(NFNL_MSG_BATCH_END, NLM_F_ACK, AF_UNSPEC, NFNL_SUBSYS_NFTABLES));
 }
 
 /* Sends what was composed. Only the last message asks for an answer, so the first that comes is that one, or an error. */
@@ -199,31 +227,60 @@ static void submit(int protocol, const char *what)
     used = 0;
 }
 
-/* The local table is asked at 10 instead of 0, and before it, for what the guest sends with the mark, a table that leads to the host. */
-static void change_rule(uint16_t type, uint32_t priority, uint32_t table, uint32_t mark)
+/* Adds to what is composed: all that is sent at once for one answer, to the last of it. */
+static void change_rule(uint16_t type, uint8_t family, uint32_t priority, uint32_t table, uint32_t mark, const char *device)
 {
-    struct fib_rule_hdr rule = {.family = AF_INET, .action = FR_ACT_TO_TBL, .table = (uint8_t)table};
-    struct nlmsghdr *m = begin_with(type, NLM_F_ACK | (type == RTM_NEWRULE ? NLM_F_CREATE | NLM_F_EXCL : 0), &rule, sizeof rule);
+    struct fib_rule_hdr rule_ = {.family = family, .action = FR_ACT_TO_TBL, .table = (uint8_t)table};
+    struct nlmsghdr *m = begin_with(type, type == RTM_NEWRULE ? NLM_F_CREATE | NLM_F_EXCL : 0, &rule_, sizeof rule_);
     attribute(FRA_PRIORITY, &priority, 4);
-    if (mark) { attribute(FRA_FWMARK, &mark, 4); text(FRA_IIFNAME, "lo"); }
+    if (mark) attribute(FRA_FWMARK, &mark, 4);
+    if (device) text(FRA_IIFNAME, device);
     end(m);
-    submit(NETLINK_ROUTE, "rule");
+}
+
+/* The local table is asked at 10 instead of 0, and before it, for what the guest sends with the mark, a table that leads to the host. */
+static void change_rules(uint8_t family)
+{
+    change_rule(RTM_NEWRULE, family, 10, RT_TABLE_LOCAL, 0, NULL);
+    change_rule(RTM_DELRULE, family, 0, RT_TABLE_LOCAL, 0, NULL);
+    change_rule(RTM_NEWRULE, family, 1, HOST_TABLE, HOST_MARK, "lo");
+}
+
+static void add_route(uint8_t family, uint8_t type, uint8_t table, const char *to, const char *gateway)
+{
+    struct rtmsg route = {.rtm_family = family, .rtm_table = table, .rtm_protocol = RTPROT_STATIC, .rtm_type = type};
+    uint8_t destination[16], way[16];
+    uint32_t eth0 = if_nametoindex("eth0");
+    if (to) route.rtm_dst_len = 128;
+    struct nlmsghdr *m = begin_with(RTM_NEWROUTE, NLM_F_CREATE, &route, sizeof route);
+    if (to) { inet_pton(family, to, destination); attribute(RTA_DST, destination, 16); }
+    if (gateway) { inet_pton(family, gateway, way); attribute(RTA_GATEWAY, way, 4); }
+    attribute(RTA_OIF, &eth0, 4);
+    end(m);
+}
+
+/* Nobody is asked where the host is: eth0 has no IPv6 address to ask with. */
+static void know_host(void)
+{
+    struct ndmsg neighbour = {.ndm_family = AF_INET6, .ndm_ifindex = (int)if_nametoindex("eth0"), .ndm_state = NUD_PERMANENT};
+    uint8_t host[16], mac[] = HOST_MAC;
+    inet_pton(AF_INET6, HOST_ADDRESS6, host);
+    struct nlmsghdr *m = begin_with(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_ACK, &neighbour, sizeof neighbour);
+    attribute(NDA_DST, host, sizeof host);
+    attribute(NDA_LLADDR, mac, sizeof mac);
+    end(m);
 }
 
 static void route_back(void)
 {
-    struct rtmsg route = {.rtm_family = AF_INET, .rtm_table = HOST_TABLE, .rtm_protocol = RTPROT_STATIC, .rtm_type = RTN_UNICAST};
-    struct nlmsghdr *m = begin_with(RTM_NEWROUTE, NLM_F_ACK | NLM_F_CREATE, &route, sizeof route);
-    struct in_addr host;
-    uint32_t eth0 = if_nametoindex("eth0");
-    inet_aton(HOST_ADDRESS, &host);
-    attribute(RTA_GATEWAY, &host, 4);
-    attribute(RTA_OIF, &eth0, 4);
-    end(m);
-    submit(NETLINK_ROUTE, "route");
-    change_rule(RTM_NEWRULE, 10, RT_TABLE_LOCAL, 0);
-    change_rule(RTM_DELRULE, 0, RT_TABLE_LOCAL, 0);
-    change_rule(RTM_NEWRULE, 1, HOST_TABLE, HOST_MARK);
+    add_route(AF_INET, RTN_UNICAST, HOST_TABLE, NULL, HOST_ADDRESS);
+    change_rules(AF_INET);
+    add_route(AF_INET6, RTN_UNICAST, HOST_TABLE, "::1", NULL);
+    add_route(AF_INET6, RTN_LOCAL, LOCAL_TABLE6, "::1", NULL);
+    change_rules(AF_INET6);
+    change_rule(RTM_NEWRULE, AF_INET6, 2, LOCAL_TABLE6, 0, "eth0");
+    know_host();
+    submit(NETLINK_ROUTE, "routes");
 }
 
 void gate_open(void)
@@ -233,6 +290,7 @@ void gate_open(void)
     route_back();
     put("/proc/sys/net/ipv4/tcp_fwmark_accept", "1");
     put("/proc/sys/net/ipv4/fwmark_reflect", "1"); /* for what no socket answers */
+    put("/proc/sys/net/ipv6/fwmark_reflect", "1");
     put("/proc/sys/net/ipv4/conf/eth0/accept_local", "1");
     put("/proc/sys/net/ipv4/conf/eth0/route_localnet", "1");
 }
@@ -257,8 +315,8 @@ void network_up(void)
 {
     int sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     must(sock, "socket");
-    put("/proc/sys/net/ipv6/conf/default/accept_ra", "0");
-    put("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "1"); /* there is no way out by it; it would look for routers */
+    put("/proc/sys/net/ipv6/conf/eth0/addr_gen_mode", "1"); /* no address: there is no way out by it, and it would look for routers */
+    put("/proc/sys/net/ipv6/conf/eth0/accept_ra", "0");
     put("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
     address(sock, "lo", NULL);
     address(sock, "eth0", GUEST_ADDRESS);

@@ -1,39 +1,14 @@
-"""Connecting a socket to an address that needs no resolving: the loop's own call hands numbers to a thread, which costs as much as
-the connect."""
+"""What a connection to an application is before a protocol has taken it, and what its guest has not acknowledged."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import fcntl
-import os
-import socket
 import struct
 import termios
 from typing import cast
 
 _OUTQ = struct.Struct("i")
-
-
-async def dial(sock: socket.socket, address: tuple[str, int]) -> None:
-    """Connects a socket that does not block (connect(2)). Raises OSError."""
-    number = sock.connect_ex(address)
-    if number == errno.EINPROGRESS:
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
-        loop.add_writer(sock.fileno(), _set, done)
-        try:
-            await done
-        finally:
-            loop.remove_writer(sock.fileno())
-        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if number:
-        raise OSError(number, os.strerror(number))
-
-
-def _set(done: asyncio.Future[None]) -> None:
-    if not done.done():
-        done.set_result(None)
 
 
 class UnclaimedConnection(asyncio.Protocol):

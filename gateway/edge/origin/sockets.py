@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 from collections import deque
 
 from gateway.messages import SocketsRequest
@@ -35,15 +36,17 @@ class Sockets:
     def __len__(self) -> int:
         return len(self._stock)
 
-    async def take(self) -> int:
-        """Gives away one descriptor, and waits for vmm where none is left. Raises OSError, SessionGone."""
+    async def take(self) -> socket.socket:
+        """Gives away one, and waits for vmm where none is left. Raises OSError, SessionGone."""
         while True:
             if len(self._stock) <= _STOCK // 4:
                 task = self._fetch_more()
                 if not self._stock:
                     await asyncio.shield(task)
                     continue
-            return self._stock.popleft()
+            sock = socket.socket(fileno=self._stock.popleft())
+            sock.setblocking(False)
+            return sock
 
     def prefetch(self) -> None:
         """Begins to fetch sockets, so that the first request need not wait for vmm."""

@@ -11,6 +11,7 @@ from typing import Protocol, cast
 import structlog
 
 from gateway.messages import Route, ShellRequest
+from gateway.reach import reach
 from gateway.rpc import Client, RpcError
 
 from ..policy.admission import SHELL_PORT
@@ -19,7 +20,7 @@ from ..policy.holds import HoldFull
 from ..policy.keys import Key
 from ..sides import OriginContext, Parkable
 from ..wire.http1_head import RequestHead
-from .dial import UnclaimedConnection, dial
+from .dial import UnclaimedConnection
 from .http1 import Origin
 from .http2 import Http2Origin, OriginStream
 from .parking import Parking, ParkingContext
@@ -29,7 +30,6 @@ from .sockets import SessionGone, Sockets
 
 log = structlog.get_logger()
 
-GUEST_ADDRESS = "169.254.77.2"
 _RAMP_SECONDS = 0.1
 _RETRY_SECONDS = 0.02
 _COLUMNS, _ROWS = 80, 24  # of a shell, until its client says
@@ -223,18 +223,18 @@ class Upstream:
 
     async def _dial(self, incarnation: Incarnation, pool: Pool, head: RequestHead) -> Origin | Http2Origin:
         is_secure = pool.tls in (TLS_PROBING, TLS)
-        sock = socket.socket(fileno=await incarnation.sockets.take())
-        sock.setblocking(False)
+        sock: socket.socket | None = None
         try:
             async with asyncio.timeout(_SYN_SECONDS):
-                await dial(sock, (GUEST_ADDRESS, pool.key[2]))
+                sock = await reach(incarnation.sockets.take, pool.key[2])
                 if is_secure:
                     made = await self._handshake(sock, pool, head)
                 else:
                     made = self.new(pool, head.wants_h2, is_secure=False)
                     await self._loop.create_connection(lambda: cast(asyncio.Protocol, made), sock=sock)
         except BaseException as error:
-            sock.close()
+            if sock is not None:
+                sock.close()
             if pool.tls == TLS_PROBING:
                 pool.tls = PLAIN if isinstance(error, OSError) else TLS_UNKNOWN
             raise
@@ -286,15 +286,13 @@ class Upstream:
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def _preconnect(self, incarnation: Incarnation, port: int) -> UnclaimedConnection:
-        sock = socket.socket(fileno=await incarnation.sockets.take())
-        sock.setblocking(False)
-        try:
-            async with asyncio.timeout(_SYN_SECONDS):
-                await dial(sock, (GUEST_ADDRESS, port))
+        async with asyncio.timeout(_SYN_SECONDS):
+            sock = await reach(incarnation.sockets.take, port)
+            try:
                 return (await self._loop.create_connection(UnclaimedConnection, sock=sock))[1]
-        except BaseException:
-            sock.close()
-            raise
+            except BaseException:
+                sock.close()
+                raise
 
     async def _preconnected(self, incarnation: Incarnation, pool: Pool, head: RequestHead) -> Origin | Http2Origin | None:
         """Returns the preconnected connection, or None where there is none. One that failed is None, too: an application that refused
