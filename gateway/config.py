@@ -163,6 +163,9 @@ class Sessions(BaseModel):
         "park", pattern="^(park|park-all|cut)$",
         description="silent streams on which the client can speak outlive a suspend; park-all: also those of the server alone; cut: none",
     )  # fmt: skip
+    stop_seconds: float = Field(
+        10.0, ge=0, description="after TerminateMicrovm an application has this long from its STOPSIGNAL (SIGTERM) to its end; 0: no signal"
+    )
     parked_streams: int = Field(256, ge=0, description="at most, of one session at one worker; the rest are cut")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 from typing import Any
 
 LENT_PREFIX = "/run/buildhost"  # where vmm lends the host's settings to RUN steps; nothing may still point there
@@ -19,6 +21,20 @@ def parse_config(text: str) -> dict[str, Any]:
     if not (config.get("Entrypoint") or config.get("Cmd")):
         raise ContainerError("the Dockerfile sets neither ENTRYPOINT nor CMD: there is nothing to start")
     return config
+
+
+def stop_signal(config: dict[str, Any]) -> int:
+    """The number of STOPSIGNAL, which is given by name or number; SIGTERM where there is none, or none that Linux has."""
+    text = str(config.get("StopSignal") or "").upper().removeprefix("SIG")
+    relative = re.fullmatch(r"RT(MIN|MAX)(?:([+-])(\d+))?", text)
+    if relative is not None:  # glibc's range, whatever library this process has
+        start, sign, offset = relative.groups()
+        number = (34 if start == "MIN" else 64) + int(f"{sign or '+'}{offset or 0}")
+    elif text.isdecimal():
+        number = int(text)
+    else:
+        number = getattr(signal, f"SIG{text}", signal.SIGTERM)
+    return int(number) if 1 <= number <= 64 else signal.SIGTERM
 
 
 def exposed_ports(config: dict[str, Any]) -> list[int]:
@@ -38,7 +54,9 @@ def agent_entries(
     environment |= variables | reserved
     entries = [("arg", word) for word in [*(config.get("Entrypoint") or []), *(config.get("Cmd") or [])]]
     entries += [("env", f"{name}={value}") for name, value in environment.items()]
-    entries += [("user", config.get("User") or ""), ("dir", config.get("WorkingDir") or "/")]
+    entries += [("volume", path) for path in config.get("Volumes") or {}]
+    entries += [("user", config.get("User") or ""), ("dir", f"/{(config.get('WorkingDir') or '').lstrip('/')}")]
+    entries.append(("stop", str(int(stop_signal(config)))))
     if all_capabilities:
         entries.append(("capabilities", "all"))
     return entries

@@ -376,13 +376,16 @@ class Actions:
     # ---- destroy ----
 
     async def destroy(self, session: Session, event: Event, before: asyncio.Task[None] | None = None) -> Outcome:
-        """Calls the terminate hook where the guest still runs, then has everything of the session go, and tries until that is done."""
+        """Calls the terminate hook and sends the stop signal where the guest still runs, then has everything of the session go, and tries
+        until that is done."""
         if before is not None:  # what it puts into the object store would be nobody's
             await asyncio.wait([before])
         if self._channels.is_attached(session) and event in (Event.TERMINATE, Event.EXPIRED):
             await self._routes.drain(session, 0, cut=True)
             with contextlib.suppress(hooks.HookError, RpcError):
                 await self._hook(session, "terminate")
+            with contextlib.suppress(AgentError):
+                await self._channels.stop(session, self._settings.sessions.stop_seconds)
         while True:
             try:
                 await self._host.forget(session.id)

@@ -12,12 +12,13 @@ from . import out_of_memory
 from .frame import HEADER, MAGIC, MAGIC_BYTES, frame
 from .shells import Shells
 
-_HELLO, _WAKE, _CONFIG, _START, _SYNC = 0x01, 0x02, 0x03, 0x04, 0x0A
+_HELLO, _WAKE, _CONFIG, _START, _SYNC, _STOP = 0x01, 0x02, 0x03, 0x04, 0x0A, 0x0B
 _IS_HELLO, _WOKEN, _OUTPUT, _EXIT = 0x81, 0x82, 0x83, 0x84
 _SHELL_OUTPUT, _SHELL_TAKEN, _SHELL_EXIT, _KILLED = 0x85, 0x86, 0x87, 0x88
 _FRAME_MAX_IN = 4096
 _FRAME_MAX_OUT = 16384
 _BUDGET_BYTES = 65536  # read per session and loop turn, so that a chatty guest starves nobody
+_STOP_ANSWER_SECONDS = 1.0  # guests of older images know no such order, and do not answer
 _RESYNC = b"\0" * (_FRAME_MAX_IN + HEADER.size)
 
 
@@ -64,6 +65,7 @@ class Agent:
         self._holds = False
         self.shells = Shells(self.send)
         self.closed: asyncio.Future[None] = self._loop.create_future()
+        self._exited = asyncio.Event()
         self._loop.add_reader(descriptor, self._readable)
 
     def expect(self, nonce: int) -> asyncio.Future[bytes]:
@@ -89,6 +91,22 @@ class Agent:
                 return await future
         except TimeoutError as error:
             raise AgentError(f"the guest's agent did not answer in {seconds:g} s") from error
+
+    async def stop(self, seconds: float) -> None:
+        """Has the application sent its stop signal, and returns when it has ended, when its time is up, or at once where nothing in it
+        heeds that signal. Raises AgentError when the channel closes."""
+        nonce = secrets.randbits(63)
+        future = self.expect(nonce)
+        self.send(frame(_STOP, struct.pack("<Q", nonce)))
+        try:
+            async with asyncio.timeout(_STOP_ANSWER_SECONDS):
+                answer = await future
+            if len(answer) < 16 or not struct.unpack_from("<I", answer, 8)[0]:
+                return
+            async with asyncio.timeout(seconds):
+                await self._exited.wait()
+        except TimeoutError:
+            return
 
     # ---- through a suspend, where shells are parked: the guest keeps its side of each in its memory ----
 
@@ -138,6 +156,7 @@ class Agent:
             return
         self._drop()
         self.closed.set_result(None)
+        self._exited.set()  # nobody waits for what cannot come any more
         self.shells.close()
         for future in self._nonces.values():
             if not future.done():
@@ -204,6 +223,7 @@ class Agent:
         elif kind == _OUTPUT:
             self._on_output(channel, payload)
         elif kind == _EXIT and len(payload) == 4:
+            self._exited.set()
             self._on_exit(struct.unpack("<i", payload)[0])
         elif kind == _KILLED:
             self._on_killed(out_of_memory.line_of(payload))

@@ -141,6 +141,12 @@ class Channels:
 
     # ---- ends ----
 
+    async def stop(self, session: Session, seconds: float) -> None:
+        """Has the application end by itself, as `docker stop` does. Raises AgentError."""
+        agent = self._agents.get(session.id)
+        if agent is not None and seconds > 0:
+            await agent.stop(seconds)
+
     def close(self, session: Session) -> None:
         agent = self._agents.pop(session.id, None)
         if agent is not None:

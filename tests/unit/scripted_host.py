@@ -11,7 +11,7 @@ from gateway import messages as m
 from gateway.rpc import RpcError
 from gateway.sessions.agent import frame
 
-_IS_HELLO, _WOKEN = 0x81, 0x82
+_STOP, _IS_HELLO, _WOKEN, _EXIT = 0x0B, 0x81, 0x82, 0x84
 
 
 class ScriptedHost:
@@ -26,6 +26,7 @@ class ScriptedHost:
         self.snapshots: dict[str, int] = {}
         self.stored: dict[str, str] = {}
         self.guests: list[socket.socket] = []
+        self.heeds: dict[str, asyncio.Event] = {}  # by session: applications that heed a stop signal, and when they end then
         self.block: dict[str, asyncio.Event] = {}
         self.reached: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by call: it was made
         self.looks = 0  # at the room that there is
@@ -53,7 +54,21 @@ class ScriptedHost:
         ours, guest = socket.socketpair()
         self.guests.append(guest)
         guest.sendall(woken(wake))
+        asyncio.get_running_loop().add_reader(guest, self._heard, session, guest)
         return ours.detach()
+
+    def _heard(self, session: str, guest: socket.socket) -> None:
+        """What a running guest is told: of that only the order to stop is answered."""
+        data = guest.recv(1 << 16)
+        if not data:
+            asyncio.get_running_loop().remove_reader(guest)
+        elif len(data) >= 8 and data[4] == _STOP:
+            self.calls.append(f"stop signal {self.stored.get(session, '-')}")
+            heeds = self.heeds.get(session)
+            guest.sendall(frame(_WOKEN, data[-8:] + struct.pack("<II", heeds is not None, 0)))
+            if heeds is not None:
+                task = asyncio.get_running_loop().create_task(heeds.wait())
+                task.add_done_callback(lambda done: done.cancelled() or guest.sendall(frame(_EXIT, struct.pack("<i", 0))))
 
     async def unpause(self, session: str, incarnation: int) -> None:
         self.held[session].phase = "running"

@@ -135,7 +135,7 @@ async def test_each_step_is_stored_before_it_is_done(rig: Rig) -> None:
     await rig.reach(one, State.TERMINATED)
     assert rig.host.calls == [
         "prepare -", "start PENDING", "suspend SUSPENDING", "kill SUSPENDED",
-        "prepare SUSPENDED", "start RESUMING", "forget TERMINATING",
+        "prepare SUSPENDED", "start RESUMING", "stop signal TERMINATING", "forget TERMINATING",
     ]  # fmt: skip
     events = [(row.event, row.new) for row in await rig.store.events("s1")]
     assert events == [
@@ -143,6 +143,36 @@ async def test_each_step_is_stored_before_it_is_done(rig: Rig) -> None:
         ("resume", "RESUMING"), ("resumed", "RUNNING"), ("terminate", "TERMINATING"), ("cleaned", "TERMINATED"),
     ]  # fmt: skip
     assert (one.incarnation, one.reason, one.snapshot_bytes) == (2, "Success.", 60)
+
+
+async def test_an_application_that_heeds_its_stop_signal_ends_by_itself(rig: Rig) -> None:
+    one = await rig.launched()
+    rig.host.heeds["s1"] = asyncio.Event()
+    await rig.lifecycle.fire(one, Event.TERMINATE, "Success.")
+    await rig.reach(one, State.TERMINATING)
+    await until(lambda: "stop signal TERMINATING" in rig.host.calls)
+    await turns()
+    assert "forget TERMINATING" not in rig.host.calls
+    rig.host.heeds["s1"].set()
+    await rig.reach(one, State.TERMINATED)
+    assert one.reason == "Success."
+
+
+async def test_a_stop_signal_has_its_time(rig: Rig) -> None:
+    rig.settings.sessions.stop_seconds = 0.01
+    one = await rig.launched()
+    rig.host.heeds["s1"] = asyncio.Event()  # and never ends
+    await rig.lifecycle.fire(one, Event.EXPIRED)
+    await rig.reach(one, State.TERMINATED)
+    assert "stop signal TERMINATING" in rig.host.calls
+
+
+async def test_no_signal_where_there_is_no_time_for_it(rig: Rig) -> None:
+    rig.settings.sessions.stop_seconds = 0
+    one = await rig.launched()
+    await rig.lifecycle.fire(one, Event.TERMINATE)
+    await rig.reach(one, State.TERMINATED)
+    assert "stop signal TERMINATING" not in rig.host.calls
 
 
 async def test_a_snapshot_that_cannot_be_made_leaves_it_running(rig: Rig) -> None:

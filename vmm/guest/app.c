@@ -12,40 +12,56 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mount.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
-#include <sys/stat.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
-#include <sys/sysmacros.h>
 #include <unistd.h>
 
-#define ARGUMENTS_MAX 256
-#define ENVIRONMENT_MAX 256
 #define DEFAULT_CAPABILITIES 0xa80425fbull /* service reference, section 6 */
 #define LAST_CAPABILITY 63
 
-static char *arguments[ARGUMENTS_MAX + 1], *environment[ENVIRONMENT_MAX + 1];
-static size_t argument_count, environment_count;
+#define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+/* As many as there are: what the kernel cannot take, it refuses itself. The list ends with NULL. */
+struct words {
+    char **all;
+    size_t count;
+};
+
+static struct words arguments, environment, volumes;
 static char *user = "", *directory = "/";
-static int all_capabilities;
+static int all_capabilities, stop_signal = SIGTERM;
 
 pid_t app_pid = -1;
-int app_output = -1, app_errors = -1;
+int app_output = -1, app_errors = -1, app_console = -1;
+static int console_kept = -1; /* its other end: without one, reading would end whenever nobody has it open */
 uint32_t app_state = APP_NONE;
 int32_t app_code;
 
 static char *pending; /* an entry whose end comes with the next piece */
 static size_t pending_used;
 
+static void add(struct words *words, char *word)
+{
+    char **all = realloc(words->all, (words->count + 2) * sizeof *all);
+    if (!all || !word) { say("out of memory"); return; }
+    words->all = all;
+    all[words->count++] = word;
+    all[words->count] = NULL;
+}
+
 static void entry(char *text)
 {
     char *value = strchr(text, '=');
     if (!value) return;
     *value++ = 0;
-    if (!strcmp(text, "arg") && argument_count < ARGUMENTS_MAX) arguments[argument_count++] = strdup(value);
-    else if (!strcmp(text, "env") && environment_count < ENVIRONMENT_MAX) environment[environment_count++] = strdup(value);
+    if (!strcmp(text, "arg")) add(&arguments, strdup(value));
+    else if (!strcmp(text, "env")) add(&environment, strdup(value));
+    else if (!strcmp(text, "volume")) add(&volumes, strdup(value));
     else if (!strcmp(text, "user")) user = strdup(value);
     else if (!strcmp(text, "dir")) directory = strdup(value);
+    else if (!strcmp(text, "stop")) stop_signal = atoi(value);
     else if (!strcmp(text, "capabilities")) all_capabilities = !strcmp(value, "all");
 }
 
@@ -64,97 +80,114 @@ void app_configure(const uint8_t *entries, uint32_t length)
     memmove(pending, start, pending_used);
 }
 
-static void device(const char *path, unsigned major, unsigned minor)
-{
-    mknod(path, S_IFCHR | 0666, makedev(major, minor));
-    chmod(path, 0666);
-}
-
-static void own_mounts(void)
-{
-    mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL);
-    must(mount("tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k"), "/dev");
-    device("/dev/null", 1, 3); device("/dev/zero", 1, 5); device("/dev/full", 1, 7);
-    device("/dev/random", 1, 8); device("/dev/urandom", 1, 9); device("/dev/tty", 5, 0);
-    if (all_capabilities) device("/dev/fuse", 10, 229);
-    mkdir("/dev/pts", 0755); mkdir("/dev/shm", 01777); mkdir("/dev/mqueue", 01777);
-    mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,gid=5,mode=620,ptmxmode=666");
-    mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777,size=64m");
-    (void)!symlink("pts/ptmx", "/dev/ptmx"); (void)!symlink("/proc/self/fd", "/dev/fd");
-    (void)!symlink("/proc/self/fd/0", "/dev/stdin"); (void)!symlink("/proc/self/fd/1", "/dev/stdout");
-    (void)!symlink("/proc/self/fd/2", "/dev/stderr");
-    must(mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "/proc");
-}
-
 static const char *lookup(const char *name)
 {
     size_t length = strlen(name);
-    for (char **e = environment; *e; e++)
-        if (!strncmp(*e, name, length) && (*e)[length] == '=') return *e + length + 1;
+    for (size_t i = 0; i < environment.count; i++)
+        if (!strncmp(environment.all[i], name, length) && environment.all[i][length] == '=') return environment.all[i] + length + 1;
     return NULL;
+}
+
+static void set_default(const char *name, const char *value)
+{
+    char *made = NULL;
+    if (!lookup(name) && asprintf(&made, "%s=%s", name, value) > 0) add(&environment, made);
+}
+
+static void limit_capabilities(void)
+{
+    if (all_capabilities) return;
+    for (int c = 0; c <= LAST_CAPABILITY; c++)
+        if (!(DEFAULT_CAPABILITIES >> c & 1)) prctl(PR_CAPBSET_DROP, c, 0, 0, 0);
 }
 
 /* USER as Docker reads it: name or number, then optionally a group, by name or number. */
 static void become(void)
 {
-    char name[128];
-    snprintf(name, sizeof name, "%s", *user ? user : "0");
-    char *group = strchr(name, ':');
+    char *name = strdup(*user ? user : "0"), *group = strchr(name, ':'), *rest;
     if (group) *group++ = 0;
-    char *rest;
     unsigned long number = strtoul(name, &rest, 10);
     struct passwd *account = *rest ? getpwnam(name) : getpwuid((uid_t)number);
-    if (*rest && !account) { say("user %s: not in /etc/passwd", name); _exit(126); }
+    if (*rest && !account) { tell("USER %s: the image's /etc/passwd has no such user", name); _exit(126); }
     uid_t uid = account ? account->pw_uid : (uid_t)number;
     gid_t gid = account ? account->pw_gid : 0;
     if (group && *group) {
         unsigned long group_number = strtoul(group, &rest, 10);
         struct group *entry_ = *rest ? getgrnam(group) : NULL;
-        if (*rest && !entry_) { say("group %s: not in /etc/group", group); _exit(126); }
+        if (*rest && !entry_) { tell("USER %s: the image's /etc/group has no group %s", user, group); _exit(126); }
         gid = entry_ ? entry_->gr_gid : (gid_t)group_number;
         setgroups(0, NULL);
     } else if (account) initgroups(account->pw_name, gid);
     else setgroups(0, NULL);
-    if (!lookup("HOME") && environment_count < ENVIRONMENT_MAX) {
-        char *home = NULL;
-        if (asprintf(&home, "HOME=%s", account ? account->pw_dir : "/") > 0) environment[environment_count++] = home;
-    }
-    if (!all_capabilities)
-        for (int c = 0; c <= LAST_CAPABILITY; c++)
-            if (!(DEFAULT_CAPABILITIES >> c & 1)) prctl(PR_CAPBSET_DROP, c, 0, 0, 0);
+    set_default("HOME", account ? account->pw_dir : "/");
+    /* A pipe is its maker's: /dev/stdout and /proc/self/fd/1 are opened by name, with USER's rights. */
+    (void)!fchown(1, uid, (gid_t)-1); (void)!fchown(2, uid, (gid_t)-1); (void)!chown("/dev/console", uid, (gid_t)-1);
+    limit_capabilities();
     must(setgid(gid), "setgid");
     must(setuid(uid), "setuid");
 }
 
-static void run(int output, int errors)
+/* What an image may count on, and what it may lack. As root, before USER. */
+static void make_directories(void)
+{
+    for (size_t i = 0; i < volumes.count; i++)
+        if (make_path(volumes.all[i])) tell("VOLUME %s: %s", volumes.all[i], strerror(errno));
+    if (make_path(directory)) { tell("WORKDIR %s: %s", directory, strerror(errno)); _exit(126); }
+}
+
+static void send_console(int channel, int master)
+{
+    union { struct cmsghdr header; char space[CMSG_SPACE(sizeof(int))]; } control;
+    struct iovec byte = {"", 1};
+    struct msghdr message = {.msg_iov = &byte, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+    control.header = (struct cmsghdr){.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+    memcpy(CMSG_DATA(&control.header), &master, sizeof master);
+    if (master >= 0) (void)!sendmsg(channel, &message, 0);
+}
+
+static void take_console(int channel)
+{
+    union { struct cmsghdr header; char space[CMSG_SPACE(sizeof(int))]; } control;
+    char byte;
+    struct iovec room = {&byte, 1};
+    struct msghdr message = {.msg_iov = &room, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+    if (recvmsg(channel, &message, MSG_CMSG_CLOEXEC) <= 0 || !CMSG_FIRSTHDR(&message)) return;
+    memcpy(&app_console, CMSG_DATA(&control.header), sizeof app_console);
+    console_kept = ioctl(app_console, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
+}
+
+static void run(int output, int errors, int channel)
 {
     setsid();
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     signal(SIGPIPE, SIG_DFL);
-    own_mounts();
+    dup2(output, 1); dup2(errors, 2);
+    send_console(channel, furnish(all_capabilities));
     int nothing = open("/dev/null", O_RDONLY);
-    dup2(nothing, 0); dup2(output, 1); dup2(errors, 2);
+    dup2(nothing, 0);
     for (int fd = 3; fd < 64; fd++) close(fd);
+    make_directories();
+    int is_entered = !chdir(directory); /* with root's rights, as runc does */
     become();
-    if (chdir(directory)) { say("WORKDIR %s: %s", directory, strerror(errno)); _exit(126); }
-    const char *path = lookup("PATH");
-    setenv("PATH", path ? path : "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", 1);
-    execvpe(arguments[0], arguments, environment);
-    say("exec %s: %s", arguments[0], strerror(errno));
-    _exit(errno == ENOENT ? 127 : 126);
+    if (!is_entered && chdir(directory)) { tell("WORKDIR %s: %s", directory, strerror(errno)); _exit(126); }
+    set_default("PATH", DEFAULT_PATH);
+    setenv("PATH", lookup("PATH"), 1);
+    foresee(arguments.all[0], all_capabilities);
+    execvpe(arguments.all[0], arguments.all, environment.all);
+    int error = errno;
+    explain(arguments.all, environment.all, error);
+    _exit(error == ENOENT ? 127 : 126);
 }
 
 void app_exec_shell(void)
 {
     static char *const bash[] = {"bash", "--norc", "--noprofile", "-i", NULL}, *const sh[] = {"sh", "-i", NULL};
-    if (!all_capabilities)
-        for (int c = 0; c <= LAST_CAPABILITY; c++)
-            if (!(DEFAULT_CAPABILITIES >> c & 1)) prctl(PR_CAPBSET_DROP, c, 0, 0, 0);
+    limit_capabilities();
     clearenv();
-    for (char **e = environment; *e; e++) putenv(*e);
-    setenv("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", 0);
+    for (size_t i = 0; i < environment.count; i++) putenv(environment.all[i]);
+    setenv("PATH", DEFAULT_PATH, 0);
     setenv("HOME", "/root", 0);
     setenv("TERM", "xterm", 1);
     setenv("PS1", "\xce\xbb $ ", 1);
@@ -166,20 +199,44 @@ void app_exec_shell(void)
 
 int app_start(void)
 {
-    if (!argument_count) { say("the image has neither ENTRYPOINT nor CMD"); return -1; }
-    int output[2], errors[2];
-    if (pipe2(output, O_CLOEXEC) || pipe2(errors, O_CLOEXEC)) return -1;
+    if (!arguments.count) { say("the image has neither ENTRYPOINT nor CMD"); return -1; }
+    int output[2], errors[2], channel[2];
+    if (pipe2(output, O_CLOEXEC) || pipe2(errors, O_CLOEXEC) || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, channel)) return -1;
     app_pid = (pid_t)syscall(SYS_clone, CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | SIGCHLD, 0, 0, 0, 0);
     if (app_pid < 0) { say("clone: %s", strerror(errno)); return -1; }
-    if (!app_pid) run(output[1], errors[1]);
+    if (!app_pid) run(output[1], errors[1], channel[1]);
     close(output[1]);
     close(errors[1]);
+    close(channel[1]);
+    take_console(channel[0]);
+    close(channel[0]);
     app_output = output[0];
     app_errors = errors[0];
     fcntl(app_output, F_SETFL, O_NONBLOCK);
     fcntl(app_errors, F_SETFL, O_NONBLOCK);
     app_state = APP_RUNNING;
     return 0;
+}
+
+/* Whether the main thread catches the signal, or blocks it to wait for it (sigwaitinfo(2), signalfd(2)). For a PID 1 that does neither the
+   kernel drops it (pid_namespaces(7)): there is nothing to wait for. */
+static int is_heeded(int number)
+{
+    char path[64], line[128];
+    unsigned long long mask, heeded = 0;
+    snprintf(path, sizeof path, "/proc/%d/status", (int)app_pid);
+    FILE *file = fopen(path, "re");
+    while (file && fgets(line, sizeof line, file))
+        if (sscanf(line, "SigBlk: %llx", &mask) == 1 || sscanf(line, "SigCgt: %llx", &mask) == 1) heeded |= mask;
+    if (file) fclose(file);
+    return number == SIGKILL || (heeded >> (number - 1) & 1);
+}
+
+int app_stop(void)
+{
+    if (app_state != APP_RUNNING) return 0;
+    int heeded = is_heeded(stop_signal);
+    return !kill(app_pid, stop_signal) && heeded;
 }
 
 void app_exited(int status)

@@ -26,9 +26,10 @@ enum frame_type {
     FRAME_SHELL_CREDIT = 0x08, /* host: u32 bytes of output that may be sent */
     FRAME_SHELL_CLOSE = 0x09,  /* host: hang up */
     FRAME_SYNC = 0x0a,         /* host: u64 nonce; answered as a wake is, when all files are on the disk */
+    FRAME_STOP = 0x0b,         /* host: u64 nonce; the application is sent its stop signal. Answered u64 nonce, u32 whether it heeds it, u32 0 */
     FRAME_IS_HELLO = 0x81, /* u64 nonce, u32 application state, i32 exit code */
     FRAME_WOKEN = 0x82,    /* u64 nonce */
-    FRAME_OUTPUT = 0x83,   /* channel 1 standard output, 2 standard error */
+    FRAME_OUTPUT = 0x83,   /* channel 1 standard output, 2 standard error, 3 what was written to /dev/console */
     FRAME_EXIT = 0x84,     /* i32 exit code */
     FRAME_SHELL_OUTPUT = 0x85,
     FRAME_SHELL_TAKEN = 0x86, /* u32 bytes of input that the terminal took */
@@ -69,11 +70,24 @@ enum app_state { APP_NONE = 0, APP_RUNNING = 1, APP_EXITED = 2 };
 void app_configure(const uint8_t *entries, uint32_t length);
 int app_start(void); /* 0, or -1 with a line on standard error */
 void app_exited(int status);
+int app_stop(void); /* sends it its stop signal: whether it is one that the application heeds */
 void app_exec_shell(void); /* inside the container already: environment, directory, rights, exec; returns on failure */
 extern pid_t app_pid;
-extern int app_output, app_errors; /* the ends that we read, or -1 */
+extern int app_output, app_errors, app_console; /* the ends that we read, or -1 */
 extern uint32_t app_state;
 extern int32_t app_code;
+
+/* ---- what an application finds around it ---- */
+
+void allow_much(void);
+int make_path(const char *path);
+int furnish(int all_capabilities);
+
+/* ---- why an image does not start, in words for who wrote it ---- */
+
+void tell(const char *format, ...) __attribute__((format(printf, 1, 2))); /* one line, "torpor: ...", on standard error */
+void foresee(const char *program, int all_capabilities);
+void explain(char **arguments, char **environment, int error); /* execve(2)'s error */
 
 /* ---- shells ---- */
 

@@ -70,13 +70,27 @@ static void make(const char *path, mode_t mode)
     if (mkdir(path, mode) == 0) chmod(path, mode);
 }
 
+/* What is mounted there must not be led elsewhere. */
+static void make_own(const char *path, mode_t mode)
+{
+    struct stat found;
+    if (!lstat(path, &found) && !S_ISDIR(found.st_mode)) unlink(path);
+    make(path, mode);
+}
+
+/* An image's own link to a directory stays. */
+static void make_there(const char *path, mode_t mode)
+{
+    struct stat found;
+    if (stat(path, &found) || !S_ISDIR(found.st_mode)) make_own(path, mode);
+}
+
 /* The image's disk becomes the root; nothing of ours is on it. */
 static void enter_disk(void)
 {
     /* It was a placeholder when the kernel looked for partitions; what was read then went with the last close of the device. */
     must(mount("/dev/vda", "/root", "ext4", MS_NOATIME, "noinit_itable,no_prefetch_block_bitmaps"), "mount /dev/vda");
-    make("/root/dev", 0755); make("/root/proc", 0755); make("/root/sys", 0755);
-    make("/root/tmp", 01777); make("/root/run", 0755); make("/root/etc", 0755);
+    make_own("/root/dev", 0755); make_own("/root/proc", 0755); make_own("/root/sys", 0755);
     must(mount("/dev", "/root/dev", NULL, MS_MOVE, NULL), "move /dev");
     must(mount("/proc", "/root/proc", NULL, MS_MOVE, NULL), "move /proc");
     must(mount("/sys", "/root/sys", NULL, MS_MOVE, NULL), "move /sys");
@@ -84,7 +98,9 @@ static void enter_disk(void)
     must(mount(".", "/", NULL, MS_MOVE, NULL), "move root");
     must(chroot("."), "chroot");
     must(chdir("/"), "chdir");
-    must(mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755"), "run");
+    make_there("/tmp", 01777); make_there("/etc", 0755);
+    make_there("/run", 0755); make_there("/run/lock", 01777); make_there("/run/user", 0755);
+    rmdir("/lost+found"); /* mkfs's */
 }
 
 /* What a kernel does by itself every so often, a clone does in its first seconds, and pays for with translating it: statistics folded
@@ -95,11 +111,22 @@ static void be_quiet(void)
     put("/proc/sys/vm/compaction_proactiveness", "0");
 }
 
+/* A file of ours: what the image has under this name, a link or another name of a file as a rule, is left alone and loses it. */
+static void replace(const char *path, const char *text)
+{
+    unlink(path);
+    put(path, text);
+}
+
+/* The name is the service's (reference, section 6), the same in every clone. */
 static void name_host(void)
 {
     (void)!sethostname("localhost", 9);
-    put("/etc/hosts", "127.0.0.1 localhost\n::1 localhost ip6-localhost\n");
-    put("/etc/resolv.conf", "nameserver " HOST_ADDRESS "\n");
+    replace("/etc/hostname", "localhost\n");
+    replace("/etc/hosts", "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\nff00::0\tip6-mcastprefix\n"
+                          "ff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n");
+    replace("/etc/resolv.conf", "nameserver " HOST_ADDRESS "\n");
+    (void)!symlink("/proc/mounts", "/etc/mtab");
 }
 
 /* Not before it is needed: a boot is kept, and goes on with another image's disk (vmm/qemu/boots.py). */
@@ -138,6 +165,14 @@ static void handle(uint8_t type, uint16_t channel, const uint8_t *payload, uint3
         sync();
         port_send(FRAME_WOKEN, 0, payload, 8);
         return;
+    case FRAME_STOP: {
+        struct { uint64_t nonce; uint32_t is_heeded, nothing; } answer = {0, 0, 0};
+        if (length != 8) return;
+        memcpy(&answer.nonce, payload, 8);
+        answer.is_heeded = (uint32_t)app_stop();
+        port_send(FRAME_WOKEN, 0, &answer, sizeof answer);
+        return;
+    }
     case FRAME_CONFIG:
         have_disk();
         app_configure(payload, length);
@@ -183,6 +218,7 @@ static void reap(void)
         /* What it wrote last comes before the news of its end. */
         for (int i = 0; i < 64 && app_output >= 0; i++) forward(&app_output, 1);
         for (int i = 0; i < 64 && app_errors >= 0; i++) forward(&app_errors, 2);
+        if (app_console >= 0) forward(&app_console, 3);
         app_exited(status);
     }
 }
@@ -190,22 +226,25 @@ static void reap(void)
 static void serve(int signals)
 {
     for (;;) {
-        struct pollfd fds[6 + SHELLS_MAX] = {{signals, POLLIN, 0}, {app_output, POLLIN, 0}, {app_errors, POLLIN, 0}};
-        port_poll(fds + 3);
-        oom_poll(fds + 5);
-        shell_poll(fds + 6);
-        if (poll(fds, 6 + SHELLS_MAX, -1) < 0) continue;
-        oom_ready(fds + 5); /* before the end of the process, if that was the application's */
+        struct pollfd fds[7 + SHELLS_MAX] = {
+            {signals, POLLIN, 0}, {app_output, POLLIN, 0}, {app_errors, POLLIN, 0}, {app_console, POLLIN, 0},
+        };
+        port_poll(fds + 4);
+        oom_poll(fds + 6);
+        shell_poll(fds + 7);
+        if (poll(fds, 7 + SHELLS_MAX, -1) < 0) continue;
+        oom_ready(fds + 6); /* before the end of the process, if that was the application's */
         if (fds[0].revents) {
             struct signalfd_siginfo info[8];
             (void)!read(signals, info, sizeof info);
             port_signalled();
             reap();
         }
-        port_ready(fds + 3, handle);
+        port_ready(fds + 4, handle);
         if (fds[1].revents) forward(&app_output, 1);
         if (fds[2].revents) forward(&app_errors, 2);
-        shell_ready(fds + 6);
+        if (fds[3].revents) forward(&app_console, 3);
+        shell_ready(fds + 7);
         port_flush();
     }
 }
@@ -226,6 +265,7 @@ int main(int argc, char **argv)
     for (int i = 0; i < 1000 && access("/dev/vda", F_OK); i++) usleep(5000);
     must(access("/dev/vda", F_OK), "find /dev/vda");
     be_quiet();
+    allow_much();
     network_up();
     gate_open();
     wake_prepare();
