@@ -19,7 +19,7 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; dpkg --configure -a && apt-get -q update >/dev/null && \
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
-.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-load test-fresh test-fresh-odd fresh-packages check lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-load test-fresh test-fresh-odd fresh-packages check static lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -78,7 +78,10 @@ test-fresh-odd: fresh-packages ## make demo and make check there, with /tmp noex
 fresh-packages:
 	@$(call install,$(FRESH_PACKAGES))
 
-check: deps lint types unit ## lint, types, unit tests: under a minute
+check: deps ## lint, types, unit tests: under a minute
+	@$(MAKE) --no-print-directory -j2 static unit
+
+static: lint types
 
 lint:
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check -q .
@@ -87,7 +90,7 @@ types:
 	@$(VENV)/bin/mypy
 
 unit:
-	@$(PY) -m pytest -q -n auto -m "not vm and not service and not long" tests
+	@$(PY) -m pytest -q -n auto --dist worksteal -m "not vm and not service and not long" tests
 
 conformance: setup conformance-packages ## every protocol and client against a real endpoint; writes docs/conformance.md
 	@CONFORMANCE_TABLE=docs/conformance.md $(PY) -m pytest -q -m conformance tests/conformance

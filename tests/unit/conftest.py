@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from edge_rig import Rig
 
 from gateway.sessions import transitions
+
+# Plain tracebacks, as in the service: with local variables, drawn by rich, each costs 40 ms.
+_console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+structlog.configure(processors=[*structlog.get_config()["processors"][:-1], _console])
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from gateway import children as module
 from gateway.children import Child, Children, Process, StartError
@@ -110,9 +111,7 @@ async def test_what_cannot_be_started_again_is_tried_until_it_can(rig: Rig, scri
     first = await started(rig)
     rig.script = script
     first.kill()
-    async with asyncio.timeout(10):
-        while rig.spawned < 4:
-            await asyncio.sleep(0.005)
+    await until(lambda: rig.spawned >= 4, 10)
     rig.script = SERVES
     await rig.until_another_serves(first)
     assert len(rig.child.processes) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import subprocess
 import sys
 import venv
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import typer
+from commands import TORPOR, run
 
 from gateway import instance
 from gateway.cli import output
@@ -20,16 +20,11 @@ from gateway.config import ConfigError
 from gateway.messages import LogLine, MicrovmLog
 
 REPO = Path(__file__).resolve().parents[2]
-TORPOR = Path(sys.prefix) / "bin/torpor"
-
-
-def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TORPOR_", "AWS_"))} | variables
-    return subprocess.run([str(TORPOR), *words], capture_output=True, text=True, env=environment, timeout=30, check=False)
 
 
 def test_version() -> None:
-    assert run("version").stdout.strip() and run("version", "--json").stdout.startswith("{")
+    assert subprocess.run([TORPOR, "version"], capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    assert run("version", "--json").stdout.startswith("{")
 
 
 @pytest.mark.parametrize(
@@ -230,16 +225,20 @@ def test_code_that_the_services_users_may_not_read_is_refused_in_one_line(tmp_pa
         instance.check_readable(tmp_path / "gateway")
 
 
-@pytest.mark.parametrize("limits", [(256, 256), (256, 512), (384, 512)])
-def test_a_service_may_have_more_descriptors_than_a_login(limits: tuple[int, int]) -> None:
+def test_a_service_may_have_more_descriptors_than_a_login() -> None:
     """As many as it may: the second limit too, where CAP_SYS_RESOURCE lets it be raised."""
+    limits = [(256, 256), (256, 512), (384, 512)]
     program = (
-        "import resource, sys; from gateway.cli import host\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, tuple(map(int, sys.argv[1:])))\n"
-        "host._allow_descriptors(); print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+        "import os, resource, sys; from gateway.cli import host\n"
+        f"for limits in {limits}:\n"
+        "    if child := os.fork():\n"
+        "        os.waitpid(child, 0)\n"
+        "    else:\n"
+        "        resource.setrlimit(resource.RLIMIT_NOFILE, limits)\n"
+        "        host._allow_descriptors(); print(*resource.getrlimit(resource.RLIMIT_NOFILE)); sys.exit()"
     )
-    said = subprocess.run([sys.executable, "-c", program, *map(str, limits)], capture_output=True, text=True, check=True).stdout
-    assert said in (f"{limits[1]} {limits[1]}\n", "65536 65536\n")
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said in ([f"{hard} {hard}" for _, hard in limits], ["65536 65536"] * 3)
 
 
 def test_a_packages_own_script_runs_where_the_path_has_a_space(tmp_path: Path) -> None:

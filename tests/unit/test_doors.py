@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from edge_rig import HOST, Rig, response
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import until
 
@@ -165,6 +165,7 @@ async def test_access_log_has_a_line_a_request_and_no_secrets(tmp_path: Path, mo
 # ---- WebSocket ----
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 70_000), st.sampled_from([0x82, 0x01, 0x89, 0xC1])), max_size=5), st.data())
 def test_frame_boundaries_in_any_cut(frames: list[tuple[int, int]], data: st.DataObject) -> None:
     whole, boundaries = b"", {0}

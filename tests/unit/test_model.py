@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,13 +20,16 @@ MODEL = Model()
 OPERATIONS = {operation.name: operation for operation in MODEL.operations}
 
 
+@cache
+def client(service: str) -> Any:
+    return Session().create_client(service, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b")
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_routes_are_found_as_boto3_writes_them(name: str) -> None:
     """What botocore's serializer makes of an input comes out of our parser again."""
     operation = OPERATIONS[name]
-    serializer = (
-        Session().create_client(operation.service, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b")._serializer
-    )
+    serializer = client(operation.service)._serializer
     given_input = {member: "a/b c:d" for member in operation.names}
     members = {_member(operation, wire): value for wire, value in given_input.items()}
     if operation.input is not None:

@@ -16,6 +16,7 @@ from edge_rig import HOST, Rig
 from h2_client import Judge
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import until
 
 from gateway import messages as m
 from gateway.edge.origin import http1
@@ -165,7 +166,9 @@ async def test_pings_to_a_parked_tunnel_are_answered_here(rig: Rig) -> None:
         async with asyncio.timeout(5):
             assert await tunnel.reader.readexactly(2 + len(payload)) == pong(payload)
     tunnel.writer.write(frame(PONG, b"", b"abcd"))
-    await asyncio.sleep(0.05)
+    tunnel.writer.write(frame(PING, b"last", b"abcd"))  # its answer comes when the pong was looked at
+    async with asyncio.timeout(5):
+        assert await tunnel.reader.readexactly(6) == pong(b"last")
     assert not rig.control.resumed
     tunnel.writer.close()
 
@@ -224,7 +227,7 @@ async def test_what_is_under_way_is_not_parked(rig: Rig) -> None:
     _, writer = await asyncio.open_connection("127.0.0.1", rig.port)
     fields = f"Host: {HOST}\r\nX-aws-proxy-auth: {rig.token}\r\nX-aws-proxy-port: {rig.app_port}\r\n"
     writer.write(f"GET / HTTP/1.1\r\n{fields}\r\n".encode())
-    await asyncio.sleep(0.1)
+    await until(lambda: rig.worker.routes.account("s1").waiting)
     assert await suspend(rig) == 0
     hold.set()
     writer.close()
@@ -297,9 +300,7 @@ async def test_a_client_that_leaves_is_forgotten(rig: Rig) -> None:
     await suspend(rig)
     assert rig.worker.parking.count == 1
     tunnel.writer.transport.abort()
-    async with asyncio.timeout(5):
-        while rig.worker.parking.count:
-            await asyncio.sleep(0.005)
+    await until(lambda: not rig.worker.parking.count)
     assert not rig.control.resumed
 
 
@@ -431,7 +432,7 @@ async def test_calls_that_wait_for_a_head_are_cut_with_their_connection(calls: C
 
     calls.rig.script = deaf
     number = calls.call()
-    await asyncio.sleep(0.05)
+    await until(lambda: calls.rig.worker.routes.account("s1").waiting)
     assert await suspend(calls.rig) == 0
     assert (await calls.client.answer(number)).reset is not None
 
@@ -452,11 +453,12 @@ async def test_a_client_that_leaves_parked_calls_wakes_nobody(calls: Calls) -> N
     assert await suspend(calls.rig) == 2
     calls.client.h2.reset_stream(first)
     calls.client.flush()
-    await asyncio.sleep(0.05)
-    assert calls.rig.worker.parking.count == 1 and not calls.rig.control.resumed
+    (connection,) = calls.rig.worker.clients
+    await until(lambda: len(connection.streams) == 1)  # type: ignore[union-attr]
+    assert calls.rig.worker.parking.count == 1
     calls.client.writer.close()
-    await asyncio.sleep(0.05)
-    assert calls.rig.worker.parking.count == 0 and not calls.rig.control.resumed
+    await until(lambda: not calls.rig.worker.parking.count)
+    assert not calls.rig.control.resumed
 
 
 async def test_a_session_that_ends_resets_parked_calls(calls: Calls) -> None:
@@ -477,7 +479,6 @@ async def test_control_can_ask_how_many_streams_clients_still_hold(rig: Rig) -> 
     assert await connection.call("parked", m.SessionName("s1"), int) == 2
     assert await connection.call("parked", m.SessionName("unknown"), int) == 0
     tunnels[0].writer.transport.abort()
-    async with asyncio.timeout(5):
-        while await connection.call("parked", m.SessionName("s1"), int) != 1:
-            await asyncio.sleep(0.001)
+    await until(lambda: rig.worker.parking.count == 1)
+    assert await connection.call("parked", m.SessionName("s1"), int) == 1
     tunnels[1].writer.close()
