@@ -3,10 +3,13 @@
    of a wake. Sent by netlink, so that images need neither `nft` nor `ip`:
 
      table ip torpor {
-       chain in   { type filter hook prerouting priority -300;
-                    iif eth0 ip saddr HOST tcp sport != 53 ip saddr,daddr set 127.0.0.1,127.0.0.1 meta mark set HOST_MARK }
-       chain back { type filter hook postrouting priority 300;
+       chain in   { type filter hook prerouting priority -50;
+                    iif eth0 ip saddr,daddr HOST,GUEST tcp sport != 53 ip saddr,daddr set 127.0.0.1,127.0.0.1 meta mark set HOST_MARK }
+       chain back { type filter hook output priority -300;
                     oif eth0 ip saddr 127.0.0.1 ip saddr,daddr set GUEST,HOST } }
+
+   An application that tracks connections itself (dockerd, a firewall) sees both directions with the link's addresses, for its hooks lie
+   outside of these two (NF_IP_PRI_CONNTRACK -200, NF_IP_PRI_NAT_DST -100); what it sends elsewhere, to a container, is left alone.
 
    Sockets take the mark of the connection's first packet (tcp_fwmark_accept), by which their answers leave through eth0, though
    they are for 127.0.0.1. The host's ports and the guest's own are of different ranges (vmm/network.py): no two connections look alike.
@@ -164,11 +167,14 @@ static struct nlattr *rule(const struct family *family, const char *name, struct
     return nest(NFTA_RULE_EXPRESSIONS);
 }
 
-static void compare_source(const struct family *family, const char *with)
+/* The destination may be any (NULL). */
+static void compare_addresses(const struct family *family, const char *source, const char *destination)
 {
-    uint8_t address_[16];
-    inet_pton(family->number, with, address_);
-    load_header(NFT_PAYLOAD_NETWORK_HEADER, family->addresses, family->length); compare(NFT_CMP_EQ, address_, family->length);
+    uint8_t both[32];
+    uint16_t length = (uint16_t)(destination ? 2 * family->length : family->length);
+    inet_pton(family->number, source, both);
+    if (destination) inet_pton(family->number, destination, both + family->length);
+    load_header(NFT_PAYLOAD_NETWORK_HEADER, family->addresses, length); compare(NFT_CMP_EQ, both, length);
 }
 
 static void compose_table(const struct family *family)
@@ -176,8 +182,8 @@ static void compose_table(const struct family *family)
     struct nlmsghdr *m = begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE, NLM_F_CREATE, family->netfilter, 0);
     text(NFTA_TABLE_NAME, "torpor");
     end(m);
-    chain(family, "in", NF_INET_PRE_ROUTING, -300);
-    chain(family, "back", NF_INET_POST_ROUTING, 300);
+    chain(family, "in", NF_INET_PRE_ROUTING, -50);
+    chain(family, "back", NF_INET_LOCAL_OUT, -300);
 
     uint32_t eth0 = if_nametoindex("eth0");
     uint8_t tcp = IPPROTO_TCP;
@@ -185,7 +191,7 @@ static void compose_table(const struct family *family)
     struct nlattr *expressions = rule(family, "in", &m);
     load_meta(NFT_META_IIF); compare(NFT_CMP_EQ, &eth0, 4);
     load_meta(NFT_META_L4PROTO); compare(NFT_CMP_EQ, &tcp, 1);
-    compare_source(family, family->host);
+    compare_addresses(family, family->host, family->guest);
     load_header(NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2); compare(NFT_CMP_NEQ, &domain, 2); /* the resolver's answers */
     set_addresses(family, family->loopback, family->loopback);
     set_mark(HOST_MARK);
@@ -194,7 +200,7 @@ static void compose_table(const struct family *family)
 
     expressions = rule(family, "back", &m);
     load_meta(NFT_META_OIF); compare(NFT_CMP_EQ, &eth0, 4);
-    compare_source(family, family->loopback);
+    compare_addresses(family, family->loopback, NULL);
     set_addresses(family, family->guest, family->host);
     close_nest(expressions);
     end(m);
