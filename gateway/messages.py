@@ -52,7 +52,8 @@ class EgressRules(msgspec.Struct, frozen=True):
 class BuildRequest(msgspec.Struct):
     """Builds the container image and the disk of `image` from the tar archive `context`.
 
-    `logins`: registry hosts to base64 of `user:password`; they are reached even where their addresses are private.
+    `logins`: registry hosts to base64 of `user:password`; they are reached even where their addresses are private. `modules`: whether the
+    disk gets the kernel's modules, which then load on demand.
     """
 
     build: str
@@ -60,6 +61,7 @@ class BuildRequest(msgspec.Struct):
     context: str
     disk_bytes: int
     logins: dict[str, str]
+    modules: bool = False
 
 
 class BuildResult(msgspec.Struct):

@@ -28,9 +28,13 @@ class Step:
     says: str
 
 
+def _kernel_keys(cache: Path) -> tuple[str | Path, ...]:
+    return making.key_at(cache / "kernel"), cache / "kernel/release"
+
+
 def _initrd(name: str, modules: tuple[str, ...]) -> Step:
     def key(cache: Path) -> str:
-        made_of = (making.key_at(cache / "kernel"), making.key_at(cache / "guest"), cache / "kernel/release")
+        made_of = (*_kernel_keys(cache), making.key_at(cache / "guest"))
         return making.key_of(kernel.make_initrd, kernel.module_files, kernel.cpio, modules, *made_of)
 
     def work(cache: Path, target: Path) -> None:
@@ -50,6 +54,10 @@ _STEPS = (
         "compiling the guest's init",
     ),
     _initrd("initrd", kernel.MODULES),
+    Step(
+        "modules", lambda cache: making.key_of(kernel.make_modules, kernel.needed, kernel.EXTRA_MODULES, *_kernel_keys(cache)),
+        lambda cache, target: kernel.make_modules(cache / "kernel", target), "choosing the kernel's modules",
+    ),
     Step("qemu-root", lambda cache: jail.root_key(), lambda cache, target: jail.make_root(target), "making the hypervisors' root"),
     Step(
         "base.tar", lambda cache: base.base_key(), lambda cache, target: base.make_base(target),
@@ -58,7 +66,7 @@ _STEPS = (
 )  # fmt: skip
 _FIRECRACKER = (
     Step(
-        "vmlinux", lambda cache: making.key_of(kernel.extract_elf, making.key_at(cache / "kernel"), cache / "kernel/release"),
+        "vmlinux", lambda cache: making.key_of(kernel.extract_elf, *_kernel_keys(cache)),
         lambda cache, target: kernel.extract_elf(cache / "kernel/vmlinuz", target), "unpacking the guest's kernel",
     ),
     _initrd("initrd-firecracker", kernel.FIRECRACKER_MODULES),

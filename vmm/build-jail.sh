@@ -1,10 +1,11 @@
 # Makes the build's jail and enters it. $1 its root (an empty directory), $2 the first id of the builder's range, $3 the
 # instance's build directory (store, runroot), $4 the context's tar archive, $5 the output directory, $6 the host's settings for RUN steps,
-# $7 the base archive, $8 the script, $9 the logins; then files of cgroups up to "--"; the rest are the script's arguments.
+# $7 the base archive, $8 the script, $9 the logins, ${10} the kernel's modules for the image,
+# or nothing; then files of cgroups up to "--"; the rest are the script's arguments.
 set -eu
 umask 022
-root=$1 id=$2 store=$3 context=$4 out=$5 settings=$6 base=$7 script=$8 login=$9
-shift 9
+root=$1 id=$2 store=$3 context=$4 out=$5 settings=$6 base=$7 script=$8 login=$9 modules=${10}
+shift 10
 while [ "$1" != -- ]; do echo $$ > "$1"; shift; done; shift
 
 mount --make-rprivate /
@@ -38,6 +39,7 @@ while read -r source target; do mount --bind "$source" "buildhost/$target"; moun
 mount -o remount,bind,ro buildhost
 mount --bind "$out" out
 : > base.tar; mount --bind "$base" base.tar; mount -o remount,bind,ro base.tar
+if [ -n "$modules" ]; then mkdir modules; mount --bind "$modules" modules; mount -o remount,bind,ro modules; fi
 cp "$login" auth.json; chown "$id:$id" auth.json; chmod 400 auth.json
 : > build.sh; mount --bind "$script" build.sh; mount -o remount,bind,ro build.sh
 chown "$id:$id" tmp var/tmp run out

@@ -6,6 +6,20 @@ umask 022
 names=$1 tag=$2 bytes=$3 pull=$4
 phase() { echo "$1" >&"$phases"; }
 phases=$5 key=$6
+# The kernel's modules, for an image that has all capabilities. Nothing runs in the image now: what is no link stays none.
+add_modules() {
+    lib=$1/lib
+    case "$(readlink "$lib" || :)" in usr/lib|/usr/lib|./usr/lib) lib=$1/usr/lib;; esac
+    for path in "$1/usr" "$lib" "$lib/modules"; do
+        if [ -L "$path" ] || { [ -e "$path" ] && [ ! -d "$path" ]; }; then
+            echo "torpor: ${path#"$1"} of the image is no directory: the kernel's modules are not put there, and none can be loaded"
+            return
+        fi
+    done
+    mkdir -p "$lib/modules"
+    for release in /modules/*; do rm -rf "$lib/modules/${release##*/}"; done
+    cp -r /modules/. "$lib/modules"
+}
 b() { buildah --root /store --runroot /runroot --storage-driver overlay "$@"; }
 
 # Here root owns what root is to own, links lead nowhere but below this root, and every mode may be as the archive has it.
@@ -50,6 +64,7 @@ root=$(b mount "$container")
 [ -n "$root" ] && [ "$root" != / ] || exit 70
 rmdir "$root/run/buildhost" 2>/dev/null || :
 du -sb -x "$root" | cut -f1 > /out/code_bytes
+if [ -d /modules ]; then add_modules "$root"; fi
 truncate -s "$bytes" /out/disk.raw
 mkfs.ext4 -q -F -d "$root" -E lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0 /out/disk.raw
 b umount "$container" >/dev/null

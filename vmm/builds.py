@@ -39,6 +39,7 @@ _CLOSED = "10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, 169.254.0.0/16, 100.64.0.0
 @dataclass(frozen=True)
 class BuildSettings:
     base_archive: Path
+    modules: Path
     base_names: tuple[str, ...]
     pull: bool
     first_uid: int
@@ -145,6 +146,7 @@ class Builder:
                 "nsenter", f"--net={namespace}", "unshare", "--mount", "--fork", "--kill-child", "/bin/sh", str(_HERE / "build-jail.sh"),
                 str(work / "root"), str(self._settings.first_uid), str(self._directory), request.context, str(work / "out"),
                 str(self._lent), str(self._settings.base_archive), str(_HERE / "build.sh"), str(work / "auth.json"),
+                str(self._settings.modules / "lib/modules") if request.modules else "",
                 *map(str, self._cgroups.joins(group)), "--",
                 " ".join(self._settings.base_names), f"localhost/torpor-build:{request.build}", str(request.disk_bytes),
                 "pull" if self._settings.pull else "never", str(phases), key_at(self._settings.base_archive),

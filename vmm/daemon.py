@@ -61,8 +61,8 @@ class Vmm:
         self.builder = Builder(
             settings.root / "builds", runtime / "build-netns", cgroups,
             BuildSettings(
-                settings.cache / "base.tar", tuple(settings.images.base_names), settings.images.pull, settings.users.builder,
-                settings.images.registry_ca,
+                settings.cache / "base.tar", settings.cache / "modules", tuple(settings.images.base_names), settings.images.pull,
+                settings.users.builder, settings.images.registry_ca,
             ),
         )  # fmt: skip
         self.snapshots = Snapshots(settings.sessions_dir)

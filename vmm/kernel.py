@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
@@ -19,9 +20,19 @@ FIRECRACKER_MODULES = (
     *("virtio_mmio", "virtio_net", "virtio_blk", "vmw_vsock_virtio_transport"),
     *MODULES[MODULES.index("crc32c-intel") :],
 )
+# What images with all capabilities have in /lib/modules: these, and what these need. Left out are drivers of hardware that no guest has.
+EXTRA_MODULES = (
+    *("kernel/arch/x86/crypto/", "kernel/block/", "kernel/crypto/", "kernel/fs/", "kernel/lib/", "kernel/mm/", "kernel/net/"),
+    *(f"kernel/drivers/{name}/" for name in ("block", "md", "target", "vhost", "nvme/host", "nvme/target", "net/wireguard")),
+    *(f"kernel/drivers/net/{name}.ko" for name in ("bareudp", "dummy", "geneve", "gtp", "ifb", "macsec", "macvlan", "macvtap")),
+    *(f"kernel/drivers/net/{name}.ko" for name in ("netconsole", "nlmon", "tap", "tun", "veth", "vrf", "vsockmon")),
+    *("kernel/drivers/net/bonding/", "kernel/drivers/net/ipvlan/", "kernel/drivers/net/team/", "kernel/drivers/net/vxlan/"),
+    *("kernel/drivers/scsi/iscsi_tcp.ko", "kernel/drivers/scsi/sd_mod.ko", "kernel/drivers/scsi/sr_mod.ko", "kernel/drivers/cdrom/"),
+)
 # What it is told: nothing that looks at clocks, tasks or pressure every so often, which each clone would do, and translate, in its first
 # seconds, and one security module, for each is asked at every file and packet (kernel: Documentation/admin-guide/kernel-parameters.txt).
-WORDS = "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off random.trust_cpu=on tsc=reliable nowatchdog psi=0 lsm=landlock"
+# A systemd in the image would wait 90 s for the console's device, to log people in there (systemd-getty-generator(8)).
+WORDS = "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off random.trust_cpu=on tsc=reliable nowatchdog psi=0 lsm=landlock systemd.getty_auto=no"
 # A guest that only shows whether guests run: what follows "--" is init's, which says PROBED and ends (vmm/guest/init.c).
 PROBE_WORDS = "-- probe"
 PROBED = b"a guest's init runs"
@@ -86,6 +97,28 @@ def module_files(kernel: Path, modules: Sequence[str]) -> list[Path]:
             if words[:1] == ["insmod"] and Path(words[1]) not in files:
                 files.append(Path(words[1]))
     return files
+
+
+def needed(listing: str, wanted: Sequence[str]) -> list[str]:
+    """The files that begin with one of `wanted` and all that they need, of modules.dep(5), where each line has all of a module's."""
+    files: set[str] = set()
+    for line in listing.splitlines():
+        file, _, needs = line.partition(":")
+        if file.startswith(tuple(wanted)):
+            files.update((file, *needs.split()))
+    return sorted(files)
+
+
+def make_modules(kernel: Path, target: Path, wanted: Sequence[str] = EXTRA_MODULES) -> None:
+    """Makes /lib/modules for images in which modules load on demand (vmm/guest/modules.c): a directory of one kernel's."""
+    release = (kernel / "release").read_text(encoding="ascii")
+    whole, part = kernel / "lib/modules" / release, target / "lib/modules" / release
+    for file in needed((whole / "modules.dep").read_text(encoding="ascii"), wanted):
+        (part / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(whole / file, part / file)
+    for name in ("modules.order", "modules.builtin", "modules.builtin.modinfo"):
+        shutil.copyfile(whole / name, part / name)
+    _run("depmod", "-b", str(target), release)
 
 
 def extract_elf(packed: Path, target: Path) -> None:

@@ -11,10 +11,10 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 from botocore.exceptions import BotoCoreError, ClientError
@@ -57,6 +57,10 @@ def machine_shape(minimum_mib: int, info: HostInfo) -> Shape:
         accelerator=info.accelerator,
         baseline_mib=minimum_mib,
     )
+
+
+def has_all_capabilities(request: Mapping[str, Any]) -> bool:
+    return "ALL" in (request.get("additionalOsCapabilities") or [])
 
 
 def read_hooks(request: dict[str, object]) -> Hooks:
@@ -199,7 +203,8 @@ class Pipeline:
     async def _container(self, job: Job, shape: Shape, role: Credentials) -> dict[str, object]:
         context = self._work(job) / "context"
         logins = await asyncio.to_thread(self._logins, job, context / DOCKERFILE, role) if self._settings.images.pull else {}
-        request = BuildRequest(job.build.id, job.version.key, str(context / CONTEXT), shape.disk_bytes, logins)
+        modules = has_all_capabilities(job.version.request)
+        request = BuildRequest(job.build.id, job.version.key, str(context / CONTEXT), shape.disk_bytes, logins, modules)
         full = _Watch(b"No space left on device")
         for attempt in range(1, _CONTAINER_TRIES + 1):
             try:
@@ -242,7 +247,7 @@ class Pipeline:
             await self._tell(agent, lambda nonce: wake_frame(nonce, reset_tcp=False, wall_ns=time.time_ns()))
             request = job.version.request
             reserved = reserved_variables(job.image.arn, job.image.name, job.version.version, self._settings.region)
-            capabilities = "ALL" in (request.get("additionalOsCapabilities") or [])
+            capabilities = has_all_capabilities(request)
             for frame in start_frames(agent_entries(config, request.get("environmentVariables") or {}, reserved, capabilities)):
                 agent.send(frame)
             self._phase(job, "READY")

@@ -103,7 +103,7 @@ def holds(file: Path, needles: list[bytes]) -> list[bytes]:
 
 
 async def test_a_build_whose_network_does_not_start_says_why(tmp_path: Path) -> None:
-    builder = Builder(tmp_path, tmp_path, Cgroups("no-network", tmp_path), BuildSettings(tmp_path, (), False, 700_000))
+    builder = Builder(tmp_path, tmp_path, Cgroups("no-network", tmp_path), BuildSettings(tmp_path, tmp_path, (), False, 700_000))
     build = _Build(asyncio.get_running_loop().create_future())
     with pytest.raises(VmmError, match=r"has no network: .*No such file or directory"):
         await builder._connect(build, tmp_path, tmp_path / "none", set())

@@ -66,7 +66,7 @@ async def test_a_login_is_one_builds_and_stays_outside_of_it(registry: tuple[Reg
     directory.mkdir()
     cgroups = Cgroups("bases", directory)
     (tmp_path / "base.tar").touch()
-    builder = Builder(directory, tmp_path / "netns", cgroups, BuildSettings(tmp_path / "base.tar", (), True, UID, str(trusted)))
+    builder = Builder(directory, tmp_path / "netns", cgroups, BuildSettings(tmp_path / "base.tar", tmp_path, (), True, UID, str(trusted)))
     context = tarred(directory / "context.tar", f'FROM {private.host}/private/base:1\nRUN ["/probe"]\nCMD ["/probe"]\n')
 
     async def build(logins: dict[str, str]) -> tuple[BuildResult, str]:
@@ -102,7 +102,7 @@ async def test_another_local_base_takes_the_place_of_the_one_in_the_store(tmp_pa
     directory.mkdir()
     cgroups = Cgroups("bases", directory)
     base = directory / "base.tar"
-    builder = Builder(directory, tmp_path / "netns", cgroups, BuildSettings(base, ("local:base",), False, UID, ""))
+    builder = Builder(directory, tmp_path / "netns", cgroups, BuildSettings(base, tmp_path, ("local:base",), False, UID, ""))
     context = tarred(directory / "context.tar", 'FROM local:base\nCOPY Dockerfile /copied\nCMD ["/release"]\n')
 
     async def build(release: str) -> str:

@@ -200,6 +200,7 @@ void app_exec_shell(void)
 int app_start(void)
 {
     if (!arguments.count) { say("the image has neither ENTRYPOINT nor CMD"); return -1; }
+    modules_allow(all_capabilities);
     int output[2], errors[2], channel[2];
     if (pipe2(output, O_CLOEXEC) || pipe2(errors, O_CLOEXEC) || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, channel)) return -1;
     app_pid = (pid_t)syscall(SYS_clone, CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | SIGCHLD, 0, 0, 0, 0);

@@ -121,10 +121,10 @@ int furnish(int all_capabilities)
     mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL);
     umount2("/dev", MNT_DETACH); umount2("/proc", MNT_DETACH); /* init's own */
     must(mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "/proc");
-    must(mount("tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k"), "/dev");
+    if (all_capabilities) whole_devices();
+    else must(mount("tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k"), "/dev");
     device("/dev/null", 1, 3); device("/dev/zero", 1, 5); device("/dev/full", 1, 7);
     device("/dev/random", 1, 8); device("/dev/urandom", 1, 9); device("/dev/tty", 5, 0);
-    if (all_capabilities) device("/dev/fuse", 10, 229);
     mkdir("/dev/pts", 0755); mkdir("/dev/shm", 01777); mkdir("/dev/mqueue", 01777);
     mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,gid=5,mode=620,ptmxmode=666");
     mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=1777,size=64m");
@@ -134,5 +134,6 @@ int furnish(int all_capabilities)
     (void)!symlink("/proc/self/fd/2", "/dev/stderr"); (void)!symlink("/proc/kcore", "/dev/core");
     int console = make_console();
     if (!all_capabilities) confine();
+    control_groups(all_capabilities);
     return console;
 }

@@ -89,6 +89,17 @@ void tell(const char *format, ...) __attribute__((format(printf, 1, 2))); /* one
 void foresee(const char *program, int all_capabilities);
 void explain(char **arguments, char **environment, int error); /* execve(2)'s error */
 
+/* ---- kernel modules ---- */
+
+void modules_prepare(void);
+void modules_allow(int all_capabilities);
+int modules_load(char **arguments); /* what the kernel runs when it asks for one: the exit code */
+
+/* ---- the whole machine, for an application with all capabilities ---- */
+
+void whole_devices(void);
+void control_groups(int all_capabilities); /* both in the application's mount namespace */
+
 /* ---- shells ---- */
 
 #define SHELLS_MAX 16

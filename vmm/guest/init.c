@@ -251,6 +251,7 @@ static void serve(int signals)
 
 int main(int argc, char **argv)
 {
+    if (getpid() != 1) return modules_load(argv);
     make("/proc", 0755); make("/sys", 0755); make("/dev", 0755); make("/root", 0755);
     must(mount("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=755"), "devtmpfs");
     int console = open("/dev/console", O_RDWR);
@@ -266,6 +267,7 @@ int main(int argc, char **argv)
     must(access("/dev/vda", F_OK), "find /dev/vda");
     be_quiet();
     allow_much();
+    modules_prepare();
     network_up();
     gate_open();
     wake_prepare();
