@@ -32,7 +32,10 @@ EXTRA_MODULES = (
 # What it is told: nothing that looks at clocks, tasks or pressure every so often, which each clone would do, and translate, in its first
 # seconds, and one security module, for each is asked at every file and packet (kernel: Documentation/admin-guide/kernel-parameters.txt).
 # A systemd in the image would wait 90 s for the console's device, to log people in there (systemd-getty-generator(8)).
-WORDS = "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off random.trust_cpu=on tsc=reliable nowatchdog psi=0 lsm=landlock systemd.getty_auto=no"
+WORDS = (
+    "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off random.trust_cpu=on tsc=reliable nowatchdog psi=0 lsm=landlock "
+    "systemd.getty_auto=no"
+)
 # A guest that only shows whether guests run: what follows "--" is init's, which says PROBED and ends (vmm/guest/init.c).
 PROBE_WORDS = "-- probe"
 PROBED = b"a guest's init runs"
