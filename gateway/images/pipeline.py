@@ -11,10 +11,10 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import structlog
 from botocore.exceptions import BotoCoreError, ClientError
@@ -57,10 +57,6 @@ def machine_shape(minimum_mib: int, info: HostInfo) -> Shape:
         accelerator=info.accelerator,
         baseline_mib=minimum_mib,
     )
-
-
-def has_all_capabilities(request: Mapping[str, Any]) -> bool:
-    return "ALL" in (request.get("additionalOsCapabilities") or [])
 
 
 def read_hooks(request: dict[str, object]) -> Hooks:
@@ -203,7 +199,7 @@ class Pipeline:
     async def _container(self, job: Job, shape: Shape, role: Credentials) -> dict[str, object]:
         context = self._work(job) / "context"
         logins = await asyncio.to_thread(self._logins, job, context / DOCKERFILE, role) if self._settings.images.pull else {}
-        modules = has_all_capabilities(job.version.request)
+        modules = job.version.has_all_capabilities
         request = BuildRequest(job.build.id, job.version.key, str(context / CONTEXT), shape.disk_bytes, logins, modules)
         full = _Watch(b"No space left on device")
         for attempt in range(1, _CONTAINER_TRIES + 1):
@@ -247,7 +243,7 @@ class Pipeline:
             await self._tell(agent, lambda nonce: wake_frame(nonce, reset_tcp=False, wall_ns=time.time_ns()))
             request = job.version.request
             reserved = reserved_variables(job.image.arn, job.image.name, job.version.version, self._settings.region)
-            capabilities = has_all_capabilities(request)
+            capabilities = job.version.has_all_capabilities
             for frame in start_frames(agent_entries(config, request.get("environmentVariables") or {}, reserved, capabilities)):
                 agent.send(frame)
             self._phase(job, "READY")

@@ -191,7 +191,8 @@ class Registry:
         await self._store.commit()
 
     def _job(self, image: Image, version: Version, build: Build, stream: str = "recovery") -> Job:
-        return Job(image, version, build, LineWriter(self._logs, image.account, log_group(image, version), stream))
+        is_limited = not version.has_all_capabilities
+        return Job(image, version, build, LineWriter(self._logs, image.account, log_group(image, version), stream, is_limited))
 
     async def _delete(self, image: Image) -> None:
         try:

@@ -77,7 +77,10 @@ class Channels:
         self.close(session)
         writer = None
         if session.log_group is not None and session.log_stream is not None:
-            writer = LineWriter(self._logs, session.account, session.log_group, session.log_stream)
+            image = self._store.images.get(session.image_arn)
+            version = image.find(session.image_version) if image is not None else None
+            is_limited = version is not None and not version.has_all_capabilities
+            writer = LineWriter(self._logs, session.account, session.log_group, session.log_stream, is_limited)
         agent = Agent(
             descriptor, writer.feed if writer is not None else lambda channel, data: None, lambda code: self._exited(session, code),
             lambda line: self._killed(session, line),

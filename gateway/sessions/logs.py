@@ -148,22 +148,37 @@ class LogStore:
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-class LineWriter:
-    """Cuts a byte stream into lines for one log stream."""
+# What a program writes whose system call was refused for want of a capability (strerror(3), EPERM).
+_REFUSED = b"peration not permitted"
+ADVICE = (
+    'torpor: "Operation not permitted": this image has the default capabilities of a container. What needs more (mounts, network devices, '
+    "FUSE, dockerd, kernel modules) works in an image that is created with additionalOsCapabilities ALL"
+)
 
-    def __init__(self, store: LogStore, account: str, group: str, stream: str) -> None:
+
+class LineWriter:
+    """Cuts a byte stream into lines for one log stream.
+
+    `is_limited` where the guest has not all capabilities: the first time that its application is refused something, one line says so.
+    """
+
+    def __init__(self, store: LogStore, account: str, group: str, stream: str, is_limited: bool = False) -> None:
         self._store = store
+        self._advises = is_limited
         self._name = (account, group, stream)
         self._rest: dict[int, bytes] = {}
         self.lost_lines = 0
 
     def feed(self, channel: int, data: bytes) -> None:
-        """Cuts each channel (standard output, standard error) into lines of its own; they are stored together."""
+        """Cuts each channel into lines of its own; they are stored together. An application's channels are 1 and more."""
         *lines, rest = (self._rest.get(channel, b"") + data).split(b"\n")
         if len(rest) > _LINE_MAX_BYTES:
             lines.append(rest)
             rest = b""
         self._rest[channel] = rest
+        if self._advises and channel and any(_REFUSED in line for line in lines):
+            lines.append(ADVICE.encode())
+            self._advises = False
         if lines:
             self._write(lines)
 

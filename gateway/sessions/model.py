@@ -115,6 +115,10 @@ class Version(msgspec.Struct):
     config: dict[str, Any] = {}
 
     @property
+    def has_all_capabilities(self) -> bool:
+        return "ALL" in (self.request.get("additionalOsCapabilities") or [])
+
+    @property
     def is_runnable(self) -> bool:
         return self.state == "SUCCESSFUL" and self.status == "ACTIVE"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from rows import row
 
 from gateway.api.logs import InvalidParameter, pattern
-from gateway.sessions.logs import LineWriter, LogStore
+from gateway.sessions.logs import ADVICE, LineWriter, LogStore
 
 GROUP, STREAM = "/aws/lambda-microvms/app", "2026/11/25[1.0]microvm-1"
 
@@ -136,6 +137,20 @@ def test_other_patterns_are_refused() -> None:
     for text in ("{ $.level = 1 }", "[a, b]"):
         with pytest.raises(InvalidParameter):
             pattern(text)
+
+
+@pytest.mark.parametrize(
+    ("is_limited", "channel", "advised"),
+    [(True, 2, 1), (False, 2, 0), (True, 0, 0)],  # 0: a RUN step's, which no capability of the microVM's helps
+)
+def test_what_an_application_may_not_do_is_explained_once(tmp_path: Path, is_limited: bool, channel: int, advised: int) -> None:
+    store = LogStore(tmp_path)
+    writer = LineWriter(store, "a", "g", "s", is_limited)
+    for part in (b"mount: /mnt: Operation", b" not permitted\nmore\n", b"ip: RTNETLINK answers: Operation not permitted\n"):
+        writer.feed(channel, part)
+    texts = [event.m for event in store.read("a", "g", "s")[0]]
+    assert texts.count(ADVICE) == advised and len(texts) == 3 + advised
+    assert not advised or texts.index(ADVICE) == 2, "behind the lines that came together"
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(1, 20), max_size=20))
