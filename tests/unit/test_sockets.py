@@ -56,10 +56,11 @@ async def test_more_are_fetched_before_the_last_is_gone() -> None:
     taken.append(await stock.take())
     await until(lambda: vmm.calls == 2 and len(stock) == 9)
     stock.close()
-    assert len(set(taken)) == 7 and all(map(is_open, taken)), "whoever took one closes it"
-    assert not any(is_open(descriptor) for descriptor in vmm.given if descriptor not in taken)
-    for descriptor in taken:
-        os.close(descriptor)
+    assert len(set(taken)) == 7 and all(is_open(sock.fileno()) for sock in taken), "whoever took one closes it"
+    numbers = {sock.fileno() for sock in taken}
+    assert not any(is_open(descriptor) for descriptor in vmm.given if descriptor not in numbers)
+    for sock in taken:
+        sock.close()
 
 
 async def test_requests_that_wait_share_one_fetch() -> None:
@@ -71,8 +72,8 @@ async def test_requests_that_wait_share_one_fetch() -> None:
     waiting.pop().cancel()  # its client has left; the others' fetch goes on
     await turns()
     vmm.may_answer.set()
-    for descriptor in await asyncio.gather(*waiting):
-        os.close(descriptor)
+    for sock in await asyncio.gather(*waiting):
+        sock.close()
     assert vmm.calls == 1
     stock.close()
 
@@ -101,7 +102,7 @@ async def test_what_vmm_says_is_told_apart(kind: str, raised: type[Exception]) -
     with pytest.raises(raised, match="no" if raised is SessionGone else None):
         await stock.take()
     vmm.fault = None
-    os.close(await stock.take())  # and is asked again the next time
+    (await stock.take()).close()  # and is asked again the next time
     stock.close()
 
 
