@@ -90,9 +90,12 @@ class BootedRequest(msgspec.Struct):
 
 
 class Sealed(msgspec.Struct):
+    """`generators`: how many of OpenSSL's had been seeded, and seed themselves anew in each clone (vmm/generators.py)."""
+
     memory_bytes: int
     disk_bytes: int
     code_bytes: int
+    generators: int = 0
 
 
 class ImageName(msgspec.Struct):

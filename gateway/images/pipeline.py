@@ -46,6 +46,10 @@ _ROOM_BYTES = 1 << 30
 _QUIET_STEP_SECONDS = 0.5
 _QUIET_SHARE = 0.15  # of one processor: an application below it has finished starting
 _CONTAINER_TRIES = 2  # vmm may be restarted under a build
+_SEEDED = (
+    "{count} random generators of OpenSSL were seeded before the snapshot: each microVM seeds them anew; it does not know of a language's "
+    "own (Math.random, random.random, mt_rand) and of numbers that were drawn ahead (crypto.randomUUID): docs/clones.md"
+)
 
 
 def machine_shape(minimum_mib: int, info: HostInfo) -> Shape:
@@ -166,6 +170,8 @@ class Pipeline:
         self._phase(job, "SNAPSHOT")
         sealed = await self._host.seal(job.session, job.version.key)
         job.build.memory_bytes, job.build.disk_bytes, job.build.code_bytes = sealed.memory_bytes, sealed.disk_bytes, sealed.code_bytes
+        if sealed.generators:
+            job.say(_SEEDED.format(count=sealed.generators))
         job.version.config = config
         await self._validate(job)
         self._phase(job, "DONE")

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import disks, host, manifest, memory
+from .. import disks, generators, host, manifest, memory
 from ..cgroups import Cgroups
 from ..driver import DEVICES, GUEST_CID, Machine, Process, Sealed, Shape, VmmError
 from ..errors import not_written
@@ -100,7 +100,7 @@ class FirecrackerDriver:
             if shape is None:
                 raise VmmError(f"image {image.name} was not booted by this service")
             written = await machine.seal(image / DEVICES)
-            stored = await asyncio.to_thread(_store, written, image / MEMORY)
+            stored, seeded = await asyncio.to_thread(_store, written, image / MEMORY)
         except (ApiError, OSError) as error:
             raise not_written(error, f"image {image.name}", f"image {image.name} could not be stored") from error
         finally:
@@ -108,7 +108,7 @@ class FirecrackerDriver:
         os.chown(image / DISK, 0, 0)
         await asyncio.to_thread(sync, [image / DEVICES, image / MEMORY, image / DISK])
         manifest.write(image, Manifest(shape, stored, 0, NAME))
-        return Sealed(stored, disks.stored_bytes(image / DISK), int((image / "code_bytes").read_text(encoding="ascii")))
+        return Sealed(stored, disks.stored_bytes(image / DISK), int((image / "code_bytes").read_text(encoding="ascii")), seeded)
 
     async def adopt(self, record: Process) -> FirecrackerMachine | None:
         place = self._places.of(record)
@@ -148,12 +148,13 @@ class FirecrackerDriver:
         machine.jail.remove()
 
 
-def _store(written: Path, target: Path) -> int:
-    """The memory that Firecracker wrote in full, without its zero pages; returns the bytes stored."""
+def _store(written: Path, target: Path) -> tuple[int, int]:
+    """The memory that Firecracker wrote in full, without its zero pages; returns the bytes stored, and how many generators were in it."""
     with written.open("r+b") as file:
+        seeded = generators.make_due(file.fileno())
         stored = memory.store_memory(file.fileno(), target)
     written.unlink()
-    return stored
+    return stored, seeded
 
 
 def _read_ahead(files: list[Path]) -> None:

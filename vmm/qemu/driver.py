@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import structlog
 
-from .. import disks, host, jail, manifest, memory
+from .. import disks, generators, host, jail, manifest, memory
 from ..cgroups import Cgroups
 from ..driver import DEVICES, Machine, Process, Sealed, Shape, StateLost, VmmError
 from ..errors import not_written
@@ -159,6 +159,7 @@ class QemuDriver:
             if shape is None or machine.image_memory is None:
                 raise VmmError(f"image {image.name} was not booted by this service")
             await machine.save_devices(image / DEVICES)
+            seeded = await asyncio.to_thread(generators.make_due, machine.image_memory)
             stored = await asyncio.to_thread(memory.store_memory, machine.image_memory, image / MEMORY)
             await asyncio.to_thread(sync, [image / DEVICES, image / MEMORY])
             await disks.create_overlay(image / self.disk_template, shape.disk_bytes)
@@ -168,7 +169,8 @@ class QemuDriver:
             await machine.kill()
         await asyncio.to_thread(sync, [image / name for name in ("disk.raw", "boot.qcow2", self.disk_template)])
         manifest.write(image, Manifest(shape, stored, disks.stored_bytes(image / "boot.qcow2"), NAME))
-        return Sealed(stored, disks.stored_bytes(image / "disk.raw"), int((image / "code_bytes").read_text(encoding="ascii")))
+        code_bytes = int((image / "code_bytes").read_text(encoding="ascii"))
+        return Sealed(stored, disks.stored_bytes(image / "disk.raw"), code_bytes, seeded)
 
     async def adopt(self, record: Process) -> QemuMachine | None:
         place = self._places.of(record)
