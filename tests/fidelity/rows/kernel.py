@@ -1,6 +1,6 @@
 """What the kernel offers an application: with all capabilities, and with Docker's default ones."""
 
-from fidelity.table import BASE, SERVER, Get, Image, Run, Sleep, Subject
+from fidelity.table import BASE, SERVER, Get, Image, Logs, Run, Sleep, Subject
 
 ALL = {"additionalOsCapabilities": ["ALL"]}
 INSTALL = "RUN apt-get update -q && apt-get install -q -y --no-install-recommends "
@@ -69,6 +69,10 @@ SUBJECT = Subject(
                 Run("there is no device of FUSE's or tun's", "ls /dev/fuse /dev/net/tun 2>&1", ".*No such file.*No such file.*", 2),
                 Run("control groups can be read", "grep -c memory /sys/fs/cgroup/cgroup.controllers", "1"),
                 Run("and not changed", "mkdir /sys/fs/cgroup/mine", ".*Read-only file system", 1),
+                Run("", "date -s @1 2>/proc/1/fd/2", ".*", 1),
+                Logs(
+                    "the log says what to do where an application is refused something", "not permitted.*\n.*additionalOsCapabilities ALL"
+                ),
             ],
         ),
         Image(
@@ -128,6 +132,21 @@ SUBJECT = Subject(
             ],
             files={"server.service": UNIT},
             request=ALL,
+            long=True,
+            times=600,
+        ),
+        Image(
+            "systemd-without",
+            "systemd as CMD, without ALL",
+            BASE + SYSTEMD,
+            [
+                Logs(
+                    "the build's log says what it needs, beside what systemd writes on its console",
+                    "systemd.*additionalOsCapabilities ALL",
+                    build=True,
+                )
+            ],
+            files={"server.service": UNIT},
             long=True,
             times=600,
         ),
