@@ -167,14 +167,13 @@ static struct nlattr *rule(const struct family *family, const char *name, struct
     return nest(NFTA_RULE_EXPRESSIONS);
 }
 
-/* The destination may be any (NULL). */
-static void compare_addresses(const struct family *family, const char *source, const char *destination)
+/* The source is the first address of a header, the destination the second. A comparison takes 16 bytes at most. */
+static void compare_address(const struct family *family, uint32_t number_, const char *with)
 {
-    uint8_t both[32];
-    uint16_t length = (uint16_t)(destination ? 2 * family->length : family->length);
-    inet_pton(family->number, source, both);
-    if (destination) inet_pton(family->number, destination, both + family->length);
-    load_header(NFT_PAYLOAD_NETWORK_HEADER, family->addresses, length); compare(NFT_CMP_EQ, both, length);
+    uint8_t address_[16];
+    inet_pton(family->number, with, address_);
+    load_header(NFT_PAYLOAD_NETWORK_HEADER, family->addresses + number_ * family->length, family->length);
+    compare(NFT_CMP_EQ, address_, family->length);
 }
 
 static void compose_table(const struct family *family)
@@ -191,7 +190,7 @@ static void compose_table(const struct family *family)
     struct nlattr *expressions = rule(family, "in", &m);
     load_meta(NFT_META_IIF); compare(NFT_CMP_EQ, &eth0, 4);
     load_meta(NFT_META_L4PROTO); compare(NFT_CMP_EQ, &tcp, 1);
-    compare_addresses(family, family->host, family->guest);
+    compare_address(family, 0, family->host); compare_address(family, 1, family->guest);
     load_header(NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2); compare(NFT_CMP_NEQ, &domain, 2); /* the resolver's answers */
     set_addresses(family, family->loopback, family->loopback);
     set_mark(HOST_MARK);
@@ -200,7 +199,7 @@ static void compose_table(const struct family *family)
 
     expressions = rule(family, "back", &m);
     load_meta(NFT_META_OIF); compare(NFT_CMP_EQ, &eth0, 4);
-    compare_addresses(family, family->loopback, NULL);
+    compare_address(family, 0, family->loopback);
     set_addresses(family, family->guest, family->host);
     close_nest(expressions);
     end(m);
