@@ -25,7 +25,7 @@ import pytest
 from gateway.config import Egress, Settings
 from gateway.messages import Shape
 from gateway.sessions.agent import Agent, start_frames, wake_frame
-from vmm import disks, kernel, making, manifest, probe
+from vmm import disks, kernel, making, manifest, memory, probe
 from vmm.cgroups import Cgroups
 from vmm.driver import DEVICES, Driver, Machine, StateLost, VmmError
 from vmm.firecracker.api import Api, ApiError
@@ -40,6 +40,7 @@ from vmm.qemu.driver import Assets as QemuAssets
 from vmm.qemu.driver import QemuDriver
 from vmm.qemu.process import QemuMachine
 from vmm.snapshots import Snapshots
+from vmm.standbys import Standbys
 
 pytestmark = pytest.mark.vm
 
@@ -218,6 +219,50 @@ async def next_image(one: Rig) -> None:
     os.close(console)
     await machine.kill()
     assert not kept.exists(), "a boot whose guest was never heard of would be used again"
+
+
+def test_an_images_memory_leaves_the_host_with_its_last_hypervisor(shape: Shape) -> None:
+    life(let_go, "qemu", shape)
+
+
+async def let_go(one: Rig) -> None:
+    pool = Standbys(one.driver, 1, 1, 0.0, lambda: True)  # nothing is kept for longer than it is used
+    machine = await pool.take(one.image)
+    shared = memory_of(machine)
+    assert os.getpid() in holders(shared)
+    await pool.drop_unused(held={one.image})
+    assert pool.statistics() == {}, "a hypervisor waits for an image that nobody launches"
+    assert os.getpid() in holders(shared), "the image of a running microVM would be read again for the next one"
+    await machine.kill()
+    await pool.drop_unused()
+    assert os.getpid() not in holders(shared)
+    async with asyncio.timeout(10):  # the hypervisor's parent ends a little after it
+        while holders(shared):
+            await asyncio.sleep(0.01)
+    machine = await one.launched("again")
+    agent = await one.woken(machine)
+    assert await agent.hello(10) == (0, 0)
+    assert os.getpid() in holders(memory_of(machine))
+    agent.close()
+    await machine.kill()
+
+
+def memory_of(machine: Machine) -> tuple[int, int]:
+    """Which file its image's memory is."""
+    for entry in Path(f"/proc/{machine.record.pid}/fd").iterdir():
+        if os.readlink(entry).startswith(f"/memfd:{memory.memfd_name(machine.record.image)} "):
+            return entry.stat().st_dev, entry.stat().st_ino
+    raise LookupError
+
+
+def holders(file: tuple[int, int]) -> set[int]:
+    """Processes that have it open."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if (entry.stat().st_dev, entry.stat().st_ino) == file:
+                found.add(int(entry.parts[2]))
+    return found
 
 
 async def whole_life(one: Rig) -> None:
