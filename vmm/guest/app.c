@@ -31,7 +31,8 @@ struct words {
 
 static struct words arguments, environment, volumes;
 static char *user = "", *directory = "/";
-static int all_capabilities, stop_signal = SIGTERM;
+static int stop_signal = SIGTERM;
+int app_is_whole;
 
 pid_t app_pid = -1;
 int app_output = -1, app_errors = -1, app_console = -1;
@@ -62,7 +63,7 @@ static void entry(char *text)
     else if (!strcmp(text, "user")) user = strdup(value);
     else if (!strcmp(text, "dir")) directory = strdup(value);
     else if (!strcmp(text, "stop")) stop_signal = atoi(value);
-    else if (!strcmp(text, "capabilities")) all_capabilities = !strcmp(value, "all");
+    else if (!strcmp(text, "capabilities")) app_is_whole = !strcmp(value, "all");
 }
 
 void app_configure(const uint8_t *entries, uint32_t length)
@@ -96,7 +97,7 @@ static void set_default(const char *name, const char *value)
 
 static void limit_capabilities(void)
 {
-    if (all_capabilities) return;
+    if (app_is_whole) return;
     for (int c = 0; c <= LAST_CAPABILITY; c++)
         if (!(DEFAULT_CAPABILITIES >> c & 1)) prctl(PR_CAPBSET_DROP, c, 0, 0, 0);
 }
@@ -164,7 +165,7 @@ static void run(int output, int errors, int channel)
     sigprocmask(SIG_SETMASK, &none, NULL);
     signal(SIGPIPE, SIG_DFL);
     dup2(output, 1); dup2(errors, 2);
-    send_console(channel, furnish(all_capabilities));
+    send_console(channel, furnish(app_is_whole));
     int nothing = open("/dev/null", O_RDONLY);
     dup2(nothing, 0);
     for (int fd = 3; fd < 64; fd++) close(fd);
@@ -174,7 +175,7 @@ static void run(int output, int errors, int channel)
     if (!is_entered && chdir(directory)) { tell("WORKDIR %s: %s", directory, strerror(errno)); _exit(126); }
     set_default("PATH", DEFAULT_PATH);
     setenv("PATH", lookup("PATH"), 1);
-    foresee(arguments.all[0], all_capabilities);
+    foresee(arguments.all[0], app_is_whole);
     execvpe(arguments.all[0], arguments.all, environment.all);
     int error = errno;
     explain(arguments.all, environment.all, error);
@@ -200,7 +201,7 @@ void app_exec_shell(void)
 int app_start(void)
 {
     if (!arguments.count) { say("the image has neither ENTRYPOINT nor CMD"); return -1; }
-    modules_allow(all_capabilities);
+    modules_allow(app_is_whole);
     int output[2], errors[2], channel[2];
     if (pipe2(output, O_CLOEXEC) || pipe2(errors, O_CLOEXEC) || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, channel)) return -1;
     app_pid = (pid_t)syscall(SYS_clone, CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | SIGCHLD, 0, 0, 0, 0);

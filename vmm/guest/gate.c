@@ -37,7 +37,6 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define GUEST_ADDRESS "169.254.77.2"
 #define NETMASK "255.255.255.252"
 #define HOST_ADDRESS6 "fd54:5250:52::1"
 #define GUEST_ADDRESS6 "fd54:5250:52::2"
@@ -226,7 +225,8 @@ static void submit(int protocol, const char *what)
     struct nlmsghdr *header = (void *)answer;
     if (got >= (ssize_t)NLMSG_LENGTH(sizeof(struct nlmsgerr)) && header->nlmsg_type == NLMSG_ERROR) {
         struct nlmsgerr *error = NLMSG_DATA(header);
-        if (error->error) say("%s: %s", what, strerror(-error->error));
+        errno = -error->error;
+        must(error->error, what);
     }
     close(netlink);
     used = 0;

@@ -8,6 +8,7 @@
 #include <sys/types.h>
 
 #define HOST_ADDRESS "169.254.77.1" /* the host's side of the link: the way out, and the resolver */
+#define GUEST_ADDRESS "169.254.77.2"
 
 /* ---- the channel: frames over one virtio-serial port, or one vsock connection ---- */
 
@@ -76,6 +77,7 @@ extern pid_t app_pid;
 extern int app_output, app_errors, app_console; /* the ends that we read, or -1 */
 extern uint32_t app_state;
 extern int32_t app_code;
+extern int app_is_whole; /* it has all capabilities */
 
 /* ---- what an application finds around it ---- */
 
@@ -120,6 +122,9 @@ void oom_poll(struct pollfd *fd);
 void oom_ready(const struct pollfd *fd);
 
 /* ---- after a restore, and the network ---- */
+
+void connections_prepare(void);
+void connections_reset(void); /* those to the outside, also of containers' */
 
 void wake_prepare(void);
 void wake_up(const struct wake *wake);

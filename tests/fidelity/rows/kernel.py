@@ -213,6 +213,21 @@ SUBJECT = Subject(
                 ),
                 Run("lets in what it names", "true"),
                 Run(
+                    "",
+                    'ip -n n route add default via 10.1.1.1 && echo 1 > /proc/sys/net/ipv4/ip_forward; hold() { (ip netns exec n bash -c "'
+                    'exec 3<>/dev/tcp/$1 && echo open >> $2; cat <&3; echo over >> $2" >/dev/null 2>&1 &); '
+                    "}; hold 198.51.100.7/7777 /out; hold 10.1.1.1/8080 /in; "
+                    "for i in $(seq 100); do grep -qs open /out && grep -qs open /in && break; sleep 0.1; done; cat /out /in",
+                    "open\nopen",
+                ),
+                Sleep(),
+                Run(
+                    "a namespace's connections to the outside are reset by a sleep",
+                    "for i in $(seq 50); do grep -q over /out && break; sleep 0.1; done; cat /out",
+                    "open\nover",
+                ),
+                Run("those within the microVM are not", "cat /in", "open"),
+                Run(
                     "a loop device with XFS on it",
                     "truncate -s 400M /x && mkfs.xfs -q /x && mkdir /m && mount -o loop /x /m && stat -f -c %T /m",
                     "xfs",
