@@ -1,6 +1,7 @@
 """The local base image: a small Debian that carries `dnf`, built once with mmdebstrap, for hosts without a registry.
 
-Nothing of the host's package sources stays in it: they are lent to the bootstrap and taken out again.
+The host's package sources are lent to the bootstrap. What stays of them is what a microVM can reach by itself, so that its apt works;
+where that is nothing, Debian's own names are written. What the host trusts of authorities its operator added, the base trusts too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import shlex
 import subprocess
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from .kernel import AssetError
 from .making import key_of
@@ -17,7 +19,26 @@ from .making import key_of
 SUITE = "bookworm"
 _DEADLINE_SECONDS = 600
 _ENDS_WITH_US = ("setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-EXTRA = ("usr-is-merged", "apt", "ca-certificates", "debian-archive-keyring")
+# What users of Amazon Linux's minimal image count on, and little more.
+EXTRA = (
+    "usr-is-merged", "apt", "ca-certificates", "debian-archive-keyring", "bzip2", "curl", "gpg", "iproute2", "less", "mount", "netbase",
+    "procps", "python3-venv", "tzdata", "vim-tiny", "xz-utils",
+)  # fmt: skip
+_DEBIAN = """\
+Types: deb
+URIs: http://deb.debian.org/debian
+Suites: {suite} {suite}-updates
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+
+Types: deb
+URIs: http://deb.debian.org/debian-security
+Suites: {suite}-security
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+"""
+SOURCES = "/etc/apt/sources.list.d/torpor.sources"  # builds see the host's own in its place (vmm/lending.py)
+_AUTHORITIES = Path("/usr/local/share/ca-certificates")
 CONFIG = Path(__file__).parents[1] / "config" / "base"
 
 
@@ -56,8 +77,27 @@ def apt_options() -> str:
     return "".join(f"{line}\n" for line in dump.splitlines() if line.startswith(kept) and '""' not in line)
 
 
+def guest_sources(sources: str, suite: str = SUITE) -> str:
+    """Of the host's sources, those whose hosts are names of the internet's; Debian's own where one is not (a file, an address, a name of
+    this network), since a microVM's way out leads to the internet only."""
+    hosts = [urlsplit(word) for line in sources.splitlines() if line.startswith("URIs:") for word in line.split()[1:]]
+    reached = all(host.scheme in ("http", "https") and host.port is None and _is_public(host.hostname or "") for host in hosts)
+    text = "".join(f"{line}\n" for line in sources.splitlines() if not line.startswith("#"))
+    return text if hosts and reached else _DEBIAN.format(suite=suite)
+
+
+def _is_public(host: str) -> bool:
+    labels = host.rstrip(".").split(".")
+    return len(labels) > 1 and labels[-1].isalpha() and labels[-1] not in ("local", "localhost", "internal", "lan", "home", "corp", "test")
+
+
+def _authorities() -> list[Path]:
+    return sorted(_AUTHORITIES.glob("**/*.crt")) if _AUTHORITIES.is_dir() else []
+
+
 def base_key() -> str:
-    return key_of(make_base, _essential, SUITE, EXTRA, *(CONFIG / name for name in ("dnf", "packages.map")))
+    tools = sorted(path for path in (CONFIG / "dnf").iterdir() if path.is_file())
+    return key_of(make_base, _essential, guest_sources, _DEBIAN, SUITE, EXTRA, *tools, *_authorities())
 
 
 def make_base(target: Path) -> None:
@@ -66,13 +106,17 @@ def make_base(target: Path) -> None:
         work = Path(directory)
         (work / "apt.conf").write_text(apt_options(), encoding="utf-8")
         (work / "host.sources").write_text(host_sources(), encoding="utf-8")
-        config, share = shlex.quote(str(CONFIG)), '"$1"/usr/local/share/torpor'
+        (work / "torpor.sources").write_text(guest_sources(host_sources()), encoding="utf-8")
+        here, dnf = shlex.quote(directory), shlex.quote(str(CONFIG / "dnf"))
+        authorities = '"$1"/usr/local/share/ca-certificates'
+        early = [f"mkdir -p {authorities}", *(f"cp {shlex.quote(str(path))} {authorities}/" for path in _authorities())]
         hooks = [
             'rm -rf "$1"/etc/apt/sources.list "$1"/etc/apt/sources.list.d/* "$1"/etc/apt/apt.conf.d/99mmdebstrap',
             'mv "$1"/etc/dpkg/dpkg.cfg.d/99mmdebstrap "$1"/etc/dpkg/dpkg.cfg.d/slim',
-            f'mkdir -p "$1"/usr/local/bin {share}; cp {config}/dnf "$1"/usr/local/bin/dnf; chmod 755 "$1"/usr/local/bin/dnf',
-            f"cp {config}/packages.map {share}/; chmod 644 {share}/packages.map",
-            'for name in yum microdnf; do ln -s dnf "$1"/usr/local/bin/$name; done',
+            f'install -m 644 {here}/torpor.sources "$1"{SOURCES}',
+            f'install -d "$1"/usr/lib/torpor-dnf; install -m 644 {dnf}/*.py {dnf}/packages.map "$1"/usr/lib/torpor-dnf',
+            'chmod 755 "$1"/usr/lib/torpor-dnf/dnf.py',
+            'for name in dnf yum microdnf; do ln -s ../lib/torpor-dnf/dnf.py "$1"/usr/bin/$name; done',
             'rm -rf "$1"/etc/resolv.conf "$1"/etc/hostname "$1"/var/log/* "$1"/var/cache/* "$1"/var/lib/apt/lists/*',
             ': > "$1"/etc/resolv.conf; : > "$1"/etc/machine-id',
         ]
@@ -84,6 +128,7 @@ def make_base(target: Path) -> None:
             *(f"--dpkgopt=path-exclude={path}" for path in excludes),
             "--dpkgopt=path-include=/usr/share/doc/*/copyright",
             "--dpkgopt=path-exclude=/usr/lib/python3*/EXTERNALLY-MANAGED",
+            *(f"--setup-hook={hook}" for hook in early),
             *(f"--customize-hook={hook}" for hook in hooks),
             SUITE, str(target), str(work / "host.sources"),
         ]  # fmt: skip

@@ -94,7 +94,7 @@ SUBJECT = Subject(
             "ruby-sinatra",
             "Ruby: Sinatra on Puma",
             BASE
-            + 'RUN dnf install -y ruby3.2 ruby-sinatra puma\nCOPY app.rb config.ru /app/\nWORKDIR /app\nEXPOSE 9292\nCMD ["puma", "-b", "tcp://0.0.0.0:9292"]\n',
+            + 'RUN dnf install -y ruby ruby-sinatra puma\nCOPY app.rb config.ru /app/\nWORKDIR /app\nEXPOSE 9292\nCMD ["puma", "-b", "tcp://0.0.0.0:9292"]\n',
             [
                 Get("answers", port=9292, contains="hello", within=120),
                 Sleep(),

@@ -43,7 +43,7 @@ SUBJECT = Subject(
             "mariadb",
             "MariaDB, initialised in the build",
             BASE
-            + "RUN dnf install -y mariadb105-server && mkdir -p /run/mysqld && chown mysql /run/mysqld\nCOPY start /start\n"
+            + "RUN dnf install -y mariadb1011-server && mkdir -p /run/mysqld && chown mysql /run/mysqld\nCOPY start /start\n"
             + SERVER.replace('CMD ["/server"]', 'CMD ["/start"]'),
             [
                 Run(
