@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from gateway.config import Egress, Settings
 from gateway.messages import Shape
 from gateway.sessions.agent import Agent, start_frames, wake_frame
 from vmm import disks, kernel, making, manifest, memory, probe
-from vmm.cgroups import Cgroups
+from vmm.cgroups import Cgroups, Limits
 from vmm.driver import DEVICES, Driver, Machine, StateLost, VmmError
 from vmm.firecracker.api import Api, ApiError
 from vmm.firecracker.driver import Assets as FirecrackerAssets
@@ -245,6 +246,35 @@ async def let_go(one: Rig) -> None:
     assert os.getpid() in holders(memory_of(machine))
     agent.close()
     await machine.kill()
+
+
+_WRITER = """
+import mmap, os, sys
+open(sys.argv[1], "w").write(str(os.getpid()))
+size = int(sys.argv[3])
+memory = mmap.mmap(int(sys.argv[2]), size, mmap.MAP_PRIVATE)
+for at in range(0, size, mmap.PAGESIZE):
+    memory[at] = 1
+"""
+
+
+def test_a_group_that_is_full_drops_what_writing_in_holes_adds_to_a_file_on_the_disk() -> None:
+    """Firecracker maps an image's memory from its file, holes and all, and so may: it costs a guest nothing of what it was promised. Of a
+    file in memory nothing can be dropped (the same process was killed), so QEMU's guests have memory of their own there."""
+    size = 64 << 20
+    with place() as directory:
+        cgroups = Cgroups("drivers-holes", directory)
+        cgroups.start()
+        cgroups.create("one", Limits(memory_bytes=size * 3 // 2, cpus=1, weight=100, pids=16, io_bytes_per_second=1 << 30))
+        file = os.open(directory / "image", os.O_RDWR | os.O_CREAT)
+        try:
+            os.truncate(file, size)
+            member = next(path for path in cgroups.joins("one") if cgroups.unified or "/memory/" in str(path))
+            command = [sys.executable, "-c", _WRITER, str(member), str(file), str(size)]
+            subprocess.run(command, check=True, pass_fds=[file], timeout=60)
+        finally:
+            os.close(file)
+            cgroups.close()
 
 
 def memory_of(machine: Machine) -> tuple[int, int]:
