@@ -182,23 +182,29 @@ def differing(runs: list[tuple[int, int]], process: int, start: int, image: int)
     """
     made: list[tuple[int, int]] = []
     seen = equal = 0
-    for place, (first, after) in enumerate(runs):
-        if seen > _LOOKED_AT_PAGES and equal * _WORTH < seen:
-            return made + runs[place:]
-        size, seen = (after - first) * PAGE, seen + after - first
-        ours, theirs = os.pread(process, size, start + first * PAGE), os.pread(image, size, first * PAGE)
-        if len(ours) < size or len(theirs) < size:  # the kernel reads 2 GiB at a time at most
-            made.append((first, after))
-            continue
-        for page in range(first, after):
-            at = (page - first) * PAGE
-            if ours[at : at + PAGE] == theirs[at : at + PAGE]:
-                equal += 1
-            elif made and made[-1][1] == page:
-                made[-1] = (made[-1][0], page + 1)
-            else:
-                made.append((page, page + 1))
+    for first, after in runs:
+        for at in range(first, after, _CHUNK // PAGE):  # a run may be all of a guest's memory
+            if seen > _LOOKED_AT_PAGES and equal * _WORTH < seen:
+                _add(made, at, after)
+                break
+            end = min(after, at + _CHUNK // PAGE)
+            ours, theirs = (os.pread(file, (end - at) * PAGE, where + at * PAGE) for file, where in ((process, start), (image, 0)))
+            for page in range(at, end):
+                place = slice((page - at) * PAGE, (page - at + 1) * PAGE)
+                if ours[place] == theirs[place]:
+                    equal += 1
+                else:
+                    _add(made, page, page + 1)
+            seen += end - at
     return made
+
+
+def _add(runs: list[tuple[int, int]], first: int, after: int) -> None:
+    """To the last run where it goes on from there."""
+    if runs and runs[-1][1] == first:
+        runs[-1] = (runs[-1][0], after)
+    else:
+        runs.append((first, after))
 
 
 def save_diff(mapping: Mapping, directory: Path, number: int, image: int | None = None) -> list[Sum]:

@@ -59,6 +59,32 @@ def test_a_large_change_is_not_compared_to_its_end(monkeypatch: pytest.MonkeyPat
         os.close(reads)
 
 
+def test_a_run_of_all_of_a_guest_is_looked_at_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that has used all its memory would otherwise cost vmm twice as much."""
+    guest, reads = Guest(), []
+    for page in range(guest.PAGES):
+        guest.write(page, bytes([page + 1]) * PAGE if page in (0, 6, 8) else b"changed")
+    process = open_for_reading(guest)
+    pread = os.pread
+
+    def counted(file: int, size: int, at: int) -> bytes:
+        reads.append(size)
+        return pread(file, size, at)
+
+    monkeypatch.setattr(memory, "_CHUNK", 4 * PAGE)
+    monkeypatch.setattr(os, "pread", counted)
+    whole = [(0, guest.PAGES)]
+    try:
+        assert memory.differing(whole, process, guest.mapping.start, guest.image) == [(1, 6), (7, 8), (9, guest.PAGES)]
+        assert max(reads) == 4 * PAGE and len(reads) == 2 * guest.PAGES // 4
+        monkeypatch.setattr(memory, "_LOOKED_AT_PAGES", 8)
+        monkeypatch.setattr(memory, "_WORTH", 2)
+        assert memory.differing(whole, process, guest.mapping.start, guest.image) == [(1, 6), (7, 8), (9, guest.PAGES)]
+        assert len(reads) == 2 * guest.PAGES // 4 + 2 * 3
+    finally:
+        os.close(process)
+
+
 def test_small_holes_of_an_image_are_filled_and_large_ones_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each hole costs two mappings, which the kernel counts."""
     stored, size = tmp_path / "memory.raw", 1024 * PAGE
