@@ -461,7 +461,9 @@ class Vmm:
     async def _housekeeping(self) -> None:
         while True:
             await asyncio.sleep(_HOUSEKEEPING_SECONDS)
-            await self.standbys.drop_unused({self.settings.images_dir / one.machine.record.image for one in self._sessions.values()})
+            records = [held.machine.record for held in self._sessions.values()]
+            booting = 0  # the incarnation of what will be an image
+            await self.standbys.drop_unused({self.settings.images_dir / one.image for one in records if one.incarnation != booting})
             await self.network.trim()
             late = asyncio.get_running_loop().time() - self.settings.standbys.warm_seconds
             for session in [session for session, since in self._warm.items() if since < late]:
