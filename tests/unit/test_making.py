@@ -166,7 +166,8 @@ def test_another_version_of_init_is_compiled_and_packed_whatever_its_files_dates
 
 
 def test_the_base_is_made_again_for_another_dnf(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (cache / "dnf").write_text("#!/bin/sh\n")
+    (cache / "dnf").mkdir()
+    (cache / "dnf/dnf.py").write_text("#!/usr/bin/python3\n")
     monkeypatch.setattr(base, "CONFIG", cache)
     assert [name for name, is_missing in assets.missing(cache).items() if is_missing] == ["base.tar"]
 
