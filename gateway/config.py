@@ -94,6 +94,10 @@ class Images(BaseModel):
     """Image builds."""
 
     base_names: list[str] = Field([LOCAL_BASE], description="names after FROM that mean the local base")
+    base: str = Field(
+        "auto", pattern="^(auto|registry|local)$",
+        description="what base_names mean: the first name's image, pulled once for this host; a local one; auto: pulled where it can be",
+    )  # fmt: skip
     pull: bool = Field(False, description="pull other base images from their registries")
     logins: dict[str, Login] = Field({}, description="registry hosts (host or host:port) to logins for private base images")
     ecr_endpoint: str = Field("", description="an ECR endpoint whose GetAuthorizationToken the build role is asked for; empty: AWS's own")

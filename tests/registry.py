@@ -23,15 +23,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 ADDRESS = "198.51.100.9"  # TEST-NET-2; loopback's own addresses are closed to builds
+_INDEX = "application/vnd.oci.image.index.v1+json"
 _MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
 
 class Registry(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, password: str) -> None:
-        super().__init__((ADDRESS, 0), _Pull)
-        self.host = f"{ADDRESS}:{self.server_port}"
+    def __init__(self, password: str, address: str = ADDRESS, handler: type[http.server.BaseHTTPRequestHandler] | None = None) -> None:
+        super().__init__((address, 0), handler or _Pull)
+        self.host = f"{address}:{self.server_port}"
         self.login = base64.b64encode(f"AWS:{password}".encode()).decode()
         self.blobs: dict[str, bytes] = {}
         self.manifests: dict[str, bytes] = {}
@@ -46,19 +47,31 @@ class Registry(http.server.ThreadingHTTPServer):
                 info = tarfile.TarInfo(path)
                 info.size, info.mode = len(data), 0o755
                 archive.addfile(info, io.BytesIO(data))
-        layer = self._blob("application/vnd.oci.image.layer.v1.tar", out.getvalue())
+        self.put_layers(name, [("application/vnd.oci.image.layer.v1.tar", out.getvalue())])
+
+    def put_layers(self, name: str, layers: list[tuple[str, bytes]], architecture: str = "amd64") -> dict[str, object]:
+        """An image of tar archives, each with its media type; returns its descriptor."""
+        blobs = [self._blob(kind, data) for kind, data in layers]
         config = {
-            "architecture": "amd64",
+            "architecture": architecture,
             "os": "linux",
-            "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
+            "rootfs": {"type": "layers", "diff_ids": [blob["digest"] for blob in blobs]},
             "config": {},
-            "history": [{}],
+            "history": [{} for _ in blobs],
         }
         manifest = {
-            "schemaVersion": 2, "mediaType": _MANIFEST, "layers": [layer],
+            "schemaVersion": 2, "mediaType": _MANIFEST, "layers": blobs,
             "config": self._blob("application/vnd.oci.image.config.v1+json", json.dumps(config).encode()),
         }  # fmt: skip
         self.manifests[name] = json.dumps(manifest).encode()
+        digest = f"sha256:{hashlib.sha256(self.manifests[name]).hexdigest()}"
+        self.manifests[f"{name.partition(':')[0]}:{digest}"] = self.manifests[name]
+        platform = {"os": "linux", "architecture": architecture}
+        return {"mediaType": _MANIFEST, "digest": digest, "size": len(self.manifests[name]), "platform": platform}
+
+    def put_index(self, name: str, images: list[dict[str, object]]) -> None:
+        """An image of several architectures."""
+        self.manifests[name] = json.dumps({"schemaVersion": 2, "mediaType": _INDEX, "manifests": images}).encode()
 
     def _blob(self, kind: str, data: bytes) -> dict[str, object]:
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
@@ -71,17 +84,21 @@ class _Pull(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        if self.headers.get("Authorization") != f"Basic {self.server.login}":
-            self.server.refused += 1
-            self._reply(401, b"{}", "application/json", ("WWW-Authenticate", 'Basic realm="registry"'))
+        if self.headers.get("Authorization") == f"Basic {self.server.login}":
+            self._serve()
             return
+        self.server.refused += 1
+        self._reply(401, b"{}", "application/json", ("WWW-Authenticate", 'Basic realm="registry"'))
+
+    def _serve(self) -> None:
         _, _, path = self.path.partition("/v2/")
         name, _, reference = path.rpartition("/")
         if not path:
             self._reply(200, b"{}", "application/json")
         elif name.endswith("/manifests") and f"{name.removesuffix('/manifests')}:{reference}" in self.server.manifests:
             self.server.pulled.append(name.removesuffix("/manifests"))
-            self._reply(200, self.server.manifests[f"{name.removesuffix('/manifests')}:{reference}"], _MANIFEST)
+            data = self.server.manifests[f"{name.removesuffix('/manifests')}:{reference}"]
+            self._reply(200, data, json.loads(data)["mediaType"])
         elif name.endswith("/blobs") and reference in self.server.blobs:
             self._reply(200, self.server.blobs[reference], "application/octet-stream")
         else:
@@ -96,6 +113,36 @@ class _Pull(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+class Public(Registry):
+    """A registry on loopback that gives anybody a token, and keeps its layers on another of its paths (as ECR Public and Docker Hub do)."""
+
+    def __init__(self) -> None:
+        super().__init__("", "127.0.0.1", _PublicPull)
+        self.tokens_seen_elsewhere = 0
+
+
+class _PublicPull(_Pull):
+    server: Public
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        if path == "/token":
+            self._reply(200 if "scope=repository" in query else 400, json.dumps({"token": "anybody"}).encode(), "application/json")
+        elif path.startswith("/elsewhere/"):
+            self.server.tokens_seen_elsewhere += "Authorization" in self.headers
+            self._reply(200, self.server.blobs[path.removeprefix("/elsewhere/")], "application/octet-stream")
+        elif self.headers.get("Authorization") != "Bearer anybody":
+            self.server.refused += 1
+            challenge = f'Bearer realm="https://{self.server.host}/token",service="registry",scope="repository:x:pull"'
+            self._reply(401, b"{}", "application/json", ("WWW-Authenticate", challenge))
+        elif "/blobs/" in path and path.rpartition("/")[2] in self.server.blobs:
+            self._reply(
+                307, b"", "text/plain", ("Location", f"https://localhost:{self.server.server_port}/elsewhere/{path.rpartition('/')[2]}")
+            )
+        else:
+            self._serve()
 
 
 class Ecr(http.server.ThreadingHTTPServer):
@@ -133,14 +180,14 @@ class _Grant(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def certificate(directory: Path) -> tuple[Path, Path]:
-    """One for ADDRESS, signed by itself, and its key."""
+def certificate(directory: Path, address: str = ADDRESS) -> tuple[Path, Path]:
+    """One for an address, and localhost, signed by itself, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "registry")]), datetime.datetime.now(datetime.UTC)
     made = (
         x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
         .serial_number(x509.random_serial_number()).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(ADDRESS))]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address)), x509.DNSName("localhost")]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True).sign(key, hashes.SHA256())
     )  # fmt: skip
     path, key_path = directory / "registry.crt", directory / "registry.key"
@@ -155,14 +202,20 @@ def served(directory: Path, password: str) -> Iterator[tuple[Registry, Path]]:
     subprocess.run(["ip", "addr", "add", f"{ADDRESS}/32", "dev", "lo"], check=True, capture_output=True)
     try:
         registry = Registry(password)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        path, key = certificate(directory)
-        context.load_cert_chain(path, key)
-        registry.socket = context.wrap_socket(registry.socket, server_side=True)
+        trusted = encrypted(registry, directory, ADDRESS)
         with running(registry):
-            yield registry, path
+            yield registry, trusted
     finally:
         subprocess.run(["ip", "addr", "del", f"{ADDRESS}/32", "dev", "lo"], check=True, capture_output=True)
+
+
+def encrypted(server: http.server.HTTPServer, directory: Path, address: str) -> Path:
+    """Has a server speak TLS; returns the certificate that its clients must trust."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    path, key = certificate(directory, address)
+    context.load_cert_chain(path, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    return path
 
 
 @contextlib.contextmanager

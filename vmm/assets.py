@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import base, jail, kernel, making, probe
+from gateway.config import Images
+
+from . import base, jail, kernel, making, probe, registry
 from .kernel import AssetError
 
-__all__ = ["AssetError", "make", "missing"]
+__all__ = ["LOCAL", "AssetError", "Base", "make", "missing"]
 _QUOTED_CHARACTERS = 600
 
 
@@ -59,10 +61,6 @@ _STEPS = (
         lambda cache, target: kernel.make_modules(cache / "kernel", target), "choosing the kernel's modules",
     ),
     Step("qemu-root", lambda cache: jail.root_key(), lambda cache, target: jail.make_root(target), "making the hypervisors' root"),
-    Step(
-        "base.tar", lambda cache: base.base_key(), lambda cache, target: base.make_base(target),
-        "making the local base image with mmdebstrap (some 30 s, once)",
-    ),
 )  # fmt: skip
 _FIRECRACKER = (
     Step(
@@ -73,24 +71,55 @@ _FIRECRACKER = (
 )  # fmt: skip
 
 
-def _steps() -> Iterator[Step]:
+@dataclass(frozen=True)
+class Base:
+    """Which base image is wanted (images.base), by which name, and what signs for registries beside the host's authorities."""
+
+    kind: str = "local"
+    name: str = ""
+    authorities: Path | None = None
+
+    @classmethod
+    def of(cls, images: Images) -> Base:
+        kind = images.base if images.base_names else "local"
+        return cls(kind, next(iter(images.base_names), ""), Path(images.registry_ca) if images.registry_ca else None)
+
+
+LOCAL = Base()
+
+
+def _base(wanted: Base, ask: Callable[[str], str]) -> Step:
+    chosen = [""]
+
+    def key(cache: Path) -> str:
+        chosen[0] = base.chosen_key(wanted.kind, wanted.name, making.key_at(cache / "base.tar"), ask)
+        return chosen[0]
+
+    def work(cache: Path, target: Path) -> None:
+        base.make(target, chosen[0], wanted.authorities)
+
+    return Step("base.tar", key, work, "making the base image (pulled, or a local one with mmdebstrap: some 40 s, once)")
+
+
+def _steps(wanted: Base = LOCAL, ask: Callable[[str], str] = lambda name: "") -> Iterator[Step]:
     yield from _STEPS
+    yield _base(wanted, ask)
     if probe.firecracker_programs() is not None:
         yield from _FIRECRACKER
 
 
-def make(cache: Path, say: Callable[[str], None]) -> None:
+def make(cache: Path, say: Callable[[str], None], wanted: Base = LOCAL) -> None:
     """Makes what is missing; quick when all is there. Raises AssetError."""
     try:
         with making.alone(cache):
-            _make(cache, tuple(_steps()), say)
+            _make(cache, tuple(_steps(wanted, lambda name: registry.digest(name, wanted.authorities))), say)
     except OSError as error:
         raise AssetError(str(error)) from error
 
 
-def missing(cache: Path) -> dict[str, bool]:
-    """Of each file or directory whether it has to be made."""
-    return {step.name: making.key_at(cache / step.name) != step.key(cache) for step in _steps()}
+def missing(cache: Path, wanted: Base = LOCAL) -> dict[str, bool]:
+    """Of each file or directory whether it has to be made. No registry is asked."""
+    return {step.name: making.key_at(cache / step.name) != step.key(cache) for step in _steps(wanted)}
 
 
 def _make(cache: Path, steps: tuple[Step, ...], say: Callable[[str], None]) -> None:

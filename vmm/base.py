@@ -1,7 +1,7 @@
-"""The local base image: a small Debian that carries `dnf`, built once with mmdebstrap, for hosts without a registry.
+"""The base image: the announcement's own where its registry answers, else a small Debian that carries `dnf`, made once with mmdebstrap.
 
-The host's package sources are lent to the bootstrap. What stays of them is what a microVM can reach by itself, so that its apt works;
-where that is nothing, Debian's own names are written. What the host trusts of authorities its operator added, the base trusts too.
+Of the local one: the host's package sources are lent to the bootstrap. What stays of them is what a microVM can reach by itself, so that
+its apt works; where that is nothing, Debian's own names are written. Authorities that the host's operator added, the base trusts too.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import os
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from . import registry
 from .kernel import AssetError
 from .making import key_of
 
 SUITE = "bookworm"
+_REGISTRY = "registry"  # first word of the key of a base that was pulled
 _DEADLINE_SECONDS = 600
 _ENDS_WITH_US = ("setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 # What users of Amazon Linux's minimal image count on, and little more.
@@ -95,7 +98,36 @@ def _authorities() -> list[Path]:
     return sorted(_AUTHORITIES.glob("**/*.crt")) if _AUTHORITIES.is_dir() else []
 
 
-def base_key() -> str:
+def chosen_key(base: str, name: str, there: str, ask: Callable[[str], str]) -> str:
+    """The key of the base that the settings want (images.base), where one with the key `there` is. `ask` gives a name's digest.
+
+    auto takes what is there, of whichever kind; where nothing is, or a local one of other code, the registry's where it answers. Raises
+    AssetError where only the registry's will do, and it does not answer.
+    """
+    local = local_key()
+    if base == "local" or (base == "auto" and there == local):
+        return local
+    if there.startswith(f"{_REGISTRY} {name}@"):
+        return there
+    try:
+        digest = ask(name)
+    except AssetError:
+        if base == "registry":
+            raise
+        digest = ""
+    return f"{_REGISTRY} {name}@{digest}" if digest or base == "registry" else local
+
+
+def make(target: Path, key: str, authorities: Path | None = None) -> None:
+    """Writes the root of the base with that key as a tar archive. Raises AssetError."""
+    if key.startswith(f"{_REGISTRY} "):
+        name, _, digest = key.removeprefix(f"{_REGISTRY} ").rpartition("@")
+        registry.pull(name, digest, target, authorities)
+    else:
+        make_base(target)
+
+
+def local_key() -> str:
     tools = sorted(path for path in (CONFIG / "dnf").iterdir() if path.is_file())
     return key_of(make_base, _essential, guest_sources, _DEBIAN, SUITE, EXTRA, *tools, *_authorities())
 

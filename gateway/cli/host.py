@@ -53,7 +53,7 @@ def serve(root: Root = None, name: Name = None) -> None:
     Example: torpor serve --root /var/lib/torpor
     """
     from gateway import supervisor
-    from vmm.assets import AssetError, make
+    from vmm.assets import AssetError, Base, make
 
     if os.geteuid() != 0:
         fail("serve needs root: it makes network namespaces, mounts and users' processes", 2)
@@ -62,7 +62,7 @@ def serve(root: Root = None, name: Name = None) -> None:
     settings = config.load(root=root, name=name)
     log.configure("torpor")
     try:
-        make(settings.cache, lambda text: errors.print(f"torpor: {text}"))
+        make(settings.cache, lambda text: errors.print(f"torpor: {text}"), Base.of(settings.images))
     except AssetError as error:
         fail(str(error))
 
@@ -160,11 +160,12 @@ def assets() -> None:
 
     Example: torpor assets
     """
-    from vmm.assets import AssetError, make
+    from vmm.assets import AssetError, Base, make
 
     os.umask(0o022)  # hypervisors' users read what is made here
+    settings = config.load()
     try:
-        make(config.load().cache, lambda text: errors.print(f"torpor: {text}"))
+        make(settings.cache, lambda text: errors.print(f"torpor: {text}"), Base.of(settings.images))
     except AssetError as error:
         fail(str(error))
 
@@ -195,7 +196,7 @@ def doctor(
     rows.append(("guest peak", True, f"capped at {memory} MiB and {vcpus} virtual CPUs by this host"))
     missing = ", ".join(cgroups.Cgroups(settings.name, settings.root).missing)
     rows.append(("control groups", not missing, f"missing: {missing}" if missing else "memory, cpu, io and pids are limited"))
-    for what, is_missing in assets.missing(settings.cache).items():
+    for what, is_missing in assets.missing(settings.cache, assets.Base.of(settings.images)).items():
         text = "missing, or made by another version: run `torpor assets`" if is_missing else str(settings.cache)
         rows.append((f"asset {what}", not is_missing, text))
     free = disk_free_bytes(place) >> 20
