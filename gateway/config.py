@@ -29,7 +29,9 @@ class Edge(BaseModel):
     held_requests: int = Field(2048, ge=1, description="per session and worker, which holds four times that; beyond: 429")
     held_bytes: int = Field(16 << 20, ge=65536, description="of bodies read while held; a worker holds four times that; beyond: 429")
     hold_seconds: float = Field(30.0, gt=0, description="how long a request waits for its session; then 502")
-    connect_seconds: float = Field(3.0, gt=0, description="how long connects to an application are tried again; then 502")
+    connect_seconds: float = Field(
+        3.0, gt=0, description="how long an application that has listened, and refuses, is tried again; then 502"
+    )
     head_bytes: int = Field(32 << 10, ge=1024, description="of a request's or response's head; beyond: 431 or 502")
     head_fields: int = Field(200, ge=16, description="of a head's fields; beyond: 431 or 502")
     head_seconds: float = Field(20.0, gt=0, description="to receive a whole head, from its first byte; then 408")
@@ -111,7 +113,7 @@ class Images(BaseModel):
     run_ahead: dict[str, str] = Field(
         {}, description="image names whose launches may come from microVMs that ran ahead, and what to ask of them: /path, or :port/path"
     )
-    start_seconds: float = Field(60.0, gt=0, description="to boot, and for an EXPOSEd port to listen when no ready hook is enabled")
+    start_seconds: float = Field(120.0, gt=0, description="for all EXPOSEd TCP ports to listen, where no ready hook is enabled")
 
 
 class Limits(BaseModel):

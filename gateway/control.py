@@ -39,6 +39,7 @@ from .sessions.archive import default_client as default_store
 from .sessions.faults import FaultLog
 from .sessions.host import Host
 from .sessions.lifecycle import Lifecycle
+from .sessions.listeners import in_words
 from .sessions.logs import LogStore
 from .sessions.model import Session
 from .sessions.recovery import recover
@@ -53,6 +54,7 @@ log = structlog.get_logger()
 
 _HOUR_SECONDS = 3600.0
 _STOP_SECONDS = 60.0
+_LISTENERS_SECONDS = 2.0  # for a guest to say what listens in it
 
 
 class Control:
@@ -67,6 +69,7 @@ class Control:
         self.routes.keys = self.minter.verifiers()
         self.logs = LogStore(directory / "logs")
         self.faults = FaultLog(self.logs)
+        self._explaining: set[str] = set()  # sessions whose guest is asked what listens
         self.audit = AuditTrail(directory / "audit")
         self.vmm = Client(settings.vmm_socket, Service(self))
         self.host = Host(self.vmm, settings.root)
@@ -165,11 +168,30 @@ class Control:
     async def rpc_counters(self, connection: Connection, body: m.Counters) -> None:
         metrics.edge_counted(connection, body)
 
+    async def rpc_listened(self, connection: Connection, body: m.Listened) -> None:
+        self.routes.listened(connection, body)
+
     async def rpc_faults(self, connection: Connection, body: m.Faults) -> None:
         for identifier, texts in body.lines.items():
             session = self.store.sessions.get(identifier)
-            if session is not None:
+            if session is None:
+                continue
+            if any(text.endswith(m.NOTHING_LISTENS) for text in texts) and identifier not in self._explaining:
+                self._explaining.add(identifier)  # once at a time: a worker may be anybody's
+                self.lifecycle.tasks.spawn(self._explain(session, texts))
+            else:
                 self.faults.write(session, texts)
+
+    async def _explain(self, session: Session, texts: list[str]) -> None:
+        """Writes lines, those about a port on which nothing listens with what does, where the guest says so in time."""
+        others = ""
+        try:
+            others = in_words(await self.lifecycle.agent(session).listeners(_LISTENERS_SECONDS))
+        except AgentError:
+            pass
+        finally:
+            self._explaining.discard(session.id)
+            self.faults.write(session, [text + others if text.endswith(m.NOTHING_LISTENS) else text for text in texts])
 
     async def rpc_microvm_log(self, connection: Connection, body: m.LogRequest) -> m.MicrovmLog:
         session = self.store.sessions.get(body.session)

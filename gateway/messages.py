@@ -335,6 +335,16 @@ class Activity(msgspec.Struct):
     sessions: dict[str, tuple[int, float, int]]
 
 
+class Listened(msgspec.Struct):
+    """edge -> control -> the other workers, in batches: session, incarnation and port of applications that have been connected to."""
+
+    ports: list[tuple[str, int, int]]
+
+
+# Ends a line about an application that refuses connections: control adds what does listen, which it asks the guest.
+NOTHING_LISTENS = "nothing listens"
+
+
 class Faults(msgspec.Struct):
     """edge -> control: what was wrong with applications; by session, lines for the microVM's log."""
 

@@ -81,6 +81,13 @@ class Link:
     async def rpc_keys(self, connection: Connection, body: list[m.Verifier]) -> None:
         self._worker.checker = Checker(body)
 
+    async def rpc_listened(self, connection: Connection, body: m.Listened) -> None:
+        """Takes in what other workers have seen, of incarnations that run."""
+        for session, incarnation, port in body.ports:
+            route = self.route_of_session(session)
+            if route is not None and route.incarnation == incarnation:
+                self._worker.upstream.others_saw((session, incarnation, port))
+
     async def rpc_gate(self, connection: Connection, body: m.Route) -> m.GateAnswer:
         """Closes a session's gate: from this answer on no request is forwarded to it."""
         answer = self._worker.routes.close_gate(body)
@@ -187,12 +194,14 @@ class Link:
         self._faults.add(session, text)
 
     def report(self) -> None:
-        """Reports what has happened since the last report: activity, faults, counters."""
+        """Reports what has happened since the last report: activity, ports that have listened, faults, counters."""
         connection = self._control.connection
         if connection is None:
             return
         if (report := self._worker.routes.report()) is not None:
             connection.notify("activity", report)
+        if ports := self._worker.upstream.take_seen():
+            connection.notify("listened", m.Listened(ports))
         if lines := self._faults.take():
             connection.notify("faults", m.Faults(lines))
         if self._worker.counters.answers != self._counted:

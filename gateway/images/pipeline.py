@@ -22,7 +22,6 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gateway.accounts.directory import Credentials
 from gateway.config import Settings
 from gateway.messages import BuildRequest, EgressRules, HostInfo, Shape
-from gateway.reach import reach
 from gateway.sessions import hooks
 from gateway.sessions.agent import Agent, AgentError, start_frames, sync_frame, wake_frame
 from gateway.sessions.channels import GuestServices
@@ -33,6 +32,7 @@ from gateway.sessions.model import Build, Hooks, Image, Version
 from . import artifact, bases
 from .artifact import BuildFailed
 from .container import ContainerError, agent_entries, exposed_ports, parse_config, reserved_variables
+from .readiness import Readiness
 from .unpack import CONTEXT, DOCKERFILE
 
 log = structlog.get_logger()
@@ -43,8 +43,6 @@ _PEAK = 4  # the guest sees four times the size that was asked for
 _BOOT_SECONDS = 60.0
 _SYNC_SECONDS = 300.0  # for what an emulated application has written
 _ROOM_BYTES = 1 << 30
-_QUIET_STEP_SECONDS = 0.5
-_QUIET_SHARE = 0.15  # of one processor: an application below it has finished starting
 _CONTAINER_TRIES = 2  # vmm may be restarted under a build
 _SEEDED = (
     "{count} random generators of OpenSSL were seeded before the snapshot: each microVM seeds them anew; it does not know of a language's "
@@ -253,7 +251,7 @@ class Pipeline:
             for frame in start_frames(agent_entries(config, request.get("environmentVariables") or {}, reserved, capabilities)):
                 agent.send(frame)
             self._phase(job, "READY")
-            await self._until_exit(job, self._ready(job, config))
+            await self._until_exit(job, self._ready(job, agent, config))
             await self._tell(agent, sync_frame, _SYNC_SECONDS)
         finally:
             agent.close()
@@ -281,45 +279,15 @@ class Pipeline:
         finally:
             task.cancel()
 
-    async def _ready(self, job: Job, config: dict[str, object]) -> None:
+    async def _ready(self, job: Job, agent: Agent, config: dict[str, object]) -> None:
+        """The ready hook says when the application has started; without one, its ports do."""
         enabled = read_hooks(job.version.request)
         seconds = enabled.timeout("ready")
         if seconds is not None:
+            job.say(f"waiting for the ready hook on port {enabled.port}, {seconds} s at most")
             await self._hook(job, "ready", job.session, 0, enabled, seconds)
             return
-        ports = exposed_ports(config)
-        deadline = time.monotonic() + self._settings.images.start_seconds
-        settle = self._settings.images.settle_seconds
-        if ports:
-            settle = min(settle, _QUIET_STEP_SECONDS)  # it says itself when it has started
-            while not await self._listens(job.session, ports):
-                if time.monotonic() > deadline:
-                    job.say(f"nothing listens on EXPOSEd port {', '.join(map(str, ports))}: the snapshot is taken all the same")
-                    break
-                await asyncio.sleep(0.1)
-        await self._quiet(job, deadline, settle)
-
-    async def _listens(self, session: str, ports: list[int]) -> bool:
-        for port in ports:
-            try:
-                async with asyncio.timeout(1):
-                    (await reach(lambda: self._host.socket(session, 0), port)).close()
-                return True
-            except (OSError, TimeoutError):
-                continue
-        return False
-
-    async def _quiet(self, job: Job, deadline: float, settle_seconds: float) -> None:
-        """Without a ready hook, a guest whose processors rest has finished starting."""
-        settle = time.monotonic() + settle_seconds
-        used = -1.0
-        while time.monotonic() < max(deadline, settle):
-            state = await self._host.state()
-            now = next((host_session.cpu_seconds for host_session in state.sessions if host_session.session == job.session), 0.0)
-            if used >= 0 and now - used < _QUIET_STEP_SECONDS * _QUIET_SHARE and time.monotonic() >= settle:
-                return
-            used = now
-            await asyncio.sleep(_QUIET_STEP_SECONDS)
+        await Readiness(self._host, self._settings.images, agent, job.session, job.say).wait(exposed_ports(config))
 
     async def _hook(self, job: Job, name: str, session: str, incarnation: int, enabled: Hooks, seconds: int) -> None:
         try:

@@ -8,13 +8,13 @@ import secrets
 import struct
 from collections.abc import Callable, Iterable
 
-from . import out_of_memory
+from . import listeners, out_of_memory
 from .frame import HEADER, MAGIC, MAGIC_BYTES, frame
 from .shells import Shells
 
-_HELLO, _WAKE, _CONFIG, _START, _SYNC, _STOP = 0x01, 0x02, 0x03, 0x04, 0x0A, 0x0B
+_HELLO, _WAKE, _CONFIG, _START, _SYNC, _STOP, _LISTENERS = 0x01, 0x02, 0x03, 0x04, 0x0A, 0x0B, 0x0C
 _IS_HELLO, _WOKEN, _OUTPUT, _EXIT = 0x81, 0x82, 0x83, 0x84
-_SHELL_OUTPUT, _SHELL_TAKEN, _SHELL_EXIT, _KILLED = 0x85, 0x86, 0x87, 0x88
+_SHELL_OUTPUT, _SHELL_TAKEN, _SHELL_EXIT, _KILLED, _LISTENING = 0x85, 0x86, 0x87, 0x88, 0x89
 _FRAME_MAX_IN = 4096
 _FRAME_MAX_OUT = 16384
 _BUDGET_BYTES = 65536  # read per session and loop turn, so that a chatty guest starves nobody
@@ -82,14 +82,22 @@ class Agent:
         _, state, code = struct.unpack("<QIi", await self._hello(seconds, _RESYNC))
         return state, code
 
+    async def listeners(self, seconds: float) -> list[listeners.Listener]:
+        """Asks which TCP sockets listen. Raises AgentError when it does not answer in time, as guests of older images do not."""
+        return listeners.parse((await self._ask(_LISTENERS, seconds))[8:])
+
     async def _hello(self, seconds: float, before: bytes = b"") -> bytes:
+        return await self._ask(_HELLO, seconds, before)
+
+    async def _ask(self, kind: int, seconds: float, before: bytes = b"") -> bytes:
         nonce = secrets.randbits(63)
         future = self.expect(nonce)
-        self.send(before + frame(_HELLO, struct.pack("<Q", nonce)))
+        self.send(before + frame(kind, struct.pack("<Q", nonce)))
         try:
             async with asyncio.timeout(seconds):
                 return await future
         except TimeoutError as error:
+            self._nonces.pop(nonce, None)
             raise AgentError(f"the guest's agent did not answer in {seconds:g} s") from error
 
     async def stop(self, seconds: float) -> None:
@@ -216,7 +224,7 @@ class Agent:
             del self._buffer[:at]
 
     def _frame(self, kind: int, channel: int, payload: bytes) -> None:
-        if kind in (_IS_HELLO, _WOKEN) and len(payload) in (8, 16):
+        if (kind in (_IS_HELLO, _WOKEN) and len(payload) in (8, 16)) or (kind == _LISTENING and len(payload) >= 8):
             future = self._nonces.pop(struct.unpack_from("<Q", payload)[0], None)
             if future is not None and not future.done():
                 future.set_result(payload)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from gateway.messages import Drained, DrainRequest, GateAnswer, Route, SessionName, Table, Verifier
+from gateway.messages import Drained, DrainRequest, GateAnswer, Listened, Route, SessionName, Table, Verifier
 from gateway.rpc import Connection
 
 from .model import Session
@@ -102,6 +102,12 @@ class Routes:
         self._holders.pop(session.id, None)
         if self._routes.pop(session.endpoint, None) is not None:
             self._tell(Route(session.endpoint, "", 0, REFUSE, is_live=False), self._workers)
+
+    def listened(self, worker: Connection, ports: Listened) -> None:
+        """Tells the other workers what one has seen: an application that has listened, and refuses, is waited for no longer."""
+        for connection in self._workers:
+            if connection is not worker:
+                connection.notify("listened", ports)
 
     def publish_keys(self, keys: list[Verifier]) -> None:
         self.keys = keys

@@ -136,6 +136,11 @@ async def serve(reader, writer):
         writer.close()
 
 
+async def listen(query):
+    server = await asyncio.start_server(serve, query.get("host", "0.0.0.0"), int(query["port"]))
+    STATE.setdefault("late", {})[query["port"]] = server
+
+
 async def respond(method, path, query, fields, body, writer, peer):
     if path == "/":
         STATE["counter"] += 1
@@ -150,6 +155,12 @@ async def respond(method, path, query, fields, body, writer, peer):
         context.load_cert_chain("tls.pem")
         STATE.setdefault("servers", []).append(await asyncio.start_server(serve, "0.0.0.0", 8443, ssl=context))
         writer.write(answer(200, b"listening"))
+    elif path == "/listen":
+        asyncio.get_running_loop().call_later(float(query.get("after", 0)), lambda: asyncio.create_task(listen(query)))
+        writer.write(answer(200, b"later"))
+    elif path == "/unlisten":
+        STATE["late"].pop(query["port"]).close()
+        writer.write(answer(200, b"closed"))
     elif path == "/state":
         writer.write(answer(200, facts(peer)))
     elif path == "/fields":

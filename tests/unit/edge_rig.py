@@ -49,6 +49,7 @@ class Control:
         self.on_resume: Callable[[], None] = lambda: None
         self.connections: list[Connection] = []
         self.faults: list[str] = []  # lines for microVMs' logs
+        self.listened: list[tuple[str, int, int]] = []
         self.reported = asyncio.Event()  # set with each of them
 
     async def rpc_hello(self, connection: Connection, body: m.Hello) -> m.Table:
@@ -65,6 +66,9 @@ class Control:
 
     async def rpc_activity(self, connection: Connection, body: m.Activity) -> None:
         pass
+
+    async def rpc_listened(self, connection: Connection, body: m.Listened) -> None:
+        self.listened += body.ports
 
     async def rpc_counters(self, connection: Connection, body: m.Counters) -> None:
         self.counters = body

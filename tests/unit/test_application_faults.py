@@ -128,12 +128,12 @@ def test_a_full_disk_leaves_the_line_in_memory(tmp_path: Path) -> None:
 
 
 async def test_a_port_on_which_nothing_listens(rig: Rig) -> None:
-    await rig.start(connect_seconds=0.1)
+    await rig.start(connect_seconds=0.1, hold_seconds=0.2)
     rig.application.close()
     await rig.application.wait_closed()
     ((status, _, body),) = await rig.ask(rig.request())
     assert (status, body) == (502, b"")
-    assert await rig.control.fault() == f"s1 port {rig.app_port}: nothing listens on port {rig.app_port}"
+    assert await rig.control.fault() == f"s1 port {rig.app_port}: nothing listens"
 
 
 async def test_a_session_that_is_not_resumed_in_time(rig: Rig) -> None:
@@ -234,8 +234,8 @@ async def test_an_answer_that_cannot_be_taken_names_the_rule_and_its_clause(rig:
 
 
 async def test_repeated_faults_are_not_repeated_lines(rig: Rig) -> None:
-    await rig.start(connect_seconds=0.05)
+    await rig.start(connect_seconds=0.05, hold_seconds=0.1)
     rig.application.close()
     await rig.application.wait_closed()
     await asyncio.gather(*(rig.ask(rig.request()) for _ in range(20)))
-    assert (await rig.control.fault()).endswith(f"nothing listens on port {rig.app_port}")
+    assert (await rig.control.fault()).endswith(f"port {rig.app_port}: nothing listens")

@@ -348,7 +348,9 @@ async def test_bytes_after_an_answer_are_not_the_next_clients(rig: Rig) -> None:
 
 async def test_nothing_listens(rig: Rig) -> None:
     closed = rig.request().replace(str(rig.app_port).encode(), b"1")
+    rig.worker.settings.hold_seconds = 0.1
     assert (await rig.ask(closed))[0][0] == 502
+    rig.worker.settings.hold_seconds = 5
 
 
 async def test_tunnel_both_ways_with_early_bytes(rig: Rig) -> None:

@@ -28,6 +28,7 @@ enum frame_type {
     FRAME_SHELL_CLOSE = 0x09,  /* host: hang up */
     FRAME_SYNC = 0x0a,         /* host: u64 nonce; answered as a wake is, when all files are on the disk */
     FRAME_STOP = 0x0b,         /* host: u64 nonce; the application is sent its stop signal. Answered u64 nonce, u32 whether it heeds it, u32 0 */
+    FRAME_LISTENERS = 0x0c,    /* host: u64 nonce; answered with FRAME_LISTENING */
     FRAME_IS_HELLO = 0x81, /* u64 nonce, u32 application state, i32 exit code */
     FRAME_WOKEN = 0x82,    /* u64 nonce */
     FRAME_OUTPUT = 0x83,   /* channel 1 standard output, 2 standard error, 3 what was written to /dev/console */
@@ -35,6 +36,7 @@ enum frame_type {
     FRAME_SHELL_OUTPUT = 0x85,
     FRAME_SHELL_TAKEN = 0x86, /* u32 bytes of input that the terminal took */
     FRAME_SHELL_EXIT = 0x87,  /* i32 exit code, as a shell writes it */
+    FRAME_LISTENING = 0x89,   /* u64 nonce, then of each listening socket: u16 4 or 6, u16 port, 16 bytes of address */
     FRAME_KILLED = 0x88,      /* what the kernel's log says of a process that it killed for want of memory */
 };
 
@@ -114,6 +116,10 @@ void shell_close(uint16_t id);
 void shell_poll(struct pollfd *fds); /* SHELLS_MAX of them */
 void shell_ready(const struct pollfd *fds);
 int shell_reaped(pid_t pid, int status); /* whether it was one */
+
+/* ---- what listens ---- */
+
+void listeners_send(const uint8_t *nonce);
 
 /* ---- want of memory ---- */
 

@@ -173,6 +173,9 @@ static void handle(uint8_t type, uint16_t channel, const uint8_t *payload, uint3
         port_send(FRAME_WOKEN, 0, &answer, sizeof answer);
         return;
     }
+    case FRAME_LISTENERS:
+        if (length == 8) listeners_send(payload);
+        return;
     case FRAME_CONFIG:
         have_disk();
         app_configure(payload, length);

@@ -421,7 +421,8 @@ class Exchange(ClientSide):
             else:
                 origin = await worker.upstream.connect(route, port, entry.opened_at, head, self._tried_again, deadline)
         except SessionGone as error:
-            gone = error  # not waited for here: see Upstream._connect_patiently
+            # Not waited for here: while a compiled coroutine waits inside `except`, whatever is raised elsewhere gets this for a context.
+            gone = error
         except ConnectFailed:
             self._stop_waiting()
             current = worker.routes.get(route.endpoint)

@@ -64,8 +64,8 @@ class Pool(Owner):
     being made for a slot; only what is in the state of a new connection becomes idle."""
 
     __slots__ = (
-        "allowed", "connecting", "has_ended", "idle", "open", "ramping", "shared", "shared_connecting", "speaks_h2",
-        "tls", "waiters", "waiters_for_shared",
+        "allowed", "asking", "connecting", "has_ended", "has_listened", "idle", "open", "ramping", "shared", "shared_connecting",
+        "speaks_h2", "tls", "waiters", "waiters_for_shared",
     )  # fmt: skip
 
     def __init__(self, key: Key) -> None:
@@ -80,6 +80,8 @@ class Pool(Owner):
         self.allowed = CONNECTIONS_FIRST
         self.ramping = False
         self.has_ended = False  # the incarnation has ended
+        self.has_listened = False  # the application, in this incarnation
+        self.asking = asyncio.Lock()  # whoever holds it asks an application that has not
         self.tls = TLS_UNKNOWN
         self.speaks_h2: bool | None = None  # what ALPN agreed on; None: not known yet
 
@@ -233,6 +235,7 @@ class Pool(Owner):
 
     def adopt(self, connection: Origin | Http2Origin) -> None:
         """Takes in a parked connection, which goes on in this incarnation."""
+        self.has_listened = True
         if isinstance(connection, Http2Origin):
             self.shared.append(connection)
         else:

@@ -10,7 +10,7 @@ from typing import Protocol, cast
 
 import structlog
 
-from gateway.messages import Route, ShellRequest
+from gateway.messages import NOTHING_LISTENS, Route, ShellRequest
 from gateway.reach import reach
 from gateway.rpc import Client, RpcError
 
@@ -32,6 +32,7 @@ log = structlog.get_logger()
 
 _RAMP_SECONDS = 0.1
 _RETRY_SECONDS = 0.02
+_ASK_AGAIN_SECONDS = 0.1  # of an application that is starting
 _COLUMNS, _ROWS = 80, 24  # of a shell, until its client says
 _SYN_SECONDS = 10.0
 _TLS_SECONDS = 3.0  # for a handshake with an application, which may be emulated; one that has no TLS may just be silent
@@ -73,6 +74,7 @@ class Incarnation:
         self.sockets = sockets
         self.pools: dict[int, Pool] = {}  # by port
         self.preconnected: dict[int, asyncio.Task[UnclaimedConnection]] = {}  # by port: one connection, made before the first request came
+        self.listened: set[int] = set()  # ports, as any worker has seen
         self.shells: set[ShellOrigin] = set()
 
     @property
@@ -91,6 +93,7 @@ class Upstream:
         self._incarnations: dict[tuple[str, int], Incarnation] = {}
         self._pools: dict[Key, Pool] = {}  # those of all incarnations, for the fast path
         self._spoke_tls: dict[str, dict[int, bool | None]] = {}  # by session and port, through its sleep: whether HTTP/2 was agreed on
+        self._seen: list[Key] = []  # ports that have listened, and that the other workers are not told of yet
         self._contexts = {alpn: _client_context(list(alpn)) for alpn in (("h2", "http/1.1"), ("http/1.1",))}
 
     def take_idle(self, key: Key, now: float, is_safe: bool) -> Origin | None:
@@ -113,7 +116,9 @@ class Upstream:
     def pool(self, key: Key) -> Pool:
         pool = self._pools.get(key)
         if pool is None:
-            pool = self._pools[key] = self.incarnation(key[0], key[1]).pools[key[2]] = Pool(key)
+            incarnation = self.incarnation(key[0], key[1])
+            pool = self._pools[key] = incarnation.pools[key[2]] = Pool(key)
+            pool.has_listened = key[2] in incarnation.listened
             spoke_tls = self._spoke_tls.get(key[0])
             if spoke_tls is not None and key[2] in spoke_tls:
                 pool.tls, pool.speaks_h2 = TLS, spoke_tls[key[2]]
@@ -133,7 +138,7 @@ class Upstream:
         if not isinstance(lease, Slot):
             return lease
         try:
-            return await self._connect_patiently(pool, lease, head, opened_at + self._settings.connect_seconds)
+            return await self._connect_patiently(pool, lease, head, opened_at + self._settings.connect_seconds, deadline)
         finally:
             pool.free(lease, self._loop.time())
 
@@ -150,6 +155,8 @@ class Upstream:
         except BaseException as error:
             pool.withdraw(waiter, self._loop.time())
             if isinstance(error, TimeoutError):
+                if not pool.has_listened:
+                    raise ConnectFailed(NOTHING_LISTENS) from error
                 in_use = f"{len(pool.open)} of at most {CONNECTIONS_MOST} connections are in use"
                 raise ConnectFailed(f"no connection came free in {self._settings.hold_seconds:g} s: {in_use}") from error
             raise
@@ -168,24 +175,52 @@ class Upstream:
             pool.ramp(self._loop.time())
             self._ramp_later(pool)
 
-    async def _connect_patiently(self, pool: Pool, slot: Slot, head: RequestHead, until: float) -> Origin | OriginStream:
-        """A freshly resumed or launched application may not listen yet; one that has been up for a while is just down."""
-        while True:
-            refused: ConnectionRefusedError | None = None
-            try:
-                return await self._connect_once(pool, slot, head)
-            except ConnectionRefusedError as error:
-                refused = error
-            except TimeoutError as error:
-                raise ConnectFailed("the application does not answer connects") from error
-            except ssl.SSLError as error:
-                raise ConnectFailed(f"the TLS handshake failed: {error.reason or error}") from error
-            except OSError as error:
-                raise ConnectFailed(f"the application could not be connected to: {error.strerror or error}") from error
-            # Not inside `except`: while a compiled coroutine waits there, whatever is raised elsewhere gets its exception for a context.
-            if self._loop.time() > until:
-                raise ConnectFailed(f"nothing listens on port {pool.key[2]}") from refused
-            await asyncio.sleep(_RETRY_SECONDS)
+    async def _connect_patiently(
+        self, pool: Pool, slot: Slot, head: RequestHead, until: float, deadline: float
+    ) -> Origin | OriginStream:  # fmt: skip
+        """Tries until `until` where an application refuses, because a freshly resumed one may not listen yet; one that has listened and
+        refuses later is just down. One that has not listened in this incarnation is starting: it is waited for until `deadline`."""
+        asks_alone = False
+        try:
+            while True:
+                made = await self._connect_or_none(pool, slot, head)
+                if made is not None:
+                    return made
+                now = self._loop.time()
+                if now <= until and now <= deadline:
+                    await asyncio.sleep(_RETRY_SECONDS)
+                elif pool.has_listened or now > deadline:
+                    raise ConnectFailed(NOTHING_LISTENS)
+                elif asks_alone:
+                    await asyncio.sleep(_ASK_AGAIN_SECONDS)
+                else:
+                    await self._until_turn(pool, deadline)
+                    asks_alone = True
+        finally:
+            if asks_alone:
+                pool.asking.release()
+
+    async def _until_turn(self, pool: Pool, deadline: float) -> None:
+        """Waits for the right to ask an application that is starting: one request asks for all, so that they do not take the processor
+        from it."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                await pool.asking.acquire()
+        except TimeoutError as error:
+            raise ConnectFailed(NOTHING_LISTENS) from error
+
+    async def _connect_or_none(self, pool: Pool, slot: Slot, head: RequestHead) -> Origin | OriginStream | None:
+        """Tries to connect; returns None where the application refuses. Raises ConnectFailed, SessionGone."""
+        try:
+            return await self._connect_once(pool, slot, head)
+        except ConnectionRefusedError:
+            return None
+        except TimeoutError as error:
+            raise ConnectFailed("the application does not answer connects") from error
+        except ssl.SSLError as error:
+            raise ConnectFailed(f"the TLS handshake failed: {error.reason or error}") from error
+        except OSError as error:
+            raise ConnectFailed(f"the application could not be connected to: {error.strerror or error}") from error
 
     async def _connect_once(self, pool: Pool, slot: Slot, head: RequestHead) -> Origin | OriginStream:
         """Tries to connect once. Raises OSError, TimeoutError, ConnectFailed, SessionGone."""
@@ -227,6 +262,7 @@ class Upstream:
         try:
             async with asyncio.timeout(_SYN_SECONDS):
                 sock = await reach(incarnation.sockets.take, pool.key[2])
+                self._saw(pool)
                 if is_secure:
                     made = await self._handshake(sock, pool, head)
                 else:
@@ -262,6 +298,22 @@ class Upstream:
         if head.upgrade is None:
             pool.speaks_h2 = by_alpn.made.is_shared
         return by_alpn.made
+
+    def _saw(self, pool: Pool) -> None:
+        """Notes that the application listens. That it refuses from now on means that it is down, also to the other workers."""
+        if not pool.has_listened:
+            pool.has_listened = True
+            self._seen.append(pool.key)
+
+    def take_seen(self) -> list[Key]:
+        """Returns the ports that have listened since it was called last."""
+        seen, self._seen = self._seen, []
+        return seen
+
+    def others_saw(self, key: Key) -> None:
+        self.incarnation(key[0], key[1]).listened.add(key[2])
+        if (pool := self._pools.get(key)) is not None:
+            pool.has_listened = True
 
     def new(self, pool: Pool, http2: bool, is_secure: bool) -> Origin | Http2Origin:
         return Http2Origin(self._context, pool, is_secure) if http2 else Origin(self._context, pool, is_secure)
@@ -309,6 +361,7 @@ class Upstream:
         if pool.has_ended or pool.tls in (TLS_PROBING, TLS):  # which begins with the first byte
             unread.transport.abort()
             return None
+        self._saw(pool)
         made = self.new(pool, head.wants_h2, is_secure=False)
         unread.hand_over(cast(asyncio.Protocol, made))
         return made

@@ -1,0 +1,146 @@
+"""Requests to an application that has not listened yet: they are held within their deadline, and one of them asks for all."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edge_rig import Rig
+from waiting import until
+
+from gateway import messages as m
+from gateway.messages import NOTHING_LISTENS
+
+
+@pytest.fixture
+async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
+    one = Rig(tmp_path, monkeypatch)
+    yield one
+    await one.stop()
+
+
+async def close(rig: Rig) -> None:
+    rig.application.close()
+    await rig.application.wait_closed()
+
+
+async def listen(rig: Rig) -> None:
+    rig.application = await asyncio.start_server(rig._application, "127.0.0.1", rig.app_port)
+
+
+async def ask(rig: Rig) -> int:
+    ((status, _, _),) = await rig.ask(rig.request())
+    return status
+
+
+async def test_a_request_before_the_first_listen_is_held(rig: Rig) -> None:
+    await rig.start(connect_seconds=0.05)
+    await close(rig)
+    asked = [asyncio.create_task(ask(rig)) for _ in range(20)]
+    await until(lambda: rig.worker.upstream.pools() and rig.worker.upstream.pools()[0].asking.locked())
+    await asyncio.sleep(0.1)  # longer than connect_seconds: what was refused then would be answered by now
+    assert not any(one.done() for one in asked)
+    await listen(rig)
+    assert await asyncio.gather(*asked) == [200] * 20
+
+
+async def test_it_is_held_no_longer_than_any_other(rig: Rig) -> None:
+    await rig.start(connect_seconds=0.05, hold_seconds=0.3)
+    await close(rig)
+    started = time.monotonic()
+    assert await asyncio.gather(*(ask(rig) for _ in range(80))) == [502] * 80
+    assert 0.3 <= time.monotonic() - started < 2
+    assert (await rig.control.fault()).startswith(f"s1 port {rig.app_port}: {NOTHING_LISTENS}")
+    (pool,) = rig.worker.upstream.pools()
+    assert pool.connecting == pool.waiting == 0 and not pool.asking.locked()
+
+
+async def test_an_application_that_has_listened_is_just_down(rig: Rig) -> None:
+    """For requests that come with its connection gone, and for those that its end cut off."""
+    await rig.start(connect_seconds=0.05)
+    assert await ask(rig) == 200
+    await close(rig)
+    for _ in range(2):
+        await until(lambda: not rig.worker.upstream.pools()[0].open or rig.worker.upstream.close_idle("s1", 1) is None)
+        started = time.monotonic()
+        assert await ask(rig) == 502
+        assert time.monotonic() - started < 1
+    assert (await rig.control.fault()).startswith(f"s1 port {rig.app_port}: {NOTHING_LISTENS}")
+
+
+async def test_what_one_worker_has_seen_the_others_know(rig: Rig) -> None:
+    await rig.start(connect_seconds=0.05)
+    assert await ask(rig) == 200
+    await until(lambda: rig.control.listened == [("s1", 1, rig.app_port)])
+    await rig.control.change("open", incarnation=2)
+    await close(rig)
+    asked = asyncio.create_task(ask(rig))
+    await until(lambda: any(pool.key[1] == 2 and pool.asking.locked() for pool in rig.worker.upstream.pools()))
+    ports = m.Listened([("s1", 1, rig.app_port), ("s9", 2, 80), ("s1", 2, rig.app_port)])
+    await rig.control.connections[0].call("listened", ports)
+    started = time.monotonic()
+    assert await asked == 502
+    assert await ask(rig) == 502 and time.monotonic() - started < 2
+    assert set(rig.worker.upstream._incarnations) == {("s1", 2)}, "nothing is kept of what does not run"
+
+
+async def test_a_new_incarnation_may_be_starting_again(rig: Rig) -> None:
+    await rig.start(connect_seconds=0.05)
+    assert await ask(rig) == 200
+    await close(rig)
+    await rig.control.change("open", incarnation=2)
+    asked = asyncio.create_task(ask(rig))
+    await until(lambda: any(pool.key[1] == 2 and pool.asking.locked() for pool in rig.worker.upstream.pools()))
+    await listen(rig)
+    assert await asked == 200
+
+
+async def test_one_request_asks_for_all(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many wait, the application that is starting is asked ten times a second, as by one."""
+    from gateway.edge.origin import upstream
+
+    dials = 0
+    reach = upstream.reach
+
+    async def counted(take: Any, port: int) -> Any:
+        nonlocal dials
+        dials += 1
+        return await reach(take, port)
+
+    monkeypatch.setattr(upstream, "reach", counted)
+    await rig.start(connect_seconds=0.001, hold_seconds=0.5)
+    await close(rig)
+    assert await asyncio.gather(*(ask(rig) for _ in range(50))) == [502] * 50
+    assert dials <= 50 + 50 + 10, "one each before, one each at the end, and what one asked meanwhile"
+
+
+async def test_a_client_that_leaves_lets_another_ask(rig: Rig) -> None:
+    await rig.start(connect_seconds=0.001)
+    await close(rig)
+    _, writer = await rig.open()
+    writer.write(rig.request())
+    await until(lambda: rig.worker.upstream.pools() and rig.worker.upstream.pools()[0].asking.locked())
+    second = asyncio.create_task(ask(rig))
+    await until(lambda: rig.worker.upstream.pools()[0].connecting == 2)
+    writer.transport.abort()
+    await until(lambda: rig.worker.upstream.pools()[0].connecting == 1)
+    await listen(rig)
+    assert await second == 200
+    assert not rig.worker.upstream.pools()[0].asking.locked()
+
+
+async def test_a_suspend_takes_them_along(rig: Rig) -> None:
+    """They are held for the next incarnation, and answered there."""
+    await rig.start(connect_seconds=0.001)
+    await close(rig)
+    asked = [asyncio.create_task(ask(rig)) for _ in range(5)]
+    await until(lambda: rig.worker.upstream.pools() and rig.worker.upstream.pools()[0].asking.locked())
+    await rig.control.change("hold", is_live=False)
+    await until(lambda: rig.worker.holds.statistics()["requests"] == 5)
+    await listen(rig)
+    await rig.control.change("open", incarnation=2)
+    assert await asyncio.gather(*asked) == [200] * 5
