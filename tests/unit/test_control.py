@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sqlite3
+import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from gateway.config import Settings
 from gateway.control import Control, every
 from gateway.observe import metrics
 from gateway.rpc import Connection, RpcError, Server, Service, connect
+from gateway.sessions.agent import frame
 from gateway.sessions.model import Archived, IdlePolicy, Session
 from gateway.sessions.states import State
 
@@ -82,12 +84,16 @@ class Worker:
     def __init__(self) -> None:
         self.routes: list[m.Route] = []
         self.keys: list[list[m.Verifier]] = []
+        self.listened: list[m.Listened] = []
 
     async def rpc_route(self, connection: Connection, body: m.Route) -> None:
         self.routes.append(body)
 
     async def rpc_keys(self, connection: Connection, body: list[m.Verifier]) -> None:
         self.keys.append(body)
+
+    async def rpc_listened(self, connection: Connection, body: m.Listened) -> None:
+        self.listened.append(body)
 
     async def rpc_gate(self, connection: Connection, body: m.Route) -> m.GateAnswer:
         self.routes.append(body)
@@ -121,6 +127,44 @@ async def test_a_worker_takes_the_table_and_then_every_change(rig: Rig) -> None:
     assert [route.gate for route in worker.routes] == ["refuse"]
     assert await connection.call("lookup", m.LookupRequest("unknown"), m.Route | None) is None
     connection.close()
+
+
+async def test_what_one_worker_has_heard_the_others_are_told(rig: Rig) -> None:
+    one, other = Worker(), Worker()
+    first, _ = await joined(rig, worker=one)
+    second, _ = await joined(rig, "edge-1", other)
+    ports = m.Listened([("s1", 1, 8080)])
+    await first.call("listened", ports)
+    await second.call("lookup", m.LookupRequest("unknown"), m.Route | None)  # is answered after what was sent before
+    assert one.listened == [] and other.listened == [ports]
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize(
+    ("says", "line"),
+    [
+        (frame(0x89, bytes(8) + struct.pack("<HH16s", 4, 3000, bytes(16))), "torpor: port 80: nothing listens; 3000 does"),
+        (frame(0x89, bytes(8)), "torpor: port 80: nothing listens, on no other port either"),
+        (b"", "torpor: port 80: nothing listens"),
+    ],
+)
+async def test_a_line_says_what_listens_instead(rig: Rig, monkeypatch: pytest.MonkeyPatch, says: bytes, line: str) -> None:
+    monkeypatch.setattr(module, "_LISTENERS_SECONDS", 0.2)
+    one = await rig.running("s1")
+    guest = rig.host.guests[-1]
+    guest.setblocking(False)
+    worker, _ = await joined(rig)
+    worker.notify("faults", m.Faults({"s1": ["port 81: the connect took too long", "port 80: nothing listens"], "gone": ["x"]}))
+    asked = b""
+    while len(asked) < 20 or asked[-16] != 0x0C:  # the order, and its nonce
+        asked += await asyncio.get_running_loop().sock_recv(guest, 1 << 12)
+    worker.notify("faults", m.Faults({"s1": ["port 80: nothing listens (3 more in 10 s)"]}))
+    if says:
+        guest.sendall(says[:12] + asked[-8:] + says[20:])
+    await until(lambda: len(rig.control.faults.read(one, 0).lines) == 3)
+    assert line in [written.text for written in rig.control.faults.read(one, 0).lines]
+    worker.close()
 
 
 async def test_a_held_request_resumes_its_session(rig: Rig) -> None:

@@ -25,7 +25,7 @@ def test_a_port_that_is_not_listened_on_yet_and_one_that_is_no_more(instance: In
 
     assert ask("8080", "/listen?port=7777&after=4").body == b"later"
     started = time.monotonic()
-    assert ask("7777").status == 200, "held until its application listens"
+    assert ask("7777", "/early").status == 413, "held until its application listens; the connection is closed after this answer"
     assert 3 < time.monotonic() - started < 20
     assert ask("8080", "/listen?port=5173&host=%3A%3A1").status == ask("8080", "/listen?port=5174&host=127.0.0.2").status == 200
     assert ask("8080", "/unlisten?port=7777").body == b"closed"
