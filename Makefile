@@ -90,7 +90,7 @@ types:
 	@$(VENV)/bin/mypy
 
 unit:
-	@$(PY) -m pytest -q -n auto --dist worksteal -m "not vm and not service and not long" tests
+	@$(PY) -m pytest -q -n $$(( $$(nproc) + 1 )) --dist worksteal -m "not vm and not service and not long" tests
 
 conformance: setup conformance-packages ## every protocol and client against a real endpoint; writes docs/conformance.md
 	@CONFORMANCE_TABLE=docs/conformance.md $(PY) -m pytest -q -m conformance tests/conformance

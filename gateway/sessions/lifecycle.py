@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Hashable
-from typing import Any
+from collections.abc import Awaitable, Callable, Hashable
 
 import structlog
 
@@ -86,11 +85,11 @@ class Lifecycle:
 
     def launch(self, session: Session, arrival: Arrival | None = None) -> None:
         """Starts the launch of a session that is PENDING."""
-        self._start(session, self.actions.launch(session, arrival))
+        self._start(session, lambda: self.actions.launch(session, arrival))
 
     def settle(self, session: Session, state: HostState | None = None) -> None:
         """Goes on with a session from what the host has of it; `state` is what it has of all."""
-        self._start(session, self.actions.settled(session, state), is_at_rest=session.state is State.SUSPENDED)
+        self._start(session, lambda: self.actions.settled(session, state), is_at_rest=session.state is State.SUSPENDED)
 
     def _entered(self, session: Session, action: Action, event: Event) -> None:
         if action is Action.OPEN:
@@ -103,23 +102,22 @@ class Lifecycle:
                 if work.task not in (None, work.at_rest, asyncio.current_task()):
                     work.task.cancel()
             before = work.at_rest if work.at_rest is not None and not work.at_rest.done() else None
-            outcome = self.actions.carry_out(session, action, event, before)
-            self._start(session, outcome, event, is_at_rest=action is Action.REST)
+            self._start(session, lambda: self.actions.carry_out(session, action, event, before), event, is_at_rest=action is Action.REST)
         if session.state is State.TERMINATED:
             self.ended(session)
 
     def _start(
-        self, session: Session, outcome: Coroutine[Any, Any, Outcome], event: Event | None = None, is_at_rest: bool = False
+        self, session: Session, act: Callable[[], Awaitable[Outcome]], event: Event | None = None, is_at_rest: bool = False
     ) -> None:  # fmt: skip
-        """Starts the session's one task."""
+        """Starts the session's one task. It calls `act` in its first step, which a task that is cancelled at once does not take."""
         work = self._work_of(session)
-        work.task = self.tasks.spawn(self._conclude(session, outcome, event))
+        work.task = self.tasks.spawn(self._conclude(session, act, event))
         if is_at_rest:
             work.at_rest = work.task
 
-    async def _conclude(self, session: Session, outcome: Coroutine[Any, Any, Outcome], event: Event | None) -> None:
-        """Applies what becomes of an action that an event started."""
-        end = await outcome
+    async def _conclude(self, session: Session, act: Callable[[], Awaitable[Outcome]], event: Event | None) -> None:
+        """Acts, and applies what becomes of the action, which an event started."""
+        end = await act()
         if isinstance(end, Fired):
             await self.fire(session, end.event, end.detail)
             if end.steps is not None:
@@ -199,7 +197,7 @@ class Lifecycle:
         elif deadline is Deadline.LIFETIME:
             self.post(session, Event.EXPIRED, reason_of(Event.EXPIRED))
         elif deadline is Deadline.ARCHIVE and session.state is State.SUSPENDED:
-            self._start(session, self.actions.store_archive(session), is_at_rest=True)
+            self._start(session, lambda: self.actions.store_archive(session), is_at_rest=True)
         elif deadline is Deadline.RETRY and session.state is State.SUSPENDED:
             self.tasks.spawn(self.request(session))
         elif deadline is Deadline.PURGE:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import os
 import sqlite3
+import warnings
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -589,3 +591,16 @@ async def test_a_session_is_archived_when_the_last_of_its_parked_streams_has_lef
     await rig.lifecycle.quiet()
     assert (archive.kept == ["s1"]) is is_archived and one.parked == (3 if left is None else left)
     assert is_archived or rig.lifecycle.timers.is_set(one, timers.Deadline.ARCHIVE), "it is looked at again"
+
+
+async def test_an_action_that_is_stopped_before_its_first_step_leaves_nothing_behind(rig: Rig) -> None:
+    """A service that stops in the moment of a suspend."""
+    one = await rig.launched(idle_policy=POLICY)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        await rig.lifecycle.fire(one, Event.SUSPEND)
+        await rig.lifecycle.close()
+        rig.lifecycle._work.clear()
+        gc.collect()
+    assert not [str(warning.message) for warning in caught]
+    assert one.state is State.SUSPENDING
