@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 
 import pytest
 from hypothesis import given
@@ -205,12 +206,17 @@ def test_what_goes_on_reads_the_same(fields: list[tuple[bytes, bytes]]) -> None:
     assert b"x-aws-proxy" not in first.block.lower()
 
 
-@given(st.binary(max_size=300))
-def test_garbage_is_refused_or_parsed_never_worse(data: bytes) -> None:
+_LEGAL_BLOCK = re.compile(rb"(\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)*")  # RFC 9110, 5.1 and 5.5
+_PIECES = [b"GET / HTTP/1.1", b"HTTP/1.1 200 OK", b"\r\n", b"\n", b"\r", b"\0", b": ", b":", b" ", b"\t", b"Host", b"a.example", b"Connection",
+           b"close", b"Content-Length", b"1", b"Transfer-Encoding", b"chunked", b"\xff", b"(", b","]  # fmt: skip
+
+
+@given(st.one_of(st.binary(max_size=300), st.lists(st.sampled_from(_PIECES), max_size=40).map(b"".join)))
+def test_garbage_is_refused_or_what_goes_on_is_legal(data: bytes) -> None:
     line, _, rest = data.partition(b"\r\n")
     for parse in (lambda: parse_request(line, b"\r\n" + rest, 200), lambda: parse_response(data, 200, False)):
         with contextlib.suppress(Malformed):
-            parse()
+            assert _LEGAL_BLOCK.fullmatch(parse().block), data
 
 
 # ---- responses ----
