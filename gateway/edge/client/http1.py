@@ -95,7 +95,7 @@ class Http1:
 
     def close_notified(self) -> None:
         """The client has ended its half of TLS: it sends nothing more, and may still read. What it asked for completely is answered, while
-        it can be believed to be there: most clients that end their half have left. `sweep` gives it up after a while without a byte; on a
+        it can be believed to be there: most clients that end their half have left. `sweep` aborts it after a while without a byte; on a
         parked stream, where none comes, that is now."""
         if self._half_closed_at:
             return

@@ -68,7 +68,7 @@ class _ByAlpn(asyncio.Protocol):
 
 class Incarnation:
     """Keeps what this worker has of one incarnation of a session: its pools, sockets and shells. All of it ends with the incarnation
-    (`Upstream.end`)."""
+    (`Upstream.incarnation_ended`)."""
 
     def __init__(self, sockets: Sockets) -> None:
         self.sockets = sockets
