@@ -33,6 +33,7 @@ log = structlog.get_logger()
 _RAMP_SECONDS = 0.1
 _RETRY_SECONDS = 0.02
 _ASK_AGAIN_SECONDS = 0.1  # of an application that is starting
+_PORTS_ASKED = 8  # at once, of one incarnation: each question takes sockets from vmm
 _COLUMNS, _ROWS = 80, 24  # of a shell, until its client says
 _SYN_SECONDS = 10.0
 _TLS_SECONDS = 3.0  # for a handshake with an application, which may be emulated; one that has no TLS may just be silent
@@ -74,6 +75,7 @@ class Incarnation:
         self.sockets = sockets
         self.pools: dict[int, Pool] = {}  # by port
         self.preconnected: dict[int, asyncio.Task[UnclaimedConnection]] = {}  # by port: one connection, made before the first request came
+        self.askers = asyncio.Semaphore(_PORTS_ASKED)
         self.listened: set[int] = set()  # ports, as any worker has seen
         self.shells: set[ShellOrigin] = set()
 
@@ -180,7 +182,7 @@ class Upstream:
     ) -> Origin | OriginStream:  # fmt: skip
         """Tries until `until` where an application refuses, because a freshly resumed one may not listen yet; one that has listened and
         refuses later is just down. One that has not listened in this incarnation is starting: it is waited for until `deadline`."""
-        asks_alone = False
+        turn: asyncio.Semaphore | None = None
         try:
             while True:
                 made = await self._connect_or_none(pool, slot, head)
@@ -191,23 +193,33 @@ class Upstream:
                     await asyncio.sleep(_RETRY_SECONDS)
                 elif pool.has_listened or now > deadline:
                     raise ConnectFailed(NOTHING_LISTENS)
-                elif asks_alone:
+                elif turn is not None:
                     await asyncio.sleep(_ASK_AGAIN_SECONDS)
                 else:
-                    await self._until_turn(pool, deadline)
-                    asks_alone = True
+                    turn = await self._until_turn(pool, deadline)
         finally:
-            if asks_alone:
+            if turn is not None:
+                turn.release()
                 pool.asking.release()
 
-    async def _until_turn(self, pool: Pool, deadline: float) -> None:
-        """Waits for the right to ask an application that is starting: one request asks for all, so that they do not take the processor
-        from it."""
+    async def _until_turn(self, pool: Pool, deadline: float) -> asyncio.Semaphore:
+        """Waits for the right to ask an application that is starting, and returns what gives it back, beside `pool.asking`: one request
+        asks for all of its port, so that they do not take the processor from the application, and no more than a few ports are asked at
+        once, however many a client tries. Raises ConnectFailed."""
+        incarnation = self._incarnations.get(pool.key[:2])
+        if incarnation is None:
+            raise ConnectFailed("the MicroVM was suspended")
         try:
             async with asyncio.timeout_at(deadline):
                 await pool.asking.acquire()
+                try:
+                    await incarnation.askers.acquire()
+                except BaseException:
+                    pool.asking.release()
+                    raise
         except TimeoutError as error:
             raise ConnectFailed(NOTHING_LISTENS) from error
+        return incarnation.askers
 
     async def _connect_or_none(self, pool: Pool, slot: Slot, head: RequestHead) -> Origin | OriginStream | None:
         """Tries to connect; returns None where the application refuses. Raises ConnectFailed, SessionGone."""
