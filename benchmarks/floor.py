@@ -20,7 +20,7 @@ import msgspec
 from gateway.config import Settings
 from gateway.sessions.agent import wake_frame
 from gateway.sessions.frame import frame
-from vmm import diffs, host, mapping, memory, namespaces, network
+from vmm import diffs, host, mapping, memory, namespaces, network, sparse
 from vmm.disks import sync_path
 from vmm.manifest import Manifest
 from vmm.qemu import machine
@@ -41,8 +41,8 @@ class Floor:
         self.image, self.snapshot, self.overlay, self.directory = image, snapshot, overlay, directory
         self.shape = msgspec.json.decode((image / "manifest.json").read_bytes(), type=Manifest).shape
         self.memory = memory.new_memory(image.name, (image / "memory.raw").stat().st_size)
-        memory.fill(image / "memory.raw", self.memory)
-        self.holes = memory.holes(self.memory)
+        sparse.fill(image / "memory.raw", self.memory)
+        self.holes = sparse.holes(self.memory)
         template = (image / "overlay.qcow2").read_bytes()
         self.stand_ins = machine.StandIns(memory.sealed("floor-disk", template), network.open_tap_to_nowhere())
 

@@ -68,7 +68,7 @@ class Mapper:
 
 
 def clear(mapping: Mapping, mapper: Mapper, holes: list[tuple[int, int]]) -> None:
-    """Maps nobody's memory where the image's has holes: what a clone writes there is its own alone (vmm/memory.py). Raises OSError."""
+    """Maps nobody's memory where the image's has holes: what a clone writes there is its own alone (vmm/sparse.py). Raises OSError."""
     with open("/dev/zero", "rb", buffering=0) as zeros:
         mapper.map(zeros.fileno(), [(mapping.start + start, end - start, 0) for start, end in holes])
     mapper.finish()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
-import itertools
 import mmap
 import os
 import sys
@@ -27,8 +26,6 @@ PAGE = host.PAGE
 _CHUNK = 4 << 20
 _F_ADD_SEALS, _SEALS = 1033, 1 | 2 | 4 | 8  # F_SEAL_SEAL, SHRINK, GROW, WRITE
 _FILL_DEADLINE_SECONDS = 120
-_SMALLEST_HOLE_BYTES = 64 << 10  # smaller ones are filled: 290 pieces of an image became 50, for 2 MiB more
-_PIECES_MOST = 2000  # of vm.max_map_count, which is 65,530; diffs take as many (vmm/mapping.py)
 _LOOKED_AT_PAGES, _WORTH = 8192, 32  # one in so many must be as the image has it, or comparing is given up
 
 
@@ -102,36 +99,6 @@ def store_memory(descriptor: int, target: Path) -> int:
     return stored
 
 
-def pieces(descriptor: int) -> list[tuple[int, int]]:
-    """The parts of a sparse file that a clone maps, (start, end) in bytes: its data, with the holes between that are too small to be
-    worth two mappings."""
-    smallest = _SMALLEST_HOLE_BYTES
-    while True:
-        found: list[tuple[int, int]] = []
-        for start, end in host.data_segments(descriptor):
-            if found and start - found[-1][1] < smallest:
-                found[-1] = (found[-1][0], end)
-            else:
-                found.append((start, end))
-        if len(found) <= _PIECES_MOST:
-            return found
-        smallest *= 2
-
-
-def holes(descriptor: int) -> list[tuple[int, int]]:
-    """What lies between the pieces. In a clone it is memory of the process's own from the start: a page of zeros that is written in a
-    mapping of the image's file would be made twice, first in the file, for as long as the image lives, and then as the private copy."""
-    ends = [(0, 0), *pieces(descriptor), (os.fstat(descriptor).st_size, 0)]
-    return [(end, start) for (_, end), (start, _) in itertools.pairwise(ends) if start > end]
-
-
-def fill(source: Path, descriptor: int) -> None:
-    """Copies the pieces of a sparse file into a memfd, in order, and so leaves it without small holes."""
-    with source.open("rb") as file:
-        for start, end in pieces(file.fileno()):
-            host.copy_range(file.fileno(), start, descriptor, start, end - start)
-
-
 async def load_image_memory(image: str, source: Path, disk: list[Path], cgroup_files: list[Path]) -> int:
     """The image's memory as a sealed memfd; `disk` is read ahead with it. Raises OSError."""
     descriptor = new_memory(image, source.stat().st_size)
@@ -148,7 +115,7 @@ async def fill_apart(source: Path, descriptor: int, cgroup_files: list[Path], di
     """A helper process fills the memory, in a cgroup of its own: pages are charged to whoever touches them first, and clones must not
     pay for what they share. Raises OSError."""
     helper = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "vmm.memory", str(source), str(descriptor), *map(str, disk), "--", *map(str, cgroup_files),
+        sys.executable, "-S", "-m", "vmm.sparse", str(source), str(descriptor), *map(str, disk), "--", *map(str, cgroup_files),
         pass_fds=[descriptor], stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     try:
@@ -237,19 +204,3 @@ def save_diff(mapping: Mapping, directory: Path, number: int, image: int | None 
         os.close(source)
     diffs.write_runs(directory / f"{number}.runs", runs)
     return [diffs.checksum(directory / f"{number}.runs"), Sum(f"{number}.pages", total, state.hexdigest())]
-
-
-def _main() -> None:
-    source, descriptor, *rest = sys.argv[1:]
-    split = rest.index("--")
-    for member in rest[split + 1 :]:
-        Path(member).write_text(str(os.getpid()), encoding="ascii")
-    fill(Path(source), int(descriptor))
-    for disk in rest[:split]:
-        with open(disk, "rb") as file:
-            for start, end in host.data_segments(file.fileno()):
-                os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
-
-
-if __name__ == "__main__":
-    _main()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm import host, mapping, memory
+from vmm import host, mapping, memory, sparse
 from vmm.host import PAGE
 from vmm.mapping import Mapper
 from vmm.memory import sealed
@@ -109,7 +109,7 @@ def test_what_an_image_has_no_data_for_is_the_clones_own(
     before = os.fstat(image).st_blocks
     with waiting(library, []) as (mapper, pid), open(f"/proc/{pid}/mem", "r+b", buffering=0) as guest:
         mapper.map(image, [(at, size, 0)])
-        mapping.clear(memory.Mapping(pid, at, at + size), mapper, memory.holes(image))
+        mapping.clear(memory.Mapping(pid, at, at + size), mapper, sparse.holes(image))
         for place in range(0, 16 * MIB, PAGE):  # over the first data
             assert os.pread(guest.fileno(), 1, at + place) == (b"a" if 8 * MIB <= place < 9 * MIB else b"\0")
         assert host.private_pages(pid, at, at + size) == []

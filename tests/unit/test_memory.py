@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm import diffs, host, memory
+from vmm import diffs, host, memory, sparse
 from vmm.host import PAGE
 
 
@@ -94,21 +94,21 @@ def test_small_holes_of_an_image_are_filled_and_large_ones_stay(tmp_path: Path, 
             file.seek(page * PAGE)
             file.write(bytes([page % 256]) * PAGE)
     image = memory.new_memory("unit", size)
-    memory.fill(stored, image)
+    sparse.fill(stored, image)
     wanted = [(10 * PAGE, 21 * PAGE), (100 * PAGE, 101 * PAGE), (900 * PAGE, 901 * PAGE)]
-    assert list(host.data_segments(image)) == memory.pieces(image) == memory.pieces(image) == wanted
-    assert memory.holes(image) == [(0, 10 * PAGE), (21 * PAGE, 100 * PAGE), (101 * PAGE, 900 * PAGE), (901 * PAGE, size)]
+    assert list(host.data_segments(image)) == sparse.pieces(image) == sparse.pieces(image) == wanted
+    assert sparse.holes(image) == [(0, 10 * PAGE), (21 * PAGE, 100 * PAGE), (101 * PAGE, 900 * PAGE), (901 * PAGE, size)]
     assert os.pread(image, size, 0) == stored.read_bytes()
-    monkeypatch.setattr(memory, "_PIECES_MOST", 2)
-    assert memory.pieces(image) == [(10 * PAGE, 101 * PAGE), (900 * PAGE, 901 * PAGE)]
+    monkeypatch.setattr(sparse, "_PIECES_MOST", 2)
+    assert sparse.pieces(image) == [(10 * PAGE, 101 * PAGE), (900 * PAGE, 901 * PAGE)]
     os.close(image)
 
 
 def test_memory_full_of_data_has_no_holes() -> None:
     image = memory.new_memory("unit", 4 * PAGE)
-    assert memory.holes(image) == [(0, 4 * PAGE)]
+    assert sparse.holes(image) == [(0, 4 * PAGE)]
     os.pwrite(image, b"x" * 4 * PAGE, 0)
-    assert memory.holes(image) == []
+    assert sparse.holes(image) == []
     os.close(image)
 
 

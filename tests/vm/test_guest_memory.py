@@ -141,14 +141,16 @@ AWAKE = {1: [(kind, False) for kind in ("process", "tmpfs", "file")]}
     ],
 )
 def test_a_guest_uses_all_its_memory(guests: Callable[[int], Guests], size: int, uses: dict[int, list[tuple[str, bool]]]) -> None:
-    pool = guests(size)
+    pool, seen = guests(size), set()
     for number in range(1, max(uses) + 1):
         guest = pool.launched()
         try:
+            seen.add(guest.image().file)
             for kind, sleeps in uses.get(number, ()):
                 used_up(guest, kind, sleeps)
         finally:
             guest.end()
+    assert len(seen) == 1, "what clones wrote has stayed on the host when they were gone"
 
 
 def test_a_guest_that_runs_out_of_memory_kills_a_process_and_says_so(guests: Callable[[int], Guests], instance: Instance) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import structlog
 
-from .. import disks, generators, host, jail, manifest, memory
+from .. import disks, generators, host, jail, manifest, memory, sparse
 from ..cgroups import Cgroups
 from ..driver import DEVICES, Machine, Process, Sealed, Shape, StateLost, VmmError
 from ..errors import not_written
@@ -47,7 +47,7 @@ class _Shared(NamedTuple):
     """What all clones of an image have open."""
 
     memory: int
-    holes: list[tuple[int, int]]  # of the memory (vmm/memory.py)
+    holes: list[tuple[int, int]]  # of the memory (vmm/sparse.py)
     disk: int  # a copy of the empty overlay, which nobody can write: it stands in for a session's
 
 
@@ -216,7 +216,7 @@ class QemuDriver:
         disk = memory.sealed(f"torpor-disk-{image.name}", (image / self.disk_template).read_bytes())
         try:
             loaded = await self._load_memory(image)
-            return _Shared(loaded, await asyncio.to_thread(memory.holes, loaded), disk)
+            return _Shared(loaded, await asyncio.to_thread(sparse.holes, loaded), disk)
         except BaseException:
             os.close(disk)
             raise
