@@ -15,6 +15,9 @@
 #include <sys/utsname.h>
 #include <unistd.h>
 
+#ifndef ROOT
+#define ROOT "/lib/modules"
+#endif
 #define DEPTH_MAX 32
 #define IMAGES_OWN "/sbin/modprobe"
 
@@ -42,7 +45,7 @@ static FILE *listing(const char *name)
     struct utsname machine;
     char path[PATH_MAX];
     uname(&machine);
-    snprintf(path, sizeof path, "/lib/modules/%s/%s", machine.release, name);
+    snprintf(path, sizeof path, ROOT "/%s/%s", machine.release, name);
     return fopen(path, "re");
 }
 
@@ -61,7 +64,7 @@ static int insert(const char *file)
     struct utsname machine;
     char path[PATH_MAX];
     uname(&machine);
-    snprintf(path, sizeof path, "/lib/modules/%s/%s", machine.release, file);
+    snprintf(path, sizeof path, ROOT "/%s/%s", machine.release, file);
     int module = open(path, O_RDONLY | O_CLOEXEC);
     int result = module < 0 ? -1 : (int)syscall(SYS_finit_module, module, "", 0);
     if (result && errno == EEXIST) result = 0;
