@@ -1,6 +1,6 @@
 # Torpor. `make demo` and `make test` set up what they need on a bare Debian 12 (as root) and then do their work.
 
-PACKAGES = python3 python3-venv python3-dev gcc make musl-tools linux-libc-dev qemu-system-x86 qemu-utils buildah uidmap slirp4netns \
+PACKAGES = python3 python3-venv python3-dev gcc make musl-tools linux-libc-dev qemu-system-x86 qemu-utils slirp4netns \
 	mmdebstrap lz4 e2fsprogs nftables iproute2 kmod util-linux curl ca-certificates openssl git libnss-myhostname
 FRESH_PACKAGES = python3 mmdebstrap slirp4netns git util-linux nftables
 BENCH_PACKAGES = nginx-light haproxy nghttp2-client wrk hey libssl-dev valgrind

@@ -95,7 +95,7 @@ class Login(BaseModel):
 class Images(BaseModel):
     """Image builds."""
 
-    base_names: list[str] = Field([LOCAL_BASE], description="names after FROM that mean the local base")
+    base_names: list[str] = Field([LOCAL_BASE], description="names after FROM that mean the base, whatever their tag and digest")
     base: str = Field(
         "auto", pattern="^(auto|registry|local)$",
         description="what base_names mean: the first name's image, pulled once for this host; a local one; auto: pulled where it can be",
@@ -105,6 +105,9 @@ class Images(BaseModel):
     ecr_endpoint: str = Field("", description="an ECR endpoint whose GetAuthorizationToken the build role is asked for; empty: AWS's own")
     registry_ca: str = Field("", description="PEM file of authorities that registries' certificates may have, beside the host's")
     concurrent_builds: int = Field(2, ge=1)
+    build_memory_mib: int = Field(3072, ge=512, description="of one container build, its daemon included")
+    cache_mib: int = Field(10_240, ge=0, description="of layers and cache mounts that stay for an account's next builds")
+    cache_days: float = Field(30.0, ge=0, description="an account that has built nothing for so long begins afresh")
     archive_bytes: int = Field(512 << 20, ge=1024, description="of an artifact")
     unpacked_bytes: int = Field(2 << 30, ge=1024, description="of an artifact's files in all")
     unpacked_entries: int = Field(250_000, ge=1)
@@ -197,6 +200,7 @@ class Users(BaseModel):
     """Numeric user ids without entries in passwd; one range for all."""
 
     first: int = Field(640_000, ge=1000)
+    builders: int = Field(1 << 30, ge=1 << 20, description="first of the ranges of 2^20 ids that accounts' builds get, one each")
 
     @property
     def edge(self) -> int:
@@ -209,10 +213,6 @@ class Users(BaseModel):
     @property
     def store(self) -> int:
         return self.first + 2
-
-    @property
-    def builder(self) -> int:
-        return self.first + 65_536
 
     @property
     def machines(self) -> int:

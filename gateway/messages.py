@@ -50,15 +50,19 @@ class EgressRules(msgspec.Struct, frozen=True):
 
 
 class BuildRequest(msgspec.Struct):
-    """Builds the container image and the disk of `image` from the tar archive `context`.
+    """Builds the container image and the disk of `image` from the tar archive `context`, as the file `dockerfile` says.
 
+    `account`: whose layer store and cache mounts are used. `users`: ids beyond vmm's range that the image's files may belong to.
     `logins`: registry hosts to base64 of `user:password`; they are reached even where their addresses are private. `modules`: whether the
     disk gets the kernel's modules, which then load on demand.
     """
 
     build: str
     image: str
+    account: str
     context: str
+    dockerfile: str
+    users: list[int]
     disk_bytes: int
     logins: dict[str, str]
     modules: bool = False

@@ -96,7 +96,8 @@ class _Pull(http.server.BaseHTTPRequestHandler):
         if not path:
             self._reply(200, b"{}", "application/json")
         elif name.endswith("/manifests") and f"{name.removesuffix('/manifests')}:{reference}" in self.server.manifests:
-            self.server.pulled.append(name.removesuffix("/manifests"))
+            if self.command == "GET":
+                self.server.pulled.append(name.removesuffix("/manifests"))
             data = self.server.manifests[f"{name.removesuffix('/manifests')}:{reference}"]
             self._reply(200, data, json.loads(data)["mediaType"])
         elif name.endswith("/blobs") and reference in self.server.blobs:
@@ -108,8 +109,14 @@ class _Pull(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in (("Content-Type", kind), ("Content-Length", str(len(body))), *more):
             self.send_header(name, value)
+        if status == 200 and body:
+            self.send_header("Docker-Content-Digest", f"sha256:{hashlib.sha256(body).hexdigest()}")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def log_message(self, format: str, *args: object) -> None:
         pass

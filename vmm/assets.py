@@ -1,4 +1,4 @@
-"""What is made once per host, in the cache directory: kernel, initramfs, the hypervisor's root, the local base image.
+"""What is made once per host, in the cache directory: kernel, initramfs, the hypervisor's root, the local base image, the builder's root.
 
 Each step names what it makes from what (its key), so an update of the code, of the list of modules or of init makes again what depends
 on it, and nothing else.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.config import Images
 
-from . import base, jail, kernel, making, probe, registry
+from . import base, builder_root, jail, kernel, making, probe, registry
 from .kernel import AssetError
 
 __all__ = ["LOCAL", "AssetError", "Base", "make", "missing"]
@@ -71,6 +72,13 @@ _FIRECRACKER = (
 )  # fmt: skip
 
 
+# Needs nothing of the others, and waits for a mirror and the disk most of the time: it is made beside them.
+_BUILDER = Step(
+    "builder", lambda cache: builder_root.root_key(), lambda cache, target: builder_root.make_root(target),
+    "making the builder's root with mmdebstrap (Debian 13's BuildKit; some 40 s, once)",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Base:
     """Which base image is wanted (images.base), by which name, and what signs for registries beside the host's authorities."""
@@ -106,13 +114,18 @@ def _steps(wanted: Base = LOCAL, ask: Callable[[str], str] = lambda name: "") ->
     yield _base(wanted, ask)
     if probe.firecracker_programs() is not None:
         yield from _FIRECRACKER
+    yield _BUILDER
 
 
 def make(cache: Path, say: Callable[[str], None], wanted: Base = LOCAL) -> None:
     """Makes what is missing; quick when all is there. Raises AssetError."""
     try:
-        with making.alone(cache):
-            _make(cache, tuple(_steps(wanted, lambda name: registry.digest(name, wanted.authorities))), say)
+        with making.alone(cache), ThreadPoolExecutor() as pool:
+            steps = tuple(_steps(wanted, lambda name: registry.digest(name, wanted.authorities)))
+            for work in [
+                pool.submit(_make, cache, line, say) for line in (tuple(one for one in steps if one is not _BUILDER), (_BUILDER,))
+            ]:
+                work.result()
     except OSError as error:
         raise AssetError(str(error)) from error
 

@@ -1,11 +1,13 @@
-# Runs inside the build's jail as root of its user namespace. $1 the local base's names (space separated), $2 the image's
-# tag, $3 the disk's bytes, $4 "pull" or "never", $5 the descriptor that takes the phases' names, one a line, $6 what the base
-# archive was made from.
+# Runs inside the build's jail as root of its user namespace, first process of its PID namespace: what it starts ends with it. $1 the
+# local base's name (empty: none), $2 what the base archive was made from, $3 the disk's bytes, $4 the MiB of cache that stay. Descriptor 3
+# takes the phases' names. Ends with 75 when the store is of no use: it is made afresh then.
 set -eu
 umask 022
-names=$1 tag=$2 bytes=$3 pull=$4
-phase() { echo "$1" >&"$phases"; }
-phases=$5 key=$6
+name=$1 key=$2 bytes=$3 cache=$4
+export PATH=/bound:/usr/sbin:/usr/bin HOME=/run XDG_RUNTIME_DIR=/run DOCKER_HOST=unix:///run/docker.sock DOCKER_CONFIG=/out/login
+export LIBMOUNT_FORCE_MOUNT2=always # fsconfig(2) takes 256 bytes, a list of layers may be 4096
+store=/var/lib/docker made=localhost/torpor/build
+phase() { echo "$1" >&3; }
 # The kernel's modules, for an image that has all capabilities. Nothing runs in the image now: what is no link stays none.
 add_modules() {
     lib=$1/lib
@@ -20,53 +22,59 @@ add_modules() {
     for release in /modules/*; do rm -rf "$lib/modules/${release##*/}"; done
     cp -r /modules/. "$lib/modules"
 }
-b() { buildah --root /store --runroot /runroot --storage-driver overlay "$@"; }
-
-# Here root owns what root is to own, links lead nowhere but below this root, and every mode may be as the archive has it.
-mkdir /out/ctx
-tar -C /out/ctx --warning=no-timestamp -xpf /ctx.tar
+store_fails() { sed 's/^/torpor: /' /run/dockerd.log; exit 75; }
 
 phase BASE
-for name in $names; do
-    [ -n "$(b images -q "$name" 2>/dev/null || :)" ] && [ "$(cat /store/local-base 2>/dev/null)" = "$key" ] && continue
-    echo "torpor: making the local base for $name"
-    container=$(b from scratch)
-    b add -q "$container" /base.tar / >/dev/null
-    b config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin $(cat /buildhost/environment) "$container"
-    b commit -q --rm "$container" "$name" >/dev/null
+containerd --root /run/containerd/root --state /run/containerd/state --address /run/containerd/socket --log-level error \
+    > /run/containerd.log 2>&1 3>&- &
+# A build's log is kept whole.
+BUILDKIT_STEP_LOG_MAX_SIZE=-1 BUILDKIT_STEP_LOG_MAX_SPEED=-1 dockerd --rootless --containerd /run/containerd/socket --bridge=none \
+    --iptables=false --ip6tables=false --ip-forward=false --userland-proxy=false --storage-driver=overlay2 --exec-opt native.cgroupdriver=cgroupfs \
+    --exec-root=/run/docker -H "$DOCKER_HOST" --log-level warn > /run/dockerd.log 2>&1 3>&- &
+daemon=$!
+# Here root owns what root is to own, links lead nowhere but below this root, and every mode may be as the archive has it.
+mkdir /out/context /out/dockerfile
+tar -C /out/context --warning=no-timestamp -xpf /context.tar
+cp /Dockerfile /out/dockerfile/Dockerfile
+cp /out/context/Dockerfile.dockerignore /out/dockerfile/ 2>/dev/null || :
+tries=0
+until docker version > /dev/null 2>&1; do
+    tries=$((tries + 1))
+    [ $tries -lt 600 ] && kill -0 $daemon 2>/dev/null || store_fails
+    sleep 0.05
 done
-echo "$key" > /store/local-base
-# What an earlier build pulled gives this one no right to it: the names go, layers stay where cached ones stand on them. What
-# builds that were killed left in the store goes with them.
-b rm --all >/dev/null 2>&1 || :
-listed=$(b images --noheading --format '{{.ID}} {{.Name}} {{.Tag}}')
-echo "$listed" | while read -r id name tag; do
-    case "$name" in ""|localhost/*) continue;; esac
-    case " $names " in *" $name:$tag "*) continue;; esac
-    [ "$tag" = "<none>" ] || id=$name:$tag
-    b rmi --force "$id" >/dev/null || exit 75
-done
-for name in $names; do
-    if grep -qiE "^[[:space:]]*FROM[^#]*$name" /out/ctx/Dockerfile; then
-        echo "torpor: $name is the local base (Debian, with a dnf that calls apt): no container registry is asked for it"
-    fi
-done
+if [ -n "$name" ] && { [ "$(cat $store/torpor-base 2>/dev/null)" != "$key" ] || ! docker image inspect "$name" > /dev/null 2>&1; }; then
+    echo "torpor: making the local base"
+    rm -f $store/torpor-base
+    docker import --change 'ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin' /base.tar "$name" > /dev/null || store_fails
+    docker image prune --force > /dev/null
+    echo "$key" > $store/torpor-base
+fi
 
 phase CONTAINER
-policy=never
-[ "$pull" = pull ] && policy=false # only what is missing: the local base is there, nothing else is
-b bud --pull=$policy --authfile /auth.json --layers --isolation chroot --network host --volume /buildhost:/run/buildhost:ro,rbind --tag "$tag" /out/ctx 2>&1
+cd /out/context
+EXPERIMENTAL_BUILDKIT_SOURCE_POLICY=/out/login/policy.json \
+    docker build --progress=plain --network=host --tag $made --file /out/dockerfile/Dockerfile . 2>&1
 
 phase DISK
-b inspect --type image "$tag" > /out/config.json
-container=$(b from --pull-never "$tag")
-root=$(b mount "$container")
-[ -n "$root" ] && [ "$root" != / ] || exit 70
-rmdir "$root/run/buildhost" 2>/dev/null || :
-du -sb -x "$root" | cut -f1 > /out/code_bytes
-if [ -d /modules ]; then add_modules "$root"; fi
+docker image inspect --format '{{json .Config}}' $made > /out/config.json
+layer=$(docker image inspect --format '{{.GraphDriver.Data.UpperDir}}' $made)
+lower=/out/empty
+mkdir /run/root /out/upper /out/work $lower
+if [ -n "$layer" ]; then
+    cd $store/overlay2
+    lower=l/$(cat "${layer%/diff}/link")$(if [ -e "${layer%/diff}/lower" ]; then echo ":$(cat "${layer%/diff}/lower")"; fi)
+fi
+mount -t overlay -o "userxattr,lowerdir=$lower,upperdir=/out/upper,workdir=/out/work" overlay /run/root
+cd /
+if [ -d /modules ]; then add_modules /run/root; fi
+du -sb -x /run/root | cut -f1 > /out/code_bytes
 truncate -s "$bytes" /out/disk.raw
-mkfs.ext4 -q -F -d "$root" -E lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0 /out/disk.raw
-b umount "$container" >/dev/null
-b rm "$container" >/dev/null
+mkfs.ext4 -q -F -d /run/root -E lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0 /out/disk.raw
+umount /run/root
+# Names give no build a right to what another made; what was built stays in the cache, up to its bound.
+docker image rm --force $made > /dev/null 2>&1 || :
+docker builder prune --force --keep-storage "${cache}MB" > /dev/null 2>&1 || :
+kill $daemon
+wait $daemon || :
 phase DONE

@@ -1,7 +1,8 @@
-"""Container builds: buildah in a jail of its own, with a network of its own, never as the host's root.
+"""Container builds: BuildKit in a jail, with a network of its own, never as the host's root, and one store for each account.
 
-The jail (build-jail.sh) holds /usr read-only, the layer store, the context and the lent settings; its root is a user
-namespace's. The network is slirp4netns with private ranges, metadata addresses and the host's loopback closed.
+The jail (build-jail.sh) holds the builder's root read-only (builder_root.py), the account's layer store, the context and the lent
+settings; its root is a user namespace's, whose ids no other account's builds have. The daemon is up while its build is, and ends with
+it. The network is slirp4netns with private ranges, metadata addresses and the host's loopback closed.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,22 +31,31 @@ from .namespaces import destroy_namespace, make_namespace, run_batch
 from .places import QUOTED_CHARACTERS
 
 _HERE = Path(__file__).parent
-_MEMORY_BYTES = 3 << 30
 _BUILD_SECONDS = 1800
 _SLIRP_SECONDS = 10
 _STOP_SECONDS = 10
+_STORE_FAILS = 75
 _DNS = "10.0.2.3"
 _CLOSED = "10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, 169.254.0.0/16, 100.64.0.0/10, 127.0.0.0/8, 224.0.0.0/3"
+RANGE = 1 << 20  # ids of one account's builds: an image's own, and after them those that it names beyond
+_SINGLE = 256  # of them, for ids that an image names beyond; the kernel takes 340 lines (user_namespaces(7))
+_OLD = ("store", "runroot", "tmp")  # of buildah, which all accounts shared
 
 
 @dataclass(frozen=True)
 class BuildSettings:
+    """`first_uid`: of the ranges that accounts get. `cache_mib` and `cache_days` bound each account's layer store."""
+
     base_archive: Path
+    tools: Path
     modules: Path
     base_names: tuple[str, ...]
     pull: bool
     first_uid: int
     registry_ca: str = ""
+    memory_mib: int = 3072
+    cache_mib: int = 10_240
+    cache_days: float = 30.0
 
 
 @dataclass
@@ -53,6 +65,95 @@ class _Build:
     tether: int | None = None  # a pipe's end: when it closes, however the daemon ends, its network ends
 
 
+class Stores:
+    """Each account's layer store, with its range of ids and the single ids that its images named.
+
+    A store's directory is its record: the owner of its inside is the range's first id, the file `users` lists the single ids in the order
+    in which they are mapped, and its time is that of the last build.
+    """
+
+    def __init__(self, directory: Path, first_uid: int) -> None:
+        self._directory = directory
+        self._first_uid = first_uid
+
+    def open(self, account: str, users: list[int]) -> tuple[Path, int, list[int]]:
+        """The store, made where it is missing; its first id, and all its single ids. Raises VmmError."""
+        if not re.fullmatch(r"[\w-]+", account):
+            raise VmmError(f"account {account!r} has no layer store")
+        place = self._directory / account
+        store = place / "store"
+        if not store.exists():
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            taken = {one.stat().st_uid for one in self._directory.glob("*/store")}
+            first = next(uid for uid in range(self._first_uid, 1 << 32, RANGE) if uid not in taken)
+            if first + RANGE >= 1 << 32:
+                raise VmmError("no range of user ids is free for another account's builds: users.builders says where they begin")
+            made = place / "store.new"
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir(mode=0o700)
+            os.chown(made, first, first)
+            made.rename(store)
+        known = self._users(place)
+        wanted = known + [user for user in users if user not in known]
+        if len(wanted) > _SINGLE:
+            raise VmmError(f"this account's builds have named {_SINGLE} user ids beyond a million: no more are mapped")
+        (place / "users.new").write_text(" ".join(map(str, wanted)), encoding="ascii")
+        (place / "users.new").rename(place / "users")
+        return store, store.stat().st_uid, wanted
+
+    def drop(self, account: str) -> None:
+        """It is only a cache."""
+        place = self._directory / account
+        with contextlib.suppress(FileNotFoundError):
+            (place / "store").rename(place / "store.old")
+        shutil.rmtree(place, ignore_errors=True)
+
+    def drop_unused(self, days: float, used: set[str]) -> None:
+        """Removes what no build has used for so long; `used` are of accounts that build now."""
+        for place in self._directory.glob("*"):
+            with contextlib.suppress(OSError):
+                if place.name not in used and (place / "users").stat().st_mtime < time.time() - days * 86400:
+                    self.drop(place.name)
+
+    def _users(self, place: Path) -> list[int]:
+        with contextlib.suppress(OSError, ValueError):
+            return [int(word) for word in (place / "users").read_text(encoding="ascii").split()]
+        return []
+
+
+def id_maps(option: str, first: int, single: list[int]) -> str:
+    """Arguments of unshare(1): an image's ids up to a million and some, then each of the single ones."""
+    whole = RANGE - _SINGLE
+    maps = [f"--{option}=0:{first}:{whole}", *(f"--{option}={user}:{first + whole + number}:1" for number, user in enumerate(single))]
+    return " ".join(maps)
+
+
+def source_policy(base_names: tuple[str, ...], pull: bool) -> dict[str, object]:
+    """Where BuildKit takes images from (its sourcepolicy): every name, tag and digest of the local base means the one that is there;
+    others are taken from registries, or from nowhere."""
+    rules: list[dict[str, object]] = []
+    if not pull:
+        rules.append({"action": "DENY", "selector": {"identifier": "docker-image://*"}})
+    if base_names:
+        base = f"docker-image://{canonical(base_names[0])}"
+        rules.append({"action": "ALLOW", "selector": {"identifier": base}})
+        for name in base_names:
+            repository = re.escape(canonical(name).rpartition(":")[0])
+            pattern = f"^docker-image://{repository}(:[^@/]*)?(@sha256:[0-9a-f]+)?$"
+            rules.append({"action": "CONVERT", "selector": {"identifier": pattern, "match_type": "REGEX"}, "updates": {"identifier": base}})
+    return {"rules": rules}
+
+
+def canonical(name: str) -> str:
+    """A reference with the registry and the tag that Docker adds (its distribution/reference)."""
+    first, slash, _ = name.partition("/")
+    if not slash:
+        name = f"docker.io/library/{name}"
+    elif not ("." in first or ":" in first or first == "localhost"):
+        name = f"docker.io/{name}"
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
 class Builder:
     def __init__(self, directory: Path, namespaces: Path, cgroups: Cgroups, settings: BuildSettings) -> None:
         self._directory = directory
@@ -60,7 +161,8 @@ class Builder:
         self._cgroups = cgroups
         self._settings = settings
         self._builds: dict[str, _Build] = {}
-        self._one_at_a_time = asyncio.Lock()  # buildah's store is shared, and the machine is small
+        self._stores = Stores(directory / "accounts", settings.first_uid)
+        self._one_at_a_time: dict[str, asyncio.Lock] = {}  # a store has one daemon
         self._lent = directory / "settings"
 
     def start(self) -> None:
@@ -71,12 +173,11 @@ class Builder:
         self._namespaces.mkdir(parents=True, exist_ok=True)
         for path in self._namespaces.iterdir():
             destroy_namespace(path)
-        for name in ("store", "runroot", "tmp", "work"):
+        for name in ("accounts", "work"):
             (self._directory / name).mkdir(parents=True, exist_ok=True)
-        for entry in (self._directory / "work").iterdir():
+        for entry in (*(self._directory / "work").iterdir(), *(self._directory / name for name in _OLD)):
             shutil.rmtree(entry, ignore_errors=True)
-        for name in ("store", "runroot", "tmp"):
-            os.chown(self._directory / name, self._settings.first_uid, self._settings.first_uid)
+        self._stores.drop_unused(self._settings.cache_days, set())
         lending.prepare(self._lent)
         self._trust()
 
@@ -119,9 +220,17 @@ class Builder:
             self._builds.pop(name, None)
 
     async def _run(self, request: BuildRequest, image: Path, log: int, phases: int) -> BuildResult:
+        lock = self._one_at_a_time.setdefault(request.account, asyncio.Lock())
         try:
-            async with self._one_at_a_time, asyncio.timeout(_BUILD_SECONDS):
-                return await self._jailed(request, image, log, phases)
+            if lock.locked():
+                os.write(log, b"torpor: another build of this account has the layer store: waiting for it\n")
+            async with lock, asyncio.timeout(_BUILD_SECONDS):
+                result = await self._jailed(request, image, log, phases)
+                if result.status == _STORE_FAILS:
+                    os.write(log, b"torpor: the layer store is broken: building again with a new one\n")
+                    await asyncio.to_thread(self._stores.drop, request.account)
+                    result = await self._jailed(request, image, log, phases)
+                return result
         except TimeoutError:
             os.write(log, f"torpor: the build took longer than {_BUILD_SECONDS} s\n".encode())
             return BuildResult(124, "", False, False)
@@ -134,30 +243,32 @@ class Builder:
         work = self._directory / "work" / request.build
         namespace = self._namespaces / request.build
         build = self._builds[request.build]
+        settings = self._settings
+        store, first, single = await asyncio.to_thread(self._stores.open, request.account, request.users)
         (work / "root").mkdir(parents=True)
         (work / "out").mkdir()
+        os.chown(work / "out", first, first)
         free = disk_free_bytes(work)
-        self._log_in(work / "auth.json", request.logins)
-        self._cgroups.create(group, Limits(_MEMORY_BYTES, os.cpu_count() or 1, 50, 4096, 1 << 30))
+        self._log_in(work / "out/login", first, request.logins)
+        self._cgroups.create(group, Limits(settings.memory_mib << 20, os.cpu_count() or 1, 50, 4096, 1 << 30))
         try:
             await asyncio.to_thread(make_namespace, namespace, lambda: run_batch("link set lo up\n"))
             await self._connect(build, work, namespace, {host.rpartition(":")[0] or host for host in request.logins})
             process = await asyncio.create_subprocess_exec(
                 "nsenter", f"--net={namespace}", "unshare", "--mount", "--fork", "--kill-child", "/bin/sh", str(_HERE / "build-jail.sh"),
-                str(work / "root"), str(self._settings.first_uid), str(self._directory), request.context, str(work / "out"),
-                str(self._lent), str(self._settings.base_archive), str(_HERE / "build.sh"), str(work / "auth.json"),
-                str(self._settings.modules / "lib/modules") if request.modules else "",
+                str(work / "root"), id_maps("map-users", first, single), id_maps("map-groups", first, single), str(first), str(RANGE),
+                str(settings.tools), str(store), request.context, request.dockerfile, str(work / "out"), str(self._lent),
+                str(settings.base_archive), str(_HERE), str(settings.modules / "lib/modules") if request.modules else "",
                 *map(str, self._cgroups.joins(group)), "--",
-                " ".join(self._settings.base_names), f"localhost/torpor-build:{request.build}", str(request.disk_bytes),
-                "pull" if self._settings.pull else "never", str(phases), key_at(self._settings.base_archive),
-                stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[phases], start_new_session=True,
+                canonical(settings.base_names[0]) if settings.base_names else "", key_at(settings.base_archive),
+                str(request.disk_bytes), str(settings.cache_mib), stdin=phases, stdout=log, stderr=log, start_new_session=True,
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
             )  # fmt: skip
             build.processes.append(process)
             status = await process.wait()
-            full = status != 0 and (disk_free_bytes(work) < 64 << 20 <= free)
+            full = status not in (0, _STORE_FAILS) and (disk_free_bytes(work) < 64 << 20 <= free)
             if status:
-                return BuildResult(status, "", full, status in (137, -9))
+                return BuildResult(status, "", full, self._cgroups.oom_kills(group) > 0)
             return BuildResult(0, self._collect(work / "out", image), False, False)
         finally:
             await self._clean(build, group, namespace, work)
@@ -174,11 +285,18 @@ class Builder:
         (image / "disk.raw").chmod(0o600)
         return (out / "config.json").read_text(encoding="utf-8")
 
-    def _log_in(self, path: Path, logins: dict[str, str]) -> None:
-        """Writes containers-auth.json(5), for the builder's eyes only: RUN steps have another root directory."""
-        path.write_text(json.dumps({"auths": {host: {"auth": login} for host, login in logins.items()}}), encoding="utf-8")
-        os.chown(path, self._settings.first_uid, self._settings.first_uid)
-        path.chmod(0o400)
+    def _log_in(self, directory: Path, owner: int, logins: dict[str, str]) -> None:
+        """Docker's own settings, for the builder's eyes only: RUN steps have another root directory."""
+        directory.mkdir(mode=0o700)
+        files = {
+            "config.json": {"auths": {host: {"auth": login} for host, login in logins.items()}},
+            "policy.json": source_policy(self._settings.base_names, self._settings.pull),
+        }
+        for name, content in files.items():
+            (directory / name).write_text(json.dumps(content), encoding="utf-8")
+            os.chown(directory / name, owner, owner)
+            (directory / name).chmod(0o400)
+        os.chown(directory, owner, owner)
 
     async def _connect(self, build: _Build, work: Path, namespace: Path, registries: set[str]) -> None:
         """Raises VmmError with slirp4netns's own words."""
@@ -237,5 +355,9 @@ class Builder:
         for process in build.processes:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+        build.processes.clear()
+        build.tether = None
         await asyncio.to_thread(destroy_namespace, namespace)
         await asyncio.to_thread(shutil.rmtree, work, True)
+        used = {account for account, lock in self._one_at_a_time.items() if lock.locked()}
+        await asyncio.to_thread(self._stores.drop_unused, self._settings.cache_days, used)

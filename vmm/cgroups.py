@@ -120,6 +120,16 @@ class Cgroups:
                 return int((base / name / file).read_text(encoding="ascii"))
         return 0
 
+    def oom_kills(self, name: str) -> int:
+        """How many of the group's processes the kernel killed for want of memory, 0 when unknown."""
+        base = self._bases.get("" if self.unified else "memory")
+        file = "memory.events" if self.unified else "memory.oom_control"
+        with contextlib.suppress(OSError, ValueError):
+            if base is not None:
+                lines = (base / name / file).read_text(encoding="ascii").splitlines()
+                return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+        return 0
+
     def cpu_seconds(self, name: str) -> float:
         """Processor time that the group has used."""
         with contextlib.suppress(OSError, ValueError):

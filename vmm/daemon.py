@@ -61,8 +61,10 @@ class Vmm:
         self.builder = Builder(
             settings.root / "builds", runtime / "build-netns", cgroups,
             BuildSettings(
-                settings.cache / "base.tar", settings.cache / "modules", tuple(settings.images.base_names), settings.images.pull,
-                settings.users.builder, settings.images.registry_ca,
+                settings.cache / "base.tar", settings.cache / "builder", settings.cache / "modules", tuple(settings.images.base_names),
+                settings.images.pull, settings.users.builders, settings.images.registry_ca,
+                settings.images.build_memory_mib, settings.images.cache_mib,
+                settings.images.cache_days,
             ),
         )  # fmt: skip
         self.snapshots = Snapshots(settings.sessions_dir)

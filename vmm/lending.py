@@ -1,12 +1,14 @@
 """What the host lends to a build's RUN steps: how to reach its package mirrors. None of it may stay in an image.
 
-One directory, mounted read-only at /run/buildhost: apt sources and options, pip's settings with file indexes mounted
-inside, and the certificates the host trusts. Environment variables point there; the pipeline takes them out of the image's
-configuration again.
+One directory, mounted read-only at /dev/.lent in each step by what starts it (build-runc.sh): the root has no trace of it then, neither
+has the Dockerfile, nor a layer, nor a cache's key. apt's sources and options, pip's settings with file indexes mounted inside, and the
+certificates that the host trusts lie there; variables of the step point to them, where the image has none of that name. An image's own
+sources are read beside these.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,20 +20,22 @@ from urllib.parse import urlsplit
 from .base import apt_options, host_sources
 from .kernel import AssetError
 
-MOUNT = "/run/buildhost"
+MOUNT = "/dev/.lent"
 _CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 _CA_VARIABLES = (
     "SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "NODE_EXTRA_CA_CERTS", "GIT_SSL_CAINFO",
 )  # fmt: skip
-VARIABLES = (*_CA_VARIABLES, "APT_CONFIG", "PIP_CONFIG_FILE")
 
 
 def prepare(directory: Path) -> None:
-    """Fills `directory` afresh. `mounts` in it lists what the jail must bind inside, "source target" a line."""
+    """Fills `directory` afresh. `mounts` in it lists what the jail must bind inside, "source target" a line; `environment` is the
+    beginning of a JSON array."""
     shutil.rmtree(directory, ignore_errors=True)
     (directory / "apt").mkdir(parents=True)
+    (directory / "xdg/pip").mkdir(parents=True)
     mounts: list[tuple[str, str]] = []
-    environment = {"APT_CONFIG": f"{MOUNT}/apt/apt.conf", "PIP_CONFIG_FILE": f"{MOUNT}/pip.conf"}
+    # pip takes /etc/pip.conf and the user's settings before those of XDG_CONFIG_DIRS, where PIP_CONFIG_FILE would hide the user's.
+    environment = {"APT_CONFIG": f"{MOUNT}/apt/apt.conf", "XDG_CONFIG_DIRS": f"{MOUNT}/xdg:/etc/xdg"}
     if os.path.exists(_CA_BUNDLE):
         shutil.copy(_CA_BUNDLE, directory / "ca.pem")
         environment |= dict.fromkeys(_CA_VARIABLES, f"{MOUNT}/ca.pem")
@@ -39,16 +43,16 @@ def prepare(directory: Path) -> None:
         (directory / "apt/host.sources").write_text(host_sources(), encoding="utf-8")
     except AssetError:
         (directory / "apt/host.sources").write_text("", encoding="utf-8")
+    # A step that is cut off is made again: nothing need be on the disk before it ends.
     (directory / "apt/apt.conf").write_text(
-        apt_options().replace(_CA_BUNDLE, f"{MOUNT}/ca.pem")
-        + f'Dir::Etc::sourcelist "/dev/null";\nDir::Etc::sourceparts "{MOUNT}/apt/";\nAPT::Sandbox::User "root";\n',
+        apt_options().replace(_CA_BUNDLE, f"{MOUNT}/ca.pem") + 'APT::Sandbox::User "root";\nDPkg::Options:: "--force-unsafe-io";\n',
         encoding="utf-8",
     )
-    (directory / "pip.conf").write_text(_pip_settings(mounts), encoding="utf-8")
+    (directory / "xdg/pip/pip.conf").write_text(_pip_settings(mounts), encoding="utf-8")
     for _, target in mounts:
         (directory / target).mkdir(parents=True, exist_ok=True)
     (directory / "mounts").write_text("".join(f"{source} {target}\n" for source, target in mounts), encoding="utf-8")
-    (directory / "environment").write_text(" ".join(f"--env {name}={value}" for name, value in environment.items()), encoding="utf-8")
+    (directory / "environment").write_text("".join(f"{json.dumps(f'{name}={value}')}," for name, value in environment.items()))
 
 
 def _pip_settings(mounts: list[tuple[str, str]]) -> str:
@@ -83,6 +87,6 @@ def _translate(word: str, mounts: list[tuple[str, str]]) -> str:
 
 def mirror_hosts(directory: Path) -> list[str]:
     """The hosts that the lent settings name: a build may reach them even when their addresses are private ones."""
-    text = "".join((directory / name).read_text(encoding="utf-8") for name in ("apt/host.sources", "apt/apt.conf", "pip.conf"))
+    text = "".join((directory / name).read_text(encoding="utf-8") for name in ("apt/host.sources", "apt/apt.conf", "xdg/pip/pip.conf"))
     hosts = {urlsplit(url).hostname for url in re.findall(r"https?://[^\s\"';]+", text)}
     return sorted(host for host in hosts if host)

@@ -31,9 +31,9 @@ _RELOAD_SECONDS = 60.0
 _DESCRIPTORS = 65_536
 _SYSTEM_AUTHORITIES = Path("/usr/local/share/ca-certificates")
 _PROGRAMS = {
-    "qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils", "buildah": "buildah", "mmdebstrap": "mmdebstrap",
+    "qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils", "mmdebstrap": "mmdebstrap",
     "slirp4netns": "slirp4netns", "musl-gcc": "musl-tools", "mkfs.ext4": "e2fsprogs", "nft": "nftables", "ip": "iproute2",
-    "newuidmap": "uidmap", "unshare": "util-linux", "setpriv": "util-linux",
+    "unshare": "util-linux", "setpriv": "util-linux",
 }  # fmt: skip
 
 

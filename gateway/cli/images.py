@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from .output import console, errors, fail, mib, show_json, show_table
 
 _BUCKET = "torpor-artifacts"
 _POLL_SECONDS = 0.3
+_LAST_LINES = 30  # of a build that failed: the step's words, its place in the Dockerfile and the error
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Image = Annotated[str, typer.Argument(help="Name or ARN.")]
 Version = Annotated[str, typer.Argument(help="The version, as 1.0.")]
@@ -80,6 +82,8 @@ def build(
     if as_json:
         show_json(result)
     if result["buildState"] != "SUCCESSFUL":
+        if as_json:  # the log was not shown
+            _print_last(name, made["imageVersion"], result["buildId"])
         fail(f"the build failed: {result.get('stateReason')}", 1)
 
 
@@ -151,6 +155,13 @@ def _print_new(
         for event in page["events"]:
             print(event["message"], flush=True)
     return str(page["nextForwardToken"])
+
+
+def _print_last(name: str, version: str, build_id: str) -> None:
+    """The end of a build's log, on standard error."""
+    of = {"logGroupName": default_group(name), "logStreamName": build_stream(version, build_id)}
+    for event in session().client("logs").get_log_events(**of, startFromHead=False, limit=_LAST_LINES)["events"]:
+        print(event["message"], file=sys.stderr, flush=True)
 
 
 def images(as_json: Json = False) -> None:

@@ -18,14 +18,9 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gateway.accounts.directory import Credentials
 from gateway.config import Settings
 
-from .unpack import DOCKERFILE
-
 _URI = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([^\x00-\x1f]+?)(?:\?versionId=([^\s?&]+))?")
 _UNPACK_SECONDS = 180
 _CHUNK = 1 << 20
-_TRANSPORT = re.compile(
-    r"^\s*FROM\s+(?:--\S+\s+)*(?:oci|oci-archive|dir|docker-archive|docker-daemon|containers-storage|ostree|sif|tarball):", re.I | re.M
-)
 
 
 class BuildFailed(Exception):
@@ -121,10 +116,3 @@ async def unpack(settings: Settings, archive: Path, target: Path) -> None:
         raise BuildFailed("ARCHIVE_INVALID", f"the artifact could not be unpacked: {errors.decode(errors='replace')[-200:]}") from error
     if answer["code"]:
         raise BuildFailed(answer["code"], answer["text"])
-    check_dockerfile(target / DOCKERFILE)
-
-
-def check_dockerfile(path: Path) -> None:
-    """Refuses what would take a base image from a file or a local store instead of a registry. Raises BuildFailed."""
-    if _TRANSPORT.search(path.read_text(encoding="utf-8", errors="replace")):
-        raise BuildFailed("CONTAINER_BUILD_FAILED", "FROM names a transport (oci-archive:, dir:, ...): only image names are taken")

@@ -7,17 +7,15 @@ import re
 import signal
 from typing import Any
 
-LENT_PREFIX = "/run/buildhost"  # where vmm lends the host's settings to RUN steps; nothing may still point there
-
 
 class ContainerError(Exception):
     """The container image cannot be started; the text says why."""
 
 
 def parse_config(text: str) -> dict[str, Any]:
-    """The runtime part of `buildah inspect --type image`, without what was lent to the build."""
-    config = dict(json.loads(text)["OCIv1"].get("config") or {})
-    config["Env"] = [entry for entry in config.get("Env") or [] if not entry.partition("=")[2].startswith(LENT_PREFIX)]
+    """The runtime part of a container image's configuration, as Docker's `image inspect` has it under `Config`."""
+    config = dict(json.loads(text))
+    config["Env"] = list(config.get("Env") or [])
     if not (config.get("Entrypoint") or config.get("Cmd")):
         raise ContainerError("the Dockerfile sets neither ENTRYPOINT nor CMD: there is nothing to start")
     return config

@@ -1,6 +1,7 @@
 """The build of one image version: fetch, unpack, container, disk, boot, ready, snapshot, validate.
 
-Every step either succeeds or raises BuildFailed with the code that the build then shows. Nothing of a failed build stays.
+What can be refused without a builder is refused by `check`, before the build waits for its turn. Every step either succeeds or raises
+BuildFailed with the code that the build then shows. Nothing of a failed build stays.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from gateway.sessions.host import Host, RpcError, RpcLost
 from gateway.sessions.logs import LineWriter
 from gateway.sessions.model import Build, Hooks, Image, Version
 
-from . import artifact, bases
+from . import artifact, bases, dockerfile
 from .artifact import BuildFailed
 from .container import ContainerError, agent_entries, exposed_ports, parse_config, reserved_variables
+from .hints import hints
 from .readiness import Readiness
 from .unpack import CONTEXT, DOCKERFILE
 
@@ -44,6 +46,8 @@ _BOOT_SECONDS = 60.0
 _SYNC_SECONDS = 300.0  # for what an emulated application has written
 _ROOM_BYTES = 1 << 30
 _CONTAINER_TRIES = 2  # vmm may be restarted under a build
+_TAIL_BYTES = 16 << 10  # of a build's log, in which its failure is looked for
+_PLATFORMS = {"x86_64": "amd64", "aarch64": "arm64"}  # of OCI (image-spec, image-index.md)
 _SEEDED = (
     "{count} random generators of OpenSSL were seeded before the snapshot: each microVM seeds them anew; it does not know of a language's "
     "own (Math.random, random.random, mt_rand) and of numbers that were drawn ahead (crypto.randomUUID): docs/clones.md"
@@ -83,6 +87,8 @@ class Job:
     version: Version
     build: Build
     log: LineWriter
+    prepared: dockerfile.Prepared | None = None
+    is_again: bool = False  # it was checked before it waited, and has said what there was to say
     exit_code: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
@@ -117,8 +123,31 @@ class Pipeline:
         self._credentials = credentials
         self._on_phase = on_phase
 
+    async def check(self, job: Job) -> None:
+        """Fetches and reads what is to be built. Raises BuildFailed for what cannot be."""
+        usage = await self._host.usage()
+        if usage.disk_free < (self._settings.limits.disk_reserve_mib << 20) + _ROOM_BYTES:
+            raise BuildFailed("DISK_STORAGE_FULL", "the host has no room for another image: free some, or move --root")
+        machine = (await self._host.info()).architecture
+        wanted = [one["architecture"] for one in job.version.request.get("cpuConfigurations") or []]
+        if wanted and not job.is_again and ARCHITECTURES[machine] not in wanted:
+            job.say(f"cpuConfigurations asks for {', '.join(wanted)}: this host builds for {ARCHITECTURES[machine]}")
+        await self._fetch(job)
+        file = self._work(job) / "context" / DOCKERFILE
+        images = self._settings.images
+        job.prepared = dockerfile.prepare(file.read_bytes(), images.base_names, images.pull, _PLATFORMS[machine])
+        file.write_text(job.prepared.text, encoding="utf-8", errors="surrogateescape")
+        for note in dict.fromkeys(job.prepared.notes if not job.is_again else []):
+            job.say(note)
+
+    def set_aside(self, job: Job) -> None:
+        """The build waits: what was fetched for it takes no room meanwhile."""
+        job.prepared, job.is_again = None, True
+        shutil.rmtree(self._work(job), ignore_errors=True)
+
     async def run(self, job: Job) -> None:
-        """Raises BuildFailed. On return the image exists on the host and the job's version and build are filled in."""
+        """Builds what was checked, fetched again where it was set aside. Raises BuildFailed. On return the image exists on the host and the
+        job's version and build are filled in."""
         try:
             await self._run(job)
         except (RpcError, AgentError) as error:
@@ -151,19 +180,13 @@ class Pipeline:
                 await asyncio.sleep(0.5)
 
     async def _run(self, job: Job) -> None:
+        if job.prepared is None:
+            await self.check(job)
         info = await self._host.info()
-        usage = await self._host.usage()
         minimum = int(job.version.request["resources"][0]["minimumMemoryInMiB"])
         shape = machine_shape(minimum, info)
         job.version.shape = shape
-        if usage.disk_free < (self._settings.limits.disk_reserve_mib << 20) + _ROOM_BYTES:
-            raise BuildFailed("DISK_STORAGE_FULL", "the host has no room for another image: free some, or move --root")
-        wanted = [one["architecture"] for one in job.version.request.get("cpuConfigurations") or []]
-        if wanted and ARCHITECTURES[info.architecture] not in wanted:
-            job.say(f"cpuConfigurations asks for {', '.join(wanted)}: this host builds for {ARCHITECTURES[info.architecture]}")
-        role = await self._role(job)
-        await self._fetch(job, role)
-        config = await self._container(job, shape, role)
+        config = await self._container(job, shape)
         await self._boot(job, shape, config)
         self._phase(job, "SNAPSHOT")
         sealed = await self._host.seal(job.session, job.version.key)
@@ -189,28 +212,35 @@ class Pipeline:
         except BotoCoreError as error:
             raise BuildFailed("INTERNAL_PLATFORM_ERROR", f"the STS cannot be reached: {error}") from error
 
-    async def _fetch(self, job: Job, role: Credentials) -> None:
+    async def _fetch(self, job: Job) -> None:
         self._phase(job, "FETCH")
+        role = await self._role(job)
         work = self._work(job)
         work.mkdir(parents=True, exist_ok=True)
         uri = str(job.version.request["codeArtifact"]["uri"])
         credentials = role if self._settings.credentials.sts_endpoint else self._credentials
         size = await asyncio.to_thread(artifact.fetch, self._settings, credentials, uri, work / "artifact.zip")
-        job.say(f"fetched {uri}, {size} bytes")
+        if not job.is_again:
+            job.say(f"fetched {uri}, {size} bytes")
         await artifact.unpack(self._settings, work / "artifact.zip", work / "context")
         (work / "artifact.zip").unlink()
 
-    async def _container(self, job: Job, shape: Shape, role: Credentials) -> dict[str, object]:
-        context = self._work(job) / "context"
-        logins = await asyncio.to_thread(self._logins, job, context / DOCKERFILE, role) if self._settings.images.pull else {}
-        modules = job.version.has_all_capabilities
-        request = BuildRequest(job.build.id, job.version.key, str(context / CONTEXT), shape.disk_bytes, logins, modules)
-        full = _Watch(b"No space left on device")
+    async def _container(self, job: Job, shape: Shape) -> dict[str, object]:
+        assert job.prepared is not None
+        work = self._work(job) / "context"
+        logins = {}
+        if self._settings.images.pull:
+            logins = await asyncio.to_thread(self._logins, job, work / DOCKERFILE, await self._role(job))
+        request = BuildRequest(
+            job.build.id, job.version.key, job.image.account, str(work / CONTEXT), str(work / DOCKERFILE), job.prepared.users,
+            shape.disk_bytes, logins, job.version.has_all_capabilities,
+        )  # fmt: skip
+        said = _Said()
         for attempt in range(1, _CONTAINER_TRIES + 1):
             try:
                 output, phases = await self._host.build(request)
                 _, _, result = await asyncio.gather(
-                    _read(output, _both(lambda data: job.log.feed(0, data), full.feed)),
+                    _read(output, _both(lambda data: job.log.feed(0, data), said.feed)),
                     _read(phases, lambda data: self._phase(job, data.decode("ascii", "replace").split()[-1])),
                     self._host.build_result(job.build.id),
                 )
@@ -220,10 +250,13 @@ class Pipeline:
                     raise
                 job.say("the host daemon was restarted; building again")
         if result.status:
-            if result.disk_full or full.seen:
+            for hint in hints(said.tail.decode("utf-8", errors="replace")):
+                job.say(hint)
+            if result.disk_full or said.disk_full:
                 raise BuildFailed("DISK_STORAGE_FULL", "the disk was full during the container build")
-            what = "ran out of memory" if result.out_of_memory else "failed"
-            raise BuildFailed("CONTAINER_BUILD_FAILED", f"The container image build {what}.")
+            if result.out_of_memory:
+                raise BuildFailed("CONTAINER_BUILD_FAILED", "The container image build ran out of memory.")
+            raise BuildFailed("", "The container image build failed.")
         try:
             return parse_config(result.config)
         except ContainerError as error:
@@ -320,17 +353,18 @@ class Pipeline:
             await self._host.forget(session)
 
 
-class _Watch:
-    """Notices a text in a stream."""
+class _Said:
+    """The end of a build's log, and whether the disk was full anywhere in it."""
 
-    def __init__(self, text: bytes) -> None:
-        self._text = text
-        self._tail = b""
-        self.seen = False
+    _FULL = b"No space left on device"
+
+    def __init__(self) -> None:
+        self.tail = b""
+        self.disk_full = False
 
     def feed(self, data: bytes) -> None:
-        self.seen = self.seen or self._text in self._tail + data
-        self._tail = (self._tail + data)[-len(self._text) :]
+        self.disk_full = self.disk_full or self._FULL in self.tail[-len(self._FULL) :] + data
+        self.tail = (self.tail + data)[-_TAIL_BYTES:]
 
 
 def _both(*takers: Callable[[bytes], None]) -> Callable[[bytes], None]:

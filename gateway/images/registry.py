@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import structlog
@@ -18,6 +18,7 @@ from gateway.sessions.store import Store
 
 from .artifact import BuildFailed
 from .pipeline import Job, Pipeline
+from .turns import Turns
 
 log = structlog.get_logger()
 
@@ -29,7 +30,8 @@ class Registry:
         self._store = store
         self._logs = logs
         self._clock = clock
-        self._slots = asyncio.Semaphore(concurrent)
+        self._checks = asyncio.Semaphore(concurrent)
+        self._turns = Turns(concurrent)
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by image version's key, or by ARN for what is about all of it
         self._state_before: dict[str, str] = {}
         self.pipeline: Pipeline
@@ -132,25 +134,35 @@ class Registry:
 
     async def _build(self, image: Image, version: Version) -> None:
         assert version.build is not None
-        async with self._slots:  # first come, first served
-            version.state = version.build.state = "IN_PROGRESS"
-            self._store.put_image(image)
-            await self._store.commit()
-            job = self._job(image, version, version.build, build_stream(version.version, version.build.id))
-            try:
-                reason = await self._run(job)
-                await self.pipeline.clean(job, keep_image=reason is None)
-            except asyncio.CancelledError:  # the service stops: what the host has of it would stay there
-                await self.pipeline.clean(job, keep_image=False)
-                raise
-            await self._built(image, version, reason)
-            job.say(reason if reason is not None else "the image is ready")
-            job.log.flush()
+        job = self._job(image, version, version.build, build_stream(version.version, version.build.id))
+        try:
+            async with self._checks:
+                reason = await self._run(job, self.pipeline.check)  # what cannot succeed does not wait for its turn
+            if reason is None:
+                async with self._turns.turn(lambda before: self._waits(job, before)):
+                    version.state = job.build.state = "IN_PROGRESS"
+                    self._store.put_image(image)
+                    await self._store.commit()
+                    reason = await self._run(job, self.pipeline.run)
+            await self.pipeline.clean(job, keep_image=reason is None)
+        except asyncio.CancelledError:  # the service stops: what the host has of it would stay there
+            await self.pipeline.clean(job, keep_image=False)
+            raise
+        job.say(reason if reason is not None else "the image is ready")
+        job.log.flush()  # before anybody can see that it is over
+        await self._built(image, version, reason)
 
-    async def _run(self, job: Job) -> str | None:
+    def _waits(self, job: Job, before: int) -> None:
+        text = f"waiting for {before} build{'s' if before > 1 else ''}"
+        job.say(text)
+        job.log.flush()
+        self.pipeline.set_aside(job)
+        self._store.add_event(job.image.arn, "build", job.version.version, text)
+
+    async def _run(self, job: Job, work: Callable[[Job], Coroutine[Any, Any, None]]) -> str | None:
         """Why it failed; None where it did not."""
         try:
-            await self.pipeline.run(job)
+            await work(job)
         except BuildFailed as error:
             return str(error)
         except Exception as error:

@@ -57,14 +57,23 @@ def connector(name: str) -> str:
 
 
 class ScriptedPipeline:
-    """Builds succeed at once; those of an image in `held` wait for their event, those in `failing` fail with the reason."""
+    """Builds succeed at once; those of an image in `held` wait for their event, those in `failing` fail with the reason, those in
+    `refused` before they wait for their turn."""
 
     def __init__(self) -> None:
         self.held: dict[str, asyncio.Event] = {}
         self.failing: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
         self.deleted: list[str] = []
         self.stuck: set[str] = set()  # keys, whose images the host cannot delete
         self.order: list[str] = []
+
+    async def check(self, job: Job) -> None:
+        if job.image.name in self.refused:
+            raise BuildFailed("", self.refused[job.image.name])
+
+    def set_aside(self, job: Job) -> None:
+        pass
 
     async def run(self, job: Job) -> None:
         self.order.append(f"{job.image.name} {job.version.version}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from api_rig import (
+    ACCOUNT,
     BASE,
     DETAILS,
     HOOKED,
@@ -240,6 +241,30 @@ def test_build_queue(api: ApiRig) -> None:
         api.loop.call_soon_threadsafe(api.pipeline.held.pop(name).set)
     for name in names[2:]:
         assert api.settled(image_arn(name))["state"] == "CREATED"
+
+
+@row("CreateMicrovmImage", "a waiting build says in its log for how many; what cannot be built fails without waiting", "ours")
+def test_the_queue_says_how_long_it_is(api: ApiRig) -> None:
+    names = ["wait1", "wait2", "wait3", "wait4"]
+    for name in names:
+        api.pipeline.held[name] = asyncio.Event()
+        api.image(name, built=False)
+    api.pipeline.refused["bad"] = "CONTAINER_BUILD_FAILED: Dockerfile, line 1: no"
+    bad = api.image("bad", built=False)
+    assert api.settled(bad)["state"] == "CREATE_FAILED"
+    (build,) = api.call("GET", f"{IMAGES}/{encoded(bad)}/versions/1.0/builds")[2]["items"]
+    assert build["stateReason"] == "CONTAINER_BUILD_FAILED: Dockerfile, line 1: no"
+    (build,) = api.call("GET", f"{IMAGES}/{encoded(image_arn('wait4'))}/versions/1.0/builds")[2]["items"]
+
+    def said() -> list[str]:
+        events, _ = api.logs.read(ACCOUNT, "/aws/lambda-microvms/wait4", f"build/1.0/{build['buildId']}")
+        return [event.m for event in events]
+
+    assert said() == ["torpor: waiting for 2 builds"]
+    for name in names:
+        api.loop.call_soon_threadsafe(api.pipeline.held[name].set)
+        api.settled(image_arn(name))
+    assert said() == ["torpor: waiting for 2 builds", "torpor: waiting for 1 build", "torpor: the image is ready"]
 
 
 # ---- tags ----

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from gateway.images.container import LENT_PREFIX
-from vmm.lending import MOUNT
-
 REPO = Path(__file__).resolve().parents[2]
 
 # Package to what of the project it may import, besides itself.
@@ -151,7 +148,3 @@ def test_the_edge_holds_nothing_that_signs() -> None:
     assert "gateway.edge.worker" in files, "there is something to look at"
     for file in files.values():
         assert "Minter" not in file.read_text(encoding="utf-8"), file
-
-
-def test_where_lent_settings_lie_is_said_the_same_in_both_halves() -> None:
-    assert LENT_PREFIX == MOUNT

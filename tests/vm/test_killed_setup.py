@@ -22,8 +22,10 @@ SAID = (
     "fetching the guest's kernel",
     "compiling the guest's init",
     "the guest's initramfs",
+    "the kernel's modules",
     "the hypervisors' root",
     "the local base image",
+    "the builder's root",
 )
 
 
@@ -48,17 +50,20 @@ def test_assets(tmp_path: Path, host_before: dict[str, set[str]]) -> None:
             until(lambda: list(cache.glob(".new-*/*")) or process.poll() is not None, 60)
             process.kill()
         until(lambda: not processes(str(cache)), 20)
-        assert list(assets.missing(cache).values())[:number] == [False] * number, "a step that was whole is made again"
+        whole = min(number, len(SAID) - 2)  # the last two are made beside each other, and both may have been ended
+        assert list(assets.missing(cache).values())[:whole] == [False] * whole, "a step that was whole is made again"
     subprocess.run([BIN / "torpor", "assets"], check=True, env=environment, timeout=300)
     assert not any(assets.missing(cache).values())
-    names = {"kernel", "guest", "initrd", "qemu-root", "base.tar"}
+    names = {"kernel", "guest", "initrd", "modules", "qemu-root", "base.tar", "builder"}
     assert {path.name for path in cache.iterdir()} == names | {f"{name}.key" for name in names} | {"lock"}
     assert not [point for point in host.mount_points() if point.startswith(str(cache))]
     modules = kernel.module_files(cache / "kernel", kernel.MODULES)
     packed = gzip.decompress((cache / "initrd").read_bytes())
     assert all(f"m/{path.name}\0".encode() in packed for path in modules) and (cache / "guest/init").read_bytes() in packed
     with tarfile.open(cache / "base.tar") as archive:
-        assert {"./usr/local/bin/dnf", "./usr/bin/apt"} <= set(archive.getnames())
+        assert {"./usr/bin/dnf", "./usr/bin/apt"} <= set(archive.getnames())
+    shown = subprocess.run(["chroot", cache / "builder", "/usr/sbin/dockerd", "--version"], capture_output=True, text=True, check=True)
+    assert "version 26" in shown.stdout
     said = subprocess.run(
         ["chroot", cache / "qemu-root", "/usr/bin/qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True
     )

@@ -16,13 +16,15 @@ from registry import Ecr, Registry, running, served
 from service import Instance, app_files
 from service import served as serving
 
+from gateway.config import Settings
 from gateway.messages import BuildRequest, BuildResult
 from vmm.builds import Builder, BuildSettings
 from vmm.cgroups import Cgroups
 from vmm.making import key_path
 
 pytestmark = pytest.mark.vm
-UID = 900_000
+UID = 1 << 30
+TOOLS = Settings().cache / "builder"
 # Says what of the builder's logins a RUN step can see: its own root, and every other process's.
 PROBE = r"""
 #include <dirent.h>
@@ -30,25 +32,16 @@ PROBE = r"""
 #include <stdio.h>
 int main(void) {
     char path[300];
-    int seen = open("/auth.json", O_RDONLY) >= 0;
+    int seen = open("/out/login/config.json", O_RDONLY) >= 0;
     DIR *proc = opendir("/proc");
     for (struct dirent *one; proc && (one = readdir(proc));) {
-        snprintf(path, sizeof path, "/proc/%s/root/auth.json", one->d_name);
+        snprintf(path, sizeof path, "/proc/%s/root/out/login/config.json", one->d_name);
         if (open(path, O_RDONLY) >= 0) seen++;
     }
     printf("logins seen: %d\n", seen);
     return 0;
 }
 """
-
-
-def tarred(path: Path, dockerfile: str) -> Path:
-    """A build's context of this Dockerfile alone."""
-    with tarfile.open(path, "w") as archive:
-        member = tarfile.TarInfo("Dockerfile")
-        member.size = len(dockerfile)
-        archive.addfile(member, io.BytesIO(dockerfile.encode()))
-    return path
 
 
 @pytest.fixture
@@ -60,17 +53,27 @@ def registry(tmp_path: Path, host_before: object) -> Iterator[tuple[Registry, Pa
         yield one, trusted
 
 
+def asked(directory: Path, dockerfile: str, logins: dict[str, str]) -> BuildRequest:
+    (directory / "Dockerfile").write_text(dockerfile)
+    with tarfile.open(directory / "context.tar", "w") as archive:
+        archive.add(directory / "Dockerfile", "Dockerfile")
+    context, file = str(directory / "context.tar"), str(directory / "Dockerfile")
+    return BuildRequest(uuid.uuid4().hex, "image", "123456789012", context, file, [], 64 << 20, logins)
+
+
 async def test_a_login_is_one_builds_and_stays_outside_of_it(registry: tuple[Registry, Path], tmp_path: Path) -> None:
     private, trusted = registry
     directory = Path(f"/var/tmp/torpor-bases-{os.getpid()}")
     directory.mkdir()
     cgroups = Cgroups("bases", directory)
     (tmp_path / "base.tar").touch()
-    builder = Builder(directory, tmp_path / "netns", cgroups, BuildSettings(tmp_path / "base.tar", tmp_path, (), True, UID, str(trusted)))
-    context = tarred(directory / "context.tar", f'FROM {private.host}/private/base:1\nRUN ["/probe"]\nCMD ["/probe"]\n')
+    builder = Builder(
+        directory, tmp_path / "netns", cgroups, BuildSettings(tmp_path / "base.tar", TOOLS, tmp_path, (), True, UID, str(trusted))
+    )
+    dockerfile = f'FROM {private.host}/private/base:1\nRUN ["/probe"]\nCMD ["/probe"]\n'
 
     async def build(logins: dict[str, str]) -> tuple[BuildResult, str]:
-        request = BuildRequest(uuid.uuid4().hex, "image", str(context), 64 << 20, logins)
+        request = asked(directory, dockerfile, logins)
         log, phases = builder.begin(request, directory / "image")
         with os.fdopen(log) as lines, os.fdopen(phases):
             text = await asyncio.to_thread(lines.read)
@@ -88,7 +91,7 @@ async def test_a_login_is_one_builds_and_stays_outside_of_it(registry: tuple[Reg
         again, said = await build({})
         assert again.status and private.pulled == ["private/base"], said
         more, said = await build({private.host: private.login})
-        assert more.status == 0 and "Using cache" in said and private.login not in said, said
+        assert more.status == 0 and "CACHED" in said and private.login not in said, said
         assert not list((directory / "work").iterdir())
     finally:
         cgroups.close()
@@ -102,8 +105,7 @@ async def test_another_local_base_takes_the_place_of_the_one_in_the_store(tmp_pa
     directory.mkdir()
     cgroups = Cgroups("bases", directory)
     base = directory / "base.tar"
-    builder = Builder(directory, tmp_path / "netns", cgroups, BuildSettings(base, tmp_path, ("local:base",), False, UID, ""))
-    context = tarred(directory / "context.tar", 'FROM local:base\nCOPY Dockerfile /copied\nCMD ["/release"]\n')
+    builder = Builder(directory, tmp_path / "netns", cgroups, BuildSettings(base, TOOLS, tmp_path, ("local:base",), False, UID))
 
     async def build(release: str) -> str:
         with tarfile.open(base, "w") as archive:
@@ -111,7 +113,7 @@ async def test_another_local_base_takes_the_place_of_the_one_in_the_store(tmp_pa
             member.size = len(release)
             archive.addfile(member, io.BytesIO(release.encode()))
         key_path(base).write_text(release)
-        request = BuildRequest(uuid.uuid4().hex, "image", str(context), 64 << 20, {})
+        request = asked(directory, 'FROM local:base\nCOPY Dockerfile /copied\nCMD ["/release"]\n', {})
         log, phases = builder.begin(request, directory / "image")
         with os.fdopen(log) as lines, os.fdopen(phases):
             said = await asyncio.to_thread(lines.read)
@@ -127,7 +129,7 @@ async def test_another_local_base_takes_the_place_of_the_one_in_the_store(tmp_pa
         assert "making the local base" in await build("one")
         assert "making the local base" not in await build("one")
         assert "making the local base" in await build("two")
-        assert "Using cache" in await build("two")
+        assert "CACHED" in await build("two")
     finally:
         cgroups.close()
         subprocess.run(["rm", "-rf", directory], check=True)
@@ -149,5 +151,5 @@ def test_ecr_gives_it_to_the_build_role(registry: tuple[Registry, Path]) -> None
         failed = one.built(one.create("refused", one.upload(files)))
         events = one.client("logs").filter_log_events(logGroupName="/aws/lambda-microvms/refused")["events"]
         said = " ".join(event["message"] for event in events)
-        assert failed.get("stateReason") == "CONTAINER_BUILD_FAILED: The container image build failed.", said
+        assert failed.get("stateReason") == "The container image build failed.", said
         assert "no login to ECR in us-east-1" in said and "AccessDeniedException" in said and private.login not in said

@@ -1,0 +1,195 @@
+"""What control reads of a Dockerfile before BuildKit does, so that what cannot be built here is refused in one line, before it waits.
+
+The builder's front end is the one built into BuildKit 0.13 (frontend/dockerfile there). No registry may be in reach, so that a
+`# syntax=` line that names that same front end must not fetch it; and the base has this host's architecture, whatever platform
+its FROM names. BuildKit gets the text with those two changed, in lines that keep their numbers; the context keeps its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .artifact import BuildFailed
+
+UIDS = 1_000_000  # an image's files may belong to users up to this one (vmm maps as many)
+_UID_MAX = (1 << 32) - 2
+_DIRECTIVE = re.compile(r"#\s*([a-zA-Z][a-zA-Z0-9]*)\s*=\s*(.+?)\s*$")
+_STOCK = re.compile(r"(?:docker\.io/)?docker/dockerfile(?:-upstream)?(?::(?P<tag>[\w.-]+))?(?:@sha256:[0-9a-f]{64})?")
+_TRANSPORTS = ("oci", "oci-archive", "dir", "docker-archive", "docker-daemon", "containers-storage", "ostree", "sif", "tarball")
+_HEREDOC = re.compile(r"<<(-?)([\"']?)([^\s<\"']+)\2")
+_VARIABLE = re.compile(r"\$(?:\{(?P<braced>\w+)(?::?-(?P<default>[^}]*))?\}|(?P<plain>\w+))")
+_FLAG = re.compile(r"--([a-z]+)=(\"[^\"]*\"|'[^']*'|\S+)")
+_OCTAL = re.compile(r"0?[0-7]{1,4}")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`lines` are the numbers of its lines, from 0; `text` is what follows the keyword, on one line."""
+
+    keyword: str
+    text: str
+    lines: Sequence[int]
+
+
+@dataclass
+class Prepared:
+    """A Dockerfile as BuildKit gets it. `users` are ids beyond UIDS that the image's last stage runs as; `notes` go into the log."""
+
+    text: str
+    users: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(data: bytes, base_names: Sequence[str], pull: bool, architecture: str) -> Prepared:
+    """Raises BuildFailed for what the builder cannot do, with the line's number."""
+    text = data.decode("utf-8", errors="surrogateescape")
+    lines = text.split("\n")
+    escape = _directives(lines, pull)
+    found = list(instructions(lines, escape))
+    made = Prepared("")
+    arguments = {"BUILDPLATFORM": f"linux/{architecture}", "TARGETPLATFORM": f"linux/{architecture}"}
+    stages: set[str] = set()
+    for one in found:
+        if one.keyword == "ARG" and not stages:
+            for word in one.text.split():
+                name, given, value = word.partition("=")
+                if given:
+                    arguments[name] = substitute(value.strip("\"'"), arguments)
+        elif one.keyword == "FROM":
+            made.users = []
+            stages.add(_from(one, lines, arguments, base_names, stages, architecture, made.notes))
+        elif one.keyword == "USER":
+            made.users = _users(one)
+        elif one.keyword in ("COPY", "ADD"):
+            _check_mode(one)
+    for one in found:
+        if one.keyword in ("COPY", "ADD"):
+            _check_owner(one, made.users)
+    made.text = "\n".join(lines)
+    return made
+
+
+def _directives(lines: list[str], pull: bool) -> str:
+    """Takes a `# syntax=` line of the stock front end out of BuildKit's sight; returns the escape character.
+
+    Directives end at the first line that is none, so an `# escape=` behind it takes its place.
+    """
+    escape, syntax = "\\", None
+    for number, line in enumerate(lines):
+        match = _DIRECTIVE.match(line.rstrip("\r"))
+        name = match[1].lower() if match else ""
+        if match is None or name not in ("syntax", "escape"):
+            break
+        if name == "escape":
+            escape = match[2]
+            if syntax is not None:
+                lines[syntax], lines[number] = line, lines[syntax]
+            continue
+        stock = _STOCK.fullmatch(match[2].split()[0])
+        if pull and (stock is None or "labs" in (stock["tag"] or "")):
+            return escape  # it is pulled, and reads the file in our stead
+        if stock is None:
+            raise _refused(number, f"# syntax= names the front end {match[2].split()[0]}, which is not pulled here: images.pull is off")
+        lines[number] = line.replace("=", " ", 1)
+        syntax = number
+    return escape
+
+
+def instructions(lines: Sequence[str], escape: str = "\\") -> Iterator[Instruction]:
+    """As BuildKit's parser joins lines: comments go, also between continued lines; the bodies of here-documents are passed over."""
+    continued = re.compile(re.escape(escape) + r"[ \t]*$")
+    number = 0
+    while number < len(lines):
+        parts: list[str] = []
+        numbers: list[int] = []
+        while number < len(lines):
+            line = lines[number].rstrip("\r")
+            number += 1
+            if line.lstrip().startswith("#") or (not line.strip() and parts):
+                continue
+            numbers.append(number - 1)
+            parts.append(continued.sub("", line))
+            if parts[-1] == line:
+                break
+        words = "".join(parts).split(None, 1)
+        if not words:
+            continue
+        one = Instruction(words[0].upper(), words[1].strip() if len(words) > 1 else "", numbers)
+        if one.keyword in ("RUN", "COPY", "ADD"):
+            for tabs, _, end in _HEREDOC.findall(one.text):
+                while number < len(lines):
+                    line = lines[number].rstrip("\r")
+                    number += 1
+                    if (line.lstrip("\t") if tabs else line) == end:
+                        break
+        yield one
+
+
+def substitute(text: str, values: Mapping[str, str]) -> str:
+    """$NAME, ${NAME} and ${NAME:-default}; what is not known becomes empty, as in BuildKit."""
+    return _VARIABLE.sub(lambda match: values.get(match["braced"] or match["plain"]) or match["default"] or "", text)
+
+
+def repository(reference: str) -> str:
+    """An image's name without tag and digest, and without what Docker adds to short ones."""
+    name = reference.partition("@")[0]
+    head, colon, tag = name.rpartition(":")
+    if colon and "/" not in tag:
+        name = head
+    return name.removeprefix("docker.io/").removeprefix("index.docker.io/").removeprefix("library/")
+
+
+def is_base(reference: str, base_names: Sequence[str]) -> bool:
+    """Whether it is the local base: by its repository, whatever its tag or digest."""
+    return repository(reference) in {repository(name) for name in base_names}
+
+
+def _from(
+    one: Instruction, lines: list[str], arguments: Mapping[str, str], base_names: Sequence[str], stages: set[str], architecture: str,
+    notes: list[str],
+) -> str:  # fmt: skip
+    """Makes the local base's platform this host's; returns the stage's name."""
+    flags = dict(_FLAG.findall(one.text))
+    words = [word for word in one.text.split() if not word.startswith("--")]
+    image = substitute(words[0].strip("\"'"), arguments) if words else ""
+    if image.partition(":")[0].lower() in _TRANSPORTS and "/" in image.partition(":")[2]:
+        raise _refused(one.lines[0], f"FROM names a transport ({image.partition(':')[0]}:): only image names are taken")
+    name = words[2].lower() if len(words) > 2 and words[1].upper() == "AS" else f"stage {one.lines[0]}"
+    if image.lower() in stages or not is_base(image, base_names):
+        return name
+    notes.append(f"{image} is the base that this host has (images.base): no container registry is asked for it")
+    asked = substitute(flags.get("platform", "").strip("\"'"), arguments)
+    if asked and asked != f"linux/{architecture}":
+        notes.append(f"line {one.lines[0] + 1}: --platform={asked}: this base is there for linux/{architecture}, which is taken")
+        for number in one.lines:
+            lines[number] = lines[number].replace(f"--platform={flags['platform']}", f"--platform=linux/{architecture}")
+    return name
+
+
+def _users(one: Instruction) -> list[int]:
+    """Ids that need to be mapped by themselves."""
+    ids = [int(part) for part in one.text.strip("\"'").split(":") if part.isdigit()]
+    for number in ids:
+        if number > _UID_MAX:
+            raise _refused(one.lines[0], f"USER {one.text}: ids end at {_UID_MAX}")
+    return [number for number in ids if number > UIDS]
+
+
+def _check_owner(one: Instruction, users: Sequence[int]) -> None:
+    owner = dict(_FLAG.findall(one.text)).get("chown", "").strip("\"'")
+    for part in owner.split(":"):
+        if part.isdigit() and int(part) > UIDS and int(part) not in users:
+            text = f"{one.keyword} --chown={owner}: ids up to {UIDS} can own files, and the one that the last USER names"
+            raise _refused(one.lines[0], text)
+
+
+def _check_mode(one: Instruction) -> None:
+    mode = dict(_FLAG.findall(one.text)).get("chmod", "")
+    if mode and "$" not in mode and not _OCTAL.fullmatch(mode.strip("\"'")):
+        raise _refused(one.lines[0], f"{one.keyword} --chmod={mode}: this BuildKit (0.13) takes octal modes, as --chmod=755")
+
+
+def _refused(line: int, text: str) -> BuildFailed:
+    return BuildFailed("CONTAINER_BUILD_FAILED", f"Dockerfile, line {line + 1}: {text}")

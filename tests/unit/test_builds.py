@@ -1,0 +1,75 @@
+"""Layer stores: one for each account, with ids that no other has; and where BuildKit takes images from."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from vmm.builds import RANGE, Stores, canonical, id_maps, source_policy
+from vmm.errors import VmmError
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="stores have owners")
+FIRST = 1 << 30
+BASE = "public.ecr.aws/lambda/microvms:al2023-minimal"
+
+
+def test_accounts_share_no_ids_and_keep_theirs(tmp_path: Path) -> None:
+    stores = Stores(tmp_path, FIRST)
+    one, other = stores.open("111111111111", []), stores.open("222222222222", [])
+    assert (one[1], other[1]) == (FIRST, FIRST + RANGE) and one[0] != other[0]
+    assert (one[0].stat().st_uid, one[0].stat().st_mode & 0o777) == (FIRST, 0o700)
+    stores.drop("111111111111")
+    assert not one[0].exists()
+    again = Stores(tmp_path, FIRST)
+    assert again.open("222222222222", [])[1] == FIRST + RANGE and again.open("333333333333", [])[1] == FIRST
+
+
+def test_single_ids_keep_their_place_whatever_is_built_later(tmp_path: Path) -> None:
+    stores = Stores(tmp_path, FIRST)
+    assert stores.open("a", [1000730000])[2] == [1000730000]
+    assert stores.open("a", [2000000, 1000730000])[2] == [1000730000, 2000000] == stores.open("a", [])[2]
+    maps = id_maps("map-users", FIRST, [1000730000, 2000000]).split()
+    assert maps[0] == f"--map-users=0:{FIRST}:{RANGE - 256}" and RANGE - 256 > 1_000_000
+    assert maps[1:] == [f"--map-users=1000730000:{FIRST + RANGE - 256}:1", f"--map-users=2000000:{FIRST + RANGE - 255}:1"]
+    with pytest.raises(VmmError, match="named 256 user ids"):
+        stores.open("a", list(range(3_000_000, 3_000_255)))
+
+
+def test_a_store_that_nobody_used_for_long_goes(tmp_path: Path) -> None:
+    stores = Stores(tmp_path, FIRST)
+    for name in ("old", "busy", "new"):
+        stores.open(name, [])
+    for name in ("old", "busy"):
+        os.utime(tmp_path / name / "users", (0, 0))
+    stores.drop_unused(30.0, {"busy"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["busy", "new"]
+
+
+def test_an_account_is_no_path(tmp_path: Path) -> None:
+    with pytest.raises(VmmError, match="no layer store"):
+        Stores(tmp_path, FIRST).open("../x", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("python", "docker.io/library/python:latest"), ("a/b:1", "docker.io/a/b:1"), ("localhost/x", "localhost/x:latest"),
+        ("example.com:5000/x", "example.com:5000/x:latest"), (BASE, BASE),
+    ],
+)  # fmt: skip
+def test_names_are_completed_as_docker_does(name: str, full: str) -> None:
+    assert canonical(name) == full
+
+
+def test_every_tag_and_digest_is_converted_and_nothing_else() -> None:
+    rules = source_policy((BASE,), False)["rules"]
+    assert isinstance(rules, list)
+    assert [rule["action"] for rule in rules] == ["DENY", "ALLOW", "CONVERT"]
+    pattern = re.compile(rules[2]["selector"]["identifier"])
+    name = "docker-image://public.ecr.aws/lambda/microvms"
+    assert all(pattern.match(name + end) for end in (":latest", ":x@sha256:0a", "@sha256:0a", ""))
+    assert not any(pattern.match(name + end) for end in ("-other:1", "/more:1", ":1/x"))
+    assert [rule["action"] for rule in source_policy((), True)["rules"]] == []  # type: ignore[attr-defined]

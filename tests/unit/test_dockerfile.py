@@ -1,0 +1,142 @@
+"""What control makes of a Dockerfile before BuildKit gets it: what is refused at once, and the few words that are changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.images.artifact import BuildFailed
+from gateway.images.dockerfile import Prepared, instructions, is_base, prepare
+from gateway.images.hints import hints
+
+NAME = "public.ecr.aws/lambda/microvms"
+BASE = f"{NAME}:al2023-minimal"
+
+
+def made(text: str, pull: bool = False) -> Prepared:
+    return prepare(text.encode(), [BASE], pull, "amd64")
+
+
+def refusal(text: str, pull: bool = False) -> str:
+    with pytest.raises(BuildFailed) as refused:
+        made(text, pull)
+    assert refused.value.code == "CONTAINER_BUILD_FAILED"
+    return str(refused.value).partition(": ")[2]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [BASE, NAME, f"{NAME}:latest", f"{NAME}@sha256:{'0' * 64}", f"{BASE}@sha256:{'0' * 64}", f"{NAME}:2"],
+)
+def test_the_base_has_every_tag_and_digest(name: str) -> None:
+    assert is_base(name, [BASE])
+
+
+def test_short_names_are_docker_hubs() -> None:
+    assert is_base("docker.io/library/amazonlinux:2", ["amazonlinux:2023"]) and is_base("amazonlinux", ["docker.io/library/amazonlinux"])
+    assert not is_base("example.com:5000/amazonlinux", ["amazonlinux"]) and not is_base(f"{NAME}-other", [BASE])
+
+
+@pytest.mark.parametrize(
+    "front_end", ["docker/dockerfile:1", "docker/dockerfile", "docker.io/docker/dockerfile:1.7-labs", "docker/dockerfile-upstream:master"]
+)
+def test_the_stock_front_end_is_built_in(front_end: str) -> None:
+    text = made(f"# syntax={front_end}\nFROM {BASE}\n").text
+    assert text == f"# syntax {front_end}\nFROM {BASE}\n"
+
+
+def test_an_escape_directive_behind_it_is_still_one() -> None:
+    """Directives end at the first comment that is none (BuildKit, parser/directives.go)."""
+    text = made(f"#syntax = docker/dockerfile:1\n# escape=`\nFROM {BASE}\nRUN a `\n  b\n").text
+    assert text.split("\n")[:3] == ["# escape=`", "#syntax   docker/dockerfile:1", f"FROM {BASE}"]
+
+
+def test_another_front_end_is_pulled_or_refused() -> None:
+    text = f"# syntax=example.com/front:1\nFROM {BASE}\n"
+    assert (
+        refusal(text)
+        == "Dockerfile, line 1: # syntax= names the front end example.com/front:1, which is not pulled here: images.pull is off"
+    )
+    assert made(text, pull=True).text == text
+    labs = f"# syntax=docker/dockerfile:1-labs\nFROM {BASE}\n"
+    assert made(labs, pull=True).text == labs
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["FROM --platform=linux/arm64 {}", "ARG P=linux/arm64\nFROM --platform=$P {}", 'from --platform="linux/arm64/v8" \\\n  {} AS x'],
+)
+def test_the_base_is_there_for_this_host(first: str) -> None:
+    prepared = made(first.format(BASE) + "\nRUN x\n")
+    assert "--platform=linux/amd64" in prepared.text and prepared.text.count("\n") == first.count("\n") + 2
+    assert len(prepared.notes) == 2 and "--platform=linux/arm64" in prepared.notes[1]
+
+
+def test_a_foreign_image_keeps_its_platform() -> None:
+    text = f"FROM --platform=linux/arm64 python:3 AS p\nFROM {BASE}\nCOPY --from=p /x /x\n"
+    assert made(text).text == text and len(made(text).notes) == 1
+
+
+def test_a_stage_of_the_same_name_is_no_base() -> None:
+    assert not made(f"FROM scratch AS {NAME}\nFROM --platform=linux/arm64 {NAME}\n").notes
+
+
+def test_the_ids_of_the_last_user_are_mapped() -> None:
+    assert made(f"FROM {BASE}\nUSER 1000730000:1000730001\nCOPY --chown=1000730000 a /a\n").users == [1000730000, 1000730001]
+    assert made(f"FROM {BASE} AS a\nUSER 2000000\nFROM {BASE}\nUSER 1000\n").users == []
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("COPY --chown=2000000:0 a /a", "COPY --chown=2000000:0: ids up to 1000000 can own files, and the one that the last USER names"),
+        ("ADD --chmod=+x a /a", "ADD --chmod=+x: this BuildKit (0.13) takes octal modes, as --chmod=755"),
+        ("COPY --chmod=u=rwx a /a", "COPY --chmod=u=rwx: this BuildKit (0.13) takes octal modes, as --chmod=755"),
+        ("USER 4294967295", "USER 4294967295: ids end at 4294967294"),
+        ("FROM oci-archive:/etc/passwd", "FROM names a transport (oci-archive:): only image names are taken"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_by_its_line(line: str, text: str) -> None:
+    assert refusal(f"FROM {BASE}\n# comment\n{line}\n") == f"Dockerfile, line 3: {text}"
+
+
+def test_modes_and_variables_pass() -> None:
+    made(f"FROM {BASE}\nCOPY --chmod=0755 a /a\nCOPY --chmod=$MODE --chown=$USER:app a /a\nCOPY --chown=1000000:999999 a /a\n")
+
+
+def test_what_stands_in_a_here_document_is_no_instruction() -> None:
+    text = (
+        f'FROM {BASE}\nRUN <<EOF\nUSER 5000000000\nFROM x\nEOF\nCOPY <<-"A" <<B /x/\n\tUSER 5000000000\n\tA\nUSER 5000000000\nB\nUSER 7\n'
+    )
+    assert [one.keyword for one in instructions(text.split("\n"))] == ["FROM", "RUN", "COPY", "USER"]
+
+
+def test_lines_are_joined_as_buildkit_joins_them() -> None:
+    one = next(iter(instructions(["run a \\", "# comment", "", "  b \\  \r", " c", "run d"])))
+    assert (one.keyword, one.text.split(), list(one.lines)) == ("RUN", ["a", "b", "c"], [0, 3, 4])
+
+
+def test_bytes_that_are_no_text_stay() -> None:
+    data = b"FROM scratch\nLABEL x=\xff\xfe\n"
+    assert prepare(data, [BASE], False, "amd64").text.encode(errors="surrogateescape") == data
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ('source "docker-image://docker.io/library/python:3.12-slim" denied by policy: source', "python:3.12-slim is not the base, and other"),
+        ('source "docker-image://ghcr.io/astral-sh/uv:latest" denied by policy', "ghcr.io/astral-sh/uv:latest is not the base"),
+        ("ERROR: failed to solve: dockerfile parse error on line 2: unknown flag: parents", "--parents is of Dockerfile's labs channel"),
+        ("dockerfile parse error on line 2: unknown flag: exclude", "name what is not wanted in .dockerignore"),
+        ("dockerfile parse error on line 2: unknown flag: nonsense", "--nonsense is no flag that BuildKit 0.13 knows"),
+        ("lchown /var/lib/docker/x/merged/y: invalid argument", "ids up to 1000000 can own files"),
+        ("unable to setup user: invalid argument", "a step's USER is too large"),
+        ("tar: f: Cannot change ownership to uid 2000000, gid 0: Invalid argument", "an owner is too large"),
+        ('git error: exec: "git": executable file not found in $PATH', "RUN git clone"),
+    ],
+)  # fmt: skip
+def test_a_failure_that_buildkit_says_badly_is_explained(said: str, hint: str) -> None:
+    assert any(hint in line for line in hints(f"#5 0.1 x\n{said}\n"))
+
+
+def test_an_ordinary_failure_has_no_hint() -> None:
+    assert hints('ERROR: failed to solve: process "/bin/sh -c exit 3" did not complete successfully: exit code: 3') == []
