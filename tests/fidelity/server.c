@@ -88,12 +88,17 @@ static void serve(int client)
     exit(0);
 }
 
+/* server [PORT [ADDRESS]]: of IPv4, all of its addresses by default, or of IPv6. */
 int main(int argc, char **argv)
 {
-    int one = 1, port = argc > 1 ? atoi(argv[1]) : 8080, listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int one = 1, port = argc > 1 ? atoi(argv[1]) : 8080, family = argc > 2 && strchr(argv[2], ':') ? AF_INET6 : AF_INET;
+    int listener = socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(port)};
+    struct sockaddr_in6 at6 = {.sin6_family = AF_INET6, .sin6_port = htons(port)};
+    if (argc > 2)
+        inet_pton(family, argv[2], family == AF_INET6 ? (void *)&at6.sin6_addr : (void *)&at.sin_addr);
     setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-    if (bind(listener, (void *)&at, sizeof at) || listen(listener, 64)) {
+    if (bind(listener, family == AF_INET6 ? (void *)&at6 : (void *)&at, family == AF_INET6 ? sizeof at6 : sizeof at) || listen(listener, 64)) {
         perror("server");
         return 1;
     }

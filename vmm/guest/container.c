@@ -119,10 +119,13 @@ static int make_console(void)
 int furnish(int all_capabilities)
 {
     mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL);
-    umount2("/dev", MNT_DETACH); umount2("/proc", MNT_DETACH); /* init's own */
+    umount2("/proc", MNT_DETACH); /* init's, of all processes */
     must(mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "/proc");
     if (all_capabilities) whole_devices();
-    else must(mount("tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k"), "/dev");
+    else {
+        umount2("/dev", MNT_DETACH);
+        must(mount("tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k"), "/dev");
+    }
     device("/dev/null", 1, 3); device("/dev/zero", 1, 5); device("/dev/full", 1, 7);
     device("/dev/random", 1, 8); device("/dev/urandom", 1, 9); device("/dev/tty", 5, 0);
     mkdir("/dev/pts", 0755); mkdir("/dev/shm", 01777); mkdir("/dev/mqueue", 01777);
