@@ -145,9 +145,9 @@ class Channels:
     # ---- ends ----
 
     async def stop(self, session: Session, seconds: float) -> None:
-        """Has the application end by itself, as `docker stop` does. Raises AgentError."""
+        """Has the application of a guest that runs end by itself, as `docker stop` does. Raises AgentError."""
         agent = self._agents.get(session.id)
-        if agent is not None and seconds > 0:
+        if agent is not None and not agent.is_detached and seconds > 0:
             await agent.stop(seconds)
 
     def close(self, session: Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import socket
@@ -159,6 +160,8 @@ async def test_shells_sleep_with_their_session(rig: Rig) -> None:
     await rig.tasks.quiet()
     edge = agent.shells.open(80, 24)
     rig.channels.detach(one)
+    async with asyncio.timeout(0.5):
+        await rig.channels.stop(one, 60)  # nobody is asked: it sleeps
     assert not rig.channels.rested(one) and rig.opened[0].is_closed and rig.channels.is_attached(one)
     assert rig.channels.attach(one, rig.guest()) is agent and not agent.is_detached
     rig.channels.close(one)
