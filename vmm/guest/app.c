@@ -175,7 +175,7 @@ static void run(int output, int errors, int channel)
     if (!is_entered && chdir(directory)) { tell("WORKDIR %s: %s", directory, strerror(errno)); _exit(126); }
     set_default("PATH", DEFAULT_PATH);
     setenv("PATH", lookup("PATH"), 1);
-    foresee(arguments.all[0], app_is_whole);
+    foresee(arguments.all, app_is_whole);
     execvpe(arguments.all[0], arguments.all, environment.all);
     int error = errno;
     explain(arguments.all, environment.all, error);

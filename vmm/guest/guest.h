@@ -90,7 +90,7 @@ int furnish(int all_capabilities);
 /* ---- why an image does not start, in words for who wrote it ---- */
 
 void tell(const char *format, ...) __attribute__((format(printf, 1, 2))); /* one line, "torpor: ...", on standard error */
-void foresee(const char *program, int all_capabilities);
+void foresee(char **arguments, int all_capabilities);
 void explain(char **arguments, char **environment, int error); /* execve(2)'s error */
 
 /* ---- kernel modules ---- */

@@ -38,13 +38,6 @@ static int is_systemd(const char *program)
     return name && !strcmp(name, "/systemd");
 }
 
-/* What is sure to fail later, and says so nowhere that anybody looks. */
-void foresee(const char *program, int all_capabilities)
-{
-    if (!all_capabilities && is_systemd(program))
-        tell("%s is systemd, which mounts file systems and needs all capabilities: create the image with additionalOsCapabilities ALL", program);
-}
-
 /* ---- programs ---- */
 
 static const char *machine_name(unsigned machine, int is_64_bits)
@@ -114,6 +107,9 @@ static void explain_script(const char *path, char *line, int depth)
     else if (depth) explain_file(interpreter, access(interpreter, X_OK) ? EACCES : ENOEXEC, depth - 1);
 }
 
+/* A shell executes by itself what the kernel knows no format of. */
+static int by_shell;
+
 static void explain_content(const char *path, int depth)
 {
     uint8_t head[HEAD + 1];
@@ -121,13 +117,13 @@ static void explain_content(const char *path, int depth)
     ssize_t got = file < 0 ? -1 : pread(file, head, HEAD, 0);
     if (got < 0) return;
     head[got] = 0;
-    if (!got) tell("%s is empty", path);
+    if (!got && !by_shell) tell("%s is empty", path);
     else if (got >= 4 && !memcmp(head, ELFMAG, SELFMAG)) explain_elf(path, file, head, (size_t)got);
     else if (head[0] == '#' && head[1] == '!') explain_script(path, (char *)head, depth);
     else if (!memcmp(head, "\xef\xbb\xbf#!", got < 5 ? (size_t)got : 5)) tell("%s begins with a byte order mark: save it without one (UTF-8)", path);
     else if (got >= 2 && !memcmp(head, "MZ", 2)) tell("%s is a program for Windows", path);
     else if (got >= 4 && (!memcmp(head, "\xcf\xfa\xed\xfe", 4) || !memcmp(head, "\xca\xfe\xba\xbe", 4))) tell("%s is a program for macOS", path);
-    else tell("%s is neither a program (ELF) nor a script that begins with #!, as in #!/bin/sh", path);
+    else if (!by_shell) tell("%s is neither a program (ELF) nor a script that begins with #!, as in #!/bin/sh", path);
     close(file);
 }
 
@@ -149,6 +145,31 @@ static void explain_file(const char *path, int error, int depth)
     else if (error == EACCES)
         tell("%s may not be executed by this USER (%u; the file is %u:%u's, mode %04o)", path, geteuid(), found.st_uid, found.st_gid, found.st_mode & 07777);
     else explain_content(path, depth);
+}
+
+/* The program that a command in shell form begins with, where it is a plain path to a file: the shell's own words for it, "not found" above
+   all, say less than is known here. */
+static void foresee_command(const char *command)
+{
+    char path[PATH_MAX];
+    struct stat found;
+    command += strspn(command, " \t");
+    if (!strncmp(command, "exec ", 5)) command += 5 + strspn(command + 5, " \t");
+    size_t length = strcspn(command, " \t\n;&|");
+    if (length >= sizeof path || strcspn(command, "\"'`$\\*?[]{}()<>=~#") < length) return;
+    memcpy(path, command, length);
+    path[length] = 0;
+    if (!strchr(path, '/') || stat(path, &found)) return;
+    by_shell = 1;
+    explain_file(path, access(path, X_OK) ? EACCES : ENOEXEC, 1);
+}
+
+/* What is sure to fail, and would say so nowhere that anybody looks, or in words that mislead. */
+void foresee(char **arguments, int all_capabilities)
+{
+    if (!all_capabilities && is_systemd(arguments[0]))
+        tell("%s is systemd, which mounts file systems and needs all capabilities: create the image with additionalOsCapabilities ALL", arguments[0]);
+    if (arguments[1] && arguments[2] && !strcmp(arguments[0], "/bin/sh") && !strcmp(arguments[1], "-c")) foresee_command(arguments[2]);
 }
 
 /* ---- arguments and variables ---- */

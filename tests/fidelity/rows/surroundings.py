@@ -217,6 +217,13 @@ SUBJECT = Subject(
             {"app": "#!/bin/sh\r\necho\r\n"},
         ),
         _refused(
+            "start-shell-form",
+            "a script that a shell starts",
+            BASE + "COPY --chmod=755 app /app/start\nWORKDIR /app\nCMD ./start now\n",
+            r"\./start has Windows' line ends",
+            {"app": "#!/bin/sh\r\necho\r\n"},
+        ),
+        _refused(
             "start-machine",
             "another processor",
             BASE + 'COPY --chmod=755 app /app\nCMD ["/app"]\n',
