@@ -152,7 +152,7 @@ SUBJECT = Subject(
             ],
         ),
         Image(
-            "scratch",
+            "scratch-links",
             "FROM scratch, with links where directories are expected",
             'FROM scratch\nADD links.tar /\nCOPY server /server\nWORKDIR /a/b\nEXPOSE 8080\nENTRYPOINT ["/server"]\n',
             [
