@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vmm.builds import RANGE, Stores, canonical, id_maps, source_policy
+from vmm import lending
+from vmm.builds import RANGE, Builder, BuildSettings, Stores, canonical, id_maps, source_policy
+from vmm.cgroups import Cgroups
 from vmm.errors import VmmError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="stores have owners")
@@ -73,3 +75,15 @@ def test_every_tag_and_digest_is_converted_and_nothing_else() -> None:
     assert all(pattern.match(name + end) for end in (":latest", ":x@sha256:0a", "@sha256:0a", ""))
     assert not any(pattern.match(name + end) for end in ("-other:1", "/more:1", ":1/x"))
     assert [rule["action"] for rule in source_policy((), True)["rules"]] == []  # type: ignore[attr-defined]
+
+
+def test_stores_of_buildah_go_at_the_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All accounts shared them; they were a cache."""
+    for name in ("store/overlay", "runroot", "tmp/buildah-cache", "work/left", "settings"):
+        (tmp_path / "builds" / name).mkdir(parents=True)
+    monkeypatch.setattr(lending, "prepare", lambda directory: None)
+    cgroups = Cgroups("builds-unit", tmp_path)
+    settings = BuildSettings(tmp_path / "base.tar", tmp_path, tmp_path, (BASE,), False, FIRST)
+    Builder(tmp_path / "builds", tmp_path / "netns", cgroups, settings).start()
+    assert sorted(path.name for path in (tmp_path / "builds").iterdir()) == ["accounts", "settings", "work"]
+    assert not list((tmp_path / "builds/work").iterdir())

@@ -16,7 +16,9 @@ FROM = "FROM public.ecr.aws/lambda/microvms:al2023-minimal\n"
 
 
 def bomb() -> bytes:
-    return make_zip({"Dockerfile": FROM, "zeros": b"\0" * (60 << 20)})
+    """An entry that says what it would become: more than is taken (images.unpacked_bytes)."""
+    size = struct.pack("<I", 1 << 20)
+    return make_zip({"Dockerfile": FROM, "zeros": b"\0" * (1 << 20)}).replace(size, struct.pack("<I", 3 << 30))
 
 
 def lying() -> bytes:
