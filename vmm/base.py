@@ -149,6 +149,8 @@ def make_base(target: Path) -> None:
             f'install -d "$1"/usr/lib/torpor-dnf; install -m 644 {dnf}/*.py {dnf}/packages.map "$1"/usr/lib/torpor-dnf',
             'chmod 755 "$1"/usr/lib/torpor-dnf/dnf.py',
             'for name in dnf yum microdnf; do ln -s ../lib/torpor-dnf/dnf.py "$1"/usr/bin/$name; done',
+            # Packages with alternatives (openjdk) fail to configure where the directory of their left-out manual pages is missing.
+            'for section in 1 2 3 4 5 6 7 8; do mkdir -p "$1"/usr/share/man/man$section; done',
             'rm -rf "$1"/etc/resolv.conf "$1"/etc/hostname "$1"/var/log/* "$1"/var/cache/* "$1"/var/lib/apt/lists/*',
             ': > "$1"/etc/resolv.conf; : > "$1"/etc/machine-id',
         ]

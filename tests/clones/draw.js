@@ -1,6 +1,7 @@
 const crypto = require("crypto");
 const { random } = Math; // before it is replaced
 const { renew } = require("./renew.js");
+const alarm = require("./alarm.js");
 
 const draws = {
     randomUUID: () => crypto.randomUUID(),
@@ -12,7 +13,18 @@ const draws = {
     "Math.random, taken before": () => random(),
     x25519: () => crypto.generateKeyPairSync("x25519").publicKey.export({ type: "spki", format: "der" }).toString("hex"),
 };
+const fired = new Set();
+const commands = {
+    draw: () => Object.fromEntries(Object.entries(draws).map(([name, draw]) => [name, draw()])),
+    renew,
+    woken: alarm.woken,
+    fired: () => [...fired].sort(),
+    schedule: (when) => {
+        setTimeout(() => fired.add("setTimeout"), when * 1000 - Date.now());
+        alarm.at(when * 1000, () => fired.add("alarm"));
+    },
+};
 require("readline").createInterface({ input: process.stdin }).on("line", (line) => {
-    const made = line === "draw" ? Object.fromEntries(Object.entries(draws).map(([name, draw]) => [name, draw()])) : renew();
-    console.log(JSON.stringify(made ?? null));
+    const [command, ...words] = line.split(" ");
+    console.log(JSON.stringify(commands[command](...words) ?? null));
 });

@@ -1,6 +1,7 @@
 """Runs a process for each runtime that there is, has each draw once, and is ready then; GET /draw asks them again.
 
-The run hook has them renew themselves as docs/clones.md says, where its payload is "renew".
+The run hook has them renew themselves as docs/clones.md says, where its payload is "renew". GET /schedule/WHEN sets timers in those of
+TIMED, which the resume hook tells; GET /fired says which have fired.
 """
 
 import json
@@ -14,6 +15,7 @@ COMMANDS = {
     "perl": ["perl", "draw.pl"], "ruby": ["ruby", "draw.rb"], "php": ["php", "draw.php"], "go": ["./draw-go"],
     "java": ["java", "-Xmx64m", "-XX:TieredStopAtLevel=1", "Draw"], "openssl s_server": ["python3", "draw_tls.py"],
 }  # fmt: skip
+TIMED = ("python", "node")  # docs/sleep.md
 RUNTIMES = {}
 STARTED = threading.Event()
 
@@ -37,7 +39,8 @@ def start():
 
 
 def ask(what):
-    return {name: runtime.ask(what) for name, runtime in RUNTIMES.items()}
+    asked = TIMED if what.split()[0] in ("schedule", "woken", "fired") else RUNTIMES
+    return {name: RUNTIMES[name].ask(what) for name in asked}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -49,12 +52,14 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
-        self.answer(200, ask("draw"))
+        self.answer(200, ask(self.path[1:].replace("/", " ")))
 
     def do_POST(self):
         said = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
         if self.path.endswith("/ready"):
             self.answer(200 if STARTED.is_set() else 503)
+        elif self.path.endswith("/resume"):
+            self.answer(200, ask("woken"))
         elif said.get("runHookPayload") == "renew":
             self.answer(200, ask("renew"))
         else:
