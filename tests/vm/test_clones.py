@@ -25,11 +25,11 @@ HOOKS = {
 # The same in every clone: until the program renews itself, and even then.
 RENEWED: dict[str, set[str]] = {
     "python": {"random"}, "node": {"randomUUID", "randomInt"}, "node with its own OpenSSL": {"randomUUID", "randomInt"}, "perl": {"rand"},
-    "ruby": {"rand", "shuffle"}, "php": {"mt_rand", "rand"}, "go": {"own"}, "java": {"DRBG", "Random"}, "openssl s_server": set(),
+    "ruby": {"rand", "shuffle"}, "php": {"mt_rand", "rand"}, "go": {"own"}, "java": {"DRBG", "Random", "SHA1PRNG"}, "openssl s_server": set(),
 }  # fmt: skip
 SAME: dict[str, set[str]] = {
     "node": {"Math.random, taken before"}, "node with its own OpenSSL": {"Math.random, taken before"}, "php": {"lcg_value"},
-    "go": {"math/rand"}, "java": {"Math.random", "ThreadLocalRandom", "new Random", "SHA1PRNG"},
+    "go": {"math/rand"}, "java": {"Math.random", "ThreadLocalRandom"},
 }  # fmt: skip
 CORE = ("python", "node", "perl", "openssl s_server")
 MORE = "python3-pip ruby php-cli openjdk-17-jdk-headless golang-go"
