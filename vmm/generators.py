@@ -3,7 +3,8 @@
 A clone's kernel draws from a generator of its own (vmm/guest/wake.c), but a process that was seeded before the snapshot would go on with
 the numbers that every other clone's goes on with. OpenSSL's generator (1.1.1 and 3, crypto/rand/rand_local.h and
 providers/implementations/rands/drbg_local.h) asks the kernel again when the time since it last did is over; that time stands in its
-state, as do the intervals, which tell the state from anything else: see `_INTERVALS`. Set to 0, the time is over at the next number.
+state, as do the intervals, which tell the state from anything else: see `_INTERVALS`. The time is set to 0, so it is over at the next
+number, and the interval to a second: a clone runs for some milliseconds before its kernel is told, and who drew in them asks again.
 It makes no difference whether a process links OpenSSL or has it built in, and an image brings its own base.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 import struct
 import time
+from pathlib import Path
 
 from . import host
 from .host import PAGE
@@ -23,18 +25,20 @@ _AHEAD_SECONDS = 60
 _COUNTERS = struct.Struct("<2I")  # numbers made since it was seeded, numbers until it is seeded again
 _TIMES = struct.Struct("<2Q")  # when it was seeded, seconds until it is seeded again
 _TIME = struct.Struct("<Q")
+_DUE = _TIMES.pack(0, 1)
 _CHUNK = 1 << 20
 
 
-def make_due(memory: int, now: float | None = None) -> int:
-    """Of a guest that is stopped, in whose memory file they are found; returns how many there were. Raises OSError."""
+def make_due(memory: Path, now: float | None = None) -> int:
+    """Of a guest that is stopped, in the file of whose memory they are looked for; returns how many there were. Raises OSError."""
     wall = int(time.time() if now is None else now)
     count = 0
-    for start, end in host.data_segments(memory):
-        for first in range(start, end, _CHUNK):
-            for at in seeded(os.pread(memory, min(_CHUNK, end - first), first), wall):
-                os.pwrite(memory, bytes(_TIME.size), first + at)
-                count += 1
+    with memory.open("r+b", buffering=0) as file:
+        for start, end in host.data_segments(file.fileno()):
+            for first in range(start, end, _CHUNK):
+                for at in seeded(os.pread(file.fileno(), min(_CHUNK, end - first), first), wall):
+                    os.pwrite(file.fileno(), _DUE[: PAGE - at % PAGE], first + at)
+                    count += 1
     return count
 
 

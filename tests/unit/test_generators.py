@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -66,24 +69,60 @@ def test_what_only_resembles_one_is_left_alone(offset: int, what: bytes) -> None
     assert seeded(pages(offset, what), NOW) == []
 
 
-@pytest.fixture
-def memory() -> Iterator[int]:
-    descriptor = os.memfd_create("memory")
-    yield descriptor
-    os.close(descriptor)
-
-
-def test_their_time_is_over_and_nothing_else_changes(memory: int) -> None:
+def test_their_time_is_over_and_nothing_else_changes(tmp_path: Path) -> None:
     """A hole stays one; chunks of a megabyte are searched one after another."""
-    os.ftruncate(memory, 64 << 20)
+    file, size = tmp_path / "memory.raw", 64 << 20
     places = (4096 + 0x148, (5 << 20) - 16, (5 << 20) + 0x200, (63 << 20) + 0x30)
+    with file.open("wb") as memory:
+        os.ftruncate(memory.fileno(), size)
+        for place in places:
+            os.pwrite(memory.fileno(), state(NOW - 30), place)
+    expected, blocks = bytearray(file.read_bytes()), file.stat().st_blocks
+    assert make_due(file, NOW) == len(places)
     for place in places:
-        os.pwrite(memory, state(NOW - 30), place)
-    before, blocks = os.pread(memory, 64 << 20, 0), os.fstat(memory).st_blocks
-    assert make_due(memory, NOW) == len(places)
-    expected = bytearray(before)
-    for place in places:
-        expected[place + 8 : place + 16] = bytes(8)
-    assert os.pread(memory, 64 << 20, 0) == expected
-    assert os.fstat(memory).st_blocks == blocks
-    assert make_due(memory, NOW) == 0
+        due = struct.pack("<2Q", 0, 1)[: PAGE - (place + 8) % PAGE]
+        expected[place + 8 : place + 8 + len(due)] = due
+    assert file.read_bytes() == expected
+    assert file.stat().st_blocks == blocks
+    assert make_due(file, NOW) == 0
+
+
+def _seeds(mem: int, place: int) -> int:
+    """How often it was seeded, which stands behind the times."""
+    return int.from_bytes(os.pread(mem, 4, place + 16), "little")
+
+
+DRAWER = """
+import ssl, sys
+for line in sys.stdin:
+    ssl.RAND_bytes(16)
+    print("drawn", flush=True)
+"""
+
+
+def test_openssl_s_own_are_found_in_a_process_and_ask_for_a_new_seed_at_the_next_number() -> None:
+    """The host's OpenSSL, so a layout that changes is seen here. What is written in its memory is what is written in a guest's."""
+
+    def draw() -> None:
+        assert drawer.stdin is not None and drawer.stdout is not None
+        drawer.stdin.write(b"\n")
+        drawer.stdin.flush()
+        assert drawer.stdout.readline() == b"drawn\n"
+
+    with subprocess.Popen([sys.executable, "-c", DRAWER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as drawer:
+        draw()
+        maps = [line.split() for line in Path(f"/proc/{drawer.pid}/maps").read_text(encoding="utf-8").splitlines()]
+        with Path(f"/proc/{drawer.pid}/mem").open("r+b", buffering=0) as mem:
+            found = []
+            for fields in maps:
+                start, end = (int(part, 16) for part in fields[0].split("-"))
+                if fields[1].startswith("rw") and fields[4] == "0" and "[v" not in fields[-1]:
+                    found += [start + at for at in seeded(os.pread(mem.fileno(), end - start, start), int(time.time()))]
+            assert len(found) == 2, "the process's first, and its thread's for public numbers"
+            seeds = {place: _seeds(mem.fileno(), place) for place in found}
+            for place in found:
+                os.pwrite(mem.fileno(), struct.pack("<2Q", 0, 1), place)
+            draw()
+            assert all(_seeds(mem.fileno(), place) > seeds[place] for place in found)
+        assert drawer.stdin is not None
+        drawer.stdin.close()

@@ -151,10 +151,9 @@ class FirecrackerDriver:
 def _store(written: Path, target: Path) -> tuple[int, int]:
     """The memory that Firecracker wrote in full, without its zero pages; returns the bytes stored, and how many generators were in it."""
     with written.open("r+b") as file:
-        seeded = generators.make_due(file.fileno())
         stored = memory.store_memory(file.fileno(), target)
     written.unlink()
-    return stored, seeded
+    return stored, generators.make_due(target)
 
 
 def _read_ahead(files: list[Path]) -> None:

@@ -159,15 +159,15 @@ class QemuDriver:
             if shape is None or machine.image_memory is None:
                 raise VmmError(f"image {image.name} was not booted by this service")
             await machine.save_devices(image / DEVICES)
-            seeded = await asyncio.to_thread(generators.make_due, machine.image_memory)
             stored = await asyncio.to_thread(memory.store_memory, machine.image_memory, image / MEMORY)
-            await asyncio.to_thread(sync, [image / DEVICES, image / MEMORY])
+            synced = asyncio.to_thread(sync, [image / DEVICES, image / MEMORY])
+            seeded, _ = await asyncio.gather(asyncio.to_thread(generators.make_due, image / MEMORY), synced)
             await disks.create_overlay(image / self.disk_template, shape.disk_bytes)
         except (QmpError, OSError) as error:
             raise not_written(error, f"image {image.name}", f"image {image.name} could not be stored") from error
         finally:
             await machine.kill()
-        await asyncio.to_thread(sync, [image / name for name in ("disk.raw", "boot.qcow2", self.disk_template)])
+        await asyncio.to_thread(sync, [image / name for name in (MEMORY, "disk.raw", "boot.qcow2", self.disk_template)])
         manifest.write(image, Manifest(shape, stored, disks.stored_bytes(image / "boot.qcow2"), NAME))
         code_bytes = int((image / "code_bytes").read_text(encoding="ascii"))
         return Sealed(stored, disks.stored_bytes(image / "disk.raw"), code_bytes, seeded)
