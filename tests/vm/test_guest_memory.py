@@ -125,8 +125,8 @@ def used_up(guest: Guest, kind: str, sleeps: bool) -> None:
 
 
 # In the first clone of an image and in the fifth: what is held, and whether over a sleep.
-SHORT = {1: [("process", True), ("file", False)], CLONES: [("tmpfs", True), ("process", False)]}
-SHORTER = {1: [("process", True)], CLONES: [("file", False), ("tmpfs", False)]}
+SHORT = {1: [("process", True)], CLONES: [("tmpfs", True), ("file", False)]}
+SHORTER = {1: [("process", True)], CLONES: [("file", False)]}
 ALL = {number: [(kind, True) for kind in ("process", "tmpfs", "file")] for number in (1, CLONES)}
 AWAKE = {1: [(kind, False) for kind in ("process", "tmpfs", "file")]}
 
