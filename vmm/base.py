@@ -118,6 +118,11 @@ def chosen_key(base: str, name: str, there: str, ask: Callable[[str], str]) -> s
     return f"{_REGISTRY} {name}@{digest}" if digest or base == "registry" else local
 
 
+def described(key: str) -> str:
+    """Which base a key is of, for people."""
+    return key.removeprefix(f"{_REGISTRY} ") if key.startswith(f"{_REGISTRY} ") else f"a local Debian ({SUITE}), whose dnf calls apt"
+
+
 def make(target: Path, key: str, authorities: Path | None = None) -> None:
     """Writes the root of the base with that key as a tar archive. Raises AssetError."""
     if key.startswith(f"{_REGISTRY} "):

@@ -180,7 +180,7 @@ def doctor(
 
     Example: torpor doctor --repair
     """
-    from vmm import assets, cgroups, leftovers, probe
+    from vmm import assets, base, cgroups, leftovers, making, probe
 
     from .repair import is_served, leftovers_of
 
@@ -198,6 +198,8 @@ def doctor(
     rows.append(("control groups", not missing, f"missing: {missing}" if missing else "memory, cpu, io and pids are limited"))
     for what, is_missing in assets.missing(settings.cache, assets.Base.of(settings.images)).items():
         text = "missing, or made by another version: run `torpor assets`" if is_missing else str(settings.cache)
+        if what == "base.tar" and not is_missing:
+            text = f"{base.described(making.key_at(settings.cache / what))}, in {settings.cache}"
         rows.append((f"asset {what}", not is_missing, text))
     free = disk_free_bytes(place) >> 20
     rows.append(("disk", free > settings.limits.disk_reserve_mib, f"{free} MiB free below {place}"))

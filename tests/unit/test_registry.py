@@ -13,7 +13,8 @@ import pytest
 import zstandard
 from registry import Public, encrypted, running
 
-from vmm import base, registry
+from gateway.config import Images
+from vmm import assets, base, making, registry
 from vmm.kernel import AssetError
 
 LAYER = "application/vnd.oci.image.layer.v1.tar"
@@ -70,6 +71,24 @@ def test_the_base_of_this_architecture_is_pulled(public: tuple[Public, str, Path
     base.make(tmp_path / "base.tar", key, trusted)
     assert found(tmp_path / "base.tar") == {"bin": None, "bin/sh": b"shell", "etc": None, "etc/release": b"AL2023"}
     assert one.refused and not one.tokens_seen_elsewhere and not list(tmp_path.glob("layer*"))
+
+
+def test_the_set_up_pulls_it_and_the_doctor_names_it(public: tuple[Public, str, Path], tmp_path: Path) -> None:
+    _, name, trusted = public
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for step in assets._steps():  # all but the base is there
+        if step.name != "base.tar":
+            (cache / step.name).mkdir() if step.name in ("kernel", "guest", "qemu-root") else (cache / step.name).touch()
+            making.key_path(cache / step.name).write_text(step.key(cache))
+    wanted = assets.Base.of(Images(base="registry", base_names=[name], registry_ca=str(trusted)))
+    assert [step for step, is_missing in assets.missing(cache, wanted).items() if is_missing] == ["base.tar"]
+    said: list[str] = []
+    assets.make(cache, said.append, wanted)
+    assert len(said) == 1 and found(cache / "base.tar")["etc/release"] == b"AL2023" and not any(assets.missing(cache, wanted).values())
+    assert base.described(making.key_at(cache / "base.tar")).startswith(f"{name}@sha256:")
+    assets.make(cache, said.append, assets.Base.of(Images(base="auto", base_names=[name])))  # it stays, and nobody is asked
+    assert len(said) == 1
 
 
 def test_what_is_not_what_its_digest_says_is_refused(public: tuple[Public, str, Path], tmp_path: Path) -> None:

@@ -103,6 +103,10 @@ class Dnf:
     def known(self) -> set[str]:
         """The names of packages that apt has; its lists are fetched where there are none."""
         self._lists()
+        if not DRY and not any(LISTS.glob("*Packages*")):
+            raise Refusal(
+                "the lists of packages could not be fetched: no archive is reached from here (a microVM needs an egress connector)"
+            )
         return set(_output("apt-cache", "pkgnames").split())
 
     def install(self) -> int:
