@@ -24,7 +24,7 @@ SAID = (
     "the guest's initramfs",
     "the kernel's modules",
     "the hypervisors' root",
-    "the local base image",
+    "the base image",
     "the builder's root",
 )
 
