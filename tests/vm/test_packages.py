@@ -1,4 +1,4 @@
-"""Packages at run time: a microVM with a way out installs by itself, one without is told that it cannot."""
+"""Packages at run time: a microVM with a way out installs by itself."""
 
 from __future__ import annotations
 
@@ -69,8 +69,4 @@ def test_a_microvm_with_a_way_out_installs_packages(packages: tuple[Instance, st
     guest.run("rm /code")
     code, said = guest.finish("/venv/bin/pip install six && /venv/bin/python -c 'import six; print(six.__name__)'")
     assert code == 0 and said.strip().endswith("six"), said
-    instance.terminate(guest.vm["microvmId"])
-    guest = Guest(instance, arn)
-    code, said = guest.finish("dnf install -y jq")
-    assert code != 0 and "dnf: the lists of packages could not be fetched: no archive is reached from here" in said, said
     instance.terminate(guest.vm["microvmId"])

@@ -32,13 +32,5 @@ SUBJECT = Subject(
             files={"burst.py": _BURST},
             launch={"egressNetworkConnectors": ["arn:aws:lambda:us-east-1:aws:network-connector:aws-network-connector:INTERNET_EGRESS"]},
         ),
-        Image(
-            "names-closed",
-            "200 questions without a way out",
-            BASE + "COPY burst.py /burst.py\n" + SERVER,
-            [Run("all are refused by an answer", "python3 /burst.py", "200")],
-            files={"burst.py": _BURST},
-            long=True,
-        ),
     ],
 )
