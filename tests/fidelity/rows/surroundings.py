@@ -137,6 +137,13 @@ SUBJECT = Subject(
             long=True,
         ),
         Image(
+            "surroundings-acl",
+            "access control lists",
+            BASE + "RUN dnf install -y acl && touch /file && chmod 600 /file && setfacl -m u:33:r /file\n" + SERVER,
+            [Run("are kept", "getfacl -nc /file | grep user:", "user::rw-\nuser:33:r--")],
+            long=True,
+        ),
+        Image(
             "streams",
             "standard streams of a USER who is not root",
             BASE + "COPY server /server\nUSER nobody\nEXPOSE 8080\n"
