@@ -184,7 +184,7 @@ def test_browser_websocket_rules(shared: dict[str, Any], ca: Path) -> None:
     with connect(url, ssl=context, additional_headers={"X-aws-proxy-auth": token}) as one:
         one.send("text")
         assert one.recv(timeout=5) == "text"
-    for offered in ([authentication, port], ["lambda-microvms", port], ["lambda-microvms", authentication, "lambda-microvms.port.7777"]):
+    for offered in ([authentication, port], ["lambda-microvms", port], ["lambda-microvms", authentication, "lambda-microvms.port.0"]):
         with pytest.raises(InvalidStatus):
             connect(url, ssl=context, subprotocols=offered)
 
