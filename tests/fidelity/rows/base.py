@@ -18,10 +18,12 @@ SUBJECT = Subject(
         Image(
             "base-tools",
             "what the base has",
-            BASE + "RUN curl --version && python3 -m venv /venv && /venv/bin/pip --version\n" + SERVER,
+            BASE + "RUN curl --version && python3 -m venv /venv && /venv/bin/pip --version && update-ca-trust\n" + SERVER,
             [
                 Run("curl, gpg, xz, bzip2, less, vi, mount, ip, ps, python3 and their likes", f"for one in {_TOOLS}; do command -v $one >/dev/null || echo $one; done", ""),
                 Run("time zones", "TZ=Europe/Berlin date -d @1767225600 +%Z%H", "CET01"),
+                Run("Amazon Linux's paths of authorities, and update-ca-trust", "head -c 10 /etc/pki/tls/certs/ca-bundle.crt",
+                    "-----BEGIN"),
                 Run("python3 -m venv", "/venv/bin/python -c 'import sys; print(sys.prefix)'", "/venv"),
                 Run("apt's sources are the archive's", "cat /etc/apt/sources.list.d/*.sources | grep -c ^URIs:", "[1-9]"),
             ],
