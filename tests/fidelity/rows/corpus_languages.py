@@ -30,7 +30,7 @@ SUBJECT = Subject(
             "RUN --mount=type=cache,target=/go/pkg/mod/ \\\n    --mount=type=bind,source=go.mod,target=go.mod \\\n    go mod download -x\n"
             "ARG TARGETARCH\nRUN --mount=type=cache,target=/go/pkg/mod/ \\\n    --mount=type=bind,target=. \\\n    CGO_ENABLED=0 GOARCH=$TARGETARCH go build -buildvcs=false -o /bin/server .\n"
             "FROM public.ecr.aws/lambda/microvms:al2023-minimal AS final\nRUN dnf install -y ca-certificates tzdata shadow-utils\nARG UID=10001\n"
-            'RUN adduser --system --home-dir "/nonexistent" --shell "/sbin/nologin" --no-create-home --uid "${UID}" appuser\nUSER appuser\n'
+            'RUN useradd --system --home-dir "/nonexistent" --shell "/sbin/nologin" --no-create-home --uid "${UID}" appuser\nUSER appuser\n'
             'COPY --from=build /bin/server /bin/\nEXPOSE 8080\nENTRYPOINT [ "/bin/server" ]\n',
             HELLO,
             {

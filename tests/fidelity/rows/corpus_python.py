@@ -25,7 +25,7 @@ SUBJECT = Subject(
             "`docker init` for Python: cache and bind mounts, a user of its own",
             "# syntax=docker/dockerfile:1\n\nARG PYTHON_VERSION=3.12\nFROM public.ecr.aws/lambda/microvms:al2023-minimal AS base\n"
             "RUN dnf install -y python3 python3-pip shadow-utils\nENV PYTHONDONTWRITEBYTECODE=1\nENV PYTHONUNBUFFERED=1\nWORKDIR /app\nARG UID=10001\n"
-            'RUN adduser \\\n    --system \\\n    --home-dir "/nonexistent" \\\n    --shell "/sbin/nologin" \\\n    --no-create-home \\\n    --uid "${UID}" \\\n    appuser\n'
+            'RUN useradd \\\n    --system \\\n    --home-dir "/nonexistent" \\\n    --shell "/sbin/nologin" \\\n    --no-create-home \\\n    --uid "${UID}" \\\n    appuser\n'
             "RUN --mount=type=cache,target=/root/.cache/pip \\\n    --mount=type=bind,source=requirements.txt,target=requirements.txt \\\n"
             "    python3 -m pip install -r requirements.txt\nUSER appuser\nCOPY . .\nEXPOSE 8000\nCMD uvicorn 'main:app' --host=0.0.0.0 --port=8000\n",
             [
