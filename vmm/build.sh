@@ -67,8 +67,8 @@ if [ -n "$layer" ]; then
 fi
 mount -t overlay -o "userxattr,lowerdir=$lower,upperdir=/out/upper,workdir=/out/work" overlay /run/root
 cd /
-if [ -d /modules ]; then add_modules /run/root; fi
 du -sb -x /run/root | cut -f1 > /out/code_bytes
+if [ -d /modules ]; then add_modules /run/root; fi
 truncate -s "$bytes" /out/disk.raw
 mkfs.ext4 -q -F -d /run/root -E lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0 /out/disk.raw
 umount /run/root
