@@ -26,14 +26,17 @@ _WAITING: Final = 2  # a request is under way, and has come whole
 _TUNNEL: Final = 3
 _ENDING: Final = 4
 _QUEUED: Final = 5  # the next request may be here, and waits: for a turn of the loop or its session's, or for the client to read
-# By state, the states that may follow it, as a set of bits.
-_NEXT: Final = (
-    1 << _QUEUED | 1 << _IN_BODY | 1 << _WAITING | 1 << _ENDING,  # at a head
-    1 << _WAITING | 1 << _ENDING,  # in a body
-    1 << _AT_HEAD | 1 << _TUNNEL | 1 << _ENDING,  # waiting
-    1 << _ENDING,  # in a tunnel
-    1 << _ENDING,  # ending: who lingers may close, and who closes is told when that is done
-    1 << _AT_HEAD | 1 << _QUEUED | 1 << _ENDING,  # queued
+# By state, the states that may follow it, as a set of bits. Bytes, because mypyc makes a new tuple of a tuple of
+# numbers each time that it is indexed.
+_NEXT: Final = bytes(
+    (
+        1 << _QUEUED | 1 << _IN_BODY | 1 << _WAITING | 1 << _ENDING,  # at a head
+        1 << _WAITING | 1 << _ENDING,  # in a body
+        1 << _AT_HEAD | 1 << _TUNNEL | 1 << _ENDING,  # waiting
+        1 << _ENDING,  # in a tunnel
+        1 << _ENDING,  # ending: who lingers may close, and who closes is told when that is done
+        1 << _AT_HEAD | 1 << _QUEUED | 1 << _ENDING,  # queued
+    )
 )
 _AHEAD_MAX_BYTES: Final = 64 << 10  # read beyond the request under way, or while it is held
 _BUFFER_HIGH_BYTES: Final = 512 << 10

@@ -24,15 +24,18 @@ _IN_CHUNKED: Final = 3
 _TO_CLOSE: Final = 4  # in content that the connection's end delimits
 _TUNNEL: Final = 5
 _ENDED: Final = 6  # the connection carries nothing any more, and is closed or about to be
-# By state, the states that may follow it, as a set of bits.
-_NEXT: Final = (
-    1 << _AT_HEAD | 1 << _ENDED,  # idle
-    1 << _IDLE | 1 << _IN_FIXED | 1 << _IN_CHUNKED | 1 << _TO_CLOSE | 1 << _TUNNEL | 1 << _ENDED,  # at a head
-    1 << _IDLE | 1 << _ENDED,  # in content of a known length
-    1 << _IDLE | 1 << _ENDED,  # in chunks
-    1 << _ENDED,  # in content that ends with the connection
-    1 << _ENDED,  # in a tunnel
-    1 << _ENDED,  # ended: whoever closes it is told of that by connection_lost
+# By state, the states that may follow it, as a set of bits. Bytes, because mypyc makes a new tuple of a tuple of
+# numbers each time that it is indexed.
+_NEXT: Final = bytes(
+    (
+        1 << _AT_HEAD | 1 << _ENDED,  # idle
+        1 << _IDLE | 1 << _IN_FIXED | 1 << _IN_CHUNKED | 1 << _TO_CLOSE | 1 << _TUNNEL | 1 << _ENDED,  # at a head
+        1 << _IDLE | 1 << _ENDED,  # in content of a known length
+        1 << _IDLE | 1 << _ENDED,  # in chunks
+        1 << _ENDED,  # in content that ends with the connection
+        1 << _ENDED,  # in a tunnel
+        1 << _ENDED,  # ended: whoever closes it is told of that by connection_lost
+    )
 )
 _MEMO_HEAD_MAX_BYTES: Final = 2048
 _PROVEN_SECONDS: Final = 1.0  # idle for less, a connection is still open at its application, where that has not said how long it keeps it
