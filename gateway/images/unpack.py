@@ -208,23 +208,33 @@ def _begins_as_zip(archive: Path) -> bool:
 
 
 def resolved(source: zipfile.ZipFile, found: dict[tuple[str, ...], Entry], name: str) -> Entry | None:
-    """The file that a name at the root leads to, by links of the archive alone: the builder opens it. Raises ArchiveError."""
-    path: tuple[str, ...] = (name,)
-    for _ in range(_LINKS_FOLLOWED):
+    """The file that a name at the root leads to, by links of the archive alone: the builder opens it. Raises ArchiveError.
+
+    It is walked as the kernel walks a path (path_resolution(7)): ".." is what a link before it led to, and not what stands before it.
+    """
+    path: tuple[str, ...] = ()
+    rest, followed = [name], 0
+    while rest:
+        part = rest.pop(0)
+        if part == "..":
+            if not path:
+                break
+            path = path[:-1]
+            continue
+        if part in ("", "."):
+            continue
+        path = (*path, part)
+        entry = found.get(path)
+        if entry is None or entry.kind != stat.S_IFLNK:
+            continue
+        target, followed = _target(source, entry), followed + 1
+        if target.startswith("/") or followed > _LINKS_FOLLOWED:
+            break
+        path, rest = path[:-1], [*target.split("/"), *rest]
+    else:
         entry = found.get(path)
         if entry is None or entry.kind == stat.S_IFREG:
             return entry
-        if entry.kind != stat.S_IFLNK:
-            break
-        target = _target(source, entry)
-        if target.startswith("/"):
-            break
-        path = tuple(os.path.normpath("/".join((*path[:-1], target))).split("/"))
-        for depth in range(1, len(path)):  # a folder that is a link itself
-            above = found.get(path[:depth])
-            if above is not None and above.kind == stat.S_IFLNK:
-                path = tuple(os.path.normpath("/".join((*path[: depth - 1], _target(source, above), *path[depth:]))).split("/"))
-                break
     code = "ARCHIVE_DOCKERFILE_NOT_FOUND" if name == DOCKERFILE else "ARCHIVE_INVALID"
     raise ArchiveError(f"entry {name!r} leads to no file of the archive", code)
 

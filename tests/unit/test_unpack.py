@@ -190,6 +190,14 @@ REFUSED: dict[str, tuple[list[Put], str]] = {
     "a file as a folder": ([Put("x"), Put("x/y")], "entry 'x/y' uses a file as a folder"),
     "a Dockerfile that is the host's": ([Put(DOCKERFILE, b"/etc/passwd", 0o120777)], "entry 'Dockerfile' leads to no file"),
     "patterns that are the host's": ([Put(".dockerignore", b"/etc/passwd", 0o120777)], "entry '.dockerignore' leads to no file"),
+    "patterns that are the builder's, by a folder": (
+        [Put("Dockerfile.dockerignore", b"a/config.json", 0o120777), Put("a", b"/out/login", 0o120777)],
+        "entry 'Dockerfile.dockerignore' leads to no file",
+    ),
+    "patterns that are the builder's, beside where a folder leads": (
+        [Put(".dockerignore", b"a/../proc/x", 0o120777), Put("a", b"/dev", 0o120777), Put("proc/x")],
+        "entry '.dockerignore' leads to no file",
+    ),
     "links in a circle": ([Put(DOCKERFILE, b"a", 0o120777), Put("a", DOCKERFILE.encode(), 0o120777)], "leads to no file"),
 }  # fmt: skip
 
@@ -199,7 +207,7 @@ def test_refused(tmp_path: Path, case: str) -> None:
     entries, text = REFUSED[case]
     with pytest.raises(ArchiveError, match=text) as refused:
         run(archive(tmp_path / "a.zip", *entries))
-    assert refused.value.code == ("ARCHIVE_DOCKERFILE_NOT_FOUND" if "Dockerfile" in text or "circle" in case else "ARCHIVE_INVALID")
+    assert refused.value.code == ("ARCHIVE_DOCKERFILE_NOT_FOUND" if "'Dockerfile'" in text or "circle" in case else "ARCHIVE_INVALID")
 
 
 def test_an_encrypted_entry(tmp_path: Path) -> None:
