@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ _DNS = "10.0.2.3"
 _CLOSED = "10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, 169.254.0.0/16, 100.64.0.0/10, 127.0.0.0/8, 224.0.0.0/3"
 RANGE = 1 << 20  # ids of one account's builds: an image's own, and after them those that it names beyond
 _SINGLE = 256  # of them, for ids that an image names beyond; the kernel takes 340 lines (user_namespaces(7))
+_WHOLE = RANGE - _SINGLE  # the first id that an image's own do not reach; the kernel takes none twice
 _OLD = ("store", "runroot", "tmp")  # of buildah, which all accounts shared
 
 
@@ -75,9 +77,14 @@ class Stores:
     def __init__(self, directory: Path, first_uid: int) -> None:
         self._directory = directory
         self._first_uid = first_uid
+        self._one_at_a_time = threading.Lock()  # or two accounts that are new at once would find the same range free
 
     def open(self, account: str, users: list[int]) -> tuple[Path, int, list[int]]:
         """The store, made where it is missing; its first id, and all its single ids. Raises VmmError."""
+        with self._one_at_a_time:
+            return self._open(account, users)
+
+    def _open(self, account: str, users: list[int]) -> tuple[Path, int, list[int]]:
         if not re.fullmatch(r"[\w-]+", account):
             raise VmmError(f"account {account!r} has no layer store")
         place = self._directory / account
@@ -94,7 +101,7 @@ class Stores:
             os.chown(made, first, first)
             made.rename(store)
         known = self._users(place)
-        wanted = known + [user for user in users if user not in known]
+        wanted = known + [user for user in users if user >= _WHOLE and user not in known]
         if len(wanted) > _SINGLE:
             raise VmmError(f"this account's builds have named {_SINGLE} user ids beyond a million: no more are mapped")
         (place / "users.new").write_text(" ".join(map(str, wanted)), encoding="ascii")
@@ -117,14 +124,13 @@ class Stores:
 
     def _users(self, place: Path) -> list[int]:
         with contextlib.suppress(OSError, ValueError):
-            return [int(word) for word in (place / "users").read_text(encoding="ascii").split()]
+            return [user for user in map(int, (place / "users").read_text(encoding="ascii").split()) if user >= _WHOLE]
         return []
 
 
 def id_maps(option: str, first: int, single: list[int]) -> str:
     """Arguments of unshare(1): an image's ids up to a million and some, then each of the single ones."""
-    whole = RANGE - _SINGLE
-    maps = [f"--{option}=0:{first}:{whole}", *(f"--{option}={user}:{first + whole + number}:1" for number, user in enumerate(single))]
+    maps = [f"--{option}=0:{first}:{_WHOLE}", *(f"--{option}={user}:{first + _WHOLE + number}:1" for number, user in enumerate(single))]
     return " ".join(maps)
 
 
@@ -349,8 +355,9 @@ class Builder:
         if build.tether is not None:
             os.close(build.tether)
         for process in build.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
+            if process.returncode is None:  # or its number may be another's by now
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
         await asyncio.to_thread(self._cgroups.remove, group)
         for process in build.processes:
             with contextlib.suppress(TimeoutError):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +42,30 @@ def test_single_ids_keep_their_place_whatever_is_built_later(tmp_path: Path) -> 
     assert maps[1:] == [f"--map-users=1000730000:{FIRST + RANGE - 256}:1", f"--map-users=2000000:{FIRST + RANGE - 255}:1"]
     with pytest.raises(VmmError, match="named 256 user ids"):
         stores.open("a", list(range(3_000_000, 3_000_255)))
+
+
+def test_an_id_that_the_range_has_is_not_mapped_again(tmp_path: Path) -> None:
+    """The kernel takes no id twice: all builds of the account would fail, for as long as its store knows the id."""
+    stores = Stores(tmp_path, FIRST)
+    assert stores.open("a", [1_000_001, 1_048_319, 1_048_320])[2] == [1_048_320]
+    (tmp_path / "a/users").write_text("1000001 2000000")  # kept by a service of before
+    assert stores.open("a", [])[2] == [2_000_000]
+
+
+def test_accounts_that_are_new_at_once_share_no_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores, both = Stores(tmp_path, FIRST), threading.Barrier(2)
+    chown = os.chown
+
+    def late(*arguments: Any) -> None:
+        """A store is not yet there while the other account looks for a free range."""
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)
+        chown(*arguments)
+
+    monkeypatch.setattr(os, "chown", late)
+    with ThreadPoolExecutor(2) as threads:
+        opened = list(threads.map(lambda account: stores.open(account, []), ("111111111111", "222222222222")))
+    assert {first for _, first, _ in opened} == {FIRST, FIRST + RANGE}
 
 
 def test_a_store_that_nobody_used_for_long_goes(tmp_path: Path) -> None:
