@@ -15,6 +15,7 @@ from .artifact import BuildFailed
 
 UIDS = 1_000_000  # an image's files may belong to users up to this one (vmm maps as many)
 _UID_MAX = (1 << 32) - 2
+_DIGITS_MOST = 20
 _DIRECTIVE = re.compile(r"#\s*([a-zA-Z][a-zA-Z0-9]*)\s*=\s*(.+?)\s*$")
 _STOCK = re.compile(r"(?:docker\.io/)?docker/dockerfile(?:-upstream)?(?::(?P<tag>[\w.-]+))?(?:@sha256:[0-9a-f]{64})?")
 _TRANSPORTS = ("oci", "oci-archive", "dir", "docker-archive", "docker-daemon", "containers-storage", "ostree", "sif", "tarball")
@@ -50,7 +51,8 @@ def prepare(data: bytes, base_names: Sequence[str], pull: bool, architecture: st
     found = list(instructions(lines, escape))
     made = Prepared("")
     arguments = {"BUILDPLATFORM": f"linux/{architecture}", "TARGETPLATFORM": f"linux/{architecture}"}
-    stages: set[str] = set()
+    stage = ""
+    stages: dict[str, list[int]] = {}  # with the ids of their last USER, which a stage made from one begins with
     for one in found:
         if one.keyword == "ARG" and not stages:
             for word in one.text.split():
@@ -58,10 +60,11 @@ def prepare(data: bytes, base_names: Sequence[str], pull: bool, architecture: st
                 if given:
                     arguments[name] = substitute(value.strip("\"'"), arguments)
         elif one.keyword == "FROM":
-            made.users = []
-            stages.add(_from(one, lines, arguments, base_names, stages, architecture, made.notes))
+            stage, made.users = _from(one, lines, arguments, base_names, stages, architecture, made.notes)
+            stages[stage] = made.users
         elif one.keyword == "USER":
             made.users = _users(one)
+            stages[stage] = made.users
         elif one.keyword in ("COPY", "ADD"):
             _check_mode(one)
     for one in found:
@@ -147,10 +150,10 @@ def is_base(reference: str, base_names: Sequence[str]) -> bool:
 
 
 def _from(
-    one: Instruction, lines: list[str], arguments: Mapping[str, str], base_names: Sequence[str], stages: set[str], architecture: str,
-    notes: list[str],
-) -> str:  # fmt: skip
-    """Makes the local base's platform this host's; returns the stage's name."""
+    one: Instruction, lines: list[str], arguments: Mapping[str, str], base_names: Sequence[str], stages: Mapping[str, list[int]],
+    architecture: str, notes: list[str],
+) -> tuple[str, list[int]]:  # fmt: skip
+    """Makes the local base's platform this host's; returns the stage's name, and the ids of the USER that it begins with."""
     flags = dict(_FLAG.findall(one.text))
     words = [word for word in one.text.split() if not word.startswith("--")]
     image = substitute(words[0].strip("\"'"), arguments) if words else ""
@@ -158,19 +161,24 @@ def _from(
         raise _refused(one.lines[0], f"FROM names a transport ({image.partition(':')[0]}:): only image names are taken")
     name = words[2].lower() if len(words) > 2 and words[1].upper() == "AS" else f"stage {one.lines[0]}"
     if image.lower() in stages or not is_base(image, base_names):
-        return name
+        return name, stages.get(image.lower(), [])
     notes.append(f"{image} is the base that this host has (images.base): no container registry is asked for it")
     asked = substitute(flags.get("platform", "").strip("\"'"), arguments)
     if asked and asked != f"linux/{architecture}":
         notes.append(f"line {one.lines[0] + 1}: --platform={asked}: this base is there for linux/{architecture}, which is taken")
         for number in one.lines:
             lines[number] = lines[number].replace(f"--platform={flags['platform']}", f"--platform=linux/{architecture}")
-    return name
+    return name, []
+
+
+def _ids(owner: str) -> list[int]:
+    """Its numbers, whatever their length; names are the image's."""
+    return [int(part[:_DIGITS_MOST]) for part in owner.strip("\"'").split(":") if part.isascii() and part.isdigit()]
 
 
 def _users(one: Instruction) -> list[int]:
     """Ids that need to be mapped by themselves."""
-    ids = [int(part) for part in one.text.strip("\"'").split(":") if part.isdigit()]
+    ids = _ids(one.text)
     for number in ids:
         if number > _UID_MAX:
             raise _refused(one.lines[0], f"USER {one.text}: ids end at {_UID_MAX}")
@@ -179,8 +187,8 @@ def _users(one: Instruction) -> list[int]:
 
 def _check_owner(one: Instruction, users: Sequence[int]) -> None:
     owner = dict(_FLAG.findall(one.text)).get("chown", "").strip("\"'")
-    for part in owner.split(":"):
-        if part.isdigit() and int(part) > UIDS and int(part) not in users:
+    for number in _ids(owner):
+        if number > UIDS and number not in users:
             text = f"{one.keyword} --chown={owner}: ids up to {UIDS} can own files, and the one that the last USER names"
             raise _refused(one.lines[0], text)
 

@@ -83,6 +83,8 @@ def test_a_stage_of_the_same_name_is_no_base() -> None:
 def test_the_ids_of_the_last_user_are_mapped() -> None:
     assert made(f"FROM {BASE}\nUSER 1000730000:1000730001\nCOPY --chown=1000730000 a /a\n").users == [1000730000, 1000730001]
     assert made(f"FROM {BASE} AS a\nUSER 2000000\nFROM {BASE}\nUSER 1000\n").users == []
+    assert made(f"FROM {BASE} AS a\nUSER 2000000\nFROM {BASE}\nFROM A AS b\nFROM b\nCOPY --chown=2000000 a /\n").users == [2000000]
+    assert made(f"FROM {BASE} AS a\nUSER 2000000\nFROM a\nUSER \u00b2\n").users == []
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,7 @@ def test_the_ids_of_the_last_user_are_mapped() -> None:
         ("COPY --chown=2000000:0 a /a", "COPY --chown=2000000:0: ids up to 1000000 can own files, and the one that the last USER names"),
         ("ADD --chmod=+x a /a", "ADD --chmod=+x: this BuildKit (0.13) takes octal modes, as --chmod=755"),
         ("COPY --chmod=u=rwx a /a", "COPY --chmod=u=rwx: this BuildKit (0.13) takes octal modes, as --chmod=755"),
+        ("USER " + "9" * 5000, f"USER {'9' * 5000}: ids end at 4294967294"),
         ("USER 4294967295", "USER 4294967295: ids end at 4294967294"),
         ("FROM oci-archive:/etc/passwd", "FROM names a transport (oci-archive:): only image names are taken"),
     ],
