@@ -19,7 +19,7 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; dpkg --configure -a && apt-get -q update >/dev/null && \
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
-.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-load test-fresh test-fresh-odd fresh-packages check static lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-load test-fresh test-fresh-odd fresh-packages check static lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -61,10 +61,16 @@ serve: setup ## run the service for yourself; prints the exports for another she
 test: setup check ## every test but the long ones
 	@$(PY) -m pytest -q -m "(vm or service) and not long and not conformance" tests
 
-test-long: test test-long-rest test-long-load test-fresh test-fresh-odd ## every test, in parts of less than an hour each
+test-long: test test-long-rest test-long-images test-long-corpus test-long-load test-fresh test-fresh-odd ## every test, in parts of less than an hour each
 
 test-long-rest: setup
-	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py tests
+	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py --ignore=tests/fidelity tests
+
+test-long-images: setup ## rows of the table of images that are too slow for make test (tests/fidelity)
+	@$(PY) -m pytest -q -m "long and not corpus" tests/fidelity
+
+test-long-corpus: setup ## its applications, built and used as their users do
+	@$(PY) -m pytest -q -m "corpus" tests/fidelity
 
 test-long-load: setup ## ten minutes of clients of all kinds at once against edge workers (MIXED_LOAD_SECONDS=60: shorter)
 	@$(PY) -m pytest -q -s -m long tests/unit/test_mixed_load.py

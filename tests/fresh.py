@@ -34,7 +34,7 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 import host_state  # noqa: E402
 from scratch import remove, scratch  # noqa: E402
 
-from vmm import base  # noqa: E402
+from vmm import mirrors  # noqa: E402
 
 PREFIX = "torpor-fresh-"
 RECORD = REPO / ".ci/fresh"
@@ -91,9 +91,9 @@ def make_root(root: Path, release: str) -> None:
     """A Debian with nothing but what is essential, make(1) and the authorities' certificates; and the host's package sources."""
     host = re.search(r"^VERSION_CODENAME=(\w+)$", Path("/etc/os-release").read_text(), re.MULTILINE)
     sources = root.with_name("host.sources")
-    sources.write_text(re.sub(rf"\b{host[1] if host else release}\b", release, base.host_sources(host[1] if host else release)))
+    sources.write_text(re.sub(rf"\b{host[1] if host else release}\b", release, mirrors.host_sources(host[1] if host else release)))
     options = root.with_name("apt.conf")
-    options.write_text(base.apt_options())
+    options.write_text(mirrors.apt_options())
     bootstrap = (
         "mmdebstrap", "--mode=root", "--variant=minbase", "--include=make,ca-certificates", f"--aptopt={options}",
         '--aptopt=Acquire::Retries "3"',

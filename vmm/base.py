@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 from . import registry
 from .kernel import AssetError
 from .making import key_of
+from .mirrors import SUITE, apt_options, host_sources
 
-SUITE = "bookworm"
 _REGISTRY = "registry"  # first word of the key of a base that was pulled
 _DEADLINE_SECONDS = 600
 _ENDS_WITH_US = ("setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -53,31 +53,6 @@ def _essential() -> list[str]:
         if fields.get("Essential") == "yes":
             names.append(fields["Package"])
     return sorted(set(names))
-
-
-def host_sources(suite: str = SUITE) -> str:
-    """The host's apt sources for a suite, as one deb822 text. Raises AssetError where there are none."""
-    texts = []
-    for file in sorted(Path("/etc/apt/sources.list.d").glob("*.sources")):
-        text = file.read_text(encoding="utf-8")
-        texts += [stanza for stanza in text.split("\n\n") if suite in stanza and "URIs:" in stanza]
-    legacy = Path("/etc/apt/sources.list")
-    if legacy.exists():
-        for line in legacy.read_text(encoding="utf-8").splitlines():
-            words = line.split()
-            if words[:1] == ["deb"] and not words[1].startswith("[") and words[2].startswith(suite):
-                texts.append(f"Types: deb\nURIs: {words[1]}\nSuites: {words[2]}\nComponents: {' '.join(words[3:])}")
-    if not texts:
-        raise AssetError(f"no apt source for {suite} in /etc/apt: this needs Debian 12, or a base image that can be pulled")
-    keyring = "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg"
-    return "\n\n".join(text.strip() if "Signed-By" in text else f"{text.strip()}\n{keyring}" for text in texts) + "\n"
-
-
-def apt_options() -> str:
-    """The host's way to its mirror (proxies, certificates, retries), as an apt.conf."""
-    dump = subprocess.run(["apt-config", "dump"], check=True, capture_output=True, text=True, timeout=20).stdout
-    kept = ("Acquire::http", "Acquire::https", "Acquire::Retries")
-    return "".join(f"{line}\n" for line in dump.splitlines() if line.startswith(kept) and '""' not in line)
 
 
 def guest_sources(sources: str, suite: str = SUITE) -> str:

@@ -12,10 +12,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from .base import SUITE as BASE_SUITE
-from .base import apt_options, host_sources
 from .kernel import AssetError
 from .making import key_of
+from .mirrors import SUITE as BASE_SUITE
+from .mirrors import apt_options, host_sources
 
 SUITE = "trixie"
 PACKAGES = (

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .base import apt_options, host_sources
 from .kernel import AssetError
+from .mirrors import apt_options, host_sources
 
 MOUNT = "/dev/.lent"
 _CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"

@@ -110,11 +110,12 @@ def archive(files: Mapping[str, str | bytes]) -> bytes:
 
 @dataclass(frozen=True)
 class Subject:
-    """A module of rows: a section of docs/images.md."""
+    """A module of rows: a section of docs/images.md. Those of the `corpus` are whole applications."""
 
     title: str
     text: str
     images: Sequence[Image]
+    corpus: bool = False
 
 
 def subjects() -> list[Subject]:

@@ -133,7 +133,14 @@ def running(instance: Instance, row_builds: Builds, name: str) -> Iterator[Runni
     instance.client().delete_microvm_image(imageIdentifier=arn)
 
 
-@pytest.mark.parametrize("name", [pytest.param(one.name, marks=[pytest.mark.long] if one.long else []) for one in IMAGES.values()])
+def rows() -> Iterator[Any]:
+    for subject in subjects():
+        for image in subject.images:
+            marks = [pytest.mark.long] * image.long + [pytest.mark.corpus] * subject.corpus
+            yield pytest.param(image.name, marks=marks)
+
+
+@pytest.mark.parametrize("name", rows())
 def test_a_row(running: Running, name: str) -> None:
     image, build = running.image, running.build
     log = running.log(build=True)

@@ -176,3 +176,9 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except OSError:
         return False
+
+
+def test_needs_nothing_but_the_interpreter() -> None:
+    """It runs before there is a virtual environment."""
+    there = f"import sys; sys.path.insert(0, {str(Path(fresh.__file__).parent)!r}); import fresh"
+    subprocess.run(["/usr/bin/python3", "-I", "-S", "-c", there], check=True, timeout=60, cwd="/")

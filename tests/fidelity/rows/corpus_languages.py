@@ -214,4 +214,5 @@ SUBJECT = Subject(
             times=400,
         ),
     ],
+    corpus=True,
 )

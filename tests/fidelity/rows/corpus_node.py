@@ -196,4 +196,5 @@ SUBJECT = Subject(
             times=900,
         ),
     ],
+    corpus=True,
 )

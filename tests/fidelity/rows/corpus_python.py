@@ -270,4 +270,5 @@ SUBJECT = Subject(
             long=True,
         ),
     ],
+    corpus=True,
 )

@@ -310,4 +310,5 @@ SUBJECT = Subject(
             long=True,
         ),
     ],
+    corpus=True,
 )
