@@ -35,6 +35,7 @@ _HERE = Path(__file__).parent
 _BUILD_SECONDS = 1800
 _SLIRP_SECONDS = 10
 _STOP_SECONDS = 10
+_SAY_SECONDS = 30
 _STORE_FAILS = 75
 _DNS = "10.0.2.3"
 _CLOSED = "10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, 169.254.0.0/16, 100.64.0.0/10, 127.0.0.0/8, 224.0.0.0/3"
@@ -111,6 +112,7 @@ class Stores:
     def drop(self, account: str) -> None:
         """It is only a cache."""
         place = self._directory / account
+        shutil.rmtree(place / "store.old", ignore_errors=True)  # of a removal that was cut off
         with contextlib.suppress(FileNotFoundError):
             (place / "store").rename(place / "store.old")
         shutil.rmtree(place, ignore_errors=True)
@@ -118,7 +120,7 @@ class Stores:
     def drop_unused(self, days: float, used: set[str]) -> None:
         """Removes what no build has used for so long; `used` are of accounts that build now."""
         for place in self._directory.glob("*"):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), self._one_at_a_time:  # no build may begin in it meanwhile
                 if place.name not in used and (place / "users").stat().st_mtime < time.time() - days * 86400:
                     self.drop(place.name)
 
@@ -126,6 +128,12 @@ class Stores:
         with contextlib.suppress(OSError, ValueError):
             return [user for user in map(int, (place / "users").read_text(encoding="ascii").split()) if user >= _WHOLE]
         return []
+
+
+async def _say(log: int, text: str) -> None:
+    """The pipe may be full, and its reader late: nobody else waits for it, and a log that nobody reads any more is no error."""
+    with contextlib.suppress(TimeoutError, BrokenPipeError):
+        await asyncio.wait_for(asyncio.to_thread(os.write, log, f"torpor: {text}\n".encode()), _SAY_SECONDS)
 
 
 def id_maps(option: str, first: int, single: list[int]) -> str:
@@ -229,16 +237,16 @@ class Builder:
         lock = self._one_at_a_time.setdefault(request.account, asyncio.Lock())
         try:
             if lock.locked():
-                os.write(log, b"torpor: another build of this account has the layer store: waiting for it\n")
+                await _say(log, "another build of this account has the layer store: waiting for it")
             async with lock, asyncio.timeout(_BUILD_SECONDS):
                 result = await self._jailed(request, image, log, phases)
                 if result.status == _STORE_FAILS:
-                    os.write(log, b"torpor: the layer store is broken: building again with a new one\n")
+                    await _say(log, "the layer store is broken: building again with a new one")
                     await asyncio.to_thread(self._stores.drop, request.account)
                     result = await self._jailed(request, image, log, phases)
                 return result
         except TimeoutError:
-            os.write(log, f"torpor: the build took longer than {_BUILD_SECONDS} s\n".encode())
+            await _say(log, f"the build took longer than {_BUILD_SECONDS} s")
             return BuildResult(124, "", False, False)
         finally:
             os.close(log)

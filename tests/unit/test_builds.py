@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway.messages import BuildRequest, BuildResult
 from vmm import lending
 from vmm.builds import RANGE, Builder, BuildSettings, Stores, canonical, id_maps, source_policy
 from vmm.cgroups import Cgroups
@@ -76,6 +79,41 @@ def test_a_store_that_nobody_used_for_long_goes(tmp_path: Path) -> None:
         os.utime(tmp_path / name / "users", (0, 0))
     stores.drop_unused(30.0, {"busy"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["busy", "new"]
+
+
+def test_a_removal_that_was_cut_off_hinders_no_other(tmp_path: Path) -> None:
+    """Or a store that is broken would stay, and all builds of the account would fail."""
+    stores = Stores(tmp_path, FIRST)
+    stores.open("a", [])
+    (tmp_path / "a/store.old/left").mkdir(parents=True)
+    stores.drop("a")
+    assert not (tmp_path / "a").exists()
+
+
+async def test_a_log_that_is_full_holds_up_its_own_build_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = Builder(tmp_path, tmp_path, Cgroups("builds-unit", tmp_path), BuildSettings(tmp_path, tmp_path, tmp_path, (), False, FIRST))
+    out, log = os.pipe()
+    os.set_blocking(log, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(log, bytes(4096))
+    os.set_blocking(log, True)
+
+    async def ends(*_: object) -> BuildResult:
+        raise TimeoutError
+
+    monkeypatch.setattr(builder, "_jailed", ends)
+    request = BuildRequest("b", "image", "111111111111", "", "", [], 0, {})
+    rescue = threading.Timer(1, os.read, (out, 1 << 20))  # of a loop that stands still
+    rescue.start()
+    begun = time.monotonic()
+    running = asyncio.create_task(builder._run(request, tmp_path, log, os.dup(log)))
+    await asyncio.sleep(0.01)
+    assert time.monotonic() - begun < 0.9 and not running.done()
+    rescue.cancel()
+    os.read(out, 1 << 20)
+    assert (await running).status == 124 and os.read(out, 99).endswith(b"torpor: the build took longer than 1800 s\n")
+    os.close(out)
 
 
 def test_an_account_is_no_path(tmp_path: Path) -> None:
