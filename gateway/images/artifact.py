@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import re
@@ -108,8 +109,11 @@ async def unpack(settings: Settings, archive: Path, target: Path) -> None:
         async with asyncio.timeout(_UNPACK_SECONDS):
             out, errors = await process.communicate()
     except TimeoutError as error:
-        process.kill()
         raise BuildFailed("ARCHIVE_INVALID", f"the artifact was not unpacked in {_UNPACK_SECONDS} s") from error
+    finally:
+        if process.returncode is None:  # also where the build is called off
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
     try:
         answer = json.loads(out)
     except ValueError as error:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
 import shutil
+import signal
 import stat
 import struct
 import subprocess
@@ -17,11 +19,14 @@ import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.config import Settings
+from gateway.images import artifact
 from gateway.images.unpack import CONTEXT, DOCKERFILE, ArchiveError, check_link, check_name, unpack
 
 UNIX, MS_DOS = 3, 0
@@ -319,6 +324,28 @@ def test_links_stay_below_the_root(parts: list[str], depth: int) -> None:
     except ArchiveError:
         return
     assert target.startswith("/") or os.path.normpath("/".join(("root", *place[:-1], target))).split("/")[0] == "root"
+
+
+async def test_a_build_that_is_called_off_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "a.zip")  # whoever opens it waits
+    started: asyncio.Queue[asyncio.subprocess.Process] = asyncio.Queue()
+    execute = asyncio.create_subprocess_exec
+
+    async def noted(*words: Any, **settings: Any) -> asyncio.subprocess.Process:
+        process = await execute(*words, **settings)
+        started.put_nowait(process)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", noted)
+    unpacking = asyncio.create_task(artifact.unpack(Settings(), tmp_path / "a.zip", tmp_path / "out"))
+    process = await started.get()
+    unpacking.cancel()
+    try:
+        assert await asyncio.wait_for(process.wait(), 3) == -signal.SIGKILL
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 def test_as_a_process(tmp_path: Path) -> None:
