@@ -6,25 +6,24 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
-import secrets
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import structlog
 from aiohttp import web
 
+from . import files, process
 from . import messages as m
-from . import process
 from .accounts.admin import Admin
 from .accounts.directory import Credentials, Directory
 from .api import application
 from .api.paging import Pager
 from .api.service import Service as ApiService
-from .config import Settings
+from .config import ConfigError, Settings
 from .guest.credentials import Issuer
 from .guest.services import Guests
 from .images.pipeline import Job, Pipeline
@@ -64,7 +63,7 @@ class Control:
         directory = settings.control_dir
         self.settings = settings
         self.store = Store(directory / "torpor.db")
-        self.minter = Minter(directory / "keys.json")
+        self.minter = _minter(directory / "keys.json")
         self.routes = Routes(settings.edge.worker_count, settings.suspend.workers_seconds)
         self.routes.keys = self.minter.verifiers()
         self.logs = LogStore(directory / "logs")
@@ -75,7 +74,8 @@ class Control:
         self.host = Host(self.vmm, settings.root)
         self.spans = Spans(settings.traces.endpoint, "control")
         root_keys = self._access_keys()
-        self.directory = Directory(self.store, settings.account, root_keys, _secret_file(directory / "sessions.key"))
+        sealing = files.secret(directory / "sessions.key", "temporary credentials under way")
+        self.directory = Directory(self.store, settings.account, root_keys, sealing)
         store = settings.object_store
         artifacts = (store.access_key, store.secret_key) if store.access_key else next(iter(root_keys.items()))
         archive = Archive(settings, self.host, lambda: default_store(settings, artifacts))
@@ -91,11 +91,10 @@ class Control:
 
     def _access_keys(self) -> dict[str, str]:
         """Access key to secret, as the supervisor wrote them."""
-        keys: dict[str, str] = json.loads((self.settings.control_dir / "access-keys.json").read_text(encoding="utf-8"))
-        return keys
+        return files.access_keys(self.settings.control_dir / "access-keys.json")
 
     def api(self) -> ApiService:
-        pager = Pager(_secret_file(self.settings.control_dir / "pager.key"))
+        pager = Pager(files.secret(self.settings.control_dir / "pager.key", "page tokens under way"))
         return ApiService(
             self.settings, self.store, self.lifecycle, self.registry, self.host, self.minter, pager,
             self.settings.edge.port,
@@ -263,10 +262,12 @@ async def every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(seconds)
 
 
-def _secret_file(path: Path) -> bytes:
-    if not path.exists():
-        path.write_bytes(secrets.token_bytes(32))
-    return path.read_bytes()
+def _minter(path: Path) -> Minter:
+    """Raises ConfigError for keys that cannot be read."""
+    try:
+        return Minter(path)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{path}: {error}: restore it from a backup, or remove it (access tokens become invalid)") from error
 
 
 async def main(settings: Settings) -> None:

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from . import files
 from .config import ConfigError, Settings
 
 _TICKETS_SECONDS = 12 * 3600
@@ -74,21 +75,12 @@ def check_readable(package: Path) -> None:
             raise ConfigError(f"{path} may not be read by other users, whom the service's processes are: chmod -R go+rX {place}")
 
 
-def _write(path: Path, data: bytes, owner: int, mode: int) -> None:
-    temporary = path.with_name(path.name + ".new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    os.chown(temporary, owner, owner)
-    temporary.rename(path)
-
-
 def make_access_keys(settings: Settings) -> dict[str, str]:
     path = settings.control_dir / "access-keys.json"
     if not path.exists():
         keys = {"AKIA" + "".join(secrets.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") for _ in range(16)): secrets.token_urlsafe(30)}
-        _write(path, json.dumps(keys).encode(), settings.users.control, 0o600)
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+        files.write(path, json.dumps(keys).encode(), 0o600, settings.users.control)
+    return files.access_keys(path)
 
 
 def write_aws_profile(settings: Settings, key: str, secret: str) -> None:
@@ -100,9 +92,9 @@ def write_aws_profile(settings: Settings, key: str, secret: str) -> None:
         f"[default]\nregion = {settings.region}\noutput = json\ncli_pager =\nservices = torpor\n\n[services torpor]\n{ours}"
         f"s3 =\n  endpoint_url = {store}\n  addressing_style = path\n"
     )
-    _write(settings.aws_dir / "config", config.encode(), 0, 0o600)
+    files.write(settings.aws_dir / "config", config.encode(), 0o600, 0)
     credentials = f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"
-    _write(settings.aws_dir / "credentials", credentials.encode(), 0, 0o600)
+    files.write(settings.aws_dir / "credentials", credentials.encode(), 0o600, 0)
 
 
 def environment(settings: Settings) -> dict[str, str]:
@@ -135,13 +127,13 @@ def make_certificates(settings: Settings) -> None:
         ).add_extension(
             x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
         ).sign(key, hashes.SHA256())  # fmt: skip
-        _write(ca_key_path, _private(key), 0, 0o600)
-        _write(ca_path, certificate.public_bytes(serialization.Encoding.PEM), 0, 0o644)
+        files.write(ca_key_path, _private(key), 0o600, 0)
+        files.write(ca_path, certificate.public_bytes(serialization.Encoding.PEM), 0o644, 0)
     if not settings.edge.certificate:
         _make_leaf(settings, x509.load_pem_x509_certificate(ca_path.read_bytes()), ca_key_path)
     # For clients that take one bundle only: the system's authorities and ours.
     system = Path("/etc/ssl/certs/ca-certificates.crt")
-    _write(directory / "bundle.crt", (system.read_bytes() if system.exists() else b"") + ca_path.read_bytes(), 0, 0o644)
+    files.write(directory / "bundle.crt", (system.read_bytes() if system.exists() else b"") + ca_path.read_bytes(), 0o644, 0)
 
 
 def _make_leaf(settings: Settings, ca: x509.Certificate, ca_key_path: Path) -> None:
@@ -163,8 +155,8 @@ def _make_leaf(settings: Settings, ca: x509.Certificate, ca_key_path: Path) -> N
     ).add_extension(
         x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
     ).sign(ca_key, hashes.SHA256())  # fmt: skip
-    _write(key_path, _private(key), settings.users.edge, 0o600)
-    _write(path, certificate.public_bytes(serialization.Encoding.PEM), 0, 0o644)
+    files.write(key_path, _private(key), 0o600, settings.users.edge)
+    files.write(path, certificate.public_bytes(serialization.Encoding.PEM), 0o644, 0)
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
@@ -188,13 +180,13 @@ def update_certificates(settings: Settings) -> None:
         chain, key = Path(edge.certificate).read_bytes(), Path(edge.key).read_bytes()
         if not _is_same(directory / "edge.crt", chain) or not _is_same(directory / "edge.key", key):
             _check_pair(edge.certificate, chain, key)
-            _write(directory / "edge.key", key, settings.users.edge, 0o600)
-            _write(directory / "edge.crt", chain, settings.users.edge, 0o644)
+            files.write(directory / "edge.key", key, 0o600, settings.users.edge)
+            files.write(directory / "edge.crt", chain, 0o644, settings.users.edge)
     if edge.ocsp and not _is_same(directory / "edge.ocsp", answer := Path(edge.ocsp).read_bytes()):
-        _write(directory / "edge.ocsp", answer, settings.users.edge, 0o644)
+        files.write(directory / "edge.ocsp", answer, 0o644, settings.users.edge)
     tickets = directory / "tickets.key"
     if not tickets.exists() or time.time() - tickets.stat().st_mtime > _TICKETS_SECONDS:
-        _write(tickets, secrets.token_bytes(80), settings.users.edge, 0o600)
+        files.write(tickets, secrets.token_bytes(80), 0o600, settings.users.edge)
 
 
 def _is_same(path: Path, data: bytes) -> bool:

@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import structlog
 import uvloop
 
-from .config import Settings
+from .config import ConfigError, Settings
 from .observe import log
 
 SETTINGS_VARIABLE = "TORPOR_PROCESS_SETTINGS"
@@ -49,4 +50,8 @@ def run(name: str, main: Callable[[Settings], Coroutine[Any, Any, None]]) -> Non
     # A thread that has a request's commit or files in hand need not wait 5 ms, the default, for the loop to let it begin.
     sys.setswitchinterval(_SWITCH_SECONDS)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main(settings))
+        try:
+            runner.run(main(settings))
+        except ConfigError as error:  # what is to be done is in its line, not in a traceback
+            structlog.get_logger().error("process.not_started", error=str(error))
+            raise SystemExit(1) from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import os
 import secrets
 import time
 import uuid
@@ -24,6 +23,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from . import files
 from .messages import Verifier
 
 PROXY, SHELL = "proxy", "shell"
@@ -115,13 +115,7 @@ class Minter:
         replaced = [*(newer.created for newer in self._keys[1:]), now][: len(self._keys)]
         keys = [key for key, at in zip(self._keys, replaced, strict=True) if now - at < LONGEST_SECONDS]
         keys.append(_Key(str(uuid.uuid4()), now, secrets.token_bytes(32), Ed25519PrivateKey.generate().private_bytes_raw()))
-        temporary = self._path.with_suffix(".new")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(msgspec.json.encode(keys))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(self._path)
+        files.write(self._path, msgspec.json.encode(keys), 0o600)
         self._keys = keys
 
     def verifiers(self) -> list[Verifier]:
