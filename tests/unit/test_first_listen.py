@@ -140,6 +140,50 @@ async def test_a_scan_of_ports_asks_a_few_at_a_time(rig: Rig, monkeypatch: pytes
     assert not rig.worker.upstream.incarnation("s1", 1).askers.locked()
 
 
+async def test_ports_on_which_nothing_has_listened_are_forgotten(rig: Rig) -> None:
+    """A client may name any of 65,535, and each that is kept costs memory until the incarnation ends."""
+    await rig.start(connect_seconds=0.001, hold_seconds=0.2)
+    own = str(rig.app_port).encode()
+    requests = [rig.request().replace(b"proxy-port: " + own, b"proxy-port: %d" % port) for port in range(1, 31)]
+    asked = [asyncio.create_task(rig.ask(request)) for request in requests]
+    await until(lambda: len(rig.worker.upstream.pools()) == 30)
+    rig.worker.upstream.sweep(asyncio.get_running_loop().time())
+    assert len(rig.worker.upstream.pools()) == 30, "those that somebody waits for"
+    await asyncio.gather(*asked)
+    assert await ask(rig) == 200
+    rig.worker.upstream.sweep(asyncio.get_running_loop().time())
+    assert [pool.key for pool in rig.worker.upstream.pools()] == [("s1", 1, rig.app_port)]
+    assert rig.worker.upstream.incarnation("s1", 1).pools == {rig.app_port: rig.worker.upstream.pools()[0]}
+    assert await ask(rig) == 200
+
+
+@pytest.mark.parametrize("queued", [False, True])
+async def test_bodies_that_wait_for_an_application_are_bounded_as_those_of_a_sleeping_session(rig: Rig, queued: bool) -> None:
+    """Whether they ask for a connection that is refused yet, or stand in the queue for one."""
+    await rig.start(connect_seconds=0.05, held_bytes=400_000)
+    await close(rig)
+    if queued:
+        first = [asyncio.create_task(ask(rig)) for _ in range(64)]
+        await until(lambda: rig.worker.upstream.pools() and rig.worker.upstream.pools()[0].connecting == 64)
+    uploads = []
+    for _ in range(10):
+        reader, writer = await rig.open()
+        writer.write(rig.request("/", "Content-Length: 200000", method="POST") + bytes(100_000))
+        uploads.append((reader, writer))
+    refused = [asyncio.create_task(reader.readline()) for reader, _ in uploads]
+    await until(lambda: sum(one.done() for one in refused) >= 6)
+    assert {one.result() for one in refused if one.done()} == {b"HTTP/1.1 429 Too Many Requests\r\n"}
+    assert rig.worker.holds.statistics()["bytes"] <= 400_000
+    await listen(rig)
+    for _, writer in uploads:
+        writer.transport.abort()
+    if queued:
+        assert await asyncio.gather(*first) == [200] * 64
+    await until(lambda: rig.worker.holds.statistics() == {"sessions": 0, "requests": 0, "bytes": 0})
+    for one in refused:
+        one.cancel()
+
+
 async def test_a_client_that_leaves_lets_another_ask(rig: Rig) -> None:
     await rig.start(connect_seconds=0.001)
     await close(rig)

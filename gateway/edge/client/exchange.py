@@ -419,7 +419,7 @@ class Exchange(ClientSide):
             if port == SHELL_PORT:
                 origin: OriginSide = await worker.upstream.shell(route)
             else:
-                origin = await worker.upstream.connect(route, port, entry.opened_at, head, self._tried_again, deadline)
+                origin = await worker.upstream.connect(route, port, entry.opened_at, head, self._tried_again, deadline, self)
         except SessionGone as error:
             # Not waited for here: while a compiled coroutine waits inside `except`, whatever is raised elsewhere gets this for a context.
             gone = error

@@ -250,6 +250,12 @@ class Pool(Owner):
     # ---- its end ----
 
     @property
+    def is_unused(self) -> bool:
+        """Whether nothing is known of the port, and nobody has or awaits a connection to it: a client may name any port."""
+        is_known = self.has_listened or self.tls != TLS_UNKNOWN
+        return not (is_known or self.open or self.shared or self.connecting or self.shared_connecting or self.waiting)
+
+    @property
     def connections(self) -> list[Origin | Http2Origin]:
         return [*self.open, *self.shared]
 

@@ -16,7 +16,7 @@ from gateway.rpc import Client, RpcError
 
 from ..policy.admission import SHELL_PORT
 from ..policy.head_cache import HeadCache
-from ..policy.holds import HoldFull
+from ..policy.holds import Held, HoldFull, Ticket
 from ..policy.keys import Key
 from ..sides import OriginContext, Parkable
 from ..wire.http1_head import RequestHead
@@ -129,18 +129,23 @@ class Upstream:
     # ---- connecting ----
 
     async def connect(
-        self, route: Route, port: int, opened_at: float, head: RequestHead, fresh: bool, deadline: float
+        self, route: Route, port: int, opened_at: float, head: RequestHead, fresh: bool, deadline: float, request: Held
     ) -> Origin | OriginStream:
-        """Returns a connection, or stream, for one exchange; `fresh`: none that was used before. Raises ConnectFailed, SessionGone,
-        HoldFull."""
+        """Returns a connection, or stream, for one exchange; `fresh`: none that was used before. A request that waits for the
+        application's first listen is held, and counted as such. Raises ConnectFailed, SessionGone, HoldFull."""
         pool = self.pool((route.session, route.incarnation, port))
         lease = None if pool.must_wait(head) else pool.acquire(head, fresh, self._loop.time())
         if lease is None:
-            lease = await self._wait(pool, head, fresh, deadline)
+            ticket = None if pool.has_listened else self._worker.holds.enter(route, request, port)
+            try:
+                lease = await self._wait(pool, head, fresh, deadline)
+            finally:
+                if ticket is not None:
+                    self._worker.holds.leave(route, request, ticket)
         if not isinstance(lease, Slot):
             return lease
         try:
-            return await self._connect_patiently(pool, lease, head, opened_at + self._settings.connect_seconds, deadline)
+            return await self._connect_patiently(pool, lease, head, opened_at + self._settings.connect_seconds, deadline, route, request)
         finally:
             pool.free(lease, self._loop.time())
 
@@ -178,11 +183,12 @@ class Upstream:
             self._ramp_later(pool)
 
     async def _connect_patiently(
-        self, pool: Pool, slot: Slot, head: RequestHead, until: float, deadline: float
+        self, pool: Pool, slot: Slot, head: RequestHead, until: float, deadline: float, route: Route, request: Held
     ) -> Origin | OriginStream:  # fmt: skip
         """Tries until `until` where an application refuses, because a freshly resumed one may not listen yet; one that has listened and
         refuses later is just down. One that has not listened in this incarnation is starting: it is waited for until `deadline`."""
         turn: asyncio.Semaphore | None = None
+        ticket: Ticket | None = None
         try:
             while True:
                 made = await self._connect_or_none(pool, slot, head)
@@ -196,8 +202,11 @@ class Upstream:
                 elif turn is not None:
                     await asyncio.sleep(_ASK_AGAIN_SECONDS)
                 else:
+                    ticket = self._worker.holds.enter(route, request, pool.key[2])
                     turn = await self._until_turn(pool, deadline)
         finally:
+            if ticket is not None:
+                self._worker.holds.leave(route, request, ticket)
             if turn is not None:
                 turn.release()
                 pool.asking.release()
@@ -485,13 +494,16 @@ class Upstream:
         self._vmm.close()
 
     def sweep(self, now: float) -> None:
-        """Closes connections that have been idle for long, and those ahead that nobody came for."""
+        """Closes connections that have been idle for long, and those ahead that nobody came for; forgets ports that were asked for and on
+        which nothing has listened."""
         for found in self._incarnations.values():
             for port, task in list(found.preconnected.items()):
                 if task.done() and (task.cancelled() or task.exception() is not None or port in found.pools):
                     _drop(found.preconnected.pop(port))
-            for pool in found.pools.values():
+            for pool in list(found.pools.values()):
                 pool.sweep(now)
+                if pool.is_unused:
+                    del found.pools[pool.key[2]], self._pools[pool.key]
                 for connection in list(pool.shared):
                     if not connection.stream_count and now - connection.idle_since > self._settings.origin_idle_seconds:
                         connection.shut_down()

@@ -66,7 +66,7 @@ class Held(Protocol):
 
 
 class _Queue:
-    """The requests held for one session, in order of arrival."""
+    """The requests held for one session, in order of arrival; `usage` counts those, too, that wait for its application's first listen."""
 
     __slots__ = ("asked", "asked_at", "ports", "usage", "waiters")
 
@@ -91,19 +91,11 @@ class Holds:
     async def wait(self, route: Route, seconds: float, request: Held, port: int = 0) -> float:
         """Waits until the route has changed; returns the seconds since its change was asked for. Raises HoldFull, TimeoutError.
         `port` is the application's, where the request needs a connection to it."""
-        queue = self._queues.get(route.session) or _Queue()
-        account = self._accounts.get(route.account) or Usage()
-        size = request.held_bytes
-        if not self._has_room(queue.usage.requests, account.requests):
-            raise HoldFull("more requests wait for the MicroVM than its share of what is held (edge.held_requests)")
-        if not self._has_room_for_bytes(queue.usage.held_bytes + size, account.held_bytes + size):
-            raise HoldFull(TOO_MANY_BYTES)
-        self._queues[route.session], self._accounts[route.account] = queue, account
+        ticket = self.enter(route, request, port)
+        queue = self._queues[route.session]
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
         queue.waiters.append(waiter)
-        request.held_for = ticket = Ticket((route.session, route.incarnation, port), queue.usage, account, size)
-        self._add(ticket, 1, size)
         try:
             if port:
                 queue.ports.add(port)
@@ -115,15 +107,36 @@ class Holds:
                 await waiter
             return loop.time() - queue.asked_at
         finally:
-            request.held_for = None
-            self._add(ticket, -1, -ticket.held_bytes)
             if not waiter.done() or waiter.cancelled():
                 with contextlib.suppress(ValueError):  # the route changed while its client left
                     queue.waiters.remove(waiter)
-            if not queue.usage.requests:
-                del self._queues[route.session]
-            if not account.requests:
-                del self._accounts[route.account]
+            if not queue.waiters:  # the next asks anew, also where others wait for the application
+                queue.asked = None
+                queue.ports.clear()
+            self.leave(route, request, ticket)
+
+    def enter(self, route: Route, request: Held, port: int) -> Ticket:
+        """Counts a request that waits, for its session or for its application's first listen, until `leave`. Raises HoldFull."""
+        queue = self._queues.get(route.session) or _Queue()
+        account = self._accounts.get(route.account) or Usage()
+        size = request.held_bytes
+        if not self._has_room(queue.usage.requests, account.requests):
+            raise HoldFull("more requests wait for the MicroVM than its share of what is held (edge.held_requests)")
+        if not self._has_room_for_bytes(queue.usage.held_bytes + size, account.held_bytes + size):
+            raise HoldFull(TOO_MANY_BYTES)
+        self._queues[route.session], self._accounts[route.account] = queue, account
+        request.held_for = ticket = Ticket((route.session, route.incarnation, port), queue.usage, account, size)
+        self._add(ticket, 1, size)
+        return ticket
+
+    def leave(self, route: Route, request: Held, ticket: Ticket) -> None:
+        """Ends what `enter` began."""
+        request.held_for = None
+        self._add(ticket, -1, -ticket.held_bytes)
+        if not ticket.session.requests:
+            del self._queues[route.session]
+        if not ticket.account.requests:
+            del self._accounts[route.account]
 
     def grow(self, ticket: Ticket, size: int) -> bool:
         """Counts more of a held request's body. Returns False where that is more than may be held: the request is then refused, for what
