@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from edge_rig import HOST, OK, Rig, response
 from h2_client import Judge, fields
 from waiting import until
 
+from gateway.edge.client.http2 import Request
 from gateway.edge.policy import replies
 from gateway.edge.reading import HELD, PEER_SLOW, THROTTLED, ReadGate
 
@@ -211,6 +213,29 @@ async def test_answers_that_come_whole_wait_for_the_limit_over_http2(rig: Rig) -
         assert answer.ended and len(answer.body) == 60_000
     assert asyncio.get_running_loop().time() - started > 0.19  # 180,000 bytes, of which a second's worth is free
     judge.writer.close()
+
+
+@pytest.mark.parametrize("ends", ["reset", "connection"])
+async def test_nothing_of_an_answer_that_waits_for_the_limit_is_kept_for_a_client_that_left(rig: Rig, ends: str) -> None:
+    """The limit's debt grows with each answer, and so would what is kept, and for how long."""
+    await rig.start(http2=True, limits="custom", workers=1, limit_bytes_per_second=1_024)
+    whole(rig)
+    judge = Judge(*await rig.open())
+    numbers = [judge.ask(fields(rig, "/60000")) for _ in range(3)]
+    await until(lambda: all(stream.response_started for stream in requests()) and len(requests()) == 3)
+    if ends == "reset":
+        for number in numbers:
+            judge.h2.reset_stream(number)
+        judge.flush()
+    else:
+        judge.writer.transport.abort()
+    await until(lambda: not requests())
+    judge.writer.close()
+
+
+def requests() -> list[Request]:
+    gc.collect()
+    return [kept for kept in gc.get_objects() if isinstance(kept, Request)]
 
 
 async def test_a_body_that_comes_before_its_application_is_charged_to_the_limit(rig: Rig) -> None:

@@ -524,7 +524,9 @@ class Request(Exchange, Flow):
         self.origin = None
         delay = self._limiter.spend(len(body)) if body and self._limiter is not None else 0.0
         if delay:  # and no request comes behind it on its stream that could wait in its place
-            asyncio.get_running_loop().call_later(delay, self._send_whole, head, body)
+            if self._throttle is not None:  # of its request, of which nothing more is read
+                self._throttle.cancel()
+            self._throttle = asyncio.get_running_loop().call_later(delay, self._send_whole, head, body)
         else:
             self._send_whole(head, body)
 
@@ -623,6 +625,8 @@ class Request(Exchange, Flow):
         self.sent -= len(self.queue) if self.queue is not None else 0
         self.record("client")
         self.cancel()
+        if self._throttle is not None:  # which would keep the stream, and an answer that waits for it
+            self._throttle.cancel()
         self.connection.close_if_unused()
 
     # ---- tunnels ----
