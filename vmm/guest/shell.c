@@ -65,6 +65,13 @@ static void start(int terminal)
     _exit(127);
 }
 
+static void release(struct shell *shell)
+{
+    close(shell->master);
+    free(shell->in);
+    memset(shell, 0, sizeof *shell);
+}
+
 void shell_open(uint16_t id, uint16_t columns, uint16_t rows)
 {
     struct shell *shell = find(0);
@@ -82,9 +89,14 @@ void shell_open(uint16_t id, uint16_t columns, uint16_t rows)
     }
     *shell = (struct shell){.id = id, .master = master, .in = malloc(KEPT)};
     shell_resize(id, columns, rows);
-    shell->pid = fork();
+    shell->pid = shell->in ? fork() : -1;
     if (!shell->pid) start(terminal);
     close(terminal);
+    if (shell->pid < 0) { /* a pid of -1 would be everybody's to kill(2) */
+        say("shell: %s", strerror(errno));
+        release(shell);
+        port_send(FRAME_SHELL_EXIT, id, &failed, sizeof failed);
+    }
 }
 
 void shell_resize(uint16_t id, uint16_t columns, uint16_t rows)
@@ -117,13 +129,6 @@ void shell_input(uint16_t id, const uint8_t *data, uint32_t length)
     memcpy(shell->in + shell->in_used, data, length);
     shell->in_used += length;
     drain(shell);
-}
-
-static void release(struct shell *shell)
-{
-    close(shell->master);
-    free(shell->in);
-    memset(shell, 0, sizeof *shell);
 }
 
 /* The host hung up: the terminal goes, and the kernel tells its processes. */
