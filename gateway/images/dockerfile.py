@@ -19,7 +19,8 @@ _DIGITS_MOST = 20
 _DIRECTIVE = re.compile(r"#\s*([a-zA-Z][a-zA-Z0-9]*)\s*=\s*(.+?)\s*$")
 _STOCK = re.compile(r"(?:docker\.io/)?docker/dockerfile(?:-upstream)?(?::(?P<tag>[\w.-]+))?(?:@sha256:[0-9a-f]{64})?")
 _TRANSPORTS = ("oci", "oci-archive", "dir", "docker-archive", "docker-daemon", "containers-storage", "ostree", "sif", "tarball")
-_HEREDOC = re.compile(r"<<(-?)([\"']?)([^\s<\"']+)\2")
+_WORD = re.compile(r"""(?:[^\s"'\\]|\\.|"(?:\\.|[^"\\])*"|'[^']*')+""")
+_HEREDOC = re.compile(r"\d*<<(-?)([\"']?)([^\s<\"']+)\2")
 _VARIABLE = re.compile(r"\$(?:\{(?P<braced>\w+)(?::?-(?P<default>[^}]*))?\}|(?P<plain>\w+))")
 _FLAG = re.compile(r"--([a-z]+)=(\"[^\"]*\"|'[^']*'|\S+)")
 _OCTAL = re.compile(r"0?[0-7]{1,4}")
@@ -121,7 +122,8 @@ def instructions(lines: Sequence[str], escape: str = "\\") -> Iterator[Instructi
             continue
         one = Instruction(words[0].upper(), words[1].strip() if len(words) > 1 else "", numbers)
         if one.keyword in ("RUN", "COPY", "ADD"):
-            for tabs, _, end in _HEREDOC.findall(one.text):
+            # A word of its own, as BuildKit has it: neither a here-string, nor a shift, nor what is quoted.
+            for tabs, _, end in (match.groups() for word in _WORD.findall(one.text) if (match := _HEREDOC.fullmatch(word))):
                 while number < len(lines):
                     line = lines[number].rstrip("\r")
                     number += 1

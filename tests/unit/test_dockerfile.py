@@ -113,6 +113,19 @@ def test_what_stands_in_a_here_document_is_no_instruction() -> None:
     assert [one.keyword for one in instructions(text.split("\n"))] == ["FROM", "RUN", "COPY", "USER"]
 
 
+@pytest.mark.parametrize(
+    "step", ["echo $((1<<4))", 'grep x <<<"x y"', "cat <<<x", 'echo "a <<EOF b"', "echo 'a <<EOF b'", 'echo \\"a <<<x']
+)
+def test_what_looks_like_a_here_document_hides_nothing(step: str) -> None:
+    assert made(f"FROM {BASE}\nRUN {step}\nUSER 2000000\n").users == [2000000]
+
+
+@pytest.mark.parametrize("step", ["<<EOF", "cat <<-EOF", 'cat <<"EOF" > /x', "cat 3<<'EOF'", 'echo "it\'s" <<A <<EOF\nA'])
+def test_here_documents_are_passed_over(step: str) -> None:
+    assert made(f"FROM {BASE}\nRUN {step}\nUSER 2000000\nEOF\nUSER 3000000\n").users == [3000000]
+    assert not made(f"FROM {BASE}\nRUN {step}\nUSER 2000000\nEOF\n").users
+
+
 def test_lines_are_joined_as_buildkit_joins_them() -> None:
     one = next(iter(instructions(["run a \\", "# comment", "", "  b \\  \r", " c", "run d"])))
     assert (one.keyword, one.text.split(), list(one.lines)) == ("RUN", ["a", "b", "c"], [0, 3, 4])
