@@ -7,6 +7,7 @@ its FROM names. BuildKit gets the text with those two changed, in lines that kee
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ class Prepared:
 
 def prepare(data: bytes, base_names: Sequence[str], pull: bool, architecture: str) -> Prepared:
     """Raises BuildFailed for what the builder cannot do, with the line's number."""
-    text = data.decode("utf-8", errors="surrogateescape")
+    text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="surrogateescape")  # BuildKit takes it away, too
     lines = text.split("\n")
     escape = _directives(lines, pull)
     found = list(instructions(lines, escape))

@@ -131,6 +131,12 @@ def test_lines_are_joined_as_buildkit_joins_them() -> None:
     assert (one.keyword, one.text.split(), list(one.lines)) == ("RUN", ["a", "b", "c"], [0, 3, 4])
 
 
+@pytest.mark.parametrize("first", ["# syntax=docker/dockerfile:1\r\n", ""])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(first: str) -> None:
+    found = made(f"\ufeff{first}FROM --platform=linux/arm64 {BASE}\nUSER 2000000\n")
+    assert "syntax=" not in found.text and f"--platform=linux/arm64 {BASE}" not in found.text and found.users == [2000000]
+
+
 def test_bytes_that_are_no_text_stay() -> None:
     data = b"FROM scratch\nLABEL x=\xff\xfe\n"
     assert prepare(data, [BASE], False, "amd64").text.encode(errors="surrogateescape") == data
