@@ -292,6 +292,11 @@ def test_refused_status_lines(line: bytes) -> None:
         response(line)
 
 
+def test_a_status_line_without_a_reason_has_its_space() -> None:
+    """A server must send it (RFC 9112, 4)."""
+    assert response(b"HTTP/1.1 200").status_line == response(b"HTTP/1.0 200 ").status_line == b"HTTP/1.1 200 "
+
+
 @pytest.mark.parametrize("line", [b"HTTP/1.1 204 No Content", b"HTTP/1.1 103 Early Hints", b"HTTP/1.1 101 Switching Protocols"])
 def test_no_framing_goes_on_where_there_is_no_content(line: bytes) -> None:
     """RFC 9110, 8.6; RFC 9112, 6.1."""

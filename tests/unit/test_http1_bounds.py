@@ -101,11 +101,12 @@ async def test_what_is_read_ahead_of_a_request_that_waits_is_bounded(start: Star
     _, writer = await rig.open()
     writer.write(one * 3000)
     most = 0
-    while rig.received.count(b"GET ") < 1000:
-        await asyncio.sleep(0)
-        if rig.worker.clients:
-            (client,) = rig.worker.clients
-            most = max(most, client._read_ahead.size)  # type: ignore[union-attr]
+    async with asyncio.timeout(20):
+        while rig.received.count(b"GET ") < 1000:
+            await asyncio.sleep(0)
+            if rig.worker.clients:
+                (client,) = rig.worker.clients
+                most = max(most, client._read_ahead.size)  # type: ignore[union-attr]
     assert most < (64 << 10) + 2 * (256 << 10)
     writer.transport.abort()
 

@@ -397,7 +397,7 @@ def parse_response(raw: bytes, most: int, is_head: bool) -> ResponseHead:
     return ResponseHead(
         status, framing, length,
         keep_alive=not close and (minor == 1 or keep) and framing != UNTIL_CLOSE,
-        status_line=b"HTTP/1.1" + line[8:],
+        status_line=b"HTTP/1.1" + line[8:] + (b" " if len(line) == 12 else b""),  # RFC 9112, 4: also where no reason follows
         block=b"\r\n" + b"\r\n".join(kept) if kept else b"",
         upgrade=switched,
         names=names,
