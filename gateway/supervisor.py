@@ -208,8 +208,11 @@ class Supervisor:
             for child in self._children for process in child.processes
         ]  # fmt: skip
         temporary = self._path.with_suffix(".new")
-        temporary.write_bytes(msgspec.json.encode(self._state))
-        temporary.rename(self._path)
+        try:
+            temporary.write_bytes(msgspec.json.encode(self._state))
+            temporary.rename(self._path)
+        except OSError as error:  # processes are watched, replaced and ended all the same
+            log.error("state.not_saved", path=str(self._path), error=str(error))
 
     # ---- reload and stop ----
 
@@ -243,8 +246,8 @@ class Supervisor:
             await asyncio.sleep(_CERTIFICATES_SECONDS)
             try:
                 await asyncio.to_thread(instance.update_certificates, self._settings)
-            except (ConfigError, OSError, ValueError) as error:
-                log.error("tls.not_updated", error=str(error))
+            except Exception as error:
+                log.error("tls.not_updated", error=str(error), exc_info=not isinstance(error, ConfigError | OSError | ValueError))
 
     async def stop(self) -> None:
         """Running sessions are suspended first; nothing stays behind but files in the instance's root."""

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from gateway.config import Settings
 from gateway.observe.room import disk_free_bytes, memory_available_bytes
 from gateway.observe.steps import Steps
 from gateway.rpc import Connection, Reply
+from gateway.tasks import Tasks
 
 from . import disks, drivers
 from .builds import Builder, BuildSettings
@@ -74,7 +75,8 @@ class Vmm:
         self._traces: dict[str, dict[str, Steps]] = {}
         self._sessions: dict[str, _Held] = {}
         self._preparing: dict[str, asyncio.Task[object]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
+        self._spawn = self._tasks.spawn
         self._controls: set[Connection] = set()
 
     async def start(self) -> None:
@@ -109,8 +111,7 @@ class Vmm:
 
     async def close(self) -> None:
         """Leaves the microVMs running; they are taken over at the next start."""
-        for task in list(self._tasks):
-            task.cancel()
+        await self._tasks.close()
         await self.standbys.close()
         await self.network.close(is_empty=not self._sessions)
 
@@ -370,7 +371,13 @@ class Vmm:
         held = self._sessions.get(session)
         if held is not None:
             held.machine.record.phase = "cooling"
-            await held.machine.kill()
+            try:
+                await held.machine.kill()
+            except TimeoutError:  # it is tried again, and let go of whenever it ends
+                if self.is_at_rest(session):
+                    return
+                self._warm[session] = asyncio.get_running_loop().time()
+                raise
             await self.let_go(session, held)
             await self._rest(session)
 
@@ -423,10 +430,12 @@ class Vmm:
                 await self.let_go(session, held)
             return
         log.warning("hypervisor.ended", session=session, vm=held.machine.record.vm)
-        await self.let_go(session, held)
         ended = m.Ended(session, held.machine.record.incarnation, "The hypervisor of the MicroVM stopped unexpectedly.")
-        for control in self._controls:
-            control.notify("ended", ended)
+        try:
+            await self.let_go(session, held)
+        finally:
+            for control in self._controls:
+                control.notify("ended", ended)
 
     async def let_go(self, session: str, held: _Held) -> None:
         if self._sessions.get(session) is held:
@@ -465,18 +474,21 @@ class Vmm:
             await asyncio.sleep(_HOUSEKEEPING_SECONDS)
             records = [held.machine.record for held in self._sessions.values()]
             booting = 0  # the incarnation of what will be an image
-            await self.standbys.drop_unused({self.settings.images_dir / one.image for one in records if one.incarnation != booting})
-            await self.network.trim()
+            held_images = {self.settings.images_dir / one.image for one in records if one.incarnation != booting}
+            await self._step("standbys", self.standbys.drop_unused(held_images))
+            await self._step("links", self.network.trim())
             late = asyncio.get_running_loop().time() - self.settings.standbys.warm_seconds
             for session in [session for session, since in self._warm.items() if since < late]:
-                await self._cool(session)
+                await self._step(f"cool {session}", self._cool(session))
+
+    async def _step(self, name: str, work: Coroutine[object, object, None]) -> None:
+        """Does one step of what goes on for ever: what it raises ends that step alone."""
+        try:
+            await work
+        except Exception:
+            log.exception("housekeeping.failed", step=name)
 
     def _has_memory(self) -> bool:
         """Enough of it for hypervisors that only wait."""
         limits = self.settings.limits
         return memory_available_bytes() > (2 * limits.reserve_mib + 4 * limits.growth_mib) << 20
-
-    def _spawn(self, work: object) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

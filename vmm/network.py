@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
+
 from gateway.config import Egress
 from gateway.messages import EgressRules
 from gateway.observe.use import Use
@@ -60,6 +62,7 @@ SOCKETS = 8  # as many as an edge asks for at once
 _MOST = 48
 _QUIET_SECONDS = 0.6  # after a take: a refill must not compete with the resume that it follows
 T = TypeVar("T")
+log = structlog.get_logger()
 
 
 def open_tap_to_nowhere() -> int:
@@ -238,7 +241,11 @@ class Network:
             if quiet > 0:
                 await asyncio.sleep(min(quiet, _QUIET_SECONDS))
                 continue
-            self._ready.append(await self._call(self._create))
+            try:
+                self._ready.append(await self._call(self._create))
+            except Exception as error:  # the next take begins again
+                log.warning("link.not_made", error=repr(error))
+                return
 
     def _create(self) -> Link:
         self._count += 1

@@ -71,8 +71,9 @@ class Standbys:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        for machine in ready:
-            await machine.kill()
+        failures = await asyncio.gather(*(machine.kill() for machine in ready), return_exceptions=True)
+        for error in filter(None, failures):  # that one alone
+            log.error("standby.not_ended", image=image.name, error=repr(error))
 
     async def forget(self, image: Path) -> None:
         """The image is deleted."""

@@ -236,8 +236,10 @@ class Store:
             during, self._meanwhile = self._meanwhile, []
             try:
                 await self.db._execute(self._transaction, batch, during, asyncio.get_running_loop())  # type: ignore[no-untyped-call]
-            except sqlite3.Error as error:
+            except Exception as error:
                 # Nothing of it was written; who waits takes its change back, or makes it again.
+                if not isinstance(error, sqlite3.Error):
+                    log.exception("store.failed", path=str(self._path))
                 for waiter in waiters:
                     waiter.set_exception(StoreError(f"{self._path}: {error}"))
                 continue

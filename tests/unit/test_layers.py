@@ -20,7 +20,7 @@ ALLOWED = {
     "gateway.images": {"gateway.accounts.directory", "gateway.config", "gateway.messages", "gateway.reach", "gateway.rpc", "gateway.sessions"},
     "gateway.guest": {"gateway.config", "gateway.messages", "gateway.accounts.directory", "gateway.sessions.egress", "gateway.sessions.model", "gateway.sessions.store"},
     "gateway.observe": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.states"},
-    "vmm": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc"},
+    "vmm": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.rpc", "gateway.tasks"},
     "gateway.cli": {"gateway.config", "gateway.instance", "gateway.supervisor", "vmm.assets", "vmm.base", "vmm.probe", "vmm.cgroups", "vmm.errors", "vmm.leftovers", "vmm.making", "gateway.listeners", "gateway.process", "gateway.sessions.logs", "gateway.sessions.model", "gateway.observe", "gateway.rpc", "gateway.messages"},
 }  # fmt: skip
 

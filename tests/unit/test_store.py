@@ -116,6 +116,17 @@ async def test_a_failed_write_is_an_error_and_the_next_succeeds(store: Store) ->
     assert rows == [("small", "RUNNING")]
 
 
+async def test_what_cannot_be_a_row_fails_its_own_commit_and_no_later_one(store: Store) -> None:
+    """SQLite's integers have 64 bits; what is not sqlite3.Error once ended the writer, and every caller waited for ever."""
+    store.add_event("s1", "event", "", "", incarnation=1 << 80)
+    async with asyncio.timeout(5):
+        with pytest.raises(StoreError, match="too large"):
+            await store.commit()
+        store.put_session(session("one"))
+        await store.commit()
+    assert list(await store.db.execute_fetchall("SELECT id FROM sessions")) == [("one",)]
+
+
 async def test_the_event_table_keeps_the_last_rows_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storing, "_EVENTS_KEPT", 5)
     for number in range(20):

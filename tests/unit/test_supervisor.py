@@ -77,6 +77,39 @@ async def test_a_reload_that_fails_is_recorded_and_the_next_one_works(one: Scrip
     await until(lambda: not set(one.serving()) & set(before))
 
 
+async def test_a_state_that_cannot_be_saved_keeps_nothing_from_being_started_again(one: Scripted) -> None:
+    """As with a full tmpfs: the task that watched the process once ended with the error, and the process was never started again."""
+    path, before = state_file(one._settings), one.serving()
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    os.kill(before[0], signal.SIGKILL)
+    await until(lambda: len(one.serving()) == 2 and before[0] not in one.serving())
+    one.script = "exit 1"
+    one.want_reload()
+    await until(lambda: one._state.failure)
+    one.script = SERVES
+    before = one.serving()
+    one.want_reload()
+    await until(lambda: not set(one.serving()) & set(before))
+    path.rmdir()
+    one._save_state()
+    assert {entry.pid for entry in read_state(path).processes if entry.serves and entry.name != "vmm"} == set(one.serving())
+
+
+async def test_certificates_are_looked_at_again_whatever_went_wrong_once(one: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+
+    def update(settings: Settings) -> None:
+        looked.append(1)
+        raise TypeError("a key of a kind that the library does not know")
+
+    monkeypatch.setattr(instance, "update_certificates", update)
+    monkeypatch.setattr(supervisor, "_CERTIFICATES_SECONDS", 0.001)
+    keeper = asyncio.ensure_future(one.keep_certificates())
+    await until(lambda: len(looked) > 2)
+    keeper.cancel()
+
+
 async def test_reloads_that_are_asked_for_during_one_are_one_more(one: Scripted) -> None:
     one.may_spawn.clear()
     one.spawned.clear()

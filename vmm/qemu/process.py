@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import structlog
 import xxhash
 
 from gateway.observe.steps import Steps
@@ -25,6 +26,8 @@ from ..network import Link, Network
 from . import machine as topology
 from .machine import StandIns
 from .qmp import Qmp, QmpError
+
+log = structlog.get_logger()
 
 _KILL_SECONDS = 10
 _ENDING_SECONDS = 1.0
@@ -242,12 +245,16 @@ class QemuMachine:
 
     async def _retry_io(self) -> None:
         """QEMU stops a guest whose disk cannot grow (werror=enospc, its default). It goes on when there is room again."""
-        with contextlib.suppress(QmpError):
-            while True:
-                await asyncio.sleep(_STARVED_RETRY_SECONDS)
+        while True:
+            await asyncio.sleep(_STARVED_RETRY_SECONDS)
+            try:
                 if self.record.phase != "running" or await self.status() != _STARVED:
                     return
                 await self.qmp.run("cont")
+            except QmpError as error:  # a host this short of room may be slow as well: no other event would make the guest go on
+                if self._ended.done() or self.qmp.closed.done():
+                    return
+                log.warning("starved.retry", vm=self.record.vm, error=str(error))
 
     async def save(self, directory: Path) -> list[Sum]:
         try:

@@ -1,0 +1,186 @@
+"""What vmm does now and then, for ever: a step that fails costs that step alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from waiting import until
+
+from gateway import messages as m
+from gateway.config import Egress, Settings
+from vmm import daemon, drivers, network, standbys
+from vmm.daemon import Vmm
+from vmm.driver import Process
+from vmm.network import Link, Network
+from vmm.qemu import process as qemu
+from vmm.qemu.process import QemuMachine
+from vmm.qemu.qmp import QmpError
+from vmm.standbys import Standbys
+
+
+class Machine:
+    def __init__(self, session: str, can_be_killed: bool = True) -> None:
+        self.record = Process(session, 1, 1, "image", 1)
+        self.record.session, self.record.incarnation, self.record.phase = session, 1, "warm"
+        self.can_be_killed = can_be_killed
+        self.killed = 0
+        self.ended = asyncio.Event()
+
+    async def kill(self) -> None:
+        self.killed += 1
+        if not self.can_be_killed:
+            raise TimeoutError
+        self.ended.set()
+
+    async def wait(self) -> None:
+        await self.ended.wait()
+
+
+class Host:
+    """What the daemon's parts do, each of which may be told to fail."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.failing: set[str] = set()
+
+    def step(self, name: str) -> Any:
+        async def work(*arguments: object) -> None:
+            self.done.append(name)
+            if name in self.failing:
+                raise IndexError(name)
+
+        return work
+
+
+@pytest.fixture
+async def host() -> Host:
+    return Host()
+
+
+@pytest.fixture
+async def vmm(tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Vmm]:
+    monkeypatch.setattr(drivers, "choose", lambda *arguments: None)
+    monkeypatch.setattr(daemon, "_HOUSEKEEPING_SECONDS", 0.001)
+    settings = Settings(root=tmp_path / "root", run=tmp_path / "run", standbys={"warm_seconds": 1.0})  # type: ignore[arg-type]
+    settings.sessions_dir.mkdir(parents=True)
+    made = Vmm(settings, m.HostInfo("kvm", "", "qemu", "", 1, 1, "x86_64", []), None)  # type: ignore[arg-type]
+    monkeypatch.setattr(made.standbys, "drop_unused", host.step("standbys"))
+    monkeypatch.setattr(made.network, "trim", host.step("links"))
+    monkeypatch.setattr(made.network, "release", host.step("release"))
+    yield made
+    host.failing.clear()
+    await made.close()
+
+
+def keep_warm(vmm: Vmm, machine: Machine, tmp_path: Path) -> None:
+    held = vmm.hold(machine.record.session, machine, Link(tmp_path / machine.record.session))  # type: ignore[arg-type]
+    held.expected = True
+    vmm._warm[machine.record.session] = float("-inf")
+
+
+async def test_steps_that_fail_keep_no_other_from_being_done(vmm: Vmm, host: Host, tmp_path: Path) -> None:
+    host.failing |= {"standbys", "links"}
+    stuck, other = Machine("stuck", can_be_killed=False), Machine("other")
+    keep_warm(vmm, stuck, tmp_path)
+    keep_warm(vmm, other, tmp_path)
+    vmm._spawn(vmm._housekeeping())
+    await until(lambda: other.killed and host.done.count("standbys") > 2 and host.done.count("links") > 2)
+
+
+async def test_a_hypervisor_that_does_not_end_in_time_is_let_go_of_when_it_does(vmm: Vmm, tmp_path: Path) -> None:
+    stuck = Machine("stuck", can_be_killed=False)
+    keep_warm(vmm, stuck, tmp_path)
+    with pytest.raises(TimeoutError):
+        await vmm._cool("stuck")
+    assert not vmm.is_at_rest("stuck")
+    stuck.ended.set()
+    await until(lambda: vmm.is_at_rest("stuck"))
+    assert not vmm._warm
+
+
+async def test_control_is_told_of_an_end_though_its_link_cannot_be_destroyed(vmm: Vmm, host: Host, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Control:
+        def notify(self, method: str, body: m.Ended) -> None:
+            told.append(f"{method} {body.session}")
+
+    vmm._controls.add(Control())  # type: ignore[arg-type]
+    host.failing.add("release")
+    machine = Machine("one")
+    vmm.hold("one", machine, Link(tmp_path / "one"))  # type: ignore[arg-type]
+    machine.ended.set()
+    await until(lambda: told)
+    assert told == ["ended one"] and vmm.is_at_rest("one")
+
+
+async def test_standbys_of_an_image_all_end_though_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standbys, "_QUIET_SECONDS", 0.0)
+    machines = [Machine("stuck", can_be_killed=False), Machine("other")]
+
+    class Driver:
+        async def standby(self, image: Path) -> Machine:
+            return machines[len(made._ready[image])]
+
+    made = Standbys(Driver(), 2, 2, 900.0, lambda: True)  # type: ignore[arg-type]
+    made.want(Path("a"))
+    await asyncio.gather(*made._refills.values())
+    await made.drop(Path("a"))
+    assert [machine.killed for machine in machines] == [1, 1]
+
+
+async def test_a_link_that_cannot_be_made_ends_neither_its_refill_nor_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "_QUIET_SECONDS", 0.0)
+    links = Network(tmp_path, Egress(closed=True), "test")
+    links._wanted, tries = 1, []
+
+    def create() -> Link:
+        tries.append(1)
+        if len(tries) == 1:
+            raise RuntimeError("can't start new thread")
+        return Link(tmp_path / "one")
+
+    released: list[Link] = []
+
+    async def release(link: Link) -> None:
+        released.append(link)
+
+    monkeypatch.setattr(links, "_create", create)
+    monkeypatch.setattr(links, "release", release)
+    links._refill()
+    assert links._filling is not None
+    await asyncio.wait([links._filling])
+    links._refill()
+    await until(lambda: links._ready)
+    links._wanted = 2
+    tries.clear()  # it fails again, and then vmm stops
+    links._refill()
+    await asyncio.wait([links._filling])
+    await links.close(is_empty=False)
+    assert len(released) == 1
+
+
+async def test_a_guest_that_waits_for_room_goes_on_though_its_hypervisor_was_slow_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qemu, "_STARVED_RETRY_SECONDS", 0.001)
+    machine = QemuMachine.__new__(QemuMachine)
+    machine.record = Process("vm", 1, 1, "a", 1)
+    machine.record.phase = "running"
+    machine._ended = asyncio.get_running_loop().create_future()
+    asked: list[str] = []
+
+    class Slow:
+        closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def run(self, command: str) -> dict[str, str]:
+            asked.append(command)
+            if len(asked) == 1:
+                raise QmpError("query-status: no answer in time")
+            return {"status": "running" if "cont" in asked else "io-error"}
+
+    machine._qmp = Slow()  # type: ignore[assignment]
+    await asyncio.wait_for(machine._retry_io(), 5)
+    assert asked == ["query-status", "query-status", "cont", "query-status"]
