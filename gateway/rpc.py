@@ -28,6 +28,8 @@ log = structlog.get_logger()
 
 _REQUEST, _REPLY, _ERROR, _NOTIFY = range(4)
 _FRAME_MAX_BYTES = 64 << 20
+_UNSENT_MAX_BYTES = 2 * _FRAME_MAX_BYTES  # for a peer that does not read: a stopped process, say
+_CALLED_OFF = "CancelledError"  # the kind of error of a handler that was cancelled
 _FDS_MAX = 64
 _PAUSE_SECONDS, _PAUSE_MOST_SECONDS = 0.01, 0.25  # between two tries to connect
 _READ_BYTES = 1 << 18
@@ -107,6 +109,7 @@ class Connection:
         self._in = bytearray()
         self._fds: deque[int] = deque()
         self._out: deque[tuple[memoryview, list[int]]] = deque()
+        self._unsent = 0  # bytes in `_out`
         self._tasks: set[asyncio.Task[None]] = set()
         self.uid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[1]
         self.closed: asyncio.Future[None] = self._loop.create_future()
@@ -182,8 +185,12 @@ class Connection:
     def _send(self, kind: int, number: int, method: str, body: Any, descriptors: list[int]) -> None:
         payload = _encode([kind, number, method, len(descriptors), body])
         self._out.append((memoryview(struct.pack("<I", len(payload)) + payload), descriptors))
+        self._unsent += len(payload) + 4
         if len(self._out) == 1:
             self._writable()
+        elif self._unsent > _UNSENT_MAX_BYTES:
+            log.error("rpc.not_read", uid=self.uid, bytes=self._unsent)
+            self.close()
 
     def _writable(self) -> None:
         while self._out:
@@ -197,6 +204,7 @@ class Connection:
                 self.close()
                 return
             _close_all(descriptors)
+            self._unsent -= sent
             if sent < len(data):
                 self._out[0] = (data[sent:], [])
                 continue
@@ -256,7 +264,8 @@ class Connection:
                 future.set_result((frame.body, fds))
             else:
                 failure = msgspec.msgpack.decode(frame.body, type=_Failure)
-                future.set_exception(RpcError(failure.kind, failure.text))
+                is_lost = failure.kind == _CALLED_OFF
+                future.set_exception(RpcLost(failure.text) if is_lost else RpcError(failure.kind, failure.text))
             return
         task = self._loop.create_task(self._serve(frame, fds))
         self._tasks.add(task)
@@ -265,6 +274,10 @@ class Connection:
     async def _serve(self, frame: _Frame, fds: list[int]) -> None:
         try:
             result = await self._handle(frame, fds)
+        except asyncio.CancelledError:  # its caller need not wait in vain
+            if frame.kind == _REQUEST and not self.closed.done():
+                self._send(_ERROR, frame.id, "", _Failure(_CALLED_OFF, f"{frame.method} was called off"), [])
+            raise
         except Exception as error:
             if frame.kind == _NOTIFY or isinstance(error, KeyError | TypeError | AttributeError | AssertionError):
                 log.exception("rpc.failed", method=frame.method)

@@ -122,6 +122,44 @@ async def test_silence_and_loss(server: Server, target: Target, tmp_path: Path) 
     server._socket, server._loop = socket.socket(), asyncio.get_running_loop()
 
 
+async def test_the_caller_of_a_handler_that_is_cancelled_is_told_at_once(server: Server, target: Target, tmp_path: Path) -> None:
+    """Whether it was carried out nobody can say, as with a lost connection; the connection goes on."""
+    connection = await connect(tmp_path / "s")
+    waiting = asyncio.create_task(connection.call("slow", timeout=60.0))
+    await target.is_slow.wait()
+    (served,) = server.connections
+    for task in list(served._tasks):
+        task.cancel()
+    async with asyncio.timeout(5):
+        with pytest.raises(RpcLost, match="slow was called off"):
+            await waiting
+        assert await connection.call("echo", SessionRef("a", 1), SessionRef) == SessionRef("aa", 1)
+    connection.close()
+
+
+async def test_a_peer_that_does_not_read_is_cut_off(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an edge that is stopped: what is told to it once made control grow without a bound."""
+    monkeypatch.setattr(rpc, "_UNSENT_MAX_BYTES", 4 << 20)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(tmp_path / "s"))
+    await until(lambda: server.connections)
+    (served,) = server.connections
+    for _ in range(100):
+        served.notify("told", b"x" * 100_000)
+    assert served.closed.done() and sum(len(data) for data, _ in served._out) < 5 << 20
+    await until(lambda: not server.connections)
+    sock.close()
+
+
+async def test_what_was_sent_counts_no_longer(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "_UNSENT_MAX_BYTES", 4 << 20)
+    connection = await connect(tmp_path / "s")
+    for number in range(200):
+        assert (await connection.call("echo", SessionRef("x" * 100_000, number), SessionRef)).incarnation == number
+    assert connection._unsent == 0
+    connection.close()
+
+
 async def test_other_users_are_refused(target: Target, tmp_path: Path) -> None:
     server = Server(tmp_path / "t", Service(target), {os.getuid() + 1})
     connection = await connect(tmp_path / "t")
