@@ -322,8 +322,9 @@ def _adopt_sockets(old: list[Recorded]) -> dict[str, list[list[socket.socket]]]:
 
 
 def _signal(process: Recorded, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, number)
+    if process.started is not None:
+        with contextlib.suppress(ProcessLookupError):
+            host.signal_process(process.pid, process.started, number)
 
 
 async def _stop_old(old: list[Recorded]) -> None:

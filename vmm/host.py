@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import re
+import signal
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,6 +84,16 @@ def exchange(one: Path, other: Path) -> None:
 def become_subreaper() -> None:
     """Orphans below this process are given to it, so that they can be waited for (prctl(2))."""
     _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
+
+
+def signal_process(pid: int, started: int, number: int) -> None:
+    """Sends a signal to the process that began at `started` (start_time), and to no other that has its number by now. Raises OSError."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        if start_time(pid) == started:
+            signal.pidfd_send_signal(pidfd, number)
+    finally:
+        os.close(pidfd)
 
 
 def start_time(pid: int) -> int | None:

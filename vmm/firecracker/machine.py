@@ -51,6 +51,7 @@ class FirecrackerMachine:
         self.place = place
         self._cgroups, self._remove = cgroups, remove
         self._api: Api | None = None
+        self._pidfd: int | None = None  # while it runs
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._last_words = ""
 
@@ -92,6 +93,7 @@ class FirecrackerMachine:
         self.record.pid, self.record.started = pid, host.start_time(pid) or 0
         self.save_record()
         self._api = Api(self.jail.root)
+        self._pidfd = pidfd
         asyncio.get_running_loop().add_reader(pidfd, self._gone, pidfd)
 
     async def connect(self) -> None:
@@ -242,8 +244,9 @@ class FirecrackerMachine:
             if not self._ended.done():
                 await self._clean()
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.record.pid, signal.SIGKILL)
+        if self._pidfd is not None:  # its number may be another's once it has ended
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         async with asyncio.timeout(_KILL_SECONDS):
             await self.wait()
 
@@ -261,6 +264,7 @@ class FirecrackerMachine:
     def _gone(self, pidfd: int) -> None:
         asyncio.get_running_loop().remove_reader(pidfd)
         os.close(pidfd)
+        self._pidfd = None
         asyncio.get_running_loop().create_task(self._clean())
 
     async def _clean(self) -> None:
@@ -268,5 +272,7 @@ class FirecrackerMachine:
         if self._api is not None:
             await self._api.close()
         self._last_words = places.last_words(self.place.directory)
-        await self._remove()
-        self._ended.set_result(None)
+        try:
+            await self._remove()
+        finally:  # it has ended, whatever is left of it
+            self._ended.set_result(None)

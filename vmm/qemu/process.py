@@ -63,7 +63,7 @@ class QemuMachine:
         self._qmp: Qmp | None = None
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._last_words = ""
-        self._pidfd = os.pidfd_open(record.pid)
+        self._pidfd: int | None = os.pidfd_open(record.pid)  # while it runs
         self._state: int | None = state  # what the state of its devices is written to
         self._mapper = mapper
         self._stand_ins: StandIns | None = None
@@ -346,8 +346,9 @@ class QemuMachine:
         await self.qmp.run("stop")
 
     async def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.record.pid, signal.SIGKILL)
+        if self._pidfd is not None:  # its number may be another's once it has ended
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         async with asyncio.timeout(_KILL_SECONDS):
             await self.wait()
 
@@ -375,8 +376,10 @@ class QemuMachine:
 
     def _gone(self) -> None:
         self.record.phase = "ended"
+        assert self._pidfd is not None
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
+        self._pidfd = None
         asyncio.get_running_loop().create_task(self._clean())
 
     def _close_mapper(self) -> None:
@@ -401,8 +404,10 @@ class QemuMachine:
             os.close(self.image_memory)
             self.image_memory = None
         self._last_words = places.last_words(self._directory)
-        await self._remove()
-        self._ended.set_result(None)
+        try:
+            await self._remove()
+        finally:  # it has ended, whatever is left of it
+            self._ended.set_result(None)
 
 
 def _verify(snapshot: Path) -> None:
