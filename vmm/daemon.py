@@ -215,14 +215,16 @@ class Vmm:
                 await machine.prepare(snapshot, overlay, link)
                 self.hold(body.session, machine, link)
                 return
-            except (VmmError, asyncio.CancelledError) as error:
-                if machine is not None:
-                    await machine.kill()
-                if parked is not None:
-                    self._parked[body.session] = parked
-                else:
-                    await self.network.release(link)
-                if attempt == _PREPARE_TRIES or isinstance(error, asyncio.CancelledError):
+            except BaseException as error:
+                try:
+                    if machine is not None:
+                        await machine.kill()
+                finally:
+                    if parked is not None:
+                        self._parked[body.session] = parked
+                    else:
+                        await self.network.release(link)
+                if attempt == _PREPARE_TRIES or not isinstance(error, VmmError):
                     raise
                 log.warning("prepare.retry", session=body.session, error=str(error))
 

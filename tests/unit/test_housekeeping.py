@@ -17,6 +17,7 @@ from vmm.daemon import Vmm
 from vmm.driver import Process
 from vmm.network import Link, Network
 from vmm.qemu import process as qemu
+from vmm.qemu.driver import QemuDriver
 from vmm.qemu.process import QemuMachine
 from vmm.qemu.qmp import QmpError
 from vmm.standbys import Standbys
@@ -116,6 +117,47 @@ async def test_control_is_told_of_an_end_though_its_link_cannot_be_destroyed(vmm
     machine.ended.set()
     await until(lambda: told)
     assert told == ["ended one"] and vmm.is_at_rest("one")
+
+
+@pytest.mark.parametrize("parked", [False, True])
+async def test_a_prepare_that_fails_in_whatever_way_keeps_neither_link_nor_hypervisor(
+    vmm: Vmm, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parked: bool
+) -> None:
+    """As without a free descriptor, which is an OSError of whatever step it is."""
+    machine, link = Machine("one"), Link(tmp_path / "link")
+
+    async def prepare(*arguments: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    async def take(*arguments: object) -> Any:
+        return machine if arguments else link
+
+    machine.prepare = prepare  # type: ignore[attr-defined]
+    monkeypatch.setattr(vmm.standbys, "take", take)
+    monkeypatch.setattr(vmm.network, "take", take)
+    if parked:
+        vmm._parked["one"] = link
+    with pytest.raises(OSError, match="Too many open files"):
+        await vmm._prepare(m.PrepareRequest("one", 1, "image", True), tmp_path, tmp_path, tmp_path)
+    assert machine.killed == 1 and vmm.is_at_rest("one")
+    assert host.done == ([] if parked else ["release"]) and vmm._parked == ({"one": link} if parked else {})
+
+
+async def test_an_image_that_could_not_be_loaded_once_is_loaded_by_who_asks_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = QemuDriver.__new__(QemuDriver)
+    driver._shared = {}
+    tries: list[str] = []
+
+    async def load(image: Path) -> str:
+        tries.append(image.name)
+        if len(tries) == 1:
+            raise RuntimeError("can't start new thread")
+        return "loaded"
+
+    monkeypatch.setattr(driver, "_load", load)
+    with pytest.raises(RuntimeError):
+        await driver._share(Path("a"))
+    assert [await driver._share(Path("a")) for _ in range(2)] == ["loaded", "loaded"] and tries == ["a", "a"]
 
 
 async def test_standbys_of_an_image_all_end_though_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

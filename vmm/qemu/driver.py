@@ -195,7 +195,7 @@ class QemuDriver:
         """Lets go of what an image's clones share; those that still run keep theirs."""
         task = self._shared.pop(image, None)
         if task is not None:
-            with contextlib.suppress(OSError, StateLost):
+            with contextlib.suppress(Exception):
                 shared = await task
                 os.close(shared.memory)
                 os.close(shared.disk)
@@ -208,9 +208,12 @@ class QemuDriver:
             self._shared[image.name] = task
         try:
             return await asyncio.shield(task)
-        except OSError as error:
-            self._shared.pop(image.name, None)
-            raise StateLost(str(error)) from error
+        except BaseException as error:
+            if task.done() and self._shared.get(image.name) is task:  # who asks next loads it again
+                del self._shared[image.name]
+            if isinstance(error, OSError):
+                raise StateLost(str(error)) from error
+            raise
 
     async def _load(self, image: Path) -> _Shared:
         disk = memory.sealed(f"torpor-disk-{image.name}", (image / self.disk_template).read_bytes())
