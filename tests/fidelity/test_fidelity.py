@@ -140,7 +140,7 @@ def rows() -> Iterator[Any]:
             yield pytest.param(image.name, marks=marks)
 
 
-@pytest.mark.parametrize("name", rows())
+@pytest.mark.parametrize("name", list(rows()))
 def test_a_row(running: Running, name: str) -> None:
     image, build = running.image, running.build
     log = running.log(build=True)
