@@ -7,6 +7,7 @@ import os
 import socket
 from pathlib import Path
 
+from . import files
 from .config import ConfigError, Settings
 
 _CHOICES = (443, 8443)
@@ -101,7 +102,7 @@ def choose_edge_port(settings: Settings, in_use: bool) -> int:
         port = next((candidate for candidate in (*_CHOICES, *_SEARCH) if _is_free(addresses, candidate)), 0)
         if not port:
             raise ConfigError("no free port for the edge from 443, 8443 to 8543: set edge.port")
-    kept.write_text(str(port), encoding="ascii")
+    files.write(kept, str(port).encode(), 0o644)
     return port
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import boto3
+import msgspec
 import structlog
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
+from gateway import files
 from gateway.config import Settings
 
 from .logs import LogEvent, LogStore
@@ -40,12 +40,23 @@ def default_client(settings: Settings) -> Any:
     )  # fmt: skip
 
 
+def _read(cursors: Path) -> dict[str, int]:
+    """How far each stream was sent; nothing where that cannot be known, and then all of it is sent again."""
+    try:
+        return msgspec.json.decode(cursors.read_bytes(), type=dict[str, int])
+    except FileNotFoundError:
+        return {}
+    except msgspec.MsgspecError as error:
+        log.error("logs.sent_again", path=str(cursors), error=str(error))
+        return {}
+
+
 class Shipper:
     def __init__(self, store: LogStore, cursors: Path, client: Callable[[], Any]) -> None:
         self._store = store
         self._path = cursors
         self._client = client
-        self._sent: dict[str, int] = json.loads(cursors.read_text(encoding="utf-8")) if cursors.exists() else {}
+        self._sent = _read(cursors)
         self._made: set[tuple[str, str]] = set()
 
     async def run(self) -> None:
@@ -99,6 +110,4 @@ class Shipper:
             logGroupName=group, logStreamName=stream, logEvents=[{"timestamp": event.t, "message": event.m or " "} for event in ordered]
         )
         self._sent[key] = after
-        temporary = self._path.with_suffix(".new")
-        temporary.write_text(json.dumps(self._sent), encoding="utf-8")
-        os.replace(temporary, self._path)
+        files.write(self._path, msgspec.json.encode(self._sent), 0o644)
