@@ -18,7 +18,7 @@ from typing import IO, cast
 import zstandard
 
 from .errors import StateLost
-from .snapshots import OVERLAY
+from .snapshots import OVERLAY, sync
 
 _LEVEL = 3
 _CHUNK = 1 << 20
@@ -76,12 +76,10 @@ def unpack(source: int, digest: str, session: Path) -> None:
             with zstandard.ZstdDecompressor().stream_reader(file) as plain, tarfile.open(fileobj=plain, mode="r|") as archive:
                 for member in archive:
                     _take(archive, member, work)
-            for path in work.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as written:
-                        os.fsync(written.fileno())
+            sync([work, *work.rglob("*")])
             shutil.rmtree(session, ignore_errors=True)
             work.rename(session)
+            sync([session.parent])  # before its copy in the object store goes
         except (tarfile.TarError, zstandard.ZstdError, EOFError) as error:
             raise StateLost(f"the archive of session {session.name} cannot be read: {error}") from error
         finally:

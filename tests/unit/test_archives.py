@@ -53,6 +53,32 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["microvm-1"]
 
 
+def test_what_came_back_outlives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, their directories' entries, and the name under which they are found: then control deletes the copy in the object store."""
+    session = make(tmp_path / "a")
+    _, digest = packed(session, tmp_path / "archive")
+    target = tmp_path / "b/microvm-1"
+    target.parent.mkdir()
+    done: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(f"{tmp_path}/b"))
+        sync(descriptor)
+
+    def renamed(path: Path, new: Path) -> Path:
+        done.append("rename")
+        return rename(path, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    unpack(tmp_path / "archive", digest, target)
+    work = "/microvm-1.new"
+    names = ["3.pages", "3.runs", "devices.state", "snapshot.json"]
+    assert set(done[:-2]) == {work, f"{work}/overlay", f"{work}/snapshot-3", *(f"{work}/snapshot-3/{name}" for name in names)}
+    assert done[-2:] == ["rename", ""]
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut"])
 def test_damage_leaves_nothing(tmp_path: Path, damage: str) -> None:
     _, digest = packed(make(tmp_path / "a"), tmp_path / "archive")
