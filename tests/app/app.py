@@ -227,11 +227,11 @@ async def respond(method, path, query, fields, body, writer, peer):
 
 async def main():
     asyncio.create_task(tick())
+    with open("/var/tmp/started", "wb") as file:  # before it listens, which says that it has started: no clone should have to write it
+        file.write(os.urandom(1 << 20) * 4)
     await asyncio.start_server(serve, "0.0.0.0", int(os.environ.get("APP_PORT", "8080")))
     await asyncio.start_server(serve, "127.0.0.1", 7001)
     await asyncio.start_server(serve, "0.0.0.0", 9000)
-    with open("/var/tmp/started", "wb") as file:  # which no clone should have to write to its disk
-        file.write(os.urandom(1 << 20) * 4)
     print("serving", os.environ["GREETING"], flush=True)
     await asyncio.Event().wait()
 
