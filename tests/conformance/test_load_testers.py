@@ -140,8 +140,11 @@ def test_h2load_with_a_body(target: Target, version: str) -> None:
 
 
 def test_httperf(target: Target) -> None:
-    """A session of its own language: a body up, and one down, on each connection, again and again."""
-    up, down, calls = 2000, 50_000, REQUESTS // CONNECTIONS // 2
+    """A session of its own language: a body up, and one down, on each connection, again and again.
+
+    httperf waits for ever for an answer whose last TLS record comes in two pieces, though it has read both (strace shows it): what it is
+    to read comes in one."""
+    up, down, calls = 2000, 5_000, REQUESTS // CONNECTIONS // 2
     session = target.body.with_name("session")
     session.write_text(f'/echo method=POST contents="{"x" * up}"\n/big?n={down}\n' * calls)
     said = target.run(
