@@ -1,7 +1,7 @@
 """The base image: the announcement's own where its registry answers, else a small Debian that carries `dnf`, made once with mmdebstrap.
 
-Of the local one: the host's package sources are lent to the bootstrap. What stays of them is what a microVM can reach by itself, so that
-its apt works; where that is nothing, Debian's own names are written. Authorities that the host's operator added, the base trusts too.
+Of the local one: the host's package sources are lent to the bootstrap. They stay in the base where a microVM can reach them by itself, so
+that its apt works. Authorities that the host's operator added, the base trusts too.
 """
 
 from __future__ import annotations
@@ -27,19 +27,6 @@ EXTRA = (
     "usr-is-merged", "apt", "ca-certificates", "debian-archive-keyring", "bzip2", "curl", "gpg", "iproute2", "less", "mount", "netbase",
     "procps", "python3-venv", "tzdata", "vim-tiny", "xz-utils",
 )  # fmt: skip
-_DEBIAN = """\
-Types: deb
-URIs: http://deb.debian.org/debian
-Suites: {suite} {suite}-updates
-Components: main
-Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
-
-Types: deb
-URIs: http://deb.debian.org/debian-security
-Suites: {suite}-security
-Components: main
-Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
-"""
 SOURCES = "/etc/apt/sources.list.d/torpor.sources"  # builds see the host's own in its place (vmm/lending.py)
 _AUTHORITIES = Path("/usr/local/share/ca-certificates")
 CONFIG = Path(__file__).parents[1] / "config" / "base"
@@ -55,13 +42,12 @@ def _essential() -> list[str]:
     return sorted(set(names))
 
 
-def guest_sources(sources: str, suite: str = SUITE) -> str:
-    """Of the host's sources, those whose hosts are names of the internet's; Debian's own where one is not (a file, an address, a name of
-    this network), since a microVM's way out leads to the internet only."""
+def guest_sources(sources: str) -> str:
+    """The host's sources for microVMs, where each of their hosts is a name of the internet's: nothing where one is a file, an address or a
+    name of this network, since a microVM's way out leads to the internet only."""
     hosts = [urlsplit(word) for line in sources.splitlines() if line.startswith("URIs:") for word in line.split()[1:]]
     reached = all(host.scheme in ("http", "https") and host.port is None and _is_public(host.hostname or "") for host in hosts)
-    text = "".join(f"{line}\n" for line in sources.splitlines() if not line.startswith("#"))
-    return text if hosts and reached else _DEBIAN.format(suite=suite)
+    return "".join(f"{line}\n" for line in sources.splitlines() if not line.startswith("#")) if reached else ""
 
 
 def _is_public(host: str) -> bool:
@@ -109,7 +95,7 @@ def make(target: Path, key: str, authorities: Path | None = None) -> None:
 
 def local_key() -> str:
     tools = sorted(path for path in (CONFIG / "dnf").iterdir() if path.is_file())
-    return key_of(make_base, _essential, guest_sources, _DEBIAN, SUITE, EXTRA, *tools, CONFIG / "update-ca-trust", *_authorities())
+    return key_of(make_base, _essential, guest_sources, SUITE, EXTRA, *tools, CONFIG / "update-ca-trust", *_authorities())
 
 
 def make_base(target: Path) -> None:
