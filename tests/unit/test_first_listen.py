@@ -99,43 +99,37 @@ async def test_a_new_incarnation_may_be_starting_again(rig: Rig) -> None:
     assert await asked == 200
 
 
-async def test_one_request_asks_for_all(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many wait, the application that is starting is asked ten times a second, as by one."""
+@pytest.fixture
+def dials(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The port of each connection that is tried."""
     from gateway.edge.origin import upstream
 
-    dials = 0
+    ports: list[int] = []
     reach = upstream.reach
 
     async def counted(take: Any, port: int) -> Any:
-        nonlocal dials
-        dials += 1
+        ports.append(port)
         return await reach(take, port)
 
     monkeypatch.setattr(upstream, "reach", counted)
+    return ports
+
+
+async def test_one_request_asks_for_all(rig: Rig, dials: list[int]) -> None:
+    """However many wait, the application that is starting is asked ten times a second, as by one."""
     await rig.start(connect_seconds=0.001, hold_seconds=0.5)
     await close(rig)
     assert await asyncio.gather(*(ask(rig) for _ in range(50))) == [502] * 50
-    assert dials <= 50 + 50 + 10, "one each before, one each at the end, and what one asked meanwhile"
+    assert len(dials) <= 50 + 50 + 10, "one each before, one each at the end, and what one asked meanwhile"
 
 
-async def test_a_scan_of_ports_asks_a_few_at_a_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gateway.edge.origin import upstream
-
-    dials = 0
-    reach = upstream.reach
-
-    async def counted(take: Any, port: int) -> Any:
-        nonlocal dials
-        dials += 1
-        return await reach(take, port)
-
-    monkeypatch.setattr(upstream, "reach", counted)
+async def test_a_scan_of_ports_asks_a_few_at_a_time(rig: Rig, dials: list[int]) -> None:
     await rig.start(connect_seconds=0.001, hold_seconds=0.5)
     own = str(rig.app_port).encode()
     requests = [rig.request().replace(b"proxy-port: " + own, b"proxy-port: %d" % port) for port in range(1, 61)]
     answers = await asyncio.gather(*(rig.ask(request) for request in requests))
     assert [status for ((status, _, _),) in answers] == [502] * 60
-    assert dials <= 2 * 60 + 8 * 10, "some at once and at the end, and meanwhile ten times a second of eight"
+    assert len(dials) <= 2 * 60 + 8 * 10, "some at once and at the end, and meanwhile ten times a second of eight"
     assert await ask(rig) == 200
     assert not rig.worker.upstream.incarnation("s1", 1).askers.locked()
 
