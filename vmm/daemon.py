@@ -293,8 +293,9 @@ class Vmm:
             try:
                 written = await held.machine.save(work)
                 manifest = await asyncio.to_thread(
-                    self.snapshots.commit, body.session, body.incarnation, work, held.machine.record.chain, written
-                )
+                    self.snapshots.commit, body.session, body.incarnation, work, held.machine.record.chain, written,
+                    held.machine.record.made,
+                )  # fmt: skip
                 steps.mark("synced and renamed")
             except (VmmError, OSError) as error:
                 shutil.rmtree(work, ignore_errors=True)

@@ -21,6 +21,7 @@ import xxhash
 from . import host
 from .errors import StateLost
 from .host import PAGE
+from .provenance import Provenance
 
 MANIFEST = "snapshot.json"
 _CHUNK = 4 << 20
@@ -41,6 +42,7 @@ class Manifest(msgspec.Struct):
     chain: list[int]
     files: list[Sum]
     overlay_bytes: int
+    made: Provenance | None = None  # by what; None: as its image (commit 165a0cb wrote nothing here)
 
 
 class Segment(msgspec.Struct, frozen=True, order=True):
@@ -198,6 +200,6 @@ def fold(snapshot: Path, manifest: Manifest, target: Path) -> Manifest:
     kept = [file for file in manifest.files if file.name not in names(manifest.chain)]
     for file in kept:
         os.link(snapshot / file.name, target / file.name)
-    folded = Manifest([newest], [*kept, *(checksum(target / name) for name in names([newest]))], manifest.overlay_bytes)
+    folded = Manifest([newest], [*kept, *(checksum(target / name) for name in names([newest]))], manifest.overlay_bytes, manifest.made)
     write_manifest(target, folded)
     return folded

@@ -17,6 +17,7 @@ from gateway.observe.steps import Steps
 from .diffs import Sum
 from .errors import DiskFull, StateLost, VmmError
 from .network import Link
+from .provenance import Provenance
 
 DEVICES = "devices.state"  # of an image or a snapshot: the state of the machine's devices
 WALL_CLOCK_AT = 12  # in a wake message, behind the frame's header (vmm/guest/guest.h)
@@ -43,6 +44,7 @@ class Process(msgspec.Struct):
     shape: Shape | None = None
     unchecked: str = ""  # a snapshot whose diffs have yet to be compared with their checksums
     saved: bool = False  # a snapshot was taken of this incarnation; it may have been called off
+    made: Provenance | None = None  # what its states are made by; an image's features are in its manifest alone
 
 
 class Machine(Protocol):

@@ -9,6 +9,7 @@ import msgspec
 from . import disks
 from .driver import Shape
 from .errors import StateLost, VmmError
+from .provenance import Provenance
 
 MANIFEST = "manifest.json"
 
@@ -20,6 +21,7 @@ class Manifest(msgspec.Struct):
     memory_bytes: int
     boot_bytes: int
     hypervisor: str = "qemu"
+    made: Provenance = Provenance()
 
 
 def read(image: Path, hypervisor: str) -> Manifest:

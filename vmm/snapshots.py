@@ -17,6 +17,7 @@ from pathlib import Path
 from . import diffs, disks, host
 from .diffs import Manifest, Sum
 from .errors import StateLost
+from .provenance import Provenance
 
 _PREFIX, _BASE, _NEW, _FOLD, _LINK = "snapshot-", "memory", "snapshot.new", "fold.new", "link"
 OVERLAY = "overlay"
@@ -57,7 +58,9 @@ class Snapshots:
         work.mkdir()
         return work
 
-    def commit(self, session: str, incarnation: int, work: Path, chain: list[int], written: list[Sum]) -> Manifest:
+    def commit(
+        self, session: str, incarnation: int, work: Path, chain: list[int], written: list[Sum], made: Provenance | None = None
+    ) -> Manifest:  # fmt: skip
         """Makes what was written, with the diffs under it, durable, and then the session's snapshot. Raises OSError, StateLost."""
         files = list(written)
         if chain:
@@ -65,7 +68,7 @@ class Snapshots:
             known = {one.name: one for one in diffs.read_manifest(base).files}
             diffs.link_chain(base, work, chain)
             files += [known[name] for name in diffs.names(chain)]
-        manifest = Manifest([*chain, incarnation], files, self.overlay(session).stat().st_size)
+        manifest = Manifest([*chain, incarnation], files, self.overlay(session).stat().st_size, made)
         diffs.write_manifest(work, manifest)
         sync([*(work / one.name for one in written), work / diffs.MANIFEST, work, self.overlay(session)])
         target = self.of(session) / f"{_PREFIX}{incarnation}"
