@@ -16,7 +16,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from . import files, process
+from . import executors, files, process
 from . import messages as m
 from .accounts.admin import Admin
 from .accounts.directory import Credentials, Directory
@@ -244,7 +244,7 @@ class Control:
     async def drop_old_logs(self) -> None:
         """Removes streams that nobody has written to for longer than the retention."""
         if days := self.settings.logs.retention_days:
-            await asyncio.to_thread(self.logs.drop_older, days * 86_400.0)
+            await executors.BULK.run(self.logs.drop_older, days * 86_400.0)
 
     async def rotate_keys(self) -> None:
         """Makes a new key for tokens when the newest is old, and sends the workers what checks them."""

@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 import uvloop
 
+from . import executors
 from .config import ConfigError, Settings
 from .observe import log
 
@@ -39,7 +40,8 @@ def ready() -> None:
         os.close(int(number))
 
 
-def run(name: str, main: Callable[[Settings], Coroutine[Any, Any, None]]) -> None:
+def run(name: str, main: Callable[[Settings], Coroutine[Any, Any, None]], has_threads: bool = True) -> None:
+    """`has_threads`: the process does blocking work in the pools of gateway/executors.py, which are there before anything else is."""
     log.configure(name)
     faulthandler.register(signal.SIGUSR2)  # a stack trace on standard error, for a process that seems stuck
     settings = Settings.model_validate_json(os.environ.pop(SETTINGS_VARIABLE))
@@ -51,7 +53,11 @@ def run(name: str, main: Callable[[Settings], Coroutine[Any, Any, None]]) -> Non
     sys.setswitchinterval(_SWITCH_SECONDS)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
+            if has_threads:
+                executors.start()
             runner.run(main(settings))
-        except ConfigError as error:  # what is to be done is in its line, not in a traceback
+        except (ConfigError, executors.NotStarted) as error:  # what is to be done is in its line, not in a traceback
             structlog.get_logger().error("process.not_started", error=str(error))
             raise SystemExit(1) from None
+        finally:
+            executors.close()

@@ -24,7 +24,7 @@ import structlog
 
 from vmm import host
 
-from . import instance, listeners
+from . import executors, instance, listeners
 from .children import STOP_SECONDS, Child, Children, Process, StartError
 from .config import ConfigError, Settings
 from .process import READY_VARIABLE, SETTINGS_VARIABLE, SOCKETS_VARIABLE
@@ -33,6 +33,7 @@ log = structlog.get_logger()
 
 _READY_SECONDS = 60.0
 _CERTIFICATES_SECONDS = 30.0
+_FILES_SECONDS = 60.0
 _CODE = Path(__file__).resolve().parents[1]
 
 
@@ -66,11 +67,14 @@ class Supervisor:
         self._reload_wanted = asyncio.Event()
         self._bound = self._code_mount()
         self._lock = -1
+        self._files = executors.Pool("files", 1, _FILES_SECONDS)
+        self._files.on_stuck = lambda: None  # certificates on a server that is away: the next look fails too, and all else goes on
 
     # ---- start ----
 
     async def start(self) -> Settings:
         """Everything up and serving; returns the settings with the ports that were chosen. Raises ConfigError, StartError."""
+        self._files.start()
         self._take_lock()
         host.become_subreaper()
         old = living(self._path)
@@ -234,7 +238,7 @@ class Supervisor:
 
     async def reload(self) -> None:
         """Replaces the edge workers one by one; no request is refused or cut. Raises ConfigError, StartError."""
-        await asyncio.to_thread(instance.update_certificates, self._settings)
+        await self._files.run(instance.update_certificates, self._settings)
         for child in self._edges():
             await self._processes.start(child)
         log.info("reloaded")
@@ -245,7 +249,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(_CERTIFICATES_SECONDS)
             try:
-                await asyncio.to_thread(instance.update_certificates, self._settings)
+                await self._files.run(instance.update_certificates, self._settings)
             except Exception as error:
                 log.error("tls.not_updated", error=str(error), exc_info=not isinstance(error, ConfigError | OSError | ValueError))
 
@@ -255,7 +259,7 @@ class Supervisor:
         await self._processes.end([child for child in self._children if child.name == "control"], signal.SIGUSR1)
         await self._processes.end(self._edges(), signal.SIGTERM)
         await self._processes.end(self._children, signal.SIGTERM)  # vmm and store
-        await asyncio.to_thread(self._clear_runtime)
+        await self._files.run(self._clear_runtime)
 
     async def stop_started(self) -> None:
         """After a start that failed: what was started ends."""

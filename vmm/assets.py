@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway import executors
 from gateway.config import Images
 
 from . import base, builder_root, jail, kernel, making, probe, registry
@@ -120,12 +120,10 @@ def _steps(wanted: Base = LOCAL, ask: Callable[[str], str] = lambda name: "") ->
 def make(cache: Path, say: Callable[[str], None], wanted: Base = LOCAL) -> None:
     """Makes what is missing; quick when all is there. Raises AssetError."""
     try:
-        with making.alone(cache), ThreadPoolExecutor() as pool:
+        with making.alone(cache):
             steps = tuple(_steps(wanted, lambda name: registry.digest(name, wanted.authorities)))
-            for work in [
-                pool.submit(_make, cache, line, say) for line in (tuple(one for one in steps if one is not _BUILDER), (_BUILDER,))
-            ]:
-                work.result()
+            lines = (tuple(one for one in steps if one is not _BUILDER), (_BUILDER,))
+            executors.BULK.map(lambda line: _make(cache, line, say), lines)
     except OSError as error:
         raise AssetError(str(error)) from error
 

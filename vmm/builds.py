@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gateway import descriptors, executors
 from gateway.messages import BuildRequest, BuildResult
 from gateway.observe.room import disk_free_bytes
 
@@ -133,7 +134,9 @@ class Stores:
 async def _say(log: int, text: str) -> None:
     """The pipe may be full, and its reader late: nobody else waits for it, and a log that nobody reads any more is no error."""
     with contextlib.suppress(TimeoutError, BrokenPipeError):
-        await asyncio.wait_for(asyncio.to_thread(os.write, log, f"torpor: {text}\n".encode()), _SAY_SECONDS)
+        async with asyncio.timeout(_SAY_SECONDS):
+            await descriptors.writable(log)
+        os.write(log, f"torpor: {text}\n".encode())
 
 
 def id_maps(option: str, first: int, single: list[int]) -> str:
@@ -242,7 +245,7 @@ class Builder:
                 result = await self._jailed(request, image, log, phases)
                 if result.status == _STORE_FAILS:
                     await _say(log, "the layer store is broken: building again with a new one")
-                    await asyncio.to_thread(self._stores.drop, request.account)
+                    await executors.BULK.run(self._stores.drop, request.account)
                     result = await self._jailed(request, image, log, phases)
                 return result
         except TimeoutError:
@@ -258,7 +261,7 @@ class Builder:
         namespace = self._namespaces / request.build
         build = self._builds[request.build]
         settings = self._settings
-        store, first, single = await asyncio.to_thread(self._stores.open, request.account, request.users)
+        store, first, single = await executors.LATENCY.run(self._stores.open, request.account, request.users)
         (work / "root").mkdir(parents=True)
         (work / "out").mkdir()
         os.chown(work / "out", first, first)
@@ -266,7 +269,7 @@ class Builder:
         self._log_in(work / "out/login", first, request.logins)
         self._cgroups.create(group, Limits(settings.memory_mib << 20, os.cpu_count() or 1, 50, 4096, 1 << 30))
         try:
-            await asyncio.to_thread(make_namespace, namespace, lambda: run_batch("link set lo up\n"))
+            await executors.LATENCY.run(make_namespace, namespace, lambda: run_batch("link set lo up\n"))
             await self._connect(build, work, namespace, {host.rpartition(":")[0] or host for host in request.logins})
             process = await asyncio.create_subprocess_exec(
                 "nsenter", f"--net={namespace}", "unshare", "--mount", "--fork", "--kill-child", "/bin/sh", str(_HERE / "build-jail.sh"),
@@ -331,7 +334,9 @@ class Builder:
             build.processes.append(process)
             os.close(ready_in)
             ready_in = -1
-            ready = await asyncio.wait_for(asyncio.to_thread(os.read, ready_out, 1), _SLIRP_SECONDS)
+            async with asyncio.timeout(_SLIRP_SECONDS):
+                await descriptors.readable(ready_out)
+            ready = os.read(ready_out, 1)
         except TimeoutError:
             ready = b""
         finally:
@@ -343,7 +348,7 @@ class Builder:
         if not ready:
             why = said.read_text(encoding="utf-8", errors="replace").strip()[-QUOTED_CHARACTERS:] or f"not within {_SLIRP_SECONDS} s"
             raise VmmError(f"slirp4netns did not start, and the build has no network: {why}")
-        await asyncio.to_thread(self._close_private, namespace, registries)
+        await executors.LATENCY.run(self._close_private, namespace, registries)
 
     def _close_private(self, namespace: Path, registries: set[str]) -> None:
         allowed = {_DNS}
@@ -366,13 +371,13 @@ class Builder:
             if process.returncode is None:  # or its number may be another's by now
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
-        await asyncio.to_thread(self._cgroups.remove, group)
+        await executors.UPKEEP.run(self._cgroups.remove, group)
         for process in build.processes:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), _STOP_SECONDS)
         build.processes.clear()
         build.tether = None
-        await asyncio.to_thread(destroy_namespace, namespace)
-        await asyncio.to_thread(shutil.rmtree, work, True)
+        await executors.UPKEEP.run(destroy_namespace, namespace)
+        await executors.BULK.run(lambda: shutil.rmtree(work, ignore_errors=True))
         used = {account for account, lock in self._one_at_a_time.items() if lock.locked()}
-        await asyncio.to_thread(self._stores.drop_unused, self._settings.cache_days, used)
+        await executors.BULK.run(self._stores.drop_unused, self._settings.cache_days, used)

@@ -5,37 +5,36 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
+
+from gateway import executors
+
 from . import host
 
 _DEADLINE_SECONDS = 20
+_BACK_TRIES, _BACK_SECONDS = 100, 0.05
+log = structlog.get_logger()
 T = TypeVar("T")
 
 
 def make_namespace(path: Path, setup: Callable[[], None]) -> None:
     """Makes a network namespace pinned at `path` and runs `setup` inside it; nothing is left when that fails."""
     path.touch(mode=0o600)
-    failure: list[BaseException] = []
 
-    def work() -> None:
-        try:
-            host.unshare(host.CLONE_NEWNET)
-            host.mount("/proc/thread-self/ns/net", str(path), None, host.MS_BIND)
-            setup()
-        except BaseException as error:
-            failure.append(error)
+    def pinned() -> None:
+        host.mount("/proc/thread-self/ns/net", str(path), None, host.MS_BIND)
+        setup()
 
-    # A thread that ends with its namespace: a pool's thread would have to find its way back.
-    worker = threading.Thread(target=work)
-    worker.start()
-    worker.join()
-    if failure:
+    try:
+        apart(pinned)
+    except BaseException:
         destroy_namespace(path)
-        raise failure[0]
+        raise
 
 
 def destroy_namespace(path: Path) -> None:
@@ -44,21 +43,42 @@ def destroy_namespace(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def apart(work: Callable[[], T]) -> T:
+    """What `work` returns, run by the calling thread while it is in a new namespace, which goes with what was opened in it. Raises
+    OSError."""
+    return _elsewhere(lambda: host.unshare(host.CLONE_NEWNET), work)
+
+
 def inside(path: Path, work: Callable[[], T]) -> T:
     """What `work` returns, run by the calling thread while it is in the namespace at `path`. Raises OSError."""
     target = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        back = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            host.setns(target, host.CLONE_NEWNET)
-            try:
-                return work()
-            finally:
-                host.setns(back, host.CLONE_NEWNET)
-        finally:
-            os.close(back)
+        return _elsewhere(lambda: host.setns(target, host.CLONE_NEWNET), work)
     finally:
         os.close(target)
+
+
+def _elsewhere(go: Callable[[], None], work: Callable[[], T]) -> T:
+    back = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        go()
+        try:
+            return work()
+        finally:
+            _go_back(back)
+    finally:
+        os.close(back)
+
+
+def _go_back(back: int) -> None:
+    """setns(2) takes memory. A thread that stayed in one tenant's namespace would do its next work there, so the process ends first."""
+    for _ in range(_BACK_TRIES):
+        with contextlib.suppress(OSError):
+            host.setns(back, host.CLONE_NEWNET)
+            return
+        time.sleep(_BACK_SECONDS)
+    log.error("namespace.no_way_back")
+    executors.replace_process()
 
 
 def run_batch(commands: str) -> None:

@@ -11,16 +11,15 @@ import contextlib
 import os
 import secrets
 import socket
-import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import structlog
 
+from gateway import executors
 from gateway.config import Egress
 from gateway.messages import EgressRules
 from gateway.observe.use import Use
@@ -28,7 +27,7 @@ from gateway.observe.use import Use
 from . import host
 from .egress import METADATA_ADDRESS, Uplink, accepts_of, link_rules
 from .errors import VmmError
-from .namespaces import destroy_namespace, inside, make_namespace, run_batch, run_nft
+from .namespaces import apart, destroy_namespace, inside, make_namespace, run_batch, run_nft
 
 HOST_ADDRESS = "169.254.77.1"
 GUEST_ADDRESS = "169.254.77.2"
@@ -60,6 +59,7 @@ neigh replace {GUEST_ADDRESS6} lladdr {GUEST_MAC} dev {TAP} nud permanent
 PORTS = "10000 32767"
 SOCKETS = 8  # as many as an edge asks for at once
 _MOST = 48
+_NAMESPACE_SECONDS = 120.0  # four of ip and nft in a row, each with its own deadline
 _QUIET_SECONDS = 0.6  # after a take: a refill must not compete with the resume that it follows
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -67,21 +67,7 @@ log = structlog.get_logger()
 
 def open_tap_to_nowhere() -> int:
     """Raises OSError."""
-    made: list[int | OSError] = []
-
-    def work() -> None:
-        try:
-            host.unshare(host.CLONE_NEWNET)
-            made.append(host.open_tap(TAP))
-        except OSError as error:
-            made.append(error)
-
-    worker = threading.Thread(target=work)  # the descriptor keeps the namespace
-    worker.start()
-    worker.join()
-    if isinstance(made[0], OSError):
-        raise made[0]
-    return made[0]
+    return apart(lambda: host.open_tap(TAP))  # the descriptor keeps the namespace
 
 
 @dataclass(frozen=True)
@@ -105,7 +91,7 @@ class Network:
     def __init__(self, directory: Path, egress: Egress, instance: str) -> None:
         self._directory = directory
         self._uplink = Uplink(egress, instance, directory.with_name("uplink"))
-        self._thread = ThreadPoolExecutor(1, "netns")
+        self._thread = executors.Pool("netns", 1, _NAMESPACE_SECONDS)
         self._ready: deque[Link] = deque()
         self._wanted = 0
         self._opens_taps = False
@@ -121,6 +107,7 @@ class Network:
     def start(self, keep: set[Path], wanted: int, opens_taps: bool = False) -> None:
         """Destroys links that no session in `keep` uses, then keeps `wanted` of them ready, with their taps open where hypervisors take
         a descriptor."""
+        self._thread.start()
         self._opens_taps = opens_taps
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.iterdir():
@@ -163,7 +150,7 @@ class Network:
                 await self._call(self._uplink.remove)
         if self._nowhere is not None:
             os.close(self._nowhere)
-        self._thread.shutdown()
+        self._thread.close()
 
     async def trim(self) -> None:
         """Destroys links that wait and that nobody has lately wanted."""
@@ -178,7 +165,7 @@ class Network:
     async def tap_to_nowhere(self) -> int:
         """An open tap that is no session's, in a namespace of its own: it stands in for one in hypervisors that wait."""
         if self._nowhere is None:
-            self._nowhere = await asyncio.to_thread(open_tap_to_nowhere)
+            self._nowhere = await self._call(open_tap_to_nowhere)
         return self._nowhere
 
     async def let_out(self, link: Link, rules: EgressRules) -> None:
@@ -223,7 +210,7 @@ class Network:
             one.close()
 
     async def _call(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await self._thread.run(work)
 
     @property
     def _target(self) -> int:

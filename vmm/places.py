@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import itertools
 import os
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+
+from gateway import executors
 
 from . import host
 from .cgroups import Cgroups, Limits
@@ -59,7 +60,7 @@ class Places:
 
     async def remove(self, place: Place) -> None:
         """Ends what is left in the control group."""
-        await asyncio.to_thread(self._cgroups.remove, place.vm)
+        await executors.UPKEEP.run(self._cgroups.remove, place.vm)
         shutil.rmtree(place.directory, ignore_errors=True)
         self._uids.discard(place.uid)
 

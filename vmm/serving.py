@@ -7,6 +7,7 @@ import signal
 
 import structlog
 
+from gateway import executors
 from gateway.config import Settings
 from gateway.rpc import Server, Service
 
@@ -22,7 +23,7 @@ log = structlog.get_logger()
 async def serve(settings: Settings, ready: object) -> None:
     """Runs until SIGTERM. `ready` is called once the socket answers."""
     cgroups = Cgroups(settings.name, settings.root)
-    info = await asyncio.to_thread(probe.host_info, settings, cgroups)
+    info = await executors.LATENCY.run(probe.host_info, settings, cgroups)
     vmm = Vmm(settings, info, cgroups)
     await vmm.start()
     server = Server(settings.vmm_socket, Service(vmm, ImageCalls(vmm), ArchiveCalls(vmm)), {0, settings.users.control, settings.users.edge})

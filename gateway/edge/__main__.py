@@ -19,4 +19,4 @@ async def main(settings: Settings) -> None:
 
 
 _NAME = f"edge-{sys.argv[1]}"  # as its slot is named: its successor's is the same
-process.run(_NAME, main)
+process.run(_NAME, main, has_threads=False)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import boto3
 from botocore.config import Config
 
+from gateway import executors
 from gateway.accounts.directory import Credentials as Made
 from gateway.accounts.directory import Directory
 from gateway.config import Credentials
@@ -31,7 +32,7 @@ class Issuer:
     async def make(self, role: str, name: str) -> Made:
         if not self._settings.sts_endpoint:
             return self._directory.issue(role, name)
-        return await asyncio.to_thread(self._assume, role, name)
+        return await executors.LATENCY.run(self._assume, role, name)
 
     def _assume(self, role: str, name: str) -> Made:
         client = boto3.client(

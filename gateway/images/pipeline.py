@@ -20,6 +20,7 @@ from typing import Protocol
 import structlog
 from botocore.exceptions import BotoCoreError, ClientError
 
+from gateway import executors
 from gateway.accounts.directory import Credentials
 from gateway.config import Settings
 from gateway.messages import BuildRequest, EgressRules, HostInfo, Shape
@@ -219,7 +220,7 @@ class Pipeline:
         work.mkdir(parents=True, exist_ok=True)
         uri = str(job.version.request["codeArtifact"]["uri"])
         credentials = role if self._settings.credentials.sts_endpoint else self._credentials
-        size = await asyncio.to_thread(artifact.fetch, self._settings, credentials, uri, work / "artifact.zip")
+        size = await executors.BULK.run(artifact.fetch, self._settings, credentials, uri, work / "artifact.zip")
         if not job.is_again:
             job.say(f"fetched {uri}, {size} bytes")
         await artifact.unpack(self._settings, work / "artifact.zip", work / "context")
@@ -230,7 +231,7 @@ class Pipeline:
         work = self._work(job) / "context"
         logins = {}
         if self._settings.images.pull:
-            logins = await asyncio.to_thread(self._logins, job, work / DOCKERFILE, await self._role(job))
+            logins = await executors.LATENCY.run(self._logins, job, work / DOCKERFILE, await self._role(job))
         request = BuildRequest(
             job.build.id, job.version.key, job.image.account, str(work / CONTEXT), str(work / DOCKERFILE), job.prepared.users,
             shape.disk_bytes, logins, job.version.has_all_capabilities,

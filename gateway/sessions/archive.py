@@ -6,7 +6,6 @@ they are back before the row forgets the archive.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import tempfile
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import structlog
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from gateway import executors
 from gateway.config import Settings
 
 from .host import Host
@@ -73,7 +73,7 @@ class Archive:
 
     async def _ask(self, work: Callable[[], Any]) -> None:
         try:
-            await asyncio.to_thread(work)
+            await executors.BULK.run(work)
         except (BotoCoreError, ClientError, OSError) as error:
             raise ArchiveError(f"the object store: {error}") from error
 

@@ -18,7 +18,7 @@ import structlog
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
-from gateway import files
+from gateway import executors, files
 from gateway.config import Settings
 
 from .logs import LogEvent, LogStore
@@ -67,7 +67,7 @@ class Shipper:
             is_away = False
             for name in sorted(waiting):
                 try:
-                    if await asyncio.to_thread(self.ship, name):
+                    if await executors.BULK.run(self.ship, name):
                         waiting.discard(name)
                 except BotoCoreError as error:
                     log.warning("logs.not_sent", group=name[1], stream=name[2], error=str(error))
