@@ -12,8 +12,9 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +48,8 @@ _BOOT_SECONDS = 60.0
 _SYNC_SECONDS = 300.0  # for what an emulated application has written
 _ROOM_BYTES = 1 << 30
 _CONTAINER_TRIES = 2  # vmm may be restarted under a build
+_CLEAN_TRIES, _CLEAN_FAILURES, _CLEAN_PAUSE_SECONDS = 20, 3, 0.25
+_DELETE_SECONDS = 600.0  # then the image is DELETE_FAILED, and may be deleted again
 _TAIL_BYTES = 16 << 10  # of a build's log, in which its failure is looked for
 _PLATFORMS = {"x86_64": "amd64", "aarch64": "arm64"}  # of OCI (image-spec, image-index.md)
 _SEEDED = (
@@ -158,26 +161,40 @@ class Pipeline:
             job.log.flush()
 
     async def clean(self, job: Job, keep_image: bool) -> None:
-        """Removes what a build leaves behind, however it ended."""
-        shutil.rmtree(self._work(job), ignore_errors=True)
-        for attempt in range(20):
+        """Removes what a build leaves behind, however it ended. Nothing is raised: what the host cannot end or remove now does not decide
+        what became of the build, and goes when the image is deleted or the service starts."""
+        await asyncio.to_thread(shutil.rmtree, self._work(job), True)
+        sessions = (job.session, f"validate-{job.build.id}")
+        steps = [partial(self._host.build_cancel, job.build.id), *(partial(self._host.forget, session) for session in sessions)]
+        if not keep_image:
+            steps.append(partial(self._host.image_delete, job.version.key))
+        for step in steps:
+            await self._clean_step(step)
+
+    async def _clean_step(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Is tried again while vmm is away, and a little where it fails."""
+        failures = 0
+        for attempt in range(1, _CLEAN_TRIES + 1):
             try:
-                await self._host.build_cancel(job.build.id)
-                for session in (job.session, f"validate-{job.build.id}"):
-                    await self._host.forget(session)
-                if not keep_image:
-                    await self._host.image_delete(job.version.key)
+                await step()
                 return
-            except RpcLost:
-                await asyncio.sleep(0.25 * (attempt + 1))
+            except RpcError as error:
+                failures += not isinstance(error, RpcLost)
+                if attempt == _CLEAN_TRIES or failures == _CLEAN_FAILURES:
+                    log.error("build.not_cleaned", step=str(step), error=str(error))
+                    return
+            await asyncio.sleep(_CLEAN_PAUSE_SECONDS * attempt)
 
     async def delete(self, key: str) -> None:
-        """Removes an image version from the host; asked again while vmm is away."""
+        """Removes an image version from the host; asked again while vmm is away. Raises RpcError."""
+        deadline = time.monotonic() + _DELETE_SECONDS
         while True:
             try:
                 await self._host.image_delete(key)
                 return
             except RpcLost:
+                if time.monotonic() > deadline:
+                    raise
                 await asyncio.sleep(0.5)
 
     async def _run(self, job: Job) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import Callable, Coroutine
@@ -11,10 +12,9 @@ from typing import Any
 import structlog
 
 from gateway.sessions.ahead import Ahead
-from gateway.sessions.host import RpcError
 from gateway.sessions.logs import LineWriter, LogStore, build_stream, default_group
 from gateway.sessions.model import Build, Image, Version
-from gateway.sessions.store import Store
+from gateway.sessions.store import Store, StoreError
 
 from .artifact import BuildFailed
 from .pipeline import Job, Pipeline
@@ -22,6 +22,9 @@ from .turns import Turns
 
 log = structlog.get_logger()
 
+_UNDER_WAY = ("PENDING", "IN_PROGRESS", "DELETING")
+_STORE_RETRY_SECONDS = 1.0
+_CALLED_OFF_SECONDS = 15.0  # to clear away a build that is called off: the service stops, or the version's deletion does it again
 INTERRUPTED = "INTERNAL_PLATFORM_ERROR: The build was interrupted by a restart of the service: create the image again."
 
 
@@ -109,7 +112,7 @@ class Registry:
         self._set_state(image, state)
         return version
 
-    def _settled(self, image: Image, leaving: Version) -> str:
+    def _settled(self, image: Image, leaving: Version | None = None) -> str:
         """The state of an image at rest without `leaving`: as its newest other version has it."""
         rest = [version for version in image.versions if version is not leaving]
         failed = rest[-1].state == "FAILED"
@@ -117,9 +120,29 @@ class Registry:
         return ("CREATE_FAILED" if first else "UPDATE_FAILED") if failed else ("CREATED" if first else "UPDATED")
 
     def _set_state(self, image: Image, state: str) -> None:
+        self._become(image, state)()
+
+    def _become(self, image: Image, state: str, detail: str = "") -> Callable[[], None]:
+        """Gives the image its next state. What is returned puts that, and its row, into the next commit."""
         old, image.state, image.updated_at = image.state, state, self._clock()
-        self._store.put_image(image)
-        self._store.add_event(image.arn, "state", old, state)
+
+        def put() -> None:
+            self._store.put_image(image)
+            self._store.add_event(image.arn, "state", old, state, detail=detail)
+
+        return put
+
+    async def _until_stored(self, image: Image, put: Callable[[], None]) -> None:
+        """Stores what has happened, which nobody can take back: it is tried until the store takes it. A service that ends before finds the
+        state of before, and does the work again."""
+        while True:
+            put()
+            try:
+                await self._store.commit()
+                return
+            except StoreError as error:
+                log.error("store.retry", image=image.arn, error=str(error))
+                await asyncio.sleep(_STORE_RETRY_SECONDS)
 
     def _start(self, key: str, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -133,6 +156,7 @@ class Registry:
             log.error("image.task_failed", image=key, exc_info=task.exception())
 
     async def _build(self, image: Image, version: Version) -> None:
+        """However it goes, the version ends as SUCCESSFUL or FAILED, unless the build is called off."""
         assert version.build is not None
         job = self._job(image, version, version.build, build_stream(version.version, version.build.id))
         try:
@@ -141,16 +165,22 @@ class Registry:
             if reason is None:
                 async with self._turns.turn(lambda before: self._waits(job, before)):
                     version.state = job.build.state = "IN_PROGRESS"
-                    self._store.put_image(image)
-                    await self._store.commit()
+                    await self._until_stored(image, lambda: self._store.put_image(image))
                     reason = await self._run(job, self.pipeline.run)
             await self.pipeline.clean(job, keep_image=reason is None)
         except asyncio.CancelledError:  # the service stops: what the host has of it would stay there
-            await self.pipeline.clean(job, keep_image=False)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CALLED_OFF_SECONDS):
+                    await self.pipeline.clean(job, keep_image=False)
             raise
+        except Exception as error:
+            log.exception("build.failed", image=image.arn)
+            reason = f"INTERNAL_PLATFORM_ERROR: {error}"
         job.say(reason if reason is not None else "the image is ready")
         job.log.flush()  # before anybody can see that it is over
-        await self._built(image, version, reason)
+        await self._until_stored(image, self._built(image, version, reason))
+        if reason is None:
+            self.ahead.want(image.arn, version.version)
 
     def _waits(self, job: Job, before: int) -> None:
         text = f"waiting for {before} build{'s' if before > 1 else ''}"
@@ -170,55 +200,69 @@ class Registry:
             return f"INTERNAL_PLATFORM_ERROR: {error}"
         return None
 
-    async def _built(self, image: Image, version: Version, reason: str | None) -> None:
+    def _built(self, image: Image, version: Version, reason: str | None) -> Callable[[], None]:
+        """The build has ended. What is returned puts that into the next commit."""
         assert version.build is not None
         failed = reason is not None
         version.state = version.build.state = "FAILED" if failed else "SUCCESSFUL"
         version.build.reason = reason
         version.status = "INACTIVE" if failed else version.status
         version.updated_at = self._clock()
-        if image.state in ("CREATING", "UPDATING"):
-            first = image.state == "CREATING"
-            self._set_state(image, ("CREATE_FAILED" if first else "UPDATE_FAILED") if failed else ("CREATED" if first else "UPDATED"))
-        self._store.put_image(image)
-        await self._store.commit()
-        if not failed:
-            self.ahead.want(image.arn, version.version)
+        if image.state not in ("CREATING", "UPDATING"):
+            return lambda: self._store.put_image(image)
+        first = image.state == "CREATING"
+        return self._become(image, ("CREATE_FAILED" if first else "UPDATE_FAILED") if failed else ("CREATED" if first else "UPDATED"))
+
+    async def _interrupted(self, image: Image, version: Version, put: Callable[[], None]) -> None:
+        """An earlier service was building; what the host has of that goes before it is stored that the build failed."""
+        assert version.build is not None
+        await self.pipeline.clean(self._job(image, version, version.build), keep_image=False)
+        await self._until_stored(image, put)
 
     async def _delete_version(
         self, image: Image, version: Version, after: str, building: asyncio.Task[None] | None = None
     ) -> None:  # fmt: skip
+        """Whatever goes wrong, the version may be deleted again, and the image is at rest."""
         if building is not None:
             await asyncio.wait([building])
+        detail = ""
         try:
             if version.build is not None:
                 await self.pipeline.clean(self._job(image, version, version.build), keep_image=False)
-            await self.ahead.drop(version.key)
-            await self.pipeline.delete(version.key)
+            await self._remove(version)
             image.versions.remove(version)
-        except RpcError as error:  # it may be deleted again
-            log.error("image.not_deleted", image=version.key, error=str(error))
-            version.state = "DELETE_FAILED"
-        self._set_state(image, after)
-        await self._store.commit()
+        except Exception as error:
+            log.exception("image.not_deleted", image=version.key)
+            version.state, detail = "DELETE_FAILED", f"{version.version}: {error}"
+        await self._until_stored(image, self._become(image, after, detail))
+
+    async def _remove(self, version: Version) -> None:
+        """Idempotent."""
+        await self.ahead.drop(version.key)
+        await self.pipeline.delete(version.key)
 
     def _job(self, image: Image, version: Version, build: Build, stream: str = "recovery") -> Job:
         is_limited = not version.has_all_capabilities
         return Job(image, version, build, LineWriter(self._logs, image.account, log_group(image, version), stream, is_limited))
 
     async def _delete(self, image: Image) -> None:
+        """Whatever goes wrong, the image may be deleted again."""
         try:
             for version in image.versions:
-                await self.ahead.drop(version.key)
-                await self.pipeline.delete(version.key)
-        except RpcError as error:  # it may be deleted again
-            log.error("image.not_deleted", image=image.arn, error=str(error))
-            self._set_state(image, "DELETE_FAILED")
-            await self._store.commit()
+                await self._remove(version)
+        except Exception as error:
+            log.exception("image.not_deleted", image=image.arn)
+            await self._until_stored(image, self._become(image, "DELETE_FAILED", str(error)))
             return
-        self._store.add_event(image.arn, "deleted", image.state, "DELETED")
-        self._store.drop_image(image.arn)
-        await self._store.commit()
+        while self._store.images.get(image.arn) is image:
+            self._store.add_event(image.arn, "deleted", image.state, "DELETED")
+            self._store.drop_image(image.arn)
+            try:
+                await self._store.commit()
+            except StoreError as error:
+                log.error("store.retry", image=image.arn, error=str(error))
+                self._store.images.setdefault(image.arn, image)  # or another one has taken its name, and its row
+                await asyncio.sleep(_STORE_RETRY_SECONDS)
 
     # ---- after a restart ----
 
@@ -233,12 +277,13 @@ class Registry:
                 if version.state == "PENDING":
                     self._start(version.key, self._build(image, version))
                 elif version.state == "IN_PROGRESS":
-                    await self.pipeline.clean(self._job(image, version, version.build), keep_image=False)
-                    await self._built(image, version, INTERRUPTED)
+                    self._start(version.key, self._interrupted(image, version, self._built(image, version, INTERRUPTED)))
                 elif version.state == "DELETING" and image.state != "DELETING":
                     self._start(version.key, self._delete_version(image, version, self._settled(image, version)))
             if image.state == "DELETING":
                 self._start(image.arn, self._delete(image))
+            elif image.state in ("CREATING", "UPDATING") and not any(one.state in _UNDER_WAY for one in image.versions):
+                self._start(image.arn, self._until_stored(image, self._become(image, self._settled(image))))
         wanted = {version.key for image in self._store.images.values() for version in image.versions}
         for key in known - wanted:
             await self.pipeline.delete(key)
