@@ -167,6 +167,32 @@ class UnpackRequest(msgspec.Struct):
     digest: str
 
 
+class QuarantineRequest(msgspec.Struct):
+    """Sets a session's files aside: `reason` says why, to whoever looks at them. `incarnation` and `image` are what control knows."""
+
+    session: str
+    incarnation: int
+    image: str
+    reason: str
+
+
+class QuarantineName(msgspec.Struct):
+    session: str
+
+
+class Quarantined(msgspec.Struct):
+    """A session whose files were set aside, `at` in seconds since the epoch, and the bytes that they take on the disk. `snapshot`: the
+    incarnation whose snapshot is among them, 0 where there is none."""
+
+    session: str
+    incarnation: int
+    image: str
+    reason: str
+    at: float
+    bytes: int = 0
+    snapshot: int = 0
+
+
 class Suspended(msgspec.Struct):
     """A durable snapshot: bytes of changed memory, device state, and of the overlay as it lies on the disk."""
 

@@ -10,7 +10,7 @@ from gateway.rpc import Connection
 
 from . import archives
 from .daemon import Vmm
-from .errors import DiskFull, VmmError
+from .errors import Unavailable, not_written
 
 
 class ArchiveCalls:
@@ -24,10 +24,10 @@ class ArchiveCalls:
             await self._vmm.folded(body.session)
             snapshot = snapshots.newest(body.session)
             if not self._vmm.is_at_rest(body.session) or snapshot.name != f"snapshot-{body.incarnation}":
-                raise VmmError(f"session {body.session} does not rest with snapshot {body.incarnation}")
+                raise Unavailable(f"session {body.session} does not rest with snapshot {body.incarnation}")
             size, digest = await asyncio.to_thread(archives.pack, snapshots.of(body.session), snapshot, descriptors[0])
         except OSError as error:
-            raise VmmError(f"session {body.session} could not be packed: {error}") from error
+            raise not_written(error, f"the archive of session {body.session}", f"session {body.session} could not be packed") from error
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -37,7 +37,7 @@ class ArchiveCalls:
         try:
             await asyncio.to_thread(archives.unpack, descriptors[0], body.digest, self._vmm.snapshots.of(body.session))
         except OSError as error:
-            raise DiskFull(f"session {body.session} could not be unpacked: {error}") from error
+            raise not_written(error, f"session {body.session}", f"session {body.session} could not be unpacked") from error
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)

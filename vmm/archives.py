@@ -17,7 +17,7 @@ from typing import IO, cast
 
 import zstandard
 
-from .errors import StateLost
+from .errors import Damaged
 from .snapshots import OVERLAY, sync
 
 _LEVEL = 3
@@ -60,14 +60,14 @@ class _Hashed(io.RawIOBase):
 
 
 def unpack(source: int, digest: str, session: Path) -> None:
-    """Puts a session's files back, all or none. Raises StateLost for a stream that is not what was packed, OSError."""
+    """Puts a session's files back, all or none. Raises Damaged for a stream that is not what was packed, OSError."""
     with os.fdopen(os.dup(source), "rb") as file:
         state = hashlib.sha256()
         file.seek(0)
         while data := file.read(_CHUNK):
             state.update(data)
         if state.hexdigest() != digest:
-            raise StateLost(f"the archive of session {session.name} is damaged: its SHA-256 is {state.hexdigest()}, not {digest}")
+            raise Damaged(f"the archive of session {session.name} is damaged: its SHA-256 is {state.hexdigest()}, not {digest}")
         file.seek(0)
         work = session.with_name(f"{session.name}.new")
         shutil.rmtree(work, ignore_errors=True)
@@ -81,14 +81,14 @@ def unpack(source: int, digest: str, session: Path) -> None:
             work.rename(session)
             sync([session.parent])  # before its copy in the object store goes
         except (tarfile.TarError, zstandard.ZstdError, EOFError) as error:
-            raise StateLost(f"the archive of session {session.name} cannot be read: {error}") from error
+            raise Damaged(f"the archive of session {session.name} cannot be read: {error}") from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
 
 def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, work: Path) -> None:
     if not _NAME.fullmatch(member.name) or not (member.isreg() or member.isdir()):
-        raise StateLost(f"the archive of session {work.name} has {member.name!r}, which no archive of ours has")
+        raise Damaged(f"the archive of session {work.name} has {member.name!r}, which no archive of ours has")
     target = work / member.name
     if member.isdir():
         target.mkdir()

@@ -27,7 +27,7 @@ from gateway.observe.room import disk_free_bytes
 
 from . import lending
 from .cgroups import Cgroups, Limits
-from .driver import VmmError
+from .errors import VmmError
 from .making import key_at
 from .namespaces import destroy_namespace, make_namespace, run_batch
 from .places import QUOTED_CHARACTERS

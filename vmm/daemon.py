@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import shutil
 import time
 from collections.abc import Coroutine, Iterator
@@ -26,8 +25,10 @@ from gateway.tasks import Tasks
 from . import disks, drivers
 from .builds import Builder, BuildSettings
 from .cgroups import Cgroups
-from .driver import DiskFull, Machine, StateLost, VmmError
+from .driver import Machine
+from .errors import Damaged, Ended, Missing, Refused, Unavailable, VmmError, not_written, unreadable
 from .network import Link, Network
+from .quarantine import Quarantine
 from .snapshots import Snapshots
 from .standbys import Standbys
 
@@ -69,6 +70,7 @@ class Vmm:
             ),
         )  # fmt: skip
         self.snapshots = Snapshots(settings.sessions_dir)
+        self.quarantine = Quarantine(settings.sessions_dir, settings.root / "quarantine")
         self._folds: dict[str, asyncio.Task[None]] = {}
         self._warm: dict[str, float] = {}  # sessions whose hypervisors are paused, and since when; oldest first
         self._parked: dict[str, Link] = {}  # links of sessions that sleep with streams
@@ -169,7 +171,7 @@ class Vmm:
             if body.from_snapshot and self._warm.pop(body.session, None) is not None:
                 self._warm_up(held, body.incarnation)
                 return
-            raise VmmError(f"session {body.session} is held by incarnation {held.machine.record.incarnation}")
+            raise Unavailable(f"session {body.session} is held by incarnation {held.machine.record.incarnation}")
         image = self.settings.images_dir / body.image
         overlay = self.snapshots.overlay(body.session)
         if body.from_snapshot:
@@ -181,9 +183,9 @@ class Vmm:
             try:
                 await asyncio.to_thread(disks.copy_overlay, image / self.driver.disk_template, overlay)
             except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise DiskFull(f"no room for session {body.session}: free some, or move --root") from error
-                raise StateLost(f"image {body.image} is not there: {error}") from error
+                if isinstance(error, FileNotFoundError):
+                    raise unreadable(error, image / self.driver.disk_template) from error
+                raise not_written(error, f"session {body.session}", f"the disk of session {body.session} could not be made") from error
         with self.preparing(body.session):
             await self._prepare(body, image, snapshot, overlay)
 
@@ -206,7 +208,7 @@ class Vmm:
             link = parked or await self.network.take()
             machine: Machine | None = None
             try:
-                machine = await self.standbys.take(image)
+                machine = await self._standby(image, body.from_snapshot)
                 machine.steps = steps
                 steps.mark("standby and link taken")
                 machine.record.session, machine.record.incarnation = body.session, body.incarnation
@@ -228,6 +230,15 @@ class Vmm:
                     raise
                 log.warning("prepare.retry", session=body.session, error=str(error))
 
+    async def _standby(self, image: Path, is_resume: bool) -> Machine:
+        """What is wrong with an image says nothing about the sleeper that needs it: that stays as it is."""
+        try:
+            return await self.standbys.take(image)
+        except (Damaged, Missing) as error:
+            if not is_resume:
+                raise
+            raise Refused(f"image {image.name}, which the session is loaded over, has to be put back: {error}") from error
+
     async def rpc_pause(self, connection: Connection, body: m.SessionRef) -> None:
         held = self.held(body.session, body.incarnation)
         async with held.lock:
@@ -240,7 +251,7 @@ class Vmm:
             return
         held = self.held(body.ahead, 1)
         if held.machine.record.phase != "prepared":
-            raise VmmError(f"{body.ahead} has not run ahead")
+            raise Unavailable(f"{body.ahead} has not run ahead")
         held.machine.steps = self._trace(body.session, "launch, ran ahead")
         async with held.lock:
             if body.egress is not None:
@@ -302,7 +313,8 @@ class Vmm:
                 with contextlib.suppress(VmmError):
                     await held.machine.unpause()
                 if isinstance(error, OSError):
-                    raise DiskFull(f"session {body.session} could not be saved: {error}") from error
+                    what = f"the snapshot of session {body.session}"
+                    raise not_written(error, what, f"session {body.session} could not be saved") from error
                 raise
             pages = sum(one.size for one in manifest.files if one.name.endswith(".pages"))
             rest = sum(one.size for one in manifest.files) - pages
@@ -386,22 +398,41 @@ class Vmm:
 
     async def rpc_forget(self, connection: Connection, body: m.SessionRef) -> None:
         """Ends whatever is left of a session, or under way for it, and removes its files."""
-        preparing = self._preparing.get(body.session)
+        await self._end(body.session)
+        await asyncio.to_thread(self.snapshots.forget, body.session)
+
+    async def rpc_quarantine(self, connection: Connection, body: m.QuarantineRequest) -> m.Quarantined:
+        """Ends whatever is left of a session, or under way for it, and sets its files aside."""
+        await self._end(body.session)
+        return await asyncio.to_thread(self.quarantine.put, body)
+
+    async def rpc_quarantined(self, connection: Connection, body: None) -> list[m.Quarantined]:
+        return await asyncio.to_thread(self.quarantine.list)
+
+    async def rpc_recover(self, connection: Connection, body: m.QuarantineName) -> m.Quarantined:
+        """Moves a session's files back where a snapshot of it is whole; it sleeps with the incarnation that is answered."""
+        return await asyncio.to_thread(self.quarantine.recover, body.session)
+
+    async def rpc_release_quarantined(self, connection: Connection, body: m.QuarantineName) -> None:
+        """Removes what was set aside: by its age, for room, or because its owner says so."""
+        await asyncio.to_thread(self.quarantine.release, body.session)
+
+    async def _end(self, name: str) -> None:
+        preparing = self._preparing.get(name)
         if preparing is not None:
             preparing.cancel()
             await asyncio.wait([preparing])
-        self._warm.pop(body.session, None)
-        held = self._sessions.get(body.session)
+        self._warm.pop(name, None)
+        held = self._sessions.get(name)
         if held is not None:
             held.expected, held.parked = True, False
             await held.machine.kill()
-            await self.let_go(body.session, held)
-        parked = self._parked.pop(body.session, None)
+            await self.let_go(name, held)
+        parked = self._parked.pop(name, None)
         if parked is not None:
             await self.network.release(parked)
-        await self.folded(body.session)
-        self._traces.pop(body.session, None)
-        await asyncio.to_thread(self.snapshots.forget, body.session)
+        await self.folded(name)
+        self._traces.pop(name, None)
 
     async def rpc_traces(self, connection: Connection, body: m.SessionRef) -> list[m.Trace]:
         return [m.Trace(one.work, one.started_at, one.steps) for one in self._traces.get(body.session, {}).values()]
@@ -416,7 +447,7 @@ class Vmm:
     def held(self, session: str, incarnation: int) -> _Held:
         held = self._sessions.get(session)
         if held is None or held.machine.record.incarnation != incarnation:
-            raise StateLost(f"session {session} has no hypervisor of incarnation {incarnation}")
+            raise Ended(f"session {session} has no hypervisor of incarnation {incarnation}")
         return held
 
     def hold(self, session: str, machine: Machine, link: Link) -> _Held:

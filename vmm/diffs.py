@@ -19,7 +19,7 @@ import msgspec
 import xxhash
 
 from . import host
-from .errors import StateLost
+from .errors import Damaged, unreadable
 from .host import PAGE
 from .provenance import Provenance
 
@@ -55,14 +55,16 @@ class Segment(msgspec.Struct, frozen=True, order=True):
 
 
 def runs_of(path: Path) -> list[tuple[int, int]]:
-    """Raises StateLost for a file that is no list of runs in order."""
+    """Raises Damaged for a file that is no list of runs in order, Missing, Unavailable."""
     try:
         numbers = array.array("Q", path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise StateLost(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise unreadable(error, path) from error
+    except ValueError as error:
+        raise Damaged(f"{path} is no list of runs: {error}") from error
     runs = list(zip(numbers[::2], numbers[1::2], strict=len(numbers) % 2 == 0))
     if len(numbers) % 2 or any(first >= after for first, after in runs) or any(a[1] > b[0] for a, b in itertools.pairwise(runs)):
-        raise StateLost(f"{path} is no list of runs")
+        raise Damaged(f"{path} is no list of runs")
     return runs
 
 
@@ -136,29 +138,38 @@ def checksum(path: Path) -> Sum:
 
 
 def verify(path: Path, expected: Sum) -> None:
-    """Raises StateLost for a file that is not what was written."""
+    """Raises Damaged for a file that is not what was written, Missing, Unavailable."""
     try:
         found = checksum(path)
     except OSError as error:
-        raise StateLost(f"{path} cannot be read: {error}") from error
+        raise unreadable(error, path) from error
     if (found.size, found.digest) != (expected.size, expected.digest):
-        raise StateLost(
+        raise Damaged(
             f"{path} is damaged: it has {found.size} bytes with checksum {found.digest}, not {expected.size} with {expected.digest}"
         )
 
 
 def verify_all(snapshot: Path, manifest: Manifest) -> None:
-    """Raises StateLost for the first file that is not what was written."""
+    """Raises Damaged for the first file that is not what was written, Missing, Unavailable."""
     for one in manifest.files:
         verify(snapshot / one.name, one)
 
 
+def verify_whole(snapshot: Path) -> None:
+    """Compares all that a snapshot's manifest names. An image's files have no manifest: they are checked by whoever gets it. Raises
+    Damaged, Missing, Unavailable."""
+    if (snapshot / MANIFEST).exists():
+        verify_all(snapshot, read_manifest(snapshot))
+
+
 def read_manifest(snapshot: Path) -> Manifest:
-    """Raises StateLost."""
+    """Raises Damaged, Missing, Unavailable."""
     try:
         return msgspec.json.decode((snapshot / MANIFEST).read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError) as error:
-        raise StateLost(f"{snapshot} cannot be read: {error}") from error
+    except OSError as error:
+        raise unreadable(error, snapshot / MANIFEST) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Damaged(f"{snapshot / MANIFEST} is no manifest: {error}") from error
 
 
 def write_manifest(snapshot: Path, manifest: Manifest) -> None:
@@ -178,7 +189,7 @@ def link_chain(source: Path, target: Path, chain: list[int]) -> None:
 
 def fold(snapshot: Path, manifest: Manifest, target: Path) -> Manifest:
     """Writes the chain as one diff into `target`, named after the newest, with links to what else the snapshot has. Does not sync.
-    Raises StateLost, OSError."""
+    Raises Damaged, Missing, Unavailable, OSError."""
     segments = merge([(number, runs_of(snapshot / f"{number}.runs")) for number in manifest.chain])
     newest = manifest.chain[-1]
     runs: list[tuple[int, int]] = []
@@ -190,7 +201,7 @@ def fold(snapshot: Path, manifest: Manifest, target: Path) -> Manifest:
             try:
                 host.copy_range(sources[one.diff], one.at * PAGE, out.fileno(), at, length)
             except EOFError as error:
-                raise StateLost(f"{snapshot}/{one.diff}.pages is shorter than its runs") from error
+                raise Damaged(f"{snapshot}/{one.diff}.pages is shorter than its runs") from error
             at += length
             if runs and runs[-1][1] == one.first:
                 runs[-1] = (runs[-1][0], one.after)

@@ -15,7 +15,6 @@ from gateway.messages import Sealed, Shape
 from gateway.observe.steps import Steps
 
 from .diffs import Sum
-from .errors import DiskFull, StateLost, VmmError
 from .network import Link
 from .provenance import Provenance
 
@@ -24,7 +23,7 @@ WALL_CLOCK_AT = 12  # in a wake message, behind the frame's header (vmm/guest/gu
 VSOCK_PORT = 1024  # of the guest's vsock, where its agent has no virtio-serial port
 GUEST_CID = 3
 
-__all__ = ["DiskFull", "Driver", "Machine", "Process", "Sealed", "Shape", "StateLost", "VmmError"]
+__all__ = ["Driver", "Machine", "Process", "Sealed", "Shape"]
 
 
 class Process(msgspec.Struct):
@@ -58,11 +57,11 @@ class Machine(Protocol):
 
     async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
         """Gives a standby the session's disk, network, changed pages and device state (an image has no changed pages). It does
-        not run yet. Raises StateLost."""
+        not run yet. Raises VmmError: Unavailable for all that says nothing about the snapshot, and leaves that as it was."""
 
     async def resume(self, wake: bytes) -> int:
-        """Writes the wake message, lets the guest run, returns a connected descriptor of the agent's channel. Raises StateLost, also for
-        a snapshot that turns out to be damaged."""
+        """Writes the wake message, lets the guest run, returns a connected descriptor of the agent's channel. Raises Ended, Damaged
+        for a snapshot that turns out to be so, Unavailable where it may be asked for again."""
 
     async def agent(self) -> int:
         """The agent's channel of a running guest, for a control that restarted."""

@@ -1,24 +1,73 @@
-"""What can go wrong on the host, typed."""
+"""What can go wrong on the host, by kind. The class's name is the error's kind on the wire (gateway/rpc.py).
+
+Only Damaged, Missing and Ended say that something is wrong with a session. Whatever is not understood is Unavailable: it says nothing about
+what was saved, and the call may be made again.
+"""
 
 from __future__ import annotations
 
 import errno
+from pathlib import Path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class VmmError(Exception):
     """Something on the host failed; the text says what, where and what to do."""
 
 
-class DiskFull(VmmError):
+class Unavailable(VmmError):
+    """A resource, a deadline, an error number, a peer that is away: what was saved is as it was, and the call may be made again."""
+
+
+class DiskFull(Unavailable):
     """A file could not be written for want of room."""
 
 
-class StateLost(VmmError):
-    """A session's hypervisor ended, or its snapshot cannot be read."""
+class Refused(VmmError):
+    """The hypervisor of this host cannot load what another one, or another version, wrote; the text says what could."""
 
 
-def not_written(error: Exception, what: str, otherwise: str) -> VmmError:
-    """DiskFull where there was no room for `what`, else `otherwise` with the error's own words."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+class Damaged(VmmError):
+    """A file is not what was written: its checksum differs, or it cannot be parsed."""
+
+
+class Missing(VmmError):
+    """A file that should be there is not."""
+
+
+class Ended(VmmError):
+    """The hypervisor of a running microVM is gone."""
+
+
+def explained(error: BaseException, text: str) -> VmmError:
+    """Returns `text` as an error of the kind that `error` is: DiskFull where there was no room, and Unavailable where it is no VmmError."""
+    if isinstance(error, VmmError):
+        return type(error)(text)
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return DiskFull(text)
+    return Unavailable(text)
+
+
+def not_written(error: BaseException, what: str, otherwise: str) -> VmmError:
+    """Returns DiskFull where there was no room for `what`, else `otherwise` with the error's own words, in the error's kind."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return DiskFull(f"no room for {what}: free some, or move --root")
-    return VmmError(f"{otherwise}: {error}")
+    return explained(error, f"{otherwise}: {error}")
+
+
+def unreadable(error: OSError, path: Path) -> VmmError:
+    """Returns why a file of a session or an image cannot be read: it is Missing only where its name is not there."""
+    if isinstance(error, FileNotFoundError):
+        return Missing(f"{path} is not there")
+    return Unavailable(f"{path} cannot be read: {error}")
+
+
+def not_loaded(error: BaseException, text: str, *needed: Path) -> VmmError:
+    """Returns why a load failed: one of the files that it needed is Missing, or `text` in the error's kind. A name that was not found may
+    also be one of /proc, of a process that has ended."""
+    if isinstance(error, FileNotFoundError):
+        for path in needed:
+            if not path.exists():
+                return Missing(f"{text}: {path} is not there")
+    return explained(error, text)

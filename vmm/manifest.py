@@ -8,7 +8,7 @@ import msgspec
 
 from . import disks
 from .driver import Shape
-from .errors import StateLost, VmmError
+from .errors import Damaged, Refused, unreadable
 from .provenance import Provenance
 
 MANIFEST = "manifest.json"
@@ -25,13 +25,15 @@ class Manifest(msgspec.Struct):
 
 
 def read(image: Path, hypervisor: str) -> Manifest:
-    """Raises StateLost when the image is not whole, VmmError when another hypervisor made it."""
+    """Raises Missing, Damaged or Unavailable for one that cannot be read, Refused when another hypervisor made it."""
     try:
         manifest = msgspec.json.decode((image / MANIFEST).read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError) as error:
-        raise StateLost(f"image {image.name} cannot be read: {error}") from error
+    except OSError as error:
+        raise unreadable(error, image / MANIFEST) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Damaged(f"{image / MANIFEST} is no manifest: {error}") from error
     if manifest.hypervisor != hypervisor:
-        raise VmmError(
+        raise Refused(
             f"image {image.name} was made with {manifest.hypervisor}, and this host runs {hypervisor}: "
             f'set hypervisor = "{manifest.hypervisor}", or build a new version'
         )

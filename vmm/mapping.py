@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import diffs, host
 from .diffs import Manifest, Segment
-from .errors import StateLost
+from .errors import Damaged, unreadable
 from .host import PAGE
 from .memory import Mapping
 
@@ -75,20 +75,24 @@ def clear(mapping: Mapping, mapper: Mapper, holes: list[tuple[int, int]]) -> Non
 
 
 def load(mapping: Mapping, mapper: Mapper, snapshot: Path, manifest: Manifest) -> None:
-    """Raises StateLost for files that do not fit, OSError."""
+    """Raises Damaged for files that do not fit, Missing, Unavailable, OSError."""
     segments = diffs.merge([(number, diffs.runs_of(snapshot / f"{number}.runs")) for number in manifest.chain])
     if segments and segments[-1].after * PAGE > mapping.end - mapping.start:
-        raise StateLost(f"{snapshot} has pages beyond the guest's memory")
+        raise Damaged(f"{snapshot} has pages beyond the guest's memory")
     mapped = segments
     if len(segments) > _MAPPED_MOST:
         mapped = sorted(sorted(segments, key=lambda one: one.first - one.after)[:_MAPPED_MOST])
     copied = sorted(set(segments) - set(mapped)) if mapped is not segments else []
     for number in manifest.chain:
         path = snapshot / f"{number}.pages"
-        with path.open("rb", buffering=0) as file:
+        try:
+            opened = path.open("rb", buffering=0)
+        except OSError as error:
+            raise unreadable(error, path) from error
+        with opened as file:
             size = os.fstat(file.fileno()).st_size
             if any((one.at + one.after - one.first) * PAGE > size for one in segments if one.diff == number):
-                raise StateLost(f"{path} is shorter than its runs")
+                raise Damaged(f"{path} is shorter than its runs")
             ranges = [
                 (mapping.start + one.first * PAGE, (one.after - one.first) * PAGE, one.at * PAGE) for one in mapped if one.diff == number
             ]
@@ -104,7 +108,7 @@ def _copy(mapping: Mapping, file: int, segments: list[Segment]) -> None:
         while done < length:
             data = os.pread(file, min(length - done, _CHUNK), one.at * PAGE + done)
             if not data:
-                raise StateLost("a diff is shorter than its runs")
+                raise Damaged("a diff is shorter than its runs")
             buffer = ctypes.create_string_buffer(data, len(data))
             host.write_memory(mapping.pid, ctypes.addressof(buffer), [(mapping.start + one.first * PAGE + done, len(data))])
             done += len(data)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import diffs, disks, host
 from .diffs import Manifest, Sum
-from .errors import StateLost
+from .errors import Missing, VmmError
 from .provenance import Provenance
 
 _PREFIX, _BASE, _NEW, _FOLD, _LINK = "snapshot-", "memory", "snapshot.new", "fold.new", "link"
@@ -38,15 +38,15 @@ class Snapshots:
         """Session to the incarnation whose snapshot is there."""
         found: dict[str, int] = {}
         for directory in self._directory.iterdir():
-            for number, _ in _snapshots(directory):
+            for number, _ in snapshots_in(directory):
                 found[directory.name] = max(number, found.get(directory.name, 0))
         return found
 
     def newest(self, session: str) -> Path:
-        """Raises StateLost."""
-        there = sorted(_snapshots(self.of(session)))
+        """Raises Missing, OSError."""
+        there = sorted(snapshots_in(self.of(session)))
         if not there or not self.overlay(session).exists():
-            raise StateLost(f"session {session} has no snapshot on this host")
+            raise Missing(f"session {session} has no snapshot on this host")
         return there[-1][1]
 
     # ---- a new one ----
@@ -61,7 +61,7 @@ class Snapshots:
     def commit(
         self, session: str, incarnation: int, work: Path, chain: list[int], written: list[Sum], made: Provenance | None = None
     ) -> Manifest:  # fmt: skip
-        """Makes what was written, with the diffs under it, durable, and then the session's snapshot. Raises OSError, StateLost."""
+        """Makes what was written, with the diffs under it, durable, and then the session's snapshot. Raises OSError, Missing, Damaged."""
         files = list(written)
         if chain:
             base = self._base(session, chain)
@@ -80,18 +80,18 @@ class Snapshots:
     def _base(self, session: str, chain: list[int]) -> Path:
         """Where the diffs lie that a running hypervisor has mapped."""
         directory = self.of(session)
-        places = [directory / _BASE, *(path for _, path in sorted(_snapshots(directory), reverse=True))]
+        places = [directory / _BASE, *(path for _, path in sorted(snapshots_in(directory), reverse=True))]
         for place in places:
             if all((place / name).exists() for name in diffs.names(chain)):
                 return place
-        raise StateLost(f"session {session} has lost diffs {chain} that its memory is made of")
+        raise Missing(f"session {session} has lost diffs {chain} that its memory is made of")
 
     # ---- what becomes of one ----
 
     def started(self, session: str, incarnation: int) -> None:
         """`incarnation` runs: older snapshots are void; the newest of them stays as what is mapped."""
         directory = self.of(session)
-        old = sorted((number, path) for number, path in _snapshots(directory) if number < incarnation)
+        old = sorted((number, path) for number, path in snapshots_in(directory) if number < incarnation)
         if not old:
             return
         shutil.rmtree(directory / _BASE, ignore_errors=True)
@@ -106,12 +106,12 @@ class Snapshots:
     def rest(self, session: str) -> None:
         """Nothing is mapped any more: what the newest snapshot was made over, whose files it shares, goes."""
         directory = self.of(session)
-        older = [path.name for _, path in sorted(_snapshots(directory))[:-1]]
+        older = [path.name for _, path in sorted(snapshots_in(directory))[:-1]]
         for name in (_BASE, _NEW, _FOLD, *older):
             shutil.rmtree(directory / name, ignore_errors=True)
 
     def needs_fold(self, session: str) -> bool:
-        with contextlib.suppress(StateLost):
+        with contextlib.suppress(VmmError, OSError):
             return len(diffs.read_manifest(self.newest(session)).chain) >= diffs.FOLD_AT
         return False
 
@@ -150,18 +150,18 @@ class Snapshots:
         return {session: name for session, name in found.items() if name}
 
     def rename(self, session: str, new: str) -> None:
-        """All files of a session become another's, which has none. Raises StateLost."""
+        """All files of a session become another's, which has none. Raises Missing, OSError."""
         shutil.rmtree(self.of(new), ignore_errors=True)
         try:
             self.of(session).rename(self.of(new))
-        except OSError as error:
-            raise StateLost(f"session {session} has no files: {error}") from error
+        except FileNotFoundError as error:
+            raise Missing(f"session {session} has no files: {error}") from error
 
     def forget(self, session: str) -> None:
         shutil.rmtree(self.of(session), ignore_errors=True)
 
 
-def _snapshots(directory: Path) -> Iterator[tuple[int, Path]]:
+def snapshots_in(directory: Path) -> Iterator[tuple[int, Path]]:
     for path in directory.glob(f"{_PREFIX}[0-9]*"):
         with contextlib.suppress(ValueError):
             yield int(path.name.removeprefix(_PREFIX)), path

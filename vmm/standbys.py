@@ -15,7 +15,7 @@ import structlog
 
 from gateway.observe.use import Use
 
-from .driver import Driver, Machine, StateLost, VmmError
+from .driver import Driver, Machine
 
 log = structlog.get_logger()
 
@@ -120,8 +120,8 @@ class Standbys:
                 return
             try:
                 self._ready[image].append(await self._start(image))
-            except (VmmError, StateLost) as error:
-                log.warning("standby.failed", image=image.name, error=str(error))
+            except Exception as error:  # the next take begins again
+                log.warning("standby.failed", image=image.name, error=repr(error))
                 return
 
 

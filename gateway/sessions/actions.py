@@ -41,6 +41,7 @@ log = structlog.get_logger()
 _WOKEN_SECONDS = 30.0  # a loaded host and an emulated guest; usually some 20 ms
 _DESTROY_RETRY_SECONDS = 0.5
 _SETTLE_RETRY_SECONDS = 1.0
+_LOSSES = ("Damaged", "Missing", "Ended")  # kinds of errors of vmm (vmm/errors.py) that say that a session cannot go on
 
 
 @dataclass
@@ -216,7 +217,7 @@ class Actions:
     async def _not_woken(self, session: Session, error: Exception, begun: bool) -> Outcome:
         if begun and isinstance(error, RpcLost):  # vmm is away; whether the guest runs is seen when it is back
             return await self._settle_after_failure(session)
-        if begun or (isinstance(error, RpcError) and error.kind == "StateLost"):
+        if begun or (isinstance(error, RpcError) and error.kind in _LOSSES):
             return Fired(Event.LOST, f"The MicroVM could not be resumed: {error}")
         log.warning("resume.failed", session=session.id, error=str(error))
         return Fired(Event.NOT_RESUMED, str(error))
@@ -308,7 +309,7 @@ class Actions:
 
     async def _not_saved(self, session: Session, error: AgentError | RpcError) -> Outcome:
         log.warning("suspend.failed", session=session.id, error=str(error))
-        if isinstance(error, RpcError) and error.kind == "StateLost":
+        if isinstance(error, RpcError) and error.kind == "Ended":
             return Fired(Event.LOST, f"The MicroVM could not be suspended: {error}")
         if isinstance(error, RpcLost):  # vmm is away; whether the snapshot was made is seen when it is back
             return await self._settle_after_failure(session)

@@ -57,7 +57,7 @@ class Archive:
         return Archived(key, packed.size, packed.digest)
 
     async def fetch(self, session: Session, archived: Archived) -> None:
-        """Brings a session's files back to the host. Raises ArchiveError, RpcError (StateLost for a damaged archive)."""
+        """Brings a session's files back to the host. Raises ArchiveError, RpcError (Damaged for a damaged archive)."""
         self._directory.mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=self._directory) as file:
             await self._ask(lambda: self._get(archived.key, file))

@@ -38,7 +38,7 @@ async def patiently(call: Callable[[], Awaitable[T]]) -> T:
 
 
 class Host:
-    """Calls vmm. Every call raises RpcError with the host's words (kind: StateLost, DiskFull, VmmError), or
+    """Calls vmm. Every call raises RpcError with the host's words (kind: a class of vmm/errors.py), or
     RpcLost when vmm is away."""
 
     def __init__(self, client: Client, root: Path) -> None:
@@ -121,6 +121,21 @@ class Host:
     async def forget(self, session: str) -> None:
         await self._client.call("forget", m.SessionRef(session, 0), timeout=_DELETE_SECONDS)
 
+    async def quarantine(self, session: str, incarnation: int, image: str, reason: str) -> m.Quarantined:
+        """Ends what is left of a session, and sets its files aside."""
+        request = m.QuarantineRequest(session, incarnation, image, reason)
+        return await self._client.call("quarantine", request, m.Quarantined, timeout=_ARCHIVE_SECONDS)  # type: ignore[no-any-return]
+
+    async def quarantined(self) -> list[m.Quarantined]:
+        return await self._client.call("quarantined", None, list[m.Quarantined], timeout=_DELETE_SECONDS)  # type: ignore[no-any-return]
+
+    async def recover(self, session: str) -> m.Quarantined:
+        """Moves a session's files back, where a snapshot of it is whole."""
+        return await self._client.call("recover", m.QuarantineName(session), m.Quarantined, timeout=_ARCHIVE_SECONDS)  # type: ignore[no-any-return]
+
+    async def release_quarantined(self, session: str) -> None:
+        await self._client.call("release_quarantined", m.QuarantineName(session), timeout=_ARCHIVE_SECONDS)
+
     async def build(self, request: m.BuildRequest) -> tuple[int, int]:
         """Starts a container build; returns the log and the phases to read."""
         log, phases = await self._descriptors("build", request, 2, _BOOT_SECONDS)
@@ -153,5 +168,5 @@ class Host:
         if len(descriptors) != count:
             for descriptor in descriptors:
                 os.close(descriptor)
-            raise RpcError("VmmError", f"{method}: {len(descriptors)} descriptors in place of {count}")
+            raise RpcError("Unavailable", f"{method}: {len(descriptors)} descriptors in place of {count}")
         return descriptors

@@ -90,7 +90,7 @@ class ScriptedPipeline:
 
     async def delete(self, key: str) -> None:
         if key in self.stuck:
-            raise RpcError("VmmError", "the disk is away")
+            raise RpcError("Unavailable", "the disk is away")
         self.deleted.append(key)
 
 

@@ -93,7 +93,7 @@ class Control:
         return Sent(self.connections, change)
 
 
-class StateLost(Exception):
+class Ended(Exception):
     pass
 
 
@@ -109,7 +109,7 @@ class Vmm:
     async def rpc_sockets(self, connection: Connection, body: m.SocketsRequest) -> Reply:
         if body.incarnation in self.gone:
             self.refused += 1
-            raise StateLost("no such incarnation")
+            raise Ended("no such incarnation")
         if self.drops:
             self.drops -= 1
             connection.close()

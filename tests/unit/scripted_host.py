@@ -44,7 +44,7 @@ class ScriptedHost:
         await self._call("prepare", session)
         held = self.held.get(session)
         if held is not None and held.incarnation != incarnation and held.phase != "warm":
-            raise RpcError("VmmError", f"session {session} is held by incarnation {held.incarnation}")
+            raise RpcError("Unavailable", f"session {session} is held by incarnation {held.incarnation}")
         self.prepared.append(session)
         self.held[session] = m.SessionState(session, incarnation, "prepared", 0, 0.0)
 

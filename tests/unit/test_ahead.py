@@ -130,7 +130,7 @@ async def test_one_that_died_is_passed_over(rig: Rig) -> None:
     image(rig, **VALIDATES)
     rig.lifecycle.ahead.want(ARN, "1.0")
     await until(lambda: len(waiting(rig)) == 2)
-    rig.host.fail["claim"] = [RpcError("StateLost", "gone")]
+    rig.host.fail["claim"] = [RpcError("Ended", "gone")]
     session = await rig.launched()
     assert count(rig, "claim") == 2 and session.state is State.RUNNING
 

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from vmm import archives
-from vmm.errors import StateLost
+from vmm.errors import Damaged
 
 
 def make(directory: Path) -> Path:
@@ -88,7 +88,7 @@ def test_damage_leaves_nothing(tmp_path: Path, damage: str) -> None:
     (tmp_path / "archive").write_bytes(data if damage == "flip" else data[:-10])
     target = tmp_path / "b/microvm-1"
     target.parent.mkdir()
-    with pytest.raises(StateLost, match="is damaged"):
+    with pytest.raises(Damaged, match="is damaged"):
         unpack(tmp_path / "archive", digest, target)
     assert not list(target.parent.iterdir())
 
@@ -106,6 +106,6 @@ def test_names_that_were_never_written_are_refused(tmp_path: Path, name: str) ->
     (tmp_path / "archive").write_bytes(data)
     target = tmp_path / "b/microvm-1"
     target.parent.mkdir()
-    with pytest.raises(StateLost, match="which no archive of ours has"):
+    with pytest.raises(Damaged, match="which no archive of ours has"):
         unpack(tmp_path / "archive", hashlib.sha256(data).hexdigest(), target)
     assert not list(target.parent.iterdir()) and not (tmp_path / "evil").exists()

@@ -206,7 +206,7 @@ async def test_room_is_asked_for_behind_an_answer_that_was_clear(monkeypatch: py
         nonlocal asked
         asked += 1
         if asked == 1:
-            raise RpcError("VmmError", "not now")
+            raise RpcError("Unavailable", "not now")
         if asked == 2:
             raise ValueError("unexpected")
         return m.Usage(host.memory_available, 1 << 40, 96 << 20)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm import diffs
-from vmm.errors import StateLost
+from vmm.errors import Damaged, Missing
 from vmm.host import PAGE
 
 PAGES = 64
@@ -97,7 +97,7 @@ def test_damage_is_noticed(tmp_path: Path, name: str, damage: str) -> None:
     else:
         path.unlink()
     expected = next(one for one in manifest.files if one.name == name)
-    with pytest.raises(StateLost, match=name):
+    with pytest.raises(Missing if damage == "gone" else Damaged, match=name):
         diffs.verify(path, expected)
 
 
@@ -106,13 +106,13 @@ def test_what_is_no_list_of_runs(tmp_path: Path, numbers: list[int]) -> None:
     import array
 
     (tmp_path / "1.runs").write_bytes(array.array("Q", numbers).tobytes())
-    with pytest.raises(StateLost, match="no list of runs"):
+    with pytest.raises(Damaged, match="no list of runs"):
         diffs.runs_of(tmp_path / "1.runs")
 
 
 def test_a_manifest_that_is_not_there_or_broken(tmp_path: Path) -> None:
-    with pytest.raises(StateLost):
+    with pytest.raises(Missing):
         diffs.read_manifest(tmp_path)
     (tmp_path / diffs.MANIFEST).write_text("{")
-    with pytest.raises(StateLost):
+    with pytest.raises(Damaged):
         diffs.read_manifest(tmp_path)

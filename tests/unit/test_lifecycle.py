@@ -189,7 +189,7 @@ async def test_a_resume_that_cannot_be_prepared_keeps_the_snapshot(rig: Rig) -> 
     one = await rig.launched()
     await rig.lifecycle.fire(one, Event.SUSPEND)
     await rig.reach(one, State.SUSPENDED)
-    rig.host.fail["prepare"] = [RpcError("VmmError", "no memory")]
+    rig.host.fail["prepare"] = [RpcError("Unavailable", "no memory")]
     await rig.lifecycle.fire(one, Event.RESUME)
     await rig.reach(one, State.SUSPENDED)
     assert rig.host.stored["s1"] == "SUSPENDED" and one.incarnation == 1
@@ -202,7 +202,7 @@ async def test_a_lost_snapshot_ends_it_with_a_reason(rig: Rig) -> None:
     one = await rig.launched()
     await rig.lifecycle.fire(one, Event.SUSPEND)
     await rig.reach(one, State.SUSPENDED)
-    rig.host.fail["prepare"] = [RpcError("StateLost", "torn")]
+    rig.host.fail["prepare"] = [RpcError("Damaged", "torn")]
     await rig.lifecycle.fire(one, Event.RESUME)
     await rig.reach(one, State.TERMINATED)
     assert one.reason == "The MicroVM could not be resumed: torn"
@@ -356,7 +356,7 @@ async def test_what_was_being_prepared_for_nobody_is_forgotten_after_a_restart(r
 
 
 async def test_an_orphan_that_cannot_be_forgotten_keeps_no_control_from_starting(rig: Rig) -> None:
-    rig.host.fail["forget"] = [RpcError("VmmError", "busy")]
+    rig.host.fail["forget"] = [RpcError("Unavailable", "busy")]
     await recover(rig.lifecycle, m.HostState([], {"gone": 1, "lost": 2}, [], []))
     assert rig.host.calls == ["forget -", "forget -"], "the others are forgotten all the same"
 
@@ -526,7 +526,7 @@ async def test_an_unexpected_exception_ends_a_launch_with_a_reason(rig: Rig) -> 
 async def test_a_host_that_cannot_end_a_hypervisor_does_not_keep_its_session(rig: Rig) -> None:
     """What came while it was saved is acted on, and its window is watched."""
     one = await rig.launched(idle_policy=POLICY)
-    rig.host.fail["rest"] = [RpcError("VmmError", "not now")]
+    rig.host.fail["rest"] = [RpcError("Unavailable", "not now")]
     rig.host.block["suspend"] = asyncio.Event()
     await rig.lifecycle.fire(one, Event.SUSPEND)
     await rig.lifecycle.fire(one, Event.TERMINATE)

@@ -24,12 +24,12 @@ from gateway.sessions.recovery import recover
 from gateway.sessions.states import CALLS, TABLE, Event, State
 
 _FAILURES = {
-    "prepare": [RpcError("VmmError", "no standby"), RpcError("StateLost", "gone"), ValueError("unexpected")],
-    "start": [RpcError("VmmError", "no start"), ValueError("unexpected")],
-    "suspend": [RpcError("VmmError", "no save"), RpcError("DiskFull", "full"), RpcError("StateLost", "gone"), ValueError("unexpected")],
-    "kill": [RpcLost("vmm is away"), RpcError("VmmError", "not now")],
-    "rest": [RpcError("VmmError", "not now"), ValueError("unexpected")],
-    "forget": [RpcError("VmmError", "not now"), ValueError("unexpected")],
+    "prepare": [RpcError("Unavailable", "no standby"), RpcError("Damaged", "gone"), ValueError("unexpected")],
+    "start": [RpcError("Unavailable", "no start"), ValueError("unexpected")],
+    "suspend": [RpcError("Unavailable", "no save"), RpcError("DiskFull", "full"), RpcError("Ended", "gone"), ValueError("unexpected")],
+    "kill": [RpcLost("vmm is away"), RpcError("Unavailable", "not now")],
+    "rest": [RpcError("Unavailable", "not now"), ValueError("unexpected")],
+    "forget": [RpcError("Unavailable", "not now"), ValueError("unexpected")],
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vmm import diffs, host, snapshots
-from vmm.errors import StateLost
+from vmm.errors import Missing, VmmError
 from vmm.snapshots import Snapshots
 
 SESSION = "microvm-1"
@@ -92,7 +92,7 @@ def whole(content: dict[str, bytes | None], directory: Path) -> bool:
         manifest = diffs.read_manifest(directory)
         for one in manifest.files:
             diffs.verify(directory / one.name, one)
-    except StateLost:
+    except VmmError:
         return False
     return True
 
@@ -180,7 +180,7 @@ def test_what_a_start_a_call_off_and_a_rest_leave(kept: Snapshots) -> None:
     kept.rest(SESSION)
     assert kept.held() == {SESSION: 2} and not (kept.of(SESSION) / "memory").exists()
     assert diffs.read_manifest(kept.newest(SESSION)).chain == [1, 2]
-    with pytest.raises(StateLost, match="has lost diffs"):
+    with pytest.raises(Missing, match="has lost diffs"):
         save(kept, 4, [7], [3])
 
 

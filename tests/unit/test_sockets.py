@@ -94,7 +94,7 @@ async def test_what_comes_for_an_incarnation_that_has_ended_is_closed() -> None:
     assert vmm.calls == 1
 
 
-@pytest.mark.parametrize(("kind", "raised"), [("StateLost", SessionGone), ("Busy", OSError)])
+@pytest.mark.parametrize(("kind", "raised"), [("Ended", SessionGone), ("Unavailable", OSError)])
 async def test_what_vmm_says_is_told_apart(kind: str, raised: type[Exception]) -> None:
     vmm = Vmm()
     vmm.fault = RpcError(kind, "no")

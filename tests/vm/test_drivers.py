@@ -28,7 +28,8 @@ from gateway.messages import Shape
 from gateway.sessions.agent import Agent, start_frames, wake_frame
 from vmm import disks, kernel, making, manifest, memory, probe
 from vmm.cgroups import Cgroups, Limits
-from vmm.driver import DEVICES, Driver, Machine, StateLost, VmmError
+from vmm.driver import DEVICES, Driver, Machine
+from vmm.errors import Damaged, Ended, Missing, Refused, Unavailable
 from vmm.firecracker.api import Api, ApiError
 from vmm.firecracker.driver import Assets as FirecrackerAssets
 from vmm.firecracker.driver import FirecrackerDriver
@@ -371,17 +372,17 @@ async def bad_files(one: Rig) -> None:
         good = (snapshot / name).read_bytes()
         (snapshot / name).chmod(0o600)
         (snapshot / name).write_bytes(good[: len(good) // 2] + bytes([good[len(good) // 2] ^ 1]) + good[len(good) // 2 + 1 :])
-        with pytest.raises(StateLost):
+        with pytest.raises(Damaged):
             await attempt(one, snapshot)
         (snapshot / name).write_bytes(good)
     overlay = one.snapshots.overlay("first")
     overlay.rename(overlay.with_name("away"))
-    with pytest.raises(StateLost):
+    with pytest.raises(Missing):
         await attempt(one, snapshot)
     overlay.with_name("away").rename(overlay)
     machine = await one.prepared("first", 2, snapshot)
     os.kill(machine.record.pid, 9)
-    with pytest.raises(VmmError):
+    with pytest.raises(Ended):
         await machine.resume(wake_frame(1))
     await machine.wait()
     machine = await one.prepared("first", 2, snapshot)  # untouched by all of that
@@ -410,9 +411,9 @@ async def ends_at_its_start(one: Rig) -> None:
     manifest.write(image, manifest.Manifest(impossible, 1, 1, "qemu"))
     console = os.open("/dev/null", os.O_WRONLY)
     for _ in range(5):  # each time in another order: the end of its connection, of the process, and what was written
-        with pytest.raises(VmmError, match=f"did not start: .*Invalid SMP CPUs {IMPOSSIBLE}"):
+        with pytest.raises(Unavailable, match=f"did not start: .*Invalid SMP CPUs {IMPOSSIBLE}"):
             await one.driver.standby(image)
-    with pytest.raises(VmmError, match=f"did not start: .*Invalid SMP CPUs {IMPOSSIBLE}"):
+    with pytest.raises(Unavailable, match=f"did not start: .*Invalid SMP CPUs {IMPOSSIBLE}"):
         await one.driver.boot(image, impossible, await one.network.take(), console)
     await one.driver.forget_image(image.name)
 
@@ -421,7 +422,7 @@ async def ends_at_its_start(one: Rig) -> None:
     (image / DEVICES).write_bytes(b"no state")
     for _ in range(5):
         machine = await one.driver.standby(image)
-        with pytest.raises(StateLost, match=r"could not be loaded from .*: .*Not a migration stream"):
+        with pytest.raises(Refused, match=r"could not be loaded from .*: .*Not a migration stream"):
             await machine.prepare(image, image / one.driver.disk_template, await one.network.take())
         await machine.kill()
     await one.driver.forget_image(image.name)
@@ -429,7 +430,7 @@ async def ends_at_its_start(one: Rig) -> None:
     kept = next((one.image.parents[1] / "boots").iterdir())
     (kept / DEVICES).write_bytes(b"no state")
     (kept / "checksum").write_text(boots._checksum(kept))
-    with pytest.raises(VmmError, match=r"did not boot: .*Not a migration stream"):
+    with pytest.raises(Unavailable, match=r"did not boot: .*Not a migration stream"):
         await one.make().boot(image, one.shape, await one.network.take(), console)
     os.close(console)
 
@@ -476,10 +477,10 @@ def test_a_firecracker_that_ends_at_its_start_is_quoted(name: str, program: str,
         overlay.parent.mkdir(parents=True)
         disks.copy_overlay(one.image / driver.disk_template, overlay)
         async with asyncio.timeout(15):
-            with pytest.raises(VmmError, match=re.escape(DYING_WORDS)):
+            with pytest.raises(Unavailable, match=re.escape(DYING_WORDS)):
                 await driver.boot(one.image, one.shape, await one.network.take(), asyncio.subprocess.DEVNULL)
             machine = await driver.standby(one.image)
-            with pytest.raises(VmmError, match=re.escape(DYING_WORDS)):
+            with pytest.raises(Unavailable, match=re.escape(DYING_WORDS)):
                 await machine.prepare(one.image, overlay, await one.network.take())
             await machine.kill()
 
@@ -516,7 +517,7 @@ def test_images_belong_to_their_hypervisor() -> None:
     with place() as directory:
         image = directory / "images/one"
         manifest.write(image, manifest.Manifest(SHAPE, 1, 1, "qemu"))
-        with pytest.raises(VmmError, match="made with qemu, and this host runs firecracker"):
+        with pytest.raises(Refused, match="made with qemu, and this host runs firecracker"):
             manifest.read(image, "firecracker")
         assert manifest.read(image, "qemu").shape == SHAPE
 

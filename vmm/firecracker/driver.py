@@ -14,8 +14,8 @@ from pathlib import Path
 
 from .. import disks, generators, host, manifest, memory
 from ..cgroups import Cgroups
-from ..driver import DEVICES, GUEST_CID, Machine, Process, Sealed, Shape, VmmError
-from ..errors import not_written
+from ..driver import DEVICES, GUEST_CID, Machine, Process, Sealed, Shape
+from ..errors import Missing, explained, not_loaded, not_written
 from ..manifest import Manifest
 from ..network import GUEST_MAC, TAP, Link
 from ..places import Places, is_alive
@@ -56,7 +56,7 @@ class FirecrackerDriver:
             machine.jail.give(image / MEMORY, MEMORY)
         except OSError as error:
             await machine.kill()
-            raise VmmError(f"image {image.name} could not be put into a jail: {error}") from error
+            raise not_loaded(error, f"image {image.name} could not be put into a jail: {error}", image / MEMORY) from error
         return machine
 
     async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> FirecrackerMachine:
@@ -70,7 +70,7 @@ class FirecrackerDriver:
         except (ApiError, OSError) as error:
             why = await machine.why(error)
             await machine.kill()
-            raise VmmError(f"image {image.name} did not boot: {why}") from error
+            raise explained(error, f"image {image.name} did not boot: {why}") from error
         except BaseException:
             await asyncio.shield(machine.kill())
             raise
@@ -98,7 +98,7 @@ class FirecrackerDriver:
         shape = machine.record.shape
         try:
             if shape is None:
-                raise VmmError(f"image {image.name} was not booted by this service")
+                raise Missing(f"image {image.name} was not booted by this service")
             written = await machine.seal(image / DEVICES)
             stored, seeded = await asyncio.to_thread(_store, written, image / MEMORY)
         except (ApiError, OSError) as error:

@@ -22,8 +22,8 @@ from gateway.observe.steps import Steps
 from .. import diffs, host, places
 from ..cgroups import Cgroups
 from ..diffs import Sum
-from ..driver import DEVICES, VSOCK_PORT, WALL_CLOCK_AT, Process, StateLost, VmmError
-from ..errors import not_written
+from ..driver import DEVICES, VSOCK_PORT, WALL_CLOCK_AT, Process
+from ..errors import Ended, Refused, Unavailable, VmmError, explained, not_loaded, not_written
 from ..network import TAP, Link
 from ..places import Place
 from . import memory
@@ -58,7 +58,7 @@ class FirecrackerMachine:
     @property
     def api(self) -> Api:
         if self._api is None:
-            raise StateLost(f"hypervisor {self.record.vm} does not run")
+            raise Unavailable(f"hypervisor {self.record.vm} does not run")
         return self._api
 
     def save_record(self) -> None:
@@ -67,7 +67,7 @@ class FirecrackerMachine:
     # ---- the process ----
 
     async def spawn(self, link: Link, console: int = asyncio.subprocess.DEVNULL) -> None:
-        """Starts the jailer, which becomes the process's parent only until it has written its id. Raises VmmError."""
+        """Starts the jailer, which becomes the process's parent only until it has written its id. Raises Unavailable."""
         self.record.link = link.name
         try:
             with (self.place.directory / places.STDERR).open("wb") as log:
@@ -85,7 +85,7 @@ class FirecrackerMachine:
                 await self.api.ready(_START_SECONDS)
         except (ApiError, OSError, TimeoutError) as error:
             why = await self.why(error) or f"not within {_START_SECONDS:g} s"
-            raise VmmError(f"the hypervisor of image {self.record.image} did not start: {why}") from error
+            raise explained(error, f"the hypervisor of image {self.record.image} did not start: {why}") from error
 
     def attach(self, pid: int) -> None:
         """Watches a process that runs, and talks to it. Raises OSError when it is gone."""
@@ -123,8 +123,11 @@ class FirecrackerMachine:
                 await self._load_memory(snapshot)
                 self.steps.mark("memory written and checked")
         except (ApiError, OSError, LookupError) as error:
-            why = await self.why(error)
-            raise StateLost(f"session {self.record.session} could not be loaded from {snapshot}: {why}") from error
+            text = f"session {self.record.session} could not be loaded from {snapshot}: {await self.why(error)}"
+            if isinstance(error, ApiError) and not isinstance(error, Unanswered):
+                await asyncio.to_thread(diffs.verify_whole, snapshot)  # damage says more than what became of the load of it
+                raise Refused(text) from error
+            raise not_loaded(error, text, overlay, snapshot / DEVICES) from error
         self.record.phase = "prepared"
         self.save_record()
 
@@ -154,7 +157,7 @@ class FirecrackerMachine:
             struct.pack_into("<Q", stamped, WALL_CLOCK_AT, time.time_ns())
             os.write(channel, stamped)
         except (ApiError, OSError) as error:
-            raise StateLost(f"session {self.record.session} could not be started: {await self.why(error)}") from error
+            raise self._failed(error, f"session {self.record.session} could not be started: {await self.why(error)}") from error
         return channel
 
     async def agent(self) -> int:
@@ -166,7 +169,7 @@ class FirecrackerMachine:
                 return await self._connect_agent()
             except OSError as error:
                 if asyncio.get_running_loop().time() > deadline:
-                    raise StateLost(f"session {self.record.session}: agent channel: {error}") from error
+                    raise self._failed(error, f"session {self.record.session}: agent channel: {error}") from error
                 await asyncio.sleep(_RETRY_SECONDS)
 
     async def _connect_agent(self) -> int:
@@ -211,6 +214,8 @@ class FirecrackerMachine:
             self.steps.mark("devices and changed pages written")
             return [summed, *pages]
         except (ApiError, OSError, LookupError) as error:
+            if self._ended.done():
+                raise self._failed(error, f"session {self.record.session} could not be saved: {await self.why(error)}") from error
             raise not_written(error, f"the snapshot in {directory}", f"session {self.record.session} could not be saved") from error
 
     async def seal(self, state: Path) -> Path:
@@ -235,7 +240,7 @@ class FirecrackerMachine:
         try:
             await self.api.patch("/vm", state=state)
         except ApiError as error:
-            raise VmmError(f"session {self.record.session} could not be {state.lower()}: {error}") from error
+            raise self._failed(error, f"session {self.record.session} could not be {state.lower()}: {error}") from error
         self.record.phase = phase
         self.save_record()
 
@@ -260,6 +265,10 @@ class FirecrackerMachine:
         if isinstance(error, Unanswered):
             await asyncio.wait([self._ended], timeout=_ENDING_SECONDS)
         return self._last_words or str(error)
+
+    def _failed(self, error: Exception, text: str) -> VmmError:
+        """Of a microVM that runs."""
+        return Ended(text) if self._ended.done() else explained(error, text)
 
     def _gone(self, pidfd: int) -> None:
         asyncio.get_running_loop().remove_reader(pidfd)

@@ -16,7 +16,7 @@ from gateway.observe.room import disk_free_bytes
 
 from .. import diffs, host
 from ..diffs import Manifest, Segment, Sum
-from ..errors import StateLost
+from ..errors import Damaged, unreadable
 from ..host import PAGE
 
 _CHUNK = 4 << 20
@@ -49,10 +49,15 @@ def regions(pid: int, file: Path) -> list[Region]:
 
 def write_in(pid: int, where: list[Region], snapshot: Path, manifest: Manifest) -> None:
     """Copies a chain's pages into a process that has not run. KVM's log of dirty pages does not see it, so that the next diff
-    is of what the guest changes from here on. Raises StateLost for files that do not fit, OSError."""
+    is of what the guest changes from here on. Raises Damaged for files that do not fit, Missing, Unavailable, OSError."""
     segments = diffs.merge([(number, diffs.runs_of(snapshot / f"{number}.runs")) for number in manifest.chain])
     for number in manifest.chain:
-        with (snapshot / f"{number}.pages").open("rb", buffering=0) as file:
+        path = snapshot / f"{number}.pages"
+        try:
+            opened = path.open("rb", buffering=0)
+        except OSError as error:
+            raise unreadable(error, path) from error
+        with opened as file:
             for one in segments:
                 if one.diff == number:
                     _write(pid, where, file.fileno(), one)
@@ -66,7 +71,7 @@ def _write(pid: int, where: list[Region], file: int, segment: Segment) -> None:
         while left > 0:
             data = os.pread(file, min(left, _CHUNK), offset)
             if not data:
-                raise StateLost("a diff is shorter than its runs")
+                raise Damaged("a diff is shorter than its runs")
             buffer = ctypes.create_string_buffer(data, len(data))
             host.write_memory(pid, ctypes.addressof(buffer), [(address, len(data))])
             offset, address, left = offset + len(data), address + len(data), left - len(data)

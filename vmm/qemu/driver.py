@@ -15,8 +15,8 @@ import structlog
 
 from .. import disks, generators, host, jail, manifest, memory, sparse
 from ..cgroups import Cgroups
-from ..driver import DEVICES, Machine, Process, Sealed, Shape, StateLost, VmmError
-from ..errors import not_written
+from ..driver import DEVICES, Machine, Process, Sealed, Shape
+from ..errors import Missing, Unavailable, VmmError, explained, not_loaded, not_written
 from ..manifest import Manifest
 from ..mapping import Mapper
 from ..network import Link, Network
@@ -81,7 +81,7 @@ class QemuDriver:
         except (QmpError, OSError, VmmError) as error:
             why = await machine.why(error)
             await machine.kill()
-            raise VmmError(f"the hypervisor of image {image.name} does not wait: {why}") from error
+            raise Unavailable(f"the hypervisor of image {image.name} does not wait: {why}") from error
         except BaseException:
             await asyncio.shield(machine.kill())
             raise
@@ -121,7 +121,7 @@ class QemuDriver:
         except (QmpError, OSError) as error:
             why = await machine.why(error)
             await machine.kill()
-            raise VmmError(f"image {machine.record.image} did not boot: {why}") from error
+            raise explained(error, f"image {machine.record.image} did not boot: {why}") from error
         except BaseException:
             await asyncio.shield(machine.kill())
             raise
@@ -135,7 +135,7 @@ class QemuDriver:
             await machine.give_disk(image / "disk.raw", image / "boot.qcow2")
             machine.went_on_from = None
         except (QmpError, OSError) as error:
-            raise VmmError(f"image {image.name} could not be given its disk: {error}") from error
+            raise explained(error, f"image {image.name} could not be given its disk: {error}") from error
 
     async def _keep(self, machine: QemuMachine, shape: Shape, descriptor: int) -> None:
         """A boot that cannot be kept is no reason to fail: the next one is made anew."""
@@ -157,7 +157,7 @@ class QemuDriver:
             if machine.image_memory is None:  # booted by an earlier daemon
                 machine.image_memory = memory.adopt_image_memory(image.name, [machine.record.pid])
             if shape is None or machine.image_memory is None:
-                raise VmmError(f"image {image.name} was not booted by this service")
+                raise Missing(f"image {image.name} was not booted by this service")
             await machine.save_devices(image / DEVICES)
             stored = await asyncio.to_thread(memory.store_memory, machine.image_memory, image / MEMORY)
             synced = asyncio.to_thread(sync, [image / DEVICES, image / MEMORY])
@@ -212,7 +212,8 @@ class QemuDriver:
             if task.done() and self._shared.get(image.name) is task:  # who asks next loads it again
                 del self._shared[image.name]
             if isinstance(error, OSError):
-                raise StateLost(str(error)) from error
+                text = f"image {image.name} could not be loaded: {error}"
+                raise not_loaded(error, text, image / MEMORY, image / self.disk_template) from error
             raise
 
     async def _load(self, image: Path) -> _Shared:
@@ -236,7 +237,7 @@ class QemuDriver:
         )
 
     async def _spawn(self, image: str, shape: Shape, compose: Callable[[topology.Ends], topology.Command]) -> QemuMachine:
-        """Raises VmmError, which quotes a hypervisor that ended."""
+        """Raises Unavailable, which quotes a hypervisor that ended."""
         place = self._places.make(shape)
         ours, theirs = socket.socketpair()
         mapper, state = Mapper(ours), memory.write_only(STATE)
@@ -248,7 +249,7 @@ class QemuDriver:
                     process = await self._execute(place, shape, theirs.fileno(), state, compose)
                 while (pid := child_of(process.pid)) is None:
                     if process.returncode is not None:
-                        raise VmmError(f"it ended with code {process.returncode}")
+                        raise Unavailable(f"it ended with code {process.returncode}")
                     await asyncio.sleep(0.0005)
                 record = Process(place.vm, pid, host.start_time(pid) or 0, image, place.uid, shape=shape)
                 machine = QemuMachine(record, place.directory, self._network, lambda: self._remove(machine, place), state, mapper)
@@ -272,7 +273,7 @@ class QemuDriver:
                         process.kill()  # and with it, by --kill-child, what runs inside
                 await asyncio.shield(self._remove(None, place))
             if isinstance(error, _FAILURES):
-                raise VmmError(f"the hypervisor of image {image} did not start: {why or f'not within {_SPAWN_SECONDS} s'}") from error
+                raise Unavailable(f"the hypervisor of image {image} did not start: {why or f'not within {_SPAWN_SECONDS} s'}") from error
             raise
         return machine
 

@@ -20,8 +20,8 @@ from gateway.observe.steps import Steps
 
 from .. import diffs, mapping, memory, places
 from ..diffs import Manifest, Sum
-from ..driver import DEVICES, WALL_CLOCK_AT, Process, StateLost, VmmError
-from ..errors import not_written
+from ..driver import DEVICES, WALL_CLOCK_AT, Process
+from ..errors import Ended, Refused, Unavailable, VmmError, explained, not_loaded
 from ..network import Link, Network
 from . import machine as topology
 from .machine import StandIns
@@ -35,6 +35,10 @@ _LOAD_SECONDS = 30
 STATE = "torpor-state"  # the name of the memfd
 _STARVED = "io-error"
 _STARVED_RETRY_SECONDS = 1
+
+
+class _StateRefused(QmpError):
+    """QEMU read a state of devices and did not take it."""
 
 
 def listen(path: Path) -> socket.socket:
@@ -102,7 +106,7 @@ class QemuMachine:
     @property
     def qmp(self) -> Qmp:
         if self._qmp is None:
-            raise StateLost(f"hypervisor {self.record.vm} is not connected")
+            raise Unavailable(f"hypervisor {self.record.vm} is not connected")
         return self._qmp
 
     def save_record(self) -> None:
@@ -113,28 +117,30 @@ class QemuMachine:
         return str(answer["status"])
 
     def clear(self, holes: list[tuple[int, int]]) -> None:
-        """A standby gets memory of its own where its image has none. Raises StateLost, OSError."""
+        """A standby gets memory of its own where its image has none. Raises Unavailable, OSError."""
         if self._mapper is None:
-            raise StateLost(f"hypervisor {self.record.vm} waits for no session")
+            raise Unavailable(f"hypervisor {self.record.vm} waits for no session")
         mapping.clear(self.mapping(), self._mapper, holes)
 
     async def await_session(self, stand_ins: StandIns) -> None:
         """A standby: from now on what a session brings is put in without a word of QMP, which QEMU reads byte by byte, 5 µs each.
-        Raises QmpError, StateLost."""
+        Raises QmpError, Unavailable."""
         self._stand_ins = stand_ins
         await self._await_state()
         self._channel = await self.agent()
 
     async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
         self.record.link = link.name
-        self.save_record()
         try:
+            self.save_record()
             await self._prepare(snapshot, overlay, link)
+            self.record.phase = "prepared"
+            self.save_record()
         except (QmpError, OSError, ValueError, LookupError) as error:
-            why = await self.why(error)
-            raise StateLost(f"session {self.record.session} could not be loaded from {snapshot}: {why}") from error
-        self.record.phase = "prepared"
-        self.save_record()
+            text = f"session {self.record.session} could not be loaded from {snapshot}: {await self.why(error)}"
+            if isinstance(error, _StateRefused):
+                raise Refused(text) from error
+            raise not_loaded(error, text, overlay, snapshot / DEVICES) from error
 
     async def _prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
         tap = await self._network.tap(link)
@@ -155,15 +161,15 @@ class QemuMachine:
 
     async def _check(self) -> None:
         """Compares the files that were loaded, beside the guest's first steps: large diffs take longer than all the rest of a resume. Who
-        let it run hears of it when this is done. Raises StateLost."""
+        let it run hears of it when this is done. Raises Damaged, Missing, Unavailable."""
         if self.record.unchecked:
-            await asyncio.to_thread(_verify, Path(self.record.unchecked))
+            await asyncio.to_thread(diffs.verify_whole, Path(self.record.unchecked))
             self.record.unchecked = ""
 
     def _put_in(self, tap: int, snapshot: Path, overlay: Path, manifest: Manifest | None) -> None:
-        """Raises StateLost, OSError."""
+        """Raises VmmError, OSError."""
         if self._mapper is None or self._stand_ins is None:
-            raise StateLost(f"hypervisor {self.record.vm} waits for no session")
+            raise Unavailable(f"hypervisor {self.record.vm} waits for no session")
         self._mapper.put(tap, self._stand_ins.tap)
         disk = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -192,7 +198,7 @@ class QemuMachine:
             raise QmpError("the hypervisor has ended" if self.qmp.closed.done() else f"device state not loaded in {_LOAD_SECONDS} s")
         if self._loaded.result() != "completed":
             await asyncio.wait([self.qmp.closed], timeout=_ENDING_SECONDS)  # it ends when it has said why
-            raise QmpError("the hypervisor refused the device state")
+            raise _StateRefused("the hypervisor refused the device state")
         await sent
 
     def _send_state(self, path: Path) -> None:
@@ -215,10 +221,9 @@ class QemuMachine:
             self.steps.mark("cont")
             await self._check()
             self.steps.mark("files checked")
-        except (QmpError, OSError, StateLost) as error:
+        except (QmpError, OSError, VmmError) as error:
             os.close(channel)
-            why = str(error) if isinstance(error, StateLost) else await self.why(error)
-            raise StateLost(f"session {self.record.session} could not be started: {why}") from error
+            raise await self._failed(error, f"session {self.record.session} could not be started") from error
         return channel
 
     async def agent(self) -> int:
@@ -229,7 +234,7 @@ class QemuMachine:
                 await asyncio.get_running_loop().sock_connect(sock, str(self._directory / "agent.sock"))
         except (OSError, TimeoutError) as error:
             sock.close()
-            raise StateLost(f"session {self.record.session}: agent channel: {error}") from error
+            raise await self._failed(error, f"session {self.record.session}: agent channel") from error
         return sock.detach()
 
     def _event(self, message: dict[str, Any]) -> None:
@@ -267,7 +272,7 @@ class QemuMachine:
             self.steps.mark("devices and changed pages written")
             return [devices, *written]
         except (QmpError, OSError, LookupError) as error:
-            raise not_written(error, f"the snapshot in {directory}", f"session {self.record.session} could not be saved") from error
+            raise await self._failed(error, f"session {self.record.session} could not be saved") from error
 
     async def load_devices(self, path: Path) -> None:
         """Raises QmpError, OSError."""
@@ -330,7 +335,7 @@ class QemuMachine:
         try:
             await self.qmp.run("cont")
         except QmpError as error:
-            raise VmmError(f"session {self.record.session} does not run on: {error}") from error
+            raise await self._failed(error, f"session {self.record.session} does not run on") from error
         self.record.phase = "running"
         self.save_record()
 
@@ -338,7 +343,7 @@ class QemuMachine:
         try:
             await self.stop()
         except QmpError as error:
-            raise VmmError(f"session {self.record.session} could not be stopped: {error}") from error
+            raise await self._failed(error, f"session {self.record.session} could not be stopped") from error
         self.record.phase = "prepared"
         self.save_record()
 
@@ -360,6 +365,17 @@ class QemuMachine:
         if self._qmp is None or self._qmp.closed.done():
             await asyncio.wait([self._ended], timeout=_ENDING_SECONDS)
         return self._last_words or str(error)
+
+    @property
+    def _has_ended(self) -> bool:
+        return self._pidfd is None
+
+    async def _failed(self, error: Exception, what: str) -> VmmError:
+        """Of a microVM that runs: what was understood is told as such, else whether its hypervisor is gone."""
+        if isinstance(error, VmmError):
+            return explained(error, f"{what}: {error}")
+        text = f"{what}: {await self.why(error)}"
+        return Ended(text) if self._has_ended else explained(error, text)
 
     async def _give(self, command: str, descriptor: int, **arguments: object) -> None:
         try:
@@ -408,12 +424,6 @@ class QemuMachine:
             await self._remove()
         finally:  # it has ended, whatever is left of it
             self._ended.set_result(None)
-
-
-def _verify(snapshot: Path) -> None:
-    """Raises StateLost. An image's files have no manifest: they are checked by whoever gets it."""
-    if (snapshot / diffs.MANIFEST).exists():
-        diffs.verify_all(snapshot, diffs.read_manifest(snapshot))
 
 
 def child_of(pid: int) -> int | None:

@@ -73,7 +73,7 @@ class Sockets:
                     if loop.time() > until:
                         raise
         except RpcError as error:
-            if error.kind == "StateLost":
+            if error.kind == "Ended":
                 raise SessionGone(str(error)) from error
             raise OSError(errno.EHOSTDOWN, str(error)) from error
         finally:

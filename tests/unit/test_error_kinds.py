@@ -1,0 +1,192 @@
+"""Trouble of the host is Unavailable: it says nothing about what was saved. Only a file that is not what was written is Damaged, one whose
+name is not there Missing, and a running microVM without a hypervisor Ended."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_diffs import make
+
+from vmm import diffs, host, manifest, mapping, memory
+from vmm.driver import DEVICES, Process, Shape
+from vmm.errors import Damaged, DiskFull, Ended, Missing, Refused, Unavailable, VmmError, explained, not_loaded
+from vmm.network import Link
+from vmm.qemu import process
+from vmm.qemu.machine import StandIns
+from vmm.qemu.process import QemuMachine
+from vmm.qemu.qmp import QmpError
+
+PASSING = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.EINTR, errno.EACCES, errno.ETIMEDOUT]
+
+
+@pytest.mark.parametrize("number", PASSING)
+@pytest.mark.parametrize(
+    ("call", "read"),
+    [
+        ("read_bytes", diffs.read_manifest),
+        ("read_bytes", lambda snapshot: diffs.runs_of(snapshot / "1.runs")),
+        ("open", lambda snapshot: diffs.verify_all(snapshot, diffs.read_manifest(snapshot))),
+        ("read_bytes", lambda snapshot: manifest.read(snapshot, "qemu")),
+    ],
+    ids=["manifest", "runs", "checksums", "image"],
+)
+def test_a_file_that_cannot_be_read_now_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str, read: Callable[[Path], object]
+) -> None:
+    make(tmp_path, [{1, 2, 9}])
+    manifest.write(tmp_path, manifest.Manifest(Shape(1, 1, 1, "tcg", 1), 1, 1))
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    real = Path.open
+    with monkeypatch.context() as patch:
+        if call == "open":  # the manifest's own is read
+            patch.setattr(
+                Path, call, lambda path, *given, **named: (fails if path.name.endswith(".pages") else real)(path, *given, **named)
+            )
+        else:
+            patch.setattr(Path, call, fails)
+        with pytest.raises(Unavailable):
+            read(tmp_path)
+    read(tmp_path)  # nothing became of it
+
+
+def test_what_is_understood_keeps_its_kind() -> None:
+    for kind in (Unavailable, DiskFull, Refused, Damaged, Missing, Ended):
+        assert type(explained(kind("why"), "text")) is kind
+    for number in PASSING:
+        assert type(explained(OSError(number, "x"), "text")) is Unavailable
+    assert type(explained(OSError(errno.ENOSPC, "x"), "text")) is DiskFull
+    assert type(explained(OSError(errno.EDQUOT, "x"), "text")) is DiskFull
+    for error in (
+        TimeoutError(),
+        LookupError(),
+        ValueError(),
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        QmpError("no answer"),
+    ):
+        assert type(explained(error, "text")) is Unavailable
+
+
+def test_a_name_of_proc_that_is_gone_is_no_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "overlay").touch()
+    gone = FileNotFoundError(errno.ENOENT, "x", "/proc/1/maps")
+    assert type(not_loaded(gone, "text", tmp_path / "overlay")) is Unavailable
+    assert type(not_loaded(gone, "text", tmp_path / "overlay", tmp_path / "other")) is Missing
+
+
+class Network:
+    async def tap(self, link: Link) -> int:
+        return os.open("/dev/null", os.O_RDONLY)
+
+
+class Mapper:
+    """Takes what it is given."""
+
+    def put(self, file: int, replaced: int) -> None: ...
+    def map(self, file: int, ranges: object) -> None: ...
+    def finish(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Qmp:
+    def __init__(self) -> None:
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.answers: dict[str, Exception] = {}
+
+    async def run(self, command: str, descriptors: object = (), **arguments: object) -> Any:
+        if command in self.answers:
+            raise self.answers[command]
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+async def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[QemuMachine]:
+    """A process, whatever it does, with a session's files in `tmp_path`."""
+    monkeypatch.setattr(process, "_ENDING_SECONDS", 0.01)
+    make(tmp_path, [{1, 2, 9}])
+    (tmp_path / "overlay").touch()
+    (tmp_path / "process").mkdir()
+    sleeps = await asyncio.create_subprocess_exec("sleep", "60")
+
+    async def remove() -> None:
+        pass
+
+    record = Process("vm", sleeps.pid, host.start_time(sleeps.pid) or 0, "image", 1, "session", 2, memory=(0, 1 << 20))
+    made = QemuMachine(record, tmp_path / "process", Network(), remove, memory.write_only("state"), Mapper())  # type: ignore[arg-type]
+    made._stand_ins = StandIns(0, 0)
+    made._qmp = Qmp()  # type: ignore[assignment]
+    made._loaded = asyncio.get_running_loop().create_future()
+    made._loaded.set_result("completed")
+    monkeypatch.setattr(made, "_send_state", lambda path: path.read_bytes())
+    yield made
+    await made.kill()
+    await sleeps.wait()
+
+
+async def prepared(machine: QemuMachine, files: Path) -> VmmError:
+    with pytest.raises(VmmError) as raised:
+        await machine.prepare(files, files / "overlay", Link(Path("/link"), ()))
+    return raised.value
+
+
+@pytest.mark.parametrize("number", PASSING)
+async def test_a_prepare_that_the_host_cannot_do_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: QemuMachine, number: int
+) -> None:
+    """EMFILE when the disk is opened, ENOMEM of a mapping: the snapshot is as good as it was."""
+
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(mapping, "load", fails)
+    assert type(await prepared(machine, tmp_path)) is Unavailable
+
+
+async def test_a_device_state_that_is_not_loaded_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: QemuMachine) -> None:
+    machine._loaded = asyncio.get_running_loop().create_future()
+    monkeypatch.setattr(process, "_LOAD_SECONDS", 0.01)
+    assert type(await prepared(machine, tmp_path)) is Unavailable
+
+
+async def test_a_hypervisor_that_ends_while_it_loads(tmp_path: Path, machine: QemuMachine) -> None:
+    machine._loaded = asyncio.get_running_loop().create_future()
+    machine.qmp.closed.set_result(None)
+    assert type(await prepared(machine, tmp_path)) is Unavailable
+
+
+async def test_a_device_state_that_is_refused(tmp_path: Path, machine: QemuMachine) -> None:
+    """Whole as it was written, it is for another hypervisor; else it is damaged, and that says more."""
+    machine._loaded = asyncio.get_running_loop().create_future()
+    machine._loaded.set_result("failed")
+    assert type(await prepared(machine, tmp_path)) is Refused
+    (tmp_path / DEVICES).write_bytes(b"other")
+    assert type(await prepared(machine, tmp_path)) is Damaged
+
+
+@pytest.mark.parametrize("name", ["overlay", DEVICES, "1.pages", "1.runs"])
+async def test_a_file_that_is_not_there(tmp_path: Path, machine: QemuMachine, name: str) -> None:
+    (tmp_path / name).unlink()
+    error = await prepared(machine, tmp_path)
+    assert type(error) is Missing and name in str(error)
+
+
+async def test_a_running_microvm_that_does_not_answer_is_not_gone(machine: QemuMachine) -> None:
+    machine.qmp.answers |= {"cont": QmpError("no answer in 20 s"), "stop": QmpError("no answer in 20 s")}  # type: ignore[attr-defined]
+    for call in (machine.unpause, machine.pause):
+        with pytest.raises(Unavailable):
+            await call()
+    os.kill(machine.record.pid, 9)
+    await machine.wait()
+    for call in (machine.unpause, machine.pause):
+        with pytest.raises(Ended):
+            await call()
