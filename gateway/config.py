@@ -186,7 +186,7 @@ class Suspend(BaseModel):
 
 class Standbys(BaseModel):
     per_image: int = Field(2, ge=0, le=64, description="hypervisors kept waiting for each image in use")
-    most_per_image: int = Field(48, ge=0, le=256, description="… where that many were wanted in the last two minutes, memory permitting")
+    most_per_image: int = Field(48, ge=0, le=256, description="… where so many were wanted at once lately, memory permitting")
     ahead: int = Field(2, ge=0, le=64, description="microVMs that ran ahead, kept for each image in use whose owner allows it")
     unused_seconds: float = Field(
         900.0, ge=1, description="for so long after its last use an image keeps its hypervisors and its memory, some hundred MiB, in RAM"

@@ -22,7 +22,7 @@ import structlog
 from gateway import executors
 from gateway.config import Egress
 from gateway.messages import EgressRules
-from gateway.observe.use import Use
+from gateway.observe.demand import Demand
 
 from . import host
 from .egress import METADATA_ADDRESS, Uplink, accepts_of, link_rules
@@ -97,7 +97,7 @@ class Network:
         self._opens_taps = False
         self._filling: asyncio.Task[None] | None = None
         self._used = 0.0
-        self._use = Use()
+        self._demand = Demand()
         self._taps: dict[Path, int] = {}  # opened ahead, until somebody takes them
         self._stock: dict[Path, list[socket.socket]] = {}  # the same for what edges connect with
         self._nowhere: int | None = None
@@ -125,7 +125,7 @@ class Network:
     async def take(self) -> Link:
         link = self._ready.popleft() if self._ready else await self._call(self._create)
         self._used = asyncio.get_running_loop().time()
-        self._use.note(self._used)
+        self._demand.note(self._used)
         self._refill()
         return link
 
@@ -214,20 +214,22 @@ class Network:
 
     @property
     def _target(self) -> int:
-        """By use, as standbys are: a namespace costs a fresh session some 20 ms."""
-        recent = self._use.recent(asyncio.get_running_loop().time())
-        return max(self._wanted, min(_MOST, recent)) if self._wanted else 0
+        """By demand, as standbys are: a namespace costs a fresh session some 20 ms."""
+        burst = self._demand.burst(asyncio.get_running_loop().time())
+        return max(self._wanted, min(_MOST, burst)) if self._wanted else 0
 
     def _refill(self) -> None:
-        if len(self._ready) < self._target and (self._filling is None or self._filling.done()):
+        if self._filling is None or self._filling.done():
             self._filling = asyncio.get_running_loop().create_task(self._fill())
 
     async def _fill(self) -> None:
-        while len(self._ready) < self._target:
+        while True:
             quiet = self._used + _QUIET_SECONDS - asyncio.get_running_loop().time()
             if quiet > 0:
                 await asyncio.sleep(min(quiet, _QUIET_SECONDS))
                 continue
+            if len(self._ready) >= self._target:
+                return
             try:
                 self._ready.append(await self._call(self._create))
             except Exception as error:  # the next take begins again

@@ -1,6 +1,6 @@
 """Hypervisors that wait: started ahead for the images in use, so that a resume starts with a process that is ready.
 
-How many is by use: what was taken in the last minutes may be wanted again, all at once, as far as memory allows. With the last
+How many is by demand: as many as were wanted at once in the last minutes may be again, as far as memory allows. With the last
 hypervisor of an image that nobody uses goes what its clones share, its memory above all: the next one reads it again.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from gateway.observe.use import Use
+from gateway.observe.demand import Demand
 
 from .driver import Driver, Machine
 
@@ -30,7 +30,7 @@ class Standbys:
         self._least, self._most = least, most
         self._unused_seconds = unused_seconds
         self._has_memory = has_memory
-        self._use: dict[Path, Use] = {}
+        self._demand: dict[Path, Demand] = {}
         self._ready: dict[Path, deque[Machine]] = {}
         self._used: dict[Path, float] = {}
         self._shared: dict[Path, float] = {}  # images with memory on the host, and when somebody had it last
@@ -40,7 +40,7 @@ class Standbys:
     async def take(self, image: Path) -> Machine:
         """A standby of the image; without one, a fresh process. Raises VmmError."""
         self.want(image)
-        self._use.setdefault(image, Use()).note(asyncio.get_running_loop().time())
+        self._demand.setdefault(image, Demand()).note(asyncio.get_running_loop().time())
         ready = self._ready[image]
         while ready:
             machine = ready.popleft()
@@ -67,7 +67,7 @@ class Standbys:
         """Ends all standbys of an image that is deleted or unused. Who takes one meanwhile begins anew."""
         task, ready = self._refills.pop(image, None), self._ready.pop(image, ())
         self._used.pop(image, None)
-        self._use.pop(image, None)
+        self._demand.pop(image, None)
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -82,10 +82,10 @@ class Standbys:
         await self._driver.forget_image(image.name)
 
     def _wanted(self, image: Path) -> int:
-        use = self._use.get(image)
-        if not self._least or use is None or not self._has_memory():
+        demand = self._demand.get(image)
+        if not self._least or demand is None or not self._has_memory():
             return self._least
-        return max(self._least, min(self._most, use.recent(asyncio.get_running_loop().time())))
+        return max(self._least, min(self._most, demand.burst(asyncio.get_running_loop().time())))
 
     async def drop_unused(self, held: Collection[Path] = ()) -> None:
         """Ends what nobody has wanted for long, and what there is too much of. `held`: images of which there are hypervisors that are

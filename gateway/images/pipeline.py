@@ -7,6 +7,7 @@ BuildFailed with the code that the build then shows. Nothing of a failed build s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import shutil
@@ -163,7 +164,8 @@ class Pipeline:
     async def clean(self, job: Job, keep_image: bool) -> None:
         """Removes what a build leaves behind, however it ended. Nothing is raised: what the host cannot end or remove now does not decide
         what became of the build, and goes when the image is deleted or the service starts."""
-        await asyncio.to_thread(shutil.rmtree, self._work(job), True)
+        with contextlib.suppress(OSError):
+            await executors.BULK.run(lambda: shutil.rmtree(self._work(job), ignore_errors=True))
         sessions = (job.session, f"validate-{job.build.id}")
         steps = [partial(self._host.build_cancel, job.build.id), *(partial(self._host.forget, session) for session in sessions)]
         if not keep_image:

@@ -22,7 +22,7 @@ import structlog
 
 from gateway.config import Settings
 from gateway.messages import EgressRules
-from gateway.observe.use import Use
+from gateway.observe.demand import Demand
 
 from . import hooks
 from .agent import Agent, AgentError, wake_frame
@@ -48,7 +48,7 @@ class _Pool:
     arn: str
     version: str
     ready: deque[str] = field(default_factory=deque)
-    use: Use = field(default_factory=Use)
+    demand: Demand = field(default_factory=Demand)
     used: float = 0.0
     taken: asyncio.Event = field(default_factory=asyncio.Event)
     filling: asyncio.Task[Any] | None = None
@@ -68,7 +68,7 @@ class Ahead:
         pool = self.want(session.image_arn, session.image_version)
         if pool is None:
             return False
-        pool.use.note(self._loop.time())
+        pool.demand.note(self._loop.time())
         pool.taken.set()
         while pool.ready:
             name = pool.ready.popleft()
@@ -136,7 +136,7 @@ class Ahead:
             if quiet > 0:
                 await asyncio.sleep(quiet)
                 continue
-            if len(pool.ready) >= max(self._settings.standbys.ahead, min(_MOST, pool.use.recent(self._loop.time()))):
+            if len(pool.ready) >= max(self._settings.standbys.ahead, min(_MOST, pool.demand.burst(self._loop.time()))):
                 if not await self._wanted_again(pool):
                     self._spawn(self.drop(key))
                     return

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from gateway.observe.use import USE_SECONDS, Use
 from vmm import standbys
 from vmm.driver import Process
 from vmm.standbys import Standbys
@@ -150,12 +148,3 @@ async def test_too_many_are_ended_although_some_are_taken_meanwhile(monkeypatch:
     await one.drop_unused()
     monkeypatch.undo()
     await one.close()
-
-
-def test_use_is_forgotten() -> None:
-    use: Any = Use()
-    for at in (0.0, 1.0, 2.0):
-        use.note(at)
-    assert use.recent(2.0) == 3
-    assert use.recent(USE_SECONDS + 1.5) == 1
-    assert use.recent(10 * USE_SECONDS) == 0
