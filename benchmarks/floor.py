@@ -20,7 +20,7 @@ import msgspec
 from gateway.config import Settings
 from gateway.sessions.agent import wake_frame
 from gateway.sessions.frame import frame
-from vmm import diffs, host, mapping, memory, namespaces, network, sparse
+from vmm import diffs, mapping, memory, namespaces, network, sparse, syscalls
 from vmm.disks import sync_path
 from vmm.manifest import Manifest
 from vmm.qemu import machine
@@ -44,7 +44,7 @@ class Floor:
         sparse.fill(image / "memory.raw", self.memory)
         self.holes = sparse.holes(self.memory)
         template = (image / "overlay.qcow2").read_bytes()
-        self.stand_ins = machine.StandIns(memory.sealed("floor-disk", template), network.open_tap_to_nowhere())
+        self.placeholders = machine.PlaceholderDevices(memory.sealed("floor-disk", template), network.open_placeholder_tap())
 
     def standby(self) -> None:
         """Everything that the service has ready before a request comes: the process, the link, a copy of the disk."""
@@ -56,7 +56,7 @@ class Floor:
         files = [os.open(self.image / name, os.O_RDONLY) for name in ("disk.raw", "boot.qcow2")]
         state = os.open(self.work / "devices.state", os.O_WRONLY | os.O_CREAT)
         ends = machine.Ends(*(sock.fileno() for sock in sockets), state)
-        command = machine.standby(self.shape, self.memory, *files, self.stand_ins, ends)
+        command = machine.standby(self.shape, self.memory, *files, self.placeholders, ends)
         ours, theirs = socket.socketpair()
         environment = {"LD_PRELOAD": str(MAPPER), "TORPOR_MAPPER": str(theirs.fileno())}
         self.process = subprocess.Popen(
@@ -80,9 +80,9 @@ class Floor:
         """Loads a state, runs it, waits for its agent and for the first byte of an answer; the seconds it took."""
         started = time.perf_counter()
         source = self.image if is_launch else self.snapshot
-        tap, overlay = self._inside(lambda: host.open_tap(network.TAP)), os.open(self.work / "overlay", os.O_RDWR)
-        self.mapper.put(tap, self.stand_ins.tap)
-        self.mapper.put(overlay, self.stand_ins.disk)
+        tap, overlay = self._inside(lambda: syscalls.open_tap(network.TAP)), os.open(self.work / "overlay", os.O_RDWR)
+        self.mapper.put(tap, self.placeholders.tap)
+        self.mapper.put(overlay, self.placeholders.disk)
         os.close(tap)
         os.close(overlay)
         if not is_launch:
@@ -131,7 +131,7 @@ class Floor:
         shutil.rmtree(self.work)
 
     def close(self) -> None:
-        for descriptor in (self.memory, self.stand_ins.disk, self.stand_ins.tap):
+        for descriptor in (self.memory, self.placeholders.disk, self.placeholders.tap):
             os.close(descriptor)
 
     def cpu_seconds(self) -> float:
@@ -164,7 +164,7 @@ class Floor:
 
         def enter() -> None:
             with (self.work / "netns").open() as namespace:
-                host.setns(namespace.fileno(), host.CLONE_NEWNET)
+                syscalls.setns(namespace.fileno(), syscalls.CLONE_NEWNET)
             made.append(work())
 
         thread = threading.Thread(target=enter)

@@ -9,7 +9,7 @@ from pathlib import Path
 from report import figure
 
 from vmm import archives, diffs
-from vmm.host import PAGE
+from vmm.syscalls import PAGE
 
 
 def stored(root: Path, session: str) -> None:

@@ -33,8 +33,8 @@ class HostInfo(msgspec.Struct):
     controllers_missing: list[str]
 
 
-class Usage(msgspec.Struct):
-    """Room for admission, in bytes."""
+class Capacity(msgspec.Struct):
+    """What the host has free for admission, in bytes, and how much one more microVM is expected to take."""
 
     memory_available: int
     disk_free: int
@@ -138,13 +138,13 @@ class SessionRef(msgspec.Struct):
     incarnation: int
 
 
-class RestRequest(msgspec.Struct):
-    """A session is SUSPENDED, its snapshot durable: its hypervisor may end, or stay paused where `keep` and the host allow it.
+class ReleaseVmRequest(msgspec.Struct):
+    """A session is SUSPENDED, its snapshot durable: its hypervisor ends, or stays paused where `keep_warm` and the host allow it.
     `parked`: edges hold connections into its network, which stays then."""
 
     session: str
     incarnation: int
-    keep: bool
+    keep_warm: bool
     parked: bool = False
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from vmm import host
+from vmm import syscalls
 
 from . import executors, instance, listeners
 from .children import STOP_SECONDS, Child, Children, Process, StartError
@@ -76,7 +76,7 @@ class Supervisor:
         """Everything up and serving; returns the settings with the ports that were chosen. Raises ConfigError, StartError."""
         self._files.start()
         self._take_lock()
-        host.become_subreaper()
+        syscalls.become_subreaper()
         old = living(self._path)
         sockets = _adopt_sockets(old)
         port = listeners.choose_edge_port(self._settings, in_use=bool(sockets.get("edge")))
@@ -206,7 +206,7 @@ class Supervisor:
     def _save_state(self) -> None:
         self._state.processes = [
             Recorded(
-                child.name, process.pid, host.start_time(process.pid), process is child.serving,
+                child.name, process.pid, syscalls.start_time(process.pid), process is child.serving,
                 {purpose: [sock.fileno() for sock in socks] for purpose, socks in child.sockets.items()},
             )
             for child in self._children for process in child.processes
@@ -304,7 +304,7 @@ def living(path: Path) -> list[Recorded]:
 
 def is_living(process: Recorded) -> bool:
     """Whether that very process runs: its pid may be another's by now."""
-    return process.started is not None and host.start_time(process.pid) == process.started
+    return process.started is not None and syscalls.start_time(process.pid) == process.started
 
 
 def _adopt_sockets(old: list[Recorded]) -> dict[str, list[list[socket.socket]]]:
@@ -314,7 +314,7 @@ def _adopt_sockets(old: list[Recorded]) -> dict[str, list[list[socket.socket]]]:
     for process in old:
         for purpose, numbers in process.sockets.items():
             with contextlib.suppress(OSError):
-                taken = [socket.socket(fileno=host.pidfd_getfd(process.pid, number)) for number in numbers]
+                taken = [socket.socket(fileno=syscalls.pidfd_getfd(process.pid, number)) for number in numbers]
                 inodes = {os.fstat(sock.fileno()).st_ino for sock in taken}
                 if inodes <= known:  # those of its predecessor or successor
                     for sock in taken:
@@ -328,7 +328,7 @@ def _adopt_sockets(old: list[Recorded]) -> dict[str, list[list[socket.socket]]]:
 def _signal(process: Recorded, number: signal.Signals) -> None:
     if process.started is not None:
         with contextlib.suppress(ProcessLookupError):
-            host.signal_process(process.pid, process.started, number)
+            syscalls.signal_process(process.pid, process.started, number)
 
 
 async def _stop_old(old: list[Recorded]) -> None:

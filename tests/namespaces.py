@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vmm import host
+from vmm import syscalls
 from vmm.namespaces import inside
 
 
@@ -21,7 +21,7 @@ class Namespace:
         made: list[int] = []
 
         def work() -> None:
-            host.unshare(host.CLONE_NEWNET)
+            syscalls.unshare(syscalls.CLONE_NEWNET)
             made.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
 
         thread = threading.Thread(target=work)

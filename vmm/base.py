@@ -27,7 +27,7 @@ EXTRA = (
     "usr-is-merged", "apt", "ca-certificates", "debian-archive-keyring", "bzip2", "curl", "gpg", "iproute2", "less", "mount", "netbase",
     "procps", "python3-venv", "tzdata", "vim-tiny", "xz-utils",
 )  # fmt: skip
-SOURCES = "/etc/apt/sources.list.d/torpor.sources"  # builds see the host's own in its place (vmm/lending.py)
+SOURCES = "/etc/apt/sources.list.d/torpor.sources"  # builds see the host's own in its place (vmm/build_mirrors.py)
 _AUTHORITIES = Path("/usr/local/share/ca-certificates")
 CONFIG = Path(__file__).parents[1] / "config" / "base"
 

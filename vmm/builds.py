@@ -25,12 +25,12 @@ from gateway import descriptors, executors
 from gateway.messages import BuildRequest, BuildResult
 from gateway.observe.room import disk_free_bytes
 
-from . import lending
+from . import build_mirrors
 from .cgroups import Cgroups, Limits
 from .errors import VmmError
 from .making import key_at
 from .namespaces import destroy_namespace, make_namespace, run_batch
-from .places import QUOTED_CHARACTERS
+from .sandboxes import QUOTED_CHARACTERS
 
 _HERE = Path(__file__).parent
 _BUILD_SECONDS = 1800
@@ -195,7 +195,7 @@ class Builder:
         for entry in (*(self._directory / "work").iterdir(), *(self._directory / name for name in _OLD)):
             shutil.rmtree(entry, ignore_errors=True)
         self._stores.drop_unused(self._settings.cache_days, set())
-        lending.prepare(self._lent)
+        build_mirrors.prepare(self._lent)
         self._trust()
 
     def _trust(self) -> None:
@@ -352,7 +352,7 @@ class Builder:
 
     def _close_private(self, namespace: Path, registries: set[str]) -> None:
         allowed = {_DNS}
-        for name in {*lending.mirror_hosts(self._lent), *registries}:
+        for name in {*build_mirrors.mirror_hosts(self._lent), *registries}:
             with contextlib.suppress(OSError):
                 allowed |= {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET)}
         rules = (

@@ -127,14 +127,14 @@ class Vmm:
     async def rpc_host_info(self, connection: Connection, body: None) -> m.HostInfo:
         return self._info
 
-    async def rpc_usage(self, connection: Connection, body: None) -> m.Usage:
+    async def rpc_reclaim_and_report_capacity(self, connection: Connection, body: None) -> m.Capacity:
         """What is warm is given up where its memory is wanted."""
         wanted = (self.settings.limits.reserve_mib + 2 * self.settings.limits.growth_mib) << 20
         while self._warm and memory_available_bytes() < wanted:
             await self._cool(next(iter(self._warm)))
         running = [self._cgroups.memory_bytes(held.machine.record.vm) for held in self._sessions.values()]
         expected = self.settings.limits.growth_mib << 20
-        return m.Usage(
+        return m.Capacity(
             memory_available=memory_available_bytes(),
             disk_free=disk_free_bytes(self.settings.root),
             expected_growth=max(expected, sum(running) // len(running)) if running else expected,
@@ -213,7 +213,7 @@ class Vmm:
                 steps.mark("standby and link taken")
                 machine.record.session, machine.record.incarnation = body.session, body.incarnation
                 if body.egress is not None:
-                    await self.network.let_out(link, body.egress)
+                    await self.network.enable_egress(link, body.egress)
                 await machine.prepare(snapshot, overlay, link)
                 self.hold(body.session, machine, link)
                 return
@@ -255,7 +255,7 @@ class Vmm:
         held.machine.steps = self._trace(body.session, "launch, ran ahead")
         async with held.lock:
             if body.egress is not None:
-                await self.network.let_out(held.link, body.egress)
+                await self.network.enable_egress(held.link, body.egress)
             self.snapshots.rename(body.ahead, body.session)
             held.machine.record.session, held.machine.record.incarnation = body.session, body.incarnation
             held.machine.save_record()
@@ -346,14 +346,14 @@ class Vmm:
             await self.let_go(body.session, held)
             await self._rest(body.session)
 
-    async def rpc_rest(self, connection: Connection, body: m.RestRequest) -> None:
+    async def rpc_release_vm(self, connection: Connection, body: m.ReleaseVmRequest) -> None:
         """The paused hypervisor stays where there is room for one more; the one that rested longest goes for it."""
         held = self._sessions.get(body.session)
         if held is None or held.machine.record.incarnation != body.incarnation or body.session in self._warm:
             return
         held.parked = body.parked
         await asyncio.to_thread(self.snapshots.park_link, body.session, held.link.name if body.parked else None)
-        if not body.keep or not self.settings.standbys.warm:
+        if not body.keep_warm or not self.settings.standbys.warm:
             await self.rpc_kill(connection, m.SessionRef(body.session, body.incarnation))
             return
         held.machine.record.phase = "warm"

@@ -18,10 +18,10 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from . import host
+from . import syscalls
 from .errors import Damaged, unreadable
-from .host import PAGE
 from .provenance import Provenance
+from .syscalls import PAGE
 
 MANIFEST = "snapshot.json"
 _CHUNK = 4 << 20
@@ -199,7 +199,7 @@ def fold(snapshot: Path, manifest: Manifest, target: Path) -> Manifest:
         for one in segments:
             length = (one.after - one.first) * PAGE
             try:
-                host.copy_range(sources[one.diff], one.at * PAGE, out.fileno(), at, length)
+                syscalls.copy_range(sources[one.diff], one.at * PAGE, out.fileno(), at, length)
             except EOFError as error:
                 raise Damaged(f"{snapshot}/{one.diff}.pages is shorter than its runs") from error
             at += length

@@ -15,7 +15,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from . import host
+from . import syscalls
 
 _FICLONE = 0x40049409  # ioctl_ficlonerange(2)
 _DEADLINE_SECONDS = 20
@@ -47,8 +47,8 @@ def copy_overlay(template: Path, target: Path) -> None:
             fcntl.ioctl(copy.fileno(), _FICLONE, source.fileno())
         except OSError:
             os.ftruncate(copy.fileno(), os.fstat(source.fileno()).st_size)
-            for start, end in host.data_segments(source.fileno()):
-                host.copy_range(source.fileno(), start, copy.fileno(), start, end - start)
+            for start, end in syscalls.data_segments(source.fileno()):
+                syscalls.copy_range(source.fileno(), start, copy.fileno(), start, end - start)
 
 
 def stored_bytes(path: Path) -> int:

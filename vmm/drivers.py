@@ -10,19 +10,19 @@ from .driver import Driver
 from .firecracker.driver import Assets as FirecrackerAssets
 from .firecracker.driver import FirecrackerDriver
 from .network import Network
-from .places import Places
 from .qemu.driver import Assets as QemuAssets
 from .qemu.driver import QemuDriver
+from .sandboxes import SandboxAllocator
 
 
 def choose(settings: Settings, hypervisor: str, cgroups: Cgroups, network: Network) -> Driver:
     """`hypervisor` is one that the probe found to work."""
     cache = settings.cache
-    places = Places(settings.runtime / "vms", cgroups, settings.users.machines)
+    sandboxes = SandboxAllocator(settings.runtime / "vms", cgroups, settings.users.machines)
     if hypervisor != "firecracker":
         made_of = QemuAssets(cache / "qemu-root", cache / "kernel/vmlinuz", cache / "initrd")
-        return QemuDriver(made_of, settings.root / "boots", places, cgroups, network)
+        return QemuDriver(made_of, settings.root / "boots", sandboxes, cgroups, network)
     programs = probe.firecracker_programs()
     assert programs is not None
     made = FirecrackerAssets(cache / "vmlinux", cache / "initrd-firecracker")
-    return FirecrackerDriver(programs, made, settings.root / "jails", places, cgroups)
+    return FirecrackerDriver(programs, made, settings.root / "jails", sandboxes, cgroups)

@@ -15,8 +15,8 @@ import struct
 import time
 from pathlib import Path
 
-from . import host
-from .host import PAGE
+from . import syscalls
+from .syscalls import PAGE
 
 # Of the process's first generator and of its threads': (numbers, seconds) until it is seeded again.
 _INTERVALS = ((1 << 8, 3600), (1 << 16, 420))
@@ -34,7 +34,7 @@ def make_due(memory: Path, now: float | None = None) -> int:
     wall = int(time.time() if now is None else now)
     count = 0
     with memory.open("r+b", buffering=0) as file:
-        for start, end in host.data_segments(file.fileno()):
+        for start, end in syscalls.data_segments(file.fileno()):
             for first in range(start, end, _CHUNK):
                 for at in seeded(os.pread(file.fileno(), min(_CHUNK, end - first), first), wall):
                     os.pwrite(file.fileno(), _DUE[: PAGE - at % PAGE], first + at)

@@ -31,7 +31,7 @@ class ImageCalls:
         await self._vmm.builder.cancel(body.build)
 
     async def rpc_boot(self, connection: Connection, body: m.BootRequest) -> Reply:
-        """Boots an image's machine; the descriptor is the agent's channel."""
+        """BootSnapshotCache an image's machine; the descriptor is the agent's channel."""
         with self._vmm.preparing(body.session):
             machine = await self._boot(body)
         return Reply(None, [await machine.agent()])
@@ -42,7 +42,7 @@ class ImageCalls:
         console = os.open(image / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             if body.egress is not None:
-                await self._vmm.network.let_out(link, body.egress)
+                await self._vmm.network.enable_egress(link, body.egress)
             machine = await self._vmm.driver.boot(image, body.shape, link, console)
         except BaseException:
             await self._vmm.network.release(link)

@@ -18,7 +18,7 @@ import msgspec
 
 from gateway.config import Settings
 
-from . import host
+from . import syscalls
 from .cgroups import Cgroups
 from .driver import Process
 from .egress import Uplink
@@ -38,7 +38,7 @@ class Leftover:
 def find(settings: Settings, sessions: Collection[str], images: Collection[str]) -> list[Leftover]:
     """`sessions` and `images` are those that the store knows (ids, and keys of image versions)."""
     records = list(_records(settings))
-    held = {record.link for record in records if record.session in sessions and host.start_time(record.pid) == record.started}
+    held = {record.link for record in records if record.session in sessions and syscalls.start_time(record.pid) == record.started}
     links = held | set(_parked(settings, sessions))
     return [
         *_processes(records, sessions), *_namespaces(settings, links), *_uplinks(settings, links), *_groups(settings, records, sessions),
@@ -54,7 +54,7 @@ def _records(settings: Settings) -> Iterator[Process]:
 
 def _processes(records: list[Process], sessions: Collection[str]) -> Iterator[Leftover]:
     for record in records:
-        if host.start_time(record.pid) == record.started and record.session not in sessions:
+        if syscalls.start_time(record.pid) == record.started and record.session not in sessions:
             yield Leftover("process", str(record.pid), f"hypervisor {record.vm} of {record.session or 'no session'}")
 
 
@@ -123,7 +123,7 @@ def mend(settings: Settings, found: Leftover) -> None:
             os.kill(int(found.what), signal.SIGKILL)
     elif found.kind == "namespace":
         with contextlib.suppress(OSError):
-            host.umount(found.what)
+            syscalls.umount(found.what)
         Path(found.what).unlink(missing_ok=True)
     elif found.kind == "uplink":
         uplink_of(settings).remove()

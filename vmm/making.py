@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType
 
-from . import host
+from . import syscalls
 
 _NEW = ".new-"
 # Names of unfinished work of earlier versions, which had no key and no lock.
@@ -75,12 +75,12 @@ def make(target: Path, key: str, work: Callable[[Path], None]) -> None:
         directory.chmod(0o755)
         made = directory / target.name
         work(made)
-        host.sync_file_system(directory)
+        syscalls.sync_file_system(directory)
         key_path(target).unlink(missing_ok=True)
         remove(target)
         made.rename(target)
         (directory / "key").write_text(key, encoding="ascii")
-        host.sync_file_system(directory)
+        syscalls.sync_file_system(directory)
         (directory / "key").rename(key_path(target))
     finally:
         remove(directory)
@@ -91,7 +91,7 @@ def remove(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    for point in reversed(host.mount_points()):
+    for point in reversed(syscalls.mount_points()):
         if Path(point).is_relative_to(path.resolve()):
-            host.umount(point)
+            syscalls.umount(point)
     shutil.rmtree(path)

@@ -15,14 +15,14 @@ import socket
 import struct
 from pathlib import Path
 
-from . import diffs, host
+from . import diffs, syscalls
 from .diffs import Manifest, Segment
 from .errors import Damaged, unreadable
-from .host import PAGE
 from .memory import Mapping
+from .syscalls import PAGE
 
 _MAGIC = 0x70616D74
-_MAP, _PUT = 1, 2
+_MAP, _REPLACE = 1, 2
 _MAPPED_MOST = 2000
 _SECONDS = 20.0
 _CHUNK = 4 << 20
@@ -42,9 +42,9 @@ class Mapper:
         Raises OSError."""
         self._ask(_MAP, [file], b"".join(struct.pack("<3Q", *one) for one in ranges), len(ranges))
 
-    def put(self, file: int, replaced: int) -> None:
+    def replace_fd(self, file: int, replaced: int) -> None:
         """`file` from now on wherever the hypervisor has the file `replaced` open. Raises OSError."""
-        self._ask(_PUT, [file, replaced])
+        self._ask(_REPLACE, [file, replaced])
 
     def finish(self) -> None:
         """Waits for all that was asked for. Raises OSError for the first that failed."""
@@ -110,5 +110,5 @@ def _copy(mapping: Mapping, file: int, segments: list[Segment]) -> None:
             if not data:
                 raise Damaged("a diff is shorter than its runs")
             buffer = ctypes.create_string_buffer(data, len(data))
-            host.write_memory(mapping.pid, ctypes.addressof(buffer), [(mapping.start + one.first * PAGE + done, len(data))])
+            syscalls.write_memory(mapping.pid, ctypes.addressof(buffer), [(mapping.start + one.first * PAGE + done, len(data))])
             done += len(data)

@@ -19,10 +19,10 @@ import xxhash
 
 from gateway.observe.room import disk_free_bytes
 
-from . import diffs, host
+from . import diffs, syscalls
 from .diffs import Sum
 
-PAGE = host.PAGE
+PAGE = syscalls.PAGE
 _CHUNK = 4 << 20
 _F_ADD_SEALS, _SEALS = 1033, 1 | 2 | 4 | 8  # F_SEAL_SEAL, SHRINK, GROW, WRITE
 _FILL_DEADLINE_SECONDS = 120
@@ -86,7 +86,7 @@ def store_memory(descriptor: int, target: Path) -> int:
     zeros, stored = bytes(PAGE), 0
     with target.open("wb") as file, mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
         os.ftruncate(file.fileno(), size)
-        for at, end in host.data_segments(descriptor):
+        for at, end in syscalls.data_segments(descriptor):
             while at < end:
                 run = at
                 while at < end and at - run < _CHUNK and memory[at : at + PAGE] != zeros:
@@ -183,7 +183,7 @@ def save_diff(mapping: Mapping, directory: Path, number: int, image: int | None 
     source = os.open(f"/proc/{mapping.pid}/mem", os.O_RDONLY)
     state, total = xxhash.xxh3_64(), 0
     try:
-        runs = host.private_pages(mapping.pid, mapping.start, mapping.end)
+        runs = syscalls.private_pages(mapping.pid, mapping.start, mapping.end)
         if image is not None:
             runs = differing(runs, source, mapping.start, image)
         runs = diffs.filled(runs)

@@ -14,7 +14,7 @@ import structlog
 
 from gateway import executors
 
-from . import host
+from . import syscalls
 
 _DEADLINE_SECONDS = 20
 _BACK_TRIES, _BACK_SECONDS = 100, 0.05
@@ -27,7 +27,7 @@ def make_namespace(path: Path, setup: Callable[[], None]) -> None:
     path.touch(mode=0o600)
 
     def pinned() -> None:
-        host.mount("/proc/thread-self/ns/net", str(path), None, host.MS_BIND)
+        syscalls.mount("/proc/thread-self/ns/net", str(path), None, syscalls.MS_BIND)
         setup()
 
     try:
@@ -39,21 +39,21 @@ def make_namespace(path: Path, setup: Callable[[], None]) -> None:
 
 def destroy_namespace(path: Path) -> None:
     with contextlib.suppress(OSError):
-        host.umount(str(path))
+        syscalls.umount(str(path))
     path.unlink(missing_ok=True)
 
 
 def apart(work: Callable[[], T]) -> T:
     """What `work` returns, run by the calling thread while it is in a new namespace, which goes with what was opened in it. Raises
     OSError."""
-    return _elsewhere(lambda: host.unshare(host.CLONE_NEWNET), work)
+    return _elsewhere(lambda: syscalls.unshare(syscalls.CLONE_NEWNET), work)
 
 
 def inside(path: Path, work: Callable[[], T]) -> T:
     """What `work` returns, run by the calling thread while it is in the namespace at `path`. Raises OSError."""
     target = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return _elsewhere(lambda: host.setns(target, host.CLONE_NEWNET), work)
+        return _elsewhere(lambda: syscalls.setns(target, syscalls.CLONE_NEWNET), work)
     finally:
         os.close(target)
 
@@ -74,7 +74,7 @@ def _go_back(back: int) -> None:
     """setns(2) takes memory. A thread that stayed in one tenant's namespace would do its next work there, so the process ends first."""
     for _ in range(_BACK_TRIES):
         with contextlib.suppress(OSError):
-            host.setns(back, host.CLONE_NEWNET)
+            syscalls.setns(back, syscalls.CLONE_NEWNET)
             return
         time.sleep(_BACK_SECONDS)
     log.error("namespace.no_way_back")

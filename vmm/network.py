@@ -24,7 +24,7 @@ from gateway.config import Egress
 from gateway.messages import EgressRules
 from gateway.observe.demand import Demand
 
-from . import host
+from . import syscalls
 from .egress import METADATA_ADDRESS, Uplink, accepts_of, link_rules
 from .errors import VmmError
 from .namespaces import apart, destroy_namespace, inside, make_namespace, run_batch, run_nft
@@ -65,9 +65,9 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 
-def open_tap_to_nowhere() -> int:
+def open_placeholder_tap() -> int:
     """Raises OSError."""
-    return apart(lambda: host.open_tap(TAP))  # the descriptor keeps the namespace
+    return apart(lambda: syscalls.open_tap(TAP))  # the descriptor keeps the namespace
 
 
 @dataclass(frozen=True)
@@ -160,15 +160,15 @@ class Network:
     async def tap(self, link: Link) -> int:
         """A descriptor of the link's tap, which is the caller's. Raises OSError."""
         ready = self._taps.pop(link.path, None)
-        return ready if ready is not None else await self._call(lambda: inside(link.path, lambda: host.open_tap(TAP)))
+        return ready if ready is not None else await self._call(lambda: inside(link.path, lambda: syscalls.open_tap(TAP)))
 
-    async def tap_to_nowhere(self) -> int:
+    async def placeholder_tap(self) -> int:
         """An open tap that is no session's, in a namespace of its own: it stands in for one in hypervisors that wait."""
         if self._nowhere is None:
-            self._nowhere = await self._call(open_tap_to_nowhere)
+            self._nowhere = await self._call(open_placeholder_tap)
         return self._nowhere
 
-    async def let_out(self, link: Link, rules: EgressRules) -> None:
+    async def enable_egress(self, link: Link, rules: EgressRules) -> None:
         """Opens the link's way out. Raises VmmError."""
         if not self._uplink.is_open:
             return
@@ -252,7 +252,7 @@ class Network:
             made.append(_services())
             self._stock[path] = _sockets(SOCKETS)
             if self._opens_taps:
-                self._taps[path] = host.open_tap(TAP)
+                self._taps[path] = syscalls.open_tap(TAP)
 
         make_namespace(path, setup)
         return Link(path, made[0])

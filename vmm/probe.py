@@ -26,8 +26,8 @@ from .errors import VmmError
 from .firecracker.jail import Jail, Programs
 from .kernel import PROBED
 from .making import key_at
-from .places import QUOTED_CHARACTERS, Place
 from .qemu import machine as topology
+from .sandboxes import QUOTED_CHARACTERS, VmSandbox
 
 KVM = Path("/dev/kvm")
 _CODE = Path(__file__).parent  # what is asked is written there
@@ -71,7 +71,7 @@ def why_not_firecracker(settings: Settings, device: Path = KVM) -> str:
     base = place / "jails"
 
     def ask() -> str:
-        jailed = Jail(base, programs, Place(f"probe-{os.getpid()}", settings.users.probe, base))
+        jailed = Jail(base, programs, VmSandbox(f"probe-{os.getpid()}", settings.users.probe, base))
         try:
             jailed.make()
             return run(jailed.probe(kernel, initrd), [], settings.probe_seconds)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import diffs, disks, host
+from . import diffs, disks, syscalls
 from .diffs import Manifest, Sum
 from .errors import Missing, VmmError
 from .provenance import Provenance
@@ -123,7 +123,7 @@ class Snapshots:
         try:
             folded = diffs.fold(snapshot, diffs.read_manifest(snapshot), work)
             sync([*(work / name for name in diffs.names(folded.chain)), work / diffs.MANIFEST, work])
-            host.exchange(work, snapshot)
+            syscalls.exchange(work, snapshot)
             disks.sync_path(self.of(session))
         finally:
             shutil.rmtree(work, ignore_errors=True)

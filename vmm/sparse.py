@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import host
+from . import syscalls
 
 _SMALLEST_HOLE_BYTES = 64 << 10  # smaller ones are filled: 290 pieces of an image became 50, for 2 MiB more
 _PIECES_MOST = 2000  # of vm.max_map_count, which is 65,530; diffs take as many (vmm/mapping.py)
@@ -21,7 +21,7 @@ def pieces(descriptor: int) -> list[tuple[int, int]]:
     smallest = _SMALLEST_HOLE_BYTES
     while True:
         found: list[tuple[int, int]] = []
-        for start, end in host.data_segments(descriptor):
+        for start, end in syscalls.data_segments(descriptor):
             if found and start - found[-1][1] < smallest:
                 found[-1] = (found[-1][0], end)
             else:
@@ -42,7 +42,7 @@ def fill(source: Path, descriptor: int) -> None:
     """Copies the pieces of a sparse file into a memfd, in order, and so leaves it without small holes."""
     with source.open("rb") as file:
         for start, end in pieces(file.fileno()):
-            host.copy_range(file.fileno(), start, descriptor, start, end - start)
+            syscalls.copy_range(file.fileno(), start, descriptor, start, end - start)
 
 
 def _main() -> None:
@@ -53,7 +53,7 @@ def _main() -> None:
     fill(Path(source), int(descriptor))
     for disk in rest[:split]:
         with open(disk, "rb") as file:
-            for start, end in host.data_segments(file.fileno()):
+            for start, end in syscalls.data_segments(file.fileno()):
                 os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
 

@@ -130,8 +130,8 @@ class Pipeline:
 
     async def check(self, job: Job) -> None:
         """Fetches and reads what is to be built. Raises BuildFailed for what cannot be."""
-        usage = await self._host.usage()
-        if usage.disk_free < (self._settings.limits.disk_reserve_mib << 20) + _ROOM_BYTES:
+        capacity = await self._host.reclaim_capacity()
+        if capacity.disk_free < (self._settings.limits.disk_reserve_mib << 20) + _ROOM_BYTES:
             raise BuildFailed("DISK_STORAGE_FULL", "the host has no room for another image: free some, or move --root")
         machine = (await self._host.info()).architecture
         wanted = [one["architecture"] for one in job.version.request.get("cpuConfigurations") or []]

@@ -324,7 +324,7 @@ class Actions:
 
     async def _rest(self, session: Session) -> None:
         keep = not _ends_asleep(session) and session.suspended_by != "stop"
-        await patiently(lambda: self._host.rest(session.id, session.incarnation, keep, session.parked > 0))
+        await patiently(lambda: self._host.release_vm(session.id, session.incarnation, keep, session.parked > 0))
 
     # ---- the archive ----
 

@@ -158,7 +158,7 @@ class Ahead:
     async def _has_room(self) -> bool:
         limits = self._settings.limits
         with contextlib.suppress(RpcError):
-            return (await self._host.usage()).memory_available > (2 * limits.reserve_mib + 4 * limits.growth_mib) << 20
+            return (await self._host.reclaim_capacity()).memory_available > (2 * limits.reserve_mib + 4 * limits.growth_mib) << 20
         return False
 
     async def _make(self, version: Version, pool: _Pool) -> bool:

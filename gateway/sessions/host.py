@@ -49,8 +49,9 @@ class Host:
     async def info(self) -> m.HostInfo:
         return await self._client.call("host_info", None, m.HostInfo)  # type: ignore[no-any-return]
 
-    async def usage(self) -> m.Usage:
-        return await self._client.call("usage", None, m.Usage)  # type: ignore[no-any-return]
+    async def reclaim_capacity(self) -> m.Capacity:
+        """Ends paused hypervisors where memory is wanted, and returns what is free then."""
+        return await self._client.call("reclaim_and_report_capacity", None, m.Capacity)  # type: ignore[no-any-return]
 
     def free(self) -> tuple[int, int]:
         """Returns the available memory and the free disk, in bytes, without asking vmm: the host is this one. Raises OSError."""
@@ -112,8 +113,9 @@ class Host:
     async def unpause(self, session: str, incarnation: int) -> None:
         await self._client.call("unpause", m.SessionRef(session, incarnation))
 
-    async def rest(self, session: str, incarnation: int, keep: bool, parked: bool) -> None:
-        await self._client.call("rest", m.RestRequest(session, incarnation, keep, parked), timeout=_DELETE_SECONDS)
+    async def release_vm(self, session: str, incarnation: int, keep_warm: bool, parked: bool) -> None:
+        """Ends the hypervisor of a session that was saved, or lets the host keep it paused."""
+        await self._client.call("release_vm", m.ReleaseVmRequest(session, incarnation, keep_warm, parked), timeout=_DELETE_SECONDS)
 
     async def kill(self, session: str, incarnation: int) -> None:
         await self._client.call("kill", m.SessionRef(session, incarnation), timeout=_DELETE_SECONDS)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 from gateway.config import Limits
-from gateway.messages import Usage
+from gateway.messages import Capacity
 from gateway.tasks import Tasks
 
 from .host import Host, RpcError
@@ -25,7 +25,7 @@ class Room:
         self._limits = limits
         self._tasks = tasks
         self._promised = 0
-        self._usage = Usage(0, 0, limits.growth_mib << 20)
+        self._capacity = Capacity(0, 0, limits.growth_mib << 20)
         self._asked = -_PLENTY_SECONDS
         self._is_asking = False
 
@@ -46,16 +46,16 @@ class Room:
                     asyncio.get_running_loop().call_later(_SHOWS_SECONDS, lambda: self._tasks.spawn(self._ask_behind()))
                 return True
             await self._ask()
-        return self._has(self._usage.memory_available, self._usage.disk_free, count=1)
+        return self._has(self._capacity.memory_available, self._capacity.disk_free, count=1)
 
     def _has(self, memory: int, disk: int, count: int) -> bool:
         """Whether so much memory and disk, in bytes, has room for `count` more."""
-        growth = self._usage.expected_growth
+        growth = self._capacity.expected_growth
         free = memory - (self._limits.reserve_mib << 20) - self._promised * growth
         return free >= count * growth and disk >= self._limits.disk_reserve_mib << 20
 
     async def _ask(self) -> None:
-        self._usage, self._asked = await self._host.usage(), asyncio.get_running_loop().time()
+        self._capacity, self._asked = await self._host.reclaim_capacity(), asyncio.get_running_loop().time()
 
     async def _ask_behind(self) -> None:
         """Learns what microVMs have grown to lately. Nothing is raised: whoever has to know asks again."""

@@ -20,7 +20,7 @@ class ScriptedHost:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.prepared: list[str] = []
-        self.rested: list[tuple[str, int, bool, bool]] = []
+        self.released: list[tuple[str, int, bool, bool]] = []
         self.fail: dict[str, list[Exception]] = {}
         self.held: dict[str, m.SessionState] = {}
         self.snapshots: dict[str, int] = {}
@@ -115,13 +115,13 @@ class ScriptedHost:
         await self._call("kill", session)
         self.held.pop(session, None)
 
-    async def rest(self, session: str, incarnation: int, keep: bool, parked: bool) -> None:
-        self.rested.append((session, incarnation, keep, parked))
-        self.reached["rest"].set()
-        if "rest" in self.block:
-            await self.block["rest"].wait()
-        if self.fail.get("rest"):
-            raise self.fail["rest"].pop(0)
+    async def release_vm(self, session: str, incarnation: int, keep_warm: bool, parked: bool) -> None:
+        self.released.append((session, incarnation, keep_warm, parked))
+        self.reached["release_vm"].set()
+        if "release_vm" in self.block:
+            await self.block["release_vm"].wait()
+        if self.fail.get("release_vm"):
+            raise self.fail["release_vm"].pop(0)
         await self.kill(session, incarnation)
 
     async def forget(self, session: str) -> None:
@@ -133,8 +133,8 @@ class ScriptedHost:
         self.looks += 1
         return self.memory_available, 1 << 40
 
-    async def usage(self) -> m.Usage:
-        return m.Usage(self.memory_available, 1 << 40, 96 << 20)
+    async def reclaim_capacity(self) -> m.Capacity:
+        return m.Capacity(self.memory_available, 1 << 40, 96 << 20)
 
     async def state(self) -> m.HostState:
         return m.HostState(list(self.held.values()), self.snapshots, [], [])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gateway.messages import BuildRequest, BuildResult
-from vmm import lending
+from vmm import build_mirrors
 from vmm.builds import RANGE, Builder, BuildSettings, Stores, canonical, id_maps, source_policy
 from vmm.cgroups import Cgroups
 from vmm.errors import VmmError
@@ -147,7 +147,7 @@ def test_stores_of_buildah_go_at_the_first_start(tmp_path: Path, monkeypatch: py
     """All accounts shared them; they were a cache."""
     for name in ("store/overlay", "runroot", "tmp/buildah-cache", "work/left", "settings"):
         (tmp_path / "builds" / name).mkdir(parents=True)
-    monkeypatch.setattr(lending, "prepare", lambda directory: None)
+    monkeypatch.setattr(build_mirrors, "prepare", lambda directory: None)
     cgroups = Cgroups("builds-unit", tmp_path)
     settings = BuildSettings(tmp_path / "base.tar", tmp_path, tmp_path, (BASE,), False, FIRST)
     Builder(tmp_path / "builds", tmp_path / "netns", cgroups, settings).start()

@@ -202,16 +202,16 @@ async def test_room_is_asked_for_behind_an_answer_that_was_clear(monkeypatch: py
     monkeypatch.setattr(rooms, "_PLENTY_SECONDS", -1.0)
     host, tasks, asked = ScriptedHost(), Tasks(), 0
 
-    async def usage() -> m.Usage:
+    async def capacity() -> m.Capacity:
         nonlocal asked
         asked += 1
         if asked == 1:
             raise RpcError("Unavailable", "not now")
         if asked == 2:
             raise ValueError("unexpected")
-        return m.Usage(host.memory_available, 1 << 40, 96 << 20)
+        return m.Capacity(host.memory_available, 1 << 40, 96 << 20)
 
-    host.usage = usage  # type: ignore[method-assign]
+    host.reclaim_capacity = capacity  # type: ignore[method-assign]
     room = Room(host, Limits(), tasks)  # type: ignore[arg-type]
     for expected in (1, 2, 3):
         room._asked = -1000.0
@@ -226,10 +226,10 @@ async def test_memory_and_disk_decide(memory: int, disk: int, expected: bool) ->
     host.memory_available = memory
     host.free = lambda: (memory, disk)  # type: ignore[method-assign]
 
-    async def usage() -> m.Usage:
-        return m.Usage(memory, disk, 96 << 20)
+    async def capacity() -> m.Capacity:
+        return m.Capacity(memory, disk, 96 << 20)
 
-    host.usage = usage  # type: ignore[method-assign]
+    host.reclaim_capacity = capacity  # type: ignore[method-assign]
     assert await Room(host, Limits(), Tasks()).take() is expected  # type: ignore[arg-type]
 
 

@@ -48,7 +48,20 @@ class Rig:
         async def traces(session: str) -> list[m.Trace]:
             return []
 
-        for name in ("state", "prepare", "start", "suspend", "rest", "kill", "forget", "free", "usage", "services", "claim", "agent"):
+        for name in (
+            "state",
+            "prepare",
+            "start",
+            "suspend",
+            "release_vm",
+            "kill",
+            "forget",
+            "free",
+            "reclaim_capacity",
+            "services",
+            "claim",
+            "agent",
+        ):
             setattr(host, name, getattr(self.host, name))
         host.leave, host.traces = leave, traces  # type: ignore[method-assign]
         self.control.lifecycle.channels._open_services = no_services  # type: ignore[assignment]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vmm import diffs
 from vmm.errors import Damaged, Missing
-from vmm.host import PAGE
+from vmm.syscalls import PAGE
 
 PAGES = 64
 WRITES = st.lists(st.sets(st.integers(0, PAGES - 1), min_size=1, max_size=20), min_size=1, max_size=6)

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from test_diffs import make
 
-from vmm import diffs, host, manifest, mapping, memory
+from vmm import diffs, manifest, mapping, memory, syscalls
 from vmm.driver import DEVICES, Process, Shape
 from vmm.errors import Damaged, DiskFull, Ended, Missing, Refused, Unavailable, VmmError, explained, not_loaded
 from vmm.network import Link
 from vmm.qemu import process
-from vmm.qemu.machine import StandIns
+from vmm.qemu.machine import PlaceholderDevices
 from vmm.qemu.process import QemuMachine
 from vmm.qemu.qmp import QmpError
 
@@ -91,7 +91,7 @@ class Network:
 class Mapper:
     """Takes what it is given."""
 
-    def put(self, file: int, replaced: int) -> None: ...
+    def replace_fd(self, file: int, replaced: int) -> None: ...
     def map(self, file: int, ranges: object) -> None: ...
     def finish(self) -> None: ...
     def close(self) -> None: ...
@@ -121,9 +121,9 @@ async def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     async def remove() -> None:
         pass
 
-    record = Process("vm", sleeps.pid, host.start_time(sleeps.pid) or 0, "image", 1, "session", 2, memory=(0, 1 << 20))
+    record = Process("vm", sleeps.pid, syscalls.start_time(sleeps.pid) or 0, "image", 1, "session", 2, memory=(0, 1 << 20))
     made = QemuMachine(record, tmp_path / "process", Network(), remove, memory.write_only("state"), Mapper())  # type: ignore[arg-type]
-    made._stand_ins = StandIns(0, 0)
+    made._placeholders = PlaceholderDevices(0, 0)
     made._qmp = Qmp()  # type: ignore[assignment]
     made._loaded = asyncio.get_running_loop().create_future()
     made._loaded.set_result("completed")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vmm.generators import make_due, seeded
-from vmm.host import PAGE
+from vmm.syscalls import PAGE
 
 NOW = 1_790_000_000
 FIRST, OF_A_THREAD = (256, 3600), (65536, 420)

@@ -13,7 +13,7 @@ import pytest
 
 from gateway import supervisor
 from gateway.supervisor import Recorded
-from vmm import host
+from vmm import syscalls
 from vmm.driver import Process
 from vmm.firecracker.machine import FirecrackerMachine
 from vmm.qemu.process import QemuMachine
@@ -84,7 +84,7 @@ async def test_a_hypervisor_has_ended_though_something_of_it_stays(make: type, l
 
 def test_an_earlier_supervisors_process_is_signalled_and_no_later_one(living: subprocess.Popen[bytes]) -> None:
     """Between the state file and the signal lies the whole start of an instance."""
-    started = host.start_time(living.pid)
+    started = syscalls.start_time(living.pid)
     assert started is not None
     supervisor._signal(Recorded("edge-0", living.pid, started - 1, True, {}), signal.SIGKILL)
     supervisor._signal(Recorded("edge-0", living.pid, None, True, {}), signal.SIGKILL)

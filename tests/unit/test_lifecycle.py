@@ -383,12 +383,12 @@ async def test_what_was_just_admitted_counts(rig: Rig) -> None:
 async def test_a_host_with_plenty_of_room_is_not_asked(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = 0
 
-    async def usage() -> m.Usage:
+    async def capacity() -> m.Capacity:
         nonlocal asked
         asked += 1
-        return m.Usage(rig.host.memory_available, 1 << 40, 96 << 20)
+        return m.Capacity(rig.host.memory_available, 1 << 40, 96 << 20)
 
-    monkeypatch.setattr(rig.host, "usage", usage)
+    monkeypatch.setattr(rig.host, "reclaim_capacity", capacity)
     rig.host.memory_available = 64 << 30
     assert await rig.lifecycle.room.take() and not asked
     rig.host.memory_available = (1024 + 8 * 96) << 20  # one was promised: not plenty
@@ -470,7 +470,7 @@ async def test_a_rest_that_was_interrupted_is_finished_before_anybody_wakes_the_
     """Control was killed when the snapshot was stored and its hypervisor not ended yet, which then still holds the session."""
     one = await rig.launched(idle_policy=POLICY)
     scripted_drains(rig, m.Drained(parked))
-    rig.host.block["rest"] = asyncio.Event()
+    rig.host.block["release_vm"] = asyncio.Event()
     await rig.lifecycle.fire(one, Event.SUSPEND)
     await rig.reach(one, State.SUSPENDED)
     assert rig.host.held["s1"].phase == "stopped"
@@ -479,23 +479,23 @@ async def test_a_rest_that_was_interrupted_is_finished_before_anybody_wakes_the_
     await rig.store.close()
     await rig.start()
     rig.host.__dict__.update(host.__dict__)
-    rig.host.rested.clear()
+    rig.host.released.clear()
     await recover(rig.lifecycle, await rig.host.state())
     again = rig.store.sessions["s1"]
     rig.lifecycle.post(again, Event.REQUEST)
     await rig.reach(again, State.RESUMING)
     await turns()
     assert again.incarnation == 1, "the request waits"
-    rig.host.block.pop("rest").set()
+    rig.host.block.pop("release_vm").set()
     await rig.reach(again, State.RUNNING)
-    assert rig.host.rested == [("s1", 1, True, parked > 0)] and again.incarnation == 2
+    assert rig.host.released == [("s1", 1, True, parked > 0)] and again.incarnation == 2
 
 
 class Broken(Exception):
     """Something that nobody expects: an answer of another shape, a mistake of ours."""
 
 
-@pytest.mark.parametrize("call", ["prepare", "start", "suspend", "rest", "forget"])
+@pytest.mark.parametrize("call", ["prepare", "start", "suspend", "release_vm", "forget"])
 async def test_no_unexpected_exception_strands_a_session(rig: Rig, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever an action raises, the session is compared with its host and goes on; requests are not held for nothing."""
     monkeypatch.setattr(acting, "_SETTLE_RETRY_SECONDS", 0.01)
@@ -507,7 +507,7 @@ async def test_no_unexpected_exception_strands_a_session(rig: Rig, call: str, mo
     await rig.lifecycle.fire(one, Event.TERMINATE if call == "forget" else Event.RESUME if call in ("prepare", "start") else Event.SUSPEND)
     await rig.lifecycle.quiet()
     assert one.state is {
-        "prepare": State.SUSPENDED, "start": State.RUNNING, "suspend": State.RUNNING, "rest": State.SUSPENDED, "forget": State.TERMINATED
+        "prepare": State.SUSPENDED, "start": State.RUNNING, "suspend": State.RUNNING, "release_vm": State.SUSPENDED, "forget": State.TERMINATED
     }[call]  # fmt: skip
     if call != "forget":
         rig.host.fail.clear()
@@ -526,7 +526,7 @@ async def test_an_unexpected_exception_ends_a_launch_with_a_reason(rig: Rig) -> 
 async def test_a_host_that_cannot_end_a_hypervisor_does_not_keep_its_session(rig: Rig) -> None:
     """What came while it was saved is acted on, and its window is watched."""
     one = await rig.launched(idle_policy=POLICY)
-    rig.host.fail["rest"] = [RpcError("Unavailable", "not now")]
+    rig.host.fail["release_vm"] = [RpcError("Unavailable", "not now")]
     rig.host.block["suspend"] = asyncio.Event()
     await rig.lifecycle.fire(one, Event.SUSPEND)
     await rig.lifecycle.fire(one, Event.TERMINATE)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm import assets, base, host, kernel, making
+from vmm import assets, base, kernel, making, syscalls
 
 
 def written(text: str) -> object:
@@ -64,7 +64,7 @@ def test_the_disk_has_the_content_before_its_name_and_the_name_before_its_key(tm
     def sync(path: Path) -> None:
         seen.append(((tmp_path / "one").read_text(), making.key_at(tmp_path / "one")))
 
-    monkeypatch.setattr(host, "sync_file_system", sync)
+    monkeypatch.setattr(syscalls, "sync_file_system", sync)
     making.make(tmp_path / "one", "key-2", written("second"))  # type: ignore[arg-type]
     assert seen == [("first", "key-1"), ("second", "")]
 
@@ -99,7 +99,7 @@ def _killed_at(directory: Path, step: int) -> None:
 
         return call
 
-    for owner, name in ((Path, "rename"), (Path, "unlink"), (host, "sync_file_system")):
+    for owner, name in ((Path, "rename"), (Path, "unlink"), (syscalls, "sync_file_system")):
         setattr(owner, name, counted(getattr(owner, name)))
     making.make(directory / "one", "key-2", written("second"))  # type: ignore[arg-type]
 
@@ -118,7 +118,7 @@ def test_unfinished_work_is_removed_and_mounts_below_it_first(tmp_path: Path) ->
     with making.alone(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "precious"]
     assert (tmp_path / "precious/file").exists()
-    assert not [point for point in host.mount_points() if point.startswith(str(tmp_path))]
+    assert not [point for point in syscalls.mount_points() if point.startswith(str(tmp_path))]
 
 
 def test_only_one_process_makes_what_is_missing(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from vmm import host, mapping, memory, sparse
-from vmm.host import PAGE
+from vmm import mapping, memory, sparse, syscalls
 from vmm.mapping import Mapper
 from vmm.memory import sealed
+from vmm.syscalls import PAGE
 
 MIB = 1 << 20
 SOURCE = Path(__file__).parents[2] / "vmm/qemu/mapper.c"
@@ -56,7 +56,7 @@ def test_a_file_takes_the_place_of_another_wherever_that_is_open(library: Path, 
     again = os.dup(stand_in)
     (tmp_path / "disk").write_bytes(b"the session's")
     with waiting(library, [stand_in, again, other]) as (mapper, pid), (tmp_path / "disk").open("r+b") as disk:
-        mapper.put(disk.fileno(), stand_in)
+        mapper.replace_fd(disk.fileno(), stand_in)
         mapper.finish()
         assert open_in(pid, stand_in) == open_in(pid, again) == str(tmp_path / "disk")
         assert open_in(pid, other) == "/memfd:other"
@@ -70,8 +70,8 @@ def test_what_fails_is_said_at_the_end_and_the_rest_is_done(library: Path, tmp_p
     stand_in, nobody_has = sealed("stand-in", b"nothing"), sealed("nobody-has", b"nothing")
     (tmp_path / "disk").write_bytes(b"the session's")
     with waiting(library, [stand_in]) as (mapper, pid), (tmp_path / "disk").open("r+b") as disk:
-        mapper.put(disk.fileno(), nobody_has)
-        mapper.put(disk.fileno(), stand_in)
+        mapper.replace_fd(disk.fileno(), nobody_has)
+        mapper.replace_fd(disk.fileno(), stand_in)
         with pytest.raises(OSError, match="inside the hypervisor") as caught:
             mapper.finish()
         assert caught.value.errno == errno.EBADF
@@ -102,7 +102,7 @@ def test_what_an_image_has_no_data_for_is_the_clones_own(
 ) -> None:
     """A clone that writes zeros of its image leaves the image's memory as large as it was; what it has only read is no change."""
     if not scan:
-        monkeypatch.setattr(host, "_PAGEMAP_SCAN", 0)
+        monkeypatch.setattr(syscalls, "_PAGEMAP_SCAN", 0)
     image, size, at = memory.new_memory("unit", 64 * MIB), 64 * MIB, 0x10_0000_0000
     os.pwrite(image, b"a" * MIB, 8 * MIB)
     os.pwrite(image, b"b" * MIB, 32 * MIB)
@@ -112,11 +112,11 @@ def test_what_an_image_has_no_data_for_is_the_clones_own(
         mapping.clear(memory.Mapping(pid, at, at + size), mapper, sparse.holes(image))
         for place in range(0, 16 * MIB, PAGE):  # over the first data
             assert os.pread(guest.fileno(), 1, at + place) == (b"a" if 8 * MIB <= place < 9 * MIB else b"\0")
-        assert host.private_pages(pid, at, at + size) == []
+        assert syscalls.private_pages(pid, at, at + size) == []
         for page in (0, 5, 8 * MIB // PAGE, 20 * MIB // PAGE, size // PAGE - 1):
             os.pwrite(guest.fileno(), b"x", at + page * PAGE)
         assert os.fstat(image).st_blocks == before
-        changed = host.private_pages(pid, at, at + size)
+        changed = syscalls.private_pages(pid, at, at + size)
         assert changed == [(page, page + 1) for page in (0, 5, 8 * MIB // PAGE, 20 * MIB // PAGE, size // PAGE - 1)]
         written = memory.save_diff(memory.Mapping(pid, at, at + size), tmp_path, 1, image)
         assert written[1].size == 5 * PAGE
@@ -126,10 +126,10 @@ def test_what_an_image_has_no_data_for_is_the_clones_own(
 def test_an_end_of_the_process_is_an_error(library: Path, tmp_path: Path) -> None:
     stand_in = sealed("stand-in", b"nothing")
     with waiting(library, [stand_in]) as (mapper, pid):
-        mapper.put(stand_in, stand_in)
+        mapper.replace_fd(stand_in, stand_in)
         os.kill(pid, 9)
         with pytest.raises(OSError):
             mapper.finish()
-            mapper.put(stand_in, stand_in)
+            mapper.replace_fd(stand_in, stand_in)
             mapper.finish()
     os.close(stand_in)

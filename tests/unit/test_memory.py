@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vmm import diffs, host, memory, sparse
-from vmm.host import PAGE
+from vmm import diffs, memory, sparse, syscalls
+from vmm.syscalls import PAGE
 
 
 class Guest:
@@ -96,7 +96,7 @@ def test_small_holes_of_an_image_are_filled_and_large_ones_stay(tmp_path: Path, 
     image = memory.new_memory("unit", size)
     sparse.fill(stored, image)
     wanted = [(10 * PAGE, 21 * PAGE), (100 * PAGE, 101 * PAGE), (900 * PAGE, 901 * PAGE)]
-    assert list(host.data_segments(image)) == sparse.pieces(image) == sparse.pieces(image) == wanted
+    assert list(syscalls.data_segments(image)) == sparse.pieces(image) == sparse.pieces(image) == wanted
     assert sparse.holes(image) == [(0, 10 * PAGE), (21 * PAGE, 100 * PAGE), (101 * PAGE, 900 * PAGE), (901 * PAGE, size)]
     assert os.pread(image, size, 0) == stored.read_bytes()
     monkeypatch.setattr(sparse, "_PIECES_MOST", 2)

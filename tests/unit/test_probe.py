@@ -199,15 +199,15 @@ def test_what_the_set_up_makes_is_all_that_a_probe_asks_for(
     """By the steps of the set-up themselves, and the real root of the jail: a probe that waits for anything else is never run."""
     cache = settings.cache / "made"
     cache.mkdir()
-    stand_ins = {"kernel": "vmlinuz", "guest": "init", "qemu-root": ""}
+    placeholders = {"kernel": "vmlinuz", "guest": "init", "qemu-root": ""}
     for step in assets._steps():
 
         def work(target: Path, name: str = step.name) -> None:
             if name == "qemu-root":
                 jail.make_root(target)
-            elif stand_ins.get(name):
+            elif placeholders.get(name):
                 target.mkdir()
-                (target / stand_ins[name]).touch()
+                (target / placeholders[name]).touch()
             else:
                 target.touch()
 

@@ -28,7 +28,7 @@ _FAILURES = {
     "start": [RpcError("Unavailable", "no start"), ValueError("unexpected")],
     "suspend": [RpcError("Unavailable", "no save"), RpcError("DiskFull", "full"), RpcError("Ended", "gone"), ValueError("unexpected")],
     "kill": [RpcLost("vmm is away"), RpcError("Unavailable", "not now")],
-    "rest": [RpcError("Unavailable", "not now"), ValueError("unexpected")],
+    "release_vm": [RpcError("Unavailable", "not now"), ValueError("unexpected")],
     "forget": [RpcError("Unavailable", "not now"), ValueError("unexpected")],
 }
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from vmm import diffs, host, snapshots
+from vmm import diffs, snapshots, syscalls
 from vmm.errors import Missing, VmmError
 from vmm.snapshots import Snapshots
 
 SESSION = "microvm-1"
-PAGE = host.PAGE
+PAGE = syscalls.PAGE
 
 
 class Power:
@@ -33,7 +33,7 @@ class Power:
         self._fsync = os.fsync
         monkeypatch.setattr(os, "fsync", self.fsync)
         monkeypatch.setattr(snapshots, "_SYNCERS", OneByOne())
-        for owner, name in ((Path, "rename"), (host, "exchange"), (os, "link")):
+        for owner, name in ((Path, "rename"), (syscalls, "exchange"), (os, "link")):
             monkeypatch.setattr(owner, name, self._noting(getattr(owner, name)))
 
     def _noting(self, call: Callable[..., Any]) -> Callable[..., Any]:

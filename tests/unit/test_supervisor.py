@@ -16,7 +16,7 @@ from gateway import instance, supervisor
 from gateway.children import Child, Process
 from gateway.config import Settings
 from gateway.supervisor import Recorded, Supervisor, read_state, state_file
-from vmm import host
+from vmm import syscalls
 
 SERVES = "printf 1 >/dev/fd/$READY; exec sleep 600"
 
@@ -129,7 +129,7 @@ async def test_every_process_that_lives_is_recorded(one: Scripted) -> None:
     one.want_reload()
     await until(lambda: len(read_state(path).processes) == 4)
     assert [entry.serves for entry in read_state(path).processes if entry.name == "edge-0"] == [True, False]
-    assert all(host.start_time(entry.pid) == entry.started for entry in read_state(path).processes)
+    assert all(syscalls.start_time(entry.pid) == entry.started for entry in read_state(path).processes)
     for process in one.edges[0].processes:
         if process is not one.edges[0].serving:
             process.kill()
@@ -141,7 +141,7 @@ def test_the_processes_of_an_earlier_supervisor_are_those_that_still_run(tmp_pat
     assert supervisor.living(path) == []
     path.write_text("{")
     assert supervisor.living(path) == []
-    mine = Recorded("edge-0", os.getpid(), host.start_time(os.getpid()), True, {})
+    mine = Recorded("edge-0", os.getpid(), syscalls.start_time(os.getpid()), True, {})
     others = [Recorded("edge-1", os.getpid(), 1, True, {}), Recorded("vmm", 2**22 + 1, None, True, {})]
     path.write_bytes(supervisor.msgspec.json.encode(supervisor.State([mine, *others])))
     assert supervisor.living(path) == [mine]

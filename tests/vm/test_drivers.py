@@ -36,11 +36,11 @@ from vmm.firecracker.driver import FirecrackerDriver
 from vmm.firecracker.jail import Programs
 from vmm.firecracker.machine import FirecrackerMachine
 from vmm.network import Network
-from vmm.places import Places
-from vmm.qemu import boots
+from vmm.qemu import boot_snapshots
 from vmm.qemu.driver import Assets as QemuAssets
 from vmm.qemu.driver import QemuDriver
 from vmm.qemu.process import QemuMachine
+from vmm.sandboxes import SandboxAllocator
 from vmm.snapshots import Snapshots
 from vmm.standbys import Standbys
 
@@ -127,14 +127,14 @@ async def rig(kind: str, shape: Shape) -> AsyncIterator[Rig]:
         network = Network(directory / "run/netns", Egress(closed=True), f"drivers-{kind}")
 
         def make(programs: Programs = CONTRACTS) -> Driver:
-            places = Places(directory / "run/vms", cgroups, FIRST_UID)
+            sandboxes = SandboxAllocator(directory / "run/vms", cgroups, FIRST_UID)
             if kind == "qemu":
                 assets = QemuAssets(cache / "qemu-root", cache / "kernel/vmlinuz", cache / "initrd")
-                return QemuDriver(assets, directory / "boots", places, cgroups, network)
+                return QemuDriver(assets, directory / "boots", sandboxes, cgroups, network)
             kernel.extract_elf(cache / "kernel/vmlinuz", directory / "vmlinux")
             assets = FirecrackerAssets(directory / "vmlinux", cache / "initrd")
             (directory / "jails").mkdir(exist_ok=True)
-            return FirecrackerDriver(programs, assets, directory / "jails", places, cgroups)
+            return FirecrackerDriver(programs, assets, directory / "jails", sandboxes, cgroups)
 
         one = Rig(directory, make(), shape, network, Snapshots(directory / "sessions"), make)
         network.start(set(), 1, one.driver.takes_taps)
@@ -429,7 +429,7 @@ async def ends_at_its_start(one: Rig) -> None:
 
     kept = next((one.image.parents[1] / "boots").iterdir())
     (kept / DEVICES).write_bytes(b"no state")
-    (kept / "checksum").write_text(boots._checksum(kept))
+    (kept / "checksum").write_text(boot_snapshots._checksum(kept))
     with pytest.raises(Unavailable, match=r"did not boot: .*Not a migration stream"):
         await one.make().boot(image, one.shape, await one.network.take(), console)
     os.close(console)

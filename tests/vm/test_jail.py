@@ -19,10 +19,10 @@ from vmm import jail
 from vmm.builds import Builder, BuildSettings, _Build
 from vmm.cgroups import Cgroups
 from vmm.errors import VmmError
-from vmm.host import data_segments
 from vmm.namespaces import destroy_namespace, make_namespace
 from vmm.qemu import machine as topology
 from vmm.qemu.process import child_of
+from vmm.syscalls import data_segments
 
 pytestmark = pytest.mark.vm
 FROM = "FROM public.ecr.aws/lambda/microvms:al2023-minimal"

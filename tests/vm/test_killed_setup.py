@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from service import BIN, REPO, until
 
-from vmm import assets, host, kernel
+from vmm import assets, kernel, syscalls
 
 pytestmark = [pytest.mark.service, pytest.mark.long]
 HOME = os.environ | {"HOME": pwd.getpwuid(os.getuid()).pw_dir}  # where pip's settings may be
@@ -56,7 +56,7 @@ def test_assets(tmp_path: Path, host_before: dict[str, set[str]]) -> None:
     assert not any(assets.missing(cache).values())
     names = {"kernel", "guest", "initrd", "modules", "qemu-root", "base.tar", "builder"}
     assert {path.name for path in cache.iterdir()} == names | {f"{name}.key" for name in names} | {"lock"}
-    assert not [point for point in host.mount_points() if point.startswith(str(cache))]
+    assert not [point for point in syscalls.mount_points() if point.startswith(str(cache))]
     modules = kernel.module_files(cache / "kernel", kernel.MODULES)
     packed = gzip.decompress((cache / "initrd").read_bytes())
     assert all(f"m/{path.name}\0".encode() in packed for path in modules) and (cache / "guest/init").read_bytes() in packed

@@ -16,7 +16,7 @@ import pytest
 from service import REPO, Instance, until
 from wire import get
 
-from vmm.host import data_segments
+from vmm.syscalls import data_segments
 
 pytestmark = pytest.mark.vm
 

@@ -12,13 +12,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import disks, generators, host, manifest, memory
+from .. import disks, generators, manifest, memory, syscalls
 from ..cgroups import Cgroups
 from ..driver import DEVICES, GUEST_CID, Machine, Process, Sealed, Shape
 from ..errors import Missing, explained, not_loaded, not_written
 from ..manifest import Manifest
 from ..network import GUEST_MAC, TAP, Link
-from ..places import Places, is_alive
+from ..sandboxes import SandboxAllocator, is_alive
 from ..snapshots import sync
 from .api import ApiError
 from .jail import DISK, INITRD, KERNEL, KERNEL_LINE, MEMORY, VSOCK, Jail, Programs, remove_others
@@ -42,8 +42,8 @@ class FirecrackerDriver:
     disk_template = DISK
     takes_taps = False
 
-    def __init__(self, programs: Programs, assets: Assets, jails: Path, places: Places, cgroups: Cgroups) -> None:
-        self._programs, self._assets, self._jails, self._places, self._cgroups = programs, assets, jails, places, cgroups
+    def __init__(self, programs: Programs, assets: Assets, jails: Path, sandboxes: SandboxAllocator, cgroups: Cgroups) -> None:
+        self._programs, self._assets, self._jails, self._sandboxes, self._cgroups = programs, assets, jails, sandboxes, cgroups
         self._warmed: set[str] = set()
 
     async def standby(self, image: Path) -> FirecrackerMachine:
@@ -111,13 +111,13 @@ class FirecrackerDriver:
         return Sealed(stored, disks.stored_bytes(image / DISK), int((image / "code_bytes").read_text(encoding="ascii")), seeded)
 
     async def adopt(self, record: Process) -> FirecrackerMachine | None:
-        place = self._places.of(record)
-        jail = Jail(self._jails, self._programs, place)
+        sandbox = self._sandboxes.of(record)
+        jail = Jail(self._jails, self._programs, sandbox)
         if not is_alive(record):
-            await self._places.remove(place)
+            await self._sandboxes.release(sandbox)
             jail.remove()
             return None
-        machine = FirecrackerMachine(record, place, jail, self._cgroups, lambda: self._remove(machine))
+        machine = FirecrackerMachine(record, sandbox, jail, self._cgroups, lambda: self._remove(machine))
         try:
             await machine.connect()
         except (ApiError, OSError):
@@ -126,7 +126,7 @@ class FirecrackerDriver:
         return machine
 
     def records(self) -> list[Process]:
-        found = self._places.records()
+        found = self._sandboxes.records()
         remove_others(self._jails, self._programs, [record.vm for record in found])
         return found
 
@@ -135,16 +135,16 @@ class FirecrackerDriver:
         self._warmed.discard(image)
 
     def _machine(self, image: Path, shape: Shape) -> FirecrackerMachine:
-        place = self._places.make(shape)
-        jail = Jail(self._jails, self._programs, place)
+        sandbox = self._sandboxes.allocate(shape)
+        jail = Jail(self._jails, self._programs, sandbox)
         jail.make()
-        record = Process(place.vm, 0, 0, image.name, place.uid, shape=shape)
-        machine = FirecrackerMachine(record, place, jail, self._cgroups, lambda: self._remove(machine))
+        record = Process(sandbox.vm, 0, 0, image.name, sandbox.uid, shape=shape)
+        machine = FirecrackerMachine(record, sandbox, jail, self._cgroups, lambda: self._remove(machine))
         machine.save_record()
         return machine
 
     async def _remove(self, machine: FirecrackerMachine) -> None:
-        await self._places.remove(machine.place)
+        await self._sandboxes.release(machine.sandbox)
         machine.jail.remove()
 
 
@@ -160,5 +160,5 @@ def _read_ahead(files: list[Path]) -> None:
     """Into the page cache, in order: touching cold pages one by one is what makes a first resume slow."""
     for path in files:
         with contextlib.suppress(OSError), path.open("rb") as file:
-            for start, end in host.data_segments(file.fileno()):
+            for start, end in syscalls.data_segments(file.fileno()):
                 os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)

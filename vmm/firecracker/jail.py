@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..cgroups import Cgroups
 from ..kernel import PROBE_MIB, PROBE_WORDS, WORDS
-from ..places import Place
+from ..sandboxes import VmSandbox
 
 DISK, MEMORY, STATE, OUT, VSOCK = "disk.raw", "memory.raw", "devices.state", "out", "v.sock"
 KERNEL, INITRD, CONFIGURATION = "vmlinux", "initrd", "configuration.json"
@@ -35,9 +35,9 @@ class Programs:
 class Jail:
     """One process's root. `base` must be on the file system of images and sessions, for hard links."""
 
-    def __init__(self, base: Path, programs: Programs, place: Place) -> None:
-        self._base, self._programs, self._place = base, programs, place
-        self._top = base / programs.firecracker.name / place.vm
+    def __init__(self, base: Path, programs: Programs, sandbox: VmSandbox) -> None:
+        self._base, self._programs, self._sandbox = base, programs, sandbox
+        self._top = base / programs.firecracker.name / sandbox.vm
         self.root = self._top / "root"
 
     def make(self) -> None:
@@ -45,7 +45,7 @@ class Jail:
         self.root.parent.chmod(0o711)
         out = self.root / OUT
         out.mkdir(mode=0o700)
-        os.chown(out, self._place.uid, self._place.uid)
+        os.chown(out, self._sandbox.uid, self._sandbox.uid)
 
     def give(self, file: Path, name: str, writable: bool = False) -> None:
         """Links a file into the root; only one that the guest writes becomes the process's own. Raises OSError."""
@@ -53,7 +53,7 @@ class Jail:
         target.unlink(missing_ok=True)
         os.link(file, target)
         if writable:
-            os.chown(target, self._place.uid, self._place.uid)
+            os.chown(target, self._sandbox.uid, self._sandbox.uid)
         else:
             target.chmod(0o444)
 
@@ -71,8 +71,8 @@ class Jail:
         """The jailer enters the session's network namespace; a process cannot be given another one later."""
         version = "2" if cgroups.unified else "1"
         return [
-            "/bin/sh", "-c", _ENTER, "sh", *map(str, cgroups.joins(self._place.vm)), "--",
-            *self._jailer(), "--netns", str(namespace), "--cgroup-version", version, "--parent-cgroup", cgroups.relative(self._place.vm),
+            "/bin/sh", "-c", _ENTER, "sh", *map(str, cgroups.joins(self._sandbox.vm)), "--",
+            *self._jailer(), "--netns", str(namespace), "--cgroup-version", version, "--parent-cgroup", cgroups.relative(self._sandbox.vm),
             "--", "--api-sock", "/api.sock",
         ]  # fmt: skip
 
@@ -90,10 +90,10 @@ class Jail:
         return [*self._jailer(), "--", "--no-api", "--config-file", f"/{CONFIGURATION}"]
 
     def _jailer(self) -> list[str]:
-        place = self._place
+        sandbox = self._sandbox
         return [
-            str(self._programs.jailer), "--id", place.vm, "--exec-file", str(self._programs.firecracker), "--new-pid-ns",
-            "--uid", str(place.uid), "--gid", str(place.uid), "--chroot-base-dir", str(self._base),
+            str(self._programs.jailer), "--id", sandbox.vm, "--exec-file", str(self._programs.firecracker), "--new-pid-ns",
+            "--uid", str(sandbox.uid), "--gid", str(sandbox.uid), "--chroot-base-dir", str(self._base),
         ]  # fmt: skip
 
     def pid(self) -> int | None:

@@ -19,13 +19,13 @@ from pathlib import Path
 
 from gateway.observe.steps import Steps
 
-from .. import diffs, host, places
+from .. import diffs, sandboxes, syscalls
 from ..cgroups import Cgroups
 from ..diffs import Sum
 from ..driver import DEVICES, VSOCK_PORT, WALL_CLOCK_AT, Process
 from ..errors import Ended, Refused, Unavailable, VmmError, explained, not_loaded, not_written
 from ..network import TAP, Link
-from ..places import Place
+from ..sandboxes import VmSandbox
 from . import memory
 from .api import Api, ApiError, Unanswered
 from .jail import DISK, MEMORY, OUT, STATE, VSOCK, Jail
@@ -43,12 +43,12 @@ class FirecrackerMachine:
     """Implements vmm.driver.Machine. `remove` undoes what was made for the process."""
 
     def __init__(
-        self, record: Process, place: Place, jail: Jail, cgroups: Cgroups, remove: Callable[[], Awaitable[None]],
+        self, record: Process, sandbox: VmSandbox, jail: Jail, cgroups: Cgroups, remove: Callable[[], Awaitable[None]],
     ) -> None:  # fmt: skip
         self.record = record
         self.steps = Steps("vmm", "")
         self.jail = jail
-        self.place = place
+        self.sandbox = sandbox
         self._cgroups, self._remove = cgroups, remove
         self._api: Api | None = None
         self._pidfd: int | None = None  # while it runs
@@ -62,7 +62,7 @@ class FirecrackerMachine:
         return self._api
 
     def save_record(self) -> None:
-        places.save_record(self.place.directory, self.record)
+        sandboxes.save_record(self.sandbox.directory, self.record)
 
     # ---- the process ----
 
@@ -70,7 +70,7 @@ class FirecrackerMachine:
         """Starts the jailer, which becomes the process's parent only until it has written its id. Raises Unavailable."""
         self.record.link = link.name
         try:
-            with (self.place.directory / places.STDERR).open("wb") as log:
+            with (self.sandbox.directory / sandboxes.STDERR).open("wb") as log:
                 jailer = await asyncio.create_subprocess_exec(
                     *self.jail.command(self._cgroups, link.path), start_new_session=True,
                     stdin=asyncio.subprocess.DEVNULL, stdout=console, stderr=log,
@@ -90,7 +90,7 @@ class FirecrackerMachine:
     def attach(self, pid: int) -> None:
         """Watches a process that runs, and talks to it. Raises OSError when it is gone."""
         pidfd = os.pidfd_open(pid)
-        self.record.pid, self.record.started = pid, host.start_time(pid) or 0
+        self.record.pid, self.record.started = pid, syscalls.start_time(pid) or 0
         self.save_record()
         self._api = Api(self.jail.root)
         self._pidfd = pidfd
@@ -261,7 +261,7 @@ class FirecrackerMachine:
     async def why(self, error: Exception) -> str:
         """Why a step failed: what a process that has ended wrote last, which says more than how its connection broke; else `error`."""
         if self._api is None:
-            return places.last_words(self.place.directory) or str(error)
+            return sandboxes.last_words(self.sandbox.directory) or str(error)
         if isinstance(error, Unanswered):
             await asyncio.wait([self._ended], timeout=_ENDING_SECONDS)
         return self._last_words or str(error)
@@ -280,7 +280,7 @@ class FirecrackerMachine:
         self.record.phase = "ended"
         if self._api is not None:
             await self._api.close()
-        self._last_words = places.last_words(self.place.directory)
+        self._last_words = sandboxes.last_words(self.sandbox.directory)
         try:
             await self._remove()
         finally:  # it has ended, whatever is left of it

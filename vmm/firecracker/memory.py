@@ -14,10 +14,10 @@ from pathlib import Path
 
 from gateway.observe.room import disk_free_bytes
 
-from .. import diffs, host
+from .. import diffs, syscalls
 from ..diffs import Manifest, Segment, Sum
 from ..errors import Damaged, unreadable
-from ..host import PAGE
+from ..syscalls import PAGE
 
 _CHUNK = 4 << 20
 
@@ -73,7 +73,7 @@ def _write(pid: int, where: list[Region], file: int, segment: Segment) -> None:
             if not data:
                 raise Damaged("a diff is shorter than its runs")
             buffer = ctypes.create_string_buffer(data, len(data))
-            host.write_memory(pid, ctypes.addressof(buffer), [(address, len(data))])
+            syscalls.write_memory(pid, ctypes.addressof(buffer), [(address, len(data))])
             offset, address, left = offset + len(data), address + len(data), left - len(data)
 
 
@@ -81,9 +81,9 @@ def pack(written: Path, directory: Path, number: int) -> list[Sum]:
     """Makes diff `number` of the sparse file that Firecracker wrote: pages that were dirtied, at their places. Raises OSError."""
     runs: list[tuple[int, int]] = []
     with written.open("rb") as source, (directory / f"{number}.pages").open("wb", buffering=0) as pages:
-        for start, end in host.data_segments(source.fileno()):
+        for start, end in syscalls.data_segments(source.fileno()):
             first, after = start // PAGE, -(-end // PAGE)
-            host.copy_range(source.fileno(), first * PAGE, pages.fileno(), diffs.page_count(runs) * PAGE, (after - first) * PAGE)
+            syscalls.copy_range(source.fileno(), first * PAGE, pages.fileno(), diffs.page_count(runs) * PAGE, (after - first) * PAGE)
             runs.append((first, after))
     return _finish(directory, number, runs)
 
@@ -94,7 +94,7 @@ def save_private(pid: int, where: list[Region], directory: Path, number: int) ->
     runs = [
         (region.first + first, region.first + after)
         for region in where
-        for first, after in host.private_pages(pid, region.address, region.address + region.pages * PAGE)
+        for first, after in syscalls.private_pages(pid, region.address, region.address + region.pages * PAGE)
     ]
     if diffs.page_count(runs) * PAGE > disk_free_bytes(directory):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))

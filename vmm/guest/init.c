@@ -129,7 +129,7 @@ static void name_host(void)
     (void)!symlink("/proc/mounts", "/etc/mtab");
 }
 
-/* Not before it is needed: a boot is kept, and goes on with another image's disk (vmm/qemu/boots.py). */
+/* Not before it is needed: a boot is kept, and goes on with another image's disk (vmm/qemu/boot_snapshots.py). */
 static void have_disk(void)
 {
     static int has_disk;

@@ -13,17 +13,17 @@ from typing import NamedTuple
 
 import structlog
 
-from .. import disks, generators, host, jail, manifest, memory, sparse
+from .. import disks, generators, jail, manifest, memory, sparse, syscalls
 from ..cgroups import Cgroups
 from ..driver import DEVICES, Machine, Process, Sealed, Shape
 from ..errors import Missing, Unavailable, VmmError, explained, not_loaded, not_written
 from ..manifest import Manifest
 from ..mapping import Mapper
 from ..network import Link, Network
-from ..places import STDERR, Place, Places, is_alive, last_words
+from ..sandboxes import STDERR, SandboxAllocator, VmSandbox, is_alive, last_words
 from ..snapshots import sync
 from . import machine as topology
-from .boots import MEMORY, Boots
+from .boot_snapshots import MEMORY, BootSnapshotCache
 from .process import STATE, QemuMachine, child_of, listen
 from .qmp import QmpError
 
@@ -57,27 +57,29 @@ class QemuDriver:
     disk_template = "overlay.qcow2"
     takes_taps = True
 
-    def __init__(self, assets: Assets, boots: Path, places: Places, cgroups: Cgroups, network: Network) -> None:
+    def __init__(self, assets: Assets, boots: Path, sandboxes: SandboxAllocator, cgroups: Cgroups, network: Network) -> None:
         """`boots`: where boots are kept."""
         self._assets = assets
-        self._places = places
+        self._sandboxes = sandboxes
         self._cgroups = cgroups
         self._network = network
-        self._boots = Boots(boots, assets.jail_root, assets.kernel, assets.initrd)
+        self._boots = BootSnapshotCache(boots, assets.jail_root, assets.kernel, assets.initrd)
         self._shared: dict[str, asyncio.Task[_Shared]] = {}
         self._machines: set[QemuMachine] = set()
 
     async def standby(self, image: Path) -> QemuMachine:
         shape = manifest.read(image, NAME).shape
         shared = await self._share(image)
-        stand_ins = topology.StandIns(shared.disk, await self._network.tap_to_nowhere())
+        placeholders = topology.PlaceholderDevices(shared.disk, await self._network.placeholder_tap())
         with contextlib.ExitStack() as files:
             base = files.enter_context((image / "disk.raw").open("rb")).fileno()
             boot = files.enter_context((image / "boot.qcow2").open("rb")).fileno()
-            machine = await self._spawn(image.name, shape, lambda ends: topology.standby(shape, shared.memory, base, boot, stand_ins, ends))
+            machine = await self._spawn(
+                image.name, shape, lambda ends: topology.standby(shape, shared.memory, base, boot, placeholders, ends)
+            )
         try:
             await asyncio.to_thread(machine.clear, shared.holes)
-            await machine.await_session(stand_ins)
+            await machine.await_session(placeholders)
         except (QmpError, OSError, VmmError) as error:
             why = await machine.why(error)
             await machine.kill()
@@ -106,14 +108,14 @@ class QemuDriver:
         machine.record.link = link.name
         machine.image_memory = descriptor
         if kept is not None:
-            await self._go_on(machine, kept, descriptor)
+            await self._restore(machine, kept, descriptor)
         machine.record.phase = "running"
         machine.save_record()
         return machine
 
-    async def _go_on(self, machine: QemuMachine, kept: Path, descriptor: int) -> None:
+    async def _restore(self, machine: QemuMachine, kept: Path, descriptor: int) -> None:
         """From a boot that was kept. One whose guest is not heard of until it is given its disk is not used again."""
-        machine.went_on_from = kept
+        machine.restored_from = kept
         try:
             await memory.fill_apart(kept / MEMORY, descriptor, self._cgroups.joins(machine.record.vm))
             await machine.load_devices(kept / DEVICES)
@@ -133,7 +135,7 @@ class QemuDriver:
             if shape is not None and machine.image_memory is not None and await asyncio.to_thread(self._boots.find, shape) is None:
                 await self._keep(machine, shape, machine.image_memory)
             await machine.give_disk(image / "disk.raw", image / "boot.qcow2")
-            machine.went_on_from = None
+            machine.restored_from = None
         except (QmpError, OSError) as error:
             raise explained(error, f"image {image.name} could not be given its disk: {error}") from error
 
@@ -173,12 +175,12 @@ class QemuDriver:
         return Sealed(stored, disks.stored_bytes(image / "disk.raw"), code_bytes, seeded)
 
     async def adopt(self, record: Process) -> QemuMachine | None:
-        place = self._places.of(record)
+        sandbox = self._sandboxes.of(record)
         if not is_alive(record):
-            await self._places.remove(place)
+            await self._sandboxes.release(sandbox)
             return None
         state = memory.write_only(STATE)
-        machine = QemuMachine(record, place.directory, self._network, lambda: self._remove(machine, place), state)
+        machine = QemuMachine(record, sandbox.directory, self._network, lambda: self._remove(machine, sandbox), state)
         self._machines.add(machine)
         try:
             await machine.connect()
@@ -189,7 +191,7 @@ class QemuDriver:
         return machine
 
     def records(self) -> list[Process]:
-        return self._places.records()
+        return self._sandboxes.records()
 
     async def forget_image(self, image: str) -> None:
         """Lets go of what an image's clones share; those that still run keep theirs."""
@@ -238,7 +240,7 @@ class QemuDriver:
 
     async def _spawn(self, image: str, shape: Shape, compose: Callable[[topology.Ends], topology.Command]) -> QemuMachine:
         """Raises Unavailable, which quotes a hypervisor that ended."""
-        place = self._places.make(shape)
+        sandbox = self._sandboxes.allocate(shape)
         ours, theirs = socket.socketpair()
         mapper, state = Mapper(ours), memory.write_only(STATE)
         machine: QemuMachine | None = None  # which closes what it was given when its process ends
@@ -246,13 +248,13 @@ class QemuDriver:
         try:
             async with asyncio.timeout(_SPAWN_SECONDS):
                 with theirs:
-                    process = await self._execute(place, shape, theirs.fileno(), state, compose)
+                    process = await self._execute(sandbox, shape, theirs.fileno(), state, compose)
                 while (pid := child_of(process.pid)) is None:
                     if process.returncode is not None:
                         raise Unavailable(f"it ended with code {process.returncode}")
                     await asyncio.sleep(0.0005)
-                record = Process(place.vm, pid, host.start_time(pid) or 0, image, place.uid, shape=shape)
-                machine = QemuMachine(record, place.directory, self._network, lambda: self._remove(machine, place), state, mapper)
+                record = Process(sandbox.vm, pid, syscalls.start_time(pid) or 0, image, sandbox.uid, shape=shape)
+                machine = QemuMachine(record, sandbox.directory, self._network, lambda: self._remove(machine, sandbox), state, mapper)
                 self._machines.add(machine)
                 machine.save_record()
                 await machine.connect()
@@ -265,36 +267,36 @@ class QemuDriver:
                     why = await machine.why(error)
                 await asyncio.shield(machine.kill())
             else:
-                why = last_words(place.directory) or str(error)
+                why = last_words(sandbox.directory) or str(error)
                 mapper.close()
                 os.close(state)
                 if process is not None:
                     with contextlib.suppress(ProcessLookupError):
                         process.kill()  # and with it, by --kill-child, what runs inside
-                await asyncio.shield(self._remove(None, place))
+                await asyncio.shield(self._remove(None, sandbox))
             if isinstance(error, _FAILURES):
                 raise Unavailable(f"the hypervisor of image {image} did not start: {why or f'not within {_SPAWN_SECONDS} s'}") from error
             raise
         return machine
 
     async def _execute(
-        self, place: Place, shape: Shape, mapper: int, state: int, compose: Callable[[topology.Ends], topology.Command]
+        self, sandbox: VmSandbox, shape: Shape, mapper: int, state: int, compose: Callable[[topology.Ends], topology.Command]
     ) -> asyncio.subprocess.Process:
         """Raises OSError."""
         with contextlib.ExitStack() as ends:
-            qmp, agent = (ends.enter_context(listen(place.directory / name)).fileno() for name in ("qmp.sock", "agent.sock"))
-            stderr = ends.enter_context((place.directory / STDERR).open("wb"))
+            qmp, agent = (ends.enter_context(listen(sandbox.directory / name)).fileno() for name in ("qmp.sock", "agent.sock"))
+            stderr = ends.enter_context((sandbox.directory / STDERR).open("wb"))
             command = compose(topology.Ends(qmp, agent, state))
             has_kvm = shape.accelerator == "kvm"
             return await asyncio.create_subprocess_exec(
-                *jail.command(self._assets.jail_root, self._cgroups.joins(place.vm), place.uid, has_kvm, command.arguments),
+                *jail.command(self._assets.jail_root, self._cgroups.joins(sandbox.vm), sandbox.uid, has_kvm, command.arguments),
                 pass_fds=[*command.descriptors, mapper], start_new_session=True, env={"PATH": jail.PATH, "TORPOR_MAPPER": str(mapper)},
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=stderr,
             )  # fmt: skip
 
-    async def _remove(self, machine: QemuMachine | None, place: Place) -> None:
+    async def _remove(self, machine: QemuMachine | None, sandbox: VmSandbox) -> None:
         if machine is not None:
             self._machines.discard(machine)
-            if machine.went_on_from is not None:
-                await asyncio.to_thread(self._boots.drop, machine.went_on_from)
-        await self._places.remove(place)
+            if machine.restored_from is not None:
+                await asyncio.to_thread(self._boots.drop, machine.restored_from)
+        await self._sandboxes.release(sandbox)

@@ -33,7 +33,7 @@ _WAITING = ["-S", "-incoming", "defer"]
 
 
 @dataclass(frozen=True)
-class StandIns:
+class PlaceholderDevices:
     """Open files that a hypervisor that waits has in the place of a session's: a disk of the same size, which is not active, and a tap
     that leads nowhere."""
 
@@ -139,18 +139,18 @@ def boot_disk() -> list[dict[str, object]]:
     ]
 
 
-def standby(shape: Shape, memory: int, base: int, boot_layer: int, stand_ins: StandIns, ends: Ends) -> Command:
+def standby(shape: Shape, memory: int, base: int, boot_layer: int, placeholders: PlaceholderDevices, ends: Ends) -> Command:
     """The same machine, waiting for a session: all in place but what the session brings, and nothing to boot."""
     overlay = {**_file(3, False), "cache": NO_FLUSH}
     arguments = [
         *_common(shape, memory, False, ends),
-        "-add-fd", f"fd={base},set=1", "-add-fd", f"fd={boot_layer},set=2", "-add-fd", f"fd={stand_ins.disk},set=3",
+        "-add-fd", f"fd={base},set=1", "-add-fd", f"fd={boot_layer},set=2", "-add-fd", f"fd={placeholders.disk},set=3",
         *_block(driver="raw", node_name="base", read_only=True, file=_file(1, True)),
         *_block(driver="qcow2", node_name="img", read_only=True, file=_file(2, True), backing="base"),
         *_block(driver="qcow2", node_name="d1", cache=NO_FLUSH, file=overlay, backing="img"),
         *_disk("d1"),
         *ROOT_PORT,
-        *_network(stand_ins.tap),
+        *_network(placeholders.tap),
         "-serial", "null", *_WAITING,
     ]  # fmt: skip
-    return Command(arguments, [memory, base, boot_layer, stand_ins.disk, stand_ins.tap, *ends.all])
+    return Command(arguments, [memory, base, boot_layer, placeholders.disk, placeholders.tap, *ends.all])

@@ -18,13 +18,13 @@ import xxhash
 
 from gateway.observe.steps import Steps
 
-from .. import diffs, mapping, memory, places
+from .. import diffs, mapping, memory, sandboxes
 from ..diffs import Manifest, Sum
 from ..driver import DEVICES, WALL_CLOCK_AT, Process
 from ..errors import Ended, Refused, Unavailable, VmmError, explained, not_loaded
 from ..network import Link, Network
 from . import machine as topology
-from .machine import StandIns
+from .machine import PlaceholderDevices
 from .qmp import Qmp, QmpError
 
 log = structlog.get_logger()
@@ -60,7 +60,7 @@ class QemuMachine:
         self.record = record
         self.steps = Steps("vmm", "")
         self.image_memory: int | None = None  # of a machine that boots: what will be the image's memory
-        self.went_on_from: Path | None = None  # the kept boot of a machine that has yet to be given its disk
+        self.restored_from: Path | None = None  # the kept boot of a machine that has yet to be given its disk
         self._directory = directory
         self._network = network
         self._remove = remove
@@ -70,7 +70,7 @@ class QemuMachine:
         self._pidfd: int | None = os.pidfd_open(record.pid)  # while it runs
         self._state: int | None = state  # what the state of its devices is written to
         self._mapper = mapper
-        self._stand_ins: StandIns | None = None
+        self._placeholders: PlaceholderDevices | None = None
         self._incoming: socket.socket | None = None  # where the state of the devices is waited for
         self._channel: int | None = None  # the agent's, connected before it is asked for
         self._starving: asyncio.Task[None] | None = None
@@ -110,7 +110,7 @@ class QemuMachine:
         return self._qmp
 
     def save_record(self) -> None:
-        places.save_record(self._directory, self.record)
+        sandboxes.save_record(self._directory, self.record)
 
     async def status(self) -> str:
         answer = await self.qmp.run("query-status")
@@ -122,10 +122,10 @@ class QemuMachine:
             raise Unavailable(f"hypervisor {self.record.vm} waits for no session")
         mapping.clear(self.mapping(), self._mapper, holes)
 
-    async def await_session(self, stand_ins: StandIns) -> None:
+    async def await_session(self, placeholders: PlaceholderDevices) -> None:
         """A standby: from now on what a session brings is put in without a word of QMP, which QEMU reads byte by byte, 5 µs each.
         Raises QmpError, Unavailable."""
-        self._stand_ins = stand_ins
+        self._placeholders = placeholders
         await self._await_state()
         self._channel = await self.agent()
 
@@ -168,12 +168,12 @@ class QemuMachine:
 
     def _put_in(self, tap: int, snapshot: Path, overlay: Path, manifest: Manifest | None) -> None:
         """Raises VmmError, OSError."""
-        if self._mapper is None or self._stand_ins is None:
+        if self._mapper is None or self._placeholders is None:
             raise Unavailable(f"hypervisor {self.record.vm} waits for no session")
-        self._mapper.put(tap, self._stand_ins.tap)
+        self._mapper.replace_fd(tap, self._placeholders.tap)
         disk = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._mapper.put(disk, self._stand_ins.disk)
+            self._mapper.replace_fd(disk, self._placeholders.disk)
         finally:
             os.close(disk)
         if manifest is not None:
@@ -419,7 +419,7 @@ class QemuMachine:
         if self.image_memory is not None:
             os.close(self.image_memory)
             self.image_memory = None
-        self._last_words = places.last_words(self._directory)
+        self._last_words = sandboxes.last_words(self._directory)
         try:
             await self._remove()
         finally:  # it has ended, whatever is left of it

@@ -10,7 +10,7 @@ import pytest
 from gateway.messages import Shape
 from vmm.driver import DEVICES
 from vmm.qemu import machine
-from vmm.qemu.boots import Boots
+from vmm.qemu.boot_snapshots import BootSnapshotCache
 
 SHAPE = Shape(memory_mib=1, vcpus=1, disk_bytes=1 << 20, accelerator="tcg", baseline_mib=1)
 
@@ -21,7 +21,7 @@ def test_another_kernel_line_or_program_finds_none(tmp_path: Path, monkeypatch: 
     hypervisor.parent.mkdir(parents=True)
     for path in (kernel, initrd, hypervisor):
         path.write_bytes(b"program")
-    boots = Boots(tmp_path / "boots", tmp_path / "root", kernel, initrd)
+    boots = BootSnapshotCache(tmp_path / "boots", tmp_path / "root", kernel, initrd)
     work = boots.begin()
     (work / DEVICES).write_bytes(b"state")
     memory = os.memfd_create("memory")

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from vmm.driver import Process
-from vmm.places import RECORD, save_record
+from vmm.sandboxes import RECORD, save_record
 
 
 def read(directory: Path) -> Process:

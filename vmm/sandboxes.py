@@ -14,7 +14,7 @@ import msgspec
 
 from gateway import executors
 
-from . import host
+from . import syscalls
 from .cgroups import Cgroups, Limits
 from .driver import Process, Shape
 
@@ -30,13 +30,13 @@ QUOTED_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
-class Place:
+class VmSandbox:
     vm: str
     uid: int
     directory: Path
 
 
-class Places:
+class SandboxAllocator:
     def __init__(self, directory: Path, cgroups: Cgroups, first_uid: int) -> None:
         self._directory = directory
         self._cgroups = cgroups
@@ -44,25 +44,25 @@ class Places:
         self._uids: set[int] = set()
         self._numbers = itertools.count(1)
 
-    def make(self, shape: Shape) -> Place:
+    def allocate(self, shape: Shape) -> VmSandbox:
         vm = f"{next(self._numbers)}-{secrets.token_hex(4)}"
         directory = self._directory / vm
         directory.mkdir(mode=0o700, parents=True)
         uid = next(uid for uid in range(self._first_uid, self._first_uid + _USERS) if uid not in self._uids)
         self._uids.add(uid)
         self._cgroups.create(vm, limits(shape))
-        return Place(vm, uid, directory)
+        return VmSandbox(vm, uid, directory)
 
-    def of(self, record: Process) -> Place:
-        """The place of a process that another daemon started."""
+    def of(self, record: Process) -> VmSandbox:
+        """The sandbox of a process that another daemon started."""
         self._uids.add(record.uid)
-        return Place(record.vm, record.uid, self._directory / record.vm)
+        return VmSandbox(record.vm, record.uid, self._directory / record.vm)
 
-    async def remove(self, place: Place) -> None:
+    async def release(self, sandbox: VmSandbox) -> None:
         """Ends what is left in the control group."""
-        await executors.UPKEEP.run(self._cgroups.remove, place.vm)
-        shutil.rmtree(place.directory, ignore_errors=True)
-        self._uids.discard(place.uid)
+        await executors.UPKEEP.run(self._cgroups.remove, sandbox.vm)
+        shutil.rmtree(sandbox.directory, ignore_errors=True)
+        self._uids.discard(sandbox.uid)
 
     def records(self) -> list[Process]:
         """Every process that a daemon of this instance recorded, alive or not."""
@@ -106,7 +106,7 @@ def last_words(directory: Path) -> str:
 
 
 def is_alive(record: Process) -> bool:
-    return record.pid > 0 and host.start_time(record.pid) == record.started
+    return record.pid > 0 and syscalls.start_time(record.pid) == record.started
 
 
 def limits(shape: Shape) -> Limits:

@@ -1,4 +1,4 @@
-"""Boots that are kept: the memory and devices of a guest whose kernel runs and whose init waits for its disk.
+"""BootSnapshotCache that are kept: the memory and devices of a guest whose kernel runs and whose init waits for its disk.
 
 They are the same for every image of a shape: nothing of an image was there yet. The first build of a shape keeps its boot, the next
 ones go on from it; under emulation that is most of a build's wait.
@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from .. import host, memory
+from .. import memory, syscalls
 from ..driver import DEVICES, Shape
 from . import machine as topology
 
@@ -26,7 +26,7 @@ _SUM = "checksum"
 _CHUNK = 4 << 20
 
 
-class Boots:
+class BootSnapshotCache:
     def __init__(self, directory: Path, jail_root: Path, kernel: Path, initrd: Path) -> None:
         self._directory = directory
         for unfinished in directory.glob(f"{_NEW}*"):
@@ -87,7 +87,7 @@ def _checksum(kept: Path) -> str:
     state = xxhash.xxh3_64()
     for name in (DEVICES, MEMORY):
         with (kept / name).open("rb", buffering=0) as file:
-            for start, end in host.data_segments(file.fileno()):
+            for start, end in syscalls.data_segments(file.fileno()):
                 state.update(f"{name} {start} {end} ".encode())
                 while start < end and (data := os.pread(file.fileno(), min(end - start, _CHUNK), start)):
                     state.update(data)
