@@ -69,12 +69,14 @@ class BuildRequest(msgspec.Struct):
 
 
 class BuildResult(msgspec.Struct):
-    """`status` 0 is success; `config` is the container image's configuration (OCI image-spec, config.md) as JSON."""
+    """`status` 0 is success; `config` is the container image's configuration (OCI image-spec, config.md) as JSON. `reason`: why what was
+    built is not taken."""
 
     status: int
     config: str
     disk_full: bool
     out_of_memory: bool
+    reason: str = ""
 
 
 class BootRequest(msgspec.Struct):

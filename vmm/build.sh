@@ -22,6 +22,14 @@ add_modules() {
     for release in /modules/*; do rm -rf "$lib/modules/${release##*/}"; done
     cp -r /modules/. "$lib/modules"
 }
+# Names give no build a right to what another made; what was built stays in the cache, up to its bound.
+trim() {
+    docker image rm --force $made > /dev/null 2>&1 || :
+    docker image prune --force > /dev/null 2>&1 || :
+    docker builder prune --force --keep-storage "${cache}MB" > /dev/null 2>&1 || :
+    kill $daemon
+    wait $daemon || :
+}
 store_fails() { sed 's/^/torpor: /' /run/dockerd.log; exit 75; }
 
 phase BASE
@@ -53,8 +61,10 @@ fi
 
 phase CONTAINER
 cd /out/context
+failed=0
 EXPERIMENTAL_BUILDKIT_SOURCE_POLICY=/out/login/policy.json \
-    docker build --progress=plain --network=host --tag $made --file /out/dockerfile/Dockerfile . 2>&1
+    docker build --progress=plain --network=host --tag $made --file /out/dockerfile/Dockerfile . 2>&1 || failed=$?
+if [ $failed != 0 ]; then trim; exit $failed; fi
 
 phase DISK
 docker image inspect --format '{{json .Config}}' $made > /out/config.json
@@ -72,9 +82,5 @@ if [ -d /modules ]; then add_modules /run/root; fi
 truncate -s "$bytes" /out/disk.raw
 mkfs.ext4 -q -F -d /run/root -E lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0 /out/disk.raw
 umount /run/root
-# Names give no build a right to what another made; what was built stays in the cache, up to its bound.
-docker image rm --force $made > /dev/null 2>&1 || :
-docker builder prune --force --keep-storage "${cache}MB" > /dev/null 2>&1 || :
-kill $daemon
-wait $daemon || :
+trim
 phase DONE

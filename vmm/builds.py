@@ -12,14 +12,18 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import threading
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import structlog
 
 from gateway import descriptors, executors
 from gateway.messages import BuildRequest, BuildResult
@@ -27,10 +31,12 @@ from gateway.observe.room import disk_free_bytes
 
 from . import build_mirrors
 from .cgroups import Cgroups, Limits
-from .errors import VmmError
+from .errors import Missing, Unavailable, VmmError, not_written
 from .making import key_at
 from .namespaces import destroy_namespace, make_namespace, run_batch
 from .sandboxes import QUOTED_CHARACTERS
+
+log = structlog.get_logger()
 
 _HERE = Path(__file__).parent
 _BUILD_SECONDS = 1800
@@ -38,11 +44,17 @@ _SLIRP_SECONDS = 10
 _STOP_SECONDS = 10
 _SAY_SECONDS = 30
 _STORE_FAILS = 75
+_NUMBER_BYTES = 32
+_FULL_BYTES = 64 << 20  # of free disk, at which a build has failed for want of it
+_CONFIG_BYTES = 4 << 20  # of an image's configuration: variables and commands, of which the kernel takes 2 MiB, and labels
+_ENDED_KEPT = 64  # whose results nobody has collected
+_RECENT_SECONDS = 60.0  # a store that was opened so lately is about to be used
 _DNS = "10.0.2.3"
 _CLOSED = "10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, 169.254.0.0/16, 100.64.0.0/10, 127.0.0.0/8, 224.0.0.0/3"
 RANGE = 1 << 20  # ids of one account's builds: an image's own, and after them those that it names beyond
 _SINGLE = 256  # of them, for ids that an image names beyond; the kernel takes 340 lines (user_namespaces(7))
 _WHOLE = RANGE - _SINGLE  # the first id that an image's own do not reach; the kernel takes none twice
+_DROPPED = ".dropped-"
 _OLD = ("store", "runroot", "tmp")  # of buildah, which all accounts shared
 
 
@@ -60,12 +72,33 @@ class BuildSettings:
     memory_mib: int = 3072
     cache_mib: int = 10_240
     cache_days: float = 30.0
+    room_bytes: int = 0  # below so much free disk, stores are given up
+
+
+class _Child:
+    """A process that is killed by its descriptor: by the time, its number may be another's."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._pidfd: int | None = None
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and was waited for
+            self._pidfd = os.pidfd_open(process.pid)
+
+    async def wait(self) -> int:
+        return await self._process.wait()
+
+    def kill(self) -> None:
+        if self._pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            os.close(self._pidfd)
+            self._pidfd = None
 
 
 @dataclass
 class _Build:
     task: asyncio.Task[BuildResult]
-    processes: list[asyncio.subprocess.Process] = field(default_factory=list)
+    children: list[_Child] = field(default_factory=list)
     tether: int | None = None  # a pipe's end: when it closes, however the daemon ends, its network ends
 
 
@@ -103,27 +136,57 @@ class Stores:
             os.chown(made, first, first)
             made.rename(store)
         known = self._users(place)
-        wanted = known + [user for user in users if user >= _WHOLE and user not in known]
-        if len(wanted) > _SINGLE:
-            raise VmmError(f"this account's builds have named {_SINGLE} user ids beyond a million: no more are mapped")
+        beyond = [user for user in users if user >= _WHOLE]
+        wanted = known + [user for user in beyond if user not in known]
+        if len(set(beyond)) > _SINGLE:
+            raise VmmError(f"the image names {len(set(beyond))} user ids beyond a million: {_SINGLE} are mapped")
+        if len(wanted) > _SINGLE:  # any layer may have files of any of them: the ids are free again without the layers
+            log.info("store.renewed", account=account, ids=len(wanted))
+            self._set_aside(account)
+            return self._open(account, users)
         (place / "users.new").write_text(" ".join(map(str, wanted)), encoding="ascii")
         (place / "users.new").rename(place / "users")
         return store, store.stat().st_uid, wanted
 
     def drop(self, account: str) -> None:
         """It is only a cache."""
-        place = self._directory / account
-        shutil.rmtree(place / "store.old", ignore_errors=True)  # of a removal that was cut off
+        with self._one_at_a_time:
+            self._set_aside(account)
+        self.sweep()
+
+    def _set_aside(self, account: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            (place / "store").rename(place / "store.old")
-        shutil.rmtree(place, ignore_errors=True)
+            (self._directory / account).rename(self._directory / f"{_DROPPED}{secrets.token_hex(4)}")
+
+    def sweep(self) -> None:
+        """Removes what was dropped, also by a daemon of before."""
+        for path in self._directory.glob(f"{_DROPPED}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def drop_unused(self, days: float, used: set[str]) -> None:
         """Removes what no build has used for so long; `used` are of accounts that build now."""
+        self._drop_older(days * 86400, used)
+        self.sweep()
+
+    def give_up(self, used: set[str]) -> bool:
+        """Removes the store that was used longest ago, since its room is wanted. Returns False where there is none."""
+        found = self._drop_older(_RECENT_SECONDS, used, most=1)
+        self.sweep()
+        return found > 0
+
+    def _drop_older(self, seconds: float, used: set[str], most: int = 1 << 30) -> int:
+        ages: list[tuple[float, str]] = []
         for place in self._directory.glob("*"):
+            if not place.name.startswith(_DROPPED) and place.name not in used:
+                with contextlib.suppress(OSError):
+                    ages.append(((place / "users").stat().st_mtime, place.name))
+        dropped = 0
+        for _, account in sorted(ages):
             with contextlib.suppress(OSError), self._one_at_a_time:  # no build may begin in it meanwhile
-                if place.name not in used and (place / "users").stat().st_mtime < time.time() - days * 86400:
-                    self.drop(place.name)
+                if dropped < most and (self._directory / account / "users").stat().st_mtime < time.time() - seconds:
+                    self._set_aside(account)
+                    dropped += 1
+        return dropped
 
     def _users(self, place: Path) -> list[int]:
         with contextlib.suppress(OSError, ValueError):
@@ -181,6 +244,7 @@ class Builder:
         self._stores = Stores(directory / "accounts", settings.first_uid)
         self._one_at_a_time: dict[str, asyncio.Lock] = {}  # a store has one daemon
         self._lent = directory / "settings"
+        self._trimming: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Ends and removes what builds of an earlier daemon left; lends the host's settings afresh."""
@@ -205,36 +269,70 @@ class Builder:
 
     @property
     def names(self) -> list[str]:
-        return list(self._builds)
+        """Of builds under way."""
+        return [name for name, build in self._builds.items() if not build.task.done()]
 
-    def begin(self, request: BuildRequest, image: Path) -> tuple[int, int]:
-        """Starts a build; returns the reading ends of its log and of its phases' names."""
-        if request.build in self._builds:
-            raise VmmError(f"build {request.build} is already under way")
-        log_out, log_in = os.pipe2(os.O_CLOEXEC)
-        phase_out, phase_in = os.pipe2(os.O_CLOEXEC)
+    async def begin(self, request: BuildRequest, image: Path) -> tuple[int, int]:
+        """Starts a build; returns the reading ends of its log and of its phases' names. One that is under way by that name has lost whoever
+        read them, and is ended first."""
+        await self.cancel(request.build)
+        for name in [name for name, build in self._builds.items() if build.task.done()][:-_ENDED_KEPT]:
+            del self._builds[name]
+        ends: list[int] = []
+        try:
+            ends += os.pipe2(os.O_CLOEXEC)
+            ends += os.pipe2(os.O_CLOEXEC)
+        except OSError as error:
+            for end in ends:
+                os.close(end)
+            raise not_written(error, "a build", "the build could not begin") from error
+        log_out, log_in, phase_out, phase_in = ends
         build = _Build(asyncio.get_running_loop().create_task(self._run(request, image, log_in, phase_in)))
+        build.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # which nobody may ever ask for
         self._builds[request.build] = build
         return log_out, phase_out
 
     async def result(self, name: str) -> BuildResult:
-        """Waits for the end. Raises VmmError for a build that is not known."""
+        """Waits for the end; it is kept until the build is cancelled, since an answer may be lost. Raises Missing for a build that is not
+        known, and what the build raised."""
         build = self._builds.get(name)
         if build is None:
-            raise VmmError(f"build {name} is not known: it was interrupted")
-        try:
-            return await asyncio.shield(build.task)
-        finally:
-            if build.task.done():
-                self._builds.pop(name, None)
+            raise Missing(f"build {name} is not known: it was interrupted")
+        await asyncio.wait([build.task])
+        if build.task.cancelled():
+            raise Missing(f"build {name} was called off")
+        return build.task.result()
 
     async def cancel(self, name: str) -> None:
+        """Ends a build, or forgets one that has ended."""
         build = self._builds.get(name)
-        if build is not None:
+        if build is None:
+            return
+        if not build.task.cancelling():  # a second one would cut off what clears away after it
             build.task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await build.task
-            self._builds.pop(name, None)
+        await asyncio.wait([build.task])
+        if self._builds.get(name) is build:
+            del self._builds[name]
+
+    def trim(self) -> None:
+        """Has stores go that nobody has used for long; and, where the disk has no room for what is more than a cache, the one that was used
+        longest ago."""
+        if self._trimming is None or self._trimming.done():
+            self._trimming = asyncio.get_running_loop().create_task(self._trim())
+
+    async def _trim(self) -> None:
+        try:
+            await executors.BULK.run(self._stores.drop_unused, self._settings.cache_days, self._building)
+            free = disk_free_bytes(self._directory)
+            if free < self._settings.room_bytes and await executors.BULK.run(self._stores.give_up, self._building):
+                log.warning("store.given_up", free=free)
+        except OSError as error:
+            log.warning("stores.not_trimmed", error=str(error))
+
+    @property
+    def _building(self) -> set[str]:
+        """Accounts whose stores are in use."""
+        return {account for account, lock in self._one_at_a_time.items() if lock.locked()}
 
     async def _run(self, request: BuildRequest, image: Path, log: int, phases: int) -> BuildResult:
         lock = self._one_at_a_time.setdefault(request.account, asyncio.Lock())
@@ -248,9 +346,13 @@ class Builder:
                     await executors.BULK.run(self._stores.drop, request.account)
                     result = await self._jailed(request, image, log, phases)
                 return result
-        except TimeoutError:
+        except TimeoutError as error:
+            if isinstance(error, executors.Overdue):
+                raise Unavailable(f"the host is too slow for a build: {error}") from error
             await _say(log, f"the build took longer than {_BUILD_SECONDS} s")
             return BuildResult(124, "", False, False)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise not_written(error, "the build", "the host could not carry the build out") from error
         finally:
             os.close(log)
             os.close(phases)
@@ -261,14 +363,13 @@ class Builder:
         namespace = self._namespaces / request.build
         build = self._builds[request.build]
         settings = self._settings
-        store, first, single = await executors.LATENCY.run(self._stores.open, request.account, request.users)
-        (work / "root").mkdir(parents=True)
-        (work / "out").mkdir()
-        os.chown(work / "out", first, first)
-        free = disk_free_bytes(work)
-        self._log_in(work / "out/login", first, request.logins)
-        self._cgroups.create(group, Limits(settings.memory_mib << 20, os.cpu_count() or 1, 50, 4096, 1 << 30))
         try:
+            store, first, single = await executors.LATENCY.run(self._stores.open, request.account, request.users)
+            (work / "root").mkdir(parents=True)
+            (work / "out").mkdir()
+            os.chown(work / "out", first, first)
+            self._log_in(work / "out/login", first, request.logins)
+            self._cgroups.create(group, Limits(settings.memory_mib << 20, os.cpu_count() or 1, 50, 4096, 1 << 30))
             await executors.LATENCY.run(make_namespace, namespace, lambda: run_batch("link set lo up\n"))
             await self._connect(build, work, namespace, {host.rpartition(":")[0] or host for host in request.logins})
             process = await asyncio.create_subprocess_exec(
@@ -281,26 +382,33 @@ class Builder:
                 str(request.disk_bytes), str(settings.cache_mib), stdin=phases, stdout=log, stderr=log, start_new_session=True,
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
             )  # fmt: skip
-            build.processes.append(process)
-            status = await process.wait()
-            full = status not in (0, _STORE_FAILS) and (disk_free_bytes(work) < 64 << 20 <= free)
+            child = _Child(process)
+            build.children.append(child)
+            status = await child.wait()
             if status:
-                return BuildResult(status, "", full, self._cgroups.oom_kills(group) > 0)
-            return BuildResult(0, self._collect(work / "out", image), False, False)
+                return BuildResult(status, "", disk_free_bytes(work) < _FULL_BYTES, self._cgroups.oom_kills(group) > 0)
+            return self._collect(work / "out", image)
         finally:
-            await self._clean(build, group, namespace, work)
+            await asyncio.shield(self._clean(build, group, namespace, work))
 
-    def _collect(self, out: Path, image: Path) -> str:
+    def _collect(self, out: Path, image: Path) -> BuildResult:
         """Takes the disk over from the builder: plain files only, whatever the jail may have put there."""
         image.mkdir(parents=True, exist_ok=True)
         for name in ("disk.raw", "config.json", "code_bytes"):
             if (out / name).is_symlink() or not (out / name).is_file():
                 raise VmmError(f"the build of {image.name} left no {name}")
-        shutil.copyfile(out / "code_bytes", image / "code_bytes")
+        with (out / "config.json").open("rb") as file:
+            config = file.read(_CONFIG_BYTES + 1)
+        if len(config) > _CONFIG_BYTES:
+            size = (out / "config.json").stat().st_size
+            return BuildResult(
+                1, "", False, False, f"the image's configuration (ENV, LABEL, ...) has {size} bytes: {_CONFIG_BYTES} are taken"
+            )
+        (image / "code_bytes").write_bytes((out / "code_bytes").open("rb").read(_NUMBER_BYTES))
         os.rename(out / "disk.raw", image / "disk.raw")
         os.chown(image / "disk.raw", 0, 0)
         (image / "disk.raw").chmod(0o600)
-        return (out / "config.json").read_text(encoding="utf-8")
+        return BuildResult(0, config.decode("utf-8", errors="replace"), False, False)
 
     def _log_in(self, directory: Path, owner: int, logins: dict[str, str]) -> None:
         """Docker's own settings, for the builder's eyes only: RUN steps have another root directory."""
@@ -331,7 +439,7 @@ class Builder:
                 pass_fds=[ready_in, tethered], stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
                 stderr=words, start_new_session=True,
             )  # fmt: skip
-            build.processes.append(process)
+            build.children.append(_Child(process))
             os.close(ready_in)
             ready_in = -1
             async with asyncio.timeout(_SLIRP_SECONDS):
@@ -365,19 +473,21 @@ class Builder:
         )
 
     async def _clean(self, build: _Build, group: str, namespace: Path, work: Path) -> None:
+        """A step that fails keeps no other from being taken; what is left then goes at the next start."""
         if build.tether is not None:
             os.close(build.tether)
-        for process in build.processes:
-            if process.returncode is None:  # or its number may be another's by now
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
-        await executors.UPKEEP.run(self._cgroups.remove, group)
-        for process in build.processes:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), _STOP_SECONDS)
-        build.processes.clear()
-        build.tether = None
-        await executors.UPKEEP.run(destroy_namespace, namespace)
-        await executors.BULK.run(lambda: shutil.rmtree(work, ignore_errors=True))
-        used = {account for account, lock in self._one_at_a_time.items() if lock.locked()}
-        await executors.BULK.run(self._stores.drop_unused, self._settings.cache_days, used)
+            build.tether = None
+        for child in build.children:
+            child.kill()
+        await self._clean_step(executors.UPKEEP.run(self._cgroups.remove, group))
+        for child in build.children:
+            await self._clean_step(asyncio.wait_for(child.wait(), _STOP_SECONDS))
+        build.children.clear()
+        await self._clean_step(executors.UPKEEP.run(destroy_namespace, namespace))
+        await self._clean_step(executors.BULK.run(lambda: shutil.rmtree(work, ignore_errors=True)))
+
+    async def _clean_step(self, work: Awaitable[object]) -> None:
+        try:
+            await work
+        except OSError as error:  # TimeoutError is one
+            log.warning("build.not_cleaned", error=repr(error))

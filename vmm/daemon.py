@@ -17,7 +17,7 @@ import structlog
 
 from gateway import messages as m
 from gateway.config import Settings
-from gateway.observe.room import disk_free_bytes, memory_available_bytes
+from gateway.observe.room import BUILD_ROOM_BYTES, disk_free_bytes, memory_available_bytes
 from gateway.observe.steps import Steps
 from gateway.rpc import Connection, Reply
 from gateway.tasks import Tasks
@@ -66,7 +66,7 @@ class Vmm:
                 settings.cache / "base.tar", settings.cache / "builder", settings.cache / "modules", tuple(settings.images.base_names),
                 settings.images.pull, settings.users.builders, settings.images.registry_ca,
                 settings.images.build_memory_mib, settings.images.cache_mib,
-                settings.images.cache_days,
+                settings.images.cache_days, (settings.limits.disk_reserve_mib << 20) + BUILD_ROOM_BYTES,
             ),
         )  # fmt: skip
         self.snapshots = Snapshots(settings.sessions_dir)
@@ -511,6 +511,7 @@ class Vmm:
             held_images = {self.settings.images_dir / one.image for one in records if one.incarnation != booting}
             await self._step("standbys", self.standbys.drop_unused(held_images))
             await self._step("links", self.network.trim())
+            self.builder.trim()
             late = asyncio.get_running_loop().time() - self.settings.standbys.warm_seconds
             for session in [session for session, since in self._warm.items() if since < late]:
                 await self._step(f"cool {session}", self._cool(session))

@@ -22,7 +22,7 @@ class ImageCalls:
 
     async def rpc_build(self, connection: Connection, body: m.BuildRequest) -> Reply:
         """Answers at once, with the log and the phases to read."""
-        return Reply(None, list(self._vmm.builder.begin(body, self._making(body.image))))
+        return Reply(None, list(await self._vmm.builder.begin(body, self._making(body.image))))
 
     async def rpc_build_result(self, connection: Connection, body: m.BuildName) -> m.BuildResult:
         return await self._vmm.builder.result(body.build)

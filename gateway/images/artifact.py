@@ -9,12 +9,14 @@ import json
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from urllib3.exceptions import HTTPError
 
 from gateway.accounts.directory import Credentials
 from gateway.config import Settings
@@ -22,6 +24,7 @@ from gateway.config import Settings
 _URI = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([^\x00-\x1f]+?)(?:\?versionId=([^\s?&]+))?")
 _UNPACK_SECONDS = 180
 _CHUNK = 1 << 20
+_FETCH_SECONDS, _FETCH_BYTES_PER_SECOND = 120, 256 << 10  # and so many seconds more for each that came
 
 
 class BuildFailed(Exception):
@@ -72,21 +75,28 @@ def fetch(settings: Settings, credentials: Credentials, uri: str, target: Path) 
     if parsed is None:
         raise BuildFailed("S3_INVALID_OBJECT", f"{uri} is not of the form s3://<bucket>/<key>")
     bucket, key, version = parsed
-    size = 0
+    size, began = 0, time.monotonic()
     try:
-        body = _client(settings, credentials).get_object(Bucket=bucket, Key=key, **({"VersionId": version} if version else {}))["Body"]
+        answer = _client(settings, credentials).get_object(Bucket=bucket, Key=key, **({"VersionId": version} if version else {}))
         with target.open("wb") as file:
-            for chunk in body.iter_chunks(_CHUNK):
+            # What has come, and not a whole chunk: a store that drips would hold that up for ever (botocore has no name for it).
+            while chunk := answer["Body"]._raw_stream.read1(_CHUNK):
                 size += len(chunk)
                 if size > settings.images.archive_bytes:
                     raise BuildFailed("S3_INVALID_OBJECT", f"{uri} is larger than {settings.images.archive_bytes} bytes")
                 file.write(chunk)
+                if (took := time.monotonic() - began) > _FETCH_SECONDS + size / _FETCH_BYTES_PER_SECOND:
+                    raise BuildFailed("INTERNAL_PLATFORM_ERROR", f"the object store is too slow: {size} bytes of {uri} in {took:.0f} s")
+        if size != answer["ContentLength"]:
+            raise BuildFailed(
+                "INTERNAL_PLATFORM_ERROR", f"the object store broke off after {size} of {answer['ContentLength']} bytes of {uri}"
+            )
     except ClientError as error:
         raise _failure(error, bucket, key) from error
-    except BotoCoreError as error:
+    except (BotoCoreError, HTTPError) as error:
         raise BuildFailed("INTERNAL_PLATFORM_ERROR", f"the object store cannot be reached: {error}") from error
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BuildFailed("DISK_STORAGE_FULL", f"no room for {uri} on the host") from error
         raise
     return size

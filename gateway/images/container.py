@@ -13,8 +13,10 @@ class ContainerError(Exception):
 
 
 def parse_config(text: str) -> dict[str, Any]:
-    """The runtime part of a container image's configuration, as Docker's `image inspect` has it under `Config`."""
+    """The runtime part of a container image's configuration, as Docker's `image inspect` has it under `Config`. Labels tell a guest
+    nothing, and may be large."""
     config = dict(json.loads(text))
+    config.pop("Labels", None)
     config["Env"] = list(config.get("Env") or [])
     if not (config.get("Entrypoint") or config.get("Cmd")):
         raise ContainerError("the Dockerfile sets neither ENTRYPOINT nor CMD: there is nothing to start")

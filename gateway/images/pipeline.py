@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -25,11 +26,12 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gateway import executors
 from gateway.accounts.directory import Credentials
 from gateway.config import Settings
-from gateway.messages import BuildRequest, EgressRules, HostInfo, Shape
+from gateway.messages import BuildRequest, BuildResult, EgressRules, HostInfo, Shape
+from gateway.observe.room import BUILD_ROOM_BYTES
 from gateway.sessions import hooks
 from gateway.sessions.agent import Agent, AgentError, start_frames, sync_frame, wake_frame
 from gateway.sessions.channels import GuestServices
-from gateway.sessions.host import Host, RpcError, RpcLost
+from gateway.sessions.host import Host, RpcError, RpcLost, patiently
 from gateway.sessions.logs import LineWriter
 from gateway.sessions.model import Build, Hooks, Image, Version
 
@@ -46,8 +48,8 @@ DISK_GIB = {512: 8, 1024: 8, 2048: 8, 4096: 16, 8192: 32}  # reference, section 
 ARCHITECTURES = {"x86_64": "X86_64", "aarch64": "ARM_64"}  # the host's name for it, and the API's
 _PEAK = 4  # the guest sees four times the size that was asked for
 _BOOT_SECONDS = 60.0
+_REST_SECONDS = 10.0  # for the rest of a build's log
 _SYNC_SECONDS = 300.0  # for what an emulated application has written
-_ROOM_BYTES = 1 << 30
 _CONTAINER_TRIES = 2  # vmm may be restarted under a build
 _CLEAN_TRIES, _CLEAN_FAILURES, _CLEAN_PAUSE_SECONDS = 20, 3, 0.25
 _DELETE_SECONDS = 600.0  # then the image is DELETE_FAILED, and may be deleted again
@@ -130,8 +132,8 @@ class Pipeline:
 
     async def check(self, job: Job) -> None:
         """Fetches and reads what is to be built. Raises BuildFailed for what cannot be."""
-        capacity = await self._host.reclaim_capacity()
-        if capacity.disk_free < (self._settings.limits.disk_reserve_mib << 20) + _ROOM_BYTES:
+        capacity = await patiently(self._host.reclaim_capacity)
+        if capacity.disk_free < (self._settings.limits.disk_reserve_mib << 20) + BUILD_ROOM_BYTES:
             raise BuildFailed("DISK_STORAGE_FULL", "the host has no room for another image: free some, or move --root")
         machine = (await self._host.info()).architecture
         wanted = [one["architecture"] for one in job.version.request.get("cpuConfigurations") or []]
@@ -156,7 +158,8 @@ class Pipeline:
         try:
             await self._run(job)
         except (RpcError, AgentError) as error:
-            code = "DISK_STORAGE_FULL" if isinstance(error, RpcError) and error.kind == "DiskFull" else "INTERNAL_PLATFORM_ERROR"
+            is_full = isinstance(error, RpcError) and (error.kind == "DiskFull" or os.strerror(errno.ENOSPC) in str(error))
+            code = "DISK_STORAGE_FULL" if is_full else "INTERNAL_PLATFORM_ERROR"
             raise BuildFailed(code, str(error)) from error
         finally:
             job.log.flush()
@@ -259,12 +262,13 @@ class Pipeline:
         for attempt in range(1, _CONTAINER_TRIES + 1):
             try:
                 output, phases = await self._host.build(request)
-                _, _, result = await asyncio.gather(
-                    _read(output, _both(lambda data: job.log.feed(0, data), said.feed)),
-                    _read(phases, lambda data: self._phase(job, data.decode("ascii", "replace").split()[-1])),
-                    self._host.build_result(job.build.id),
-                )
-                break
+                try:
+                    result = await self._watch(job, output, phases, said)
+                    break
+                except RpcError as error:
+                    if error.kind != "Missing":
+                        raise
+                    raise RpcLost(str(error)) from error
             except RpcLost:
                 if attempt == _CONTAINER_TRIES:
                     raise
@@ -272,6 +276,8 @@ class Pipeline:
         if result.status:
             for hint in hints(said.tail.decode("utf-8", errors="replace")):
                 job.say(hint)
+            if result.reason:
+                raise BuildFailed("CONTAINER_BUILD_FAILED", result.reason)
             if result.disk_full or said.disk_full:
                 raise BuildFailed("DISK_STORAGE_FULL", "the disk was full during the container build")
             if result.out_of_memory:
@@ -281,6 +287,23 @@ class Pipeline:
             return parse_config(result.config)
         except ContainerError as error:
             raise BuildFailed("CONTAINER_BUILD_FAILED", str(error)) from error
+
+    async def _watch(self, job: Job, output: int, phases: int, said: _Said) -> BuildResult:
+        """Follows a build to its end. Raises RpcError: Missing where vmm knows of none any more."""
+        readers = [
+            asyncio.ensure_future(_read(output, _both(lambda data: job.log.feed(0, data), said.feed))),
+            asyncio.ensure_future(_read(phases, lambda data: self._phase(job, data.decode("ascii", "replace").split()[-1]))),
+        ]
+        try:
+            ended = await asyncio.gather(patiently(lambda: self._host.build_result(job.build.id)), return_exceptions=True)
+            await asyncio.wait(readers, timeout=_REST_SECONDS)  # what a step has left behind may keep the pipe open
+            if isinstance(ended[0], BaseException):
+                raise ended[0]
+            return ended[0]
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
 
     def _logins(self, job: Job, dockerfile: Path, role: Credentials) -> dict[str, str]:
         real = self._settings.credentials.sts_endpoint or self._settings.images.ecr_endpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import time
 import uuid
 from collections.abc import Callable, Coroutine
@@ -196,6 +197,8 @@ class Registry:
         except BuildFailed as error:
             return str(error)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return f"DISK_STORAGE_FULL: {error.strerror}: {error.filename or 'ROOT/control'}"
             log.exception("build.failed", image=job.image.arn)
             return f"INTERNAL_PLATFORM_ERROR: {error}"
         return None

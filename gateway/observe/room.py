@@ -6,6 +6,7 @@ import os
 from functools import cache
 from pathlib import Path
 
+BUILD_ROOM_BYTES = 1 << 30  # beyond the reserve, for another image
 _HEAD_BYTES = 256  # of /proc/meminfo: what is asked for stands in its third line
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -159,7 +160,8 @@ async def test_a_build_that_meets_any_fault_of_the_host_ends(rig: Rig, call: str
     assert rig.state == "CREATE_FAILED"
     version = image.versions[0]
     assert (version.state, version.status) == ("FAILED", "INACTIVE") and version.build is not None
-    assert str(version.build.reason).startswith("INTERNAL_PLATFORM_ERROR")
+    is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC and call != "clean"
+    assert str(version.build.reason).startswith("DISK_STORAGE_FULL: " if is_full else "INTERNAL_PLATFORM_ERROR: ")
     rig.pipeline.fail[call] = [error]
     await rig.registry.begin(image, rig.registry.update(image, REQUEST))
     await rig.at_rest()

@@ -1,0 +1,216 @@
+"""Artifacts from a store that is slow, breaks off or has no end; and a container build that control follows while vmm is away."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.accounts.directory import Credentials
+from gateway.config import Settings
+from gateway.images import artifact, pipeline
+from gateway.images.artifact import BuildFailed
+from gateway.images.dockerfile import Prepared
+from gateway.images.pipeline import Job, Pipeline
+from gateway.messages import BuildRequest, BuildResult, Shape
+from gateway.sessions import host as host_module
+from gateway.sessions.host import RpcError, RpcLost
+from gateway.sessions.logs import LineWriter, LogStore
+from gateway.sessions.model import Build, Image, Version
+
+ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a"
+
+
+@contextlib.contextmanager
+def object_store(length: int, *pieces: bytes, pause: float = 0.0) -> Iterator[Settings]:
+    """Answers each GET with `length`, and sends the pieces."""
+    stop = threading.Event()
+
+    def serve() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(OSError):
+                one, _ = listener.accept()
+                with one:
+                    one.recv(1 << 16)
+                    one.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length)
+                    for piece in pieces:
+                        one.sendall(piece)
+                        if stop.wait(pause):
+                            return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(5)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            port = listener.getsockname()[1]
+            yield Settings(object_store={"embedded": False, "endpoint": f"http://127.0.0.1:{port}"})  # type: ignore[arg-type]
+        finally:
+            stop.set()
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+            thread.join()
+
+
+def fetch(settings: Settings, target: Path) -> int:
+    return artifact.fetch(settings, Credentials("AKIA", "s", "", 0.0), "s3://bucket/app.zip", target)
+
+
+def test_an_artifact_is_fetched(tmp_path: Path) -> None:
+    with object_store(6, b"abc", b"def") as settings:
+        assert fetch(settings, tmp_path / "a") == 6
+    assert (tmp_path / "a").read_bytes() == b"abcdef"
+
+
+def test_an_object_store_that_drips_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte came within the time for one, so that the build had no end."""
+    monkeypatch.setattr(artifact, "_FETCH_SECONDS", 0.1)
+    with (
+        object_store(1 << 20, *[b"x"] * 500, pause=0.02) as settings,
+        pytest.raises(BuildFailed, match=r"INTERNAL_PLATFORM_ERROR: the object store is too slow: \d+ bytes of s3://bucket/app.zip in 0 s"),
+    ):
+        fetch(settings, tmp_path / "a")
+
+
+def test_the_deadline_grows_with_what_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact, "_FETCH_SECONDS", 0.0)
+    monkeypatch.setattr(artifact, "_FETCH_BYTES_PER_SECOND", 1 << 10)
+    with object_store(5 << 10, *[bytes(1 << 10)] * 5, pause=0.02) as settings:
+        assert fetch(settings, tmp_path / "a") == 5 << 10
+
+
+def test_an_artifact_that_breaks_off_is_no_artifact(tmp_path: Path) -> None:
+    with object_store(100, b"short") as settings, pytest.raises(BuildFailed, match="broke off after 5 of 100 bytes of s3:"):
+        fetch(settings, tmp_path / "a")
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def write(self, data: bytes) -> None:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with object_store(3, b"abc") as settings:
+        monkeypatch.setattr(Path, "open", lambda *_: Full())
+        with pytest.raises(BuildFailed, match=r"DISK_STORAGE_FULL: no room for s3://bucket/app\.zip"):
+            fetch(settings, tmp_path / "a")
+
+
+# ---- a container build is followed ----
+
+
+class Host:
+    """vmm, whose answers to `build_result` are `answers`."""
+
+    def __init__(self, *answers: BuildResult | Exception) -> None:
+        self.answers = list(answers)
+        self.builds = 0
+
+    async def build(self, request: BuildRequest) -> tuple[int, int]:
+        self.builds += 1
+        ends = []
+        for text in (f"step of build {self.builds}\n", "BASE\nCONTAINER\n"):
+            out, into = os.pipe()
+            os.write(into, text.encode())
+            os.close(into)
+            ends.append(out)
+        return ends[0], ends[1]
+
+    async def build_result(self, build: str) -> BuildResult:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class Building:
+    def __init__(self, directory: Path, host: Host) -> None:
+        self.logs = LogStore(directory / "logs")
+        self.pipeline = Pipeline(Settings(root=directory), host, None, lambda job: None, None)  # type: ignore[arg-type]
+        version = Version(ARN, "1.0", {"buildRoleArn": ""}, 0.0, 0.0, key="k")
+        self.job = Job(Image("i", ARN, "a", 0.0, 0.0), version, Build("b"), LineWriter(self.logs, "1", "g", "s"), Prepared(""))
+
+    async def container(self) -> dict[str, Any]:
+        return await self.pipeline._container(self.job, Shape(512, 1, 1 << 30, "tcg", 512))
+
+    @property
+    def lines(self) -> list[str]:
+        return [event.m for event in self.logs.read("1", "g", "s")[0]]
+
+
+DONE = BuildResult(0, '{"Cmd":["/app"],"Labels":{"a":"b"}}', False, False)
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "_AWAY_RETRY_SECONDS", 0.0)
+
+
+async def test_a_result_that_is_lost_is_asked_for_again(tmp_path: Path) -> None:
+    """It was taken for a failure, and the build that went on was in the way of the next."""
+    host = Host(RpcLost("timeout"), RpcLost("timeout"), DONE)
+    one = Building(tmp_path, host)
+    assert await one.container() == {"Cmd": ["/app"], "Env": []}, "labels are of no use to a guest"
+    assert host.builds == 1 and one.lines == ["step of build 1"]
+
+
+async def test_a_build_that_vmm_does_not_know_any_more_is_made_again(tmp_path: Path) -> None:
+    host = Host(RpcLost("vmm restarts"), RpcError("Missing", "build b is not known: it was interrupted"), DONE)
+    one = Building(tmp_path, host)
+    await one.container()
+    assert host.builds == 2
+    assert one.lines == ["step of build 1", "torpor: the host daemon was restarted; building again", "step of build 2"]
+
+
+async def test_what_was_built_and_is_not_taken_is_said(tmp_path: Path) -> None:
+    one = Building(tmp_path, Host(BuildResult(1, "", False, False, "the image's configuration (ENV, LABEL, ...) has 5 bytes: 4 are taken")))
+    with pytest.raises(BuildFailed, match=r"^CONTAINER_BUILD_FAILED: the image's configuration"):
+        await one.container()
+
+
+async def test_a_log_that_a_steps_leftover_keeps_open_holds_up_no_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_REST_SECONDS", 0.01)
+    host = Host(DONE)
+    out, into = os.pipe()
+    phases, into_phases = os.pipe()
+
+    async def build(request: BuildRequest) -> tuple[int, int]:
+        return out, phases
+
+    host.build = build  # type: ignore[method-assign]
+    await Building(tmp_path, host).container()
+    for end in (into, into_phases):
+        with pytest.raises(BrokenPipeError):
+            os.write(end, b"x")
+        os.close(end)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RpcError("DiskFull", "no room for the build"), "DISK_STORAGE_FULL"),
+        (RpcError("OSError", "[Errno 28] No space left on device: 'console.log'"), "DISK_STORAGE_FULL"),
+        (RpcError("Unavailable", "the host is too slow"), "INTERNAL_PLATFORM_ERROR"),
+    ],
+)
+async def test_a_full_disk_is_said_in_whatever_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RpcError, code: str) -> None:
+    one = Building(tmp_path, Host())
+
+    async def fails(job: Job) -> None:
+        raise error
+
+    monkeypatch.setattr(one.pipeline, "_run", fails)
+    with pytest.raises(BuildFailed) as raised:
+        await one.pipeline.run(one.job)
+    assert raised.value.code == code
