@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.sessions.schema import digest
 from gateway.sessions.store import Store
 
 Remember = Callable[[dict[str, Any]], None]
@@ -39,22 +40,23 @@ class ClientTokens:
         name = f"{account}:{operation}:{token}"
         while name in self._running:
             await asyncio.wait([self._running[name]])
-        parameters = msgspec.json.encode(call, order="sorted").decode()
-        known = self._store.client_tokens.get(name)
-        if known is not None and stands(msgspec.json.decode(known[1])):
-            if known[0] != parameters:
-                raise TokenMismatch
-            return msgspec.json.decode(known[1])  # type: ignore[no-any-return]
         future = self._running[name] = asyncio.get_running_loop().create_future()
+        parameters = digest(msgspec.json.encode(call, order="sorted"))
 
         def remember(reply: dict[str, Any]) -> None:
             self._store.put_client_token(name, parameters, msgspec.json.encode(reply).decode())
 
         try:
-            return await work(remember)
-        except BaseException:
-            self._store.forget_client_token(name)
-            raise
+            known = await self._store.client_token(name)
+            if known is not None and stands(msgspec.json.decode(known[1])):
+                if known[0] != parameters:
+                    raise TokenMismatch
+                return msgspec.json.decode(known[1])  # type: ignore[no-any-return]
+            try:
+                return await work(remember)
+            except BaseException:
+                self._store.forget_client_token(name)
+                raise
         finally:
             del self._running[name]
             future.set_result(None)

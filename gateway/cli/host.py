@@ -182,7 +182,7 @@ def doctor(
     """
     from vmm import assets, base, cgroups, leftovers, making, probe
 
-    from .repair import is_served, leftovers_of
+    from .repair import is_served, known, leftovers_of
 
     settings = config.load(root=root, name=name)
     rows: list[tuple[str, bool, str]] = []
@@ -209,9 +209,16 @@ def doctor(
     if kept.exists():
         port = int(kept.read_text(encoding="ascii"))
         rows.append(("edge port", True, f"{port}, held by {listeners.holder(port)}"))
+    try:
+        store = known(settings.control_dir / "torpor.db")
+    except config.ConfigError as error:  # then nothing is known to be left over, either
+        store = None
+        rows.append(("store", False, str(error)))
+    for row in store.set_aside if store is not None else []:
+        rows.append((f"set aside: {row.kind}", False, f"{row.key}: its row in the store cannot be read: {row.reason}; its files are kept"))
     if repair and is_served(settings):
         fail(f"instance {settings.name} is served: it mends what it finds at its start; stop it to repair by hand", 1)
-    for leftover in leftovers_of(settings):
+    for leftover in leftovers_of(settings, store) if store is not None else []:
         if repair:
             leftovers.mend(settings, leftover)
             errors.print(f"torpor: removed {leftover.kind} {leftover.what}: {leftover.why}", soft_wrap=True)

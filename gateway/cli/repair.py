@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import sqlite3
+from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
-from gateway.config import Settings
-from gateway.sessions.model import Image, Session
+from gateway.config import ConfigError, Settings
+from gateway.sessions.store import SetAside, readable
 from vmm import leftovers
 
 
@@ -25,24 +25,37 @@ def is_served(settings: Settings) -> bool:
     return False
 
 
-def known(database: Path) -> tuple[set[str], set[str]]:
-    """Ids of live sessions and keys of image versions in the store. Raises sqlite3.Error for one that cannot be read."""
+@dataclass(frozen=True)
+class Known:
+    """What the store knows: ids of live sessions, keys of image versions, and the rows that cannot be read. `is_whole` is false where some
+    of those are images', whose keys nobody knows."""
+
+    sessions: set[str]
+    images: set[str]
+    set_aside: list[SetAside]
+
+    @property
+    def is_whole(self) -> bool:
+        return not any(row.kind == "images" for row in self.set_aside)
+
+
+def known(database: Path) -> Known:
+    """Reads the store, also that of a service that runs. Raises ConfigError for one that cannot be read."""
     if not database.exists():
-        return set(), set()
-    connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=5)
+        return Known(set(), set(), [])
     try:
-        sessions = [msgspec.msgpack.decode(body, type=Session) for (body,) in connection.execute("SELECT body FROM sessions")]
-        images = [msgspec.msgpack.decode(body, type=Image) for (body,) in connection.execute("SELECT body FROM images")]
-    finally:
-        connection.close()
-    return (
-        {session.id for session in sessions if not session.state.is_ended},
-        {version.key for image in images for version in image.versions},
-    )
+        with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=5)) as connection:
+            found, set_aside = readable(connection, database)
+    except sqlite3.Error as error:
+        raise ConfigError(f"{database} cannot be read: {error}") from error
+    sessions = {value.id for kind, _, value in found if kind == "sessions" and not value.state.is_ended}
+    images = {version.key for kind, _, value in found if kind == "images" for version in value.versions}
+    return Known(sessions | {row.key for row in set_aside if row.kind == "sessions"}, images, set_aside)
 
 
-def leftovers_of(settings: Settings) -> list[leftovers.Leftover]:
-    """Nothing while a service runs: it mends its own. Raises sqlite3.Error."""
+def leftovers_of(settings: Settings, store: Known) -> list[leftovers.Leftover]:
+    """Nothing while a service runs: it mends its own."""
     if is_served(settings):
         return []
-    return leftovers.find(settings, *known(settings.control_dir / "torpor.db"))
+    images = store.images if store.is_whole else {path.name for path in settings.images_dir.glob("*")}
+    return leftovers.find(settings, store.sessions, images)

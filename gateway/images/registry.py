@@ -287,6 +287,8 @@ class Registry:
                 self._start(image.arn, self._delete(image))
             elif image.state in ("CREATING", "UPDATING") and not any(one.state in _UNDER_WAY for one in image.versions):
                 self._start(image.arn, self._until_stored(image, self._become(image, self._settled(image))))
+        if any(row.kind == "images" for row in self._store.set_aside):
+            return  # which keys are an unread image's, nobody knows
         wanted = {version.key for image in self._store.images.values() for version in image.versions}
         for key in known - wanted:
             await self.pipeline.delete(key)

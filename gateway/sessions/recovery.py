@@ -31,8 +31,9 @@ async def recover(lifecycle: Lifecycle, state: HostState) -> None:
         else:
             lifecycle.settle(session, state)
     archived = {session.id for session in sessions.values() if session.archived is not None}
-    running = (set(held) | set(state.preparing)) - set(sessions)
-    asleep = set(state.snapshots) - (set(sessions) - archived)
+    unread = {row.key for row in lifecycle.store.set_aside}  # their files are as they were when their rows can be read again
+    running = (set(held) | set(state.preparing)) - set(sessions) - unread
+    asleep = set(state.snapshots) - (set(sessions) - archived) - unread
     for orphan in sorted(running | asleep):
         try:
             await lifecycle.host.forget(orphan)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import sqlite3
 import subprocess
 import sys
 import venv
@@ -15,9 +17,10 @@ import typer
 from commands import TORPOR, run
 
 from gateway import instance
-from gateway.cli import output
-from gateway.config import ConfigError
+from gateway.cli import output, repair
+from gateway.config import ConfigError, Settings
 from gateway.messages import LogLine, MicrovmLog
+from gateway.sessions import schema
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -108,6 +111,29 @@ def test_doctor_before_there_is_an_instance(tmp_path: Path, there: bool) -> None
     )
     row = next(row for row in json.loads(wanted.stdout) if row["check"] == "acceleration")
     assert not row["ok"] and row["text"].startswith("kvm: chosen by the settings, but ")
+
+
+def test_doctor_names_what_the_store_cannot_read_and_takes_nothing_of_it_for_left_over(tmp_path: Path) -> None:
+    settings = Settings(root=tmp_path, run=tmp_path / "run", name="bare")
+    for path in (settings.control_dir, settings.sessions_dir / "torn", settings.sessions_dir / "nobodys", settings.images_dir / "key-1.0"):
+        path.mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(settings.control_dir / "torpor.db", isolation_level=None)) as connection:
+        schema.migrate(connection, settings.control_dir / "torpor.db")
+        connection.execute("INSERT INTO sessions VALUES ('torn', 'SUSPENDED', x'c1')")
+        connection.execute("INSERT INTO set_aside VALUES ('images', 'arn', 1.0, 'older', x'c1')")
+        store = repair.known(settings.control_dir / "torpor.db")
+        assert [(row.kind, row.key) for row in store.set_aside] == [("images", "arn"), ("sessions", "torn")]
+        found = [one.what for one in repair.leftovers_of(settings, store) if one.kind == "directory"]
+        assert found == [str(settings.sessions_dir / "nobodys")]
+        connection.execute("PRAGMA user_version = 99")
+    with pytest.raises(ConfigError, match="newer version"):
+        repair.known(settings.control_dir / "torpor.db")
+    (settings.control_dir / "torpor.db").write_bytes(b"nonsense" * 1000)
+    done = run(
+        "doctor", "--json", TORPOR_ROOT=str(tmp_path), TORPOR_CACHE=str(tmp_path / "c"), TORPOR_NAME="bare", TORPOR_RUN=str(settings.run)
+    )
+    rows = {row["check"]: (row["ok"], row["text"]) for row in json.loads(done.stdout)}
+    assert not rows["store"][0] and "file is not a database" in rows["store"][1] and not any("left over" in check for check in rows)
 
 
 @pytest.mark.parametrize("words", [("token",), ("nonsense",), ("run", "--nonsense")])

@@ -28,7 +28,7 @@ from gateway.sessions.model import Archived, IdlePolicy, Session
 from gateway.sessions.recovery import recover
 from gateway.sessions.routes import Routes
 from gateway.sessions.states import Action, Event, State
-from gateway.sessions.store import Store, StoreError
+from gateway.sessions.store import SetAside, Store, StoreError
 
 
 class NoWorkers(Routes):
@@ -353,6 +353,12 @@ async def test_what_was_being_prepared_for_nobody_is_forgotten_after_a_restart(r
     rig.session(state=State.SUSPENDED, incarnation=1)
     await recover(rig.lifecycle, m.HostState([], {"s1": 1}, [], [], ["s1", "unknown"]))
     assert rig.host.calls == ["forget -"]
+
+
+async def test_the_files_of_a_session_whose_row_cannot_be_read_are_kept(rig: Rig) -> None:
+    rig.store.set_aside = [SetAside("sessions", one, 0.0, "torn") for one in ("s1", "s2")]
+    await recover(rig.lifecycle, m.HostState([], {"s1": 1}, [], [], ["s2"]))
+    assert rig.host.calls == []
 
 
 async def test_an_orphan_that_cannot_be_forgotten_keeps_no_control_from_starting(rig: Rig) -> None:

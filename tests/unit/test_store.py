@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import shutil
+import sqlite3
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from gateway.config import ConfigError
+from gateway.sessions import schema
 from gateway.sessions import store as storing
-from gateway.sessions.model import Image, Session
+from gateway.sessions.model import Archived, Image, Session
 from gateway.sessions.states import State
 from gateway.sessions.store import Store, StoreError
 
@@ -37,7 +43,9 @@ async def test_survives_without_a_clean_close(store: Store, tmp_path: Path) -> N
         shutil.copy(path, tmp_path / f"copy-{path.name}")
     again = Store(tmp_path / "copy-state.db")
     await again.open()
-    assert again.sessions == {"s1": one} and list(again.images) == ["arn:i"] and again.client_tokens == {"token": ("parameters", "reply")}
+    assert (
+        again.sessions == {"s1": one} and list(again.images) == ["arn:i"] and await again.client_token("token") == ("parameters", "reply")
+    )
     events = await again.events("s1")
     assert [(row.event, row.old, row.new, row.incarnation, row.detail) for row in events] == [("started", "PENDING", "RUNNING", 1, "why")]
     await again.close()
@@ -88,7 +96,7 @@ async def test_a_commit_that_is_begun_is_of_what_was_put(store: Store) -> None:
     await first
     assert not second.done()
     await second
-    assert len(list(await store.db.execute_fetchall("SELECT id FROM sessions"))) == 2
+    assert len(await store.db.rows("SELECT id FROM sessions")) == 2
 
 
 async def test_an_aside_is_called_before_the_commit_is_done(store: Store) -> None:
@@ -100,8 +108,8 @@ async def test_an_aside_is_called_before_the_commit_is_done(store: Store) -> Non
 
 
 async def test_a_failed_write_is_an_error_and_the_next_succeeds(store: Store) -> None:
-    await store.db.execute("PRAGMA max_page_count=1")
-    (free,) = next(iter(await store.db.execute_fetchall("PRAGMA freelist_count")))
+    await store.db.rows("PRAGMA max_page_count=1")
+    ((free,),) = await store.db.rows("PRAGMA freelist_count")
     assert free > 1000  # the room kept for a full disk
     big = session("big")
     big.run_hook_payload = "x" * (16 << 20)
@@ -112,7 +120,7 @@ async def test_a_failed_write_is_an_error_and_the_next_succeeds(store: Store) ->
     small.state = State.RUNNING
     store.put_session(small)
     await store.commit()
-    rows = list(await store.db.execute_fetchall("SELECT id, state FROM sessions"))
+    rows = await store.db.rows("SELECT id, state FROM sessions")
     assert rows == [("small", "RUNNING")]
 
 
@@ -124,7 +132,7 @@ async def test_what_cannot_be_a_row_fails_its_own_commit_and_no_later_one(store:
             await store.commit()
         store.put_session(session("one"))
         await store.commit()
-    assert list(await store.db.execute_fetchall("SELECT id FROM sessions")) == [("one",)]
+    assert await store.db.rows("SELECT id FROM sessions") == [("one",)]
 
 
 async def test_the_event_table_keeps_the_last_rows_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,14 +159,175 @@ async def test_client_tokens_are_kept_for_a_day_while_the_service_runs(tmp_path:
         store.put_client_token(token, "parameters", "reply")
         await store.commit()
         now += 20 * 3600
+    assert [await store.client_token(token) for token in ("a", "b")] == [None, ("parameters", "reply")]
     store.put_client_token("c", "parameters", "reply")
     await store.commit()
+    await store.prune(math.inf)
     assert list(store.client_tokens) == ["b", "c"]
-    rows = await store.db.execute_fetchall("SELECT token FROM client_tokens ORDER BY token")
-    assert [token for (token,) in rows] == ["b", "c"]
+    assert await store.db.rows("SELECT token FROM client_tokens ORDER BY token") == [("b",), ("c",)]
     await store.close()
-    again = Store(tmp_path / "tokens.db", lambda: now + 5 * 3600)
+    now += 5 * 3600
+    again = Store(tmp_path / "tokens.db", lambda: now)
     await again.open()
-    again.put_client_token("d", "parameters", "reply")
-    assert list(again.client_tokens) == ["c", "d"]
+    assert [await again.client_token(token) for token in ("b", "c")] == [None, ("parameters", "reply")]
     await again.close()
+
+
+async def test_memory_holds_the_newest_client_tokens_and_the_table_all_of_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At five launches a second a day's replies were a gigabyte of control's memory."""
+    monkeypatch.setattr(storing, "_CLIENT_TOKENS_IN_MEMORY", 10)
+    store = Store(tmp_path / "tokens.db")
+    await store.open()
+    for number in range(30):
+        store.put_client_token(f"token-{number}", f"{number}", "reply")
+    await store.commit()
+    assert len(store.client_tokens) == 10
+    assert [await store.client_token(f"token-{number}") for number in (0, 29)] == [("0", "reply"), ("29", "reply")]
+    assert await store.client_token("another") is None
+    await store.close()
+    again = Store(tmp_path / "tokens.db")
+    await again.open()
+    assert len(again.client_tokens) == 10 and await again.client_token("token-0") == ("0", "reply")
+    await again.close()
+
+
+async def test_events_go_by_their_age(tmp_path: Path) -> None:
+    now = 1_000_000.0
+    store = Store(tmp_path / "events.db", lambda: now)
+    await store.open()
+    for number in range(5):
+        store.add_event("s1", f"event{number}", "", "")
+        now += 86_400
+    await store.commit()
+    assert await store.prune(2.5 * 86_400) == 3
+    assert [row.event for row in await store.events("s1")] == ["event3", "event4"]
+    await store.close()
+
+
+# ---- versions ----
+
+STORES = Path(__file__).parent / "stores"
+
+
+def recorded(path: Path, version: int) -> Path:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript((STORES / f"{version}.sql").read_text())
+    return path
+
+
+@pytest.mark.parametrize("version", range(len(schema.MIGRATIONS)))
+async def test_a_store_of_each_earlier_version_opens(tmp_path: Path, version: int) -> None:
+    store = Store(recorded(tmp_path / "state.db", version), lambda: 1_764_200_000.0)
+    await store.open()
+    assert [one.state for one in store.sessions.values()] == list(State)
+    asleep = store.sessions["microvm-00000003-0000-4000-8000-000000000000"]
+    assert (asleep.incarnation, asleep.archived, asleep.hooks.enabled, asleep.idle_policy and asleep.idle_policy.suspended) == (
+        3, Archived("sessions/x", 77, "d" * 64), {"run": 2}, 600,
+    )  # fmt: skip
+    (image,) = store.images.values()
+    assert [(one.version, one.state, one.build and one.build.reason) for one in image.versions] == [
+        ("1.0", "SUCCESSFUL", None), ("2.0", "FAILED", "CONTAINER_BUILD_FAILED: step 3"),
+    ]  # fmt: skip
+    assert [len(kept) for kept in (store.accounts, store.keys, store.roles, store.connectors)] == [1, 1, 1, 1]
+    assert [row.event for row in await store.events(asleep.id)] == ["started"] and store.set_aside == []
+    known = await store.client_token("123456789012:RunMicrovm:token-1")
+    assert known == (schema.digest(b'{"imageIdentifier":"notes"}'), '{"microvmId":"microvm-00000001"}')
+    assert await store.db.rows("PRAGMA user_version") == [(len(schema.MIGRATIONS),)]
+    store.put_meta("instance", "one")
+    await store.commit()
+    await store.close()
+    again = Store(tmp_path / "state.db")
+    await again.open()
+    assert again.meta == {"instance": "one"} and len(again.sessions) == len(State)
+    await again.close()
+
+
+def test_a_store_of_each_version_is_recorded() -> None:
+    """A migration comes with a store of the version before it: make it with sqlite3's .dump before the migration is written."""
+    assert sorted(path.name for path in STORES.iterdir()) == [f"{version}.sql" for version in range(len(schema.MIGRATIONS))]
+
+
+async def test_a_migration_that_fails_leaves_the_store_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(connection: sqlite3.Connection) -> None:
+        connection.execute("DROP TABLE sessions")
+        raise sqlite3.OperationalError("database or disk is full")
+
+    path = recorded(tmp_path / "state.db", 0)
+    monkeypatch.setattr(schema, "MIGRATIONS", (schema.MIGRATIONS[0], fail))
+    with pytest.raises(ConfigError, match=r"state\.db cannot be opened: database or disk is full$"):
+        await Store(path).open()
+    monkeypatch.undo()
+    store = Store(path)
+    await store.open()
+    assert len(store.sessions) == len(State)
+    await store.close()
+
+
+async def test_a_store_of_a_newer_version_is_refused_in_one_line_and_not_touched(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "state.db", 0)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"^[^\n]*state\.db is of a newer version of Torpor \(schema 99, this one knows \d+\)[^\n]*$"):
+        await Store(path).open()
+    assert path.read_bytes() == before
+
+
+async def test_a_file_that_is_no_store_is_refused_in_one_line_and_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    path.write_bytes(b"nonsense" * 1000)
+    with pytest.raises(ConfigError, match=r"^[^\n]*state\.db cannot be opened: file is not a database: restore it from a backup[^\n]*$"):
+        await Store(path).open()
+    assert path.read_bytes() == b"nonsense" * 1000
+
+
+# ---- rows that cannot be read ----
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\xc1", msgspec.msgpack.encode({"id": "bad", "state": "DREAMING"})], ids=["empty", "torn", "no such state"]
+)
+async def test_a_row_that_cannot_be_read_stops_its_session_and_not_the_start(store: Store, tmp_path: Path, body: bytes) -> None:
+    store.put_session(session("good"))
+    store.put_session(session("bad"))
+    await store.commit()
+    await store.db.rows("UPDATE sessions SET body = ? WHERE id = 'bad'", (body,))
+    for _ in range(2):
+        again = Store(tmp_path / "state.db")
+        await again.open()
+        assert list(again.sessions) == ["good"]
+        ((kind, key, reason),) = [(one.kind, one.key, one.reason) for one in again.set_aside]
+        assert (kind, key) == ("sessions", "bad") and reason
+        assert [(row.event, row.detail) for row in await again.events("bad")] == [("set_aside", reason)]
+        await again.close()
+
+
+@pytest.mark.parametrize("kind", ["images", "connectors", "of another time"])
+async def test_any_row_may_be_unreadable(store: Store, tmp_path: Path, kind: str) -> None:
+    statement = "INSERT INTO images VALUES ('arn', x'c1')" if kind == "images" else f"INSERT INTO records VALUES ('{kind}', 'arn', x'c1')"
+    await store.db.rows(statement)
+    again = Store(tmp_path / "state.db")
+    await again.open()
+    assert [(one.kind, one.key) for one in again.set_aside] == [(kind, "arn")] and not again.images and not again.connectors
+    await again.close()
+
+
+async def test_what_was_set_aside_comes_back_when_it_can_be_read(store: Store, tmp_path: Path) -> None:
+    """As after an upgrade of a store that a newer version had written to."""
+    one = session("one")
+    store.put_session(one)
+    await store.commit()
+    await store.db.rows("UPDATE sessions SET body = x'c1'")
+    again = Store(tmp_path / "state.db")
+    await again.open()
+    assert again.sessions == {}
+    await again.db.rows("UPDATE set_aside SET body = ?", (msgspec.msgpack.encode(one),))
+    await again.close()
+    await again.open()
+    assert again.sessions == {"one": one} and again.set_aside == []
+    assert [row.event for row in await again.events("one")] == ["set_aside", "recovered"]
+    await again.close()
+    third = Store(tmp_path / "state.db")
+    await third.open()
+    assert third.sessions == {"one": one}
+    await third.close()

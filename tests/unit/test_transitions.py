@@ -140,13 +140,13 @@ async def test_the_gate_of_a_calls_suspend_is_closed_beside_its_commit(rig: Rig,
     rig.routes.close_gate = noted  # type: ignore[method-assign]
     transaction = rig.store._transaction
 
-    def slow(batch: object, during: list[object], loop: asyncio.AbstractEventLoop) -> None:
+    def slow(batch: object, during: list[object], loop: asyncio.AbstractEventLoop, connection: object) -> None:
         for meanwhile in during:
             loop.call_soon_threadsafe(meanwhile)  # type: ignore[arg-type]
         asyncio.run_coroutine_threadsafe(closed.wait(), loop).result(5)
         if not is_stored:
             raise sqlite3.OperationalError("disk is full")
-        transaction(batch, [], loop)  # type: ignore[arg-type]
+        transaction(batch, [], loop, connection)  # type: ignore[arg-type]
 
     rig.store._transaction = slow  # type: ignore[method-assign,assignment]
     if is_stored:
