@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
-P = ParamSpec("P")
+from gateway.executors import Pool
+
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+_SECONDS = 60.0  # a commit on a slow disk takes one; when it stands, control is replaced
 
 
 @contextmanager
@@ -30,30 +31,27 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 class Database:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread = Pool("store", 1, _SECONDS)
         self._connection: sqlite3.Connection | None = None
 
     async def open(self) -> None:
-        """Raises sqlite3.Error."""
-        self._thread = ThreadPoolExecutor(1, "store")
-        self._connection = await self._submit(lambda: sqlite3.connect(self._path, isolation_level=None))
+        """Raises sqlite3.Error, NotStarted."""
+        self._connection = await self._thread.run(lambda: sqlite3.connect(self._path, isolation_level=None))
 
-    async def run(self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Does work in the database's thread, after what was asked for before. Raises what it raises."""
-        connection = self._connection
-        assert connection is not None, "the database is not open"
-        return await self._submit(lambda: work(connection, *args, **kwargs))
+    async def run(self, work: Callable[[sqlite3.Connection, Unpack[Ts]], T], *arguments: *Ts, seconds: float = _SECONDS) -> T:
+        """Does work in the database's thread, after what was asked for before. Raises what it raises, and Overdue."""
+        assert self._connection is not None, "the database is not open"
+        return await self._thread.run(work, self._connection, *arguments, seconds=seconds)
 
     async def rows(self, statement: str, values: tuple[Any, ...] = ()) -> list[Any]:
-        return await self.run(lambda connection: connection.execute(statement, values).fetchall())
-
-    def _submit(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await self.run(_fetch, statement, values)
 
     async def close(self) -> None:
         if self._connection is not None:
             await self.run(sqlite3.Connection.close)
             self._connection = None
-        if self._thread is not None:
-            self._thread.shutdown(wait=False)
-            self._thread = None
+        self._thread.close()
+
+
+def _fetch(connection: sqlite3.Connection, statement: str, values: tuple[Any, ...]) -> list[Any]:
+    return connection.execute(statement, values).fetchall()

@@ -44,6 +44,7 @@ _BACK = (
     "AND NOT EXISTS (SELECT 1 FROM images WHERE kind = 'images' AND arn = key) "
     "AND NOT EXISTS (SELECT 1 FROM records WHERE records.kind = set_aside.kind AND records.key = set_aside.key) GROUP BY kind, key"
 )
+_OPEN_SECONDS = 3600.0  # migrations of a large store
 _PRUNED_AT_ONCE = 1000  # rows: commits wait behind them
 # Kept in the log and in the database, so that transitions can still be stored when the disk is full.
 _ROOM_BYTES = 8 << 20
@@ -185,8 +186,8 @@ class Store:
         """Raises ConfigError for a store that this version cannot open; it is not touched then."""
         try:
             await self.db.open()
-            await self.db.run(self._prepare)
-            found, self.set_aside = await self.db.run(readable, self._path)
+            await self.db.run(self._prepare, seconds=_OPEN_SECONDS)
+            found, self.set_aside = await self.db.run(readable, self._path, seconds=_OPEN_SECONDS)
             self.meta = dict(await self.db.rows("SELECT key, value FROM meta"))
             tokens = await self.db.rows("SELECT * FROM client_tokens ORDER BY at DESC LIMIT ?", (_CLIENT_TOKENS_IN_MEMORY + 1,))
         except sqlite3.Error as error:
