@@ -6,11 +6,13 @@ those that follow from a protocol or from another of our constants stand beside 
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 LOCAL_BASE = "public.ecr.aws/lambda/microvms:al2023-minimal"
@@ -131,6 +133,19 @@ class Limits(BaseModel):
     disk_reserve_mib: int = Field(1024, ge=0, description="free disk below which nothing is launched")
 
 
+_POOL_LEAST = 4  # the veth to the outside, and one link
+_NO_POOL = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")
+_PORTS = re.compile(r"(?:tcp|udp):(\d{1,5})(?:-(\d{1,5}))?")
+
+
+def _network(text: str, where: str = "") -> ipaddress.IPv4Network:
+    """Raises ValueError."""
+    try:
+        return ipaddress.IPv4Network(text)
+    except ValueError as error:
+        raise ValueError(f"{where}{text} is no IPv4 network: {error}") from error
+
+
 class Egress(BaseModel):
     """The way out of microVMs (docs/security.md)."""
 
@@ -140,6 +155,44 @@ class Egress(BaseModel):
     resolvers: list[str] = Field([], description="DNS servers that microVMs' questions go to; empty: the host's")
     subnets: dict[str, list[str]] = Field({}, description="what a connector's SubnetIds mean: subnet-… to networks")
     security_groups: dict[str, list[str]] = Field({}, description="what SecurityGroupIds mean: sg-… to ports, as tcp:443 or udp:53-60")
+
+    @field_validator("pool")
+    @classmethod
+    def _check_pool(cls, pool: str) -> str:
+        network = _network(pool)
+        if network.num_addresses < _POOL_LEAST:
+            raise ValueError(f"{pool} has {network.num_addresses} addresses: {_POOL_LEAST} at least")
+        for other in _NO_POOL:
+            if network.overlaps(_network(other)):
+                raise ValueError(f"{pool} overlaps {other}, which is no network of hosts, or is links' own")
+        return pool
+
+    @field_validator("subnets")
+    @classmethod
+    def _check_subnets(cls, subnets: dict[str, list[str]]) -> dict[str, list[str]]:
+        for name, networks in subnets.items():
+            for one in networks:
+                _network(one, f"{name}: ")
+        return subnets
+
+    @field_validator("security_groups")
+    @classmethod
+    def _check_ports(cls, groups: dict[str, list[str]]) -> dict[str, list[str]]:
+        for name, ports in groups.items():
+            for one in ports:
+                match = _PORTS.fullmatch(one)
+                if match is None or not 0 <= int(match[1]) <= int(match[2] or match[1]) <= 65535:
+                    raise ValueError(f"{name}: {one} is not of the form tcp:443 or udp:53-60")
+        return groups
+
+    @model_validator(mode="after")
+    def _check_overlap(self) -> Egress:
+        """What a microVM may reach must not be another one's link."""
+        for name, networks in self.subnets.items():
+            for one in networks:
+                if _network(one).overlaps(_network(self.pool)):
+                    raise ValueError(f"egress.pool {self.pool} overlaps {one} of egress.subnets {name}: choose one that is free")
+        return self
 
 
 class Traces(BaseModel):

@@ -7,11 +7,16 @@ link to another, and the outside (the host's own namespace, unless the settings 
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
+import socket
 import subprocess
+import sys
 import zlib
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,7 @@ from typing import Any
 from gateway.config import Egress
 from gateway.messages import EgressRules
 
-from .errors import VmmError
+from .errors import Unavailable, VmmError
 from .namespaces import destroy_namespace, inside, make_namespace, run_batch, run_nft
 
 DEVICE = "up0"
@@ -31,6 +36,8 @@ CLOSED = (
 )  # fmt: skip
 _DEADLINE_SECONDS = 20
 _WAN = "wan0"
+_LINK = "vm."  # begins the names of links' outer ends
+_ROUTE_UP, _ROUTE_REJECT = 0x1, 0x200  # <linux/route.h>
 # Links have addresses in this namespace, the outside knows one address of it; nothing here answers to anybody.
 _UPLINK_RULES = f"""\
 table inet uplink
@@ -93,12 +100,38 @@ class Ends:
     inner: str
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """The IPv4 addresses of a namespace's devices that are up, and its directly connected networks with their devices."""
+class Pairs:
+    """Pairs of a pool's addresses, by number, each one link's alone for as long as that lives."""
 
-    addresses: dict[str, list[str]]
-    networks: dict[str, str]
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._fresh = iter(range(count))  # nobody had them yet
+        self._kept: set[int] = set()  # of these that somebody had when this began
+        self._given: dict[str, int] = {}
+        self._back: deque[tuple[int, str]] = deque()  # and whose they were; the one that was given back longest ago is first
+
+    def keep(self, owner: str, pair: int) -> None:
+        """Of an owner that has it already; an empty one gives it never back."""
+        self._kept.add(pair)
+        if owner:
+            self._given[owner] = pair
+
+    def take(self, owner: str) -> tuple[int, str | None]:
+        """Returns a pair, and who had it before. Raises Unavailable."""
+        pair = next((pair for pair in self._fresh if pair not in self._kept), None)
+        if pair is not None:
+            self._given[owner] = pair
+            return pair, None
+        if not self._back:
+            raise Unavailable(f"all {self._count} pairs of egress.pool's addresses are in use: end microVMs, or choose a larger pool")
+        pair, before = self._back.popleft()
+        self._given[owner] = pair
+        return pair, before
+
+    def give_back(self, owner: str) -> None:
+        pair = self._given.pop(owner, None)
+        if pair is not None:
+            self._back.append((pair, owner))
 
 
 class Uplink:
@@ -120,6 +153,7 @@ class Uplink:
         self._pool = ipaddress.IPv4Network(settings.pool)
         self._pair = 0  # the pair of the pool's addresses that the veth to the outside has
         self._local: list[str] = []
+        self._links = Pairs(0)
 
     @property
     def is_open(self) -> bool:
@@ -129,23 +163,25 @@ class Uplink:
     def _pairs(self) -> int:
         return self._pool.num_addresses // 2
 
-    def start(self) -> None:
-        """Takes the namespace over or makes it, and loads the rules of both its sides. Raises OSError."""
+    def start(self, links: Collection[str] = ()) -> None:
+        """Takes the namespace over or makes it, and loads the rules of both its sides. `links` are the names of those that live on; what
+        is there of others goes. Raises OSError."""
         if not self.is_open:
             if self.path.exists():  # left by a daemon with other settings
                 self.remove()
             return
-        outside = inside(self._outside, _look)
-        standing = self._standing(outside)
+        addresses = inside(self._outside, _addresses)
+        standing = self._standing(addresses)
         if standing is None:
             self.remove()
-            self._pair = self._free_pair(outside)
+            self._pair = self._free_pair(addresses)
             self._make()
         else:
             self._pair = standing
-        # The host's networks, also where their addresses are public.
-        networks = [network for network, device in outside.networks.items() if device != self.device]
-        self._local = [one for one in sorted(networks) if not any(_within(one, closed) for closed in CLOSED)]
+        self._links = Pairs(self._pairs)
+        self._links.keep("", self._pair)
+        inside(self.path, lambda: self._take_over(links))
+        self.look_around()
         inside(self.path, lambda: run_nft(_UPLINK_RULES))
         inside(self._outside, self._open_outside)
 
@@ -160,22 +196,49 @@ class Uplink:
         """Whether anything of it is on the host. Raises OSError."""
         return self.path.exists() or inside(self._outside, self._has_left)
 
-    def ends(self, number: int) -> Ends:
-        """The link's addresses: pairs out of the pool, used again once it is through. They are known in the uplink namespace only."""
-        pair = number % (self._pairs - 1)
-        return self._ends_of(pair + (pair >= self._pair))
+    def look_around(self) -> bool:
+        """Learns the host's networks, also where their addresses are public. Returns whether they have changed. Raises OSError."""
+        if not self.is_open:
+            return False
+        networks = [network for network, device in inside(self._outside, _networks).items() if device != self.device]
+        before, self._local = self._local, [one for one in sorted(networks) if not any(_within(one, closed) for closed in CLOSED)]
+        return self._local != before
 
-    def attach(self, number: int, namespace: Path) -> None:
-        """Makes the link's veth, its inner end in `namespace`. Raises OSError."""
-        device = f"vm.{number % 1_000_000:06d}"
-        inside(self.path, lambda: run_batch(
-            f"link add {device} type veth peer name {DEVICE} netns {namespace}\n"
-            f"addr add {self.ends(number).outer}/31 dev {device}\nlink set {device} up\n"
-        ))  # fmt: skip
+    def _take_over(self, links: Collection[str]) -> None:
+        """In the uplink namespace: links that live on keep their addresses; veths of others may have stayed, where somebody holds a socket
+        in their namespaces."""
+        left = ""
+        for device, addresses in _addresses().items():
+            name = device.removeprefix(_LINK)
+            if name == device:
+                continue
+            if name in links and addresses and (pair := self._pair_of(addresses[0])) is not None:
+                self._links.keep(name, pair)
+            else:
+                left += f"link del {device}\n"
+        if left:
+            with contextlib.suppress(OSError):  # some of them have just gone with their namespaces
+                run_batch(left, is_forced=True)
 
-    def inner_setup(self, number: int) -> str:
-        """ip(8) commands for the link's own namespace."""
-        return _inner_setup(DEVICE, self.ends(number))
+    def attach(self, link: str, namespace: Path) -> str:
+        """Makes the veth of a link, its inner end in `namespace`; returns ip(8) commands for that one. Raises Unavailable, OSError."""
+        pair, before = self._links.take(link)
+        ends, device = self._ends_of(pair), f"{_LINK}{link}"
+
+        def work() -> None:
+            if before is not None and _exists(f"{_LINK}{before}"):  # or its answers would go there
+                run_batch(f"link del {_LINK}{before}\n")
+            run_batch(
+                f"link add {device} type veth peer name {DEVICE} netns {namespace}\n"
+                f"addr add {ends.outer}/31 dev {device}\nlink set {device} up\n"
+            )
+
+        inside(self.path, work)
+        return _inner_setup(DEVICE, ends)
+
+    def detach(self, link: str) -> None:
+        """The link is gone: its addresses are another one's some day. The veth went with its namespace."""
+        self._links.give_back(link)
 
     def internet(self, tap: str) -> str:
         """The rules of INTERNET_EGRESS: TCP, to the internet only; UDP is shut, as the service has it."""
@@ -184,26 +247,33 @@ class Uplink:
     def _ends_of(self, pair: int) -> Ends:
         return Ends(str(self._pool[2 * pair]), str(self._pool[2 * pair + 1]))
 
-    def _standing(self, outside: _Seen) -> int | None:
+    def _pair_of(self, address: str) -> int | None:
+        pair = (int(ipaddress.IPv4Address(address)) - int(self._pool.network_address)) // 2
+        return pair if 0 <= pair < self._pairs else None
+
+    def _standing(self, addresses: Mapping[str, Sequence[str]]) -> int | None:
         """The pair of a veth that an earlier daemon made and that is whole."""
         try:
-            own = inside(self.path, _look).addresses.get(_WAN, [])
+            own = inside(self.path, _addresses).get(_WAN, [])
         except OSError:
             return None
-        for address in outside.addresses.get(self.device, []):
-            pair = (int(ipaddress.IPv4Address(address)) - int(self._pool.network_address)) // 2
-            if 0 <= pair < self._pairs and [self._ends_of(pair).inner] == own:
+        for address in addresses.get(self.device, []):
+            pair = self._pair_of(address)
+            if pair is not None and [self._ends_of(pair).inner] == own:
                 return pair
         return None
 
-    def _free_pair(self, outside: _Seen) -> int:
-        """By the instance's name, so that instances on one host seldom meet, and stepping aside where they do. Raises OSError."""
-        used = {address for addresses in outside.addresses.values() for address in addresses}
+    def _free_pair(self, addresses: Mapping[str, Sequence[str]]) -> int:
+        """By the instance's name, so that instances on one host seldom meet, and stepping aside where they do, and where the host has
+        networks. Raises OSError."""
+        used = {address for found in addresses.values() for address in found}
+        networks = [ipaddress.IPv4Network(network) for network in inside(self._outside, _networks)]
+        near = [network for network in networks if network.overlaps(self._pool)]
         for step in range(self._pairs):
             ends = self._ends_of(pair := (self._hash + step) % self._pairs)
-            if not used & {ends.outer, ends.inner}:
+            if not used & {ends.outer, ends.inner} and not any(ipaddress.IPv4Address(ends.outer) in network for network in near):
                 return pair
-        raise OSError(f"egress.pool: no two addresses of {self._pool} are free")
+        raise OSError(f"egress.pool: no two addresses of {self._pool} are free on the host ({', '.join(map(str, near))})")
 
     def _make(self) -> None:
         ends = self._ends_of(self._pair)
@@ -245,14 +315,30 @@ def _inner_setup(device: str, ends: Ends) -> str:
     return f"addr add {ends.inner}/31 dev {device}\nlink set {device} up\nroute add default via {ends.outer}\n"
 
 
-def _look() -> _Seen:
-    """What is in the calling thread's namespace. Raises OSError."""
+def _addresses() -> dict[str, list[str]]:
+    """The IPv4 addresses of the devices that are up in the calling thread's namespace. Raises OSError."""
     devices = _read("ip", "-j", "-4", "address", "show", "up")
-    routes = _read("ip", "-j", "-4", "route", "show", "scope", "link")
-    return _Seen(
-        {one["ifname"]: [address["local"] for address in one["addr_info"]] for one in devices if one},
-        {route["dst"]: route["dev"] for route in routes if route["dst"] != "default"},
-    )
+    return {one["ifname"]: [address["local"] for address in one["addr_info"]] for one in devices if one}
+
+
+def _networks() -> dict[str, str]:
+    """The directly connected networks of the calling thread's namespace, with their devices (proc(5), /proc/net/route). Raises OSError."""
+    found = {}
+    for line in Path("/proc/thread-self/net/route").read_text(encoding="ascii").splitlines()[1:]:
+        device, target, gateway, flags, *_, mask = line.split()[:8]
+        if int(flags, 16) & (_ROUTE_UP | _ROUTE_REJECT) == _ROUTE_UP and gateway == "0" * 8 and mask != "0" * 8:
+            network, prefix = (int.from_bytes(bytes.fromhex(text), sys.byteorder) for text in (target, mask))
+            found[f"{ipaddress.IPv4Address(network)}/{prefix.bit_count()}"] = device
+    return found
+
+
+def _exists(device: str) -> bool:
+    """In the calling thread's namespace."""
+    try:
+        socket.if_nametoindex(device)
+    except OSError:
+        return False
+    return True
 
 
 def _devices() -> set[str]:

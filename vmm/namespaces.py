@@ -81,9 +81,10 @@ def _go_back(back: int) -> None:
     executors.replace_process()
 
 
-def run_batch(commands: str) -> None:
-    """Runs ip(8) commands in the calling thread's namespace. Raises OSError with its words."""
-    _run(["ip", "-batch", "-"], commands)
+def run_batch(commands: str, is_forced: bool = False) -> None:
+    """Runs ip(8) commands in the calling thread's namespace, with `is_forced` also those after one that fails. Raises OSError with its
+    words."""
+    _run(["ip", *(["-force"] if is_forced else []), "-batch", "-"], commands)
 
 
 def run_nft(rules: str) -> None:

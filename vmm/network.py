@@ -100,6 +100,7 @@ class Network:
         self._demand = Demand()
         self._taps: dict[Path, int] = {}  # opened ahead, until somebody takes them
         self._stock: dict[Path, list[socket.socket]] = {}  # the same for what edges connect with
+        self._current: set[Path] = set()  # links that know of all of the host's networks
         self._nowhere: int | None = None
         # Never a name that an earlier daemon gave away: a namespace may live on in somebody's socket.
         self._count = secrets.randbelow(900_000)
@@ -116,7 +117,7 @@ class Network:
             with contextlib.suppress(ValueError):
                 self._count = max(self._count, int(path.name))
         try:
-            self._uplink.start()
+            self._uplink.start({path.name for path in keep})
         except OSError as error:
             raise VmmError(f"no way out for microVMs: {error}; egress.closed = true goes without") from error
         self._wanted = wanted
@@ -136,7 +137,12 @@ class Network:
         tap = self._taps.pop(link.path, None)
         if tap is not None:
             os.close(tap)
-        await self._call(lambda: destroy_namespace(link.path))
+        self._current.discard(link.path)
+        await self._call(lambda: self._destroy(link.path))
+
+    def _destroy(self, path: Path) -> None:
+        destroy_namespace(path)
+        self._uplink.detach(path.name)
 
     async def close(self, is_empty: bool) -> None:
         """With `is_empty`, no microVM runs on, and nothing of the way out stays on the host."""
@@ -153,7 +159,13 @@ class Network:
         self._thread.close()
 
     async def trim(self) -> None:
-        """Destroys links that wait and that nobody has lately wanted."""
+        """Destroys links that wait and that nobody has lately wanted, and all of them where the host's networks have changed, which are
+        closed to microVMs: those that are in use learn of it when their sessions wake. Raises OSError."""
+        if await self._call(self._uplink.look_around):
+            self._current.clear()
+            for link in [self._ready.popleft() for _ in range(len(self._ready))]:
+                await self.release(link)
+            self._refill()
         while len(self._ready) > self._target:
             await self.release(self._ready.popleft())
 
@@ -176,6 +188,9 @@ class Network:
         def work() -> None:
             if not rules.internet:
                 run_nft(link_rules(TAP, accepts_of(rules), []))
+            elif link.path not in self._current:
+                run_nft(self._uplink.internet(TAP))
+                self._current.add(link.path)
             Path("/proc/sys/net/ipv4/ip_forward").write_text("1", encoding="ascii")
 
         try:
@@ -237,25 +252,33 @@ class Network:
                 return
 
     def _create(self) -> Link:
+        """Raises Unavailable, OSError; nothing is left then."""
         self._count += 1
-        number, path = self._count, self._directory / f"{self._count:06d}"
-        made: list[tuple[socket.socket, ...]] = []
+        path = self._directory / f"{self._count:06d}"
+        services: list[socket.socket] = []
 
         def setup() -> None:
             commands = SETUP + (SETUP6 if _has_ipv6() else "")
             if self._uplink.is_open:
-                self._uplink.attach(number, path)
-                commands += self._uplink.inner_setup(number)
+                commands += self._uplink.attach(path.name, path)
                 run_nft(self._uplink.internet(TAP))
+                self._current.add(path)
             run_batch(commands)
             Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(PORTS, encoding="ascii")
-            made.append(_services())
+            services.extend(_services())
             self._stock[path] = _sockets(SOCKETS)
             if self._opens_taps:
                 self._taps[path] = syscalls.open_tap(TAP)
 
-        make_namespace(path, setup)
-        return Link(path, made[0])
+        try:
+            make_namespace(path, setup)
+        except BaseException:
+            for one in (*services, *self._stock.pop(path, ())):
+                one.close()
+            self._current.discard(path)
+            self._uplink.detach(path.name)
+            raise
+        return Link(path, tuple(services))
 
 
 def _has_ipv6() -> bool:

@@ -17,6 +17,7 @@ from gateway import executors
 from . import syscalls
 from .cgroups import Cgroups, Limits
 from .driver import Process, Shape
+from .errors import Unavailable
 
 RECORD = "process.json"
 STDERR = "stderr"
@@ -45,13 +46,23 @@ class SandboxAllocator:
         self._numbers = itertools.count(1)
 
     def allocate(self, shape: Shape) -> VmSandbox:
-        vm = f"{next(self._numbers)}-{secrets.token_hex(4)}"
-        directory = self._directory / vm
-        directory.mkdir(mode=0o700, parents=True)
-        uid = next(uid for uid in range(self._first_uid, self._first_uid + _USERS) if uid not in self._uids)
+        """Raises Unavailable, OSError; nothing is left then."""
+        uid = next((uid for uid in range(self._first_uid, self._first_uid + _USERS) if uid not in self._uids), None)
+        if uid is None:
+            raise Unavailable(
+                f"all {_USERS} user ids of hypervisors (users.first) are in use: end microVMs, or keep fewer ready (standbys)"
+            )
+        sandbox = VmSandbox(vm := f"{next(self._numbers)}-{secrets.token_hex(4)}", uid, self._directory / vm)
         self._uids.add(uid)
-        self._cgroups.create(vm, limits(shape))
-        return VmSandbox(vm, uid, directory)
+        try:
+            sandbox.directory.mkdir(mode=0o700, parents=True)
+            self._cgroups.create(vm, limits(shape))
+        except BaseException:
+            self._cgroups.remove(vm)
+            shutil.rmtree(sandbox.directory, ignore_errors=True)
+            self._uids.discard(uid)
+            raise
+        return sandbox
 
     def of(self, record: Process) -> VmSandbox:
         """The sandbox of a process that another daemon started."""
