@@ -187,11 +187,11 @@ class Egress(BaseModel):
 
     @model_validator(mode="after")
     def _check_overlap(self) -> Egress:
-        """What a microVM may reach must not be another one's link."""
+        """What lies in the pool is no microVM's to reach."""
         for name, networks in self.subnets.items():
             for one in networks:
-                if _network(one).overlaps(_network(self.pool)):
-                    raise ValueError(f"egress.pool {self.pool} overlaps {one} of egress.subnets {name}: choose one that is free")
+                if _network(one).subnet_of(_network(self.pool)):
+                    raise ValueError(f"{one} of egress.subnets {name} lies in egress.pool {self.pool}: choose a pool that is free")
         return self
 
 

@@ -63,7 +63,7 @@ def test_addresses_of_links_that_an_earlier_daemon_made_are_theirs() -> None:
         ("nonsense", "egress.pool: .*nonsense is no IPv4 network"), ("100.64.0.1/16", "egress.pool: .*100.64.0.1/16 is no IPv4 network"),
         ("fd00::/64", "is no IPv4 network"), ("100.64.0.0/31", "egress.pool: .*has 2 addresses: 4 at least"),
         ("169.254.0.0/17", "overlaps 169.254.0.0/16"), ("224.0.0.0/8", "overlaps 224.0.0.0/3"), ("127.0.0.0/24", "overlaps 127.0.0.0/8"),
-        ("10.1.0.0/16", "egress: .*egress.pool 10.1.0.0/16 overlaps 10.0.0.0/8 of egress.subnets subnet-a"),
+        ("10.0.0.0/7", "egress: .*10.0.0.0/8 of egress.subnets subnet-a lies in egress.pool 10.0.0.0/7"),
     ],
 )  # fmt: skip
 def test_a_pool_that_is_none_is_said_in_one_line(tmp_path: Path, pool: str, says: str) -> None:
