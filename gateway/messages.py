@@ -214,6 +214,15 @@ class SessionState(msgspec.Struct):
     cpu_seconds: float
 
 
+class Effort(msgspec.Struct):
+    """What a running guest has used since it began: processor time; time in which it could have run and waited for the host's processors;
+    bytes read from the host's disks."""
+
+    cpu_seconds: float
+    waited_seconds: float
+    read_bytes: int
+
+
 class HostState(msgspec.Struct):
     """Everything vmm holds: live sessions, those that are being prepared, sessions with a usable snapshot, images, builds under way."""
 

@@ -22,7 +22,7 @@ from gateway.observe.steps import Steps
 from gateway.rpc import Connection, Reply
 from gateway.tasks import Tasks
 
-from . import disks, drivers
+from . import disks, drivers, syscalls
 from .builds import Builder, BuildSettings
 from .cgroups import Cgroups
 from .driver import Machine
@@ -148,6 +148,10 @@ class Vmm:
             images=[path.name for path in self.settings.images_dir.iterdir() if (path / "manifest.json").exists()],
             builds=self.builder.names,
         )
+
+    async def rpc_effort(self, connection: Connection, body: m.SessionRef) -> m.Effort:
+        record = self.held(body.session, body.incarnation).machine.record
+        return m.Effort(self._cgroups.cpu_seconds(record.vm), syscalls.waited_seconds(record.pid), syscalls.read_bytes(record.pid))
 
     def _state(self, name: str, held: _Held) -> m.SessionState:
         record = held.machine.record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -256,3 +257,25 @@ def copy_range(source: int, start: int, target: int, at: int, length: int) -> No
         if not moved:
             raise EOFError(f"{end - start} bytes are missing")
         start += moved
+
+
+def waited_seconds(pid: int) -> float:
+    """How long the process's threads could have run and waited for a processor (Documentation/scheduler/sched-stats.rst); 0 where the
+    kernel does not say."""
+    total = 0
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{pid}/task/{thread}/schedstat", "rb") as file:
+                total += int(file.read().split()[1])
+    except OSError:
+        pass
+    return total / 1e9
+
+
+def read_bytes(pid: int) -> int:
+    """What the process has had read from disks (proc_pid_io(5)); 0 where the kernel does not say."""
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/io", "rb") as file:
+        for line in file:
+            if line.startswith(b"read_bytes:"):
+                return int(line.split()[1])
+    return 0

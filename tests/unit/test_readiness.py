@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from gateway import reach
 from gateway.config import Images
 from gateway.images import readiness
 from gateway.images.readiness import Readiness
-from gateway.messages import HostState, SessionState
+from gateway.messages import Effort
 from gateway.sessions.agent import Agent, AgentError, frame
 from gateway.sessions.listeners import in_words, parse
+from vmm import syscalls
 
 
 class Host:
@@ -27,8 +29,8 @@ class Host:
         sock.setblocking(False)
         return sock
 
-    async def state(self) -> HostState:
-        return HostState([SessionState("s", 0, "running", 0, 0.0)], {}, [], [])
+    async def effort(self, session: str, incarnation: int) -> Effort:
+        return Effort(0.0, 0.0, 0)
 
 
 class Guest:
@@ -100,6 +102,84 @@ async def test_no_port_and_no_hook_is_said(make: Any) -> None:
     await one.wait([])
     (line,) = said
     assert line.startswith("no TCP port is EXPOSEd: the snapshot is taken when the application's processors rest") and "ready hook" in line
+
+
+# ---- on a host that is busy, or slow ----
+
+
+class Busy:
+    """A guest whose every half second is scripted: processor time, time that it waits for one, bytes read. The last goes on for ever."""
+
+    def __init__(self, *steps: tuple[float, float, int]) -> None:
+        self.steps = list(steps)
+        self.now = 0.0
+        self.effort_so_far = Effort(0.0, 0.0, 0)
+
+    def clock(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        share = seconds / 0.5
+        used, waited, read = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
+        so_far = self.effort_so_far
+        self.effort_so_far = Effort(
+            so_far.cpu_seconds + used * share, so_far.waited_seconds + waited * share, so_far.read_bytes + int(read * share)
+        )
+
+    async def effort(self, session: str, incarnation: int) -> Effort:
+        return self.effort_so_far
+
+    async def socket(self, session: str, incarnation: int) -> socket.socket:
+        raise OSError("refused")
+
+    async def ready(self, *ports: int, **settings: Any) -> tuple[float, list[str]]:
+        """When, on its clock; and what was said."""
+        said: list[str] = []
+        one = Readiness(
+            self, Images(settle_seconds=1.0, **settings), Guest(), "s", said.append, self.clock, self.sleep  # type: ignore[arg-type]
+        )  # fmt: skip
+        await one.wait(list(ports))
+        return self.now, said
+
+
+RESTS = (0.01, 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "at"),
+    [
+        ([RESTS], 1.0),
+        ([(0.5, 0.0, 0)] * 6 + [RESTS], 3.5),
+        ([(0.02, 0.48, 0)] * 40 + [RESTS], 20.5),  # starved: it uses little, and does not rest
+        ([(0.04, 0.96, 0)] * 10 + [RESTS], 5.5),  # two processors that wait
+        ([(0.01, 0.0, 1 << 20)] * 10 + [RESTS], 5.5),  # it is loaded from a slow disk
+        ([(0.01, 0.08, 0)], 1.0),  # at rest on a busy host: it wakes now and then, and waits for its moment
+        ([(0.01, 0.0, 4096)], 1.0),
+    ],
+)
+async def test_a_guest_that_waits_for_the_host_does_not_rest(steps: list[tuple[float, float, int]], at: float) -> None:
+    took, _ = await Busy(*steps).ready()
+    assert at <= took <= at + 1.0
+
+
+async def test_an_application_that_never_rests_has_a_minute_of_its_own_time() -> None:
+    assert (await Busy((0.5, 0.0, 0)).ready())[0] == 60.0
+    assert (await Busy((0.25, 0.25, 0)).ready())[0] == pytest.approx(120.0, abs=1.0)
+    assert (await Busy((0.0, 0.5, 0)).ready())[0] == pytest.approx(240.0, abs=1.0), "four times as long at most"
+    assert (await Busy((0.5, 0.0, 0)).ready(start_seconds=20.0))[0] == 20.0
+
+
+async def test_ports_are_waited_for_in_the_guests_own_time() -> None:
+    _, said = await Busy((0.5, 0.0, 0)).ready(8080, start_seconds=10.0)
+    assert said[-1].startswith("nothing listens on EXPOSEd port 8080 after 10 s. The snapshot")
+    _, said = await Busy((0.25, 0.25, 0)).ready(8080, start_seconds=10.0)
+    assert said[-1].startswith("nothing listens on EXPOSEd port 8080 after 10 s (it had 10 s of 20: the host is busy). The snapshot")
+
+
+def test_what_a_process_waited_for_is_read_of_the_kernel() -> None:
+    assert syscalls.waited_seconds(os.getpid()) > 0 == syscalls.waited_seconds(1 << 30)
+    assert syscalls.read_bytes(os.getpid()) >= 0 == syscalls.read_bytes(1 << 30)
 
 
 # ---- what listens ----
