@@ -39,7 +39,8 @@ class Floor:
 
     def __init__(self, image: Path, snapshot: Path, overlay: Path, directory: Path) -> None:
         self.image, self.snapshot, self.overlay, self.directory = image, snapshot, overlay, directory
-        self.shape = msgspec.json.decode((image / "manifest.json").read_bytes(), type=Manifest).shape
+        manifest = msgspec.json.decode((image / "manifest.json").read_bytes(), type=Manifest)
+        self.shape, self.machine = manifest.shape, manifest.made.machine
         self.memory = memory.new_memory(image.name, (image / "memory.raw").stat().st_size)
         sparse.fill(image / "memory.raw", self.memory)
         self.holes = sparse.holes(self.memory)
@@ -56,7 +57,7 @@ class Floor:
         files = [os.open(self.image / name, os.O_RDONLY) for name in ("disk.raw", "boot.qcow2")]
         state = os.open(self.work / "devices.state", os.O_WRONLY | os.O_CREAT)
         ends = machine.Ends(*(sock.fileno() for sock in sockets), state)
-        command = machine.standby(self.shape, self.memory, *files, self.placeholders, ends)
+        command = machine.standby(self.shape, self.machine, self.memory, *files, self.placeholders, ends)
         ours, theirs = socket.socketpair()
         environment = {"LD_PRELOAD": str(MAPPER), "TORPOR_MAPPER": str(theirs.fileno())}
         self.process = subprocess.Popen(

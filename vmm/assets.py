@@ -14,8 +14,9 @@ from pathlib import Path
 from gateway import executors
 from gateway.config import Images
 
-from . import base, builder_root, jail, kernel, making, probe, registry
+from . import base, builder_root, kernel, making, probe, registry
 from .kernel import AssetError
+from .qemu import roots
 
 __all__ = ["LOCAL", "AssetError", "Base", "make", "missing"]
 _QUOTED_CHARACTERS = 600
@@ -23,12 +24,21 @@ _QUOTED_CHARACTERS = 600
 
 @dataclass(frozen=True)
 class Step:
-    """`work` makes the file or directory at the path that it is given. `says` is what the user is told while it takes long."""
+    """`work` makes the file or directory at the path that it is given. `says` is what the user is told while it takes long. `may_wait`:
+    where it cannot be made again, with mirrors away for one, what there is will do."""
 
     name: str
     key: Callable[[Path], str]
     work: Callable[[Path, Path], None]
     says: str
+    may_wait: bool = False
+
+
+def _kernel_key(cache: Path) -> str:
+    """Another version of the package is fetched when apt has heard of it; where apt knows none, the one that is there is the newest."""
+    known = cache / "kernel/version"
+    version = kernel.available(cache) or (known.read_text(encoding="ascii") if known.exists() else "")
+    return making.key_of(kernel.fetch_kernel, kernel.meta_package(), version)
 
 
 def _kernel_keys(cache: Path) -> tuple[str | Path, ...]:
@@ -49,8 +59,8 @@ def _initrd(name: str, modules: tuple[str, ...]) -> Step:
 # In the order in which they are made: keys of later ones name earlier ones.
 _STEPS = (
     Step(
-        "kernel", lambda cache: making.key_of(kernel.fetch_kernel, kernel.meta_package()),
-        lambda cache, target: kernel.fetch_kernel(target), "fetching the guest's kernel (Debian's cloud kernel)",
+        "kernel", _kernel_key, lambda cache, target: kernel.fetch_kernel(target), "fetching the guest's kernel (Debian's cloud kernel)",
+        may_wait=True,
     ),
     Step(
         "guest", lambda cache: making.key_of(kernel.make_init, *kernel.init_sources()), lambda cache, target: kernel.make_init(target),
@@ -61,7 +71,7 @@ _STEPS = (
         "modules", lambda cache: making.key_of(kernel.make_modules, kernel.needed, kernel.EXTRA_MODULES, *_kernel_keys(cache)),
         lambda cache, target: kernel.make_modules(cache / "kernel", target), "choosing the kernel's modules",
     ),
-    Step("qemu-root", lambda cache: jail.root_key(), lambda cache, target: jail.make_root(target), "making the hypervisors' root"),
+    Step(roots.CURRENT, roots.key, roots.make, "making the hypervisors' root"),
 )  # fmt: skip
 _FIRECRACKER = (
     Step(
@@ -135,14 +145,17 @@ def missing(cache: Path, wanted: Base = LOCAL) -> dict[str, bool]:
 
 def _make(cache: Path, steps: tuple[Step, ...], say: Callable[[str], None]) -> None:
     for step in steps:
-        key = step.key(cache)
-        if making.key_at(cache / step.name) == key:
-            continue
-        say(step.says)
         try:
+            key = step.key(cache)
+            if making.key_at(cache / step.name) == key:
+                continue
+            say(step.says)
             making.make(cache / step.name, key, lambda target, step=step: step.work(cache, target))  # type: ignore[misc]
-        except (OSError, subprocess.SubprocessError) as error:
-            raise AssetError(f"{step.name}: {_words(error)}") from error
+        except (OSError, subprocess.SubprocessError, AssetError) as error:
+            if step.may_wait and making.key_at(cache / step.name):
+                say(f"{step.name}: {_words(error)}; the one that is there goes on being used")
+            else:
+                raise AssetError(f"{step.name}: {_words(error)}") from error
 
 
 def _words(error: Exception) -> str:

@@ -20,8 +20,7 @@ def choose(settings: Settings, hypervisor: str, cgroups: Cgroups, network: Netwo
     cache = settings.cache
     sandboxes = SandboxAllocator(settings.runtime / "vms", cgroups, settings.users.machines)
     if hypervisor != "firecracker":
-        made_of = QemuAssets(cache / "qemu-root", cache / "kernel/vmlinuz", cache / "initrd")
-        return QemuDriver(made_of, settings.root / "boots", sandboxes, cgroups, network)
+        return QemuDriver(QemuAssets(cache), settings.root / "boots", sandboxes, cgroups, network)
     programs = probe.firecracker_programs()
     assert programs is not None
     made = FirecrackerAssets(cache / "vmlinux", cache / "initrd-firecracker")

@@ -1,6 +1,6 @@
 """The jail of a hypervisor: its own user, no capabilities, no new privileges, namespaces of its own, a read-only root.
 
-The root holds QEMU, its libraries and firmware and nothing else; it is made once per host by `make_root`.
+The root holds QEMU, its libraries and firmware and nothing else; there is one for each version (vmm/qemu/roots.py).
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-
-from .making import key_of
 
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -51,32 +49,37 @@ exec "$@"
 """
 
 
-def root_key() -> str:
-    """Not of the programs themselves: a snapshot is read by the hypervisor that wrote it."""
-    return key_of(make_root, MAPPER, PROGRAMS, DATA)
+def files() -> set[str]:
+    """What QEMU needs of the host. Raises OSError, SubprocessError."""
+    found = {path for path in (*PROGRAMS, *DATA) if os.path.exists(path)}
+    for program in found.intersection(PROGRAMS):
+        listing = subprocess.run(["ldd", program], check=True, capture_output=True, text=True, timeout=20).stdout
+        found.update(word for line in listing.splitlines() for word in line.split() if word.startswith("/"))
+    return found
 
 
 def make_root(work: Path) -> None:
-    """Copies what QEMU needs to `work`, a new directory."""
-    files = {path for path in (*PROGRAMS, *DATA) if os.path.exists(path)}
-    for program in PROGRAMS:
-        listing = subprocess.run(["ldd", program], check=True, capture_output=True, text=True, timeout=20).stdout
-        files.update(word for line in listing.splitlines() for word in line.split() if word.startswith("/"))
+    """Copies what QEMU needs to `work`, a new directory. Raises OSError, SubprocessError."""
     for directory in ("proc", "dev", "usr/lib", "usr/bin"):
         (work / directory).mkdir(parents=True, exist_ok=True)
     for link in ("lib", "lib64", "bin", "sbin"):
         if os.path.islink(f"/{link}"):
             (work / link).symlink_to(os.readlink(f"/{link}"))
-    for file in sorted(files):
+    for file in sorted(files()):
         copy = work / os.path.realpath(os.path.dirname(file)).lstrip("/") / os.path.basename(file)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
     (work / "dev/null").touch()
-    subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread",
-         "-o", str(work / "usr/lib/torpor-mapper.so"), str(MAPPER)],
-        check=True, capture_output=True, timeout=60,
-    )  # fmt: skip
+
+
+def make_mapper(root: Path) -> None:
+    """Compiles the mapper for a root. Linked with the root's own C library: the host's may be newer and offer functions that the root's has
+    not. Raises OSError, SubprocessError."""
+    new = root / "usr/lib/torpor-mapper.new"
+    library = next(root.glob("usr/lib*/**/libc.so.6"))
+    flags = ("-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-nostdlib", "-Wl,-z,defs")
+    subprocess.run(["gcc", *flags, "-o", str(new), str(MAPPER), str(library)], check=True, capture_output=True, timeout=60)
+    new.rename(root / "usr/lib/torpor-mapper.so")
 
 
 def command(root: Path, cgroup_files: Sequence[Path], uid: int, has_kvm: bool, inner: Sequence[str]) -> list[str]:

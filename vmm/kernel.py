@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+
+from . import making
 
 # In the order in which they load; dependencies are resolved by modprobe.
 MODULES = (
@@ -42,6 +45,7 @@ PROBED = b"a guest's init runs"
 PROBE_MIB = 256
 # How a kernel is packed: magic number, and what unpacks it (kernel: scripts/extract-vmlinux).
 _UNPACKERS = {b"\x02\x21\x4c\x18": "lz4", b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_LISTS = "/var/lib/apt/lists"
 _GUEST = Path(__file__).parent / "guest"
 _PACKAGE_DEADLINE_SECONDS = 300
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -65,6 +69,21 @@ def meta_package() -> str:
     return f"linux-image-cloud-{_ARCHITECTURES[os.uname().machine]}"
 
 
+def available(cache: Path) -> str:
+    """The version of the kernel that apt would fetch; empty where apt knows none, its lists removed for one. It is asked again when its
+    lists are others: that takes a second. Raises AssetError."""
+    try:
+        lists = sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(_LISTS))
+    except OSError:
+        lists = []
+    return making.remembered(cache / "kernel.available", making.key_of(lists, meta_package()), _ask_apt) if lists else ""
+
+
+def _ask_apt() -> str:
+    candidate = re.search(r"Candidate: (\S+)", _run("apt-cache", "policy", meta_package()))
+    return candidate[1] if candidate and candidate[1] != "(none)" else ""
+
+
 def kernel_package() -> str:
     """The concrete kernel package behind the meta-package."""
     meta = meta_package()
@@ -76,10 +95,11 @@ def kernel_package() -> str:
 
 
 def fetch_kernel(work: Path) -> None:
-    """Unpacks the kernel package into `work`, a new directory (vmlinuz, modules, release)."""
+    """Unpacks the kernel package into `work`, a new directory (vmlinuz, modules, release, version)."""
     work.mkdir()
     _run("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", kernel_package(), cwd=work, deadline=_PACKAGE_DEADLINE_SECONDS)
     package = next(work.glob("*.deb"))
+    (work / "version").write_text(_run("dpkg-deb", "-f", str(package), "Version").strip(), encoding="ascii")
     _run("dpkg-deb", "-x", str(package), str(work))
     package.unlink()
     kernel = next((work / "boot").glob("vmlinuz-*"))
@@ -163,6 +183,12 @@ def make_initrd(kernel: Path, init: Path, target: Path, modules: Sequence[str] =
     entries += [(f"m/{file.name}", 0o100644, file.read_bytes()) for file in files]
     entries.append(("modules.list", 0o100644, "".join(f"/m/{file.name}\n" for file in files).encode()))
     target.write_bytes(gzip.compress(cpio(entries), 1))
+
+
+def described(kernel: Path) -> str:
+    """A fetched kernel's release, and its package's version. Raises OSError."""
+    files = [kernel / name for name in ("release", "version")]  # commit 165a0cb fetched kernels without a version
+    return " ".join(file.read_text(encoding="ascii").strip() for file in files if file.exists())
 
 
 def init_sources() -> list[Path]:

@@ -65,6 +65,35 @@ def alone(directory: Path) -> Iterator[None]:
         os.close(lock)
 
 
+@contextlib.contextmanager
+def alone_unless_busy(directory: Path) -> Iterator[bool]:
+    """As `alone`, without a wait: whether nobody else is at it."""
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(lock)
+
+
+def remembered(memory: Path, key: str, ask: Callable[[], str]) -> str:
+    """What was answered under this very key, else what is answered now."""
+    with contextlib.suppress(OSError, ValueError):
+        known, _, answer = memory.read_text(encoding="utf-8").partition("\n")
+        if known == key:
+            return answer
+    answer = ask()
+    with contextlib.suppress(OSError):
+        unfinished = memory.with_name(f"{memory.name}.{os.getpid()}")
+        unfinished.write_text(f"{key}\n{answer}", encoding="utf-8")
+        unfinished.rename(memory)
+    return answer
+
+
 def make(target: Path, key: str, work: Callable[[Path], None]) -> None:
     """Has `work` make a file or directory at the path that it is given, and puts that in the place of `target` when it is on the disk.
 

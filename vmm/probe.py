@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
@@ -13,7 +12,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from .cgroups import Cgroups
 from .errors import VmmError
 from .firecracker.jail import Jail, Programs
 from .kernel import PROBED
-from .making import key_at
+from .making import key_at, remembered
 from .qemu import machine as topology
 from .sandboxes import QUOTED_CHARACTERS, VmSandbox
 
@@ -138,20 +137,6 @@ def _read(descriptor: int, deadline: float) -> bytes | None:
 def _last_line(said: bytes) -> str:
     lines = said.decode(errors="replace").strip().splitlines()
     return lines[-1][-QUOTED_CHARACTERS:] if lines else ""
-
-
-def remembered(memory: Path, key: str, ask: Callable[[], str]) -> str:
-    """What was answered under this very key, else what is answered now."""
-    with contextlib.suppress(OSError, ValueError):
-        known, _, answer = memory.read_text(encoding="utf-8").partition("\n")
-        if known == key:
-            return answer
-    answer = ask()
-    with contextlib.suppress(OSError):
-        unfinished = memory.with_name(f"{memory.name}.{os.getpid()}")
-        unfinished.write_text(f"{key}\n{answer}", encoding="utf-8")
-        unfinished.rename(memory)
-    return answer
 
 
 def _key(device: Path, made_of: Sequence[Path], seconds: float, *others: object) -> str:

@@ -11,10 +11,11 @@ from gateway import executors
 from gateway.config import Settings
 from gateway.rpc import Server, Service
 
-from . import probe
+from . import probe, upgrades
 from .archive_calls import ArchiveCalls
 from .cgroups import Cgroups
 from .daemon import Vmm
+from .errors import VmmError
 from .image_calls import ImageCalls
 
 log = structlog.get_logger()
@@ -24,6 +25,10 @@ async def serve(settings: Settings, ready: object) -> None:
     """Runs until SIGTERM. `ready` is called once the socket answers."""
     cgroups = Cgroups(settings.name, settings.root)
     info = await executors.LATENCY.run(probe.host_info, settings, cgroups)
+    try:
+        await executors.BULK.run(upgrades.tidy, settings, lambda text: log.info("hypervisor.root_removed", text=text))
+    except (OSError, VmmError) as error:  # nothing was removed, and who needs a root has it
+        log.warning("hypervisor.roots_not_looked_at", error=str(error))
     vmm = Vmm(settings, info, cgroups)
     await vmm.start()
     server = Server(settings.vmm_socket, Service(vmm, ImageCalls(vmm), ArchiveCalls(vmm)), {0, settings.users.control, settings.users.edge})

@@ -181,8 +181,9 @@ def doctor(
     Example: torpor doctor --repair
     """
     from vmm import assets, base, cgroups, leftovers, making, probe
+    from vmm.errors import VmmError
 
-    from .repair import is_served, known, leftovers_of
+    from .repair import is_served, known, leftovers_of, upgrades_of
 
     settings = config.load(root=root, name=name)
     rows: list[tuple[str, bool, str]] = []
@@ -214,6 +215,10 @@ def doctor(
     except config.ConfigError as error:  # then nothing is known to be left over, either
         store = None
         rows.append(("store", False, str(error)))
+    try:
+        rows += upgrades_of(settings, store) if store is not None and settings.images_dir.is_dir() else []
+    except (OSError, VmmError) as error:
+        rows.append(("old images", False, f"cannot be told: {error}"))
     for row in store.set_aside if store is not None else []:
         rows.append((f"set aside: {row.kind}", False, f"{row.key}: its row in the store cannot be read: {row.reason}; its files are kept"))
     if repair and is_served(settings):

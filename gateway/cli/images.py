@@ -11,14 +11,19 @@ from typing import IO, Annotated, Any
 import botocore.exceptions
 import typer
 
+from gateway.config import ConfigError
 from gateway.sessions.logs import build_stream, default_group
 
 from . import context
-from .client import all_images, client, image_arn, role_arn, session
+from .client import all_images, client, image_arn, role_arn, session, settings
 from .output import console, errors, fail, mib, show_json, show_table
 
 _BUCKET = "torpor-artifacts"
 _POLL_SECONDS = 0.3
+_REQUEST = (
+    "baseImageArn", "baseImageVersion", "buildRoleArn", "description", "codeArtifact", "logging", "egressNetworkConnectors",
+    "cpuConfigurations", "resources", "additionalOsCapabilities", "hooks", "environmentVariables",
+)  # fmt: skip
 _LAST_LINES = 30  # of a build that failed: the step's words, its place in the Dockerfile and the error
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Image = Annotated[str, typer.Argument(help="Name or ARN.")]
@@ -164,11 +169,19 @@ def _print_last(name: str, version: str, build_id: str) -> None:
         print(event["message"], file=sys.stderr, flush=True)
 
 
-def images(as_json: Json = False) -> None:
-    """List the images.
+def images(
+    as_json: Json = False,
+    rebuild_old: Annotated[
+        bool, typer.Option("--rebuild-old", help="Build new versions of those that an older hypervisor, kernel or agent was made by.")
+    ] = False,
+) -> None:
+    """List the images, or build anew those that an update of the host has left behind.
 
-    Example: torpor images --json
+    Example: torpor images --rebuild-old
     """
+    if rebuild_old:
+        _rebuild_old()
+        return
     found = all_images()
     if as_json:
         show_json(found)
@@ -177,6 +190,39 @@ def images(as_json: Json = False) -> None:
         ("NAME", "STATE", "ACTIVE", "CREATED", "ARN"),
         [(i["name"], i["state"], i.get("latestActiveImageVersion"), i["createdAt"].strftime("%F %T"), i["imageArn"]) for i in found],
     )
+
+
+def _rebuild_old() -> None:
+    """Makes a new version of each from the request that made the last one, its artifact included. Microvms of the older versions go on."""
+    from vmm.errors import VmmError
+
+    from .repair import old_versions
+
+    try:
+        old = old_versions(settings())
+    except (ConfigError, OSError, VmmError) as error:
+        fail(f"images cannot be looked at, which needs root on the service's host: {error}", 1)
+    api, failed = client(), []
+    for image in all_images():
+        arn, name = image["imageArn"], image["name"]
+        if arn not in old:
+            continue
+        version, why = old[arn]
+        errors.print(f"torpor: {name} {version}: {why}", soft_wrap=True)
+        pages = api.get_paginator("list_microvm_image_versions").paginate(imageIdentifier=arn)
+        made = next(item for page in pages for item in page["items"] if item["imageVersion"] == version)
+        request = {key: made[key] for key in _REQUEST if made.get(key) is not None}
+        if "baseImageVersion" in request:
+            request["baseImageVersion"] = request["baseImageVersion"].partition(".")[0]  # it answers 1.0 and takes 1
+        new = api.update_microvm_image(imageIdentifier=arn, **request)
+        result = follow(api, name, arn, new["imageVersion"], quiet=True)
+        if result["buildState"] == "SUCCESSFUL":
+            console.print(f"{name} {new['imageVersion']} is built: new microVMs are launched from it", soft_wrap=True)
+        else:
+            failed.append(name)
+            errors.print(f"torpor: {name} {version} stays: the build failed: {result.get('stateReason')}", soft_wrap=True)
+    if failed:
+        fail(f"not built: {', '.join(failed)}; `torpor logs IMAGE` says more, and `torpor build` takes another artifact", 1)
 
 
 def rmi(

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.config import ConfigError, Settings
+from gateway.sessions.model import Image, Session
+from gateway.sessions.states import State
 from gateway.sessions.store import SetAside, readable
-from vmm import leftovers
+from vmm import leftovers, upgrades
 
 
 def is_served(settings: Settings) -> bool:
@@ -27,12 +29,14 @@ def is_served(settings: Settings) -> bool:
 
 @dataclass(frozen=True)
 class Known:
-    """What the store knows: ids of live sessions, keys of image versions, and the rows that cannot be read. `is_whole` is false where some
-    of those are images', whose keys nobody knows."""
+    """What the store knows: ids of live sessions, keys of image versions, the rows that cannot be read, and those that can. `is_whole` is
+    false where some of those that cannot are images', whose keys nobody knows."""
 
     sessions: set[str]
     images: set[str]
     set_aside: list[SetAside]
+    live: list[Session]
+    made: list[Image]
 
     @property
     def is_whole(self) -> bool:
@@ -42,15 +46,16 @@ class Known:
 def known(database: Path) -> Known:
     """Reads the store, also that of a service that runs. Raises ConfigError for one that cannot be read."""
     if not database.exists():
-        return Known(set(), set(), [])
+        return Known(set(), set(), [], [], [])
     try:
         with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=5)) as connection:
             found, set_aside = readable(connection, database)
     except sqlite3.Error as error:
         raise ConfigError(f"{database} cannot be read: {error}") from error
-    sessions = {value.id for kind, _, value in found if kind == "sessions" and not value.state.is_ended}
-    images = {version.key for kind, _, value in found if kind == "images" for version in value.versions}
-    return Known(sessions | {row.key for row in set_aside if row.kind == "sessions"}, images, set_aside)
+    live = [value for kind, _, value in found if kind == "sessions" and not value.state.is_ended]
+    made = [value for kind, _, value in found if kind == "images"]
+    sessions = {one.id for one in live} | {row.key for row in set_aside if row.kind == "sessions"}
+    return Known(sessions, {version.key for image in made for version in image.versions}, set_aside, live, made)
 
 
 def leftovers_of(settings: Settings, store: Known) -> list[leftovers.Leftover]:
@@ -59,3 +64,18 @@ def leftovers_of(settings: Settings, store: Known) -> list[leftovers.Leftover]:
         return []
     images = store.images if store.is_whole else {path.name for path in settings.images_dir.glob("*")}
     return leftovers.find(settings, store.sessions, images)
+
+
+def upgrades_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
+    """What doctor says of images and sleepers that an update of the host has left behind. Raises OSError, VmmError."""
+    names = {version.key: f"{image.name} {version.version}" for image in store.made for version in image.versions}
+    sleepers = {session.id: session.image for session in store.live if session.state is State.SUSPENDED}
+    return upgrades.report(settings, names, sleepers)
+
+
+def old_versions(settings: Settings) -> dict[str, tuple[str, str]]:
+    """Of images whose newest version that can be launched is older than a build would make it: by ARN, that version and what is old in it.
+    Raises ConfigError, OSError, VmmError."""
+    old = upgrades.old_images(settings)
+    newest = {image.arn: image.latest_active for image in known(settings.control_dir / "torpor.db").made}
+    return {arn: (one.version, old[one.key]) for arn, one in newest.items() if one is not None and one.key in old}

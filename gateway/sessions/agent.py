@@ -8,6 +8,8 @@ import secrets
 import struct
 from collections.abc import Callable, Iterable
 
+from gateway.messages import AGENT_PROTOCOL
+
 from . import listeners, out_of_memory
 from .frame import HEADER, MAGIC, MAGIC_BYTES, frame
 from .shells import Shells
@@ -15,6 +17,7 @@ from .shells import Shells
 _HELLO, _WAKE, _CONFIG, _START, _SYNC, _STOP, _LISTENERS = 0x01, 0x02, 0x03, 0x04, 0x0A, 0x0B, 0x0C
 _IS_HELLO, _WOKEN, _OUTPUT, _EXIT = 0x81, 0x82, 0x83, 0x84
 _SHELL_OUTPUT, _SHELL_TAKEN, _SHELL_EXIT, _KILLED, _LISTENING = 0x85, 0x86, 0x87, 0x88, 0x89
+_HELLO_BYTES = 20  # from protocol 2 on; a later one may say more
 _FRAME_MAX_IN = 4096
 _FRAME_MAX_OUT = 16384
 _BUDGET_BYTES = 65536  # read per session and loop turn, so that a chatty guest starves nobody
@@ -66,6 +69,7 @@ class Agent:
         self.shells = Shells(self.send)
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self._exited = asyncio.Event()
+        self.protocol = 1  # until it says another
         self._loop.add_reader(descriptor, self._readable)
 
     def expect(self, nonce: int) -> asyncio.Future[bytes]:
@@ -77,9 +81,16 @@ class Agent:
     async def hello(self, seconds: float) -> tuple[int, int]:
         """Synchronises with the agent; returns the application's state (0 none, 1 running, 2 exited) and exit code.
 
-        Raises AgentError when it does not answer in time.
+        Raises AgentError when it does not answer in time, or speaks a protocol that is newer than we are.
         """
-        _, state, code = struct.unpack("<QIi", await self._hello(seconds, _RESYNC))
+        answer = await self._hello(seconds, _RESYNC)
+        _, state, code = struct.unpack_from("<QIi", answer)
+        (self.protocol,) = struct.unpack_from("<I", answer, 16) if len(answer) >= _HELLO_BYTES else (1,)
+        if self.protocol > AGENT_PROTOCOL:
+            raise AgentError(
+                f"the guest's agent speaks protocol {self.protocol}, and this version of Torpor knows those up to {AGENT_PROTOCOL}: "
+                f"start the newer version again"
+            )
         return state, code
 
     async def listeners(self, seconds: float) -> list[listeners.Listener]:
@@ -224,7 +235,9 @@ class Agent:
             del self._buffer[:at]
 
     def _frame(self, kind: int, channel: int, payload: bytes) -> None:
-        if (kind in (_IS_HELLO, _WOKEN) and len(payload) in (8, 16)) or (kind == _LISTENING and len(payload) >= 8):
+        if (kind in (_IS_HELLO, _WOKEN) and (len(payload) in (8, 16) or len(payload) >= _HELLO_BYTES)) or (
+            kind == _LISTENING and len(payload) >= 8
+        ):
             future = self._nonces.pop(struct.unpack_from("<Q", payload)[0], None)
             if future is not None and not future.done():
                 future.set_result(payload)

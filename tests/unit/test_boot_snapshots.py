@@ -16,12 +16,11 @@ SHAPE = Shape(memory_mib=1, vcpus=1, disk_bytes=1 << 20, accelerator="tcg", base
 
 
 def test_another_kernel_line_or_program_finds_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hypervisor is the jail's, which is copied once: the host's may be upgraded under it."""
-    kernel, initrd, hypervisor = tmp_path / "kernel", tmp_path / "initrd", tmp_path / f"root{machine.BINARY}"
-    hypervisor.parent.mkdir(parents=True)
-    for path in (kernel, initrd, hypervisor):
+    """The hypervisor is that of the root that runs: the host's may be another."""
+    kernel, initrd = tmp_path / "kernel", tmp_path / "initrd"
+    for path in (kernel, initrd):
         path.write_bytes(b"program")
-    boots = BootSnapshotCache(tmp_path / "boots", tmp_path / "root", kernel, initrd)
+    boots = BootSnapshotCache(tmp_path / "boots", "qemu-root-1", kernel, initrd)
     work = boots.begin()
     (work / DEVICES).write_bytes(b"state")
     memory = os.memfd_create("memory")
@@ -32,7 +31,8 @@ def test_another_kernel_line_or_program_finds_none(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(machine, "KERNEL_LINE", "another")
         assert boots.find(SHAPE) is None
-    for path in (initrd, hypervisor):
+    assert BootSnapshotCache(tmp_path / "boots", "qemu-root-2", kernel, initrd).find(SHAPE) is None
+    for path in (initrd, kernel):
         assert boots.find(SHAPE) is not None
         before = path.stat()
         path.write_bytes(b"another program")

@@ -16,6 +16,7 @@ from gateway.config import Settings
 from vmm import assets, jail, making, probe
 from vmm.firecracker.jail import Programs
 from vmm.qemu import machine as topology
+from vmm.qemu import roots
 
 SPEAKS = "echo 'init 0.042: a guest'\\''s init runs'"
 
@@ -204,7 +205,7 @@ def test_what_the_set_up_makes_is_all_that_a_probe_asks_for(
 
         def work(target: Path, name: str = step.name) -> None:
             if name == "qemu-root":
-                jail.make_root(target)
+                roots.make(cache, target)
             elif placeholders.get(name):
                 target.mkdir()
                 (target / placeholders[name]).touch()

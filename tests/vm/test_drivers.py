@@ -129,8 +129,7 @@ async def rig(kind: str, shape: Shape) -> AsyncIterator[Rig]:
         def make(programs: Programs = CONTRACTS) -> Driver:
             sandboxes = SandboxAllocator(directory / "run/vms", cgroups, FIRST_UID)
             if kind == "qemu":
-                assets = QemuAssets(cache / "qemu-root", cache / "kernel/vmlinuz", cache / "initrd")
-                return QemuDriver(assets, directory / "boots", sandboxes, cgroups, network)
+                return QemuDriver(QemuAssets(cache), directory / "boots", sandboxes, cgroups, network)
             kernel.extract_elf(cache / "kernel/vmlinuz", directory / "vmlinux")
             assets = FirecrackerAssets(directory / "vmlinux", cache / "initrd")
             (directory / "jails").mkdir(exist_ok=True)

@@ -16,6 +16,10 @@
 #define FRAME_MAX_IN 4096u      /* a host frame's payload: small, so that half a one cannot swallow much */
 #define FRAME_MAX_OUT 16384u
 
+/* What the host may rely on. 1: commit 165a0cb, whose answer to a hello ends before `protocol`. A host speaks all lower ones, since an
+ * agent is as old as its image, and leaves alone an image whose number it does not know (gateway/messages.py has the same number). */
+#define AGENT_PROTOCOL 2
+
 enum frame_type {
     FRAME_HELLO = 0x01,  /* host: u64 nonce */
     FRAME_WAKE = 0x02,   /* host: struct wake */
@@ -29,7 +33,7 @@ enum frame_type {
     FRAME_SYNC = 0x0a,         /* host: u64 nonce; answered as a wake is, when all files are on the disk */
     FRAME_STOP = 0x0b,         /* host: u64 nonce; the application is sent its stop signal. Answered u64 nonce, u32 whether it heeds it, u32 0 */
     FRAME_LISTENERS = 0x0c,    /* host: u64 nonce; answered with FRAME_LISTENING */
-    FRAME_IS_HELLO = 0x81, /* u64 nonce, u32 application state, i32 exit code */
+    FRAME_IS_HELLO = 0x81, /* struct hello */
     FRAME_WOKEN = 0x82,    /* u64 nonce */
     FRAME_OUTPUT = 0x83,   /* channel 1 standard output, 2 standard error, 3 what was written to /dev/console */
     FRAME_EXIT = 0x84,     /* i32 exit code */
@@ -46,6 +50,13 @@ struct frame {
     uint8_t reserved;
     uint16_t channel;
     uint32_t length;
+} __attribute__((packed));
+
+struct hello {
+    uint64_t nonce;
+    uint32_t state; /* the application's */
+    int32_t code;   /* its exit code */
+    uint32_t protocol;
 } __attribute__((packed));
 
 /* The wall clock stands first: the host writes it last, just before the guest runs. */

@@ -146,7 +146,7 @@ static void handle(uint8_t type, uint16_t channel, const uint8_t *payload, uint3
     uint32_t credit;
     switch (type) {
     case FRAME_HELLO: {
-        struct { uint64_t nonce; uint32_t state; int32_t code; } answer = {0, app_state, app_code};
+        struct hello answer = {0, app_state, app_code, AGENT_PROTOCOL};
         if (length != 8) return;
         memcpy(&answer.nonce, payload, 8);
         port_send(FRAME_IS_HELLO, 0, &answer, sizeof answer);

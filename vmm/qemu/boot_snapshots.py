@@ -27,12 +27,14 @@ _CHUNK = 4 << 20
 
 
 class BootSnapshotCache:
-    def __init__(self, directory: Path, jail_root: Path, kernel: Path, initrd: Path) -> None:
+    def __init__(self, directory: Path, root: str, kernel: Path, initrd: Path) -> None:
+        """`root`: the name of the root whose QEMU runs them, which is a digest of what is in it."""
         self._directory = directory
         for unfinished in directory.glob(f"{_NEW}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
         self._checked: set[Path] = set()
-        self._made_of = (Path(f"{jail_root}{topology.BINARY}"), Path(topology.__file__), kernel, initrd)
+        self._root = root
+        self._made_of = (Path(topology.__file__), kernel, initrd)
 
     def find(self, shape: Shape) -> Path | None:
         """A kept boot of this shape, made with these very programs, undamaged; what is not goes."""
@@ -74,7 +76,7 @@ class BootSnapshotCache:
         shutil.rmtree(kept, ignore_errors=True)
 
     def _place(self, shape: Shape) -> Path:
-        programs = hashlib.sha256(topology.KERNEL_LINE.encode())
+        programs = hashlib.sha256(f"{self._root} {topology.KERNEL_LINE}".encode())
         for path in self._made_of:
             found = path.stat()
             programs.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())

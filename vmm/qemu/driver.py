@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import socket
 from collections.abc import Callable
@@ -11,21 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import structlog
 
-from .. import disks, generators, jail, manifest, memory, sparse, syscalls
+from gateway.messages import AGENT_PROTOCOL
+
+from .. import disks, generators, jail, kernel, manifest, memory, sparse, syscalls
 from ..cgroups import Cgroups
 from ..driver import DEVICES, Machine, Process, Sealed, Shape
-from ..errors import Missing, Unavailable, VmmError, explained, not_loaded, not_written
+from ..errors import Missing, Refused, Unavailable, VmmError, explained, not_loaded, not_written
 from ..manifest import Manifest
 from ..mapping import Mapper
 from ..network import Link, Network
+from ..provenance import Provenance, lacking
 from ..sandboxes import STDERR, SandboxAllocator, VmSandbox, is_alive, last_words
 from ..snapshots import sync
 from . import machine as topology
 from .boot_snapshots import MEMORY, BootSnapshotCache
 from .process import STATE, QemuMachine, child_of, listen
 from .qmp import QmpError
+from .roots import Root, Roots, why_refused
 
 log = structlog.get_logger()
 
@@ -36,11 +42,22 @@ _FAILURES = (TimeoutError, QmpError, VmmError, OSError, LookupError)  # of a sta
 
 @dataclass(frozen=True)
 class Assets:
-    """What was made once per host: the jail's root, the guest's kernel and initramfs."""
+    """What was made once per host: jails' roots, the guest's kernel, init and initramfs."""
 
-    jail_root: Path
-    kernel: Path
-    initrd: Path
+    cache: Path
+
+    @property
+    def kernel(self) -> Path:
+        return self.cache / "kernel/vmlinuz"
+
+    @property
+    def initrd(self) -> Path:
+        return self.cache / "initrd"
+
+    def guest(self) -> tuple[str, str]:
+        """Which kernel boots now, and which agent. Raises OSError."""
+        init = (self.cache / "guest/init").read_bytes()
+        return kernel.described(self.cache / "kernel"), hashlib.sha256(init).hexdigest()[:16]
 
 
 class _Shared(NamedTuple):
@@ -59,31 +76,42 @@ class QemuDriver:
 
     def __init__(self, assets: Assets, boots: Path, sandboxes: SandboxAllocator, cgroups: Cgroups, network: Network) -> None:
         """`boots`: where boots are kept."""
+        roots = Roots(assets.cache)
         self._assets = assets
         self._sandboxes = sandboxes
         self._cgroups = cgroups
         self._network = network
-        self._boots = BootSnapshotCache(boots, assets.jail_root, assets.kernel, assets.initrd)
+        # Of this daemon's start, when its need was written down (roots.collect): another instance's start may change the cache's.
+        self._root = roots.current()
+        self._roots = roots
+        self._boots = BootSnapshotCache(boots, self._root.name, assets.kernel, assets.initrd)
+        self._processors: dict[tuple[str, str], list[str]] = {}  # words of CPUID by root and accelerator
         self._shared: dict[str, asyncio.Task[_Shared]] = {}
         self._machines: set[QemuMachine] = set()
 
     async def standby(self, image: Path) -> QemuMachine:
-        shape = manifest.read(image, NAME).shape
+        known = manifest.read(image, NAME)
+        shape, root = known.shape, self._root_of(known.made, f"image {image.name}")
+        made = msgspec.structs.replace(
+            known.made, version=root.version, machine=known.made.machine or root.machine, root=root.name, features=[]
+        )
         shared = await self._share(image)
         placeholders = topology.PlaceholderDevices(shared.disk, await self._network.placeholder_tap())
         with contextlib.ExitStack() as files:
             base = files.enter_context((image / "disk.raw").open("rb")).fileno()
             boot = files.enter_context((image / "boot.qcow2").open("rb")).fileno()
             machine = await self._spawn(
-                image.name, shape, lambda ends: topology.standby(shape, shared.memory, base, boot, placeholders, ends)
-            )
+                image.name, shape, root.path, made,
+                lambda ends: topology.standby(shape, made.machine, shared.memory, base, boot, placeholders, ends),
+            )  # fmt: skip
         try:
+            await self._compare_processor(machine, shape, known.made, f"image {image.name}")
             await asyncio.to_thread(machine.clear, shared.holes)
             await machine.await_session(placeholders)
         except (QmpError, OSError, VmmError) as error:
             why = await machine.why(error)
             await machine.kill()
-            raise Unavailable(f"the hypervisor of image {image.name} does not wait: {why}") from error
+            raise explained(error, f"the hypervisor of image {image.name} does not wait: {why}") from error
         except BaseException:
             await asyncio.shield(machine.kill())
             raise
@@ -99,7 +127,10 @@ class QemuDriver:
                 assets = (self._assets.kernel, self._assets.initrd)
                 kernel, initrd = (files.enter_context(path.open("rb")).fileno() for path in assets)
                 programs = (kernel, initrd) if kept is None else None
-                machine = await self._spawn(image.name, shape, lambda ends: topology.boot(shape, descriptor, programs, tap, ends, console))
+                machine = await self._spawn(
+                    image.name, shape, self._root.path, await asyncio.to_thread(self._makes, shape),
+                    lambda ends: topology.boot(shape, self._root.machine, descriptor, programs, tap, ends, console),
+                )  # fmt: skip
         except BaseException:
             os.close(descriptor)
             raise
@@ -160,6 +191,7 @@ class QemuDriver:
                 machine.image_memory = memory.adopt_image_memory(image.name, [machine.record.pid])
             if shape is None or machine.image_memory is None:
                 raise Missing(f"image {image.name} was not booted by this service")
+            made = msgspec.structs.replace(machine.record.made or Provenance(), features=await machine.processor())
             await machine.save_devices(image / DEVICES)
             stored = await asyncio.to_thread(memory.store_memory, machine.image_memory, image / MEMORY)
             synced = asyncio.to_thread(sync, [image / DEVICES, image / MEMORY])
@@ -170,7 +202,7 @@ class QemuDriver:
         finally:
             await machine.kill()
         await asyncio.to_thread(sync, [image / name for name in (MEMORY, "disk.raw", "boot.qcow2", self.disk_template)])
-        manifest.write(image, Manifest(shape, stored, disks.stored_bytes(image / "boot.qcow2"), NAME))
+        manifest.write(image, Manifest(shape, stored, disks.stored_bytes(image / "boot.qcow2"), NAME, made))
         code_bytes = int((image / "code_bytes").read_text(encoding="ascii"))
         return Sealed(stored, disks.stored_bytes(image / "disk.raw"), code_bytes, seeded)
 
@@ -238,7 +270,39 @@ class QemuDriver:
             image.name, image / "memory.raw", [image / "disk.raw", image / "boot.qcow2"], self._cgroups.joins(group)
         )
 
-    async def _spawn(self, image: str, shape: Shape, compose: Callable[[topology.Ends], topology.Command]) -> QemuMachine:
+    def _makes(self, shape: Shape) -> Provenance:
+        """What an image that boots now is made by. Raises OSError."""
+        root, (guest, agent) = self._root, self._assets.guest()
+        model = topology.processor(shape.accelerator)
+        return Provenance(NAME, root.version, root.machine, root.name, model, [], guest, agent, AGENT_PROTOCOL)
+
+    def _root_of(self, made: Provenance, what: str) -> Root:
+        """Raises Refused."""
+        if made.protocol > AGENT_PROTOCOL:
+            raise Refused(
+                f"the agent in {what} speaks protocol {made.protocol}, and this version of Torpor knows those up to {AGENT_PROTOCOL}: "
+                f"start the newer version again"
+            )
+        root = self._roots.of(made, self._root)
+        if root is None:
+            raise Refused(why_refused(what, made, self._roots.all()))
+        return root
+
+    async def _compare_processor(self, machine: QemuMachine, shape: Shape, made: Provenance, what: str) -> None:
+        """Once for each root and accelerator: what a guest sees is the same then. Raises Refused, QmpError."""
+        assert machine.record.made is not None
+        kind = (machine.record.made.root, shape.accelerator)
+        if kind not in self._processors:
+            self._processors[kind] = await machine.processor()
+        if missing := lacking(made.features, self._processors[kind]):
+            raise Refused(
+                f"{what} was made on a processor with features that this one has not (CPUID {', '.join(missing)}): "
+                f"it can be loaded on a host that has them"
+            )
+
+    async def _spawn(
+        self, image: str, shape: Shape, root: Path, made: Provenance, compose: Callable[[topology.Ends], topology.Command]
+    ) -> QemuMachine:  # fmt: skip
         """Raises Unavailable, which quotes a hypervisor that ended."""
         sandbox = self._sandboxes.allocate(shape)
         ours, theirs = socket.socketpair()
@@ -248,12 +312,12 @@ class QemuDriver:
         try:
             async with asyncio.timeout(_SPAWN_SECONDS):
                 with theirs:
-                    process = await self._execute(sandbox, shape, theirs.fileno(), state, compose)
+                    process = await self._execute(sandbox, shape, root, theirs.fileno(), state, compose)
                 while (pid := child_of(process.pid)) is None:
                     if process.returncode is not None:
                         raise Unavailable(f"it ended with code {process.returncode}")
                     await asyncio.sleep(0.0005)
-                record = Process(sandbox.vm, pid, syscalls.start_time(pid) or 0, image, sandbox.uid, shape=shape)
+                record = Process(sandbox.vm, pid, syscalls.start_time(pid) or 0, image, sandbox.uid, shape=shape, made=made)
                 machine = QemuMachine(record, sandbox.directory, self._network, lambda: self._remove(machine, sandbox), state, mapper)
                 self._machines.add(machine)
                 machine.save_record()
@@ -280,7 +344,7 @@ class QemuDriver:
         return machine
 
     async def _execute(
-        self, sandbox: VmSandbox, shape: Shape, mapper: int, state: int, compose: Callable[[topology.Ends], topology.Command]
+        self, sandbox: VmSandbox, shape: Shape, root: Path, mapper: int, state: int, compose: Callable[[topology.Ends], topology.Command]
     ) -> asyncio.subprocess.Process:
         """Raises OSError."""
         with contextlib.ExitStack() as ends:
@@ -289,7 +353,7 @@ class QemuDriver:
             command = compose(topology.Ends(qmp, agent, state))
             has_kvm = shape.accelerator == "kvm"
             return await asyncio.create_subprocess_exec(
-                *jail.command(self._assets.jail_root, self._cgroups.joins(sandbox.vm), sandbox.uid, has_kvm, command.arguments),
+                *jail.command(root, self._cgroups.joins(sandbox.vm), sandbox.uid, has_kvm, command.arguments),
                 pass_fds=[*command.descriptors, mapper], start_new_session=True, env={"PATH": jail.PATH, "TORPOR_MAPPER": str(mapper)},
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=stderr,
             )  # fmt: skip

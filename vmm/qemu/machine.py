@@ -17,7 +17,8 @@ BINARY = "/usr/bin/qemu-system-x86_64"
 AGENT_PORT = "torpor.agent"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 KERNEL_LINE = f"reboot=t {WORDS}"
-MACHINE = "q35,smm=off,vmport=off,sata=off,smbus=off,usb=off,graphics=off,memory-backend=m,suppress-vmdesc=on"
+# After the machine type, which has a version: an alias means another machine in another QEMU.
+MACHINE = "smm=off,vmport=off,sata=off,smbus=off,usb=off,graphics=off,memory-backend=m,suppress-vmdesc=on"
 ROOT_PORT = ["-device", "pcie-root-port,id=rp,addr=0x6,chassis=1,slot=1"]
 # A guest's flush need not reach the disk: a running session does not outlive its host, and what sleeps was synced by us.
 NO_FLUSH = {"no-flush": True}
@@ -63,11 +64,17 @@ class Command:
     descriptors: list[int] = field(default_factory=list)
 
 
-def _bare(accelerator: str, memory_mib: int, vcpus: int, backend: str) -> list[str]:
-    """The machine without any device. `backend`: what its memory is."""
-    processor = ["-accel", "kvm", "-cpu", "host"] if accelerator == "kvm" else ["-accel", "tcg,tb-size=64", "-cpu", "max,erms=off"]
+def processor(accelerator: str) -> str:
+    """The model that a guest sees."""
+    return "host" if accelerator == "kvm" else "max,erms=off"
+
+
+def _bare(accelerator: str, machine: str, memory_mib: int, vcpus: int, backend: str) -> list[str]:
+    """The machine without any device, of the type `machine`. `backend`: what its memory is."""
+    accel = "kvm" if accelerator == "kvm" else "tcg,tb-size=64"
     return [
-        BINARY, "-M", MACHINE, *processor, "-m", str(memory_mib), "-smp", str(vcpus), "-object", f"{backend},id=m,size={memory_mib}M",
+        BINARY, "-M", f"{machine},{MACHINE}", "-accel", accel, "-cpu", processor(accelerator),
+        "-m", str(memory_mib), "-smp", str(vcpus), "-object", f"{backend},id=m,size={memory_mib}M",
         "-nodefaults", "-no-user-config", "-nographic", "-sandbox", SANDBOX,
     ]  # fmt: skip
 
@@ -78,14 +85,14 @@ def _kernel(kernel: int, initrd: int, line: str) -> list[str]:
 
 def probe(accelerator: str, kernel: int, initrd: int) -> Command:
     """The machine that shows whether guests run: its init says so on standard output (vmm/probe.py)."""
-    bare = _bare(accelerator, PROBE_MIB, 1, "memory-backend-ram")
+    bare = _bare(accelerator, "q35", PROBE_MIB, 1, "memory-backend-ram")
     return Command([*bare, "-serial", "stdio", *_kernel(kernel, initrd, f"{KERNEL_LINE} {PROBE_WORDS}")], [kernel, initrd])
 
 
-def _common(shape: Shape, memory: int, share: bool, ends: Ends) -> list[str]:
+def _common(shape: Shape, machine: str, memory: int, share: bool, ends: Ends) -> list[str]:
     backend = f"memory-backend-file,mem-path=/proc/self/fd/{memory},share={'on' if share else 'off'}"
     return [
-        *_bare(shape.accelerator, shape.memory_mib, shape.vcpus, backend),
+        *_bare(shape.accelerator, machine, shape.memory_mib, shape.vcpus, backend),
         "-global", "migration.send-configuration=off", "-global", "migration.announce-rounds=0",
         "-chardev", f"socket,id=q,fd={ends.qmp},server=on,wait=off", "-mon", "chardev=q,mode=control",
         "-chardev", f"socket,id=c0,fd={ends.agent},server=on,wait=off",
@@ -117,11 +124,13 @@ def _file(set_id: int, read_only: bool) -> dict[str, object]:
     return {"driver": "file", "filename": f"/dev/fdset/{set_id}", "read-only": read_only, "drop-cache": False}
 
 
-def boot(shape: Shape, memory: int, programs: tuple[int, int] | None, tap: int, ends: Ends, console: int) -> Command:
+def boot(
+    shape: Shape, machine: str, memory: int, programs: tuple[int, int] | None, tap: int, ends: Ends, console: int
+) -> Command:  # fmt: skip
     """A machine whose memory becomes an image: shared, a NIC from the start, and a placeholder until it is given its disk. `programs`:
     kernel and initramfs; None where it goes on from a boot that was kept."""
     arguments = [
-        *_common(shape, memory, True, ends),
+        *_common(shape, machine, memory, True, ends),
         *(_kernel(*programs, KERNEL_LINE) if programs is not None else _WAITING),
         *_placeholder(shape),
         *ROOT_PORT,
@@ -139,11 +148,11 @@ def boot_disk() -> list[dict[str, object]]:
     ]
 
 
-def standby(shape: Shape, memory: int, base: int, boot_layer: int, placeholders: PlaceholderDevices, ends: Ends) -> Command:
+def standby(shape: Shape, machine: str, memory: int, base: int, boot_layer: int, placeholders: PlaceholderDevices, ends: Ends) -> Command:
     """The same machine, waiting for a session: all in place but what the session brings, and nothing to boot."""
     overlay = {**_file(3, False), "cache": NO_FLUSH}
     arguments = [
-        *_common(shape, memory, False, ends),
+        *_common(shape, machine, memory, False, ends),
         "-add-fd", f"fd={base},set=1", "-add-fd", f"fd={boot_layer},set=2", "-add-fd", f"fd={placeholders.disk},set=3",
         *_block(driver="raw", node_name="base", read_only=True, file=_file(1, True)),
         *_block(driver="qcow2", node_name="img", read_only=True, file=_file(2, True), backing="base"),

@@ -112,6 +112,15 @@ class QemuMachine:
     def save_record(self) -> None:
         sandboxes.save_record(self._directory, self.record)
 
+    async def processor(self) -> list[str]:
+        """The words of CPUID that the guest sees. Raises QmpError."""
+        (first, *_) = await self.qmp.run("query-cpus-fast")
+        words = await self.qmp.run("qom-get", path=first["qom-path"], property="feature-words")
+        return [
+            f"{one['cpuid-input-eax']:x}.{one.get('cpuid-input-ecx', 0):x}.{one['cpuid-register']}={one['features']:x}"
+            for one in words if one["features"]
+        ]  # fmt: skip
+
     async def status(self) -> str:
         answer = await self.qmp.run("query-status")
         return str(answer["status"])
@@ -146,6 +155,7 @@ class QemuMachine:
         tap = await self._network.tap(link)
         try:
             manifest = diffs.read_manifest(snapshot) if (snapshot / diffs.MANIFEST).exists() else None
+            self._check_maker(manifest)
             await asyncio.to_thread(self._put_in, tap, snapshot, overlay, manifest)
         finally:
             os.close(tap)
@@ -165,6 +175,15 @@ class QemuMachine:
         if self.record.unchecked:
             await asyncio.to_thread(diffs.verify_whole, Path(self.record.unchecked))
             self.record.unchecked = ""
+
+    def _check_maker(self, manifest: Manifest | None) -> None:
+        """A sleeper was saved by a hypervisor of its image's version, unless it came from elsewhere. Raises Refused."""
+        made, ours = manifest.made if manifest is not None else None, self.record.made
+        if made is not None and ours is not None and (made.version, made.machine) != (ours.version, ours.machine):
+            raise Refused(
+                f"session {self.record.session} was saved by {made.in_words()} ({made.machine}), which alone can load it, "
+                f"and its image runs under {ours.in_words()} ({ours.machine})"
+            )
 
     def _put_in(self, tap: int, snapshot: Path, overlay: Path, manifest: Manifest | None) -> None:
         """Raises VmmError, OSError."""
