@@ -238,11 +238,12 @@ class HostState(msgspec.Struct):
 
 
 class Ended(msgspec.Struct):
-    """vmm -> control: a session's hypervisor ended by itself."""
+    """vmm -> control: a session's hypervisor ended by itself. `has_run`: its guest had been told to run."""
 
     session: str
     incarnation: int
     reason: str
+    has_run: bool = True
 
 
 class Step(msgspec.Struct):

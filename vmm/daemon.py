@@ -25,8 +25,9 @@ from gateway.tasks import Tasks
 from . import disks, drivers, syscalls
 from .builds import Builder, BuildSettings
 from .cgroups import Cgroups
+from .diffs import Manifest
 from .driver import Machine
-from .errors import Damaged, Ended, Missing, Refused, Unavailable, VmmError, not_written, unreadable
+from .errors import Damaged, Ended, Missing, NeverRan, Refused, Unavailable, VmmError, not_written, unreadable
 from .network import Link, Network
 from .quarantine import Quarantine
 from .snapshots import Snapshots
@@ -47,6 +48,7 @@ class _Held:
     link: Link
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     expected: bool = False  # its end was asked for
+    has_run: bool = True  # its guest was told to run, as this incarnation
     parked: bool = False  # edges hold connections in its link, which outlives it
 
 
@@ -268,10 +270,13 @@ class Vmm:
 
     async def rpc_start(self, connection: Connection, body: m.StartRequest) -> Reply:
         """Lets a prepared session run. From here on its snapshot is void."""
+        if body.session not in self._sessions:
+            raise NeverRan(f"the hypervisor that was prepared for session {body.session} is gone")
         held = self.held(body.session, body.incarnation)
         async with held.lock:
             if held.machine.record.phase == "running":
                 return Reply(None, [await held.machine.agent()])
+            held.has_run = True
             channel = await held.machine.resume(body.wake)
         self._spawn(self._void(held, body.incarnation))
         return Reply(None, [channel])
@@ -302,8 +307,12 @@ class Vmm:
         held = self.held(body.session, body.incarnation)
         async with held.lock:
             started = time.monotonic()
-            steps = held.machine.steps = self._trace(body.session, "suspend")
             overlay = self.snapshots.overlay(body.session)
+            if held.machine.record.phase == "stopped":  # asked again: the answer may have come too late
+                made = await asyncio.to_thread(self.snapshots.made, body.session, body.incarnation)
+                if made is not None:
+                    return _suspended(made, overlay, started)
+            steps = held.machine.steps = self._trace(body.session, "suspend")
             work = self.snapshots.begin(body.session)
             try:
                 written = await held.machine.save(work)
@@ -320,9 +329,7 @@ class Vmm:
                     what = f"the snapshot of session {body.session}"
                     raise not_written(error, what, f"session {body.session} could not be saved") from error
                 raise
-            pages = sum(one.size for one in manifest.files if one.name.endswith(".pages"))
-            rest = sum(one.size for one in manifest.files) - pages
-            return m.Suspended(pages, rest, disks.stored_bytes(overlay), time.monotonic() - started)
+            return _suspended(manifest, overlay, started)
 
     async def rpc_leave(self, connection: Connection, body: None) -> None:
         """The service stops: what is paused ends, what is parked is let go. Everything of it is on the disk."""
@@ -379,7 +386,7 @@ class Vmm:
     def _warm_up(self, held: _Held, incarnation: int) -> None:
         """The paused process becomes the session's next incarnation, as if it had been loaded from the snapshot."""
         held.machine.steps = self._trace(held.machine.record.session, "resume, warm")
-        held.expected = held.parked = False
+        held.expected = held.parked = held.has_run = False
         held.machine.record.incarnation = incarnation
         held.machine.record.phase = "prepared"
         held.machine.save_record()
@@ -455,7 +462,7 @@ class Vmm:
         return held
 
     def hold(self, session: str, machine: Machine, link: Link) -> _Held:
-        held = _Held(machine, link)
+        held = _Held(machine, link, has_run=machine.record.phase != "prepared")
         self._sessions[session] = held
         self._spawn(self._watch(held))
         return held
@@ -468,7 +475,8 @@ class Vmm:
                 await self.let_go(session, held)
             return
         log.warning("hypervisor.ended", session=session, vm=held.machine.record.vm)
-        ended = m.Ended(session, held.machine.record.incarnation, "The hypervisor of the MicroVM stopped unexpectedly.")
+        reason = "The hypervisor of the MicroVM stopped unexpectedly."
+        ended = m.Ended(session, held.machine.record.incarnation, reason, held.has_run)
         try:
             await self.let_go(session, held)
         finally:
@@ -531,3 +539,9 @@ class Vmm:
         """Enough of it for hypervisors that only wait."""
         limits = self.settings.limits
         return memory_available_bytes() > (2 * limits.reserve_mib + 4 * limits.growth_mib) << 20
+
+
+def _suspended(manifest: Manifest, overlay: Path, started: float) -> m.Suspended:
+    pages = sum(one.size for one in manifest.files if one.name.endswith(".pages"))
+    rest = sum(one.size for one in manifest.files) - pages
+    return m.Suspended(pages, rest, disks.stored_bytes(overlay), time.monotonic() - started)

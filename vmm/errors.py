@@ -24,6 +24,10 @@ class DiskFull(Unavailable):
     """A file could not be written for want of room."""
 
 
+class NeverRan(Unavailable):
+    """The hypervisor that was prepared for an incarnation is gone before its guest was told to run: what was saved before is good."""
+
+
 class Refused(VmmError):
     """The hypervisor of this host cannot load what another one, or another version, wrote; the text says what could."""
 

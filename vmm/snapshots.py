@@ -86,6 +86,11 @@ class Snapshots:
                 return place
         raise Missing(f"session {session} has lost diffs {chain} that its memory is made of")
 
+    def made(self, session: str, incarnation: int) -> Manifest | None:
+        """Returns what the snapshot of an incarnation holds, where it is whole. Raises VmmError, OSError for one that cannot be read."""
+        path = self.of(session) / f"{_PREFIX}{incarnation}"
+        return diffs.read_manifest(path) if path.exists() else None
+
     # ---- what becomes of one ----
 
     def started(self, session: str, incarnation: int) -> None:

@@ -6,6 +6,7 @@ Service reference, section 5: HTTP/1.1, `Host: localhost:<port>`, success is 200
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import Awaitable, Callable
 
@@ -13,11 +14,13 @@ import httptools
 import msgspec
 
 from gateway.reach import reach
+from gateway.rpc import RpcError
 
 DEFAULT_PORT = 9000
 PATH = "/aws/lambda-microvms/runtime/v1/"
 _REQUEST_ID_FIELD = "x-amzn-requestid"
 _RETRY_SECONDS = 0.05
+_HOST_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 _RESPONSE_MAX_BYTES = 1 << 20
 
 Connect = Callable[[], Awaitable[socket.socket]]
@@ -69,7 +72,8 @@ async def ask(connect: Connect, port: int, request: str, fields: str = "", body:
 
 
 async def call(connect: Connect, name: str, port: int, seconds: float, request_id: str, payload: object = None) -> None:
-    """Calls a runtime hook (run, resume, suspend, terminate), once. Raises HookError in the recorded words."""
+    """Calls a runtime hook (run, resume, suspend, terminate), once. Raises HookError in the recorded words, RpcError for what this host,
+    and not the application, lacked."""
     body = b"" if payload is None else msgspec.json.encode(payload)
     try:
         async with asyncio.timeout(seconds):
@@ -79,6 +83,8 @@ async def call(connect: Connect, name: str, port: int, seconds: float, request_i
     except ConnectionRefusedError as error:
         raise HookError("connection was refused") from error
     except OSError as error:
+        if error.errno in _HOST_ERRORS:
+            raise RpcError("Unavailable", f"the {name} hook could not be called: {error}") from error
         raise HookError("failed") from error
     if status != 200:
         raise HookError(f"returned HTTP status {status}", status)

@@ -1,8 +1,13 @@
-"""What control asks of vmm: its calls, typed, with their deadlines. The only place that knows them."""
+"""What control asks of vmm: its calls, typed, with their deadlines. The only place that knows them.
+
+Deadlines of calls that read or write a session's files grow with their bytes. One that passes says nothing of what became of the call
+(RpcLost): it is asked again, because every call is idempotent, and never taken for a failure.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -13,7 +18,9 @@ from gateway import messages as m
 from gateway.observe.room import disk_free_bytes, memory_available_bytes
 from gateway.rpc import Client, RpcError, RpcLost
 
+_SLOW_BYTES = 8 << 20  # a second: of a disk that many sessions write to at once
 _PREPARE_SECONDS = 60.0
+_START_SECONDS = 30.0
 _SUSPEND_SECONDS = 120.0
 _BUILD_SECONDS = 2000.0
 _BOOT_SECONDS = 60.0
@@ -21,25 +28,47 @@ _SEAL_SECONDS = 180.0
 _DELETE_SECONDS = 60.0
 _ARCHIVE_SECONDS = 600.0
 _AWAY_RETRY_SECONDS = 0.2
-_AWAY_TRIES = 100
+_AWAY_SECONDS = 20.0
+_ENDS = frozenset({"Damaged", "Missing", "Ended"})
 T = TypeVar("T")
 
-__all__ = ["Host", "RpcError", "RpcLost", "patiently"]
+__all__ = ["Host", "RpcError", "RpcLost", "ends_session", "grown", "is_refused", "patiently"]
 
 
 async def patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """Asks again while vmm is away: it restarts, and every call is idempotent."""
-    for _ in range(_AWAY_TRIES):
+    """Asks again while vmm is away: it restarts, and every call is idempotent. Raises RpcLost after a while; a call that itself takes
+    longer is asked twice."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + _AWAY_SECONDS
+    for attempt in itertools.count():
         try:
             return await call()
-        except RpcLost:
+        except RpcLost as error:
+            if attempt and loop.time() > end:
+                raise RpcLost(f"the host does not answer ({error})") from error
             await asyncio.sleep(_AWAY_RETRY_SECONDS)
-    raise RpcLost("vmm did not come back")
+    raise AssertionError
+
+
+def ends_session(error: Exception) -> bool:
+    """Whether an error says that there is no way on for a session (vmm/errors.py): its files are damaged or not there, or the hypervisor
+    in which it ran is gone. Every other error, also one that nobody knows, passes."""
+    return isinstance(error, RpcError) and error.kind in _ENDS
+
+
+def is_refused(error: Exception) -> bool:
+    """Whether this host's hypervisor cannot load what another one wrote; the text says what could."""
+    return isinstance(error, RpcError) and error.kind == "Refused"
+
+
+def grown(seconds: float, size: int) -> float:
+    """A deadline for a call that has so many bytes to read or write."""
+    return seconds + size / _SLOW_BYTES
 
 
 class Host:
-    """Calls vmm. Every call raises RpcError with the host's words (kind: a class of vmm/errors.py), or
-    RpcLost when vmm is away."""
+    """Calls vmm. Every call raises RpcError with the host's words (its kind is a class of vmm/errors.py), or RpcLost when vmm is away or
+    silent. `size`: the bytes that a call may have to read or write."""
 
     def __init__(self, client: Client, root: Path) -> None:
         """Makes the caller; `root` is where the host keeps what it stores."""
@@ -65,19 +94,19 @@ class Host:
         return await self._client.call("effort", m.SessionRef(session, incarnation), m.Effort)  # type: ignore[no-any-return]
 
     async def prepare(
-        self, session: str, incarnation: int, image: str, from_snapshot: bool, egress: m.EgressRules | None = None
+        self, session: str, incarnation: int, image: str, from_snapshot: bool, egress: m.EgressRules | None = None, size: int = 0
     ) -> None:  # fmt: skip
         request = m.PrepareRequest(session, incarnation, image, from_snapshot, egress)
-        await self._client.call("prepare", request, timeout=_PREPARE_SECONDS)
+        await self._client.call("prepare", request, timeout=grown(_PREPARE_SECONDS, size))
 
     async def services(self, session: str, incarnation: int) -> list[socket.socket]:
         """Returns the sockets in the session's network on which the guest asks: for metadata (TCP), for names (UDP, TCP)."""
         _, descriptors = await self._client.call_with_descriptors("services", m.SessionRef(session, incarnation))
         return [socket.socket(fileno=descriptor) for descriptor in descriptors]
 
-    async def start(self, session: str, incarnation: int, wake: bytes) -> int:
-        """Lets a prepared session run; returns the agent's channel."""
-        return await self._descriptor("start", m.StartRequest(session, incarnation, wake))
+    async def start(self, session: str, incarnation: int, wake: bytes, size: int = 0) -> int:
+        """Lets a prepared session run; returns the agent's channel, when its files have been compared with their checksums."""
+        return await self._descriptor("start", m.StartRequest(session, incarnation, wake), grown(_START_SECONDS, size))
 
     async def claim(self, ahead: str, session: str, incarnation: int, egress: m.EgressRules | None) -> None:
         """Makes a microVM that ran ahead this session, prepared."""
@@ -94,8 +123,9 @@ class Host:
         """Returns an unconnected, non-blocking TCP socket inside the session's network."""
         return socket.socket(fileno=await self._descriptor("sockets", m.SocketsRequest(session, incarnation, 1)))
 
-    async def suspend(self, session: str, incarnation: int) -> m.Suspended:
-        return await self._client.call("suspend", m.SessionRef(session, incarnation), m.Suspended, timeout=_SUSPEND_SECONDS)  # type: ignore[no-any-return]
+    async def suspend(self, session: str, incarnation: int, size: int = 0) -> m.Suspended:
+        seconds = grown(_SUSPEND_SECONDS, size)
+        return await self._client.call("suspend", m.SessionRef(session, incarnation), m.Suspended, timeout=seconds)  # type: ignore[no-any-return]
 
     async def traces(self, session: str) -> list[m.Trace]:
         """Returns the host's part of the last launch or resume, and of the last suspend."""
@@ -105,14 +135,14 @@ class Host:
         """Ends what is paused and what is kept for parked streams: the service stops, and its workers with it."""
         await self._client.call("leave", None, timeout=_DELETE_SECONDS)
 
-    async def pack(self, session: str, incarnation: int, target: int) -> m.Packed:
+    async def pack(self, session: str, incarnation: int, target: int, size: int = 0) -> m.Packed:
         """Writes to an open file. A duplicate of its descriptor is given away."""
-        request = m.PackRequest(session, incarnation)
-        return await self._client.call("pack", request, m.Packed, timeout=_ARCHIVE_SECONDS, descriptors=[os.dup(target)])  # type: ignore[no-any-return]
+        request, seconds = m.PackRequest(session, incarnation), grown(_ARCHIVE_SECONDS, size)
+        return await self._client.call("pack", request, m.Packed, timeout=seconds, descriptors=[os.dup(target)])  # type: ignore[no-any-return]
 
-    async def unpack(self, session: str, digest: str, source: int) -> None:
-        request = m.UnpackRequest(session, digest)
-        await self._client.call("unpack", request, timeout=_ARCHIVE_SECONDS, descriptors=[os.dup(source)])
+    async def unpack(self, session: str, digest: str, source: int, size: int = 0) -> None:
+        request, seconds = m.UnpackRequest(session, digest), grown(_ARCHIVE_SECONDS, size)
+        await self._client.call("unpack", request, timeout=seconds, descriptors=[os.dup(source)])
 
     async def unpause(self, session: str, incarnation: int) -> None:
         await self._client.call("unpause", m.SessionRef(session, incarnation))

@@ -40,9 +40,10 @@ class _Work:
     """Keeps a session's one task; and the one that ends the hypervisor of a session that sleeps, or archives it, which is not stopped: who
     wakes or ends the session waits for it."""
 
-    __slots__ = ("at_rest", "task")
+    __slots__ = ("at_rest", "failures", "task")
 
     def __init__(self) -> None:
+        self.failures = 0  # resumes that failed, one after the other
         self.task: asyncio.Task[None] | None = None
         self.at_rest: asyncio.Task[None] | None = None
 
@@ -93,16 +94,19 @@ class Lifecycle:
 
     def _entered(self, session: Session, action: Action, event: Event) -> None:
         if action is Action.OPEN:
+            self._work_of(session).failures = 0
             self._opened(session)
-        elif action in (Action.SAVE, Action.REST, Action.WAKE, Action.DESTROY):
+        elif action in (Action.SAVE, Action.REST, Action.WAKE, Action.DESTROY, Action.SET_ASIDE):
             work = self._work_of(session)
             self.timers.clear(session, Deadline.IDLE, Deadline.ARCHIVE)
-            if action is Action.DESTROY:
+            if action in (Action.DESTROY, Action.SET_ASIDE):
                 self.timers.clear(session, Deadline.WINDOW, Deadline.LIFETIME)
                 if work.task not in (None, work.at_rest, asyncio.current_task()):
                     work.task.cancel()
             before = work.at_rest if work.at_rest is not None and not work.at_rest.done() else None
             self._start(session, lambda: self.actions.carry_out(session, action, event, before), event, is_at_rest=action is Action.REST)
+        if session.state in (State.RUNNING, State.SUSPENDED, State.TERMINATING):
+            self.timers.clear(session, Deadline.OVERDUE)
         if session.state is State.TERMINATED:
             self.ended(session)
 
@@ -114,6 +118,8 @@ class Lifecycle:
         work.task = self.tasks.spawn(self._conclude(session, act, event))
         if is_at_rest:
             work.at_rest = work.task
+        if session.state in (State.PENDING, State.RESUMING, State.SUSPENDING):
+            self.timers.watch_work(session, self.actions.bound(session))
 
     async def _conclude(self, session: Session, act: Callable[[], Awaitable[Outcome]], event: Event | None) -> None:
         """Acts, and applies what becomes of the action, which an event started."""
@@ -130,7 +136,14 @@ class Lifecycle:
         elif end is End.POSTPONED:
             self.timers.archive_later(session)
         if event is Event.REQUEST and session.state is State.SUSPENDED:  # it could not be resumed for who still waits
-            self.timers.retry_later(session)
+            self._retry(session)
+
+    def _retry(self, session: Session) -> None:
+        """A refusal stays one until somebody has changed something: nobody is held for it, and nothing is tried by itself."""
+        if not session.refusal:
+            work = self._work_of(session)
+            work.failures += 1
+            self.timers.retry_later(session, work.failures)
 
     def _work_of(self, session: Session) -> _Work:
         work = self._work.get(session.id)
@@ -169,7 +182,8 @@ class Lifecycle:
         """Lists a terminated session for a while; then its row goes."""
         self.channels.close(session)
         self._forget(session)
-        self.timers.watch_purge(session)
+        if not session.is_aside:  # whose row goes when its files do (quarantine.py)
+            self.timers.watch_purge(session)
 
     def discard(self, session: Session) -> None:
         """Discards a session that could not be stored, of which nobody was told."""
@@ -200,10 +214,23 @@ class Lifecycle:
             self._start(session, lambda: self.actions.store_archive(session), is_at_rest=True)
         elif deadline is Deadline.RETRY and session.state is State.SUSPENDED:
             self.tasks.spawn(self.request(session))
+        elif deadline is Deadline.OVERDUE:
+            self._overdue(session)
         elif deadline is Deadline.PURGE:
             self.routes.remove(session)
             self.store.drop_session(session)
             self.tasks.spawn(self.store.commit())
+
+    def _overdue(self, session: Session) -> None:
+        """Whatever a launch, resume or suspend waits for, it has an end, with a reason."""
+        work = self._work_of(session)
+        if session.state not in (State.PENDING, State.RESUMING, State.SUSPENDING):
+            return
+        log.error("work.overdue", session=session.id, state=session.state.value, last=self.actions.last_step(session))
+        if work.task is not None:
+            work.task.cancel()
+        before = work.task
+        self._start(session, lambda: self.actions.overdue(session, before))
 
     def _idle_due(self, session: Session) -> None:
         if session.state is not State.RUNNING or session.idle_policy is None:
@@ -227,12 +254,12 @@ class Lifecycle:
 
     async def request(self, session: Session) -> None:
         """Has this session resumed, for which a request is held."""
-        if session.state is State.SUSPENDED and not session.resumes_on_request:
+        if session.state is State.SUSPENDED and (not session.resumes_on_request or session.refusal):
             return
         if session.state is State.SUSPENDING and self.transitions.is_request_deferred(session):
             return
         if session.state is State.SUSPENDED and not await self._take_room(session):
-            self.timers.retry_later(session)
+            self._retry(session)
             return
         await self.fire(session, Event.REQUEST)
 
@@ -246,8 +273,9 @@ class Lifecycle:
         return False
 
     def hypervisor_ended(self, ended: Ended) -> None:
+        """One that had not run its guest yet costs nothing: who is about to start it hears that it is gone."""
         session = self.store.sessions.get(ended.session)
-        if session is not None and session.incarnation == ended.incarnation:
+        if session is not None and session.incarnation == ended.incarnation and ended.has_run:
             self.post(session, Event.LOST, ended.reason)
 
     def exited(self, session: Session, code: int) -> None:

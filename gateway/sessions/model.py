@@ -72,6 +72,9 @@ class Session(msgspec.Struct):
     archived: Archived | None = None
     parked: int = 0  # streams that the edges hold while it sleeps
     accelerator: str = "tcg"
+    is_aside: bool = False  # it ended by an error, and its files are in the quarantine, or on their way there
+    refusal: str = ""  # why this host's hypervisor cannot load it, and which could; nobody is held for it meanwhile
+    aside_seconds: float = 0.0  # in the quarantine, which are none of its lifetime
 
     @property
     def account(self) -> str:
@@ -79,7 +82,7 @@ class Session(msgspec.Struct):
 
     @property
     def expires_at(self) -> float:
-        return self.started_at + self.max_duration
+        return self.started_at + self.max_duration + self.aside_seconds
 
     @property
     def resumes_on_request(self) -> bool:

@@ -18,6 +18,7 @@ async def recover(lifecycle: Lifecycle, state: HostState) -> None:
     sessions = lifecycle.store.sessions
     held = {host_session.session: host_session for host_session in state.sessions}
     for session in sessions.values():
+        session.refusal = ""  # this host's hypervisor may be another one by now
         lifecycle.routes.publish(session)
     for session in list(sessions.values()):
         if session.state is State.TERMINATED:

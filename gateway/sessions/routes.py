@@ -34,7 +34,7 @@ def gate(session: Session) -> str:
         return OPEN
     if session.state in (State.PENDING, State.RESUMING, State.SUSPENDING):
         return HOLD
-    if session.state is State.SUSPENDED and session.resumes_on_request:
+    if session.state is State.SUSPENDED and session.resumes_on_request and not session.refusal:
         return HOLD
     return REFUSE
 

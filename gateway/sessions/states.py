@@ -4,6 +4,9 @@
 
 A cell says what an event means in a state: the next state and what is then done. A missing cell is a mistake of ours.
 RESUMING is ours: users read SUSPENDED until the resume hook has answered (service reference, 2.1).
+
+Two ways lead out. DESTROY is the user's word (TerminateMicrovm), the policy's (window, lifetime), or the application's own end; SET_ASIDE
+is what every error ends in that cannot be got over: the files stay, and `torpor recover` may bring the session back.
 """
 
 from __future__ import annotations
@@ -55,6 +58,8 @@ class Event(StrEnum):
     # what happens by itself
     EXITED = "exited"
     LOST = "lost"
+    # the operator's word
+    RECOVERED = "recovered"  # its files are back from the quarantine
 
 
 class Action(StrEnum):
@@ -64,6 +69,7 @@ class Action(StrEnum):
     REST = "rest"  # the hypervisor goes, the suspended window starts
     WAKE = "wake"  # load, start, hook
     DESTROY = "destroy"  # terminate hook where the guest runs, then everything goes
+    SET_ASIDE = "set_aside"  # the hypervisor goes, and the files go to the quarantine: no error deletes what was saved
     DEFER = "defer"  # acted on when the action under way has ended
     CONFLICT = "conflict"  # 409
     REFUSE = "refuse"  # 400: terminated
@@ -71,9 +77,10 @@ class Action(StrEnum):
 
 _S, _E, _A = State, Event, Action
 _END = (_S.TERMINATING, _A.DESTROY)
+_ASIDE = (_S.TERMINATING, _A.SET_ASIDE)
 
 TABLE: dict[tuple[State, Event], tuple[State, Action]] = {
-    # PENDING: restored from the image, its run hook not answered yet
+    # PENDING: restored from the image, its run hook not answered yet; nothing of it was saved
     (_S.PENDING, _E.SUSPEND): (_S.PENDING, _A.CONFLICT),
     (_S.PENDING, _E.RESUME): (_S.PENDING, _A.NONE),
     (_S.PENDING, _E.TERMINATE): _END,
@@ -91,7 +98,7 @@ TABLE: dict[tuple[State, Event], tuple[State, Action]] = {
     (_S.RUNNING, _E.IDLE): (_S.SUSPENDING, _A.SAVE),
     (_S.RUNNING, _E.EXPIRED): _END,
     (_S.RUNNING, _E.EXITED): _END,
-    (_S.RUNNING, _E.LOST): _END,
+    (_S.RUNNING, _E.LOST): _ASIDE,
     # SUSPENDING: what would end it waits for the snapshot, because a guest half saved cannot be asked anything
     (_S.SUSPENDING, _E.SUSPEND): (_S.SUSPENDING, _A.NONE),
     (_S.SUSPENDING, _E.RESUME): (_S.SUSPENDING, _A.DEFER),
@@ -101,9 +108,9 @@ TABLE: dict[tuple[State, Event], tuple[State, Action]] = {
     (_S.SUSPENDING, _E.SAVED): (_S.SUSPENDED, _A.REST),
     (_S.SUSPENDING, _E.CALLED_OFF): (_S.RUNNING, _A.OPEN),
     (_S.SUSPENDING, _E.NOT_SAVED): (_S.RUNNING, _A.OPEN),
-    (_S.SUSPENDING, _E.FAILED): _END,
+    (_S.SUSPENDING, _E.FAILED): _ASIDE,
     (_S.SUSPENDING, _E.EXITED): _END,
-    (_S.SUSPENDING, _E.LOST): _END,
+    (_S.SUSPENDING, _E.LOST): _ASIDE,
     # SUSPENDED
     (_S.SUSPENDED, _E.SUSPEND): (_S.SUSPENDED, _A.NONE),
     (_S.SUSPENDED, _E.RESUME): (_S.RESUMING, _A.WAKE),
@@ -111,7 +118,7 @@ TABLE: dict[tuple[State, Event], tuple[State, Action]] = {
     (_S.SUSPENDED, _E.TERMINATE): _END,
     (_S.SUSPENDED, _E.WINDOW_OVER): _END,
     (_S.SUSPENDED, _E.EXPIRED): _END,
-    (_S.SUSPENDED, _E.LOST): _END,
+    (_S.SUSPENDED, _E.LOST): _ASIDE,
     # RESUMING: before the guest runs its snapshot is still good, so a failure leads back
     (_S.RESUMING, _E.SUSPEND): (_S.RESUMING, _A.DEFER),
     (_S.RESUMING, _E.RESUME): (_S.RESUMING, _A.NONE),
@@ -120,9 +127,9 @@ TABLE: dict[tuple[State, Event], tuple[State, Action]] = {
     (_S.RESUMING, _E.EXPIRED): _END,
     (_S.RESUMING, _E.RESUMED): (_S.RUNNING, _A.OPEN),
     (_S.RESUMING, _E.NOT_RESUMED): (_S.SUSPENDED, _A.NONE),
-    (_S.RESUMING, _E.FAILED): _END,
+    (_S.RESUMING, _E.FAILED): _ASIDE,
     (_S.RESUMING, _E.EXITED): _END,
-    (_S.RESUMING, _E.LOST): _END,
+    (_S.RESUMING, _E.LOST): _ASIDE,
     # TERMINATING
     (_S.TERMINATING, _E.SUSPEND): (_S.TERMINATING, _A.REFUSE),
     (_S.TERMINATING, _E.RESUME): (_S.TERMINATING, _A.REFUSE),
@@ -132,13 +139,16 @@ TABLE: dict[tuple[State, Event], tuple[State, Action]] = {
     (_S.TERMINATED, _E.SUSPEND): (_S.TERMINATED, _A.REFUSE),
     (_S.TERMINATED, _E.RESUME): (_S.TERMINATED, _A.REFUSE),
     (_S.TERMINATED, _E.TERMINATE): (_S.TERMINATED, _A.NONE),
+    (_S.TERMINATED, _E.RECOVERED): (_S.SUSPENDED, _A.NONE),
 }
 
 CALLS = frozenset({_E.SUSPEND, _E.RESUME, _E.TERMINATE})
+# What is taken back where it cannot be stored: its caller is told, and may ask again. Whatever else happens has happened.
+REVOCABLE = CALLS | {_E.RECOVERED}
 
 # What may still come when a session is over or has moved on, and then means nothing.
 LATE = frozenset({_E.IDLE, _E.WINDOW_OVER, _E.EXPIRED, _E.REQUEST, _E.EXITED, _E.LOST, _E.FAILED, _E.STARTED, _E.SAVED,
-                  _E.CALLED_OFF, _E.NOT_SAVED, _E.RESUMED, _E.NOT_RESUMED, _E.CLEANED})  # fmt: skip
+                  _E.CALLED_OFF, _E.NOT_SAVED, _E.RESUMED, _E.NOT_RESUMED, _E.CLEANED, _E.RECOVERED})  # fmt: skip
 
 
 class IllegalTransition(Exception):

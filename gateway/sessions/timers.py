@@ -12,6 +12,7 @@ from .model import Session
 
 _TERMINATED_KEPT_SECONDS = 3600.0  # reference: at least 20 minutes
 _RETRY_SECONDS = 1.0
+_RETRY_MOST_SECONDS = 8.0
 
 
 class Deadline(StrEnum):
@@ -20,6 +21,7 @@ class Deadline(StrEnum):
     LIFETIME = "lifetime"
     RETRY = "retry"  # a resume that could not be made is tried again
     ARCHIVE = "archive"  # a session has slept for so long that it is moved to the object store
+    OVERDUE = "overdue"  # a launch, resume or suspend has not got on for longer than all that bounds its steps
     PURGE = "purge"  # a terminated session is not listed any more
 
 
@@ -55,9 +57,13 @@ class Timers:
         """Tries later to archive a session that cannot be archived now."""
         self._set(session, Deadline.ARCHIVE, self._timer.time() + self._archive_after)
 
-    def retry_later(self, session: Session) -> None:
-        """Tries later a resume that could not be made now; what is held is tried again until the edges give up."""
-        self._set(session, Deadline.RETRY, self._timer.time() + _RETRY_SECONDS)
+    def retry_later(self, session: Session, failures: int = 1) -> None:
+        """Tries later a resume that could not be made now; what is held is tried again until the edges give up, less and less often."""
+        self._set(session, Deadline.RETRY, self._timer.time() + min(_RETRY_SECONDS * 2 ** min(failures - 1, 10), _RETRY_MOST_SECONDS))
+
+    def watch_work(self, session: Session, seconds: float) -> None:
+        """Sets the deadline of a launch, resume or suspend that begins now."""
+        self._set(session, Deadline.OVERDUE, self._timer.time() + seconds)
 
     def watch_purge(self, session: Session) -> None:
         self._set_wall(session, Deadline.PURGE, (session.terminated_at or self._clock()) + _TERMINATED_KEPT_SECONDS)

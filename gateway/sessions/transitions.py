@@ -20,12 +20,13 @@ from gateway.tasks import Tasks
 
 from .model import Session
 from .routes import Gate, Routes
-from .states import CALLS, Action, Event, State, step
+from .states import REVOCABLE, Action, Event, State, step
 from .store import Store, StoreError
 
 log = structlog.get_logger()
 
 _STORE_RETRY_SECONDS = 1.0
+_RECOVERED_SECONDS = 3600.0
 _FIRST_SECONDS = 0.03  # for the requests that were held: what is then stored says no more than that they could be let through
 
 
@@ -87,16 +88,24 @@ class Transitions:
             if action is Action.DEFER:
                 moves.deferred.append(event)
             if new is not old:
-                await self._enter(session, new, old, event, detail)
+                await self._enter(session, new, old, event, detail, action)
                 self._entered(session, action, event)
             return action
 
-    async def _enter(self, session: Session, new: State, old: State, event: Event, detail: str) -> None:
+    async def _enter(self, session: Session, new: State, old: State, event: Event, detail: str, action: Action) -> None:
+        before = (session.reason, session.terminated_at, session.is_aside, session.aside_seconds)
         session.state = new
         if new is State.TERMINATING:
             session.reason = detail or session.reason
-        if new is State.TERMINATED:
+            session.is_aside = action is Action.SET_ASIDE
+        elif new is State.TERMINATED:
             session.terminated_at = self._clock()
+        elif event is Event.NOT_RESUMED:
+            session.reason = detail or session.reason
+        elif event is Event.RESUMED:
+            session.reason, session.refusal = None, ""
+        elif event is Event.RECOVERED:
+            self._come_back(session)
         self._observer.transition(event)
         # That this incarnation runs was stored before it did, and a control that starts finds it running: its requests need not wait
         # for the commit, nor share a processor with it.
@@ -111,12 +120,25 @@ class Transitions:
             note()
         # A resume is stored when its snapshot has been loaded and the guest is about to run: until then the snapshot is
         # good, and a crash must find the session SUSPENDED.
-        if new is not State.RESUMING and not (old is State.RESUMING and new is State.SUSPENDED):
-            await self._commit(session, event, old, detail, partial(self._begin_gate, session) if event is Event.SUSPEND else None)
+        is_as_stored = old is State.RESUMING and new is State.SUSPENDED and self._of(session).stored is not State.RESUMING
+        if new is not State.RESUMING and not is_as_stored:
+            try:
+                await self._commit(session, event, old, detail, partial(self._begin_gate, session) if event is Event.SUSPEND else None)
+            except StoreError:
+                session.reason, session.terminated_at, session.is_aside, session.aside_seconds = before
+                raise
         elif new is State.RESUMING:
             self._of(session).stored = old
         if new is not State.SUSPENDING and not is_open:  # whose gate is closed, and answers counted, by its action
             self._routes.publish(session)
+
+    def _come_back(self, session: Session) -> None:
+        """The time that a session was in the quarantine is none of its lifetime, of which an hour is left at least: who brought it back
+        has something to do with it."""
+        now = self._clock()
+        session.aside_seconds += now - (session.terminated_at or now)
+        session.aside_seconds += max(0.0, now + _RECOVERED_SECONDS - session.expires_at)
+        session.terminated_at, session.reason, session.is_aside, session.suspended_by = None, None, False, "api"
 
     async def _commit(self, session: Session, event: Event, old: State, detail: str, meanwhile: Callable[[], None] | None) -> None:
         """Stores a transition. A call that cannot be stored is taken back and refused; what has happened is stored as soon as that
@@ -128,7 +150,7 @@ class Transitions:
                 return
             except StoreError as error:
                 undo()
-                if event in CALLS:
+                if event in REVOCABLE:
                     session.state = old
                     await self._open_again(session)
                     raise
@@ -166,15 +188,24 @@ class Transitions:
     # ---- the next incarnation ----
 
     async def begin(self, session: Session, event: Event) -> None:
-        """Stores that the next incarnation runs, before it does. Raises StoreError: it must not run then."""
+        """Stores that the next incarnation runs, before it does. Raises StoreError: it must not run then. Who is stopped meanwhile knows
+        the session as it is stored."""
         session.incarnation += 1
         undo = self._record(session, event, State.SUSPENDED if session.incarnation > 1 else State.PENDING, "started")
+        stored = self._store.begin_commit(partial(self._announce, session, session.incarnation))
         try:
-            await self._store.commit(partial(self._announce, session, session.incarnation))
-        except StoreError:
-            session.incarnation -= 1
-            undo()
-            raise
+            await asyncio.wait([stored])
+        finally:
+            if not stored.done():
+                await asyncio.wait([stored])
+            if stored.exception() is not None:
+                session.incarnation -= 1
+                undo()
+        await stored
+
+    def has_begun(self, session: Session) -> bool:
+        """Whether it is stored that the incarnation of a session that is RESUMING runs."""
+        return self._of(session).stored is State.RESUMING
 
     def _announce(self, session: Session, incarnation: int) -> None:
         """Tells the workers that hold requests, while the disk is waited for: they connect, and their SYNs wait in the link."""

@@ -8,14 +8,18 @@ import struct
 from collections import defaultdict
 
 from gateway import messages as m
-from gateway.rpc import RpcError
+from gateway.rpc import RpcError, RpcLost
 from gateway.sessions.agent import frame
 
 _STOP, _IS_HELLO, _WOKEN, _EXIT = 0x0B, 0x81, 0x82, 0x84
 
 
 class ScriptedHost:
-    """Does what vmm does, without machines. `fail[call]` raises instead; `calls` says what was asked, with the stored state."""
+    """Does what vmm does, without machines. `fail[call]` raises instead; `calls` says what was asked, with the stored state.
+
+    Each session has a ledger, in its memory and on its disk, which counts its runs. A guest that is started from a snapshot compares the
+    two, as databases do: they differ where the disk was written to after the snapshot was made.
+    """
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -24,11 +28,17 @@ class ScriptedHost:
         self.fail: dict[str, list[Exception]] = {}
         self.held: dict[str, m.SessionState] = {}
         self.snapshots: dict[str, int] = {}
+        self.disks: dict[str, int] = {}  # by session: the ledger on its disk, for as long as its files are here
+        self.memories: dict[str, int] = {}  # by session: the ledger in its newest snapshot
+        self.torn: list[str] = []  # sessions whose ledgers differed
+        self.aside: dict[str, m.Quarantined] = {}
+        self.kept: dict[str, tuple[int, int]] = {}  # by session that is aside: its ledgers
         self.stored: dict[str, str] = {}
         self.guests: list[socket.socket] = []
         self.heeds: dict[str, asyncio.Event] = {}  # by session: applications that heed a stop signal, and when they end then
         self.block: dict[str, asyncio.Event] = {}
         self.reached: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by call: it was made
+        self.lose: dict[str, int] = {}  # by call: how many answers are lost, after what was asked for has been done
         self.looks = 0  # at the room that there is
         self.memory_available = 64 << 30
 
@@ -40,22 +50,46 @@ class ScriptedHost:
         if self.fail.get(name):
             raise self.fail[name].pop(0)
 
-    async def prepare(self, session: str, incarnation: int, image: str, from_snapshot: bool, egress: object = None) -> None:
+    def _answer(self, name: str) -> None:
+        if self.lose.get(name):
+            self.lose[name] -= 1
+            raise RpcLost(f"{name}: no answer in 30 s")
+
+    async def prepare(self, session: str, incarnation: int, image: str, from_snapshot: bool, egress: object = None, size: int = 0) -> None:
         await self._call("prepare", session)
         held = self.held.get(session)
         if held is not None and held.incarnation != incarnation and held.phase != "warm":
             raise RpcError("Unavailable", f"session {session} is held by incarnation {held.incarnation}")
+        if from_snapshot and session not in self.snapshots:
+            raise RpcError("Missing", f"session {session} has no snapshot on this host")
+        if not from_snapshot:
+            self.disks[session] = self.memories[session] = 0
         self.prepared.append(session)
         self.held[session] = m.SessionState(session, incarnation, "prepared", 0, 0.0)
+        self._answer("prepare")
 
-    async def start(self, session: str, incarnation: int, wake: bytes) -> int:
+    async def start(self, session: str, incarnation: int, wake: bytes, size: int = 0) -> int:
         await self._call("start", session)
-        self.held[session].phase = "running"
+        held = self.held.get(session)
+        if held is None or held.incarnation != incarnation:
+            raise RpcError("NeverRan", f"the hypervisor that was prepared for session {session} is gone")
+        if held.phase == "prepared":
+            self._run(held)
+        self._answer("start")
         ours, guest = socket.socketpair()
         self.guests.append(guest)
         guest.sendall(woken(wake))
         asyncio.get_running_loop().add_reader(guest, self._heard, session, guest)
         return ours.detach()
+
+    def _run(self, held: m.SessionState) -> None:
+        """What was saved is void from now on."""
+        held.phase = "running"
+        if self.memories[held.session] != self.disks[held.session]:
+            self.torn.append(held.session)
+        self.disks[held.session] += 1
+        if self.snapshots.get(held.session, held.incarnation) < held.incarnation:
+            del self.snapshots[held.session]
 
     def _heard(self, session: str, guest: socket.socket) -> None:
         """What a running guest is told: of that only the order to stop is answered."""
@@ -71,7 +105,9 @@ class ScriptedHost:
                 task.add_done_callback(lambda done: done.cancelled() or guest.sendall(frame(_EXIT, struct.pack("<i", 0))))
 
     async def unpause(self, session: str, incarnation: int) -> None:
+        await self._call("unpause", session)
         self.held[session].phase = "running"
+        self.snapshots.pop(session, None)
 
     async def agent(self, session: str, incarnation: int) -> int:
         """Of a guest that runs: it answers HELLO, its application is up."""
@@ -97,6 +133,7 @@ class ScriptedHost:
     async def claim(self, ahead: str, session: str, incarnation: int, egress: object) -> None:
         await self._call("claim", session)
         self.held[session] = m.SessionState(session, incarnation, self.held.pop(ahead).phase, 0, 0.0)
+        self.disks[session], self.memories[session] = self.disks.pop(ahead), self.memories.pop(ahead)
 
     async def pause(self, session: str, incarnation: int) -> None:
         await self._call("pause", session)
@@ -105,15 +142,21 @@ class ScriptedHost:
     async def services(self, session: str, incarnation: int) -> list[socket.socket]:
         return []
 
-    async def suspend(self, session: str, incarnation: int) -> m.Suspended:
+    async def suspend(self, session: str, incarnation: int, size: int = 0) -> m.Suspended:
         await self._call("suspend", session)
-        self.held[session].phase = "stopped"
+        held = self.held.get(session)
+        if held is None or held.incarnation != incarnation:
+            raise RpcError("Ended", f"session {session} has no hypervisor of incarnation {incarnation}")
+        held.phase = "stopped"
         self.snapshots[session] = incarnation
+        self.memories[session] = self.disks[session]
+        self._answer("suspend")
         return m.Suspended(10, 20, 30, 0.01)
 
     async def kill(self, session: str, incarnation: int) -> None:
         await self._call("kill", session)
         self.held.pop(session, None)
+        self._answer("kill")
 
     async def release_vm(self, session: str, incarnation: int, keep_warm: bool, parked: bool) -> None:
         self.released.append((session, incarnation, keep_warm, parked))
@@ -126,8 +169,40 @@ class ScriptedHost:
 
     async def forget(self, session: str) -> None:
         await self._call("forget", session)
-        self.held.pop(session, None)
-        self.snapshots.pop(session, None)
+        self._drop(session)
+
+    def _drop(self, session: str) -> None:
+        for table in (self.held, self.snapshots, self.disks, self.memories):
+            table.pop(session, None)
+
+    async def quarantine(self, session: str, incarnation: int, image: str, reason: str) -> m.Quarantined:
+        await self._call("quarantine", session)
+        if session in self.disks:
+            at = float(len(self.aside))
+            self.aside[session] = m.Quarantined(session, incarnation, image, reason, at, 1 << 20, self.snapshots.get(session, 0))
+            self.kept[session] = self.memories[session], self.disks[session]
+            self._drop(session)
+            self._answer("quarantine")
+        elif session not in self.aside:
+            raise RpcError("Missing", f"session {session} has no files, here or set aside")
+        return self.aside[session]
+
+    async def quarantined(self) -> list[m.Quarantined]:
+        return list(self.aside.values())
+
+    async def recover(self, session: str) -> m.Quarantined:
+        await self._call("recover", session)
+        record = self.aside.get(session)
+        if record is None or not record.snapshot:
+            raise RpcError("Missing", f"session {session} has no snapshot among its files")
+        self.memories[session], self.disks[session] = self.kept.pop(session)
+        self.snapshots[session] = record.snapshot
+        return self.aside.pop(session)
+
+    async def release_quarantined(self, session: str) -> None:
+        await self._call("release_quarantined", session)
+        self.aside.pop(session, None)
+        self.kept.pop(session, None)
 
     def free(self) -> tuple[int, int]:
         self.looks += 1

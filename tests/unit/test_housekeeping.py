@@ -12,9 +12,11 @@ from waiting import until
 
 from gateway import messages as m
 from gateway.config import Egress, Settings
-from vmm import daemon, drivers, network, standbys
+from vmm import daemon, diffs, drivers, network, standbys
 from vmm.daemon import Vmm
+from vmm.diffs import Manifest, Sum
 from vmm.driver import Process
+from vmm.errors import NeverRan
 from vmm.network import Link, Network
 from vmm.qemu import process as qemu
 from vmm.qemu.driver import QemuDriver
@@ -101,6 +103,40 @@ async def test_a_hypervisor_that_does_not_end_in_time_is_let_go_of_when_it_does(
     stuck.ended.set()
     await until(lambda: vmm.is_at_rest("stuck"))
     assert not vmm._warm
+
+
+@pytest.mark.parametrize(("phase", "has_run"), [("prepared", False), ("running", True)])
+async def test_control_is_told_whether_a_guest_had_run(vmm: Vmm, tmp_path: Path, phase: str, has_run: bool) -> None:
+    """Where it had not, its session's snapshot is as good as it was."""
+    told: list[bool] = []
+
+    class Control:
+        def notify(self, method: str, body: m.Ended) -> None:
+            told.append(body.has_run)
+
+    vmm._controls.add(Control())  # type: ignore[arg-type]
+    machine = Machine("one")
+    machine.record.phase = phase
+    vmm.hold("one", machine, Link(tmp_path / "one"))  # type: ignore[arg-type]
+    machine.ended.set()
+    await until(lambda: told)
+    assert told == [has_run]
+    with pytest.raises(NeverRan):
+        await vmm.rpc_start(None, m.StartRequest("one", 1, b""))  # type: ignore[arg-type]
+
+
+async def test_a_suspend_is_asked_for_twice_and_made_once(vmm: Vmm, tmp_path: Path) -> None:
+    """The answer came too late: what is asked again must not write over what is there."""
+    machine = Machine("one")
+    machine.record.phase = "stopped"
+    vmm.hold("one", machine, Link(tmp_path / "one"))  # type: ignore[arg-type]
+    snapshot = vmm.snapshots.of("one") / "snapshot-1"
+    snapshot.mkdir(parents=True)
+    vmm.snapshots.overlay("one").write_bytes(b"disk")
+    diffs.write_manifest(snapshot, Manifest([1], [Sum("1.pages", 10, ""), Sum("devices.state", 3, "")], 4))
+    made = await vmm.rpc_suspend(None, m.SessionRef("one", 1))  # type: ignore[arg-type]
+    assert (made.memory_bytes, made.state_bytes) == (10, 3)
+    machine.ended.set()
 
 
 async def test_control_is_told_of_an_end_though_its_link_cannot_be_destroyed(vmm: Vmm, host: Host, tmp_path: Path) -> None:

@@ -39,8 +39,13 @@ class NoWorkers(Routes):
 
 
 class ScriptedArchive:
-    def __init__(self) -> None:
+    """`fail[call]` raises instead."""
+
+    def __init__(self, host: ScriptedHost) -> None:
+        self._host = host
         self.kept: list[str] = []
+        self.files: dict[str, tuple[int, int, int]] = {}
+        self.fail: dict[str, list[Exception]] = {}
         self.may_store = asyncio.Event()
         self.may_store.set()
         self.is_storing = asyncio.Event()
@@ -48,11 +53,19 @@ class ScriptedArchive:
     async def store(self, session: Session) -> Archived:
         self.is_storing.set()
         await self.may_store.wait()
+        if self.fail.get("store"):
+            raise self.fail["store"].pop(0)
         self.kept.append(session.id)
+        host = self._host
+        self.files[session.id] = host.snapshots[session.id], host.memories[session.id], host.disks[session.id]
         return Archived(session.id, 1, "digest")
 
     async def fetch(self, session: Session, archived: Archived) -> None:
         assert archived.key in self.kept
+        if self.fail.get("fetch"):
+            raise self.fail["fetch"].pop(0)
+        host = self._host
+        host.snapshots[session.id], host.memories[session.id], host.disks[session.id] = self.files[session.id]
 
     async def forget(self, archived: Archived) -> None:
         self.kept.remove(archived.key)
@@ -68,7 +81,7 @@ class Rig:
         self.store = Store(self.directory / "state.db")
         await self.store.open()
         self.settings = settings = Settings(root=self.directory, archive={"after_seconds": 3600.0})
-        self.archive = ScriptedArchive()
+        self.archive = ScriptedArchive(self.host)
         self.entered: dict[str, State] = {}
         self.moved = asyncio.Event()
         rig = self
@@ -320,6 +333,7 @@ async def test_a_launch_is_prepared_while_its_session_is_stored_and_starts_after
 async def test_after_a_crash(rig: Rig, state: State, phase: str | None, snapshot: int | None, expected: State) -> None:
     one = rig.session(state=state, incarnation=1, suspended_by="api")
     await rig.store.commit()
+    rig.host.disks["s1"] = rig.host.memories["s1"] = 1
     if phase is not None:
         rig.host.held["s1"] = m.SessionState("s1", 1, phase, 0, 0.0)
     if snapshot is not None:

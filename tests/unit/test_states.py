@@ -13,6 +13,7 @@ OUTCOMES = {
     Action.SAVE: (State.SUSPENDING, {Event.SAVED, Event.CALLED_OFF, Event.NOT_SAVED, Event.FAILED, Event.LOST}),
     Action.WAKE: (State.RESUMING, {Event.RESUMED, Event.NOT_RESUMED, Event.FAILED, Event.LOST}),
     Action.DESTROY: (State.TERMINATING, {Event.CLEANED}),
+    Action.SET_ASIDE: (State.TERMINATING, {Event.CLEANED}),
 }
 # Service reference, section 2: what a call answers in each state.
 DOCUMENTED = {
@@ -52,10 +53,23 @@ def test_entering_a_state_starts_the_action_that_leaves_it() -> None:
             assert action in (Action.NONE, Action.DEFER, Action.CONFLICT, Action.REFUSE), (state, event)
             continue
         expected = {
-            State.SUSPENDING: {Action.SAVE}, State.RESUMING: {Action.WAKE}, State.TERMINATING: {Action.DESTROY},
+            State.SUSPENDING: {Action.SAVE}, State.RESUMING: {Action.WAKE}, State.TERMINATING: {Action.DESTROY, Action.SET_ASIDE},
             State.RUNNING: {Action.OPEN}, State.SUSPENDED: {Action.REST, Action.NONE}, State.TERMINATED: {Action.NONE},
         }[new]  # fmt: skip
         assert action in expected, (state, event)
+
+
+# What deletes a session's files: the user's word, the policy's, and the end of the application itself.
+WORDS = {Event.TERMINATE, Event.EXPIRED, Event.WINDOW_OVER, Event.EXITED}
+
+
+def test_no_error_deletes_what_was_saved() -> None:
+    """Only of a launch, of which nothing was saved yet."""
+    for (state, event), (_, action) in TABLE.items():
+        if action is Action.DESTROY:
+            assert event in WORDS or state is State.PENDING, (state, event)
+        if action is Action.SET_ASIDE:
+            assert event in (Event.LOST, Event.FAILED), (state, event)
 
 
 def test_only_late_events_may_be_ignored() -> None:
@@ -70,16 +84,18 @@ def test_an_unknown_call_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @given(st.lists(st.sampled_from(Event), max_size=60))
 def test_walks(events: list[Event]) -> None:
-    """Over is over; a suspended state is only reached through a snapshot; users never read RESUMING."""
+    """Over is over, but for what the operator brings back; a suspended state is only reached through a snapshot; users never read RESUMING."""
     state = State.PENDING
     for event in events:
         new, action = step(state, event)
-        if state.is_ended:
+        if state.is_ended and event is not Event.RECOVERED:
             assert new.is_ended and action in (Action.NONE, Action.REFUSE)
-        if state is State.TERMINATED:
+        if state is State.TERMINATED and event is not Event.RECOVERED:
             assert new is State.TERMINATED
         if new is State.SUSPENDED and state is not State.SUSPENDED:
-            assert (state, event) in ((State.SUSPENDING, Event.SAVED), (State.RESUMING, Event.NOT_RESUMED))
+            assert (state, event) in (
+                (State.SUSPENDING, Event.SAVED), (State.RESUMING, Event.NOT_RESUMED), (State.TERMINATED, Event.RECOVERED)
+            )  # fmt: skip
         if new is State.RUNNING and state is not State.RUNNING:
             assert state in (State.PENDING, State.SUSPENDING, State.RESUMING)
         assert new.public in ("PENDING", "RUNNING", "SUSPENDING", "SUSPENDED", "TERMINATING", "TERMINATED")

@@ -1,0 +1,326 @@
+"""No error of the host deletes what was saved: what passes leads back, what does not is set aside, and a lost answer is asked for again."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_lifecycle import POLICY, Rig
+from waiting import until
+
+from gateway import messages as m
+from gateway.rpc import RpcError, RpcLost
+from gateway.sessions import actions as acting
+from gateway.sessions import hooks, timers
+from gateway.sessions import host as hosting
+from gateway.sessions.agent import AgentError
+from gateway.sessions.model import Hooks, IdlePolicy, Session
+from gateway.sessions.recovery import recover
+from gateway.sessions.states import Event, State
+
+
+@pytest.fixture
+async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
+    for module, name, value in (
+        (acting, "_SETTLE_RETRY_SECONDS", 0.01), (acting, "_DESTROY_RETRY_SECONDS", 0.01), (acting, "_RETRY_MOST_SECONDS", 0.01),
+        (hosting, "_AWAY_RETRY_SECONDS", 0.005), (hosting, "_AWAY_SECONDS", 0.05), (timers, "_RETRY_SECONDS", 0.01),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    one = Rig(tmp_path)
+    await one.start()
+    yield one
+    assert not one.host.torn, "a snapshot was loaded over a disk that had been written to since"
+    await one.stop()
+
+
+async def asleep(rig: Rig, **changes: Any) -> Session:
+    one = await rig.launched(**{"idle_policy": POLICY, **changes})
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.SUSPENDED)
+    await rig.lifecycle.quiet()
+    rig.host.calls.clear()
+    rig.host.reached.clear()
+    return one
+
+
+def deleted(rig: Rig) -> bool:
+    return any(call.startswith("forget") for call in rig.host.calls)
+
+
+async def resumes(rig: Rig, one: Session) -> bool:
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.lifecycle.quiet()
+    return one.state is State.RUNNING and not one.reason
+
+
+PASSING = [
+    RpcError("Unavailable", "Too many open files"), RpcError("DiskFull", "no room"), RpcError("OSError", "[Errno 24]"),
+    RpcError("MemoryError", ""), RpcError("KindOfAnotherDay", "?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", PASSING, ids=lambda error: error.kind)
+async def test_a_resume_that_cannot_be_made_now_leaves_it_asleep_and_is_made_later(rig: Rig, error: RpcError) -> None:
+    one = await asleep(rig)
+    rig.host.fail["prepare"] = [error]
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.lifecycle.quiet()
+    assert one.state is State.SUSPENDED and rig.host.snapshots == {"s1": 1} and not deleted(rig)
+    assert one.reason == f"The MicroVM could not be resumed: {error}; nothing of it is lost: try again"
+    assert await resumes(rig, one)
+
+
+async def test_who_waits_for_a_resume_that_cannot_be_made_now_has_it_tried_again(rig: Rig) -> None:
+    one = await asleep(rig)
+    rig.host.fail["prepare"] = [*PASSING]
+    await rig.lifecycle.request(one)
+    await rig.reach(one, State.RUNNING)
+    assert rig.host.calls.count("prepare SUSPENDED") == 1 + len(PASSING)
+
+
+async def test_what_this_hypervisor_cannot_load_stays_and_says_what_could(rig: Rig) -> None:
+    one = await asleep(rig)
+    refused = RpcError("Refused", "it was made by QEMU 7.2.1, and this host runs 10.0: start the service with that one")
+    rig.host.fail["prepare"] = [refused, refused]
+    await rig.lifecycle.request(one)
+    await rig.lifecycle.quiet()
+    route = rig.lifecycle.routes.find("h1")
+    assert one.state is State.SUSPENDED and not deleted(rig) and one.reason and "QEMU 7.2.1" in one.reason
+    assert route is not None and route.gate == "refuse", "nobody is held for what does not come"
+    assert not rig.lifecycle.timers.is_set(one, timers.Deadline.RETRY)
+    assert not await resumes(rig, one) and one.state is State.SUSPENDED
+    assert await resumes(rig, one), "a call tries again"
+    route = rig.lifecycle.routes.find("h1")
+    assert route is not None and route.gate == "open"
+
+
+async def test_a_refusal_is_forgotten_at_a_start(rig: Rig) -> None:
+    """The hypervisor may be another one."""
+    one = await asleep(rig)
+    one.refusal = "made by another one"
+    rig.store.put_session(one)
+    await rig.store.commit()
+    await recover(rig.lifecycle, await rig.host.state())
+    route = rig.lifecycle.routes.find("h1")
+    assert not one.refusal and route is not None and route.gate == "hold"
+
+
+@pytest.mark.parametrize("kind", ["Damaged", "Missing"])
+async def test_what_is_damaged_is_set_aside(rig: Rig, kind: str) -> None:
+    one = await asleep(rig)
+    rig.host.fail["prepare"] = [RpcError(kind, "checksum of 1.pages")]
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.reach(one, State.TERMINATED)
+    assert one.reason == "The MicroVM could not be resumed: checksum of 1.pages" == rig.host.aside["s1"].reason
+    assert one.is_aside and not deleted(rig) and not rig.lifecycle.timers.is_set(one, timers.Deadline.PURGE)
+
+
+async def test_a_hypervisor_that_dies_leaves_its_disk(rig: Rig) -> None:
+    one = await asleep(rig)
+    assert await resumes(rig, one)
+    del rig.host.held["s1"]
+    rig.lifecycle.hypervisor_ended(m.Ended("s1", 2, "it died"))
+    await rig.reach(one, State.TERMINATED)
+    assert one.reason == "it died" and "s1" in rig.host.aside and not deleted(rig)
+
+
+async def test_a_hypervisor_that_dies_before_its_guest_ran_costs_nothing(rig: Rig) -> None:
+    one = await asleep(rig)
+    rig.host.block["start"] = asyncio.Event()
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.host.reached["start"].wait()
+    del rig.host.held["s1"]
+    rig.lifecycle.hypervisor_ended(m.Ended("s1", 2, "it died", has_run=False))
+    rig.host.block.pop("start").set()
+    await rig.reach(one, State.SUSPENDED)
+    assert one.incarnation == 1 and [row.new for row in await rig.store.events("s1")][-2:] == ["RESUMING", "SUSPENDED"]
+    assert await resumes(rig, one) and one.incarnation == 2
+
+
+# ---- answers that are lost, or come late ----
+
+
+async def test_a_suspend_that_takes_longer_than_its_deadline_is_asked_for_again(rig: Rig) -> None:
+    one = await rig.launched(idle_policy=POLICY)
+    rig.host.lose["suspend"] = 2
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.SUSPENDED)
+    await rig.lifecycle.quiet()
+    assert not any(call.startswith("unpause") for call in rig.host.calls), "that would make the snapshot void when it comes late"
+    assert await resumes(rig, one)
+
+
+@pytest.mark.parametrize("call", ["prepare", "start", "kill", "release_vm"])
+async def test_no_lost_answer_ends_a_session(rig: Rig, call: str) -> None:
+    one = await asleep(rig)
+    rig.host.lose[call] = 2
+    for _ in range(2):
+        await rig.lifecycle.fire(one, Event.RESUME)
+        await rig.lifecycle.quiet()
+        await rig.lifecycle.fire(one, Event.SUSPEND)
+        await rig.lifecycle.quiet()
+    rig.host.lose.clear()
+    assert await resumes(rig, one) and not deleted(rig)
+
+
+async def test_deadlines_grow_with_bytes() -> None:
+    seen: dict[str, float] = {}
+
+    class Client:
+        async def call(self, method: str, body: Any = None, kind: Any = None, timeout: float = 10.0, descriptors: Any = None) -> Any:
+            seen[method] = timeout
+
+        async def call_with_descriptors(self, method: str, body: Any = None, timeout: float = 10.0) -> Any:
+            seen[method] = timeout
+            return None, [0]
+
+    host = hosting.Host(Client(), Path())  # type: ignore[arg-type]
+    four_gib = 4 << 30
+    await host.suspend("s1", 1, four_gib)
+    await host.start("s1", 1, b"", four_gib)
+    await host.prepare("s1", 1, "image", True, None, four_gib)
+    assert seen["suspend"] > four_gib / 10e6 and min(seen.values()) > four_gib / 10e6, "of a disk that is as slow as 10 MB/s"
+
+
+# ---- what is taken over ----
+
+
+@pytest.mark.parametrize("error", [RpcLost("away"), RpcError("Unavailable", "EMFILE"), AgentError("no answer in 30 s")])
+async def test_a_guest_that_cannot_be_taken_over_now_is_asked_again(rig: Rig, error: Exception) -> None:
+    one = await rig.launched()
+    rig.host.fail["agent"] = [error, error]
+    rig.lifecycle.settle(one)
+    await rig.lifecycle.quiet()
+    assert one.state is State.RUNNING and rig.host.calls.count("agent RUNNING") == 3
+
+
+@pytest.mark.parametrize("phase", ["stopped", "running"])
+async def test_a_control_that_starts_in_the_middle_of_a_suspend_loses_nothing(rig: Rig, phase: str) -> None:
+    one = await rig.launched(idle_policy=POLICY)
+    one.state = State.SUSPENDING
+    rig.host.held["s1"].phase = phase
+    rig.host.fail["suspend"] = [RpcLost("busy")]
+    rig.lifecycle.settle(one)
+    await rig.lifecycle.quiet()
+    assert one.state is (State.SUSPENDED if phase == "stopped" else State.RUNNING) and not deleted(rig)
+
+
+async def test_a_suspend_that_fails_leaves_no_guest_stopped(rig: Rig) -> None:
+    """vmm could not let it run on: it was asked to once, and that failed too."""
+    one = await rig.launched()
+    rig.host.fail["suspend"] = [RpcError("Unavailable", "EIO")]
+    rig.host.held["s1"].phase = "stopped"
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.RUNNING)
+    assert rig.host.held["s1"].phase == "running"
+
+
+async def test_a_chain_that_is_missing_ends_no_guest_that_runs(rig: Rig) -> None:
+    one = await rig.launched()
+    rig.host.fail["suspend"] = [RpcError("Missing", "diffs 1, 2")]
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.RUNNING)
+
+
+# ---- what does not get on ----
+
+
+async def test_a_start_that_does_not_get_on_is_taken_back(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acting, "_SETTLE_SECONDS", 0.03)
+    one = await asleep(rig)
+    rig.host.fail["start"] = [RpcError("Unavailable", "no thread")] * 1000
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.reach(one, State.SUSPENDED)
+    assert one.incarnation == 1 and one.reason and "no thread" in one.reason and not rig.host.held
+    rig.host.fail.clear()
+    assert await resumes(rig, one)
+
+
+async def test_a_guest_that_never_answers_after_its_resume_is_set_aside_with_a_reason(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acting, "_SETTLE_SECONDS", 0.03)
+    one = await asleep(rig)
+    rig.host.lose["start"] = 1
+    rig.host.fail["agent"] = [RpcError("Unavailable", "no answer")] * 1000
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.reach(one, State.TERMINATED)
+    assert one.reason == "The MicroVM was resumed, and does not answer: no answer" and not deleted(rig) and "s1" in rig.host.aside
+
+
+async def test_a_launch_that_vmm_never_answers_ends_with_a_reason(rig: Rig) -> None:
+    one = rig.session()
+    rig.host.fail["prepare"] = [RpcLost("prepare: no answer in 60 s")] * 1000
+    rig.lifecycle.launch(one)
+    await rig.reach(one, State.TERMINATED)
+    assert one.reason == "The MicroVM could not be launched: the host does not answer (prepare: no answer in 60 s)"
+
+
+@pytest.mark.parametrize("call", ["prepare", "start", "suspend"])
+async def test_work_that_stands_still_is_found(rig: Rig, call: str) -> None:
+    """Whatever it waits for: here for a call that has lost its deadline."""
+    one = await asleep(rig) if call != "suspend" else await rig.launched()
+    rig.host.block[call] = asyncio.Event()
+    rig.host.reached[call].clear()
+    await rig.lifecycle.fire(one, Event.SUSPEND if call == "suspend" else Event.RESUME)
+    await rig.host.reached[call].wait()
+    assert rig.lifecycle.timers.is_set(one, timers.Deadline.OVERDUE)
+    del rig.host.block[call]
+    rig.lifecycle._due(timers.Deadline.OVERDUE, "s1")
+    await rig.lifecycle.quiet()
+    assert one.state is (State.SUSPENDED if call == "prepare" else State.RUNNING) and not deleted(rig)
+
+
+async def test_a_launch_that_stands_still_is_found(rig: Rig) -> None:
+    one = rig.session()
+    rig.host.block["prepare"] = asyncio.Event()
+    rig.lifecycle.launch(one)
+    await rig.host.reached["prepare"].wait()
+    rig.lifecycle._due(timers.Deadline.OVERDUE, "s1")
+    await rig.reach(one, State.TERMINATED)
+    assert one.reason and one.reason.startswith("The MicroVM could not be launched: nothing was heard after this step: ")
+
+
+async def test_a_resume_that_cannot_be_stored_leaves_no_hypervisor_behind(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = await asleep(rig)
+
+    def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.store, "_transaction", full)
+        await rig.lifecycle.fire(one, Event.RESUME)
+        await rig.lifecycle.quiet()
+    assert one.state is State.SUSPENDED and one.incarnation == 1 and not rig.host.held
+    assert await resumes(rig, one)
+
+
+# ---- hooks ----
+
+
+async def test_a_hook_that_fails_leaves_the_files(rig: Rig) -> None:
+    one = await asleep(rig, hooks=Hooks(9000, {"resume": 1}))
+    one.hooks = Hooks(9000, {"resume": 0})
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.reach(one, State.TERMINATED)
+    assert "s1" in rig.host.aside and not deleted(rig)
+
+
+async def test_what_the_host_lacks_is_no_fault_of_a_hook() -> None:
+    async def connect() -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(RpcError) as caught:
+        await hooks.call(connect, "resume", 9000, 1.0, "id")
+    assert caught.value.kind == "Unavailable"
+
+
+async def test_what_the_user_or_the_policy_ends_is_deleted(rig: Rig) -> None:
+    one = await asleep(rig, idle_policy=IdlePolicy(60, 60, True))
+    await rig.lifecycle.fire(one, Event.WINDOW_OVER)
+    await rig.reach(one, State.TERMINATED)
+    await until(lambda: deleted(rig))
+    assert not rig.host.aside and rig.lifecycle.timers.is_set(one, timers.Deadline.PURGE)
