@@ -204,6 +204,12 @@ class Logs(BaseModel):
     retention_days: int = Field(0, ge=0, description="streams silent for longer go; 0: kept for ever")
 
 
+class Records(BaseModel):
+    """What the store keeps of the past."""
+
+    events_days: float = Field(30.0, gt=0, description="transitions and builds stay in the event table for so long, and 100,000 of them")
+
+
 class Credentials(BaseModel):
     """Credentials for what runs inside microVMs."""
 
@@ -299,6 +305,7 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     egress: Egress = Egress()
     logs: Logs = Logs()
+    store: Records = Records()
     traces: Traces = Traces()
     credentials: Credentials = Credentials()
     archive: Archive = Archive()

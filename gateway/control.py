@@ -52,6 +52,7 @@ from .tokens import Minter
 log = structlog.get_logger()
 
 _HOUR_SECONDS = 3600.0
+_AUDIT_SECONDS = 1.0  # what a power cut may take of the audit trail
 _STOP_SECONDS = 60.0
 _LISTENERS_SECONDS = 2.0  # for a guest to say what listens in it
 
@@ -246,6 +247,13 @@ class Control:
         if days := self.settings.logs.retention_days:
             await executors.BULK.run(self.logs.drop_older, days * 86_400.0)
 
+    async def prune(self) -> None:
+        """Removes client tokens of before yesterday and old events."""
+        await self.store.prune(self.settings.store.events_days * 86_400.0)
+
+    async def sync_audit(self) -> None:
+        await executors.UPKEEP.run(self.audit.sync)
+
     async def rotate_keys(self) -> None:
         """Makes a new key for tokens when the newest is old, and sends the workers what checks them."""
         if self.minter.rotate_if_due():
@@ -287,7 +295,8 @@ async def main(settings: Settings) -> None:
             await web.SockSite(runner, sock, backlog=1024).start()
         runners.append(runner)
     edges = Server(settings.control_socket, Service(control, Admin(settings, control.directory, control.store)), {0, settings.users.edge})
-    work = [every(_HOUR_SECONDS, control.rotate_keys), every(_HOUR_SECONDS, control.drop_old_logs)]
+    work = [every(_HOUR_SECONDS, control.rotate_keys), every(_HOUR_SECONDS, control.drop_old_logs), every(_HOUR_SECONDS, control.prune)]
+    work.append(every(_AUDIT_SECONDS, control.sync_audit))
     if settings.logs.endpoint:
         shipper = Shipper(control.logs, settings.control_dir / "logs-sent.json", lambda: default_client(settings))
         work.append(shipper.run())

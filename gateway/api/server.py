@@ -199,25 +199,33 @@ class ApiServer:
     # ---- audit ----
 
     def _record(self, exchange: Exchange, error: ApiError | None, reply: dict[str, Any] | None) -> None:
+        """Raises nothing: what was carried out is answered, whatever becomes of its record."""
         if not exchange.event:
             return
+        try:
+            parts = self._parts(exchange, error, reply)
+        except Exception:
+            log.exception("audit.incomplete", call=exchange.event)
+            parts = {"requestID": exchange.id, "userIdentity": _identity(exchange.access_key, exchange.caller)}
+        self._audit.write(exchange.event, exchange.caller is not None, **parts)
+
+    def _parts(self, exchange: Exchange, error: ApiError | None, reply: dict[str, Any] | None) -> dict[str, Any]:
         reads = exchange.event.startswith(("Get", "List", "Describe", "Filter"))
         caller = exchange.caller
-        self._audit.write(
-            exchange.event,
-            eventSource=exchange.source,
-            userIdentity=_identity(exchange.access_key, caller),
-            awsRegion=self._region,
-            sourceIPAddress=exchange.request.remote,
-            userAgent=exchange.request.headers.get("User-Agent"),
-            requestParameters=redacted(exchange.call, self._hidden),
-            responseElements=None if reads else redacted(reply, self._hidden),
+        return {
+            "eventSource": exchange.source,
+            "userIdentity": _identity(exchange.access_key, caller),
+            "awsRegion": self._region,
+            "sourceIPAddress": exchange.request.remote,
+            "userAgent": exchange.request.headers.get("User-Agent"),
+            "requestParameters": redacted(exchange.call, self._hidden),
+            "responseElements": None if reads else redacted(reply, self._hidden),
             **({"errorCode": error.kind, "errorMessage": str(error)} if error is not None else {}),
-            requestID=exchange.id,
-            eventID=str(uuid.uuid4()),
-            resources=[{"ARN": arn, "accountId": arn.split(":")[4], "type": _type(arn)} for arn in exchange.resources],
-            recipientAccountId=caller.account if caller is not None else None,
-        )
+            "requestID": exchange.id,
+            "eventID": str(uuid.uuid4()),
+            "resources": [{"ARN": arn, "accountId": arn.split(":")[4], "type": _type(arn)} for arn in exchange.resources],
+            "recipientAccountId": caller.account if caller is not None else None,
+        }
 
 
 def _identity(access_key: str, caller: Caller | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import os
 import sqlite3
 import struct
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -303,3 +304,21 @@ async def test_what_background_work_raises_keeps_it_from_no_later_time() -> None
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
+
+
+async def test_control_prunes_its_records_and_syncs_its_trail(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does the one every hour, the other every second."""
+    store = rig.control.store
+    days = rig.settings.store.events_days
+    for age in (days + 1, days - 1):
+        monkeypatch.setattr(store, "_clock", lambda age=age: time.time() - age * 86_400)
+        store.add_event("s1", f"{age:g} days ago", "", "")
+    monkeypatch.setattr(store, "_clock", time.time)
+    await store.commit()
+    await rig.control.prune()
+    assert [row.event for row in await store.events("s1")] == [f"{days - 1:g} days ago"]
+    rig.control.audit.write("RunMicrovm", True)
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+    await rig.control.sync_audit()
+    assert "audit.jsonl" in synced
