@@ -8,6 +8,8 @@ CONFORMANCE_PACKAGES = nghttp2-client nodejs chromium openssl curl awscli sslsca
 	python3-locust
 VENV = .venv
 AUTOCANNON = $(VENV)/autocannon
+APPLICATIONS_PACKAGES = nodejs chromium curl git openssh-client
+CLIENTS = $(VENV)/clients
 PY = $(VENV)/bin/python
 PIP = -qq --disable-pip-version-check --no-cache-dir --no-deps
 export TORPOR_CACHE ?= /var/cache/torpor
@@ -19,7 +21,7 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; dpkg --configure -a && apt-get -q update >/dev/null && \
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
-.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-load test-fresh test-fresh-odd fresh-packages check static lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-load test-fresh test-fresh-odd fresh-packages check static lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -61,16 +63,30 @@ serve: setup ## run the service for yourself; prints the exports for another she
 test: setup check ## every test but the long ones
 	@$(PY) -m pytest -q -m "(vm or service) and not long and not conformance" tests
 
-test-long: test test-long-rest test-long-images test-long-corpus test-long-load test-fresh test-fresh-odd ## every test, in parts of less than an hour each
+test-long: test test-long-rest test-long-images test-long-corpus test-long-applications test-long-load test-fresh test-fresh-odd ## every test, in parts of less than an hour each
 
 test-long-rest: setup
-	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py --ignore=tests/fidelity tests
+	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py --ignore=tests/fidelity --ignore=tests/applications tests
 
 test-long-images: setup ## rows of the table of images that are too slow for make test (tests/fidelity)
 	@$(PY) -m pytest -q -m "long and not corpus" tests/fidelity
 
 test-long-corpus: setup ## its applications, built and used as their users do
 	@$(PY) -m pytest -q -m "corpus" tests/fidelity
+
+test-long-applications: setup applications-packages ## applications with their real clients, put to sleep and woken (docs/applications.md)
+	@$(PY) -m pytest -q -m "applications" tests/applications
+
+# The clients' packages are below the virtual environment, not in it: the service's lock knows nothing of them.
+applications-packages: deps
+	@$(call install,$(APPLICATIONS_PACKAGES))
+	@command -v npm >/dev/null || { $(call install,npm); }
+	@key=$$(cat tests/applications/clients/requirements.txt tests/applications/clients/package.json | sha256sum); \
+	[ "$$(cat $(CLIENTS)/ready 2>/dev/null)" = "$$key" ] || { echo "setup: clients of applications into $(CLIENTS)"; rm -rf $(CLIENTS); \
+	mkdir -p $(CLIENTS) && cp tests/applications/clients/package.json $(CLIENTS) && \
+	$(PY) -m pip install -qq --disable-pip-version-check --no-cache-dir --target $(CLIENTS)/python -r tests/applications/clients/requirements.txt && \
+	npm install --silent --no-audit --no-fund --ignore-scripts --cache $(CLIENTS)/cache --prefix $(CLIENTS) && rm -rf $(CLIENTS)/cache && \
+	echo "$$key" > $(CLIENTS)/ready; }
 
 test-long-load: setup ## ten minutes of clients of all kinds at once against edge workers (MIXED_LOAD_SECONDS=60: shorter)
 	@$(PY) -m pytest -q -s -m long tests/unit/test_mixed_load.py
