@@ -291,6 +291,19 @@ async def test_one_shared_connection_is_made_at_a_time(rig: Rig) -> None:
     assert rig.acquire(get(h2=True)).connection is connection
 
 
+async def test_who_did_not_ask_for_http2_without_tls_gets_http1_also_where_others_did(rig: Rig) -> None:
+    """What is spoken is the request's choice, whatever requests came before. Under TLS it was agreed upon, for all."""
+    shared(rig, rig.acquire(get(h2=True)), most=9)
+    plain = rig.acquire()
+    assert isinstance(plain, Slot) and not plain.is_shared
+    assert rig.acquire(get(h2=True)).connection is rig.pool.shared[0]
+    rig.pool.tls = TLS
+    agreed = Http2Origin(rig.context, rig.pool, is_secure=True)
+    agreed.connection_made(rig.transport())
+    rig.pool.adopt(agreed)
+    assert rig.acquire().connection is agreed
+
+
 async def test_shared_connections_are_bounded(rig: Rig) -> None:
     for _ in range(SHARED_MOST):
         slot = rig.acquire(get(h2=True))

@@ -211,7 +211,7 @@ class Http2Origin(Multiplex):
     """The connection gives streams to exchanges: reserved first, for whoever waits for one in the pool, and numbered when they
     are opened, because numbers must come in order (RFC 9113, 5.1.1)."""
 
-    __slots__ = ("_most", "_owner", "_reserved", "context", "has_answered", "idle_since", "is_parked", "ready", "scheme")
+    __slots__ = ("_most", "_owner", "_reserved", "context", "has_answered", "idle_since", "is_parked", "is_secure", "ready", "scheme")
 
     is_shared = True  # by several exchanges at a time
 
@@ -221,6 +221,7 @@ class Http2Origin(Multiplex):
         self._owner = owner
         self._reserved = 0
         self.has_answered = False  # a response has come on it
+        self.is_secure = is_secure
         self.scheme = b"https" if is_secure else b"http"
         self.is_parked = False  # its session sleeps; what is to be sent waits in `_out`
         self.idle_since = context.time()

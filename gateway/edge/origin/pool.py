@@ -155,7 +155,7 @@ class Pool(Owner):
     def _ready(self, head: RequestHead, fresh: bool, now: float) -> Origin | OriginStream | None:
         if self.shared and head.upgrade is None:
             for connection in self.shared:
-                if connection.has_room:
+                if connection.has_room and (head.wants_h2 or connection.is_secure):
                     return connection.reserve()
         return None if fresh or head.wants_h2 else self._pop_idle(now, head.is_safe and head.upgrade is None)
 

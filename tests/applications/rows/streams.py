@@ -110,7 +110,7 @@ def grpc(visit: Visit) -> None:
                 pass
             raise AssertionError("a stream of the server's alone is cut")
         except grpc.RpcError as error:
-            assert error.code() is grpc.StatusCode.UNAVAILABLE, error
+            assert error.code() is grpc.StatusCode.CANCELLED, error  # how gRPC names an RST_STREAM of CANCEL
         turns.release()
         assert next(chat) == b"3 3 three"
         assert list(chat) == []
@@ -181,7 +181,7 @@ def sshd(visit: Visit) -> None:
     with visit.tunnel() as port:
         options = ["-i", str(key), "-o", f"UserKnownHostsFile={known}", "-o", "StrictHostKeyChecking=no", "-o", "ServerAliveInterval=0"]
         shell = subprocess.Popen(
-            ["ssh", *options, "-p", str(port), "dev@127.0.0.1", "bash"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            ["ssh", *options, "-p", str(port), "dev@127.0.0.1", "bash"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )  # fmt: skip
         assert shell.stdin is not None and shell.stdout is not None
         shell.stdin.write("x=41; echo $$\n")
@@ -207,7 +207,7 @@ def sshd(visit: Visit) -> None:
 ROWS = [
     Application("socketio", "Express with socket.io", "npm's `socket.io-client`", socketio, 3000, "the session and its id, where the client speaks within its ping timeout", "a client that is silent for longer gives up by its own clock (`pingInterval` + `pingTimeout`, 45 s by default), connects again, and so wakes it"),
     Application("game", "a game of 20 players on WebSockets (aiohttp)", "`websockets`", game, 8080, "all connections, the order of messages, ticks in the middle of which it fell asleep"),
-    Application("grpc", "gRPC: unary, bidirectional, server streaming", "grpcio, `x-aws-proxy-force-h2`, with keep-alive pings", grpc, 50051, "a bidirectional call, in the middle", "server streaming ends with UNAVAILABLE; without force-h2 every call does"),
+    Application("grpc", "gRPC: unary, bidirectional, server streaming", "grpcio, `x-aws-proxy-force-h2`, with keep-alive pings", grpc, 50051, "a bidirectional call, in the middle", "server streaming ends with CANCELLED (an RST_STREAM); without force-h2 every call ends with UNAVAILABLE"),
     Application("redis", "Redis with an append-only file", "redis-py, by a WebSocket", redis, 6380, "connections, subscriptions; keys expire by the wall clock, also in the sleep"),
     Application("postgresql", "PostgreSQL with its default socket below /run", "psycopg2, by a WebSocket", postgresql, 5433, "connections, open transactions, temporary tables"),
     Application("sshd", "sshd", "OpenSSH's ssh and scp, by a WebSocket", sshd, 2222, "a shell and its connection", files=lambda: {"authorized_keys": _pair()[1]}),

@@ -1,4 +1,3 @@
 #!/bin/sh
-PATH=$PATH:$(ls -d /usr/lib/postgresql/*/bin)
-pg_ctl -w -D $(ls -d /var/lib/pgsql/data /var/lib/postgresql/data 2>/dev/null) start
+pg_ctl -w -D /var/lib/pgsql/data start
 exec websockify 5433 127.0.0.1:5432
