@@ -17,6 +17,7 @@ from .artifact import BuildFailed
 UIDS = 1_000_000  # an image's files may belong to users up to this one (vmm maps as many)
 _UID_MAX = (1 << 32) - 2
 _DIGITS_MOST = 20
+_TEXT_MOST, _VALUE_MOST = 8192, 1024
 _DIRECTIVE = re.compile(r"#\s*([a-zA-Z][a-zA-Z0-9]*)\s*=\s*(.+?)\s*$")
 _STOCK = re.compile(r"(?:docker\.io/)?docker/dockerfile(?:-upstream)?(?::(?P<tag>[\w.-]+))?(?:@sha256:[0-9a-f]{64})?")
 _TRANSPORTS = ("oci", "oci-archive", "dir", "docker-archive", "docker-daemon", "containers-storage", "ostree", "sif", "tarball")
@@ -53,27 +54,53 @@ def prepare(data: bytes, base_names: Sequence[str], pull: bool, architecture: st
     found = list(instructions(lines, escape))
     made = Prepared("")
     arguments = {"BUILDPLATFORM": f"linux/{architecture}", "TARGETPLATFORM": f"linux/{architecture}"}
-    stage = ""
-    stages: dict[str, list[int]] = {}  # with the ids of their last USER, which a stage made from one begins with
+    stage = _Stage()
+    stages: dict[str, _Stage] = {}
+    owners: list[tuple[Instruction, str]] = []
     for one in found:
         if one.keyword == "ARG" and not stages:
-            for word in one.text.split():
-                name, given, value = word.partition("=")
-                if given:
-                    arguments[name] = substitute(value.strip("\"'"), arguments)
+            arguments |= _assigned(one.text, arguments)
         elif one.keyword == "FROM":
-            stage, made.users = _from(one, lines, arguments, base_names, stages, architecture, made.notes)
-            stages[stage] = made.users
+            name, base = _from(one, lines, arguments, base_names, stages, architecture, made.notes)
+            stage = stages[name] = _Stage(base.users, dict(base.environment)) if base is not None else _Stage()
+        elif one.keyword == "ARG":
+            stage.arguments |= {name: arguments[name] for name in one.text.split() if name in arguments}
+            stage.arguments |= _assigned(one.text, stage.values)
+        elif one.keyword == "ENV":
+            stage.environment |= _assigned(one.text, stage.values)
         elif one.keyword == "USER":
-            made.users = _users(one)
-            stages[stage] = made.users
+            stage.users = _users(one, substitute(one.text, stage.values))
         elif one.keyword in ("COPY", "ADD"):
             _check_mode(one)
-    for one in found:
-        if one.keyword in ("COPY", "ADD"):
-            _check_owner(one, made.users)
+            owners.append((one, substitute(dict(_FLAG.findall(one.text)).get("chown", "").strip("\"'"), stage.values)))
+    made.users = stage.users
+    for one, owner in owners:
+        _check_owner(one, owner, made.users)
     made.text = "\n".join(lines)
     return made
+
+
+@dataclass
+class _Stage:
+    """`users` are the ids of its last USER; a stage that is made from this one begins with them and with its environment."""
+
+    users: list[int] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    arguments: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, str]:
+        """What a variable means: ENV goes before ARG (Dockerfile reference, "Using ARG variables")."""
+        return self.arguments | self.environment
+
+
+def _assigned(text: str, values: Mapping[str, str]) -> dict[str, str]:
+    """Of ARG and ENV: NAME=value, again and again, or ENV's older form, NAME value."""
+    words = _WORD.findall(text)
+    if words and "=" not in words[0]:
+        return {words[0]: substitute(text.partition(words[0])[2].strip(), values)} if len(words) > 1 else {}
+    pairs = (word.partition("=") for word in words)
+    return {name: substitute(value.strip("\"'"), values) for name, given, value in pairs if given}
 
 
 def _directives(lines: list[str], pull: bool) -> str:
@@ -134,8 +161,12 @@ def instructions(lines: Sequence[str], escape: str = "\\") -> Iterator[Instructi
 
 
 def substitute(text: str, values: Mapping[str, str]) -> str:
-    """$NAME, ${NAME} and ${NAME:-default}; what is not known becomes empty, as in BuildKit."""
-    return _VARIABLE.sub(lambda match: values.get(match["braced"] or match["plain"]) or match["default"] or "", text)
+    """$NAME, ${NAME} and ${NAME:-default}; what is not known becomes empty, as in BuildKit. Ids and names are short: a value that doubles
+    itself line by line would have no end."""
+    if "$" not in text:
+        return text
+    meant = _VARIABLE.sub(lambda match: values.get(match["braced"] or match["plain"]) or match["default"] or "", text[:_TEXT_MOST])
+    return meant[:_VALUE_MOST]
 
 
 def repository(reference: str) -> str:
@@ -153,10 +184,10 @@ def is_base(reference: str, base_names: Sequence[str]) -> bool:
 
 
 def _from(
-    one: Instruction, lines: list[str], arguments: Mapping[str, str], base_names: Sequence[str], stages: Mapping[str, list[int]],
+    one: Instruction, lines: list[str], arguments: Mapping[str, str], base_names: Sequence[str], stages: Mapping[str, _Stage],
     architecture: str, notes: list[str],
-) -> tuple[str, list[int]]:  # fmt: skip
-    """Makes the local base's platform this host's; returns the stage's name, and the ids of the USER that it begins with."""
+) -> tuple[str, _Stage | None]:  # fmt: skip
+    """Makes the local base's platform this host's; returns the stage's name, and the stage that it is made from."""
     flags = dict(_FLAG.findall(one.text))
     words = [word for word in one.text.split() if not word.startswith("--")]
     image = substitute(words[0].strip("\"'"), arguments) if words else ""
@@ -164,14 +195,14 @@ def _from(
         raise _refused(one.lines[0], f"FROM names a transport ({image.partition(':')[0]}:): only image names are taken")
     name = words[2].lower() if len(words) > 2 and words[1].upper() == "AS" else f"stage {one.lines[0]}"
     if image.lower() in stages or not is_base(image, base_names):
-        return name, stages.get(image.lower(), [])
+        return name, stages.get(image.lower())
     notes.append(f"{image} is the base that this host has (images.base): no container registry is asked for it")
     asked = substitute(flags.get("platform", "").strip("\"'"), arguments)
     if asked and asked != f"linux/{architecture}":
         notes.append(f"line {one.lines[0] + 1}: --platform={asked}: this base is there for linux/{architecture}, which is taken")
         for number in one.lines:
             lines[number] = lines[number].replace(f"--platform={flags['platform']}", f"--platform=linux/{architecture}")
-    return name, []
+    return name, None
 
 
 def _ids(owner: str) -> list[int]:
@@ -179,21 +210,25 @@ def _ids(owner: str) -> list[int]:
     return [int(part[:_DIGITS_MOST]) for part in owner.strip("\"'").split(":") if part.isascii() and part.isdigit()]
 
 
-def _users(one: Instruction) -> list[int]:
+def _users(one: Instruction, user: str) -> list[int]:
     """Ids that need to be mapped by themselves."""
-    ids = _ids(one.text)
+    ids = _ids(user)
     for number in ids:
         if number > _UID_MAX:
-            raise _refused(one.lines[0], f"USER {one.text}: ids end at {_UID_MAX}")
+            raise _refused(one.lines[0], f"USER {_meant(one.text, user)}: ids end at {_UID_MAX}")
     return [number for number in ids if number > UIDS]
 
 
-def _check_owner(one: Instruction, users: Sequence[int]) -> None:
-    owner = dict(_FLAG.findall(one.text)).get("chown", "").strip("\"'")
+def _check_owner(one: Instruction, owner: str, users: Sequence[int]) -> None:
+    given = dict(_FLAG.findall(one.text)).get("chown", "").strip("\"'")
     for number in _ids(owner):
         if number > UIDS and number not in users:
-            text = f"{one.keyword} --chown={owner}: ids up to {UIDS} can own files, and the one that the last USER names"
-            raise _refused(one.lines[0], text)
+            where = f"{one.keyword} --chown={_meant(given, owner)}"
+            raise _refused(one.lines[0], f"{where}: ids up to {UIDS} can own files, and the one that the last USER names")
+
+
+def _meant(text: str, meaning: str) -> str:
+    return text if text == meaning else f"{text} ({meaning})"
 
 
 def _check_mode(one: Instruction) -> None:

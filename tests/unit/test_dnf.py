@@ -178,6 +178,27 @@ def test_what_fails_is_one_line(apt: Apt, capsys: pytest.CaptureFixture[str], li
     assert not [command for command in apt.ran if "install" in command]
 
 
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"mongodb.repo": "[mongodb]\nname=x\nbaseurl=https://x\n"}, "mongodb.repo is not read"),
+        ({"b.repo": "[b]\nenabled=1\n", "a.repo": "[a]\nenabled = 0\n[a2]\n"}, "a.repo, b.repo are not read"),
+        ({"off.repo": "[off]\nenabled=0\n", "README": "[x]"}, ""),
+    ],
+)
+def test_repositories_of_an_image_that_are_of_no_use_are_said_in_one_line(
+    apt: Apt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], files: dict[str, str], says: str
+) -> None:
+    """They were ignored, and what is in them was not there."""
+    monkeypatch.setattr(dnf, "REPOSITORIES", tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert apt("install -y jq") == 0
+    said = capsys.readouterr().err
+    assert says in said and said.count("not read") == said.count("\n") == bool(says)
+    assert not says or "this base is Debian: write an apt source to /etc/apt/sources.list.d/NAME.list" in said
+
+
 def test_lists_that_are_old_are_fetched_and_it_is_tried_again(apt: Apt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "x_Packages.lz4").touch()
     monkeypatch.setattr(dnf, "LISTS", tmp_path)

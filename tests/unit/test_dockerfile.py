@@ -31,6 +31,40 @@ def test_the_base_has_every_tag_and_digest(name: str) -> None:
     assert is_base(name, [BASE])
 
 
+@pytest.mark.parametrize(
+    ("lines", "users"),
+    [
+        ("ARG UID=2000000\nUSER $UID", [2000000]),
+        ("ARG UID=2000000 GID=3000000\nUSER ${UID}:${GID}", [2000000, 3000000]),
+        ("ENV UID=2000000\nARG UID=5\nUSER $UID", [2000000]),  # ENV goes before ARG
+        ("ENV UID 2000000\nUSER $UID", [2000000]),
+        ('ARG BASE=2000\nARG UID="${BASE}000"\nUSER "${UID}"', [2000000]),
+        ("USER ${UID:-2000000}", [2000000]),
+        ("USER $UID", []),
+        ("ARG UID=2000000\nUSER $UID\nARG UID=5\nUSER $UID", []),
+    ],
+)
+def test_a_user_by_a_variable_is_the_one_that_it_means(lines: str, users: list[int]) -> None:
+    """It was not seen, and the build's last step or the microVM failed with an id that nobody had mapped."""
+    assert made(f"FROM {BASE}\n{lines}\n").users == users
+
+
+@pytest.mark.parametrize("first", ["", f"FROM {BASE}\n"])
+def test_values_that_double_themselves_take_no_memory(first: str) -> None:
+    assert made(f"{first}ARG A=xx\n" + "ARG A=$A$A\n" * 64 + f"FROM {BASE}\nUSER $A\n").users == []
+
+
+def test_arguments_are_a_stages_own() -> None:
+    text = f"ARG UID=2000000\nFROM {BASE} AS a\nARG UID\nENV NAME=$UID\nFROM a\nUSER"
+    assert made(f"{text} $UID\n").users == [] and made(f"{text} $NAME\n").users == [2000000]
+
+
+def test_an_id_by_a_variable_that_no_one_can_have_is_one_line() -> None:
+    assert refusal(f"FROM {BASE}\nARG UID=5000000000\nUSER $UID\n") == "Dockerfile, line 3: USER $UID (5000000000): ids end at 4294967294"
+    said = refusal(f"FROM {BASE}\nARG UID=2000000\nCOPY --chown=$UID a /a\n")
+    assert said.startswith("Dockerfile, line 3: COPY --chown=$UID (2000000): ids up to 1000000 can own files")
+
+
 def test_short_names_are_docker_hubs() -> None:
     assert is_base("docker.io/library/amazonlinux:2", ["amazonlinux:2023"]) and is_base("amazonlinux", ["docker.io/library/amazonlinux"])
     assert not is_base("example.com:5000/amazonlinux", ["amazonlinux"]) and not is_base(f"{NAME}-other", [BASE])

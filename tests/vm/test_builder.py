@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import subprocess
 import tarfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,15 @@ class Rig:
         made = BuildSettings(cache / "base.tar", cache / "builder", cache / "modules", (NAME,), False, FIRST_UID, memory_mib=512)
         self.builder = Builder(directory, directory / "netns", self.cgroups, made)
 
-    def begin(self, dockerfile: str, account: str = "111111111111") -> tuple[str, asyncio.Task[str]]:
+    async def begin(self, dockerfile: str, account: str = "111111111111") -> tuple[str, asyncio.Task[str]]:
         """The build's name, and its log when it is over."""
         name = uuid.uuid4().hex
         (self.directory / f"{name}.Dockerfile").write_text(dockerfile)
         with tarfile.open(self.directory / f"{name}.tar", "w") as archive:
             archive.add(self.directory / f"{name}.Dockerfile", "Dockerfile")
         files = str(self.directory / f"{name}.tar"), str(self.directory / f"{name}.Dockerfile")
-        log, phases = self.builder.begin(BuildRequest(name, "image", account, *files, [], 256 << 20, {}), self.directory / "image")
+        request = BuildRequest(name, "image", account, *files, [], 256 << 20, {})
+        log, phases = await self.builder.begin(request, self.directory / "image")
 
         async def read() -> str:
             with os.fdopen(log, errors="replace") as lines, os.fdopen(phases):
@@ -47,7 +49,7 @@ class Rig:
         return name, asyncio.get_running_loop().create_task(read())
 
     async def build(self, dockerfile: str, account: str = "111111111111") -> tuple[BuildResult, str]:
-        name, log = self.begin(dockerfile, account)
+        name, log = await self.begin(dockerfile, account)
         said = await log
         return await self.builder.result(name), said
 
@@ -63,6 +65,27 @@ class Rig:
             if not is_over and FIRST_UID <= int(fields["Uid"].split()[0]) < FIRST_UID + (1 << 28):
                 found.append(f"process {status.parent.name} {fields['Name']}")
         return found + self.cgroups.names()
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of its own, with room for one account's layers and little more."""
+    directory = Path(f"/var/tmp/torpor-small-{os.getpid()}")
+    directory.mkdir()
+    file = directory.with_suffix(".ext4")
+    try:
+        with file.open("wb") as made:
+            made.truncate(1 << 30)
+        subprocess.run(["mkfs.ext4", "-q", "-F", file], check=True)
+        if subprocess.run(["mount", "-o", "loop", file, directory], capture_output=True, check=False).returncode:
+            pytest.skip("no loop device")
+        try:
+            yield directory
+        finally:
+            subprocess.run(["umount", "--lazy", directory], check=True)
+    finally:
+        directory.rmdir()
+        file.unlink()
 
 
 @pytest.fixture
@@ -106,13 +129,40 @@ async def test_what_is_out_of_memory_is_said_and_a_broken_store_is_made_afresh(r
     assert not rig.left()
 
 
+async def test_a_full_disk_ends_one_build_and_is_given_back(small_disk: Path, host_before: object) -> None:
+    """What the build wrote goes with it, also where it failed; the layers themselves go where their room is wanted."""
+    rig = Rig(small_disk)
+    rig.cgroups.start()
+    rig.builder.start()
+    try:
+        done, said = await rig.build(FROM)
+        assert done.status == 0, said
+        free = os.statvfs(small_disk).f_bavail
+        done, said = await rig.build(f"{FROM}RUN echo kept > /kept\nRUN cat /dev/zero > /full\n")
+        assert done.status and "No space left on device" in said and not rig.left(), said
+        assert os.statvfs(small_disk).f_bavail > free * 0.95, "a build that fails leaves no more than its layers that did not"
+        done, said = await rig.build(f'{FROM}ARG A={"x" * 60_000}\nLABEL a="{"$A" * 80}"\n')
+        assert done.reason.startswith("the image's configuration (ENV, LABEL, ...) has 480"), (done.reason, said[-2000:])
+        assert done.status == 1
+        rig.builder._settings = dataclasses.replace(rig.builder._settings, room_bytes=1 << 40)
+        for account in (rig.directory / "accounts").iterdir():
+            os.utime(account / "users", (0, 0))
+        rig.builder.trim()
+        assert rig.builder._trimming is not None
+        await rig.builder._trimming
+        assert not list((rig.directory / "accounts").iterdir()) and os.statvfs(small_disk).f_bavail > free
+        assert (await rig.build(FROM))[0].status == 0
+    finally:
+        rig.cgroups.close()
+
+
 @pytest.mark.long
 async def test_a_build_may_be_ended_at_any_moment(rig: Rig) -> None:
     """Nothing of it stays, and the next one goes on with the store."""
     assert (await rig.build(FROM))[0].status == 0
     for turn in range(12):
         dockerfile = f"{FROM}RUN echo {turn}; head -c 3000000 /dev/urandom > /x; sync\nRUN for i in $(seq 200); do echo $i > /f$i; done\n"
-        name, log = rig.begin(dockerfile)
+        name, log = await rig.begin(dockerfile)
         await asyncio.sleep(0.1 + 0.25 * turn)
         await rig.builder.cancel(name)
         await log

@@ -120,7 +120,7 @@ static void explain_content(const char *path, int depth)
     if (!got && !by_shell) tell("%s is empty", path);
     else if (got >= 4 && !memcmp(head, ELFMAG, SELFMAG)) explain_elf(path, file, head, (size_t)got);
     else if (head[0] == '#' && head[1] == '!') explain_script(path, (char *)head, depth);
-    else if (!memcmp(head, "\xef\xbb\xbf#!", got < 5 ? (size_t)got : 5)) tell("%s begins with a byte order mark: save it without one (UTF-8)", path);
+    else if (got >= 5 && !memcmp(head, "\xef\xbb\xbf#!", 5)) tell("%s begins with a byte order mark: save it without one (UTF-8)", path);
     else if (got >= 2 && !memcmp(head, "MZ", 2)) tell("%s is a program for Windows", path);
     else if (got >= 4 && (!memcmp(head, "\xcf\xfa\xed\xfe", 4) || !memcmp(head, "\xca\xfe\xba\xbe", 4))) tell("%s is a program for macOS", path);
     else if (!by_shell) tell("%s is neither a program (ELF) nor a script that begins with #!, as in #!/bin/sh", path);

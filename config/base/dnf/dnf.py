@@ -24,6 +24,7 @@ from names import GROUPS, Refusal, Table, Wanted, group, translate
 HERE = Path(__file__).resolve().parent
 DRY = bool(os.environ.get("DNF_DRY_RUN"))
 LISTS = Path("/var/lib/apt/lists")
+REPOSITORIES = Path("/etc/yum.repos.d")
 VERSION = "4.14.0"
 _VALUES = {  # options that take a value, by what they are called here; "" is of no consequence on this base
     "-c": "", "--config": "", "--releasever": "", "--enablerepo": "", "--disablerepo": "", "--repo": "", "--repoid": "",
@@ -99,6 +100,7 @@ class Dnf:
         self._run = run
         self._table = table
         self._fresh = False
+        self._has_said = False
 
     def known(self) -> set[str]:
         """The names of packages that apt has; its lists are fetched where there are none."""
@@ -287,10 +289,20 @@ class Dnf:
         return code or elsewhere.root(Path(self._call.installroot), wanted.apt, self._run)
 
     def _lists(self, fresh: bool = False) -> int:
+        self._say_unread()
         if self._fresh or (not fresh and any(LISTS.glob("*Packages*"))):
             return 0
         self._fresh = True
         return self._run(["apt-get", "-q", "update"])
+
+    def _say_unread(self) -> None:
+        """Repositories of RPMs, which an image brings, are of no use to apt."""
+        unread = [] if self._has_said else [path.name for path in sorted(REPOSITORIES.glob("*.repo")) if _is_enabled(path)]
+        self._has_said = True
+        if unread:
+            are = "is" if len(unread) == 1 else "are"
+            instead = "write an apt source to /etc/apt/sources.list.d/NAME.list"
+            _say(f"{REPOSITORIES}/{', '.join(unread)} {are} not read: RPMs are there, and this base is Debian: {instead}")
 
     def _apt(self, verb: str, *words: str) -> int:
         """With lists that are old, a package may be gone: they are fetched, and it is tried once more."""
@@ -340,6 +352,15 @@ def main(arguments: list[str], run: Callable[[list[str]], int]) -> int:
         for line in str(refusal).splitlines():
             _say(line)
         return 1
+
+
+def _is_enabled(repository: Path) -> bool:
+    """Whether one of a file's sections is, as all are that say nothing (dnf.conf(5))."""
+    try:
+        sections = re.split(r"^\s*\[", repository.read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE)[1:]
+    except OSError:
+        return False
+    return any(not re.search(r"^\s*enabled\s*=\s*(?:0|no|false)\s*$", section, re.MULTILINE | re.IGNORECASE) for section in sections)
 
 
 def _say(text: str) -> None:
