@@ -20,7 +20,7 @@ from rich.text import Text
 
 from gateway import config, instance, listeners
 from gateway.observe import log
-from gateway.observe.room import disk_free_bytes, existing, memory_available_bytes
+from gateway.observe.room import BUILD_INODES, disk_free_bytes, existing, inodes_free, memory_available_bytes
 
 from .output import console, errors, fail, show_json, show_table
 
@@ -170,6 +170,15 @@ def assets() -> None:
         fail(str(error))
 
 
+def _free(settings: config.Settings, place: Path) -> list[tuple[str, bool, str]]:
+    disk, inodes, memory = disk_free_bytes(place) >> 20, inodes_free(place), memory_available_bytes() >> 20
+    return [
+        ("disk", disk > settings.limits.disk_reserve_mib, f"{disk} MiB free below {place}"),
+        ("inodes", inodes >= BUILD_INODES, f"{inodes} free below {place}" if inodes < 1 << 60 else "without a bound"),
+        ("memory", memory > settings.limits.reserve_mib, f"{memory} MiB available, {settings.limits.reserve_mib} MiB kept back"),
+    ]
+
+
 def doctor(
     root: Root = None,
     name: Name = None,
@@ -202,10 +211,7 @@ def doctor(
         if what == "base.tar" and not is_missing:
             text = f"{base.described(making.key_at(settings.cache / what))}, in {settings.cache}"
         rows.append((f"asset {what}", not is_missing, text))
-    free = disk_free_bytes(place) >> 20
-    rows.append(("disk", free > settings.limits.disk_reserve_mib, f"{free} MiB free below {place}"))
-    free = memory_available_bytes() >> 20
-    rows.append(("memory", free > settings.limits.reserve_mib, f"{free} MiB available, {settings.limits.reserve_mib} MiB kept back"))
+    rows += _free(settings, place)
     kept = settings.root / "edge-port"
     if kept.exists():
         port = int(kept.read_text(encoding="ascii"))
