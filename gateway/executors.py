@@ -89,6 +89,7 @@ class Pool:
         self._workers: list[_Worker] = []
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._start = threading.Lock()
+        self._joining = threading.Lock()
         self._is_started = False
         self.on_stuck: Callable[[], None] = replace_process
 
@@ -189,7 +190,10 @@ class Pool:
 
     def _run(self) -> None:
         worker = _Worker()
-        self._workers.append(worker)
+        with self._joining:
+            if len(self._workers) >= self._threads:  # one that was taken for dead, and was late: SQLite wants the same thread each time
+                return
+            self._workers.append(worker)
         while True:
             try:
                 if not self._one(worker):

@@ -145,6 +145,26 @@ def test_a_thread_that_dies_before_it_could_say_so_is_started_again(rig: Rig, mo
     other.close()
 
 
+def test_a_thread_that_is_late_and_was_started_again_is_one_too_many(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy host the first one comes when it was taken for dead; a pool of one has one all the same, as SQLite wants it."""
+    real, late, ended = _thread.start_new_thread, [], []
+
+    def start(work: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
+        late.append(work)
+        for one in late if len(late) == 2 else []:
+            real(lambda one=one: (one(), ended.append(1)), ())
+        return 0
+
+    rig.pool.start()  # the watchdog's thread is there
+    other = Pool("other", 1, 10.0)
+    monkeypatch.setattr(_thread, "start_new_thread", start)
+    other.start()
+    while not ended:
+        time.sleep(0.001)
+    assert len(other._workers) == len(set(other.map(lambda _: threading.get_ident(), range(50)))) == 1
+    other.close()
+
+
 def test_a_start_without_room_for_threads_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object) -> int:
         raise RuntimeError("can't start new thread")
