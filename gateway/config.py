@@ -201,8 +201,7 @@ class Traces(BaseModel):
 
 class Logs(BaseModel):
     endpoint: str = Field("", description="a CloudWatch Logs endpoint to which events are sent too; empty: kept here only")
-    retention_days: int = Field(30, ge=0, description="streams silent for longer go; 0: kept until there is no room")
-    account_mib: int = Field(8192, ge=128, description="of an account's streams; beyond, those that are silent for longest go")
+    retention_days: int = Field(0, ge=0, description="streams silent for longer go; 0: kept for ever")
 
 
 class Records(BaseModel):
@@ -225,6 +224,13 @@ class Archive(BaseModel):
     after_seconds: float = Field(0.0, ge=0, description="asleep for longer, a session is moved to the object store; 0: never")
     bucket: str = Field("torpor-archive", description="made where it is not there")
     prefix: str = Field("sessions/", description="before the keys")
+
+
+class Quarantine(BaseModel):
+    """What was set aside because of an error: it goes by age and for room, the oldest first."""
+
+    days: float = Field(14.0, gt=0, description="what was set aside longer ago is removed")
+    mib: int = Field(20_480, ge=0, description="where all that is set aside takes more, the oldest of it is removed")
 
 
 class Sessions(BaseModel):
@@ -299,6 +305,10 @@ class Settings(BaseSettings):
     accelerator: str = Field("auto", pattern="^(auto|kvm|tcg)$", description="auto: KVM where a guest that probes it runs")
     probe_seconds: float = Field(40.0, gt=0, description="how long a guest that probes KVM may take")
     hypervisor: str = Field("auto", pattern="^(auto|qemu|firecracker)$", description="auto: Firecracker where it and KVM work")
+    strangers: str = Field(
+        "refuse", pattern="^(refuse|adopt|quarantine)$",
+        description="what a start does where store and disks are not of one instance: `torpor serve --adopt`, `--quarantine`",
+    )  # fmt: skip
     edge: Edge = Edge()
     api: Api = Api()
     object_store: ObjectStore = ObjectStore()
@@ -310,6 +320,7 @@ class Settings(BaseSettings):
     traces: Traces = Traces()
     credentials: Credentials = Credentials()
     archive: Archive = Archive()
+    quarantine: Quarantine = Quarantine()
     sessions: Sessions = Sessions()
     suspend: Suspend = Suspend()
     standbys: Standbys = Standbys()

@@ -37,10 +37,12 @@ from .sessions.archive import Archive
 from .sessions.archive import default_client as default_store
 from .sessions.faults import FaultLog
 from .sessions.host import Host
+from .sessions.identity import Identity
 from .sessions.lifecycle import Lifecycle
 from .sessions.listeners import in_words
 from .sessions.logs import LogStore
 from .sessions.model import Session
+from .sessions.quarantine import Quarantine
 from .sessions.recovery import recover
 from .sessions.routes import Routes
 from .sessions.shipping import Shipper, default_client
@@ -52,8 +54,8 @@ from .tokens import Minter
 log = structlog.get_logger()
 
 _HOUR_SECONDS = 3600.0
-_LOGS_SECONDS = 300.0
 _AUDIT_SECONDS = 1.0  # what a power cut may take of the audit trail
+_EMPTY_SECONDS = 600.0
 _STOP_SECONDS = 60.0
 _LISTENERS_SECONDS = 2.0  # for a guest to say what listens in it
 
@@ -86,6 +88,7 @@ class Control:
             metrics.transition, lambda session, steps: self.spans.steps(steps, session.id), metrics.action_took, self._out_of_memory
         )
         self.lifecycle = Lifecycle(settings, self.store, self.host, self.routes, self.logs, guests.for_session, archive, observer)
+        self.quarantine = Quarantine(settings.quarantine, self.store, self.host, self.lifecycle, archive)
         self.lifecycle.ahead.on_count = metrics.ran_ahead.set
         self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds)
         self.registry.ahead = self.lifecycle.ahead
@@ -114,11 +117,13 @@ class Control:
     # ---- start ----
 
     async def recover(self) -> None:
-        """Compares the store with the host; nothing is served before routes are known."""
+        """Compares the store with the host; nothing is served before routes are known. Raises ConfigError where they do not belong
+        together."""
         await self.store.open()
         state = await self.host.state()
+        await Identity(self.settings, self.store, self.host).check(state)
         await recover(self.lifecycle, state)
-        await self.registry.recover(set(state.images))
+        await self.registry.recover()
 
     async def suspend_all(self) -> None:
         """Before the service stops: every running session is suspended, and resumed at the next start."""
@@ -235,6 +240,12 @@ class Control:
             raise RpcError("NotAllowed", "only root may ask")
         return await self.tiers()
 
+    async def rpc_recover(self, connection: Connection, body: m.SessionName) -> None:
+        """Raises RecoverError, RpcError, StoreError."""
+        if connection.uid != 0:
+            raise RpcError("NotAllowed", "only root may ask")
+        await self.quarantine.recover(body.session)
+
     async def rpc_activity(self, connection: Connection, body: m.Activity) -> None:
         self.lifecycle.activity(connection, body)
 
@@ -244,10 +255,9 @@ class Control:
     # ---- every hour ----
 
     async def drop_old_logs(self) -> None:
-        """Removes streams that nobody has written to for longer than the retention, and those beyond an account's room."""
-        logs = self.settings.logs
-        seconds = logs.retention_days * 86_400.0 if logs.retention_days else math.inf
-        await executors.BULK.run(self.logs.drop_old, seconds, float(logs.account_mib << 20))
+        """Removes streams that nobody has written to for longer than the retention."""
+        if days := self.settings.logs.retention_days:
+            await executors.BULK.run(self.logs.drop_older, days * 86_400.0)
 
     async def prune(self) -> None:
         """Removes client tokens of before yesterday and old events."""
@@ -297,11 +307,12 @@ async def main(settings: Settings) -> None:
             await web.SockSite(runner, sock, backlog=1024).start()
         runners.append(runner)
     edges = Server(settings.control_socket, Service(control, Admin(settings, control.directory, control.store)), {0, settings.users.edge})
-    work = [every(_HOUR_SECONDS, control.rotate_keys), every(_LOGS_SECONDS, control.drop_old_logs), every(_HOUR_SECONDS, control.prune)]
-    work.append(control.logs.keep())
-    work.append(every(_AUDIT_SECONDS, control.sync_audit))
+    work = [
+        every(_HOUR_SECONDS, control.rotate_keys), every(_HOUR_SECONDS, control.drop_old_logs), every(_HOUR_SECONDS, control.prune),
+        every(_AUDIT_SECONDS, control.sync_audit), every(_EMPTY_SECONDS, control.quarantine.empty),
+    ]  # fmt: skip
     if settings.logs.endpoint:
-        shipper = Shipper(control.logs, settings.control_dir / "logs-sent.db", lambda: default_client(settings))
+        shipper = Shipper(control.logs, settings.control_dir / "logs-sent.json", lambda: default_client(settings))
         work.append(shipper.run())
     background = [asyncio.get_running_loop().create_task(coroutine) for coroutine in work]
     process.ready()
@@ -326,7 +337,6 @@ async def main(settings: Settings) -> None:
     await control.registry.close()
     await control.lifecycle.ahead.close()
     await control.lifecycle.close()
-    await control.logs.close()
     await control.store.close()
     control.audit.close()
 

@@ -42,7 +42,6 @@ class Capacity(msgspec.Struct):
 
     memory_available: int
     disk_free: int
-    inodes_free: int
     expected_growth: int
 
 
@@ -198,6 +197,24 @@ class Quarantined(msgspec.Struct):
     at: float
     bytes: int = 0
     snapshot: int = 0
+
+
+class Marks(msgspec.Struct):
+    """The instance ids that images/ and sessions/ have; empty where they have none."""
+
+    images: str
+    sessions: str
+
+
+class MarkRequest(msgspec.Struct):
+    instance: str
+
+
+class ImageQuarantineRequest(msgspec.Struct):
+    """Sets an image's files aside."""
+
+    image: str
+    reason: str
 
 
 class Suspended(msgspec.Struct):

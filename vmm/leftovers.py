@@ -100,20 +100,35 @@ def _jails(settings: Settings, records: list[Process], sessions: Collection[str]
 def _files(settings: Settings, sessions: Collection[str], images: Collection[str]) -> Iterator[Leftover]:
     for path in _entries(settings.sessions_dir):
         if path.name not in sessions:
-            yield Leftover("directory", str(path), "the store knows no such session")
+            if not _is_saved(path):
+                yield Leftover("directory", str(path), "of a launch that was interrupted")
             continue
         for name in _HALF_MADE:
             if (path / name).exists():
                 yield Leftover("directory", str(path / name), "half a snapshot")
     for path in _entries(settings.images_dir):
-        if path.name not in images:
-            yield Leftover("directory", str(path), "the store knows no such image version" if path.name[0] != "." else "half an image")
+        if path.name not in images and not _is_image(path):
+            yield Leftover("directory", str(path), "half an image")
     for path in _entries(settings.control_dir / "builds"):
         yield Leftover("directory", str(path), "of a build that was interrupted")
 
 
 def _entries(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir()) if directory.is_dir() else []
+    return sorted(path for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
+
+
+def _is_saved(session: Path) -> bool:
+    return any(session.glob("snapshot-[0-9]*"))
+
+
+def _is_image(path: Path) -> bool:
+    return path.name[0] != "." and (path / "manifest.json").exists()
+
+
+def strangers(settings: Settings, sessions: Collection[str], images: Collection[str]) -> list[Path]:
+    """Sleeping sessions and images that the store does not know. They are nobody's to remove: the store may be the wrong one."""
+    asleep = [path for path in _entries(settings.sessions_dir) if path.name not in sessions and _is_saved(path)]
+    return asleep + [path for path in _entries(settings.images_dir) if path.name not in images and _is_image(path)]
 
 
 def mend(settings: Settings, found: Leftover) -> None:

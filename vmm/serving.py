@@ -16,6 +16,7 @@ from .archive_calls import ArchiveCalls
 from .cgroups import Cgroups
 from .daemon import Vmm
 from .errors import VmmError
+from .identity_calls import IdentityCalls
 from .image_calls import ImageCalls
 
 log = structlog.get_logger()
@@ -31,7 +32,8 @@ async def serve(settings: Settings, ready: object) -> None:
         log.warning("hypervisor.roots_not_looked_at", error=str(error))
     vmm = Vmm(settings, info, cgroups)
     await vmm.start()
-    server = Server(settings.vmm_socket, Service(vmm, ImageCalls(vmm), ArchiveCalls(vmm)), {0, settings.users.control, settings.users.edge})
+    service = Service(vmm, ImageCalls(vmm), ArchiveCalls(vmm), IdentityCalls(settings))
+    server = Server(settings.vmm_socket, service, {0, settings.users.control, settings.users.edge})
     server.on_connect = vmm.connected
     log.info("vmm.ready", hypervisor=info.hypervisor, accelerator=info.accelerator, note=info.accelerator_note)
     ready()  # type: ignore[operator]

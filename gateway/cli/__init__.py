@@ -9,7 +9,7 @@ import typer
 
 from gateway.config import ConfigError
 
-from . import admin, connectors, host, images, microvms, shell
+from . import admin, connectors, host, images, microvms, quarantine, shell
 from .output import fail
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ microvms.register(app)
 shell.register(app)
 connectors.register(app)
 admin.register(app)
+quarantine.register(app)
 
 _CODES = {"ResourceNotFoundException": 3, "AccessDeniedException": 4, "ThrottlingException": 4, "ServiceQuotaExceededException": 4}
 

@@ -38,15 +38,15 @@ def register(app: typer.Typer) -> None:
     app.command()(trace)
 
 
-def ask(method: str, body: Any = None, kind: Any = None) -> Any:
+def ask(method: str, body: Any = None, kind: Any = None, seconds: float = _SECONDS) -> Any:
     """One call to control; what it refuses is the command's one line of error."""
     if os.geteuid() != 0:
-        fail("this needs root: accounts are the host's to give", 2)
+        fail("this needs root: it is the host's operator who asks", 2)
     settings = config.load()
-    return asyncio.run(_ask(settings.control_socket, method, body, kind))
+    return asyncio.run(_ask(settings.control_socket, method, body, kind, seconds))
 
 
-async def _ask(path: Path, method: str, body: Any, kind: Any) -> Any:
+async def _ask(path: Path, method: str, body: Any, kind: Any, seconds: float) -> Any:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.connect(str(path))
@@ -54,7 +54,7 @@ async def _ask(path: Path, method: str, body: Any, kind: Any) -> Any:
         fail(f"no service answers at {path}: is `torpor serve` running?", 1)
     connection = Connection(sock)
     try:
-        return await connection.call(method, body, kind, timeout=_SECONDS)
+        return await connection.call(method, body, kind, timeout=seconds)
     except RpcError as error:
         fail(str(error), 1)
     finally:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -20,9 +20,14 @@ from rich.text import Text
 
 from gateway import config, instance, listeners
 from gateway.observe import log
-from gateway.observe.room import BUILD_INODES, disk_free_bytes, existing, inodes_free, memory_available_bytes
+from gateway.observe.room import disk_free_bytes, existing, memory_available_bytes
 
 from .output import console, errors, fail, show_json, show_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .repair import Known
 
 Root = Annotated[Path | None, typer.Option("--root", help="The instance's directory.")]
 Name = Annotated[str | None, typer.Option("--name", help="The instance's name.")]
@@ -47,11 +52,19 @@ def register(app: typer.Typer) -> None:
     app.command()(assets)
 
 
-def serve(root: Root = None, name: Name = None) -> None:
+def serve(
+    root: Root = None,
+    name: Name = None,
+    adopt: Annotated[bool, typer.Option("--adopt", help="Take images and sessions that the store does not know as they are.")] = False,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="Set images and sessions aside that the store does not know.")] = False,
+) -> None:
     """Run the service until it is told to stop.
 
     Example: torpor serve --root /var/lib/torpor
     """
+    if adopt and quarantine:
+        fail("--adopt and --quarantine are two ways on: choose one", 2)
+    strangers = "adopt" if adopt else "quarantine" if quarantine else None
     from gateway import supervisor
     from vmm.assets import AssetError, Base, make
 
@@ -59,7 +72,7 @@ def serve(root: Root = None, name: Name = None) -> None:
         fail("serve needs root: it makes network namespaces, mounts and users' processes", 2)
     os.umask(0o022)  # users of the service's own read what root makes here
     _allow_descriptors()
-    settings = config.load(root=root, name=name)
+    settings = config.load(root=root, name=name, strangers=strangers)
     log.configure("torpor")
     try:
         make(settings.cache, lambda text: errors.print(f"torpor: {text}"), Base.of(settings.images))
@@ -170,15 +183,6 @@ def assets() -> None:
         fail(str(error))
 
 
-def _free(settings: config.Settings, place: Path) -> list[tuple[str, bool, str]]:
-    disk, inodes, memory = disk_free_bytes(place) >> 20, inodes_free(place), memory_available_bytes() >> 20
-    return [
-        ("disk", disk > settings.limits.disk_reserve_mib, f"{disk} MiB free below {place}"),
-        ("inodes", inodes >= BUILD_INODES, f"{inodes} free below {place}" if inodes < 1 << 60 else "without a bound"),
-        ("memory", memory > settings.limits.reserve_mib, f"{memory} MiB available, {settings.limits.reserve_mib} MiB kept back"),
-    ]
-
-
 def doctor(
     root: Root = None,
     name: Name = None,
@@ -190,9 +194,9 @@ def doctor(
     Example: torpor doctor --repair
     """
     from vmm import assets, base, cgroups, leftovers, making, probe
-    from vmm.errors import VmmError
 
-    from .repair import is_served, known, leftovers_of, upgrades_of
+    from . import quarantine
+    from .repair import is_served, known, leftovers_of
 
     settings = config.load(root=root, name=name)
     rows: list[tuple[str, bool, str]] = []
@@ -211,22 +215,21 @@ def doctor(
         if what == "base.tar" and not is_missing:
             text = f"{base.described(making.key_at(settings.cache / what))}, in {settings.cache}"
         rows.append((f"asset {what}", not is_missing, text))
-    rows += _free(settings, place)
+    free = disk_free_bytes(place) >> 20
+    rows.append(("disk", free > settings.limits.disk_reserve_mib, f"{free} MiB free below {place}"))
+    free = memory_available_bytes() >> 20
+    rows.append(("memory", free > settings.limits.reserve_mib, f"{free} MiB available, {settings.limits.reserve_mib} MiB kept back"))
     kept = settings.root / "edge-port"
     if kept.exists():
         port = int(kept.read_text(encoding="ascii"))
         rows.append(("edge port", True, f"{port}, held by {listeners.holder(port)}"))
     try:
         store = known(settings.control_dir / "torpor.db")
+        rows += _stored(settings, store)
     except config.ConfigError as error:  # then nothing is known to be left over, either
         store = None
         rows.append(("store", False, str(error)))
-    try:
-        rows += upgrades_of(settings, store) if store is not None and settings.images_dir.is_dir() else []
-    except (OSError, VmmError) as error:
-        rows.append(("old images", False, f"cannot be told: {error}"))
-    for row in store.set_aside if store is not None else []:
-        rows.append((f"set aside: {row.kind}", False, f"{row.key}: its row in the store cannot be read: {row.reason}; its files are kept"))
+    rows += quarantine.rows(settings)
     if repair and is_served(settings):
         fail(f"instance {settings.name} is served: it mends what it finds at its start; stop it to repair by hand", 1)
     for leftover in leftovers_of(settings, store) if store is not None else []:
@@ -241,6 +244,21 @@ def doctor(
         show_table(("", "check", ""), [(Text("ok", "green") if ok else Text("no", "red"), check, text) for check, ok, text in rows])
     if not all(ok for _, ok, _ in rows):
         raise typer.Exit(1)
+
+
+def _stored(settings: config.Settings, store: Known) -> Iterator[tuple[str, bool, str]]:
+    """What doctor says of the store against the disks."""
+    from vmm.errors import VmmError
+
+    from .repair import strangers_of, upgrades_of
+
+    try:
+        yield from upgrades_of(settings, store) if settings.images_dir.is_dir() else []
+    except (OSError, VmmError) as error:
+        yield "old images", False, f"cannot be told: {error}"
+    yield from strangers_of(settings, store)
+    for row in store.set_aside:
+        yield f"set aside: {row.kind}", False, f"{row.key}: its row in the store cannot be read: {row.reason}; its files are kept"
 
 
 def version(as_json: Json = False) -> None:

@@ -66,6 +66,13 @@ def leftovers_of(settings: Settings, store: Known) -> list[leftovers.Leftover]:
     return leftovers.find(settings, store.sessions, images)
 
 
+def strangers_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
+    """What doctor says of sleepers and images that the store does not know."""
+    images = store.images if store.is_whole else {path.name for path in settings.images_dir.glob("*")}
+    text = "the store does not know it: the next start sets a few of them aside, and refuses to go on with many"
+    return [("stranger", False, f"{path}: {text}") for path in leftovers.strangers(settings, store.sessions, images)]
+
+
 def upgrades_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
     """What doctor says of images and sleepers that an update of the host has left behind. Raises OSError, VmmError."""
     names = {version.key: f"{image.name} {version.version}" for image in store.made for version in image.versions}

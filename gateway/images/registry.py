@@ -269,8 +269,9 @@ class Registry:
 
     # ---- after a restart ----
 
-    async def recover(self, known: set[str]) -> None:
-        """Builds that were under way have failed, those that waited wait again; deletions go on; images that nobody knows go."""
+    async def recover(self) -> None:
+        """Builds that were under way have failed, those that waited wait again; deletions go on. Images that the store does not know were
+        looked at before (sessions/identity.py)."""
         for image in list(self._store.images.values()):
             for version in list(image.versions):
                 if version.build is None:
@@ -287,11 +288,6 @@ class Registry:
                 self._start(image.arn, self._delete(image))
             elif image.state in ("CREATING", "UPDATING") and not any(one.state in _UNDER_WAY for one in image.versions):
                 self._start(image.arn, self._until_stored(image, self._become(image, self._settled(image))))
-        if any(row.kind == "images" for row in self._store.set_aside):
-            return  # which keys are an unread image's, nobody knows
-        wanted = {version.key for image in self._store.images.values() for version in image.versions}
-        for key in known - wanted:
-            await self.pipeline.delete(key)
 
     async def close(self) -> None:
         for task in list(self._tasks.values()):

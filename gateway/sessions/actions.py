@@ -35,7 +35,7 @@ from .archive import Archive, ArchiveError
 from .channels import Channels
 from .host import Host, RpcError, RpcLost, ends_session, grown, is_refused, patiently
 from .liveness import Liveness
-from .model import Session
+from .model import Archived, Session
 from .routes import Routes
 from .states import MAX_LIFETIME, Action, Event, State, exit_reason
 from .store import Store, StoreError
@@ -441,6 +441,11 @@ class Actions:
             log.warning("archive.failed", session=session.id, error=str(error))
         return End.NOTHING
 
+    def forget_archive(self, archived: Archived) -> None:
+        """Removes an archive whose session is here again."""
+        if self._archive is not None:
+            self._tasks.spawn(self._archive.forget(archived))
+
     async def _have_streams_left(self, session: Session) -> bool:
         """Whether no client holds a parked stream of the session any more: its network could not outlive its files. The workers are
         asked; where one is missing, nobody knows."""
@@ -465,7 +470,7 @@ class Actions:
             session.archived = archived
             raise
         steps.mark("fetched from the archive")
-        self._tasks.spawn(self._archive.forget(archived))
+        self.forget_archive(archived)
 
     # ---- destroy ----
 

@@ -1,4 +1,7 @@
-"""After a restart of control the store is compared with the host, session by session, and each goes on from there."""
+"""After a restart of control the store is compared with the host, session by session, and each goes on from there.
+
+Nothing that was saved is deleted here. What the store does not know has been looked at before (identity.py).
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,18 @@ import structlog
 
 from gateway.messages import HostState
 
+from .ahead import PREFIX
 from .host import RpcError
 from .lifecycle import Lifecycle
+from .model import Session
 from .states import State
+from .store import StoreError
 
 log = structlog.get_logger()
 
 
 async def recover(lifecycle: Lifecycle, state: HostState) -> None:
-    """Forgets what the host holds for nobody. Routes are published before anything else happens."""
+    """Routes are published before anything else happens."""
     sessions = lifecycle.store.sessions
     held = {host_session.session: host_session for host_session in state.sessions}
     for session in sessions.values():
@@ -23,20 +29,52 @@ async def recover(lifecycle: Lifecycle, state: HostState) -> None:
     for session in list(sessions.values()):
         if session.state is State.TERMINATED:
             lifecycle.ended(session)
+            if session.is_aside and (session.id in state.snapshots or session.id in held):  # a recovery that was not stored
+                await _set_aside(lifecycle, session, session.reason or "")
             continue
         lifecycle.timers.watch_lifetime(session)
+        if session.state is State.SUSPENDED and session.archived is not None and session.id in state.snapshots:
+            await _settle_archived(lifecycle, session, state.snapshots[session.id])
         is_saved = session.archived is not None or state.snapshots.get(session.id) == session.incarnation
         is_at_rest = session.id not in held or held[session.id].phase == "warm"
         if session.state is State.SUSPENDED and is_saved and is_at_rest and session.suspended_by != "stop":
             lifecycle.rested(session)
         else:
             lifecycle.settle(session, state)
-    archived = {session.id for session in sessions.values() if session.archived is not None}
     unread = {row.key for row in lifecycle.store.set_aside}  # their files are as they were when their rows can be read again
-    running = (set(held) | set(state.preparing)) - set(sessions) - unread
-    asleep = set(state.snapshots) - (set(sessions) - archived) - unread
-    for orphan in sorted(running | asleep):
+    for name in sorted(launches_of_nobody(state) - set(sessions) - unread):
         try:
-            await lifecycle.host.forget(orphan)
+            await lifecycle.host.forget(name)
         except RpcError as error:  # the next start finds it again
-            log.error("orphan.left", session=orphan, error=str(error))
+            log.error("orphan.left", session=name, error=str(error))
+
+
+def launches_of_nobody(state: HostState) -> set[str]:
+    """What was being launched when its control died, and never told to run for anybody, so that nothing of it was saved."""
+    waiting = {one.session for one in state.sessions if one.phase == "prepared" or one.session.startswith(PREFIX)}
+    return (waiting | set(state.preparing)) - set(state.snapshots)
+
+
+async def _settle_archived(lifecycle: Lifecycle, session: Session, snapshot: int) -> None:
+    """Its files are here as well as in the archive. They are the same where `forget` or a fetch was interrupted, and then they are what
+    counts; or others, because the store is an older one, and then they are set aside."""
+    archived, session.archived = session.archived, None
+    if snapshot != session.incarnation or archived is None:
+        session.archived = archived
+        await _set_aside(lifecycle, session, f"The store knows an archive of incarnation {session.incarnation}, and this is {snapshot}.")
+        return
+    lifecycle.store.put_session(session)
+    try:
+        await lifecycle.store.commit()
+    except StoreError as error:
+        session.archived = archived
+        log.error("archive.both", session=session.id, error=str(error))
+        return
+    lifecycle.actions.forget_archive(archived)
+
+
+async def _set_aside(lifecycle: Lifecycle, session: Session, reason: str) -> None:
+    try:
+        await lifecycle.host.quarantine(session.id, session.incarnation, session.image, reason)
+    except RpcError as error:  # the next start finds it again
+        log.error("orphan.left", session=session.id, error=str(error))

@@ -147,7 +147,7 @@ class ApiRig:
         """As after kill -9 of control: what is in the store is all that is known."""
         self.do(self._stop())
         self.do(self._start())
-        self.do(self.registry.recover(set()))
+        self.do(self.registry.recover())
 
     def close(self) -> None:
         self.do(self._stop())

@@ -31,6 +31,8 @@ class ScriptedHost:
         self.disks: dict[str, int] = {}  # by session: the ledger on its disk, for as long as its files are here
         self.memories: dict[str, int] = {}  # by session: the ledger in its newest snapshot
         self.torn: list[str] = []  # sessions whose ledgers differed
+        self.images: list[str] = []
+        self.marked = m.Marks("", "")
         self.aside: dict[str, m.Quarantined] = {}
         self.kept: dict[str, tuple[int, int]] = {}  # by session that is aside: its ledgers
         self.stored: dict[str, str] = {}
@@ -199,20 +201,31 @@ class ScriptedHost:
         self.snapshots[session] = record.snapshot
         return self.aside.pop(session)
 
+    async def marks(self) -> m.Marks:
+        return self.marked
+
+    async def mark(self, instance: str) -> None:
+        await self._call("mark", instance)
+        self.marked = m.Marks(instance, instance)
+
+    async def quarantine_image(self, image: str, reason: str) -> None:
+        await self._call("quarantine_image", image)
+        self.images.remove(image)
+
     async def release_quarantined(self, session: str) -> None:
         await self._call("release_quarantined", session)
         self.aside.pop(session, None)
         self.kept.pop(session, None)
 
-    def free(self) -> tuple[int, int, int]:
+    def free(self) -> tuple[int, int]:
         self.looks += 1
-        return self.memory_available, 1 << 40, 1 << 40
+        return self.memory_available, 1 << 40
 
     async def reclaim_capacity(self) -> m.Capacity:
-        return m.Capacity(self.memory_available, 1 << 40, 1 << 40, 96 << 20)
+        return m.Capacity(self.memory_available, 1 << 40, 96 << 20)
 
     async def state(self) -> m.HostState:
-        return m.HostState(list(self.held.values()), self.snapshots, [], [])
+        return m.HostState(list(self.held.values()), self.snapshots, self.images, [])
 
 
 def woken(wake: bytes) -> bytes:

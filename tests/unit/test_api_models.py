@@ -18,7 +18,6 @@ from waiting import until
 
 from gateway.api.errors import ApiError, InternalServer, Throttling, as_modelled
 from gateway.api.model import Model, is_secret
-from gateway.sessions.store import SetAside
 
 MODEL = Model()
 OFFERED = [operation for operation in MODEL.operations if operation.is_offered]
@@ -334,7 +333,7 @@ def test_a_failed_version_is_inactive(api: ApiRig) -> None:
     refused(api.call("PATCH", path(arn, "2.0"), {"status": "ACTIVE"}), 400, "ValidationException", text)
     assert api.call("PATCH", path(arn, "2.0"), {"status": "INACTIVE"})[0] == 200
     api.store.images[arn].versions[1].status = "ACTIVE"  # as older services stored it
-    api.do(api.registry.recover(set()))
+    api.do(api.registry.recover())
     assert api.call("GET", path(arn, "2.0"))[2]["status"] == "INACTIVE"
 
 
@@ -373,13 +372,3 @@ def test_the_smallest_idle_time_is_found_whatever_its_shape_is_called(monkeypatc
     monkeypatch.setattr(botocore.loaders.Loader, "load_service_model", renamed)
     operation = next(one for one in Model(5).operations if one.name == "RunMicrovm")
     assert operation.input is not None and operation.input.members["idlePolicy"].members["maxIdleDurationSeconds"].metadata["min"] == 5
-
-
-def test_no_image_goes_while_an_images_row_cannot_be_read(api: ApiRig) -> None:
-    """Nobody knows which keys are its."""
-    api.store.set_aside = [SetAside("images", "arn", 0.0, "torn")]
-    api.do(api.registry.recover({"unknown-1.0"}))
-    assert "unknown-1.0" not in api.pipeline.deleted
-    api.store.set_aside = []
-    api.do(api.registry.recover({"unknown-1.0"}))
-    assert "unknown-1.0" in api.pipeline.deleted

@@ -62,6 +62,8 @@ class Rig:
             "services",
             "claim",
             "agent",
+            "marks",
+            "mark",
         ):
             setattr(host, name, getattr(self.host, name))
         host.leave, host.traces = leave, traces  # type: ignore[method-assign]

@@ -96,7 +96,7 @@ class Rig:
     async def restart(self) -> None:
         await self.stop()
         await self.start()
-        await self.registry.recover(set())
+        await self.registry.recover()
 
     async def create(self) -> Image:
         image, version = self.registry.create(ARN, "a", REQUEST, {})
@@ -242,7 +242,7 @@ async def test_the_name_of_an_image_is_not_free_before_its_end_is_stored(rig: Ri
     await until(lambda: rig.commits == max(rig.refused) and rig.state == "DELETING")
     await rig.stop()  # in its pause: the next start deletes on
     await rig.start()
-    await rig.registry.recover(set())
+    await rig.registry.recover()
     assert await rig.stored_state() == "GONE"
 
 
@@ -254,7 +254,7 @@ async def test_builds_that_a_restart_interrupted_have_failed_although_the_store_
     await rig.stop()
     await rig.start()
     rig.commits, rig.refused = 0, refused
-    await rig.registry.recover(set())
+    await rig.registry.recover()
     assert await rig.stored_state() == "CREATE_FAILED"
     build = rig.store.images[ARN].versions[0].build
     assert build is not None and build.reason == INTERRUPTED

@@ -366,6 +366,7 @@ async def test_vmm_that_dies_while_a_guest_starts_costs_nothing(rig: Rig, is_lau
 async def test_what_was_being_prepared_for_nobody_is_forgotten_after_a_restart(rig: Rig) -> None:
     rig.session(state=State.SUSPENDED, incarnation=1)
     await recover(rig.lifecycle, m.HostState([], {"s1": 1}, [], [], ["s1", "unknown"]))
+    await rig.lifecycle.close()
     assert rig.host.calls == ["forget -"]
 
 
@@ -377,7 +378,7 @@ async def test_the_files_of_a_session_whose_row_cannot_be_read_are_kept(rig: Rig
 
 async def test_an_orphan_that_cannot_be_forgotten_keeps_no_control_from_starting(rig: Rig) -> None:
     rig.host.fail["forget"] = [RpcError("Unavailable", "busy")]
-    await recover(rig.lifecycle, m.HostState([], {"gone": 1, "lost": 2}, [], []))
+    await recover(rig.lifecycle, m.HostState([], {}, [], [], ["gone", "lost"]))
     assert rig.host.calls == ["forget -", "forget -"], "the others are forgotten all the same"
 
 
@@ -406,7 +407,7 @@ async def test_a_host_with_plenty_of_room_is_not_asked(rig: Rig, monkeypatch: py
     async def capacity() -> m.Capacity:
         nonlocal asked
         asked += 1
-        return m.Capacity(rig.host.memory_available, 1 << 40, 1 << 40, 96 << 20)
+        return m.Capacity(rig.host.memory_available, 1 << 40, 96 << 20)
 
     monkeypatch.setattr(rig.host, "reclaim_capacity", capacity)
     rig.host.memory_available = 64 << 30

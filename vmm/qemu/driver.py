@@ -54,11 +54,10 @@ class Assets:
     def initrd(self) -> Path:
         return self.cache / "initrd"
 
-    def guest(self) -> tuple[str, str, int]:
-        """Which kernel boots now, which agent, and what protocol that speaks. Raises OSError."""
+    def guest(self) -> tuple[str, str]:
+        """Which kernel boots now, and which agent. Raises OSError."""
         init = (self.cache / "guest/init").read_bytes()
-        protocol = (self.cache / "guest/protocol").read_text(encoding="ascii")
-        return kernel.described(self.cache / "kernel"), hashlib.sha256(init).hexdigest()[:16], int(protocol)
+        return kernel.described(self.cache / "kernel"), hashlib.sha256(init).hexdigest()[:16]
 
 
 class _Shared(NamedTuple):
@@ -273,8 +272,9 @@ class QemuDriver:
 
     def _makes(self, shape: Shape) -> Provenance:
         """What an image that boots now is made by. Raises OSError."""
-        root, model = self._root, topology.processor(shape.accelerator)
-        return Provenance(NAME, root.version, root.machine, root.name, model, [], *self._assets.guest())
+        root, (guest, agent) = self._root, self._assets.guest()
+        model = topology.processor(shape.accelerator)
+        return Provenance(NAME, root.version, root.machine, root.name, model, [], guest, agent, AGENT_PROTOCOL)
 
     def _root_of(self, made: Provenance, what: str) -> Root:
         """Raises Refused."""
@@ -339,8 +339,7 @@ class QemuDriver:
                         process.kill()  # and with it, by --kill-child, what runs inside
                 await asyncio.shield(self._remove(None, sandbox))
             if isinstance(error, _FAILURES):
-                text = f"the hypervisor of image {image} did not start: {why or f'not within {_SPAWN_SECONDS} s'}"
-                raise explained(error, text) from error
+                raise Unavailable(f"the hypervisor of image {image} did not start: {why or f'not within {_SPAWN_SECONDS} s'}") from error
             raise
         return machine
 
@@ -350,7 +349,7 @@ class QemuDriver:
         """Raises OSError."""
         with contextlib.ExitStack() as ends:
             qmp, agent = (ends.enter_context(listen(sandbox.directory / name)).fileno() for name in ("qmp.sock", "agent.sock"))
-            stderr = ends.enter_context((sandbox.directory / STDERR).open("ab"))
+            stderr = ends.enter_context((sandbox.directory / STDERR).open("wb"))
             command = compose(topology.Ends(qmp, agent, state))
             has_kvm = shape.accelerator == "kvm"
             return await asyncio.create_subprocess_exec(

@@ -1,0 +1,86 @@
+"""recover: what an error has ended comes back, or its disk does; and what doctor says of the quarantine."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gateway import config
+from gateway import messages as m
+from gateway.sessions.quarantine import leaves_at
+
+from .admin import ask
+from .output import errors, fail
+
+_RECOVER_SECONDS = 660.0
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(recover)
+
+
+def recover(
+    name: Annotated[str, typer.Argument(help="The microVM, as `torpor doctor` names it.")],
+    disk: Annotated[Path | None, typer.Option("--disk", help="Write its disk to this file (raw) instead; what is set aside stays.")] = None,
+) -> None:
+    """Try again with a microVM that an error has ended: it sleeps again under its id and endpoint.
+
+    Example: torpor recover microvm-7e0c…
+    """
+    if disk is not None:
+        hand_out(config.load(), name, disk)
+    else:
+        ask("recover", m.SessionName(name), seconds=_RECOVER_SECONDS)
+        errors.print(f"torpor: {name} is SUSPENDED again", soft_wrap=True)
+
+
+def hand_out(settings: config.Settings, name: str, target: Path) -> None:
+    from vmm import handout
+    from vmm.errors import VmmError
+
+    found = next((one for one in quarantined(settings) if one.session == name), None)
+    if found is None:
+        fail(f"nothing is set aside under {name} in {settings.root / 'quarantine'}", 1)
+    if target.exists():
+        fail(f"{target} is there: name a file that is not", 2)
+    try:
+        handout.hand_out(settings.root / "quarantine" / name, settings.images_dir / found.image, target)
+    except (VmmError, OSError) as error:
+        fail(str(error), 1)
+
+
+def quarantined(settings: config.Settings) -> list[m.Quarantined]:
+    """Reads what is set aside, also while no service runs. Raises OSError."""
+    from vmm.quarantine import Quarantine
+
+    return Quarantine(settings.sessions_dir, settings.root / "quarantine").list()
+
+
+def rows(settings: config.Settings) -> list[tuple[str, bool, str]]:
+    """What doctor says of the quarantine."""
+    try:
+        found = quarantined(settings)
+    except OSError as error:
+        return [("quarantine", False, f"cannot be read: {error}")]
+    size, now = sum(one.bytes for one in found), time.time()
+    full = "" if size <= settings.quarantine.mib << 20 else ", more than quarantine.mib: the oldest goes within ten minutes"
+    listed = [("quarantine", not full, f"{len(found)} set aside, {size >> 20} of {settings.quarantine.mib} MiB{full}")]
+    for one in found:
+        day = datetime.datetime.fromtimestamp(leaves_at(one, settings.quarantine)).strftime("%F")
+        text = (
+            f"{one.session}: {one.reason} ({age(now - one.at)} ago, {one.bytes >> 20} MiB; removed on {day}); torpor recover {one.session} "
+            f"tries again{'' if one.snapshot else ': it has no snapshot, but its disk can be had'}, --disk FILE hands out its disk"
+        )
+        listed.append(("set aside", False, text))
+    return listed
+
+
+def age(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} seconds"
