@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import re
@@ -71,12 +72,14 @@ def meta_package() -> str:
 
 def available(cache: Path) -> str:
     """The version of the kernel that apt would fetch; empty where apt knows none, its lists removed for one. It is asked again when its
-    lists are others: that takes a second. Raises AssetError."""
+    lists are others: that takes a second."""
     try:
         lists = sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(_LISTS))
     except OSError:
         lists = []
-    return making.remembered(cache / "kernel.available", making.key_of(lists, meta_package()), _ask_apt) if lists else ""
+    with contextlib.suppress(AssetError):
+        return making.remembered(cache / "kernel.available", making.key_of(lists, meta_package()), _ask_apt) if lists else ""
+    return ""
 
 
 def _ask_apt() -> str:

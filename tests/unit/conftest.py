@@ -11,6 +11,7 @@ import structlog
 from edge_rig import Rig
 
 from gateway.sessions import transitions
+from vmm import kernel
 
 # Plain tracebacks, as in the service: with local variables, drawn by rich, each costs 40 ms.
 _console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
@@ -30,3 +31,9 @@ async def rig(tmp_path: Path, monkeypatch: Any) -> AsyncIterator[Rig]:
 def stored_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is stored after a resume is stored at once, because scripted guests answer at once."""
     monkeypatch.setattr(transitions, "_FIRST_SECONDS", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def apt_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which kernel apt knows takes it a second to say where it keeps no cache of its own; each test's cache of assets is new."""
+    monkeypatch.setattr(kernel, "_ask_apt", lambda: "6.1-1")

@@ -210,3 +210,57 @@ def test_a_cache_that_cannot_be_made_is_said_in_one_line(tmp_path: Path) -> None
     (tmp_path / "file").touch()
     with pytest.raises(assets.AssetError, match=r"Not a directory: .*file/cache"):
         assets.make(tmp_path / "file/cache", print)
+
+
+# ---- the guest's kernel follows its package ----
+
+
+def test_a_newer_kernel_is_fetched_once_apt_has_heard_of_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(kernel, "available", lambda cache: "6.1-2")
+    monkeypatch.setattr(making, "make", lambda target, key, work: (made.append(target.name), making.key_path(target).write_text(key)))
+    assert assets.missing(cache)["kernel"]
+    assets.make(cache, print)
+    assert made == ["kernel", "initrd", "modules"]
+
+
+def test_where_apt_knows_no_kernel_the_one_that_is_there_is_the_newest(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "kernel/version").write_text(kernel.available(cache))
+    monkeypatch.setattr(kernel, "available", lambda cache: "")
+    assert not any(assets.missing(cache).values())
+
+
+def test_a_newer_kernel_that_cannot_be_fetched_keeps_nobody_from_starting(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def away(target: Path, key: str, work: object) -> None:
+        raise assets.AssetError("apt-get download: 404 Not Found")
+
+    monkeypatch.setattr(kernel, "available", lambda cache: "6.1-2")
+    monkeypatch.setattr(making, "make", away)
+    assets.make(cache, said.append)
+    assert said[-1] == "kernel: apt-get download: 404 Not Found; the one that is there goes on being used"
+    making.key_path(cache / "kernel").unlink()
+    with pytest.raises(assets.AssetError, match="kernel: apt-get download: 404"):
+        assets.make(cache, said.append)
+
+
+def test_apt_is_asked_again_when_its_lists_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists, answers = tmp_path / "lists", iter(("6.1-1", "6.1-2"))
+    monkeypatch.setattr(kernel, "_LISTS", str(lists))
+    monkeypatch.setattr(kernel, "_ask_apt", lambda: next(answers))
+    assert kernel.available(tmp_path) == ""
+    lists.mkdir()
+    (lists / "Packages").write_text("old")
+    assert kernel.available(tmp_path) == kernel.available(tmp_path) == "6.1-1"
+    os.utime(lists / "Packages", (1, 1))
+    assert kernel.available(tmp_path) == "6.1-2"
+
+
+def test_an_apt_that_fails_knows_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> str:
+        raise kernel.AssetError("apt-cache policy: No such file or directory: 'apt-cache'")
+
+    monkeypatch.setattr(kernel, "_LISTS", str(tmp_path))
+    monkeypatch.setattr(kernel, "_ask_apt", fails)
+    assert kernel.available(tmp_path) == "" and not (tmp_path / "kernel.available").exists()
