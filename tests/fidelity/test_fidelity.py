@@ -18,6 +18,7 @@ from fidelity.table import Call, Check, Get, Image, Logs, Run, Sleep, archive, s
 pytestmark = pytest.mark.vm
 IMAGES = {image.name: image for subject in subjects() for image in subject.images}
 AHEAD = 3  # builds under way at once
+_COMMAND_SECONDS = 180.0  # emulated programs are slow
 POLICY = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
 
 
@@ -79,7 +80,7 @@ class Running:
         return get(vm["endpoint"], self.instance.root / "tls/ca.crt", vm["token"], path, **request)
 
     def run(self, command: str) -> tuple[int, str]:
-        answer = self.ask("/run", method="POST", body=command.encode())
+        answer = self.ask("/run", method="POST", body=command.encode(), timeout=_COMMAND_SECONDS)
         assert answer.status == 200, answer
         return int(answer.fields["x-exit-code"]), answer.body.decode(errors="replace").strip()
 
@@ -113,12 +114,13 @@ class Running:
 
     def get(self, check: Get) -> None:
         deadline = time.monotonic() + check.within
+        fields = {"X_aws_proxy_port": str(check.port), **check.fields}
         while True:
-            fields = {"X_aws_proxy_port": str(check.port), **check.fields}
-            answer = self.ask(check.path, method=check.method, body=check.body, **fields)
+            left = deadline - time.monotonic()
+            answer = self.ask(check.path, method=check.method, body=check.body, timeout=max(left, 1.0), **fields)
             if answer.status == check.status and re.search(check.contains.encode(), answer.body, re.DOTALL):
                 return
-            assert time.monotonic() < deadline, f"{check.path}: {answer.status} {answer.body[:2000]!r}"
+            assert left > 0, f"{check.path}: {answer.status} {answer.body[:2000]!r}"
             time.sleep(0.2)
 
 
@@ -151,4 +153,8 @@ def test_a_row(running: Running, name: str) -> None:
         assert build["buildState"] == "FAILED", log[-4000:]
         assert re.search(image.fails, f"{build['stateReason']}\n{log[-4000:]}"), f"{build['stateReason']}\n{log[-4000:]}"
     for check in image.checks:
-        running.check(check)
+        try:
+            running.check(check)
+        except (AssertionError, TimeoutError):
+            print(running.log()[-4000:] if image.fails is None else log)
+            raise

@@ -28,7 +28,10 @@ _PATHS = {
     "redis-server": [("/usr/bin/redis6-server", "redis-server"), ("/usr/bin/redis6-cli", "redis-cli"), ("/etc/redis6", "redis")],
     "apache2": [("/etc/httpd", "apache2"), ("/var/log/httpd", "apache2")],
     "postgresql": [("/var/lib/pgsql", "postgresql")],
-    "php8.2-fpm": [("/usr/sbin/php-fpm", "php-fpm8.2")],
+    "php8.2-fpm": [
+        ("/usr/sbin/php-fpm", "php-fpm8.2"), ("/etc/php-fpm.d", "php/8.2/fpm/pool.d"), ("/etc/php-fpm.conf", "php/8.2/fpm/php-fpm.conf"),
+        ("/etc/php.ini", "php/8.2/fpm/php.ini"),
+    ],
     "php8.2-cli": [],
     "docker.io": [],
     "fd-find": [("/usr/bin/fd", "fdfind")],

@@ -3,6 +3,55 @@
 from fidelity.table import BASE, Get, Image, Sleep, Subject
 
 STAGE = "FROM public.ecr.aws/lambda/microvms:al2023-minimal AS build\n"
+MAIN = (
+    "import com.sun.net.httpserver.*;\nimport java.net.*;\npublic class Main { public static void main(String[] a) throws Exception {\n"
+    "  HttpServer s = HttpServer.create(new InetSocketAddress(8080), 0);\n"
+    '  s.createContext("/", x -> { byte[] b = "hello\\n".getBytes(); x.sendResponseHeaders(200, b.length); x.getResponseBody().write(b); x.close(); });\n  s.start();\n} }\n'
+)
+POM = """\
+<project xmlns="http://maven.apache.org/POM/4.0.0">
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>app</groupId><artifactId>app</artifactId><version>1</version>
+  <properties>
+    <maven.compiler.release>17</maven.compiler.release>
+    <project.build.sourceEncoding>UTF-8</project.build.sourceEncoding>
+  </properties>
+  <build><plugins>
+    <plugin>
+      <artifactId>maven-jar-plugin</artifactId>
+      <configuration><archive><manifest><mainClass>Main</mainClass></manifest></archive></configuration>
+    </plugin>
+  </plugins></build>
+</project>
+"""
+SPRING = """\
+import org.apache.catalina.startup.Tomcat;
+import org.springframework.context.annotation.*;
+import org.springframework.web.bind.annotation.*;
+import org.springframework.web.context.support.AnnotationConfigWebApplicationContext;
+import org.springframework.web.servlet.DispatcherServlet;
+import org.springframework.web.servlet.config.annotation.EnableWebMvc;
+
+@Configuration @EnableWebMvc @RestController
+public class App {
+    @RequestMapping(path = "/", method = RequestMethod.GET)
+    public String root() { return "hello"; }
+
+    public static void main(String[] words) throws Exception {
+        AnnotationConfigWebApplicationContext context = new AnnotationConfigWebApplicationContext();
+        context.register(App.class);
+        Tomcat tomcat = new Tomcat();
+        tomcat.setBaseDir("/tmp/tomcat");
+        tomcat.setPort(8080);
+        tomcat.getConnector();
+        org.apache.catalina.Context root = tomcat.addContext("", "/tmp");
+        Tomcat.addServlet(root, "spring", new DispatcherServlet(context)).setLoadOnStartup(1);
+        root.addServletMappingDecoded("/", "spring");
+        tomcat.start();
+        tomcat.getServer().await();
+    }
+}
+"""
 HELLO = [Get("answers", contains="hello", within=120), Sleep(), Get("and after a sleep", contains="hello", within=60)]
 
 SUBJECT = Subject(
@@ -66,13 +115,56 @@ SUBJECT = Subject(
             + BASE
             + 'RUN dnf install -y java-17-amazon-corretto-headless\nCOPY --from=build /out /app\nEXPOSE 8080\nENTRYPOINT ["java", "-cp", "/app", "-Xmx256m", "Main"]\n',
             HELLO,
-            {
-                "Main.java": "import com.sun.net.httpserver.*;\nimport java.net.*;\npublic class Main { public static void main(String[] a) throws Exception {\n"
-                "  HttpServer s = HttpServer.create(new InetSocketAddress(8080), 0);\n"
-                '  s.createContext("/", x -> { byte[] b = "hello\\n".getBytes(); x.sendResponseHeaders(200, b.length); x.getResponseBody().write(b); x.close(); });\n  s.start();\n} }\n'
-            },
+            {"Main.java": MAIN},
             long=True,
             times=400,
+        ),
+        Image(
+            "docker-init-java",
+            "`docker init` for Java: Maven with its repository in a cache mount, a stage each for dependencies, package and run",
+            "# syntax=docker/dockerfile:1\n"
+            + STAGE.replace(" AS build", " AS deps")
+            + "RUN dnf install -y java-17-amazon-corretto-devel maven "
+            "libmaven-resources-plugin-java libmaven-compiler-plugin-java libsurefire-java libmaven-jar-plugin-java\nWORKDIR /build\n"
+            "RUN --mount=type=bind,source=pom.xml,target=pom.xml \\\n    --mount=type=bind,source=settings.xml,target=settings.xml \\\n    --mount=type=cache,target=/root/.m2 mvn -s settings.xml -q validate\n"
+            "FROM deps AS package\nWORKDIR /build\nCOPY ./src src/\n"
+            "RUN --mount=type=bind,source=pom.xml,target=pom.xml \\\n    --mount=type=bind,source=settings.xml,target=settings.xml \\\n    --mount=type=cache,target=/root/.m2 \\\n"
+            "    mvn -s settings.xml package -DskipTests && mv target/app-1.jar target/app.jar\n"
+            + STAGE.replace(" AS build", " AS final")
+            + "RUN dnf install -y java-17-amazon-corretto-headless shadow-utils\nARG UID=10001\n"
+            'RUN useradd --system --home-dir "/nonexistent" --shell "/sbin/nologin" --no-create-home --uid "${UID}" appuser\nUSER appuser\n'
+            'COPY --from=package build/target/app.jar app.jar\nEXPOSE 8080\nENTRYPOINT [ "java", "-jar", "app.jar" ]\n',
+            HELLO,
+            {
+                "pom.xml": POM,
+                "settings.xml": "<settings><localRepository>/usr/share/maven-repo</localRepository><offline>true</offline></settings>\n",
+                "src/main/java/Main.java": MAIN,
+            },
+            note="Maven's plugins come from Debian's packages where Maven's repository cannot be reached",
+            long=True,
+            times=500,
+        ),
+        Image(
+            "spring",
+            "Spring MVC in an embedded Tomcat, as Spring Boot starts it",
+            STAGE + "RUN dnf install -y java-17-amazon-corretto-devel libspring-web-servlet-java libspring-context-java libtomcat9-java\n"
+            "COPY App.java /src/\nRUN mkdir /lib-of && cd /usr/share/java && cp -L spring3-*.jar tomcat9-*.jar commons-logging.jar /lib-of/ && javac --release 8 -cp '/lib-of/*' -d /out /src/App.java\n"
+            + BASE
+            + "RUN dnf install -y java-17-amazon-corretto-headless\nCOPY --from=build /lib-of /app/lib\nCOPY --from=build /out /app/classes\nWORKDIR /app\nEXPOSE 8080\n"
+            'ENTRYPOINT ["java", "--add-opens", "java.base/java.lang=ALL-UNNAMED", "-cp", "classes:lib/*", "App"]\n',
+            HELLO,
+            {"App.java": SPRING},
+            note="Spring's libraries come from Debian's packages where Maven's repository cannot be reached",
+            long=True,
+            times=500,
+        ),
+        Image(
+            "aspnet",
+            "ASP.NET, by the packages that Amazon Linux has",
+            BASE + 'RUN dnf install -y aspnetcore-runtime-8.0\nCOPY . /app\nENTRYPOINT ["dotnet", "/app/app.dll"]\n',
+            fails="there is no .NET here: write `RUN curl -fsSL https://dot.net/v1/dotnet-install.sh",
+            note="Debian has no .NET; Microsoft's script brings it where its host is reached",
+            long=True,
         ),
         Image(
             "tomcat",
@@ -112,14 +204,16 @@ SUBJECT = Subject(
             "Ruby on Rails, a new application",
             BASE + "RUN dnf install -y rails ruby-dev sqlite gcc make\nWORKDIR /srv\n"
             "RUN rails new app --minimal --skip-bundle --skip-git --database=sqlite3\nWORKDIR /srv/app\n"
-            "RUN sed -i '/debug\\|tzinfo-data/d' Gemfile && bundle install --local\nENV RAILS_ENV=development\nEXPOSE 3000\n"
+            "RUN sed -i '/debug\\|tzinfo-data/d' Gemfile && bundle install --local\n"
+            "RUN echo 'Rails.application.config.hosts << /.*[.]lambda-microvm[.].*/' >> config/environments/development.rb\nENV RAILS_ENV=development\nEXPOSE 3000\n"
             'CMD ["bundle", "exec", "rails", "server", "-b", "0.0.0.0", "-p", "3000"]\n',
             [
                 Get("its page is served", port=3000, contains="Rails", within=300),
                 Sleep(),
                 Get("and after a sleep", port=3000, contains="Rails", within=90),
             ],
-            note="gems come from Debian's packages where no gem registry can be reached",
+            note="gems come from Debian's packages where no gem registry can be reached; development mode answers to the names in `config.hosts` "
+            "only, and the endpoint's is none of them",
             long=True,
             times=500,
         ),
@@ -128,13 +222,13 @@ SUBJECT = Subject(
             "PHP: php-fpm by its socket below /run, nginx before it, supervisord",
             BASE
             + "RUN dnf install -y php-fpm nginx supervisor\nCOPY index.php /var/www/html/\nCOPY nginx.conf /etc/nginx/nginx.conf\nCOPY supervisord.conf /etc/supervisord.conf\n"
-            "RUN mkdir -p /run/php && sed -i 's|^listen = .*|listen = /run/php/fpm.sock|' $(find /etc/php* -name www.conf) && ln -sf $(ls /usr/sbin/php-fpm* | head -1) /usr/sbin/php-fpm || true\n"
+            "RUN mkdir -p /run/php-fpm && sed -i 's|^listen = .*|listen = /run/php-fpm/www.sock|' /etc/php-fpm.d/www.conf\n"
             'EXPOSE 8080\nCMD ["supervisord", "-n", "-c", "/etc/supervisord.conf"]\n',
             [Get("PHP answers", contains="hello 42", within=120), Sleep(), Get("and after a sleep", contains="hello 42", within=60)],
             {
                 "index.php": "<?php echo 'hello ' . (40 + 2);\n",
                 "nginx.conf": "events {}\nhttp { server { listen 8080; root /var/www/html; index index.php;\n"
-                "location ~ \\.php$ { include fastcgi_params; fastcgi_param SCRIPT_FILENAME $document_root$fastcgi_script_name; fastcgi_pass unix:/run/php/fpm.sock; } } }\n",
+                "location ~ \\.php$ { include fastcgi_params; fastcgi_param SCRIPT_FILENAME $document_root$fastcgi_script_name; fastcgi_pass unix:/run/php-fpm/www.sock; } } }\n",
                 "supervisord.conf": "[supervisord]\nnodaemon=true\nuser=root\n[program:fpm]\ncommand=php-fpm -F\n[program:nginx]\ncommand=nginx -g 'daemon off;'\n",
             },
             long=True,

@@ -1,6 +1,10 @@
 """Shapes of Python images that people write."""
 
-from fidelity.table import BASE, Get, Image, Logs, Sleep, Subject
+from typing import Any
+
+import grpc
+
+from fidelity.table import BASE, Call, Get, Image, Sleep, Subject
 
 FLASK = "from flask import Flask\napp = Flask(__name__)\nhits = [0]\n@app.get('/')\ndef root():\n    hits[0] += 1\n    return f'hits {hits[0]}\\n'\n"
 FASTAPI = "from fastapi import FastAPI\napp = FastAPI()\n@app.get('/items/{item}')\ndef item(item: int, q: str = ''):\n    return {'item': item, 'q': q}\n"
@@ -9,7 +13,20 @@ COUNTS = [
     Sleep(),
     Get("its memory is as before the sleep", contains="hits [2-9]", within=60),
 ]
+INDEX = "from pip._internal.models.index import PyPI; print(PyPI.simple_url)"
+JUPYTER = {"Authorization": "token secret"}
 PIP = BASE + "RUN dnf install -y python3 python3-pip && dnf clean all\n"
+
+
+def _is_healthy(running: Any) -> None:
+    """grpc.health.v1.Health/Check of everything (an empty message) says SERVING."""
+    vm, ca = running.started(), (running.instance.root / "tls/ca.crt").read_bytes()
+    host, _, port = vm["endpoint"].partition(":")
+    options = [("grpc.ssl_target_name_override", host), ("grpc.default_authority", vm["endpoint"])]
+    metadata = [("x-aws-proxy-auth", vm["token"]), ("x-aws-proxy-port", "50051"), ("x-aws-proxy-force-h2", "true")]
+    with grpc.secure_channel(f"127.0.0.1:{port or 443}", grpc.ssl_channel_credentials(ca), options) as channel:
+        answer = channel.unary_unary("/grpc.health.v1.Health/Check")(b"", metadata=metadata, timeout=60)
+    assert answer == b"\x08\x01", answer
 
 
 def _serve(code: str) -> str:
@@ -72,9 +89,10 @@ SUBJECT = Subject(
         ),
         Image(
             "poetry",
-            "Poetry: installed without a virtual environment",
+            "Poetry: a project with a source of its own, installed without a virtual environment",
             PIP
             + "RUN pip install poetry\nENV POETRY_VIRTUALENVS_CREATE=false POETRY_NO_INTERACTION=1\nWORKDIR /app\nCOPY pyproject.toml ./\n"
+            f"RUN poetry source add --priority=primary index $(python3 -c '{INDEX}')\n"
             'RUN poetry install --no-root\nCOPY . .\nEXPOSE 8080\nCMD ["flask", "--app", "app", "run", "--host", "0.0.0.0", "--port", "8080"]\n',
             COUNTS,
             {
@@ -158,14 +176,14 @@ SUBJECT = Subject(
         ),
         Image(
             "jupyterlab",
-            "JupyterLab, no token of its own",
+            "JupyterLab with a token of its own",
             PIP + "RUN pip install jupyterlab\nRUN useradd -m jovyan\nUSER jovyan\nWORKDIR /home/jovyan\nEXPOSE 8888\n"
-            'CMD ["jupyter", "lab", "--ip=0.0.0.0", "--port=8888", "--no-browser", "--IdentityProvider.token=", "--ServerApp.allow_remote_access=True"]\n',
+            'CMD ["jupyter", "lab", "--ip=0.0.0.0", "--port=8888", "--no-browser", "--IdentityProvider.token=secret", "--ServerApp.allow_remote_access=True"]\n',
             [
                 Get("its API answers", "/api", 8888, contains="version", within=180),
-                Get("a kernel starts", "/api/kernels", 8888, 201, '"id"', "POST", b"{}", within=60),
+                Get("a kernel starts", "/api/kernels", 8888, 201, '"id"', "POST", b"{}", JUPYTER, within=60),
                 Sleep(),
-                Get("the kernel is there after a sleep", "/api/kernels", 8888, contains='"execution_state"', within=60),
+                Get("the kernel is there after a sleep", "/api/kernels", 8888, contains='"execution_state"', fields=JUPYTER, within=60),
             ],
             long=True,
             times=400,
@@ -192,14 +210,14 @@ SUBJECT = Subject(
         ),
         Image(
             "grpc-python",
-            "a gRPC server with reflection of its own health service",
+            "a gRPC server with the health service",
             PIP
             + 'RUN pip install grpcio grpcio-health-checking\nWORKDIR /app\nCOPY app.py .\nEXPOSE 50051\nCMD ["python3", "-u", "app.py"]\n',
-            [Logs("serves", "serving")],
+            [Call("a client's call is answered", _is_healthy), Sleep(), Call("and after a sleep, as the call that wakes", _is_healthy)],
             {
                 "app.py": "from concurrent import futures\nimport grpc\nfrom grpc_health.v1 import health, health_pb2_grpc\n"
                 "server = grpc.server(futures.ThreadPoolExecutor(4))\nhealth_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)\n"
-                "server.add_insecure_port('0.0.0.0:50051')\nserver.start()\nprint('serving')\nserver.wait_for_termination()\n"
+                "server.add_insecure_port('0.0.0.0:50051')\nserver.start()\nserver.wait_for_termination()\n"
             },
             long=True,
         ),
