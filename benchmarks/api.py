@@ -33,7 +33,7 @@ from report import figure, note, percentile
 from gateway.api import sigv4
 from gateway.config import Settings
 from gateway.messages import Shape
-from gateway.process import SETTINGS_VARIABLE, SOCKETS_VARIABLE
+from gateway.process import SETTINGS_VARIABLE, SOCKETS_VARIABLE, passed
 from gateway.sessions.model import Build, Image, Session, Version
 from gateway.sessions.states import State
 from gateway.sessions.store import Store
@@ -152,22 +152,24 @@ def control(directory: Path, count: int) -> Iterator[tuple[int, float]]:
     """The real control process with `count` sessions: its API's port, and the seconds from its start to its first answer."""
     settings = Settings(root=directory / "root", run=directory / "run", name="bench")
     settings.control_dir.mkdir(parents=True)
-    settings.runtime.mkdir(parents=True)
+    settings.control_runtime.mkdir(parents=True)
     (settings.control_dir / "access-keys.json").write_text(json.dumps({KEY: SECRET}))
     fill(settings.control_dir / "torpor.db", count)
     api, metrics = socket.create_server(("127.0.0.1", 0), backlog=1024), socket.create_server(("127.0.0.1", 0))
     sockets = {"api": [api.fileno()], "metrics": [metrics.fileno()]}
-    environment = os.environ | {
-        SETTINGS_VARIABLE: settings.model_dump_json(), SOCKETS_VARIABLE: json.dumps(sockets), "SNAPSHOTS": str(count),
-    }  # fmt: skip
+    environment = os.environ | {SOCKETS_VARIABLE: json.dumps(sockets), "SNAPSHOTS": str(count)}
     host = subprocess.Popen(
         [sys.executable, str(REPO / "benchmarks/api_host.py"), str(settings.vmm_socket)], stdout=subprocess.PIPE, env=environment
     )
     assert host.stdout is not None and host.stdout.readline() == b"ready\n"
-    with (directory / "control.log").open("wb") as log:
+    with (directory / "control.log").open("wb") as log, passed(settings) as number:
         started = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-m", "gateway.control"], env=environment, pass_fds=[api.fileno(), metrics.fileno()], cwd=REPO, stderr=log
+            [sys.executable, "-m", "gateway.control"],
+            env=environment | {SETTINGS_VARIABLE: str(number)},
+            cwd=REPO,
+            stderr=log,
+            pass_fds=[api.fileno(), metrics.fileno(), number],
         )
     port = int(api.getsockname()[1])
     try:

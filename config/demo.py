@@ -23,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gateway.supervisor import is_living, living
+from gateway.status import is_living, living
 from vmm.cgroups import Cgroups
 
 REPO = Path(__file__).resolve().parents[1]

@@ -1,8 +1,9 @@
-"""Child processes of the supervisor: started, started again when they end, and replaced.
+"""Child processes of the supervisor: started, started again when they end or stand still, and replaced.
 
 Every process is watched from the moment it exists until it has ended, also one that is starting and one that a successor has replaced;
 `changed` is called whenever there is one more or one less. A process serves when it has said so (gateway/process.py, ready): until then
-its predecessor goes on, and one that ends or says nothing in time is killed.
+its predecessor goes on, and one that ends or says nothing in time is killed. From then on its loop gives signs of life on the same
+pipe; one that gives none for `silent_seconds` is killed, and another one is started.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import structlog
+
+from . import descriptors
 
 log = structlog.get_logger()
 
@@ -24,6 +27,9 @@ Process = asyncio.subprocess.Process
 STOP_SECONDS = 90.0
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.05, 1.0  # longer would keep held requests past their deadline
 _STEADY_SECONDS = 10.0  # a process that ran for longer is started again without a pause to speak of
+_TRACE_SECONDS = 1.0  # for one that stands still to write where it does
+_KILLED_SECONDS = 10.0
+_LOOKS = 10  # in the time after which silence counts
 
 
 class StartError(Exception):
@@ -33,7 +39,7 @@ class StartError(Exception):
 @dataclass
 class Child:
     """One process that is to run. `serving` is the one that does; `processes` are all that live (starting, serving, replaced), each with
-    the task that waits for its end."""
+    the task that waits for its end. `failure` says why none serves, as long as that is so."""
 
     name: str
     command: list[str]
@@ -44,16 +50,30 @@ class Child:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     backoff: float = _BACKOFF_FIRST
     served_at: float = 0.0
+    since: float = field(default_factory=time.time)
+    restarts: int = 0
+    failure: str = ""
+
+    @property
+    def serves(self) -> bool:
+        return self.serving in self.processes and not self.failure
 
 
 class Children:
     """`spawn(child, ready)` starts the child's command, which writes a byte to the descriptor `ready` when it serves: within
-    `ready_seconds`."""
+    `ready_seconds`; and others, at least one in `silent_seconds`, as long as its loop turns."""
 
-    def __init__(self, spawn: Callable[[Child, int], Awaitable[Process]], changed: Callable[[], None], ready_seconds: float) -> None:
+    def __init__(
+        self, spawn: Callable[[Child, int], Awaitable[Process]], changed: Callable[[], None], ready_seconds: float,
+        silent_seconds: float = 30.0, clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         self._spawn = spawn
         self._changed = changed
         self.ready_seconds = ready_seconds
+        self._silent_seconds = silent_seconds
+        self._clock = clock
+        self._pipes: dict[Process, int] = {}
+        self._heard: dict[Process, float] = {}  # when each that serves, or did, last gave a sign of life
         self._restarts: set[asyncio.Task[None]] = set()
         self._is_stopping = False
 
@@ -64,16 +84,20 @@ class Children:
             if ended is not None and child.serving is not ended:
                 return
             process = await self._started(child)
-            old, child.serving, child.served_at = child.serving, process, time.monotonic()
+            old, child.serving, child.served_at = child.serving, process, self._clock()
+            child.since, child.failure = time.time(), ""
             self._changed()
             if old is not None:
                 _send(old, signal.SIGTERM)
         if process.returncode is not None:  # it ended between its word and now, when it was nobody's
-            self._start_again(child, process)
+            self._start_again(child, process, f"ended with status {process.returncode}")
 
     async def _started(self, child: Child) -> Process:
         """A process of the child that serves. Raises StartError, and leaves none then."""
-        reading, writing = os.pipe()
+        try:
+            reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise StartError(f"{child.name} did not start: {error}") from error
         process = None
         try:
             try:
@@ -82,11 +106,13 @@ class Children:
                 os.close(writing)
             self._watch(child, process)
             async with asyncio.timeout(self.ready_seconds):
-                word = await _first_byte(reading)
-            if not word:
+                await descriptors.readable(reading)
+            if not os.read(reading, 1):  # all who could have written have closed their end
                 raise StartError(f"{child.name} did not start: its words are above")
+            self._listen(child.processes, process, reading)
             return process
         except BaseException as error:
+            os.close(reading)
             if process is not None:
                 _send(process, signal.SIGKILL)
                 await process.wait()
@@ -95,8 +121,6 @@ class Children:
             if isinstance(error, OSError):
                 raise StartError(f"{child.name} did not start: {error}") from error
             raise
-        finally:
-            os.close(reading)
 
     def _watch(self, child: Child, process: Process) -> None:
         child.processes[process] = asyncio.get_running_loop().create_task(self._until_end(child, process))
@@ -105,19 +129,26 @@ class Children:
     async def _until_end(self, child: Child, process: Process) -> None:
         code = await process.wait()
         del child.processes[process]
+        self._heard.pop(process, None)
+        if (pipe := self._pipes.pop(process, None)) is not None:
+            asyncio.get_running_loop().remove_reader(pipe)
+            os.close(pipe)
         self._changed()
         if child.serving is process and not self._is_stopping:
             log.warning("process.ended", name=child.name, code=code)
-            self._start_again(child, process)
+            self._start_again(child, process, f"ended with status {code}")
 
-    def _start_again(self, child: Child, ended: Process) -> None:
+    def _start_again(self, child: Child, ended: Process, why: str) -> None:
+        child.since, child.failure = time.time(), why
+        child.restarts += 1
+        self._changed()
         task = asyncio.get_running_loop().create_task(self._until_it_serves(child, ended))
         self._restarts.add(task)
         task.add_done_callback(self._restarts.discard)
 
     async def _until_it_serves(self, child: Child, ended: Process) -> None:
         """Tries until the child serves again; whatever goes wrong, it is tried once more."""
-        if time.monotonic() - child.served_at > _STEADY_SECONDS:
+        if self._clock() - child.served_at > _STEADY_SECONDS:
             child.backoff = _BACKOFF_FIRST
         while True:
             await asyncio.sleep(child.backoff)
@@ -127,8 +158,56 @@ class Children:
                 return
             except StartError as error:
                 log.error("process.not_started", name=child.name, error=str(error))
-            except Exception:
+                child.failure = str(error)
+            except Exception as error:
                 log.exception("process.not_started", name=child.name)
+                child.failure = repr(error)
+            self._changed()
+
+    # ---- signs of life ----
+
+    def _listen(self, processes: Collection[Process], process: Process, reading: int) -> None:
+        """Notes signs of life until the process ends."""
+        if process not in processes:  # it has ended since
+            os.close(reading)
+            return
+        loop = asyncio.get_running_loop()
+        self._pipes[process] = reading
+        self._heard[process] = self._clock()
+
+        def hear() -> None:
+            with contextlib.suppress(BlockingIOError):
+                if not os.read(reading, 4096):
+                    loop.remove_reader(reading)
+                elif process in self._heard:
+                    self._heard[process] = self._clock()
+
+        loop.add_reader(reading, hear)
+
+    async def end_silent(self, children: Iterable[Child]) -> None:
+        """Kills what gives no sign of life, for ever. It is started again as whatever ends."""
+        every = self._silent_seconds / _LOOKS
+        looked = self._clock()
+        while True:
+            await asyncio.sleep(every)
+            now, before = self._clock(), looked
+            looked = now
+            if now - before > self._silent_seconds / 2:  # this process or the whole host stood still: who stood still cannot tell who did
+                self._heard = dict.fromkeys(self._heard, now)
+                continue
+            for child in children:
+                for process in list(child.processes):
+                    if now - self._heard.get(process, now) > self._silent_seconds:
+                        await self._end_silent(child, process)
+
+    async def _end_silent(self, child: Child, process: Process) -> None:
+        log.error("process.stands_still", name=child.name, pid=process.pid, seconds=self._silent_seconds)
+        del self._heard[process]
+        _send(process, signal.SIGUSR2)  # its stacks go to the log (gateway/process.py)
+        await asyncio.wait([child.processes[process]], timeout=_TRACE_SECONDS)
+        _send(process, signal.SIGKILL)
+
+    # ---- the end ----
 
     async def stop_restarts(self) -> None:
         """From now on what ends is not started again."""
@@ -137,29 +216,25 @@ class Children:
             task.cancel()
         await asyncio.gather(*self._restarts, return_exceptions=True)
 
-    async def end(self, children: Iterable[Child], how: signal.Signals) -> None:
-        """Sends every process of the children a signal, and waits for their end; kills those that do not end in time."""
+    async def end(self, children: Iterable[Child], how: signal.Signals, seconds: float = STOP_SECONDS) -> None:
+        """Sends every process of the children a signal, and waits for their end; kills those that have not ended after so many seconds,
+        which are those of all together."""
         processes = [(child.name, *item) for child in children for item in child.processes.items()]
         for _, process, _ in processes:
             _send(process, how)
+        ends = [ended for _, _, ended in processes]
+        if ends:
+            await asyncio.wait(ends, timeout=max(0.0, seconds))
         for name, process, ended in processes:
-            await asyncio.wait([ended], timeout=STOP_SECONDS)
             if not ended.done():
                 log.warning("process.killed", name=name)
                 _send(process, signal.SIGKILL)
-                await asyncio.wait([ended])
-
-
-async def _first_byte(reading: int) -> bytes:
-    """Empty when all who could have written it have closed their end."""
-    loop = asyncio.get_running_loop()
-    is_readable = asyncio.Event()
-    loop.add_reader(reading, is_readable.set)
-    try:
-        await is_readable.wait()
-    finally:
-        loop.remove_reader(reading)
-    return os.read(reading, 1)
+        if ends:
+            _, left = await asyncio.wait(ends, timeout=_KILLED_SECONDS)
+            for name, process, ended in processes:
+                if ended in left:  # in a system call that does not return: nothing more can be done about it here
+                    log.error("process.does_not_end", name=name, pid=process.pid)
+                    ended.cancel()
 
 
 def _send(process: Process, number: signal.Signals) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+END_SECONDS = 20.0  # of a stop: for processes that have nothing left to do but to end
 LOCAL_BASE = "public.ecr.aws/lambda/microvms:al2023-minimal"
 
 
@@ -290,6 +291,15 @@ class Users(BaseModel):
         return self.first + 3 * 65_536 - 1
 
 
+class Service(BaseModel):
+    """The service's own processes."""
+
+    silent_seconds: float = Field(30.0, ge=1, description="a process whose event loop stands still for so long is replaced")
+    stop_seconds: float = Field(
+        120.0, ge=30, description="a stop ends within this time; microVMs that are not suspended by then run on without a service"
+    )
+
+
 class Settings(BaseSettings):
     """One instance."""
 
@@ -325,6 +335,7 @@ class Settings(BaseSettings):
     suspend: Suspend = Suspend()
     standbys: Standbys = Standbys()
     users: Users = Users()
+    service: Service = Service()
 
     @classmethod
     def settings_customise_sources(
@@ -367,7 +378,17 @@ class Settings(BaseSettings):
 
     @property
     def control_socket(self) -> Path:
-        return self.runtime / "control.sock"
+        return self.control_runtime / "socket"
+
+    @property
+    def control_runtime(self) -> Path:
+        """Control's own part of `runtime`, the rest of which only root may change."""
+        return self.runtime / "control"
+
+    @property
+    def suspend_seconds(self) -> float:
+        """Of a stop: for control to suspend what runs. Workers that drain and the end of vmm have the rest."""
+        return max(1.0, self.service.stop_seconds - min(self.edge.drain_seconds, self.service.stop_seconds / 4) - END_SECONDS)
 
     @property
     def vmm_socket(self) -> Path:

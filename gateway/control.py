@@ -9,6 +9,7 @@ import asyncio
 import logging
 import math
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from . import executors, files, process
+from . import executors, files, process, status
 from . import messages as m
 from .accounts.admin import Admin
 from .accounts.directory import Credentials, Directory
@@ -28,7 +29,7 @@ from .guest.credentials import Issuer
 from .guest.services import Guests
 from .images.pipeline import Job, Pipeline
 from .images.registry import Registry
-from .observe import metrics
+from .observe import health, metrics
 from .observe.audit import AuditTrail
 from .observe.spans import Spans
 from .rpc import Client, Connection, Reply, RpcError, Server, Service
@@ -56,7 +57,6 @@ log = structlog.get_logger()
 _HOUR_SECONDS = 3600.0
 _AUDIT_SECONDS = 1.0  # what a power cut may take of the audit trail
 _EMPTY_SECONDS = 600.0
-_STOP_SECONDS = 60.0
 _LISTENERS_SECONDS = 2.0  # for a guest to say what listens in it
 
 
@@ -129,7 +129,7 @@ class Control:
         """Before the service stops: every running session is suspended, and resumed at the next start."""
         tried: set[str] = set()
         try:
-            async with asyncio.timeout(_STOP_SECONDS):
+            async with asyncio.timeout(self.settings.suspend_seconds):
                 while running := [
                     session for session in self.store.sessions.values() if session.state is State.RUNNING and session.id not in tried
                 ]:  # fmt: skip
@@ -246,6 +246,13 @@ class Control:
             raise RpcError("NotAllowed", "only root may ask")
         await self.quarantine.recover(body.session)
 
+    async def readiness(self) -> dict[str, health.Check]:
+        """Returns whether new work would be taken, beside the processes' own health."""
+        return {
+            "vmm answers": await health.of_host(self.host.info),
+            "disk": health.of_disk(lambda: self.host.free()[1], self.settings.limits.disk_reserve_mib),
+        }  # fmt: skip
+
     async def rpc_activity(self, connection: Connection, body: m.Activity) -> None:
         self.lifecycle.activity(connection, body)
 
@@ -297,9 +304,11 @@ async def main(settings: Settings) -> None:
     info = await control.host.info()
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # what is no HTTP is its sender's affair, answered 400
     runners = []
+    watched = metrics.application(lambda: [session.state for session in control.store.sessions.values()], control.tiers)
+    health.application(watched, lambda: status.checks(status.state_file(settings), time.time()), control.readiness)
     for purpose, served in (
         ("api", application.make(control.api(), control.directory, control.logs, control.audit, info.architecture)),
-        ("metrics", metrics.application(lambda: [session.state for session in control.store.sessions.values()], control.tiers)),
+        ("metrics", watched),
     ):
         runner = web.AppRunner(served, access_log=None, keepalive_timeout=75)
         await runner.setup()

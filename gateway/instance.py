@@ -36,10 +36,11 @@ def prepare(settings: Settings) -> None:
         path.mkdir(parents=True, exist_ok=True)
         check_reachable(path)
         path.chmod(0o711)
+    os.chown(settings.runtime, 0, 0)  # an older version made it control's, and with it what root writes and reads there
     for path, owner, mode in (
         (settings.images_dir, 0, 0o700), (settings.sessions_dir, 0, 0o700), (settings.root / "builds", 0, 0o700),
         (settings.control_dir, users.control, 0o700), (settings.tls_dir, 0, 0o755), (settings.aws_dir, 0, 0o700),
-        (settings.root / "store", users.store, 0o700),
+        (settings.root / "store", users.store, 0o700), (settings.control_runtime, users.control, 0o711),
     ):  # fmt: skip
         path.mkdir(exist_ok=True)
         os.chown(path, owner, owner)
@@ -51,8 +52,6 @@ def prepare(settings: Settings) -> None:
             os.chown(log, users.edge, -1)
         except OSError as error:
             raise ConfigError(f"edge.access_log {log}: {error.strerror}") from error
-    # Sockets are made here by control (and by vmm, which is root).
-    os.chown(settings.runtime, users.control, users.control)
     make_certificates(settings)
     update_certificates(settings)
     keys = make_access_keys(settings)

@@ -14,8 +14,10 @@ def main() -> None:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     (sock,) = process.inherited()["store"]
     address = sock.getsockname()
+    server = make_server(address[0], address[1], DomainDispatcherApplication(create_backend_app), threaded=True, fd=sock.fileno())
+    setattr(server, "service_actions", process.live)  # noqa: B010 - called twice a second by the loop that accepts (socketserver)
     process.ready()
-    make_server(address[0], address[1], DomainDispatcherApplication(create_backend_app), threaded=True, fd=sock.fileno()).serve_forever()
+    server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import gc
 import json
@@ -10,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import structlog
@@ -24,6 +25,7 @@ SETTINGS_VARIABLE = "TORPOR_PROCESS_SETTINGS"
 SOCKETS_VARIABLE = "TORPOR_PROCESS_SOCKETS"
 READY_VARIABLE = "TORPOR_PROCESS_READY"
 _SWITCH_SECONDS = 0.0002
+_SIGNS = 10  # of life, in the time after which none means that the process stands still
 
 
 def inherited() -> dict[str, list[socket.socket]]:
@@ -33,18 +35,68 @@ def inherited() -> dict[str, list[socket.socket]]:
 
 
 def ready() -> None:
-    """Tells the supervisor that this process serves."""
-    number = os.environ.pop(READY_VARIABLE, "")
-    if number:
-        os.write(int(number), b"1")
-        os.close(int(number))
+    """Tells the supervisor that this process serves; from then on its event loop, if it has one, gives signs of life."""
+    if _life.take():
+        live()
+        with contextlib.suppress(RuntimeError):
+            _again(asyncio.get_running_loop())
+
+
+def live() -> None:
+    """Gives a sign of life."""
+    if _life.pipe >= 0:
+        with contextlib.suppress(OSError):  # the supervisor has gone, or has not read for a day
+            os.write(_life.pipe, b".")
+
+
+def _again(loop: asyncio.AbstractEventLoop) -> None:
+    live()
+    loop.call_later(_life.seconds, _again, loop)
+
+
+class _Life:
+    """The pipe on which the supervisor listens, and how often it wants to hear something."""
+
+    pipe = -1
+    seconds = 1.0
+
+    def take(self) -> bool:
+        """False where it was taken before, or there is none."""
+        number = os.environ.pop(READY_VARIABLE, "")
+        if number:
+            self.pipe = int(number)
+            os.set_inheritable(self.pipe, False)
+        return bool(number)
+
+
+_life = _Life()
+
+
+@contextlib.contextmanager
+def passed(settings: Settings) -> Iterator[int]:
+    """A descriptor through which a child gets its settings, which hold secrets: an environment can be read in /proc for a whole life."""
+    descriptor = os.memfd_create("settings")
+    try:
+        with os.fdopen(os.dup(descriptor), "wb") as file:
+            file.write(settings.model_dump_json().encode())
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _settings() -> Settings:
+    number = int(os.environ.pop(SETTINGS_VARIABLE))
+    with os.fdopen(number, "rb") as file:
+        file.seek(0)
+        return Settings.model_validate_json(file.read())
 
 
 def run(name: str, main: Callable[[Settings], Coroutine[Any, Any, None]], has_threads: bool = True) -> None:
     """`has_threads`: the process does blocking work in the pools of gateway/executors.py, which are there before anything else is."""
     log.configure(name)
     faulthandler.register(signal.SIGUSR2)  # a stack trace on standard error, for a process that seems stuck
-    settings = Settings.model_validate_json(os.environ.pop(SETTINGS_VARIABLE))
+    settings = _settings()
+    _life.seconds = settings.service.silent_seconds / _SIGNS
     os.umask(0o022)
     # What is loaded stays: the collector need not look at it again, and looks less often at the rest.
     gc.freeze()

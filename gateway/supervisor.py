@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -24,46 +24,36 @@ import structlog
 
 from vmm import syscalls
 
-from . import executors, instance, listeners
+from . import executors, instance, listeners, notify
 from .children import STOP_SECONDS, Child, Children, Process, StartError
-from .config import ConfigError, Settings
-from .process import READY_VARIABLE, SETTINGS_VARIABLE, SOCKETS_VARIABLE
+from .config import END_SECONDS, ConfigError, Settings
+from .observe.log import LEVEL_VARIABLE
+from .process import READY_VARIABLE, SETTINGS_VARIABLE, SOCKETS_VARIABLE, passed
+from .status import ChildState, Recorded, State, is_living, living, state_file
 
 log = structlog.get_logger()
 
 _READY_SECONDS = 60.0
 _CERTIFICATES_SECONDS = 30.0
 _FILES_SECONDS = 60.0
+_CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ROLE_ARN", "AWS_ROLE_SESSION_NAME",
+    "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_EC2_METADATA_DISABLED", "AWS_CA_BUNDLE",
+}  # fmt: skip
+_PROXIES = {"http_proxy", "https_proxy", "all_proxy"}
 _CODE = Path(__file__).resolve().parents[1]
-
-
-class Recorded(msgspec.Struct):
-    """A process as the state file has it: `serves` is false of one that is starting or was replaced. `started` is its start time in
-    clock ticks, which with the pid names it for ever."""
-
-    name: str
-    pid: int
-    started: int | None
-    serves: bool
-    sockets: dict[str, list[int]]
-
-
-class State(msgspec.Struct):
-    """The state file: for the next supervisor, and for `torpor reload`. `failed_at`, `failure`: of the last reload that failed."""
-
-    processes: list[Recorded] = []
-    failed_at: float = 0.0
-    failure: str = ""
 
 
 class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._path = state_file(settings)
-        self._state = State()
+        self._state = State(pid=os.getpid(), started=syscalls.start_time(os.getpid()) or 0)
+        self._said = ""
         self._children: list[Child] = []
         ready_seconds = _READY_SECONDS + 2 * settings.probe_seconds  # vmm may have to probe both hypervisors
-        self._processes = Children(self._spawn, self._save_state, ready_seconds)
+        self._processes = Children(self._spawn, self._save_state, ready_seconds, settings.service.silent_seconds)
         self._reload_wanted = asyncio.Event()
         self._bound = self._code_mount()
         self._lock = -1
@@ -111,7 +101,7 @@ class Supervisor:
         except BlockingIOError as error:
             raise ConfigError(f"instance {self._settings.name} is already served by another process") from error
         os.truncate(self._lock, 0)
-        os.write(self._lock, str(os.getpid()).encode())  # for `torpor reload`
+        os.write(self._lock, str(os.getpid()).encode())
 
     def _make_children(self, sockets: dict[str, list[list[socket.socket]]]) -> None:
         settings, users = self._settings, self._settings.users
@@ -190,18 +180,17 @@ class Supervisor:
 
     async def _spawn(self, child: Child, ready: int) -> Process:
         numbers = {purpose: [sock.fileno() for sock in socks] for purpose, socks in child.sockets.items()}
-        environment = {key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "TZ", "SSL_CERT_FILE")}
-        environment |= {
-            SETTINGS_VARIABLE: self._settings.model_dump_json(), SOCKETS_VARIABLE: json.dumps(numbers),
-            READY_VARIABLE: str(ready), "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/nonexistent",
-        }  # fmt: skip
         command = list(child.command)
         if self._bound and not child.uid:
             command[0] = str(Path(sys.prefix) / "bin/python")
-        return await asyncio.create_subprocess_exec(
-            *self._prefix(child), *command, env=environment, cwd=_CODE, start_new_session=True, stdin=asyncio.subprocess.DEVNULL,
-            pass_fds=[ready, *(number for group in numbers.values() for number in group)],
-        )  # fmt: skip
+        with passed(settings_for(child.name, self._settings)) as settings:
+            environment = environment_for(child.name, os.environ) | {
+                SETTINGS_VARIABLE: str(settings), SOCKETS_VARIABLE: json.dumps(numbers), READY_VARIABLE: str(ready),
+            }  # fmt: skip
+            return await asyncio.create_subprocess_exec(
+                *self._prefix(child), *command, env=environment, cwd=_CODE, start_new_session=True, stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=[ready, settings, *(number for group in numbers.values() for number in group)],
+            )  # fmt: skip
 
     def _save_state(self) -> None:
         self._state.processes = [
@@ -211,12 +200,19 @@ class Supervisor:
             )
             for child in self._children for process in child.processes
         ]  # fmt: skip
+        self._state.children = [
+            ChildState(child.name, child.serves, child.since, child.restarts, child.failure) for child in self._children
+        ]
         temporary = self._path.with_suffix(".new")
         try:
             temporary.write_bytes(msgspec.json.encode(self._state))
             temporary.rename(self._path)
         except OSError as error:  # processes are watched, replaced and ended all the same
             log.error("state.not_saved", path=str(self._path), error=str(error))
+        away = ", ".join(f"{child.name} ({child.failure})" for child in self._children if child.failure)
+        if away != self._said:
+            self._said = away
+            notify.tell(f"STATUS=not serving, tried again: {away}" if away else "STATUS=serving")
 
     # ---- reload and stop ----
 
@@ -229,12 +225,15 @@ class Supervisor:
         while True:
             await self._reload_wanted.wait()
             self._reload_wanted.clear()
+            notify.reloading()
             try:
                 await self.reload()
             except Exception as error:
                 log.error("reload.failed", error=str(error), exc_info=not isinstance(error, ConfigError | StartError))
                 self._state.failed_at, self._state.failure = time.time(), str(error)
                 self._save_state()
+            finally:
+                notify.tell("READY=1")
 
     async def reload(self) -> None:
         """Replaces the edge workers one by one; no request is refused or cut. Raises ConfigError, StartError."""
@@ -253,12 +252,20 @@ class Supervisor:
             except Exception as error:
                 log.error("tls.not_updated", error=str(error), exc_info=not isinstance(error, ConfigError | OSError | ValueError))
 
+    async def keep_watch(self) -> None:
+        """Replaces children that stand still."""
+        await self._processes.end_silent(self._children)
+
     async def stop(self) -> None:
-        """Running sessions are suspended first; nothing stays behind but files in the instance's root."""
+        """Running sessions are suspended first; nothing stays behind but files in the instance's root. Ends in `service.stop_seconds`."""
+        seconds = self._settings.service.stop_seconds
+        notify.tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((seconds + END_SECONDS) * 1e6)}")
+        deadline = time.monotonic() + seconds
+        control = [child for child in self._children if child.name == "control"]
         await self._processes.stop_restarts()
-        await self._processes.end([child for child in self._children if child.name == "control"], signal.SIGUSR1)
-        await self._processes.end(self._edges(), signal.SIGTERM)
-        await self._processes.end(self._children, signal.SIGTERM)  # vmm and store
+        await self._processes.end(control, signal.SIGUSR1, self._settings.suspend_seconds + END_SECONDS / 2)
+        await self._processes.end(self._edges(), signal.SIGTERM, deadline - END_SECONDS / 2 - time.monotonic())
+        await self._processes.end(self._children, signal.SIGTERM, deadline - time.monotonic())  # vmm and store
         await self._files.run(self._clear_runtime)
 
     async def stop_started(self) -> None:
@@ -274,37 +281,14 @@ class Supervisor:
         if any((runtime / "vms").glob("*")):
             log.warning("stop.microvms_left", where=str(runtime / "vms"))
             return
-        for name in ("control.sock", "vmm.sock", "supervisor.json", "lock"):
+        for name in ("control/socket", "vmm.sock", "supervisor.json", "lock"):
             (runtime / name).unlink(missing_ok=True)
-        for name in ("vms", "netns", "build-netns", "code", ""):
+        for name in ("vms", "netns", "build-netns", "code", "control", ""):
             with contextlib.suppress(OSError):
                 (runtime / name).rmdir()
         with contextlib.suppress(OSError):
             self._settings.run.rmdir()
         Cgroups(self._settings.name, self._settings.root).close()
-
-
-def state_file(settings: Settings) -> Path:
-    return settings.runtime / "supervisor.json"
-
-
-def read_state(path: Path) -> State:
-    """Raises OSError, msgspec.MsgspecError."""
-    return msgspec.json.decode(path.read_bytes(), type=State)
-
-
-def living(path: Path) -> list[Recorded]:
-    """Processes of an earlier supervisor that still run."""
-    try:
-        recorded = read_state(path).processes
-    except (OSError, msgspec.MsgspecError):
-        return []
-    return [process for process in recorded if is_living(process)]
-
-
-def is_living(process: Recorded) -> bool:
-    """Whether that very process runs: its pid may be another's by now."""
-    return process.started is not None and syscalls.start_time(process.pid) == process.started
 
 
 def _adopt_sockets(old: list[Recorded]) -> dict[str, list[list[socket.socket]]]:
@@ -331,6 +315,41 @@ def _signal(process: Recorded, number: signal.Signals) -> None:
             syscalls.signal_process(process.pid, process.started, number)
 
 
+def settings_for(child: str, settings: Settings) -> Settings:
+    """Those that a child has to know: no secrets of other endpoints for who speaks with strangers."""
+    if child in ("vmm", "control"):
+        return settings
+    secrets = {"access_key": "", "secret_key": ""}
+    return settings.model_copy(
+        update={
+            "object_store": settings.object_store.model_copy(update=secrets),
+            "credentials": settings.credentials.model_copy(update=secrets),
+            "images": settings.images.model_copy(update={"logins": {}}),
+        }
+    )  # fmt: skip
+
+
+def environment_for(child: str, ours: Mapping[str, str]) -> dict[str, str]:
+    """Control is the one that asks other services (object stores, STS, CloudWatch Logs, registries' tokens): it gets credentials and
+    proxies, by which nothing on this host is ever reached. A profile's files are root's, so no names of profiles go on."""
+    names = {"PATH", "LANG", "TZ", "SSL_CERT_FILE", LEVEL_VARIABLE}
+    found = {name: value for name, value in ours.items() if name in names}
+    found |= {"PYTHONDONTWRITEBYTECODE": "1", "HOME": "/nonexistent"}
+    if child != "control":
+        return found
+    found |= {name: value for name, value in ours.items() if name in _CREDENTIALS or name.lower() in _PROXIES}
+    local = [name for name in (ours.get("no_proxy") or ours.get("NO_PROXY") or "").split(",") if name]
+    return found | {"no_proxy": ",".join([*local, "localhost", "127.0.0.1", "::1"])}
+
+
+async def _feed_watchdog() -> None:
+    """For as long as this loop turns."""
+    seconds = notify.watchdog_seconds()
+    while seconds is not None:
+        notify.tell("WATCHDOG=1")
+        await asyncio.sleep(seconds / 3)
+
+
 async def _stop_old(old: list[Recorded]) -> None:
     """Tells processes of an earlier supervisor to end, and waits for it; kills those that do not end in time."""
     for process in old:
@@ -340,6 +359,8 @@ async def _stop_old(old: list[Recorded]) -> None:
         if time.monotonic() > deadline:
             for process in left:
                 _signal(process, signal.SIGKILL)
+        if time.monotonic() > deadline + END_SECONDS:
+            raise StartError(f"{left[0].name} of an earlier service (process {left[0].pid}) does not end")
         await asyncio.sleep(0.02)
 
 
@@ -364,8 +385,10 @@ async def serve(settings: Settings, announce: Callable[[Settings], None]) -> Non
         if stop.is_set():
             return
         raise (ConfigError(str(error)) if isinstance(error, StartError) else error) from None
-    keepers = [loop.create_task(supervisor.keep_certificates()), loop.create_task(supervisor.keep_reloading())]
+    work = (supervisor.keep_certificates(), supervisor.keep_reloading(), supervisor.keep_watch(), _feed_watchdog())
+    keepers = [loop.create_task(coroutine) for coroutine in work]
     announce(started)
+    notify.tell("READY=1", "STATUS=serving")
     await stop.wait()
     for keeper in keepers:
         keeper.cancel()

@@ -30,7 +30,7 @@ from gateway import instance
 from gateway import messages as m
 from gateway.config import Edge, Limits, Settings
 from gateway.messages import Shape
-from gateway.process import READY_VARIABLE, SETTINGS_VARIABLE, SOCKETS_VARIABLE
+from gateway.process import READY_VARIABLE, SETTINGS_VARIABLE, SOCKETS_VARIABLE, passed
 from gateway.rpc import Connection, Reply, Server, Service
 from gateway.sessions.frame import frame
 from gateway.sessions.model import Build, IdlePolicy, Image, Session, Version
@@ -199,13 +199,13 @@ class Hollow:
     def _launch(self, name: str, module: list[str], sockets: dict[str, list[socket.socket]]) -> None:
         numbers = {purpose: [sock.fileno() for sock in socks] for purpose, socks in sockets.items()}
         out, ready = os.pipe()
-        environment = os.environ | {
-            SETTINGS_VARIABLE: self.settings.model_dump_json(), SOCKETS_VARIABLE: json.dumps(numbers), READY_VARIABLE: str(ready),
-        }  # fmt: skip
-        with self._log.open("ab") as log:
+        with passed(self.settings) as settings, self._log.open("ab") as log:
+            environment = os.environ | {
+                SETTINGS_VARIABLE: str(settings), SOCKETS_VARIABLE: json.dumps(numbers), READY_VARIABLE: str(ready),
+            }  # fmt: skip
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", *module], env=environment, cwd=REPO, stderr=log, stdout=log,
-                pass_fds=[ready, *(number for group in numbers.values() for number in group)],
+                pass_fds=[ready, settings, *(number for group in numbers.values() for number in group)],
             )  # fmt: skip
         os.close(ready)
         word = os.read(out, 1)

@@ -1,7 +1,9 @@
 """Limits and readings of control groups, the unified hierarchy or version 1, behind one class.
 
-Groups are `torpor-INSTANCE/NAME` under each controller that is there; a controller that is missing is left out (and
-`torpor doctor` says so). Nothing requires memory.high, PSI or systemd.
+Of version 1, groups are `torpor-INSTANCE/NAME` under each controller that is there. In the unified hierarchy they lie where they are
+ours to make (systemd: CGROUP_DELEGATION): where systemd runs, in a scope of the instance's own beside the service's unit, so that the
+unit's end is not theirs; else below a group that was delegated to this process; else below the hierarchy's root. A controller that the
+kernel does not offer is left out, and `torpor doctor` says so; one that is offered and cannot limit is an error.
 """
 
 from __future__ import annotations
@@ -9,13 +11,24 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.observe.room import existing
 
+from .errors import VmmError
+
 ROOT = Path("/sys/fs/cgroup")
+_SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
+_SLICE = "system.slice"
+_HOLDER = "holder"  # the group of a process that keeps the scope while no microVM is in it
+_OTHERS = "others"  # … of what was in a delegated group: one whose children have limits may hold no process (cgroups(7))
+_SCOPE_SECONDS = 10.0
+# For /bin/sh: $1… files of groups up to "--", then a command, which runs in these groups with all that it starts.
+_JOIN = 'while [ "$1" != -- ]; do echo $$ > "$1" || exit 1; shift; done; shift; exec "$@"'
 _V1_CONTROLLERS = ("memory", "cpu", "cpuacct", "blkio", "pids")
 _V2_CONTROLLERS = ("memory", "cpu", "io", "pids")
 _REMOVE_SECONDS = 5
@@ -32,6 +45,10 @@ class Limits:
     io_bytes_per_second: int
 
 
+class NotLimited(VmmError):
+    """Control groups cannot limit what they have to."""
+
+
 class Cgroups:
     """All groups of one instance."""
 
@@ -42,8 +59,11 @@ class Cgroups:
         self.unified = (ROOT / "cgroup.controllers").exists() and "memory" in (ROOT / "cgroup.controllers").read_text(
             encoding="ascii"
         ).split()
-        if self.unified:
-            self._bases = {"": ROOT / self._name}
+        self._scope = f"{self._name}-microvms.scope" if self.unified and _SYSTEMD.is_dir() else ""
+        if self._scope:
+            self._bases = {"": ROOT / _SLICE / self._scope}
+        elif self.unified:
+            self._bases = {"": _delegated() / self._name}
         else:
             self._bases = {
                 controller: ROOT / controller / self._name
@@ -59,23 +79,94 @@ class Cgroups:
             return [name for name in _V2_CONTROLLERS if name not in offered]
         return [name for name in _V1_CONTROLLERS if name not in self._bases]
 
+    @property
+    def unlimited_disk(self) -> bool:
+        """Whether what the instance writes lies on no disk whose bandwidth a group can be given a part of."""
+        return self._disk is None
+
+    def problems(self) -> list[str]:
+        """Why limits cannot be set although the kernel offers them. Before a start it is what can be known without one."""
+        if not self.unified:
+            return [
+                f"{controller}: {base.parent} is mounted read-only" for controller, base in self._bases.items() if _is_sealed(base.parent)
+            ]
+        base = self._bases[""]
+        if not base.exists():
+            return [f"{base.parent} is mounted read-only"] if _is_sealed(existing(base)) else []
+        enabled = (base / "cgroup.subtree_control").read_text(encoding="ascii").split()
+        return [f"{name} is not enabled in {base}" for name in _V2_CONTROLLERS if name not in self.missing and name not in enabled]
+
     def start(self) -> None:
-        for base in self._bases.values():
-            base.mkdir(exist_ok=True)
-        if self.unified:
-            wanted = " ".join(f"+{name}" for name in _V2_CONTROLLERS if name not in self.missing)
-            for directory in (ROOT, ROOT / self._name):
-                with contextlib.suppress(OSError):
-                    (directory / "cgroup.subtree_control").write_text(wanted, encoding="ascii")
+        """Makes the groups' places. Raises NotLimited."""
+        try:
+            if self._scope:
+                self._hold_scope()
+            for base in self._bases.values():
+                base.mkdir(exist_ok=True)
+            if self.unified:
+                self._enable(self._bases[""])
+        except (OSError, subprocess.SubprocessError) as error:
+            raise NotLimited(f"control groups cannot be made: {error}: see `torpor doctor`") from error
+
+    def _hold_scope(self) -> None:
+        """Has systemd make the scope where there is none, or an empty one. It ends after the service's unit, whose stop suspends what is in
+        it (systemd.scope(5), systemd-run(1))."""
+        base = self._bases[""]
+        if self._held(base):
+            return
+        mine = next((part for part in reversed(_own_group().parts) if part.endswith(".service")), "")
+        subprocess.Popen(
+            ["systemd-run", "--scope", "--quiet", "--collect", f"--unit={self._scope}", f"--slice={_SLICE}", "-p", "Delegate=yes",
+             "-p", "TasksMax=infinity",
+             *(["-p", f"Before={mine}"] if mine else []), "sleep", "infinity"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + _SCOPE_SECONDS
+        while not self._held(base):
+            if time.monotonic() > deadline:
+                raise OSError(f"systemd made no {self._scope} within {_SCOPE_SECONDS:g} s")
+            time.sleep(0.01)
+
+    def _held(self, base: Path) -> bool:
+        """Whether a process holds the scope; it is in a group of its own then."""
+        try:
+            if (base / _HOLDER / "cgroup.procs").exists() and (base / _HOLDER / "cgroup.procs").read_text(encoding="ascii").split():
+                return True
+            holders = (base / "cgroup.procs").read_text(encoding="ascii").split()
+        except FileNotFoundError:
+            return False
+        if not holders:
+            return False
+        _move(holders, base / _HOLDER)
+        return True
+
+    def _enable(self, base: Path) -> None:
+        """Has the children of `base` limited by every controller that is offered. Raises OSError."""
+        wanted = [name for name in _V2_CONTROLLERS if name not in self.missing]
+        for directory in (base,) if self._scope else (base.parent, base):
+            file = directory / "cgroup.subtree_control"
+            if set(wanted) <= set(file.read_text(encoding="ascii").split()):
+                continue
+            if directory != base and (directory / "cgroup.type").exists():  # any but the root of all: it may hold no process then
+                _move((directory / "cgroup.procs").read_text(encoding="ascii").split(), directory / _OTHERS)
+            try:
+                file.write_text(" ".join(f"+{name}" for name in wanted), encoding="ascii")
+            except OSError as error:
+                raise OSError(error.errno, f"{file}: {error.strerror}") from error
 
     def create(self, name: str, limits: Limits | None = None) -> None:
-        for base in self._bases.values():
-            (base / name).mkdir(exist_ok=True)
-        if limits is not None:
-            for controller, file, value in self._settings(limits):
+        """Raises NotLimited."""
+        file = Path()
+        try:
+            for base in self._bases.values():
+                (base / name).mkdir(exist_ok=True)
+            for controller, setting, value in self._settings(limits) if limits is not None else ():
                 where = self._bases.get("" if self.unified else controller)
-                if where is not None and (where / name / file).exists():
-                    (where / name / file).write_text(value, encoding="ascii")
+                if where is not None and controller not in self.missing:
+                    file = where / name / setting
+                    file.write_text(value, encoding="ascii")
+        except OSError as error:
+            raise NotLimited(f"a control group's limit could not be set: {error.filename or file}: {error.strerror}") from error
 
     def _settings(self, limits: Limits) -> list[tuple[str, str, str]]:
         period = 100_000
@@ -97,13 +188,18 @@ class Cgroups:
             *(("blkio", f"blkio.throttle.{way}_bps_device", f"{self._disk} {bps}") for way in ("read", "write") if self._disk),
         ]
 
+    def enter(self, name: str) -> list[str]:
+        """What stands before a command that is to run as a member, with all that it starts."""
+        return ["/bin/sh", "-c", _JOIN, "sh", *map(str, self.joins(name)), "--"]
+
     def joins(self, name: str) -> list[Path]:
         """The files into which a process writes its id to become a member."""
         return [base / name / "cgroup.procs" for base in self._bases.values()]
 
     def relative(self, name: str) -> str:
         """The group's path below a hierarchy's root."""
-        return f"{self._name}/{name}"
+        base = next(iter(self._bases.values()), ROOT / self._name)
+        return str((base / name).relative_to(ROOT)) if self.unified else f"{self._name}/{name}"
 
     def processes(self, name: str) -> list[int]:
         for file in self.joins(name):
@@ -143,7 +239,7 @@ class Cgroups:
     def names(self) -> list[str]:
         for base in self._bases.values():
             with contextlib.suppress(OSError):
-                return [entry.name for entry in base.iterdir() if entry.is_dir()]
+                return [entry.name for entry in base.iterdir() if entry.is_dir() and entry.name != _HOLDER]
         return []
 
     def remove(self, name: str) -> None:
@@ -168,9 +264,45 @@ class Cgroups:
         """Removes every group of the instance."""
         for name in self.names():
             self.remove(name)
+        if self._scope:
+            self.remove(_HOLDER)  # with its last process the scope ends
+            return
         for base in self._bases.values():
             with contextlib.suppress(OSError):
                 base.rmdir()
+
+
+def _own_group() -> Path:
+    """This process's in the unified hierarchy (cgroups(7), /proc/PID/cgroup)."""
+    lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    return ROOT / next((line.removeprefix("0::").lstrip("/") for line in lines if line.startswith("0::")), "")
+
+
+def _delegated() -> Path:
+    """The nearest group around this process that somebody has marked as ours to divide; the hierarchy's root where there is none."""
+    own = _own_group()
+    for group in (own, *own.parents):
+        if not group.is_relative_to(ROOT):
+            break
+        for name in ("trusted.delegate", "user.delegate"):
+            with contextlib.suppress(OSError):
+                if os.getxattr(group, name) == b"1":
+                    return group.parent if group.name == _OTHERS else group
+        if group.name == _OTHERS:  # we were moved there
+            return group.parent
+    return ROOT
+
+
+def _move(pids: Iterable[str], group: Path) -> None:
+    """Raises OSError."""
+    group.mkdir(exist_ok=True)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            (group / "cgroup.procs").write_text(pid, encoding="ascii")
+
+
+def _is_sealed(directory: Path) -> bool:
+    return bool(os.statvfs(directory).f_flag & os.ST_RDONLY)
 
 
 def disk_number(path: Path) -> str | None:

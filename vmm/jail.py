@@ -22,13 +22,12 @@ DATA = (
     "/usr/share/qemu/linuxboot_dma.bin",
 )
 
-# $1 the root, $2 the user, $3 "kvm" where it may use it; then files of cgroups up to "--"; then the command. The root directory's bind
+# $1 the root, $2 the user, $3 "kvm" where it may use it; then the command. The root directory's bind
 # is private to this process. So is its /dev/kvm, a node that only its user may open: the host's belongs to root, or to a group that may
 # open more than this (10 and 232: Documentation/admin-guide/devices.txt of the kernel; Firecracker's jailer makes the same).
 _ENTER = """\
 set -e
 root=$1 user=$2 kvm=$3; shift 3
-while [ "$1" != -- ]; do echo $$ > "$1"; shift; done; shift
 mount --make-rprivate /
 mount --bind "$root" "$root"
 mount -o remount,bind,ro,nosuid,nodev "$root"
@@ -82,11 +81,12 @@ def make_mapper(root: Path) -> None:
     new.rename(root / "usr/lib/torpor-mapper.so")
 
 
-def command(root: Path, cgroup_files: Sequence[Path], uid: int, has_kvm: bool, inner: Sequence[str]) -> list[str]:
-    """The prefix that jails `inner` as user `uid`. Its life is tied to the `unshare` parent, not to whoever starts it."""
+def command(root: Path, enter: Sequence[str], uid: int, has_kvm: bool, inner: Sequence[str]) -> list[str]:
+    """The prefix that jails `inner` as user `uid`. Its life is tied to the `unshare` parent, not to whoever starts it: so the parent is in
+    the microVM's control group too, which it joins by `enter` (Cgroups.enter), and nobody who ends another group's processes ends it."""
     return [
-        "unshare", "-m", "-n", "-p", "-i", "-u", "--fork", "--kill-child",
-        "/bin/sh", "-c", _ENTER, "sh", str(root), str(uid), "kvm" if has_kvm else "", *map(str, cgroup_files), "--",
+        *enter, "unshare", "-m", "-n", "-p", "-i", "-u", "--fork", "--kill-child",
+        "/bin/sh", "-c", _ENTER, "sh", str(root), str(uid), "kvm" if has_kvm else "",
         "/usr/bin/setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--inh-caps=-all",
         "--bounding-set=-all", "--no-new-privs", "--pdeathsig=KILL", *inner,
     ]  # fmt: skip

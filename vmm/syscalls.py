@@ -87,12 +87,15 @@ def become_subreaper() -> None:
     _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
 
 
-def signal_process(pid: int, started: int, number: int) -> None:
-    """Sends a signal to the process that began at `started` (start_time), and to no other that has its number by now. Raises OSError."""
+def signal_process(pid: int, started: int, number: int) -> bool:
+    """Sends a signal to the process that began at `started` (start_time), and to no other that has its number by now: False then.
+    Raises OSError."""
     pidfd = os.pidfd_open(pid)
     try:
-        if start_time(pid) == started:
-            signal.pidfd_send_signal(pidfd, number)
+        if start_time(pid) != started:
+            return False
+        signal.pidfd_send_signal(pidfd, number)
+        return True
     finally:
         os.close(pidfd)
 

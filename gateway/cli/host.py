@@ -18,7 +18,7 @@ import msgspec
 import typer
 from rich.text import Text
 
-from gateway import config, instance, listeners
+from gateway import config, instance, listeners, status
 from gateway.observe import log
 from gateway.observe.room import disk_free_bytes, existing, memory_available_bytes
 
@@ -101,21 +101,23 @@ def reload(root: Root = None, name: Name = None) -> None:
 
     Example: torpor reload
     """
-    from gateway import supervisor
+    from vmm.syscalls import signal_process
 
     settings = config.load(root=root, name=name)
-    path, began = supervisor.state_file(settings), time.time()
+    path, began = status.state_file(settings), time.time()
 
-    def workers(state: supervisor.State) -> set[int]:
+    def workers(state: status.State) -> set[int]:
         return {process.pid for process in state.processes if process.serves and process.name.startswith("edge")}
 
     try:
-        before = workers(supervisor.read_state(path))
-        os.kill(int((settings.runtime / "lock").read_text(encoding="ascii")), signal.SIGHUP)
+        known = status.read_state(path)
+        before = workers(known)
+        if not signal_process(known.pid, known.started, signal.SIGHUP):
+            raise ProcessLookupError
     except (OSError, ValueError, msgspec.MsgspecError):
         fail(f"instance {settings.name} is not served here: start it with `torpor serve`", 1)
     deadline = time.monotonic() + _RELOAD_SECONDS
-    while workers(state := supervisor.read_state(path)) & before:
+    while workers(state := status.read_state(path)) & before:
         if state.failed_at >= began:
             fail(f"workers were not replaced, and those that served go on: {state.failure}", 1)
         if time.monotonic() > deadline:
@@ -183,6 +185,27 @@ def assets() -> None:
         fail(str(error))
 
 
+def _free(settings: config.Settings, place: Path) -> list[tuple[str, bool, str]]:
+    disk, memory = disk_free_bytes(place) >> 20, memory_available_bytes() >> 20
+    return [
+        ("disk", disk > settings.limits.disk_reserve_mib, f"{disk} MiB free below {place}"),
+        ("memory", memory > settings.limits.reserve_mib, f"{memory} MiB available, {settings.limits.reserve_mib} MiB kept back"),
+    ]
+
+
+def _groups(settings: config.Settings, place: Path) -> tuple[bool, str]:
+    """Whether control groups limit microVMs, and what they limit."""
+    from vmm.cgroups import Cgroups
+
+    groups = Cgroups(settings.name, settings.root)
+    problems = [*(f"missing: {name}" for name in groups.missing), *groups.problems()]
+    if problems:
+        return False, "; ".join(problems)
+    if groups.unlimited_disk:
+        return True, f"memory, cpu and pids are limited; io is not: {place} lies on no disk of which the kernel gives out parts"
+    return True, "memory, cpu, io and pids are limited"
+
+
 def doctor(
     root: Root = None,
     name: Name = None,
@@ -193,7 +216,7 @@ def doctor(
 
     Example: torpor doctor --repair
     """
-    from vmm import assets, base, cgroups, leftovers, making, probe
+    from vmm import assets, base, leftovers, making, probe
 
     from . import quarantine
     from .repair import is_served, known, leftovers_of
@@ -208,17 +231,13 @@ def doctor(
         rows.append((check, choice.works, f"{choice.what}: {choice.why}"))
     memory, vcpus = settings.limits.guest_mib or probe.memory_cap_mib(), os.cpu_count()
     rows.append(("guest peak", True, f"capped at {memory} MiB and {vcpus} virtual CPUs by this host"))
-    missing = ", ".join(cgroups.Cgroups(settings.name, settings.root).missing)
-    rows.append(("control groups", not missing, f"missing: {missing}" if missing else "memory, cpu, io and pids are limited"))
+    rows.append(("control groups", *_groups(settings, place)))
     for what, is_missing in assets.missing(settings.cache, assets.Base.of(settings.images)).items():
         text = "missing, or made by another version: run `torpor assets`" if is_missing else str(settings.cache)
         if what == "base.tar" and not is_missing:
             text = f"{base.described(making.key_at(settings.cache / what))}, in {settings.cache}"
         rows.append((f"asset {what}", not is_missing, text))
-    free = disk_free_bytes(place) >> 20
-    rows.append(("disk", free > settings.limits.disk_reserve_mib, f"{free} MiB free below {place}"))
-    free = memory_available_bytes() >> 20
-    rows.append(("memory", free > settings.limits.reserve_mib, f"{free} MiB available, {settings.limits.reserve_mib} MiB kept back"))
+    rows += _free(settings, place)
     kept = settings.root / "edge-port"
     if kept.exists():
         port = int(kept.read_text(encoding="ascii"))

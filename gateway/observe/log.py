@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import structlog
 
+LEVEL_VARIABLE = "TORPOR_LOG"  # info, warning or error
+_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
 
 def configure(process: str) -> None:
     """Every line carries the process's name, the time in UTC, and the event's fields."""
+    level = _LEVELS.get(os.environ.get(LEVEL_VARIABLE, "info").lower(), logging.INFO)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # garbage on a port is no news
     # Tracebacks without local variables: those hold tokens.
@@ -26,7 +31,7 @@ def configure(process: str) -> None:
             structlog.processors.format_exc_info,
             render,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )

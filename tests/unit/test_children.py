@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from gateway.children import Child, Children, Process, StartError
 SERVES = "printf 1 >/dev/fd/$READY; exec sleep 600"
 FAILS = "exit 1"
 HANGS = "exec sleep 600"
+SILENT = 0.5  # seconds, of the rig's own clock where it is compared
 
 
 class Rig:
@@ -27,14 +30,21 @@ class Rig:
         self.script = SERVES
         self.changes = asyncio.Event()
         self.spawned = 0
-        self.children = Children(self._spawn, self.changes.set, 10.0)
+        self.now = 0.0
+        self.children = Children(self._spawn, self.changes.set, 10.0, SILENT, lambda: self.now)
         self.child = Child("one", [], 0)
 
     async def _spawn(self, child: Child, ready: int) -> Process:
         self.spawned += 1
         if not self.script:
             raise FileNotFoundError(2, "no such program")
-        return await asyncio.create_subprocess_exec("/bin/sh", "-c", self.script, pass_fds=[ready], env={"READY": str(ready)})
+        return await asyncio.create_subprocess_exec(
+            "/bin/sh", "-c", self.script, pass_fds=[ready], env={"READY": str(ready), "SAID": os.devnull}
+        )
+
+    async def looked(self) -> None:
+        """Returns when the watch has looked at what is."""
+        await asyncio.sleep(3 * SILENT / module._LOOKS)
 
     async def until_another_serves(self, than: Process | None) -> Process:
         async with asyncio.timeout(10):
@@ -171,13 +181,93 @@ async def test_a_stop_while_it_is_started_again_leaves_no_process(rig: Rig) -> N
     assert not lives(second)
 
 
-async def test_what_does_not_end_in_time_is_killed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STOP_SECONDS", 0.1)
+async def test_what_does_not_end_in_time_is_killed(rig: Rig) -> None:
+    """The time is that of all together: three that hang took three times as long once."""
     rig.script = f"trap '' TERM; {SERVES.replace('exec sleep 600', 'while :; do sleep 0.01; done')}"
-    process = await started(rig)
+    others = [Child(str(number), [], 0) for number in range(3)]
+    for child in others:
+        await rig.children.start(child)
+    processes = [next(iter(child.processes)) for child in others]
     await rig.children.stop_restarts()
-    await rig.children.end([rig.child], signal.SIGTERM)
-    assert process.returncode == -signal.SIGKILL
+    began = time.monotonic()
+    await rig.children.end(others, signal.SIGTERM, 0.4)
+    assert time.monotonic() - began < 1.1
+    assert [process.returncode for process in processes] == [-signal.SIGKILL] * 3
+
+
+LIVES = "trap 'echo stands >$SAID' USR2; printf 1 >/dev/fd/$READY; while :; do sleep 0.05; printf . >/dev/fd/$READY; done"
+
+
+async def test_one_that_stands_still_says_where_is_killed_and_started_again(rig: Rig) -> None:
+    """A loop that turns no more answers nothing, and ends by itself as little."""
+    watch = asyncio.ensure_future(rig.children.end_silent([rig.child]))
+    first = await started(rig)  # it says nothing but that it serves
+    rig.now = SILENT * 0.4
+    await rig.looked()
+    rig.now = SILENT * 0.8
+    await rig.looked()
+    assert lives(first), "for so long it may be silent"
+    rig.now = SILENT * 1.1
+    rig.script = LIVES
+    second = await rig.until_another_serves(first)
+    assert first.returncode in (-signal.SIGUSR2, -signal.SIGKILL) and rig.child.restarts == 1
+    rig.now = SILENT * 1.5
+    await until(lambda: rig.children._heard[second] == rig.now)
+    rig.now = SILENT * 1.9
+    await until(lambda: rig.children._heard[second] == rig.now)
+    assert lives(second), "it gives signs of life"
+    watch.cancel()
+
+
+async def test_one_that_was_replaced_and_stands_still_is_killed_too(rig: Rig) -> None:
+    rig.script = f"trap '' TERM USR2; {SERVES.replace('exec sleep 600', 'while :; do sleep 0.01; done')}"
+    first = await started(rig)
+    rig.script = LIVES
+    second = await started(rig)
+    watch = asyncio.ensure_future(rig.children.end_silent([rig.child]))
+    for share in (0.4, 0.8, 1.1):
+        rig.now = SILENT * share
+        await until(lambda: rig.children._heard[second] == rig.now)
+        await rig.looked()
+    await until(lambda: first.returncode is not None)
+    assert lives(second) and rig.child.serving is second
+    watch.cancel()
+
+
+async def test_a_host_that_stood_still_accuses_nobody(rig: Rig) -> None:
+    """As after a pause of a virtual machine: everybody was silent for as long."""
+    watch = asyncio.ensure_future(rig.children.end_silent([rig.child]))
+    first = await started(rig)
+    await rig.looked()
+    rig.now = SILENT * 50
+    await rig.looked()
+    assert lives(first) and rig.children._heard[first] == rig.now
+    watch.cancel()
+
+
+async def test_why_a_child_does_not_serve_is_known_until_it_does(rig: Rig) -> None:
+    first = await started(rig)
+    assert rig.child.serves and not rig.child.failure
+    rig.script = ""
+    first.kill()
+    await until(lambda: "no such program" in rig.child.failure)
+    assert not rig.child.serves and rig.child.restarts == 1
+    rig.script = SERVES
+    await rig.until_another_serves(first)
+    assert rig.child.serves and not rig.child.failure
+
+
+async def test_no_descriptor_for_the_pipe_is_a_failure_like_another(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = await started(rig)
+
+    def none(flags: int) -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pipe2", none)
+        first.kill()
+        await until(lambda: "Too many open files" in rig.child.failure)
+    await rig.until_another_serves(first)
 
 
 async def test_starts_leave_no_descriptors(rig: Rig) -> None:

@@ -34,7 +34,7 @@ class Rig:
     def __init__(self, directory: Path) -> None:
         self.settings = Settings(root=directory / "root", run=directory / "run", suspend={"workers_seconds": 0.0})  # type: ignore[arg-type]
         self.settings.control_dir.mkdir(parents=True)
-        self.settings.runtime.mkdir(parents=True)
+        self.settings.control_runtime.mkdir(parents=True)
         (self.settings.control_dir / "access-keys.json").write_text(json.dumps({"AKIAEXAMPLE": "secret"}))
         self.host = ScriptedHost()
         self.left = 0

@@ -16,7 +16,7 @@ from test_control import Rig
 from gateway import files, instance, listeners
 from gateway.config import ConfigError, Settings
 from gateway.control import Control
-from gateway.process import SETTINGS_VARIABLE
+from gateway.process import SETTINGS_VARIABLE, passed
 from gateway.sessions.logs import LogStore
 from gateway.sessions.shipping import Shipper
 
@@ -79,8 +79,18 @@ def test_a_process_says_in_one_line_what_keeps_it_from_starting(tmp_path: Path) 
         "from gateway import process", "from gateway.config import ConfigError",
         "async def main(settings): raise ConfigError('a key is empty: restore it')", "process.run('test', main)",
     ))  # fmt: skip
-    environment = {SETTINGS_VARIABLE: Settings(root=tmp_path).model_dump_json(), "PATH": os.environ["PATH"]}
-    done = subprocess.run([sys.executable, "-c", child], env=environment, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    with passed(Settings(root=tmp_path)) as number:
+        environment = {SETTINGS_VARIABLE: str(number), "PATH": os.environ["PATH"]}
+        done = subprocess.run(
+            [sys.executable, "-c", child],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=ROOT,
+            check=False,
+            pass_fds=[number],
+        )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert json.loads(line)["error"] == "a key is empty: restore it"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.config import Settings
-from gateway.process import SETTINGS_VARIABLE
+from gateway.process import SETTINGS_VARIABLE, passed
 from vmm import probe
 from vmm.cgroups import Cgroups
 from vmm.errors import VmmError
@@ -53,8 +53,11 @@ def test_what_is_wanted_and_does_not_work_is_no_instance(wanted: dict[str, str],
 
 def test_the_daemon_says_in_one_line_what_cannot_be(tmp_path: Path) -> None:
     settings = Settings(root=tmp_path, run=tmp_path, cache=tmp_path / "nothing", accelerator="kvm")
-    environment = os.environ | {SETTINGS_VARIABLE: settings.model_dump_json()}
-    done = subprocess.run([sys.executable, "-m", "vmm"], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    with passed(settings) as number:
+        environment = os.environ | {SETTINGS_VARIABLE: str(number)}
+        done = subprocess.run(
+            [sys.executable, "-m", "vmm"], env=environment, capture_output=True, text=True, timeout=60, check=False, pass_fds=[number]
+        )
     assert done.returncode == 1 and done.stderr.startswith("torpor: vmm: accelerator kvm: chosen by the settings, but "), done.stderr
     assert done.stderr.count("\n") == 1
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gateway import supervisor
-from gateway.supervisor import Recorded
+from gateway.status import Recorded
 from vmm import syscalls
 from vmm.driver import Process
 from vmm.firecracker.machine import FirecrackerMachine

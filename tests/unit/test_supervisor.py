@@ -9,13 +9,15 @@ import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from waiting import until
 
 from gateway import instance, supervisor
 from gateway.children import Child, Process
 from gateway.config import Settings
-from gateway.supervisor import Recorded, Supervisor, read_state, state_file
+from gateway.status import Recorded, State, living, read_state, state_file
+from gateway.supervisor import Supervisor
 from vmm import syscalls
 
 SERVES = "printf 1 >/dev/fd/$READY; exec sleep 600"
@@ -138,13 +140,13 @@ async def test_every_process_that_lives_is_recorded(one: Scripted) -> None:
 
 def test_the_processes_of_an_earlier_supervisor_are_those_that_still_run(tmp_path: Path) -> None:
     path = tmp_path / "supervisor.json"
-    assert supervisor.living(path) == []
+    assert living(path) == []
     path.write_text("{")
-    assert supervisor.living(path) == []
+    assert living(path) == []
     mine = Recorded("edge-0", os.getpid(), syscalls.start_time(os.getpid()), True, {})
     others = [Recorded("edge-1", os.getpid(), 1, True, {}), Recorded("vmm", 2**22 + 1, None, True, {})]
-    path.write_bytes(supervisor.msgspec.json.encode(supervisor.State([mine, *others])))
-    assert supervisor.living(path) == [mine]
+    path.write_bytes(msgspec.json.encode(State([mine, *others])))
+    assert living(path) == [mine]
 
 
 def test_sockets_that_two_processes_share_are_taken_over_once() -> None:

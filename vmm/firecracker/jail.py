@@ -20,9 +20,6 @@ DISK, MEMORY, STATE, OUT, VSOCK = "disk.raw", "memory.raw", "devices.state", "ou
 KERNEL, INITRD, CONFIGURATION = "vmlinux", "initrd", "configuration.json"
 KERNEL_LINE = f"reboot=k {WORDS}"
 
-# $1… files of cgroups up to "--", then the jailer: it closes every descriptor but the first three, and forgets the environment.
-_ENTER = 'while [ "$1" != -- ]; do echo $$ > "$1"; shift; done; shift; exec "$@"'
-
 
 @dataclass(frozen=True)
 class Programs:
@@ -68,11 +65,12 @@ class Jail:
         os.chown(target, 0, 0)
 
     def command(self, cgroups: Cgroups, namespace: Path) -> list[str]:
-        """The jailer enters the session's network namespace; a process cannot be given another one later."""
+        """The jailer enters the session's network namespace; a process cannot be given another one later. It closes every descriptor but
+        the first three, and forgets the environment."""
         version = "2" if cgroups.unified else "1"
         return [
-            "/bin/sh", "-c", _ENTER, "sh", *map(str, cgroups.joins(self._sandbox.vm)), "--",
-            *self._jailer(), "--netns", str(namespace), "--cgroup-version", version, "--parent-cgroup", cgroups.relative(self._sandbox.vm),
+            *cgroups.enter(self._sandbox.vm), *self._jailer(), "--netns", str(namespace), "--cgroup-version", version,
+            "--parent-cgroup", cgroups.relative(self._sandbox.vm),
             "--", "--api-sock", "/api.sock",
         ]  # fmt: skip
 

@@ -353,7 +353,7 @@ class QemuDriver:
             command = compose(topology.Ends(qmp, agent, state))
             has_kvm = shape.accelerator == "kvm"
             return await asyncio.create_subprocess_exec(
-                *jail.command(root, self._cgroups.joins(sandbox.vm), sandbox.uid, has_kvm, command.arguments),
+                *jail.command(root, self._cgroups.enter(sandbox.vm), sandbox.uid, has_kvm, command.arguments),
                 pass_fds=[*command.descriptors, mapper], start_new_session=True, env={"PATH": jail.PATH, "TORPOR_MAPPER": str(mapper)},
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=stderr,
             )  # fmt: skip
