@@ -42,6 +42,7 @@ class Capacity(msgspec.Struct):
 
     memory_available: int
     disk_free: int
+    inodes_free: int
     expected_growth: int
 
 

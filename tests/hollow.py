@@ -58,7 +58,7 @@ class Host:
         return m.HostInfo("tcg", "", "qemu", "", 4096, 2, "x86_64", [])
 
     async def rpc_reclaim_and_report_capacity(self, connection: Connection, body: None) -> m.Capacity:
-        return m.Capacity(1 << 40, 1 << 40, 1 << 20)
+        return m.Capacity(1 << 40, 1 << 40, 1 << 40, 1 << 20)
 
     async def rpc_state(self, connection: Connection, body: None) -> m.HostState:
         return m.HostState([], dict.fromkeys(self._sessions, 1), ["key"], [])

@@ -17,7 +17,7 @@ import structlog
 
 from gateway import messages as m
 from gateway.config import Settings
-from gateway.observe.room import BUILD_ROOM_BYTES, disk_free_bytes, memory_available_bytes
+from gateway.observe.room import BUILD_ROOM_BYTES, disk_free_bytes, inodes_free, memory_available_bytes
 from gateway.observe.steps import Steps
 from gateway.rpc import Connection, Reply
 from gateway.tasks import Tasks
@@ -139,6 +139,7 @@ class Vmm:
         return m.Capacity(
             memory_available=memory_available_bytes(),
             disk_free=disk_free_bytes(self.settings.root),
+            inodes_free=inodes_free(self.settings.root),
             expected_growth=max(expected, sum(running) // len(running)) if running else expected,
         )
 

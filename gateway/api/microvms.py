@@ -135,7 +135,8 @@ class Microvms:
         except RpcError as error:
             raise InsufficientCapacity(f"The host cannot launch MicroVMs now: {error}") from error
         if not has_room:
-            raise InsufficientCapacity("The host has no room for another MicroVM: terminate or suspend some, and try again.")
+            lack = self._service.lifecycle.room.lack
+            raise InsufficientCapacity(f"The host has no room for another MicroVM ({lack}): terminate or suspend some, and try again.")
 
     # ---- reads ----
 
@@ -200,7 +201,8 @@ class Microvms:
     async def resume_microvm(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         session = self._find(caller, call)
         if session.state is State.SUSPENDED and not await self._service.lifecycle.room.take():
-            raise Throttling("The host has no room to resume the MicroVM now: try again.", retry_after=5)
+            lack = self._service.lifecycle.room.lack
+            raise Throttling(f"The host has no room to resume the MicroVM now ({lack}): try again.", retry_after=5)
         return await self._fire(session, Event.RESUME)
 
     async def terminate_microvm(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from gateway import config, instance, listeners, status
 from gateway.observe import log
-from gateway.observe.room import disk_free_bytes, existing, memory_available_bytes
+from gateway.observe.room import BUILD_INODES, disk_free_bytes, existing, inodes_free, memory_available_bytes
 
 from .output import console, errors, fail, show_json, show_table
 
@@ -186,9 +186,10 @@ def assets() -> None:
 
 
 def _free(settings: config.Settings, place: Path) -> list[tuple[str, bool, str]]:
-    disk, memory = disk_free_bytes(place) >> 20, memory_available_bytes() >> 20
+    disk, inodes, memory = disk_free_bytes(place) >> 20, inodes_free(place), memory_available_bytes() >> 20
     return [
         ("disk", disk > settings.limits.disk_reserve_mib, f"{disk} MiB free below {place}"),
+        ("inodes", inodes >= BUILD_INODES, f"{inodes} free below {place}" if inodes < 1 << 60 else "without a bound"),
         ("memory", memory > settings.limits.reserve_mib, f"{memory} MiB available, {settings.limits.reserve_mib} MiB kept back"),
     ]
 

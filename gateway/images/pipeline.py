@@ -27,7 +27,7 @@ from gateway import executors
 from gateway.accounts.directory import Credentials
 from gateway.config import Settings
 from gateway.messages import BuildRequest, BuildResult, EgressRules, HostInfo, Shape
-from gateway.observe.room import BUILD_ROOM_BYTES
+from gateway.observe.room import BUILD_INODES, BUILD_ROOM_BYTES
 from gateway.sessions import hooks
 from gateway.sessions.agent import Agent, AgentError, start_frames, sync_frame, wake_frame
 from gateway.sessions.channels import GuestServices
@@ -134,7 +134,11 @@ class Pipeline:
         """Fetches and reads what is to be built. Raises BuildFailed for what cannot be."""
         capacity = await patiently(self._host.reclaim_capacity)
         if capacity.disk_free < (self._settings.limits.disk_reserve_mib << 20) + BUILD_ROOM_BYTES:
-            raise BuildFailed("DISK_STORAGE_FULL", "the host has no room for another image: free some, or move --root")
+            free = capacity.disk_free >> 20
+            raise BuildFailed("DISK_STORAGE_FULL", f"the host has no room for another image ({free} MiB free): free some, or move --root")
+        if capacity.inodes_free < BUILD_INODES:
+            text = f"the host has no inodes for another image ({capacity.inodes_free} free): remove files, or move --root"
+            raise BuildFailed("DISK_STORAGE_FULL", text)
         machine = (await self._host.info()).architecture
         wanted = [one["architecture"] for one in job.version.request.get("cpuConfigurations") or []]
         if wanted and not job.is_again and ARCHITECTURES[machine] not in wanted:

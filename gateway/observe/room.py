@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 
 BUILD_ROOM_BYTES = 1 << 30  # beyond the reserve, for another image
+BUILD_INODES, SESSION_INODES = 50_000, 1_000  # of a file system with a number of them: an image's layers have some for each file
+_UNBOUNDED = 1 << 62
 _HEAD_BYTES = 256  # of /proc/meminfo: what is asked for stands in its third line
 
 
@@ -32,3 +34,9 @@ def disk_free_bytes(path: Path) -> int:
     """What may still be written where `path` lies. Raises OSError."""
     there = os.statvfs(path)
     return there.f_bavail * there.f_frsize
+
+
+def inodes_free(path: Path) -> int:
+    """How many files may still be made where `path` lies; very many where the file system has no such number (btrfs). Raises OSError."""
+    there = os.statvfs(path)
+    return there.f_favail if there.f_files else _UNBOUNDED

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gateway import messages as m
-from gateway.observe.room import disk_free_bytes, memory_available_bytes
+from gateway.observe.room import disk_free_bytes, inodes_free, memory_available_bytes
 from gateway.rpc import Client, RpcError, RpcLost
 
 _SLOW_BYTES = 8 << 20  # a second: of a disk that many sessions write to at once
@@ -82,9 +82,10 @@ class Host:
         """Ends paused hypervisors where memory is wanted, and returns what is free then."""
         return await self._client.call("reclaim_and_report_capacity", None, m.Capacity)  # type: ignore[no-any-return]
 
-    def free(self) -> tuple[int, int]:
-        """Returns the available memory and the free disk, in bytes, without asking vmm: the host is this one. Raises OSError."""
-        return memory_available_bytes(), disk_free_bytes(self._root)
+    def free(self) -> tuple[int, int, int]:
+        """Returns the available memory and the free disk, in bytes, and the free inodes, without asking vmm: the host is this one. Raises
+        OSError."""
+        return memory_available_bytes(), disk_free_bytes(self._root), inodes_free(self._root)
 
     async def state(self) -> m.HostState:
         return await self._client.call("state", None, m.HostState)  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ import contextlib
 
 from gateway.config import Limits
 from gateway.messages import Capacity
+from gateway.observe.room import SESSION_INODES
 from gateway.tasks import Tasks
 
 from .host import Host, RpcError
@@ -25,12 +26,13 @@ class Room:
         self._limits = limits
         self._tasks = tasks
         self._promised = 0
-        self._capacity = Capacity(0, 0, limits.growth_mib << 20)
+        self.lack = ""  # what there was not enough of, the last time
+        self._capacity = Capacity(0, 0, 0, limits.growth_mib << 20)
         self._asked = -_PLENTY_SECONDS
         self._is_asking = False
 
     async def take(self) -> bool:
-        """Takes room for one more, and returns False when memory or disk have none. Raises RpcError."""
+        """Takes room for one more, and returns False when there is none: `lack` says of what. Raises RpcError."""
         if not await self._find():
             return False
         self._promised += 1
@@ -46,13 +48,21 @@ class Room:
                     asyncio.get_running_loop().call_later(_SHOWS_SECONDS, lambda: self._tasks.spawn(self._ask_behind()))
                 return True
             await self._ask()
-        return self._has(self._capacity.memory_available, self._capacity.disk_free, count=1)
+        known = self._capacity
+        return self._has(known.memory_available, known.disk_free, known.inodes_free, count=1)
 
-    def _has(self, memory: int, disk: int, count: int) -> bool:
-        """Whether so much memory and disk, in bytes, has room for `count` more."""
-        growth = self._capacity.expected_growth
-        free = memory - (self._limits.reserve_mib << 20) - self._promised * growth
-        return free >= count * growth and disk >= self._limits.disk_reserve_mib << 20
+    def _has(self, memory: int, disk: int, inodes: int, count: int) -> bool:
+        """Whether so much memory and disk, in bytes, and so many inodes have room for `count` more."""
+        growth, limits = self._capacity.expected_growth, self._limits
+        if memory - (limits.reserve_mib << 20) - self._promised * growth < count * growth:
+            self.lack = f"memory: {memory >> 20} MiB are available, limits.reserve_mib is {limits.reserve_mib}"
+        elif disk < limits.disk_reserve_mib << 20:
+            self.lack = f"disk: {disk >> 20} MiB are free, limits.disk_reserve_mib is {limits.disk_reserve_mib}"
+        elif inodes < SESSION_INODES:
+            self.lack = f"inodes: {inodes} are free on the disk"
+        else:
+            return True
+        return False
 
     async def _ask(self) -> None:
         self._capacity, self._asked = await self._host.reclaim_capacity(), asyncio.get_running_loop().time()

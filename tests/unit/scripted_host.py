@@ -217,12 +217,12 @@ class ScriptedHost:
         self.aside.pop(session, None)
         self.kept.pop(session, None)
 
-    def free(self) -> tuple[int, int]:
+    def free(self) -> tuple[int, int, int]:
         self.looks += 1
-        return self.memory_available, 1 << 40
+        return self.memory_available, 1 << 40, 1 << 40
 
     async def reclaim_capacity(self) -> m.Capacity:
-        return m.Capacity(self.memory_available, 1 << 40, 96 << 20)
+        return m.Capacity(self.memory_available, 1 << 40, 1 << 40, 96 << 20)
 
     async def state(self) -> m.HostState:
         return m.HostState(list(self.held.values()), self.snapshots, self.images, [])

@@ -209,7 +209,7 @@ async def test_room_is_asked_for_behind_an_answer_that_was_clear(monkeypatch: py
             raise RpcError("Unavailable", "not now")
         if asked == 2:
             raise ValueError("unexpected")
-        return m.Capacity(host.memory_available, 1 << 40, 96 << 20)
+        return m.Capacity(host.memory_available, 1 << 40, 1 << 40, 96 << 20)
 
     host.reclaim_capacity = capacity  # type: ignore[method-assign]
     room = Room(host, Limits(), tasks)  # type: ignore[arg-type]
@@ -220,17 +220,26 @@ async def test_room_is_asked_for_behind_an_answer_that_was_clear(monkeypatch: py
         await tasks.quiet()
 
 
-@pytest.mark.parametrize(("memory", "disk", "expected"), [(64 << 30, 1 << 40, True), (1 << 30, 1 << 40, False), (64 << 30, 1 << 20, False)])
-async def test_memory_and_disk_decide(memory: int, disk: int, expected: bool) -> None:
+@pytest.mark.parametrize(
+    ("memory", "disk", "inodes", "lack"),
+    [
+        (64 << 30, 1 << 40, 1 << 20, ""), (1 << 30, 1 << 40, 1 << 20, "memory: 1024 MiB are available, limits.reserve_mib is "),
+        (64 << 30, 1 << 20, 1 << 20, "disk: 1 MiB are free, limits.disk_reserve_mib is "),
+        (64 << 30, 1 << 40, 999, "inodes: 999 are free on the disk"),
+    ],
+)  # fmt: skip
+async def test_memory_disk_and_inodes_decide(memory: int, disk: int, inodes: int, lack: str) -> None:
+    """Whoever is refused is told what there is not enough of."""
     host = ScriptedHost()
     host.memory_available = memory
-    host.free = lambda: (memory, disk)  # type: ignore[method-assign]
+    host.free = lambda: (memory, disk, inodes)  # type: ignore[method-assign]
 
     async def capacity() -> m.Capacity:
-        return m.Capacity(memory, disk, 96 << 20)
+        return m.Capacity(memory, disk, inodes, 96 << 20)
 
     host.reclaim_capacity = capacity  # type: ignore[method-assign]
-    assert await Room(host, Limits(), Tasks()).take() is expected  # type: ignore[arg-type]
+    room = Room(host, Limits(), Tasks())  # type: ignore[arg-type]
+    assert await room.take() is (not lack) and room.lack.startswith(lack)
 
 
 # ---- the archive ----

@@ -407,7 +407,7 @@ async def test_a_host_with_plenty_of_room_is_not_asked(rig: Rig, monkeypatch: py
     async def capacity() -> m.Capacity:
         nonlocal asked
         asked += 1
-        return m.Capacity(rig.host.memory_available, 1 << 40, 96 << 20)
+        return m.Capacity(rig.host.memory_available, 1 << 40, 1 << 40, 96 << 20)
 
     monkeypatch.setattr(rig.host, "reclaim_capacity", capacity)
     rig.host.memory_available = 64 << 30

@@ -141,9 +141,6 @@ async def test_a_full_disk_ends_one_build_and_is_given_back(small_disk: Path, ho
         done, said = await rig.build(f"{FROM}RUN echo kept > /kept\nRUN cat /dev/zero > /full\n")
         assert done.status and "No space left on device" in said and not rig.left(), said
         assert os.statvfs(small_disk).f_bavail > free * 0.95, "a build that fails leaves no more than its layers that did not"
-        done, said = await rig.build(f'{FROM}ARG A={"x" * 60_000}\nLABEL a="{"$A" * 80}"\n')
-        assert done.reason.startswith("the image's configuration (ENV, LABEL, ...) has 480"), (done.reason, said[-2000:])
-        assert done.status == 1
         rig.builder._settings = dataclasses.replace(rig.builder._settings, room_bytes=1 << 40)
         for account in (rig.directory / "accounts").iterdir():
             os.utime(account / "users", (0, 0))
