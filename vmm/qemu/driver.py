@@ -54,10 +54,11 @@ class Assets:
     def initrd(self) -> Path:
         return self.cache / "initrd"
 
-    def guest(self) -> tuple[str, str]:
-        """Which kernel boots now, and which agent. Raises OSError."""
+    def guest(self) -> tuple[str, str, int]:
+        """Which kernel boots now, which agent, and what protocol that speaks. Raises OSError."""
         init = (self.cache / "guest/init").read_bytes()
-        return kernel.described(self.cache / "kernel"), hashlib.sha256(init).hexdigest()[:16]
+        protocol = (self.cache / "guest/protocol").read_text(encoding="ascii")
+        return kernel.described(self.cache / "kernel"), hashlib.sha256(init).hexdigest()[:16], int(protocol)
 
 
 class _Shared(NamedTuple):
@@ -272,9 +273,8 @@ class QemuDriver:
 
     def _makes(self, shape: Shape) -> Provenance:
         """What an image that boots now is made by. Raises OSError."""
-        root, (guest, agent) = self._root, self._assets.guest()
-        model = topology.processor(shape.accelerator)
-        return Provenance(NAME, root.version, root.machine, root.name, model, [], guest, agent, AGENT_PROTOCOL)
+        root, model = self._root, topology.processor(shape.accelerator)
+        return Provenance(NAME, root.version, root.machine, root.name, model, [], *self._assets.guest())
 
     def _root_of(self, made: Provenance, what: str) -> Root:
         """Raises Refused."""
