@@ -202,7 +202,8 @@ class Traces(BaseModel):
 
 class Logs(BaseModel):
     endpoint: str = Field("", description="a CloudWatch Logs endpoint to which events are sent too; empty: kept here only")
-    retention_days: int = Field(0, ge=0, description="streams silent for longer go; 0: kept for ever")
+    retention_days: int = Field(30, ge=0, description="streams silent for longer go; 0: kept until there is no room")
+    account_mib: int = Field(8192, ge=128, description="of an account's streams; beyond, those that are silent for longest go")
 
 
 class Records(BaseModel):

@@ -55,6 +55,7 @@ from .tokens import Minter
 log = structlog.get_logger()
 
 _HOUR_SECONDS = 3600.0
+_LOGS_SECONDS = 300.0
 _AUDIT_SECONDS = 1.0  # what a power cut may take of the audit trail
 _EMPTY_SECONDS = 600.0
 _LISTENERS_SECONDS = 2.0  # for a guest to say what listens in it
@@ -262,9 +263,10 @@ class Control:
     # ---- every hour ----
 
     async def drop_old_logs(self) -> None:
-        """Removes streams that nobody has written to for longer than the retention."""
-        if days := self.settings.logs.retention_days:
-            await executors.BULK.run(self.logs.drop_older, days * 86_400.0)
+        """Removes streams that nobody has written to for longer than the retention, and those beyond an account's room."""
+        logs = self.settings.logs
+        seconds = logs.retention_days * 86_400.0 if logs.retention_days else math.inf
+        await executors.BULK.run(self.logs.drop_old, seconds, float(logs.account_mib << 20))
 
     async def prune(self) -> None:
         """Removes client tokens of before yesterday and old events."""
@@ -317,11 +319,11 @@ async def main(settings: Settings) -> None:
         runners.append(runner)
     edges = Server(settings.control_socket, Service(control, Admin(settings, control.directory, control.store)), {0, settings.users.edge})
     work = [
-        every(_HOUR_SECONDS, control.rotate_keys), every(_HOUR_SECONDS, control.drop_old_logs), every(_HOUR_SECONDS, control.prune),
-        every(_AUDIT_SECONDS, control.sync_audit), every(_EMPTY_SECONDS, control.quarantine.empty),
+        every(_HOUR_SECONDS, control.rotate_keys), every(_LOGS_SECONDS, control.drop_old_logs), every(_HOUR_SECONDS, control.prune),
+        every(_AUDIT_SECONDS, control.sync_audit), every(_EMPTY_SECONDS, control.quarantine.empty), control.logs.keep(),
     ]  # fmt: skip
     if settings.logs.endpoint:
-        shipper = Shipper(control.logs, settings.control_dir / "logs-sent.json", lambda: default_client(settings))
+        shipper = Shipper(control.logs, settings.control_dir / "logs-sent.db", lambda: default_client(settings))
         work.append(shipper.run())
     background = [asyncio.get_running_loop().create_task(coroutine) for coroutine in work]
     process.ready()
@@ -346,6 +348,7 @@ async def main(settings: Settings) -> None:
     await control.registry.close()
     await control.lifecycle.ahead.close()
     await control.lifecycle.close()
+    await control.logs.close()
     await control.store.close()
     control.audit.close()
 

@@ -6,19 +6,25 @@ What `aws logs tail`, get-log-events and filter-log-events need. Groups are thei
 from __future__ import annotations
 
 import bisect
+import heapq
+import itertools
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from gateway.accounts.model import Caller
 from gateway.accounts.policy import Decision
+from gateway.executors import Pool
 from gateway.sessions.logs import GROUP_PREFIX, LogEvent, LogStore
 
 from .errors import AccessDenied, ApiError
 
 _ANNOUNCED_PREFIX = "/aws/lambda/microvms/"  # the announcement's spelling of the group's name: the same streams
 _MOST_EVENTS = 10_000
+_ANSWER_BYTES, _EVENT_BYTES = 1 << 20, 26
 _FOREVER = 1 << 62
+_READS = Pool("log reads", 2, 300.0)  # a stream has 64 MiB
+T = TypeVar("T")
 
 
 class LogsNotFound(ApiError):
@@ -55,7 +61,7 @@ class Logs:
         arn = self._arn(caller.account, group.rpartition("log-group:")[2])
         if caller.policy.decide(f"logs:{name}", arn, caller.context()) is not Decision.ALLOW:
             raise AccessDenied(f"User: {caller.arn} is not authorized to perform: logs:{name} on resource: {arn}")
-        return handler(caller.account, call)
+        return await _READS.run(handler, caller.account, call)
 
     def _arn(self, account: str, group: str) -> str:
         return f"arn:aws:logs:{self._region}:{account}:log-group:{group}:*"
@@ -115,10 +121,13 @@ class Logs:
         first, last = _span(call)
         limit = _limit(call, _MOST_EVENTS)
         way, position = _position(_text(call, "nextToken") or ("f/0" if call.get("startFromHead") is True else f"b/{_FOREVER}"))
-        start = position if way == "f" else 0
-        events = [(at, event) for at, event in self._store.events(account, group, stream, start) if first <= event.t < last]
-        events = [(at, event) for at, event in events if at < position][-limit:] if way == "b" else events[:limit]
-        after = events[-1][0] + 1 if events else min(position, self._store.facts(account, group, stream).stored_bytes)
+        end = self._store.facts(account, group, stream).end
+        read = self._store.events if way == "f" else self._store.events_before
+        found = ((at, event) for at, event in read(account, group, stream, position) if first <= event.t < last)
+        events = list(_one_answer(found, limit, lambda one: one[1]))
+        if way == "b":
+            events.reverse()
+        after = events[-1][0] + 1 if events else min(position, end)
         return {
             "events": [{"timestamp": event.t, "message": event.m, "ingestionTime": event.t} for _, event in events],
             "nextForwardToken": f"f/{after}",
@@ -129,21 +138,40 @@ class Logs:
         group, matches = self._group(account, call), pattern(_text(call, "filterPattern"))
         wanted, prefix = _texts(call, "logStreamNames"), _text(call, "logStreamNamePrefix")
         first, last = _span(call)
-        found: list[tuple[int, str, int, LogEvent]] = []
-        for stream in self._store.streams(account, group):
-            if stream.startswith(prefix) and (wanted is None or stream in wanted):
-                events = self._store.events(account, group, stream, 0)
-                found += [(e.t, stream, at, e) for at, e in events if first <= e.t < last and matches(e.m)]
-        found.sort(key=lambda event: event[:3])
-        page, token = _page(found, lambda event: f"{event[0]:015d}/{event[2]:012d}/{event[1]}", call, _MOST_EVENTS, sort=True)
+        after, limit = _text(call, "nextToken"), _limit(call, _MOST_EVENTS)
+        streams = [
+            one for one in self._store.streams(account, group) if one.startswith(prefix) and (wanted is None or one in wanted)
+        ]  # fmt: skip
+        found = (
+            (key, stream, at, event)
+            for stream in streams
+            for at, event in self._store.events(account, group, stream, 0)
+            if first <= event.t < last and matches(event.m) and (key := f"{event.t:015d}/{at:016d}/{stream}") > after
+        )
+        first_of_all = heapq.nsmallest(limit + 1, found, key=lambda one: one[0])
+        page = list(_one_answer(first_of_all, limit, lambda one: one[3]))
+        token = {"nextToken": page[-1][0]} if len(page) < len(first_of_all) else {}
         return {
             "events": [
-                {"logStreamName": stream, "timestamp": t, "message": event.m, "ingestionTime": t, "eventId": f"{t:014d}{at:012d}{stream}"}
-                for t, stream, at, event in page
+                {
+                    "logStreamName": stream, "timestamp": event.t, "message": event.m, "ingestionTime": event.t,
+                    "eventId": f"{event.t:014d}{at:016d}{stream}",
+                }
+                for _, stream, at, event in page
             ],
             "searchedLogStreams": [],
             **token,
-        }
+        }  # fmt: skip
+
+
+def _one_answer(found: Iterable[T], limit: int, event_of: Callable[[T], LogEvent]) -> Iterator[T]:
+    """At most `limit` of them, and a MiB, as GetLogEvents bounds its answers; the first in any case."""
+    size = 0
+    for one in itertools.islice(found, limit):
+        size += len(event_of(one).m.encode()) + _EVENT_BYTES
+        if size > _ANSWER_BYTES and size > len(event_of(one).m.encode()) + _EVENT_BYTES:
+            return
+        yield one
 
 
 def _text(call: dict[str, Any], name: str) -> str:
@@ -185,12 +213,8 @@ def _position(token: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
-def _page(
-    items: list[Any], key: Callable[[Any], str], call: dict[str, Any], most: int, sort: bool = False
-) -> tuple[list[Any], dict[str, str]]:
+def _page(items: list[Any], key: Callable[[Any], str], call: dict[str, Any], most: int) -> tuple[list[Any], dict[str, str]]:
     """One page and the member that names the next: tokens are the last item's key."""
-    if sort:
-        items = sorted(items, key=key)
     after = _text(call, "nextToken")
     first = bisect.bisect_right([key(item) for item in items], after) if after else 0
     limit = _limit(call, most)

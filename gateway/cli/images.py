@@ -149,17 +149,21 @@ def print_build_log(image: dict[str, Any], number: str | None, follow: bool) -> 
 def _print_new(
     logs: Any, name: str, version: str, build_id: str, token: str | None, quiet: bool, group: str | None = None
 ) -> str | None:  # fmt: skip
-    arguments = {"nextToken": token} if token else {}
-    try:
-        page = logs.get_log_events(
-            logGroupName=group or default_group(name), logStreamName=build_stream(version, build_id), startFromHead=True, **arguments
-        )
-    except botocore.exceptions.ClientError:
-        return token
-    if not quiet:
-        for event in page["events"]:
-            print(event["message"], flush=True)
-    return str(page["nextForwardToken"])
+    """Prints what came since `token`, answer by answer; returns the next one."""
+    while True:
+        arguments = {"nextToken": token} if token else {}
+        try:
+            page = logs.get_log_events(
+                logGroupName=group or default_group(name), logStreamName=build_stream(version, build_id), startFromHead=True, **arguments
+            )
+        except botocore.exceptions.ClientError:
+            return token
+        if not quiet:
+            for event in page["events"]:
+                print(event["message"], flush=True)
+        before, token = token, str(page["nextForwardToken"])
+        if token == before or not page["events"]:
+            return token
 
 
 def _print_last(name: str, version: str, build_id: str) -> None:

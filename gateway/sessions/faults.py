@@ -30,15 +30,12 @@ class FaultLog:
         self._next = 1
 
     def write(self, session: Session, texts: list[str]) -> None:
-        """Writes lines to the microVM's stream; where it has none, or the disk is full, to memory. The texts come from a worker, which may
-        be anybody's: what would not be one line of text becomes one."""
+        """Writes lines to the microVM's stream; where it has none, to memory; to both while the disk is full. The texts come from a worker,
+        which may be anybody's: what would not be one line of text becomes one."""
         lines = [_PREFIX + _printable(text[:_TEXT_MAX_CHARACTERS]) for text in texts[:_AT_ONCE_MAX]]
         if session.log_group is not None and session.log_stream is not None:
-            try:
-                self._logs.append(session.account, session.log_group, session.log_stream, lines)
-            except OSError:
-                pass
-            else:
+            self._logs.append(session.account, session.log_group, session.log_stream, lines)
+            if not self._logs.trouble:
                 return
         ring = self._rings.pop(session.id, None)
         if ring is None:

@@ -179,7 +179,8 @@ def test_retention(api: ApiRig) -> None:
     store = api.logs
     store.append(ACCOUNT, "/old", "gone", ["x"])
     store.append(ACCOUNT, "/old", "kept", ["x"])
-    path = store._path(ACCOUNT, "/old", "gone")
+    store.flush()
+    path = store._path((ACCOUNT, "/old", "gone"), 0)
     os.utime(path, (time.time() - 90_000,) * 2)
-    assert store.drop_older(86_400) == 1
+    assert store.drop_old(86_400) == [(ACCOUNT, "/old", "gone")]
     assert store.streams(ACCOUNT, "/old") == ["kept"]

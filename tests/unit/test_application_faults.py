@@ -118,10 +118,16 @@ def test_lines_in_memory_are_bounded_and_are_lines(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_line_in_memory(tmp_path: Path) -> None:
     (tmp_path / "logs").write_bytes(b"not a directory")
-    log = FaultLog(LogStore(tmp_path / "logs"))
+    store = LogStore(tmp_path / "logs")
+    log = FaultLog(store)
     one = session(execution_role="role", log_group="group", log_stream="stream")
+    log.write(one, ["waits for the disk"])
+    store.flush()
+    assert store.trouble
     log.write(one, ["fault"])
     assert [line.text for line in log.read(one, 0).lines] == ["torpor: fault"]
+    (tmp_path / "logs").unlink()
+    assert [event.m for event in store.read(one.account, "group", "stream")[0]] == ["torpor: waits for the disk", "torpor: fault"]
 
 
 # ---- what becomes a line ----

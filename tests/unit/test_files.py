@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 from test_control import Rig
 
@@ -17,8 +16,6 @@ from gateway import files, instance, listeners
 from gateway.config import ConfigError, Settings
 from gateway.control import Control
 from gateway.process import SETTINGS_VARIABLE, passed
-from gateway.sessions.logs import LogStore
-from gateway.sessions.shipping import Shipper
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,31 +146,6 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path: Path, 
     with pytest.raises(OSError, match="No space"):
         files.write(path, b"new", 0o600)
     assert (path.read_bytes(), os.listdir(tmp_path)) == (b"old", ["file"])
-
-
-@pytest.mark.parametrize("content", [b"", b'{"a": '], ids=["empty", "cut off"])
-def test_cursors_of_logs_that_were_lost_with_the_power_keep_nothing_from_starting(tmp_path: Path, content: bytes) -> None:
-    """Each event is sent at least once: what is not known to be sent is sent again."""
-    cursors = tmp_path / "logs-sent.json"
-    cursors.write_bytes(content)
-    sent: list[str] = []
-
-    class Exceptions:
-        ResourceAlreadyExistsException = KeyError
-
-    class Client:
-        exceptions = Exceptions
-
-        def __getattr__(self, name: str) -> object:
-            return lambda **arguments: sent.extend(event["message"] for event in arguments.get("logEvents", []))
-
-    logs = LogStore(tmp_path / "logs")
-    logs.append("123456789012", "group", "stream", ["one"])
-    for _ in range(2):  # as before and after a restart
-        shipper = Shipper(logs, cursors, Client)
-        for name in logs.names():
-            shipper.ship(name)
-    assert sent == ["one"] and msgspec.json.decode(cursors.read_bytes())
 
 
 def test_the_edges_port_outlives_a_power_cut(tmp_path: Path, order: list[str]) -> None:

@@ -101,10 +101,10 @@ def client(endpoint: str) -> Any:
 def test_log_events_are_sent_in_order_and_once(tmp_path: Path, cloudwatch: str) -> None:
     store, name = LogStore(tmp_path / "logs"), ("123456789012", "/aws/lambda-microvms/a", "2026/11/25[1.0]microvm-1")
     store.append(*name, [f"line {number}" for number in range(3)])
-    shipper = Shipper(store, tmp_path / "sent.json", lambda: client(cloudwatch))
+    shipper = Shipper(store, tmp_path / "sent.db", lambda: client(cloudwatch))
     assert shipper.ship(name)
     store.append(*name, ["line 3", ""])
-    again = Shipper(store, tmp_path / "sent.json", lambda: client(cloudwatch))  # as after a restart
+    again = Shipper(store, tmp_path / "sent.db", lambda: client(cloudwatch))  # as after a restart
     assert again.ship(name) and again.ship(name)
     events = client(cloudwatch).get_log_events(logGroupName=name[1], logStreamName=name[2], startFromHead=True)["events"]
     assert [event["message"] for event in events] == ["line 0", "line 1", "line 2", "line 3", " "]
@@ -114,7 +114,7 @@ async def test_a_stream_that_cannot_be_sent_keeps_no_other_from_being_sent(tmp_p
     store = LogStore(tmp_path / "logs")
     for stream in ("a", "b", "c"):
         store.append("1", "g", stream, ["x"])
-    shipper, sent = Shipper(store, tmp_path / "sent.json", lambda: None), []
+    shipper, sent = Shipper(store, tmp_path / "sent.db", lambda: None), []
 
     def ship(name: tuple[str, str, str]) -> bool:
         sent.append(name[2])
@@ -136,6 +136,6 @@ def test_an_endpoint_that_is_away_loses_nothing(tmp_path: Path, cloudwatch: str)
     store, name = LogStore(tmp_path / "logs"), ("123456789012", "/away", "s")
     store.append(*name, ["kept"])
     with pytest.raises(Exception, match="Could not connect"):
-        Shipper(store, tmp_path / "sent.json", lambda: client("http://127.0.0.1:1")).ship(name)
-    assert Shipper(store, tmp_path / "sent.json", lambda: client(cloudwatch)).ship(name)
+        Shipper(store, tmp_path / "sent.db", lambda: client("http://127.0.0.1:1")).ship(name)
+    assert Shipper(store, tmp_path / "sent.db", lambda: client(cloudwatch)).ship(name)
     assert client(cloudwatch).get_log_events(logGroupName="/away", logStreamName="s")["events"][0]["message"] == "kept"

@@ -1,0 +1,312 @@
+"""Log streams: segments with offsets that go on, written in a thread; what is lost is said, and nothing else is."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from waiting import until
+
+from gateway.sessions import logs, shipping
+from gateway.sessions.logs import LineWriter, LogStore
+from gateway.sessions.shipping import Cursors, Shipper
+
+NAME = ("123456789012", "/aws/lambda-microvms/a", "2026/11/25[1.0]microvm-1")
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LogStore:
+    monkeypatch.setattr(logs, "_SEGMENT_BYTES", 500)
+    monkeypatch.setattr(logs, "_STREAM_MAX_BYTES", 2000)
+    return LogStore(tmp_path / "logs")
+
+
+def append(store: LogStore, *numbers: int) -> None:
+    for number in numbers:
+        store.append(*NAME, [f"line {number}"])
+        store.flush()
+
+
+def numbers(store: LogStore, offset: int = 0) -> list[int]:
+    return [int(event.m.split()[1]) for event in store.read(*NAME, offset)[0]]
+
+
+class Endpoint:
+    """CloudWatch Logs, as far as the shipper asks it."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+        self.exceptions = self
+
+    ResourceAlreadyExistsException = KeyError
+
+    def create_log_group(self, **arguments: Any) -> None: ...
+
+    def create_log_stream(self, **arguments: Any) -> None: ...
+
+    def put_log_events(self, **arguments: Any) -> None:
+        self.sent += [event["message"] for event in arguments["logEvents"]]
+
+
+# ---- segments ----
+
+
+def test_who_follows_sees_each_line_once_while_the_oldest_segments_go(store: LogStore, tmp_path: Path) -> None:
+    """The newer half once took the place of the whole file, and followers and shippers waited behind its new end."""
+    seen, offset = [], 0
+    for number in range(200):
+        append(store, number)
+        if number % 7 == 0:
+            events, offset = store.read(*NAME, offset)
+            seen += [int(event.m.split()[1]) for event in events]
+    events, offset = store.read(*NAME, offset)
+    assert seen + [int(event.m.split()[1]) for event in events] == list(range(200))
+    left = numbers(store)
+    assert left == list(range(left[0], 200)) and 30 < len(left) < 60, "what is kept is the end, whole"
+    size = sum(path.stat().st_size for path in (tmp_path / "logs").rglob("*.jsonl"))
+    assert 1000 < size <= 2000 + 50 and store.facts(*NAME).end > 6000
+    assert [event.m for _, event in zip(range(3), (e for _, e in store.events_before(*NAME, 1 << 62)), strict=False)] == [
+        "line 199",
+        "line 198",
+        "line 197",
+    ]
+
+
+def test_an_offset_within_a_line_or_of_what_went_is_the_next_lines(store: LogStore) -> None:
+    append(store, *range(200))
+    (first, _), (second, event) = list(store.events(*NAME, 0))[:2]
+    assert first > 0 and next(store.events(*NAME, first + 1))[0] == second == next(store.events(*NAME, second))[0]
+    assert next(store.events(*NAME, 5))[0] == first and event.m
+
+
+def test_each_event_is_sent_while_the_oldest_segments_go(store: LogStore, tmp_path: Path) -> None:
+    endpoint = Endpoint()
+    for number in range(200):
+        append(store, number)
+        if number % 7 == 0:
+            Shipper(store, tmp_path / "sent.db", lambda: endpoint).ship(NAME)
+    Shipper(store, tmp_path / "sent.db", lambda: endpoint).ship(NAME)
+    assert endpoint.sent == [f"line {number}" for number in range(200)]
+
+
+def test_a_stream_of_before_is_its_first_segment(tmp_path: Path) -> None:
+    """Cursors of before count too; one that lies behind the end, as truncation left them, has all of it sent again."""
+    directory = tmp_path / "logs/123456789012/%2Faws%2Flambda-microvms%2Fa"
+    directory.mkdir(parents=True)
+    lines = [json.dumps({"t": 1, "m": f"line {number}"}) + "\n" for number in range(3)]
+    for name in ("good", "truncated"):
+        (directory / f"{name}.jsonl").write_text("".join(lines))
+    group = "/aws/lambda-microvms/a"
+    (tmp_path / "sent.json").write_text(
+        json.dumps({f"123456789012\0{group}\0good": len(lines[0]) + 1, f"123456789012\0{group}\0truncated": 1 << 26})
+    )
+    store = LogStore(tmp_path / "logs")
+    assert store.streams("123456789012", group) == ["good", "truncated"]
+    store.append("123456789012", group, "good", ["line 3"])
+    for stream, wanted in (("good", ["line 2", "line 3"]), ("truncated", ["line 0", "line 1", "line 2"])):
+        endpoint = Endpoint()
+        shipper = Shipper(store, tmp_path / "sent.db", lambda endpoint=endpoint: endpoint)
+        while not shipper.ship(("123456789012", group, stream)):  # a batch is of one day
+            pass
+        assert endpoint.sent == wanted
+    assert not (tmp_path / "sent.json").exists()
+    assert [event.m for event in LogStore(tmp_path / "logs").read("123456789012", group, "good")[0]] == [f"line {n}" for n in range(4)]
+
+
+@pytest.mark.parametrize("rest", [b'{"t":1,"m":"ha', b"\0" * 100, b'{"t":1}\n'], ids=["half a line", "zeros", "no event"])
+def test_what_a_power_cut_left_of_a_line_spoils_no_other(tmp_path: Path, rest: bytes) -> None:
+    store = LogStore(tmp_path / "logs")
+    append(store, 1)
+    with store._path(NAME, 0).open("ab") as file:
+        file.write(rest)
+    again = LogStore(tmp_path / "logs")
+    append(again, 2, 3)
+    assert numbers(again) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/../b", "x" * 300])
+def test_a_groups_name_leads_nowhere_else(tmp_path: Path, name: str) -> None:
+    store = LogStore(tmp_path / "logs")
+    store.append("123456789012", name, name, ["x"])
+    store.append("123456789012", "g", "s", ["y"])
+    store.flush()
+    kept = [name] if len(name) < 255 else []
+    assert set(store.groups("123456789012")) == {*kept, "g"} and store.streams("123456789012", name) == kept
+    assert all(path.parent.parent == tmp_path / "logs/123456789012" for path in tmp_path.rglob("*.jsonl"))
+    assert not store._waiting, "what can never be written does not wait for ever"
+
+
+def test_an_accounts_room_is_for_the_streams_that_were_written_to_last(tmp_path: Path) -> None:
+    store = LogStore(tmp_path / "logs")
+    for number in range(10):
+        store.append("1", "g", f"s{number}", ["x" * 1000])
+        store.append("2", "g", f"s{number}", ["x"])
+    store.flush()
+    for number in range(10):
+        os.utime(store._path(("1", "g", f"s{number}"), 0), (number + 1e9,) * 2)
+    gone = store.drop_old(1e12, 3500)
+    assert gone == [("1", "g", f"s{number}") for number in range(7)]
+    assert store.streams("1", "g") == ["s7", "s8", "s9"] and len(store.streams("2", "g")) == 10
+    store.drop_old(-1)
+    assert store.names() == [] and store.groups("1") == []
+
+
+def test_a_stream_that_went_and_is_there_again_is_sent(tmp_path: Path) -> None:
+    store, endpoint = LogStore(tmp_path / "logs"), Endpoint()
+    shipper = Shipper(store, tmp_path / "sent.db", lambda: endpoint)
+    append(store, 1, 2, 3)
+    shipper.ship(NAME)
+    store.drop_old(-1)
+    shipper.prune()
+    append(store, 4, 5, 6, 7)
+    shipper.ship(NAME)
+    assert endpoint.sent == [f"line {number}" for number in range(1, 8)]
+
+
+# ---- a disk that is full or slow ----
+
+
+class Disk:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room = 1 << 40
+        self.threads: set[int] = set()
+        self._write = os.write
+        monkeypatch.setattr(logs.os, "write", self.write)
+
+    def write(self, file: int, data: bytes) -> int:
+        self.threads.add(threading.get_ident())
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self._write(file, data[: self.room])
+        self.room -= written
+        return written
+
+
+@pytest.mark.parametrize("room", [0, 1, 40, 200, 700])
+def test_what_a_full_disk_does_not_take_is_written_when_it_can_be(store: LogStore, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    disk = Disk(monkeypatch)
+    append(store, 0)
+    disk.room = room
+    append(store, *range(1, 30))
+    assert store.trouble and numbers(store) == list(range(len(numbers(store)))), "what is there can be read"
+    disk.room = 1 << 40
+    append(store, 30)
+    assert numbers(store) == list(range(31)) and not store.trouble
+
+
+def test_lines_that_find_no_room_are_counted_in_the_log(store: LogStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_WAITING_BYTES", 300)
+    disk = Disk(monkeypatch)
+    disk.room = 0
+    append(store, *range(30))
+    disk.room = 1 << 40
+    append(store, 30)
+    texts = [event.m for event in store.read(*NAME)[0]]
+    kept = [text for text in texts if text.startswith("line")]
+    said = [
+        re.fullmatch(r"torpor: (\d+) lines? w\w+ dropped here: the disk did not take them in time", text)
+        for text in texts
+        if text not in kept
+    ]
+    assert sum(int(match[1]) for match in said if match) == 31 - len(kept) and None not in said and 1 < len(kept) < 31
+
+
+async def test_the_loop_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    store = LogStore(tmp_path / "logs")
+    keeping = asyncio.create_task(store.keep())
+    for number in range(10):
+        store.append(*NAME, [f"line {number}"])
+    await until(lambda: not store._waiting)
+    store.append(*NAME, ["line 10"])
+    keeping.cancel()
+    await store.close()
+    assert disk.threads and threading.get_ident() not in disk.threads
+    assert numbers(LogStore(tmp_path / "logs")) == list(range(11)), "also what was taken last"
+
+
+async def test_writing_goes_on_after_a_disk_that_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_AGAIN_SECONDS", 0.01)
+    disk = Disk(monkeypatch)
+    disk.room = 0
+    store = LogStore(tmp_path / "logs")
+    keeping = asyncio.create_task(store.keep())
+    store.append(*NAME, ["line 0"])
+    await until(lambda: bool(store.trouble))
+    disk.room = 1 << 40
+    await until(lambda: not store._waiting)
+    keeping.cancel()
+    await store.close()
+    assert numbers(store) == [0] and not store.trouble
+
+
+def test_output_beyond_the_rate_is_counted_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_BURST_BYTES", 100)
+    monkeypatch.setattr(logs, "_RATE_BYTES", 10)
+    now = 0.0
+    store = LogStore(tmp_path / "logs")
+    writer = LineWriter(store, *NAME, clock=lambda: now)
+    for number in range(100):
+        writer.feed(1, f"line {number}\n".encode())
+    assert numbers(store) == list(range(13)), "a burst is kept"
+    now = 5.0
+    writer.feed(1, b"line 100\n")
+    texts = [event.m for event in store.read(*NAME)[0]]
+    assert texts[-2:] == ["torpor: 87 lines were dropped here: more than 0 MiB a second", "line 100"]
+    writer.feed(1, b"x" * 200 + b"\n")
+    writer.flush()
+    assert store.read(*NAME)[0][-1].m.startswith("torpor: 1 line was dropped here")
+
+
+# ---- how far it was sent ----
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense" * 1000], ids=["empty", "damaged"])
+def test_cursors_that_cannot_be_read_keep_nothing_from_starting(tmp_path: Path, content: bytes) -> None:
+    """Each event is sent at least once: what is not known to be sent is sent again."""
+    (tmp_path / "sent.db").write_bytes(content)
+    store, endpoint = LogStore(tmp_path / "logs"), Endpoint()
+    append(store, 1)
+    for _ in range(2):  # as before and after a restart
+        shipper = Shipper(store, tmp_path / "sent.db", lambda: endpoint)
+        shipper.ship(NAME)
+        shipper.close()
+    assert endpoint.sent == ["line 1"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": '], ids=["empty", "cut off"])
+def test_nor_do_those_of_before(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "sent.json").write_bytes(content)
+    assert Cursors(tmp_path / "sent.db").get(NAME) == 0 and not (tmp_path / "sent.json").exists()
+
+
+def test_cursors_of_streams_that_went_go(tmp_path: Path) -> None:
+    store = LogStore(tmp_path / "logs")
+    cursors = Cursors(tmp_path / "sent.db")
+    for number in range(20):
+        cursors.put(("1", "g", f"s{number}"), number)
+    cursors.close()
+    store.append("1", "g", "s7", ["x"])
+    Shipper(store, tmp_path / "sent.db", Endpoint).prune()
+    left = Cursors(tmp_path / "sent.db")
+    assert [left.get(("1", "g", f"s{number}")) for number in (6, 7, 8)] == [0, 7, 0]
+
+
+def test_lines_are_on_the_disk_before_their_offset_counts_as_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LogStore(tmp_path / "logs")
+    shipper = Shipper(store, tmp_path / "sent.db", Endpoint)
+    append(store, 1)
+    order: list[str] = []
+    sync, put = os.fsync, shipper._sent.put
+    monkeypatch.setattr(os, "fsync", lambda file: (order.append("sync"), sync(file)))
+    monkeypatch.setattr(shipper._sent, "put", lambda *arguments: (order.append("cursor"), put(*arguments)))
+    assert shipper.ship(NAME)
+    assert order == ["sync", "sync", "cursor"]
+    assert shipping.Cursors is Cursors
