@@ -10,6 +10,13 @@ import errno
 from pathlib import Path
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# What an operator can do about a resource that there is no more of; strerror(3) names none.
+_SCARCE = {
+    errno.EMFILE: "this process has all the descriptors that it may have: LimitNOFILE",
+    errno.ENFILE: "the host has all the open files that it may have: fs.file-max",
+    errno.EAGAIN: "no more processes may be started: kernel.pid_max, kernel.threads-max, TasksMax",
+    errno.ENOMEM: "the host has no memory left",
+}
 
 
 class VmmError(Exception):
@@ -50,7 +57,8 @@ def explained(error: BaseException, text: str) -> VmmError:
         return type(error)(text)
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return DiskFull(text)
-    return Unavailable(text)
+    scarce = _SCARCE.get(error.errno or 0) if isinstance(error, OSError) else None
+    return Unavailable(f"{text} ({scarce})" if scarce else text)
 
 
 def not_written(error: BaseException, what: str, otherwise: str) -> VmmError:

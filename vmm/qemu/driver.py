@@ -339,7 +339,8 @@ class QemuDriver:
                         process.kill()  # and with it, by --kill-child, what runs inside
                 await asyncio.shield(self._remove(None, sandbox))
             if isinstance(error, _FAILURES):
-                raise Unavailable(f"the hypervisor of image {image} did not start: {why or f'not within {_SPAWN_SECONDS} s'}") from error
+                text = f"the hypervisor of image {image} did not start: {why or f'not within {_SPAWN_SECONDS} s'}"
+                raise explained(error, text) from error
             raise
         return machine
 
