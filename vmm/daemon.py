@@ -15,6 +15,7 @@ from pathlib import Path
 
 import structlog
 
+from gateway import executors
 from gateway import messages as m
 from gateway.config import Settings
 from gateway.observe.room import BUILD_ROOM_BYTES, disk_free_bytes, inodes_free, memory_available_bytes
@@ -22,7 +23,7 @@ from gateway.observe.steps import Steps
 from gateway.rpc import Connection, Reply
 from gateway.tasks import Tasks
 
-from . import disks, drivers, syscalls
+from . import disks, drivers, sandboxes, syscalls
 from .builds import Builder, BuildSettings
 from .cgroups import Cgroups
 from .diffs import Manifest
@@ -525,9 +526,16 @@ class Vmm:
             await self._step("standbys", self.standbys.drop_unused(held_images))
             await self._step("links", self.network.trim())
             self.builder.trim()
+            await self._step("logs", executors.UPKEEP.run(self._cut_logs))
             late = asyncio.get_running_loop().time() - self.settings.standbys.warm_seconds
             for session in [session for session, since in self._warm.items() if since < late]:
                 await self._step(f"cool {session}", self._cool(session))
+
+    def _cut_logs(self) -> None:
+        """What guests can make grow: their hypervisors' words, and the consoles of those that boot for an image."""
+        for log in (*(self.settings.runtime / "vms").glob(f"*/{sandboxes.STDERR}"), *self.settings.images_dir.glob(".*/console.log")):
+            with contextlib.suppress(FileNotFoundError):
+                sandboxes.cut(log)
 
     async def _step(self, name: str, work: Coroutine[object, object, None]) -> None:
         """Does one step of what goes on for ever: what it raises ends that step alone."""

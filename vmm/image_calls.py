@@ -10,7 +10,7 @@ from pathlib import Path
 from gateway import messages as m
 from gateway.rpc import Connection, Reply
 
-from . import disks
+from . import disks, sandboxes
 from .daemon import Vmm
 from .driver import Machine
 
@@ -64,6 +64,7 @@ class ImageCalls:
         held.expected = True
         sealed = await self._vmm.driver.seal(held.machine, making)
         await self._vmm.let_go(body.session, held)
+        sandboxes.cut(making / "console.log")
         making.rename(target)
         disks.sync_path(target.parent)
         self._vmm.standbys.want(target)

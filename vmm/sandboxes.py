@@ -28,6 +28,7 @@ _OVERHEAD_BYTES, _OVERHEAD_SHARE = 256 << 20, 16
 _IO_BYTES_PER_SECOND = 128 << 20  # for each 512 MiB of the size asked for
 _USERS = 4096
 QUOTED_CHARACTERS = 400
+_LOG_BYTES, _LOG_KEPT_BYTES = 1 << 20, 64 << 10
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,23 @@ def save_record(directory: Path, record: Process) -> None:
 def last_words(directory: Path) -> str:
     """The end of what the hypervisor wrote on its standard error; empty when it wrote nothing."""
     try:
-        return (directory / STDERR).read_text(encoding="utf-8", errors="replace").strip()[-QUOTED_CHARACTERS:]
+        with (directory / STDERR).open("rb") as file:
+            file.seek(-min(4 * QUOTED_CHARACTERS, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            return file.read().decode("utf-8", errors="replace").strip()[-QUOTED_CHARACTERS:]
     except OSError:
         return ""
+
+
+def cut(log: Path) -> None:
+    """Cuts a file that a guest can have written without end, and that its writer appends to: its last lines stay. Raises OSError."""
+    if log.stat().st_size <= _LOG_BYTES:
+        return
+    with log.open("r+b") as file:
+        file.seek(-_LOG_KEPT_BYTES, os.SEEK_END)
+        kept = file.read(_LOG_KEPT_BYTES)
+        file.truncate(0)
+    with log.open("ab") as file:
+        file.write(kept[kept.find(b"\n") + 1 :])
 
 
 def is_alive(record: Process) -> bool:

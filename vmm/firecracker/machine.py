@@ -70,7 +70,7 @@ class FirecrackerMachine:
         """Starts the jailer, which becomes the process's parent only until it has written its id. Raises Unavailable."""
         self.record.link = link.name
         try:
-            with (self.sandbox.directory / sandboxes.STDERR).open("wb") as log:
+            with (self.sandbox.directory / sandboxes.STDERR).open("ab") as log:
                 jailer = await asyncio.create_subprocess_exec(
                     *self.jail.command(self._cgroups, link.path), start_new_session=True,
                     stdin=asyncio.subprocess.DEVNULL, stdout=console, stderr=log,

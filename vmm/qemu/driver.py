@@ -350,7 +350,7 @@ class QemuDriver:
         """Raises OSError."""
         with contextlib.ExitStack() as ends:
             qmp, agent = (ends.enter_context(listen(sandbox.directory / name)).fileno() for name in ("qmp.sock", "agent.sock"))
-            stderr = ends.enter_context((sandbox.directory / STDERR).open("wb"))
+            stderr = ends.enter_context((sandbox.directory / STDERR).open("ab"))
             command = compose(topology.Ends(qmp, agent, state))
             has_kvm = shape.accelerator == "kvm"
             return await asyncio.create_subprocess_exec(
