@@ -31,9 +31,13 @@ class Visit:
         self.host = str(vm["endpoint"])
         self.url = f"https://{self.host}"
         self.ca = str(instance.root / "tls/ca.crt")
-        self.trust = ssl.create_default_context(cafile=self.ca)
         self.token = instance.token(self.identifier, minutes=60)
         self.sleeps = 0
+
+    @property
+    def trust(self) -> ssl.SSLContext:
+        """One of its own for each client: some write into it which protocols they speak."""
+        return ssl.create_default_context(cafile=self.ca)
 
     @property
     def fields(self) -> dict[str, str]:
@@ -50,6 +54,13 @@ class Visit:
         """Waits until it sleeps, by whatever made it."""
         self.instance.state(self.identifier, "SUSPENDED", seconds=seconds)
         self.sleeps += 1
+
+    def nod(self) -> None:
+        """SuspendMicrovm where the client speaks all the time: what it says next may wake it before anybody has seen it asleep."""
+        self.instance.client().suspend_microvm(microvmIdentifier=self.identifier)
+        self.instance.state(self.identifier, "SUSPENDED", "RUNNING")
+        self.sleeps += 1
+        self.awake()
 
     def awake(self) -> None:
         """What the client did has woken it."""

@@ -89,7 +89,7 @@ def gradio(visit: Visit) -> None:
 
     fields = visit.fields | {"X-Forwarded-Proto": "https"}
     client = Client(
-        visit.url, headers=fields, ssl_verify=visit.ca, httpx_kwargs={"timeout": 90}, verbose=False, download_files=str(visit.directory)
+        visit.url, headers=fields, ssl_verify=visit.ca, httpx_kwargs={"timeout": 90}, analytics_enabled=False, verbose=False, download_files=str(visit.directory)
     )
     assert client.predict(41, api_name="/add") == 41
     visit.sleep()
@@ -143,9 +143,7 @@ def code_server(visit: Visit) -> None:
         page.goto(f"{visit.url}/?folder=/home/coder")
         page.locator(".monaco-workbench .part.statusbar").wait_for()
         page.evaluate("window.mark = 1")
-        visit.instance.client().suspend_microvm(microvmIdentifier=visit.identifier)
-        visit.asleep()  # its own keep-alives wake it
-        visit.awake()
+        visit.nod()  # its own keep-alives wake it
         page.keyboard.press("F1")
         page.locator(".quick-input-widget input").wait_for()
         assert page.evaluate("window.mark") == 1 and not page.get_by_text("Attempting to reconnect").count()
