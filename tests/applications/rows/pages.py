@@ -89,7 +89,13 @@ def gradio(visit: Visit) -> None:
 
     fields = visit.fields | {"X-Forwarded-Proto": "https"}
     client = Client(
-        visit.url, headers=fields, ssl_verify=visit.ca, httpx_kwargs={"timeout": 90}, analytics_enabled=False, verbose=False, download_files=str(visit.directory)
+        visit.url,
+        headers=fields,
+        ssl_verify=visit.ca,
+        httpx_kwargs={"timeout": 90},
+        analytics_enabled=False,
+        verbose=False,
+        download_files=str(visit.directory),
     )
     assert client.predict(41, api_name="/add") == 41
     visit.sleep()
