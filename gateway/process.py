@@ -19,7 +19,7 @@ import uvloop
 
 from . import executors
 from .config import ConfigError, Settings
-from .observe import log
+from .observe import log, room
 
 SETTINGS_VARIABLE = "TORPOR_PROCESS_SETTINGS"
 SOCKETS_VARIABLE = "TORPOR_PROCESS_SOCKETS"
@@ -96,6 +96,7 @@ def run(name: str, main: Callable[[Settings], Coroutine[Any, Any, None]], has_th
     log.configure(name)
     faulthandler.register(signal.SIGUSR2)  # a stack trace on standard error, for a process that seems stuck
     settings = _settings()
+    room.allow_descriptors()
     _life.seconds = settings.service.silent_seconds / _SIGNS
     os.umask(0o022)
     # What is loaded stays: the collector need not look at it again, and looks less often at the rest.

@@ -16,8 +16,9 @@ import contextlib
 import os
 import socket
 import struct
+import types
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -31,8 +32,11 @@ _FRAME_MAX_BYTES = 64 << 20
 _UNSENT_MAX_BYTES = 2 * _FRAME_MAX_BYTES  # for a peer that does not read: a stopped process, say
 _CALLED_OFF = "CancelledError"  # the kind of error of a handler that was cancelled
 _FDS_MAX = 64
+_CUT = -1  # among descriptors that came: here some are missing
+_STANDS_SECONDS = 300.0  # a handler that takes longer is reported
 _PAUSE_SECONDS, _PAUSE_MOST_SECONDS = 0.01, 0.25  # between two tries to connect
 _READ_BYTES = 1 << 18
+_ACCEPT_SECONDS = 0.1
 _CREDENTIALS = struct.Struct("3i")
 _FD = struct.Struct("i")
 T = TypeVar("T")
@@ -176,7 +180,7 @@ class Connection:
         self._socket.close()
         for _, fds in self._out:
             _close_all(fds)
-        _close_all(self._fds)
+        _close_all([descriptor for descriptor in self._fds if descriptor != _CUT])
         self.closed.set_result(None)
         for future in self._calls.values():
             if not future.done():
@@ -235,9 +239,9 @@ class Connection:
         for level, kind, payload in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._fds.extend(array.array("i", payload[: len(payload) - len(payload) % _FD.size]))
-        if flags & socket.MSG_CTRUNC:
+        if flags & socket.MSG_CTRUNC:  # this process may have no more of them: one frame has lost some (unix(7))
             log.error("rpc.descriptors_cut_off", uid=self.uid)
-            return b""
+            self._fds.append(_CUT)
         return data
 
     def _parse(self) -> None:
@@ -253,9 +257,10 @@ class Connection:
             self._frame(frame)
 
     def _frame(self, frame: _Frame) -> None:
-        if not 0 <= frame.descriptors <= len(self._fds):
-            raise _Malformed(f"{frame.descriptors} descriptors, of which {len(self._fds)} came")
-        fds = [self._fds.popleft() for _ in range(frame.descriptors)]
+        fds = self._descriptors(frame.descriptors)
+        if fds is None:
+            self._cut(frame)
+            return
         if frame.kind in (_REPLY, _ERROR):
             future = self._calls.get(frame.id)
             if future is None or future.done():
@@ -271,7 +276,38 @@ class Connection:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _descriptors(self, count: int) -> list[int] | None:
+        """The next ones that came; None where the kernel has cut off some of these. Raises _Malformed."""
+        found: list[int] = []
+        if count < 0:
+            raise _Malformed(f"{count} descriptors")
+        while len(found) < count:
+            if not self._fds:
+                _close_all(found)
+                raise _Malformed(f"{count} descriptors, of which {len(found)} came")
+            if (one := self._fds.popleft()) == _CUT:
+                _close_all(found)
+                return None
+            found.append(one)
+        return found
+
+    def _cut(self, frame: _Frame) -> None:
+        """Only this one call has failed, and may be made again."""
+        text = f"{frame.method or 'the answer'}: no descriptor is left for what came with it"
+        if frame.kind == _REQUEST:
+            self._send(_ERROR, frame.id, "", _Failure("Unavailable", text), [])
+        elif (future := self._calls.get(frame.id)) is not None and not future.done():
+            future.set_exception(RpcLost(text))
+
     async def _serve(self, frame: _Frame, fds: list[int]) -> None:
+        task = asyncio.current_task()
+        stands = self._loop.call_later(_STANDS_SECONDS, _report, frame.method, task)
+        try:
+            await self._serve_within(frame, fds)
+        finally:
+            stands.cancel()
+
+    async def _serve_within(self, frame: _Frame, fds: list[int]) -> None:
         try:
             result = await self._handle(frame, fds)
         except asyncio.CancelledError:  # its caller need not wait in vain
@@ -307,6 +343,20 @@ class Connection:
         return await handler(self, body)
 
 
+def _report(method: str, task: asyncio.Task[None] | None) -> None:
+    """Says where a call stands that should have ended long ago: its caller has given up, and asks again or does not."""
+    where = [f"{frame.f_code.co_qualname}:{frame.f_lineno}" for frame in _frames(task)] if task is not None else []
+    log.error("rpc.stands", method=method, seconds=_STANDS_SECONDS, where=where)
+
+
+def _frames(task: asyncio.Task[None]) -> Iterator[types.FrameType]:
+    """Of what a task awaits, outermost first: Task.get_stack gives the first one only."""
+    waiting: Any = task.get_coro()
+    while (frame := getattr(waiting, "cr_frame", None)) is not None:
+        yield frame
+        waiting = waiting.cr_await
+
+
 def _fail(future: asyncio.Future[Any], error: Exception) -> None:
     """Makes a future fail of which nobody need be waiting."""
     future.set_exception(error)
@@ -334,14 +384,25 @@ class Server:
         path.chmod(0o666)
         self._socket.listen(128)
         self._loop = asyncio.get_running_loop()
+        self._again: asyncio.TimerHandle | None = None
         self._loop.add_reader(self._socket.fileno(), self._accept)
 
     def _accept(self) -> None:
         try:
             sock, _ = self._socket.accept()
-        except OSError:
+        except BlockingIOError:
             return
-        connection = Connection(sock, self._service)
+        except OSError as error:  # no descriptor, say: who waits is ready to be accepted all the while, and the loop would turn for nothing
+            log.warning("rpc.not_accepted", error=str(error))
+            self._loop.remove_reader(self._socket.fileno())
+            self._again = self._loop.call_later(_ACCEPT_SECONDS, self._loop.add_reader, self._socket.fileno(), self._accept)
+            return
+        try:
+            connection = Connection(sock, self._service)
+        except OSError as error:
+            log.warning("rpc.not_accepted", error=str(error))
+            sock.close()
+            return
         if connection.uid not in self._users:
             log.warning("rpc.refused", uid=connection.uid)
             connection.close()
@@ -355,6 +416,8 @@ class Server:
         self.on_close(connection)
 
     def close(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
         for connection in list(self.connections):

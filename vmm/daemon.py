@@ -18,7 +18,15 @@ import structlog
 from gateway import executors
 from gateway import messages as m
 from gateway.config import Settings
-from gateway.observe.room import BUILD_ROOM_BYTES, disk_free_bytes, inodes_free, memory_available_bytes
+from gateway.observe.room import (
+    BUILD_ROOM_BYTES,
+    SESSION_DESCRIPTORS,
+    descriptors_free,
+    descriptors_kept,
+    disk_free_bytes,
+    inodes_free,
+    memory_available_bytes,
+)  # fmt: skip
 from gateway.observe.steps import Steps
 from gateway.rpc import Connection, Reply
 from gateway.tasks import Tasks
@@ -62,7 +70,7 @@ class Vmm:
         self.network = Network(runtime / "netns", settings.egress, settings.name)
         self.driver = drivers.choose(settings, info.hypervisor, cgroups, self.network)
         kept = settings.standbys
-        self.standbys = Standbys(self.driver, kept.per_image, kept.most_per_image, kept.unused_seconds, self._has_memory)
+        self.standbys = Standbys(self.driver, kept.per_image, kept.most_per_image, kept.unused_seconds, self._has_room)
         self.builder = Builder(
             settings.root / "builds", runtime / "build-netns", cgroups,
             BuildSettings(
@@ -142,6 +150,7 @@ class Vmm:
             disk_free=disk_free_bytes(self.settings.root),
             inodes_free=inodes_free(self.settings.root),
             expected_growth=max(expected, sum(running) // len(running)) if running else expected,
+            descriptors_free=descriptors_free(),
         )
 
     async def rpc_state(self, connection: Connection, body: None) -> m.HostState:
@@ -180,6 +189,8 @@ class Vmm:
                 self._warm_up(held, body.incarnation)
                 return
             raise Unavailable(f"session {body.session} is held by incarnation {held.machine.record.incarnation}")
+        if not body.from_snapshot and descriptors_free() < descriptors_kept() + SESSION_DESCRIPTORS:  # what sleeps may still wake
+            raise Unavailable(f"{descriptors_free()} descriptors are free, {descriptors_kept()} are kept for resumes: raise LimitNOFILE")
         image = self.settings.images_dir / body.image
         overlay = self.snapshots.overlay(body.session)
         if body.from_snapshot:
@@ -544,10 +555,10 @@ class Vmm:
         except Exception:
             log.exception("housekeeping.failed", step=name)
 
-    def _has_memory(self) -> bool:
-        """Enough of it for hypervisors that only wait."""
-        limits = self.settings.limits
-        return memory_available_bytes() > (2 * limits.reserve_mib + 4 * limits.growth_mib) << 20
+    def _has_room(self) -> bool:
+        """Enough memory and descriptors for hypervisors that only wait."""
+        wanted = (2 * self.settings.limits.reserve_mib + 4 * self.settings.limits.growth_mib) << 20
+        return descriptors_free() > 2 * descriptors_kept() and memory_available_bytes() > wanted
 
 
 def _suspended(manifest: Manifest, overlay: Path, started: float) -> m.Suspended:

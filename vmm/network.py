@@ -23,6 +23,7 @@ from gateway import executors
 from gateway.config import Egress
 from gateway.messages import EgressRules
 from gateway.observe.demand import Demand
+from gateway.observe.room import descriptors_free, descriptors_kept
 
 from . import syscalls
 from .egress import METADATA_ADDRESS, Uplink, accepts_of, link_rules
@@ -58,7 +59,8 @@ neigh replace {GUEST_ADDRESS6} lladdr {GUEST_MAC} dev {TAP} nud permanent
 # Of our own ends: a guest's are from 32768 on, and its connections to itself must look like none of ours (vmm/guest/gate.c).
 PORTS = "10000 32767"
 SOCKETS = 8  # as many as an edge asks for at once
-_MOST = 48
+MOST_LINKS = 48
+LINK_DESCRIPTORS = SOCKETS + 4  # the guest's services, and a tap
 _NAMESPACE_SECONDS = 120.0  # four of ip and nft in a row, each with its own deadline
 _QUIET_SECONDS = 0.6  # after a take: a refill must not compete with the resume that it follows
 T = TypeVar("T")
@@ -229,9 +231,11 @@ class Network:
 
     @property
     def _target(self) -> int:
-        """By demand, as standbys are: a namespace costs a fresh session some 20 ms."""
+        """By demand, as standbys are: a namespace costs a fresh session some 20 ms. None where descriptors are short."""
+        if descriptors_free() < 2 * descriptors_kept():
+            return 0
         burst = self._demand.burst(asyncio.get_running_loop().time())
-        return max(self._wanted, min(_MOST, burst)) if self._wanted else 0
+        return max(self._wanted, min(MOST_LINKS, burst)) if self._wanted else 0
 
     def _refill(self) -> None:
         if self._filling is None or self._filling.done():

@@ -19,17 +19,18 @@ from .driver import Driver, Machine
 
 log = structlog.get_logger()
 
+STANDBY_DESCRIPTORS = 6
 _QUIET_SECONDS = 0.6  # after a take: a refill must not compete with the resume that it follows
 
 
 class Standbys:
-    def __init__(self, driver: Driver, least: int, most: int, unused_seconds: float, has_memory: Callable[[], bool]) -> None:
-        """`least` for each image in use, `most` where that many are taken; more than `least` only while `has_memory`. An image is in use
+    def __init__(self, driver: Driver, least: int, most: int, unused_seconds: float, has_room: Callable[[], bool]) -> None:
+        """`least` for each image in use, `most` where that many are taken; more than `least` only while `has_room`. An image is in use
         for `unused_seconds` after the last take."""
         self._driver = driver
         self._least, self._most = least, most
         self._unused_seconds = unused_seconds
-        self._has_memory = has_memory
+        self._has_room = has_room
         self._demand: dict[Path, Demand] = {}
         self._ready: dict[Path, deque[Machine]] = {}
         self._used: dict[Path, float] = {}
@@ -83,7 +84,7 @@ class Standbys:
 
     def _wanted(self, image: Path) -> int:
         demand = self._demand.get(image)
-        if not self._least or demand is None or not self._has_memory():
+        if not self._least or demand is None or not self._has_room():
             return self._least
         return max(self._least, min(self._most, demand.burst(asyncio.get_running_loop().time())))
 

@@ -131,7 +131,7 @@ class Microvms:
 
     async def _admit(self) -> None:
         try:
-            has_room = await self._service.lifecycle.room.take()
+            has_room = await self._service.lifecycle.room.take(is_new=True)
         except RpcError as error:
             raise InsufficientCapacity(f"The host cannot launch MicroVMs now: {error}") from error
         if not has_room:

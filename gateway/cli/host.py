@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.metadata
 import os
 import resource
@@ -20,7 +19,16 @@ from rich.text import Text
 
 from gateway import config, instance, listeners, status
 from gateway.observe import log
-from gateway.observe.room import BUILD_INODES, disk_free_bytes, existing, inodes_free, memory_available_bytes
+from gateway.observe.room import (
+    BUILD_INODES,
+    SESSION_DESCRIPTORS,
+    allow_descriptors,
+    descriptors_kept,
+    disk_free_bytes,
+    existing,
+    inodes_free,
+    memory_available_bytes,
+)  # fmt: skip
 
 from .output import console, errors, fail, show_json, show_table
 
@@ -33,7 +41,7 @@ Root = Annotated[Path | None, typer.Option("--root", help="The instance's direct
 Name = Annotated[str | None, typer.Option("--name", help="The instance's name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _RELOAD_SECONDS = 60.0
-_DESCRIPTORS = 65_536
+_FEW = 16
 _SYSTEM_AUTHORITIES = Path("/usr/local/share/ca-certificates")
 _PROGRAMS = {
     "qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils", "mmdebstrap": "mmdebstrap",
@@ -71,7 +79,7 @@ def serve(
     if os.geteuid() != 0:
         fail("serve needs root: it makes network namespaces, mounts and users' processes", 2)
     os.umask(0o022)  # users of the service's own read what root makes here
-    _allow_descriptors()
+    allow_descriptors()
     settings = config.load(root=root, name=name, strangers=strangers)
     log.configure("torpor")
     try:
@@ -85,15 +93,6 @@ def serve(
             console.print(f"export {variable}={value}", soft_wrap=True)
 
     asyncio.run(supervisor.serve(settings, announce))
-
-
-def _allow_descriptors() -> None:
-    """An edge holds two for each exchange, and a login allows 1,024. What may not be raised stays as it is."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for most in (max(hard, _DESCRIPTORS), hard):
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(most, _DESCRIPTORS)), most))
-            return
 
 
 def reload(root: Root = None, name: Name = None) -> None:
@@ -194,6 +193,20 @@ def _free(settings: config.Settings, place: Path) -> list[tuple[str, bool, str]]
     ]
 
 
+def _descriptors(settings: config.Settings) -> tuple[bool, str]:
+    """What one process may have against what vmm keeps ready for launches, of one image that is in great demand, and for microVMs."""
+    from vmm.network import LINK_DESCRIPTORS, MOST_LINKS
+    from vmm.standbys import STANDBY_DESCRIPTORS
+
+    allow_descriptors()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    ready = max(settings.standbys.links, MOST_LINKS) * LINK_DESCRIPTORS + settings.standbys.most_per_image * STANDBY_DESCRIPTORS
+    microvms = (limit - ready - descriptors_kept()) // SESSION_DESCRIPTORS
+    if microvms < _FEW:
+        return False, f"{limit} for a process: {ready} may be kept ready for launches, and few microVMs can run beside: raise LimitNOFILE"
+    return True, f"{limit} for a process: enough for {microvms} microVMs that run, and {limit // 2} requests at one edge"
+
+
 def _groups(settings: config.Settings, place: Path) -> tuple[bool, str]:
     """Whether control groups limit microVMs, and what they limit."""
     from vmm.cgroups import Cgroups
@@ -239,6 +252,7 @@ def doctor(
             text = f"{base.described(making.key_at(settings.cache / what))}, in {settings.cache}"
         rows.append((f"asset {what}", not is_missing, text))
     rows += _free(settings, place)
+    rows.append(("descriptors", *_descriptors(settings)))
     kept = settings.root / "edge-port"
     if kept.exists():
         port = int(kept.read_text(encoding="ascii"))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 from functools import cache
 from pathlib import Path
 
 BUILD_ROOM_BYTES = 1 << 30  # beyond the reserve, for another image
 BUILD_INODES, SESSION_INODES = 50_000, 1_000  # of a file system with a number of them: an image's layers have some for each file
 _UNBOUNDED = 1 << 62
+# Descriptors of one microVM in vmm, counted in a running one: its link's sockets and tap, its hypervisor's ends. Control has fewer.
+SESSION_DESCRIPTORS = 24
+_KEPT_DESCRIPTORS = 256  # for resumes, and for what runs
+_MOST_DESCRIPTORS = 1 << 19  # as systemd allows by itself: programs that close all they might have, one by one, take long beyond
 _HEAD_BYTES = 256  # of /proc/meminfo: what is asked for stands in its third line
 
 
@@ -40,3 +46,27 @@ def inodes_free(path: Path) -> int:
     """How many files may still be made where `path` lies; very many where the file system has no such number (btrfs). Raises OSError."""
     there = os.statvfs(path)
     return there.f_favail if there.f_files else _UNBOUNDED
+
+
+def allow_descriptors() -> None:
+    """Raises this process's limit to the most that it may have, and that where it may. A login and systemd begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for most in (max(hard, _MOST_DESCRIPTORS), hard):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(most, _MOST_DESCRIPTORS)), most))
+            return
+
+
+def descriptors_free() -> int:
+    """How many more this process may have, at least: the kernel gives the lowest number that is free."""
+    try:
+        lowest = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    os.close(lowest)
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - lowest
+
+
+def descriptors_kept() -> int:
+    """How many nothing new may take: a launch, or what only waits. Resumes may."""
+    return min(_KEPT_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)

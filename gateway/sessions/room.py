@@ -7,7 +7,7 @@ import contextlib
 
 from gateway.config import Limits
 from gateway.messages import Capacity
-from gateway.observe.room import SESSION_INODES
+from gateway.observe.room import SESSION_DESCRIPTORS, SESSION_INODES, descriptors_free, descriptors_kept
 from gateway.tasks import Tasks
 
 from .host import Host, RpcError
@@ -31,9 +31,10 @@ class Room:
         self._asked = -_PLENTY_SECONDS
         self._is_asking = False
 
-    async def take(self) -> bool:
-        """Takes room for one more, and returns False when there is none: `lack` says of what. Raises RpcError."""
-        if not await self._find():
+    async def take(self, is_new: bool = False) -> bool:
+        """Takes room for one more, and returns False when there is none: `lack` says of what. Raises RpcError. One that is new, and wakes
+        nobody, is refused first where descriptors are short."""
+        if not await self._find() or (is_new and not self._has_descriptors()):
             return False
         self._promised += 1
         asyncio.get_running_loop().call_later(_SHOWS_SECONDS, self._shown)
@@ -63,6 +64,14 @@ class Room:
         else:
             return True
         return False
+
+    def _has_descriptors(self) -> bool:
+        """Control's own, and vmm's as last told."""
+        wanted = descriptors_kept() + (1 + self._promised) * SESSION_DESCRIPTORS
+        left = min(self._capacity.descriptors_free, descriptors_free())
+        if left < wanted:
+            self.lack = f"descriptors: {left} are free, {wanted} are wanted (LimitNOFILE, ulimit -Hn)"
+        return left >= wanted
 
     async def _ask(self) -> None:
         self._capacity, self._asked = await self._host.reclaim_capacity(), asyncio.get_running_loop().time()

@@ -242,6 +242,28 @@ async def test_memory_disk_and_inodes_decide(memory: int, disk: int, inodes: int
     assert await room.take() is (not lack) and room.lack.startswith(lack)
 
 
+async def test_who_is_new_is_refused_first_where_descriptors_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sleeps may still wake with the last ones."""
+    host = ScriptedHost()
+    vmm, own = 1 << 20, 1 << 20
+
+    async def capacity() -> m.Capacity:
+        return m.Capacity(64 << 30, 1 << 40, 1 << 40, 96 << 20, vmm)
+
+    host.reclaim_capacity = capacity  # type: ignore[method-assign]
+    monkeypatch.setattr(rooms, "descriptors_free", lambda: own)
+    room = Room(host, Limits(), Tasks())  # type: ignore[arg-type]
+    await room._ask()
+    assert await room.take(is_new=True)
+    vmm = 270
+    await room._ask()
+    assert not await room.take(is_new=True) and await room.take()
+    assert room.lack.startswith("descriptors: 270 are free, ")
+    vmm, own = 1 << 20, 3
+    await room._ask()
+    assert not await room.take(is_new=True) and await room.take()
+
+
 # ---- the archive ----
 
 

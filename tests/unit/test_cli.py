@@ -255,16 +255,16 @@ def test_a_service_may_have_more_descriptors_than_a_login() -> None:
     """As many as it may: the second limit too, where CAP_SYS_RESOURCE lets it be raised."""
     limits = [(256, 256), (256, 512), (384, 512)]
     program = (
-        "import os, resource, sys; from gateway.cli import host\n"
+        "import os, resource, sys; from gateway.observe import room\n"
         f"for limits in {limits}:\n"
         "    if child := os.fork():\n"
         "        os.waitpid(child, 0)\n"
         "    else:\n"
         "        resource.setrlimit(resource.RLIMIT_NOFILE, limits)\n"
-        "        host._allow_descriptors(); print(*resource.getrlimit(resource.RLIMIT_NOFILE)); sys.exit()"
+        "        room.allow_descriptors(); print(*resource.getrlimit(resource.RLIMIT_NOFILE)); sys.exit()"
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert said in ([f"{hard} {hard}" for _, hard in limits], ["65536 65536"] * 3)
+    assert said in ([f"{hard} {hard}" for _, hard in limits], ["524288 524288"] * 3)
 
 
 def test_a_packages_own_script_runs_where_the_path_has_a_space(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
+import resource
 import socket
 import struct
 from pathlib import Path
@@ -340,17 +342,90 @@ async def test_a_frame_that_cannot_be_read_ends_its_connection(server: Server, t
     assert descriptors_open() == before and not server.connections
 
 
-async def test_descriptors_that_the_kernel_cut_off_end_the_connection(
+async def test_descriptors_that_the_kernel_cut_off_fail_the_call_they_came_with(
+    server: Server, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MSG_CTRUNC: a process that may have no more of them. Once the connection ended, and with it every call of all tenants."""
+    monkeypatch.setattr(rpc, "_FDS_MAX", 2)
+    connection = await connect(tmp_path / "s")
+    await connection.call("take", descriptors=[os.dup(0)])
+    before = descriptors_open()
+    calls = [connection.call("take", descriptors=[os.dup(0)]) for _ in range(2)]
+    with pytest.raises(RpcError, match="take: no descriptor is left") as caught:
+        await connection.call("take", descriptors=[os.dup(0) for _ in range(8)])
+    assert caught.value.kind == "Unavailable"
+    await asyncio.gather(*calls)
+    await connection.call("take", descriptors=[os.dup(0)])
+    await turns()
+    assert target.taken == 4 and descriptors_open() == before and not connection.closed.done()
+    connection.close()
+
+
+async def test_an_answer_whose_descriptors_were_cut_off_may_be_asked_for_again(server: Server, tmp_path: Path) -> None:
+    """At the real limit: the process may have no more descriptors, for one moment."""
+    connection = await connect(tmp_path / "s")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    call = asyncio.ensure_future(connection.call_with_descriptors("pipe"))
+    receive = connection._receive
+
+    def at_the_limit() -> bytes:
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limit[1]))
+        try:
+            return receive()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+    connection._receive = at_the_limit  # type: ignore[method-assign]
+    with pytest.raises(RpcLost, match="no descriptor is left"):
+        await call
+    connection._receive = receive  # type: ignore[method-assign]
+    _, (descriptor,) = await connection.call_with_descriptors("pipe")
+    assert os.read(descriptor, 10) == b"hello"
+    os.close(descriptor)
+    connection.close()
+
+
+async def test_who_cannot_be_accepted_is_tried_again_without_a_spin(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MSG_CTRUNC: what is missing cannot be told apart from what came."""
-    monkeypatch.setattr(rpc, "_FDS_MAX", 2)
-    before = descriptors_open()
+    """A listener without a descriptor for whom it accepts is readable all the while: the loop once turned for nothing else."""
+    monkeypatch.setattr(rpc, "_ACCEPT_SECONDS", 0.02)
+    accept, tries = server._socket.accept, []
+
+    class Short:
+        def __getattr__(self, name: str) -> object:
+            return getattr(real, name)
+
+        def accept(self) -> object:
+            tries.append(1)
+            if len(tries) <= 3:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return accept()
+
+    real = server._socket
+    server._socket = Short()  # type: ignore[assignment]
     connection = await connect(tmp_path / "s")
-    with pytest.raises(RpcLost):
-        await connection.call("take", descriptors=[os.dup(0) for _ in range(8)])
-    await turns()
-    assert descriptors_open() == before
+    assert (await connection.call("echo", SessionRef("a", 1), SessionRef)).session == "aa"
+    assert len(tries) == 4
+    connection.close()
+
+
+async def test_a_handler_that_stands_is_reported_with_where_it_does(
+    server: Server, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rpc, "_STANDS_SECONDS", 0.02)
+    said: list[dict[str, object]] = []
+    monkeypatch.setattr(rpc.log, "error", lambda event, **fields: said.append({"event": event, **fields}))
+    connection = await connect(tmp_path / "s")
+    call = asyncio.ensure_future(connection.call("slow"))
+    await until(lambda: said)
+    assert said[0]["event"] == "rpc.stands" and said[0]["method"] == "slow"
+    assert any("Target.rpc_slow" in line for line in said[0]["where"])  # type: ignore[attr-defined]
+    call.cancel()
+    connection.close()
+    await asyncio.gather(call, return_exceptions=True)
 
 
 async def test_requests_and_answers_of_one_connection_keep_their_order(tmp_path: Path) -> None:

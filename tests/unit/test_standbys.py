@@ -45,8 +45,8 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standbys, "_QUIET_SECONDS", 0.0)
 
 
-def pool(driver: Driver, has_memory: bool = True) -> Standbys:
-    return Standbys(driver, 2, 5, 900.0, lambda: has_memory)  # type: ignore[arg-type]
+def pool(driver: Driver, has_room: bool = True) -> Standbys:
+    return Standbys(driver, 2, 5, 900.0, lambda: has_room)  # type: ignore[arg-type]
 
 
 async def settled(one: Standbys) -> int:
@@ -61,9 +61,9 @@ async def test_the_least_wait_for_an_image_in_use() -> None:
     await one.close()
 
 
-@pytest.mark.parametrize(("takes", "has_memory", "wait"), [(1, True, 2), (4, True, 4), (9, True, 5), (9, False, 2)])
-async def test_as_many_as_were_taken_lately(takes: int, has_memory: bool, wait: int) -> None:
-    one = pool(Driver(), has_memory)
+@pytest.mark.parametrize(("takes", "has_room", "wait"), [(1, True, 2), (4, True, 4), (9, True, 5), (9, False, 2)])
+async def test_as_many_as_were_taken_lately(takes: int, has_room: bool, wait: int) -> None:
+    one = pool(Driver(), has_room)
     for _ in range(takes):
         await one.take(IMAGE)
     assert await settled(one) == wait
@@ -76,7 +76,7 @@ async def test_too_many_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(5):
         await one.take(IMAGE)
     assert await settled(one) == 5
-    monkeypatch.setattr(one, "_has_memory", lambda: False)
+    monkeypatch.setattr(one, "_has_room", lambda: False)
     await one.drop_unused()
     assert one.statistics()["a"] == 2 and sum(machine.killed for machine in driver.made) == 3
     await one.close()
@@ -139,7 +139,7 @@ async def test_too_many_are_ended_although_some_are_taken_meanwhile(monkeypatch:
     for _ in range(5):
         await one.take(IMAGE)
     await settled(one)
-    monkeypatch.setattr(one, "_has_memory", lambda: False)
+    monkeypatch.setattr(one, "_has_room", lambda: False)
 
     async def kill(machine: Machine) -> None:
         one._ready[IMAGE].clear()
