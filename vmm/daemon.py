@@ -35,7 +35,7 @@ from . import disks, drivers, sandboxes, syscalls
 from .builds import Builder, BuildSettings
 from .cgroups import Cgroups
 from .diffs import Manifest
-from .driver import Machine
+from .driver import Driver, Machine, Process
 from .errors import Damaged, Ended, Missing, NeverRan, Refused, Unavailable, VmmError, not_written, unreadable
 from .network import Link, Network
 from .quarantine import Quarantine
@@ -46,6 +46,7 @@ log = structlog.get_logger()
 
 _HOUSEKEEPING_SECONDS = 10
 _PREPARE_TRIES = 2
+_ADOPT_SECONDS = 30.0
 _QUIET_SECONDS = 0.6  # after a start
 
 
@@ -97,10 +98,7 @@ class Vmm:
         self.settings.images_dir.mkdir(parents=True, exist_ok=True)
         self.settings.sessions_dir.mkdir(parents=True, exist_ok=True)
         self._cgroups.start()
-        for record in self.driver.records():
-            machine = await self.driver.adopt(record)
-            if machine is None:
-                continue
+        for record, machine in await adopt_all(self.driver):
             if not record.session or record.phase == "standby":  # waiting, or half prepared
                 await machine.kill()
                 continue
@@ -559,6 +557,23 @@ class Vmm:
         """Enough memory and descriptors for hypervisors that only wait."""
         wanted = (2 * self.settings.limits.reserve_mib + 4 * self.settings.limits.growth_mib) << 20
         return descriptors_free() > 2 * descriptors_kept() and memory_available_bytes() > wanted
+
+
+async def adopt_all(driver: Driver, seconds: float = _ADOPT_SECONDS) -> list[tuple[Process, Machine]]:
+    """Takes over every hypervisor that answers, all at once: those that do not cost the start `seconds` together, and nobody else his
+    microVM. What is left of such a one is cleared away by the next start."""
+
+    async def adopt(record: Process) -> Machine | None:
+        try:
+            async with asyncio.timeout(seconds):
+                return await driver.adopt(record)
+        except Exception as error:
+            log.error("hypervisor.not_adopted", vm=record.vm, session=record.session, error=repr(error))
+            return None
+
+    records = driver.records()
+    machines = await asyncio.gather(*map(adopt, records))
+    return [(record, machine) for record, machine in zip(records, machines, strict=True) if machine is not None]
 
 
 def _suspended(manifest: Manifest, overlay: Path, started: float) -> m.Suspended:
