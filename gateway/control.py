@@ -223,7 +223,7 @@ class Control:
 
     async def tiers(self) -> dict[str, m.Tier]:
         """Returns where every sleeping session is."""
-        held = {host_session.session: host_session for host_session in (await self.host.state()).sessions if host_session.phase == "warm"}
+        held = {one.session: one for one in await self.host.warm()}
         found = {}
         for session in self.store.sessions.values():
             if session.state is not State.SUSPENDED:

@@ -90,6 +90,10 @@ class Host:
     async def state(self) -> m.HostState:
         return await self._client.call("state", None, m.HostState)  # type: ignore[no-any-return]
 
+    async def warm(self) -> list[m.SessionState]:
+        """Returns the sessions whose paused hypervisors are kept."""
+        return await self._client.call("warm", None, list[m.SessionState])  # type: ignore[no-any-return]
+
     async def effort(self, session: str, incarnation: int) -> m.Effort:
         """Returns what a running guest has used, without a look at all the others."""
         return await self._client.call("effort", m.SessionRef(session, incarnation), m.Effort)  # type: ignore[no-any-return]

@@ -224,6 +224,9 @@ class ScriptedHost:
     async def reclaim_capacity(self) -> m.Capacity:
         return m.Capacity(self.memory_available, 1 << 40, 1 << 40, 96 << 20)
 
+    async def warm(self) -> list[m.SessionState]:
+        return [one for one in self.held.values() if one.phase == "warm"]
+
     async def state(self) -> m.HostState:
         return m.HostState(list(self.held.values()), self.snapshots, self.images, [])
 

@@ -51,6 +51,7 @@ class Rig:
 
         for name in (
             "state",
+            "warm",
             "prepare",
             "start",
             "suspend",

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
 from gateway.config import Settings
 from gateway.messages import BuildRequest, BuildResult
@@ -68,27 +69,6 @@ class Rig:
 
 
 @pytest.fixture
-def small_disk() -> Iterator[Path]:
-    """A file system of its own, with room for one account's layers and little more."""
-    directory = Path(f"/var/tmp/torpor-small-{os.getpid()}")
-    directory.mkdir()
-    file = directory.with_suffix(".ext4")
-    try:
-        with file.open("wb") as made:
-            made.truncate(1 << 30)
-        subprocess.run(["mkfs.ext4", "-q", "-F", file], check=True)
-        if subprocess.run(["mount", "-o", "loop", file, directory], capture_output=True, check=False).returncode:
-            pytest.skip("no loop device")
-        try:
-            yield directory
-        finally:
-            subprocess.run(["umount", "--lazy", directory], check=True)
-    finally:
-        directory.rmdir()
-        file.unlink()
-
-
-@pytest.fixture
 async def rig(host_before: object) -> AsyncIterator[Rig]:
     directory = Path(f"/var/tmp/torpor-builder-{os.getpid()}")
     directory.mkdir()
@@ -129,25 +109,32 @@ async def test_what_is_out_of_memory_is_said_and_a_broken_store_is_made_afresh(r
     assert not rig.left()
 
 
-async def test_a_full_disk_ends_one_build_and_is_given_back(small_disk: Path, host_before: object) -> None:
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """With room for one account's layers and little more."""
+    with small_disk(1 << 30) as one:
+        yield one
+
+
+async def test_a_full_disk_ends_one_build_and_is_given_back(disk: Path, host_before: object) -> None:
     """What the build wrote goes with it, also where it failed; the layers themselves go where their room is wanted."""
-    rig = Rig(small_disk)
+    rig = Rig(disk)
     rig.cgroups.start()
     rig.builder.start()
     try:
         done, said = await rig.build(FROM)
         assert done.status == 0, said
-        free = os.statvfs(small_disk).f_bavail
+        free = os.statvfs(disk).f_bavail
         done, said = await rig.build(f"{FROM}RUN echo kept > /kept\nRUN cat /dev/zero > /full\n")
         assert done.status and "No space left on device" in said and not rig.left(), said
-        assert os.statvfs(small_disk).f_bavail > free * 0.95, "a build that fails leaves no more than its layers that did not"
+        assert os.statvfs(disk).f_bavail > free * 0.95, "a build that fails leaves no more than its layers that did not"
         rig.builder._settings = dataclasses.replace(rig.builder._settings, room_bytes=1 << 40)
         for account in (rig.directory / "accounts").iterdir():
             os.utime(account / "users", (0, 0))
         rig.builder.trim()
         assert rig.builder._trimming is not None
         await rig.builder._trimming
-        assert not list((rig.directory / "accounts").iterdir()) and os.statvfs(small_disk).f_bavail > free
+        assert not list((rig.directory / "accounts").iterdir()) and os.statvfs(disk).f_bavail > free
         assert (await rig.build(FROM))[0].status == 0
     finally:
         rig.cgroups.close()

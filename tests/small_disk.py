@@ -1,0 +1,44 @@
+"""A file system of a test's own, with room for little: on a loop device, as a host's disk that fills."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@contextlib.contextmanager
+def small_disk(size: int) -> Iterator[Path]:
+    """The test is skipped where there is no loop device."""
+    directory = Path(f"/var/tmp/torpor-small-{os.getpid()}")
+    directory.mkdir()
+    file = directory.with_suffix(".ext4")
+    try:
+        with file.open("wb") as made:
+            made.truncate(size)
+        subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", file], check=True)
+        if subprocess.run(["mount", "-o", "loop", file, directory], capture_output=True, check=False).returncode:
+            pytest.skip("no loop device")
+        try:
+            directory.chmod(0o755)
+            yield directory
+        finally:
+            subprocess.run(["umount", "--lazy", directory], check=True)
+    finally:
+        directory.rmdir()
+        file.unlink()
+
+
+def fill(disk: Path) -> Path:
+    """Takes all that is left; returns what is to be removed."""
+    filler = disk / "filler"
+    for size in (1 << 22, 1 << 16, 1 << 12, 512):
+        with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * size)
+    assert os.statvfs(disk).f_bavail < 16
+    return filler
