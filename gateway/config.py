@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -338,6 +338,15 @@ class Settings(BaseSettings):
     users: Users = Users()
     service: Service = Service()
 
+    @model_validator(mode="after")
+    def _archives_are_kept(self) -> Self:
+        if self.archive.after_seconds and self.object_store.embedded and not self.object_store.endpoint:
+            raise ValueError(
+                "archive.after_seconds: the embedded object store forgets what it has when it ends, and with it every archived microVM: "
+                "set object_store.endpoint to a store that keeps it"
+            )
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -401,7 +410,7 @@ def load(**overrides: Any) -> Settings:
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        lines = [": ".join(filter(None, (".".join(map(str, item["loc"])), item["msg"]))) for item in error.errors()]
         raise ConfigError("; ".join(lines)) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"torpor.toml: {error}") from error

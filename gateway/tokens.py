@@ -30,13 +30,17 @@ PROXY, SHELL = "proxy", "shell"
 LONGEST_SECONDS = 3600
 ROTATE_SECONDS = 30 * 86_400
 _ALGORITHM, _ENCRYPTION = "dir", "A256GCM"
-_TOKEN_MAX_BYTES = 8000
+TOKEN_MAX_BYTES = 8000
 _REMEMBERED = 4096  # tokens
 ALL_PORTS = [(1, 65535)]
 
 
 class TokenError(Exception):
     """The token is not acceptable."""
+
+
+class TokenTooLong(TokenError):
+    """It would have more bytes than an edge takes."""
 
 
 class MalformedToken(TokenError):
@@ -123,13 +127,18 @@ class Minter:
         return [Verifier(key.kid, key.encryption_key, _signer(key.private_key).public_key().public_bytes_raw()) for key in self._keys]
 
     def mint(self, session: str, ports: list[tuple[int, int]], seconds: int, kind: str = PROXY) -> str:
+        """Raises TokenTooLong for more ranges of ports than a token has room for."""
         key = self._keys[-1]
-        claims = {"sub": session, "ports": merge(ports), "exp": int(self._now()) + seconds, "kind": kind, "jti": secrets.token_hex(8)}
+        ranges = merge(ports)
+        claims = {"sub": session, "ports": ranges, "exp": int(self._now()) + seconds, "kind": kind, "jti": secrets.token_hex(8)}
         inner = jwt.encode(claims, _signer(key.private_key), algorithm="EdDSA")
         header = _b64(json.dumps({"kid": key.kid, "alg": _ALGORITHM, "enc": _ENCRYPTION}, separators=(",", ":")).encode())
         vector = secrets.token_bytes(12)
         sealed = AESGCM(key.encryption_key).encrypt(vector, inner.encode(), header.encode())
-        return f"{header}..{_b64(vector)}.{_b64(sealed[:-16])}.{_b64(sealed[-16:])}"
+        token = f"{header}..{_b64(vector)}.{_b64(sealed[:-16])}.{_b64(sealed[-16:])}"
+        if len(token) > TOKEN_MAX_BYTES:
+            raise TokenTooLong(f"{len(ranges)} separate ranges of ports make a token of {len(token)} bytes")
+        return token
 
 
 class Checker:
@@ -167,7 +176,7 @@ class Checker:
 def _open_envelope(token: str) -> tuple[str, bytes, bytes, bytes]:
     """Key id, vector, ciphertext with tag, and the header as additional data (RFC 7516, section 5.2)."""
     parts = token.split(".")
-    if len(parts) != 5 or parts[1] or len(token) > _TOKEN_MAX_BYTES:
+    if len(parts) != 5 or parts[1] or len(token) > TOKEN_MAX_BYTES:
         raise MalformedToken("not a compact JWE with direct encryption")
     try:
         header = msgspec.json.decode(_unb64(parts[0]), type=dict[str, str])

@@ -14,7 +14,8 @@ from typing import TypeVar
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/api-compatibility.md"
 SOURCES = {"R": "recorded", "M": "measured by third parties", "D": "documented or modelled", "ours": "our choice"}
-_MODULES = ("test_api_rows", "test_api_errors", "test_api_models", "test_api_accounts", "test_api_logs", "test_api_connectors")
+_MODULES = ("test_api_rows", "test_api_errors", "test_api_models", "test_api_accounts", "test_api_logs", "test_api_connectors",
+            "test_api_bad_days")  # fmt: skip
 T = TypeVar("T", bound=Callable[..., object])
 
 

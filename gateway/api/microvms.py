@@ -18,13 +18,14 @@ from gateway.sessions.logs import default_group, default_stream
 from gateway.sessions.model import IdlePolicy, Session, Version
 from gateway.sessions.states import Action, Event, State, reason_of
 from gateway.sessions.store import StoreError
-from gateway.tokens import ALL_PORTS, LONGEST_SECONDS, SHELL
+from gateway.tokens import ALL_PORTS, LONGEST_SECONDS, SHELL, TOKEN_MAX_BYTES, TokenTooLong
 
 from .client_tokens import Remember, TokenMismatch
-from .errors import Conflict, InsufficientCapacity, NotFound, QuotaExceeded, Throttling, Validation
+from .errors import Conflict, InsufficientCapacity, InternalServer, NotFound, QuotaExceeded, Throttling, Validation
 from .service import EGRESS, INGRESS, Service, reply
 
 _AWAY_SECONDS = 0.005
+_RESUMED_SECONDS = 5.0
 _VM_MEMBERS = (
     "microvmId", "state", "endpoint", "imageArn", "imageVersion", "executionRoleArn", "idlePolicy",
     "maximumDurationInSeconds", "startedAt", "terminatedAt", "stateReason", "terminationReasonCode",
@@ -50,10 +51,9 @@ class Microvms:
             raise Conflict("The client token was used before with other parameters.") from None
 
     async def _run(self, caller: Caller, call: dict[str, Any], remember: Remember) -> dict[str, Any]:
-        version = self._version(call)
-        session = self._session(caller, call, version)
-        self._check_quota(session)
+        self._admissible(caller, call)
         await self._admit()
+        session = self._admissible(caller, call)  # again, because others came, and images and connectors went, while this waited
         store, lifecycle = self._store, self._service.lifecycle
         store.put_session(session)
         store.add_event(session.id, "run", "", session.state.value)
@@ -72,6 +72,12 @@ class Microvms:
                 await arrival.is_away.wait()
         lifecycle.timers.watch_lifetime(session)
         return answer
+
+    def _admissible(self, caller: Caller, call: dict[str, Any]) -> Session:
+        """The session that the call asks for, which nothing that is known speaks against. Raises ApiError."""
+        session = self._session(caller, call, self._version(call))
+        self._check_quota(session)
+        return session
 
     def _version(self, call: dict[str, Any]) -> Version:
         arn = call["imageIdentifier"]
@@ -200,10 +206,24 @@ class Microvms:
 
     async def resume_microvm(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         session = self._find(caller, call)
-        if session.state is State.SUSPENDED and not await self._service.lifecycle.room.take():
+        has_failed = session.state is State.SUSPENDED and session.reason is not None
+        if session.state is State.SUSPENDED and not await self._has_room():
             lack = self._service.lifecycle.room.lack
             raise Throttling(f"The host has no room to resume the MicroVM now ({lack}): try again.", retry_after=5)
-        return await self._fire(session, Event.RESUME)
+        answer = await self._fire(session, Event.RESUME)
+        if has_failed:  # who calls again after a failure is told what becomes of it
+            await self._service.lifecycle.resumed(session, _RESUMED_SECONDS)
+            if session.state is State.SUSPENDED and session.refusal:
+                raise Conflict(session.reason or session.refusal)
+            if session.state is State.SUSPENDED and session.reason is not None:
+                raise InternalServer(session.reason, retry_after=1)
+        return answer
+
+    async def _has_room(self) -> bool:
+        try:
+            return await self._service.lifecycle.room.take()
+        except RpcError as error:
+            raise InternalServer(f"The host cannot resume MicroVMs now: {error}: try again.", retry_after=1) from error
 
     async def terminate_microvm(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         return await self._fire(self._find(caller, call), Event.TERMINATE)
@@ -222,7 +242,10 @@ class Microvms:
         session = self._find(caller, call)
         minutes = self._minutes(call, session)
         ports = [port for entry in call["allowedPorts"] for port in _ports(entry)]
-        token = self._service.minter.mint(session.id, ports, minutes * 60)
+        try:
+            token = self._service.minter.mint(session.id, ports, minutes * 60)
+        except TokenTooLong as error:
+            raise Validation(f"allowedPorts: {error}, more than {TOKEN_MAX_BYTES}: name wider ranges, or allPorts") from error
         return {"authToken": {"X-aws-proxy-auth": token}}
 
     async def create_microvm_shell_auth_token(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:

@@ -31,11 +31,12 @@ from gateway.tasks import Tasks
 from . import hooks
 from .agent import AgentError, wake_frame
 from .ahead import Ahead
-from .archive import Archive, ArchiveError
+from .archive import Archive, ArchiveDamaged, ArchiveError
+from .archiving import Archiving, Moved
 from .channels import Channels
 from .host import Host, RpcError, RpcLost, ends_session, grown, is_refused, patiently
 from .liveness import Liveness
-from .model import Archived, Session
+from .model import Session
 from .routes import Routes
 from .states import MAX_LIFETIME, Action, Event, State, exit_reason
 from .store import Store, StoreError
@@ -80,6 +81,7 @@ class End(Enum):
     ADOPTED = auto()  # it runs, and ran on while control was away
     RESTED = auto()  # it sleeps, and its hypervisor is gone or stays paused
     POSTPONED = auto()  # it cannot be archived now
+    NOT_ARCHIVED = auto()  # it could not be archived
     NOTHING = auto()
 
 
@@ -99,7 +101,7 @@ class Actions:
         self._channels = channels
         self._liveness = liveness
         self._ahead = ahead
-        self._archive = archive
+        self.archiving = Archiving(store, host, routes, archive, tasks)
         self._tasks = tasks
         self._observer = observer
         self._clock = clock
@@ -263,7 +265,7 @@ class Actions:
         if before is not None:
             await asyncio.wait([before])
         try:
-            await self._fetch(session, steps)
+            await self.archiving.fetch(session, steps)
             async with self._turn():
                 steps.mark("turn")
                 await patiently(lambda: self._host.prepare(
@@ -290,7 +292,7 @@ class Actions:
         if isinstance(error, StoreError | RpcLost):  # it may be prepared, which the next resume would find, or nobody
             with contextlib.suppress(RpcError):
                 await patiently(lambda: self._host.kill(session.id, session.incarnation + 1))
-        session.refusal = str(error) if is_refused(error) else ""
+        session.refusal = str(error) if is_refused(error) or isinstance(error, ArchiveDamaged) else ""
         return Fired(Event.NOT_RESUMED, f"The MicroVM could not be resumed: {error}{'' if session.refusal else _AGAIN}")
 
     async def _not_run(self, session: Session, error: Exception) -> Outcome:
@@ -422,55 +424,8 @@ class Actions:
     # ---- the archive ----
 
     async def store_archive(self, session: Session) -> Outcome:
-        """Moves a session that has slept for long to the object store: its archive is named in its row before its files go. Who wakes or
-        ends the session meanwhile waits for the end of this; where somebody does, the files stay."""
-        try:
-            if self._archive is None or session.state is not State.SUSPENDED or session.archived is not None:
-                return End.NOTHING
-            if not await self._have_streams_left(session):
-                return End.POSTPONED
-            archived = await self._archive.store(session)
-            if session.state is not State.SUSPENDED:
-                await self._archive.forget(archived)
-                return End.NOTHING
-            session.archived = archived
-            self._store.put_session(session)
-            await self._store.commit()
-            await patiently(lambda: self._host.forget(session.id))
-        except (RpcError, ArchiveError, StoreError) as error:
-            log.warning("archive.failed", session=session.id, error=str(error))
-        return End.NOTHING
-
-    def forget_archive(self, archived: Archived) -> None:
-        """Removes an archive whose session is here again."""
-        if self._archive is not None:
-            self._tasks.spawn(self._archive.forget(archived))
-
-    async def _have_streams_left(self, session: Session) -> bool:
-        """Whether no client holds a parked stream of the session any more: its network could not outlive its files. The workers are
-        asked; where one is missing, nobody knows."""
-        if session.parked:
-            left = await self._routes.parked_streams(session)
-            if left is None:
-                return False
-            session.parked = left
-        return session.parked == 0
-
-    async def _fetch(self, session: Session, steps: Steps) -> None:
-        """Fetches the session's archive. Raises ArchiveError, RpcError, StoreError; the session sleeps on then, archived as it was."""
-        archived = session.archived
-        if archived is None or self._archive is None:
-            return
-        await self._archive.fetch(session, archived)
-        session.archived = None
-        self._store.put_session(session)
-        try:
-            await self._store.commit()
-        except StoreError:
-            session.archived = archived
-            raise
-        steps.mark("fetched from the archive")
-        self.forget_archive(archived)
+        moved = await self.archiving.put(session)
+        return {Moved.DONE: End.NOTHING, Moved.LATER: End.POSTPONED, Moved.FAILED: End.NOT_ARCHIVED}[moved]
 
     # ---- destroy ----
 
@@ -486,8 +441,8 @@ class Actions:
             with contextlib.suppress(AgentError):
                 await self._channels.stop(session, self._settings.sessions.stop_seconds)
         await self._insist(session, lambda: self._host.forget(session.id))
-        if session.archived is not None and self._archive is not None:
-            await self._archive.forget(session.archived)
+        if session.archived is not None:
+            self.archiving.forget(session.archived)
         return Fired(Event.CLEANED)
 
     async def set_aside(self, session: Session, before: asyncio.Task[None] | None = None) -> Outcome:

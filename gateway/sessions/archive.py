@@ -1,8 +1,4 @@
-"""The archived tier: sessions that sleep for long are packed, moved to the object store, and fetched when somebody asks.
-
-The order keeps a session whole at every instant: its archive is complete in the store and named in its row before its files go, and
-they are back before the row forgets the archive.
-"""
+"""The archived tier: sessions that sleep for long are packed, moved to the object store, and fetched when somebody asks (archiving.py)."""
 
 from __future__ import annotations
 
@@ -13,20 +9,28 @@ from typing import Any
 
 import boto3
 import structlog
+from boto3.exceptions import S3UploadFailedError
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from gateway import executors
 from gateway.config import Settings
 
-from .host import Host
+from .host import Host, RpcError, grown
 from .model import Archived, Session
 
 log = structlog.get_logger()
 
 
+_ASK_SECONDS = 600.0
+
+
 class ArchiveError(Exception):
     """The object store has not given, or not taken, an archive; it may later."""
+
+
+class ArchiveDamaged(ArchiveError):
+    """What the object store has given is not what it took. It stays there: a version of before may be put in its place."""
 
 
 def default_client(settings: Settings, credentials: tuple[str, str]) -> Any:
@@ -52,17 +56,23 @@ class Archive:
         self._directory.mkdir(exist_ok=True)
         key = f"{self._settings.prefix}{session.account}/{session.id}/{session.incarnation}.tar.zst"
         with tempfile.TemporaryFile(dir=self._directory) as file:
-            packed = await self._host.pack(session.id, session.incarnation, file.fileno())
-            await self._ask(lambda: self._put(key, os.dup(file.fileno())))
+            packed = await self._host.pack(session.id, session.incarnation, file.fileno(), session.snapshot_bytes)
+            await self._ask(lambda: self._put(key, os.dup(file.fileno())), packed.size)
         return Archived(key, packed.size, packed.digest)
 
     async def fetch(self, session: Session, archived: Archived) -> None:
-        """Brings a session's files back to the host. Raises ArchiveError, RpcError (Damaged for a damaged archive)."""
+        """Brings a session's files back to the host. Raises ArchiveError, ArchiveDamaged, RpcError."""
         self._directory.mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=self._directory) as file:
-            await self._ask(lambda: self._get(archived.key, file))
+            await self._ask(lambda: self._get(archived.key, file), archived.size)
             file.flush()
-            await self._host.unpack(session.id, archived.digest, file.fileno())
+            try:
+                await self._host.unpack(session.id, archived.digest, file.fileno(), session.snapshot_bytes)
+            except RpcError as error:
+                if error.kind == "Damaged":
+                    where = f"s3://{self._settings.bucket}/{archived.key}"
+                    raise ArchiveDamaged(f"{where} is not what was stored there: {error}") from error
+                raise
 
     async def forget(self, archived: Archived) -> None:
         """Removes an archive; one that cannot be removed now costs room and nothing else."""
@@ -71,10 +81,10 @@ class Archive:
         except ArchiveError as error:
             log.warning("archive.left", key=archived.key, error=str(error))
 
-    async def _ask(self, work: Callable[[], Any]) -> None:
+    async def _ask(self, work: Callable[[], Any], size: int = 0) -> None:
         try:
-            await executors.BULK.run(work)
-        except (BotoCoreError, ClientError, OSError) as error:
+            await executors.BULK.run(work, seconds=grown(_ASK_SECONDS, size))
+        except (BotoCoreError, ClientError, S3UploadFailedError, OSError) as error:
             raise ArchiveError(f"the object store: {error}") from error
 
     def _put(self, key: str, descriptor: int) -> None:

@@ -40,10 +40,11 @@ class _Work:
     """Keeps a session's one task; and the one that ends the hypervisor of a session that sleeps, or archives it, which is not stopped: who
     wakes or ends the session waits for it."""
 
-    __slots__ = ("at_rest", "failures", "task")
+    __slots__ = ("at_rest", "failures", "not_archived", "task")
 
     def __init__(self) -> None:
         self.failures = 0  # resumes that failed, one after the other
+        self.not_archived = 0
         self.task: asyncio.Task[None] | None = None
         self.at_rest: asyncio.Task[None] | None = None
 
@@ -135,6 +136,10 @@ class Lifecycle:
             self._opened(session)
         elif end is End.POSTPONED:
             self.timers.archive_later(session)
+        elif end is End.NOT_ARCHIVED:
+            work = self._work_of(session)
+            work.not_archived += 1
+            self.timers.archive_later(session, work.not_archived)
         if event is Event.REQUEST and session.state is State.SUSPENDED:  # it could not be resumed for who still waits
             self._retry(session)
 
@@ -290,6 +295,12 @@ class Lifecycle:
 
     def traces(self, session: Session) -> list[Steps]:
         return self.actions.traces(session)
+
+    async def resumed(self, session: Session, seconds: float) -> None:
+        """Returns when a resume that is under way has become something, or when the time is up."""
+        work = self._work.get(session.id)
+        if session.state is State.RESUMING and work is not None and work.task is not None:
+            await asyncio.wait([work.task], timeout=seconds)
 
     # ---- ends ----
 

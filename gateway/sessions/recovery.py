@@ -70,7 +70,7 @@ async def _settle_archived(lifecycle: Lifecycle, session: Session, snapshot: int
         session.archived = archived
         log.error("archive.both", session=session.id, error=str(error))
         return
-    lifecycle.actions.forget_archive(archived)
+    lifecycle.actions.archiving.forget(archived)
 
 
 async def _set_aside(lifecycle: Lifecycle, session: Session, reason: str) -> None:

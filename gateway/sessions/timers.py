@@ -13,6 +13,7 @@ from .model import Session
 _TERMINATED_KEPT_SECONDS = 3600.0  # reference: at least 20 minutes
 _RETRY_SECONDS = 1.0
 _RETRY_MOST_SECONDS = 8.0
+_ARCHIVE_AGAIN_SECONDS, _ARCHIVE_MOST_SECONDS = 60.0, 3600.0
 
 
 class Deadline(StrEnum):
@@ -53,9 +54,10 @@ class Timers:
         if self._archive_after and session.archived is None and session.suspended_at is not None:
             self._set_wall(session, Deadline.ARCHIVE, session.suspended_at + self._archive_after)
 
-    def archive_later(self, session: Session) -> None:
-        """Tries later to archive a session that cannot be archived now."""
-        self._set(session, Deadline.ARCHIVE, self._timer.time() + self._archive_after)
+    def archive_later(self, session: Session, failures: int = 0) -> None:
+        """Tries later to archive a session that cannot be archived now, less and less often where that fails."""
+        again = min(_ARCHIVE_AGAIN_SECONDS * 2 ** min(failures - 1, 10), _ARCHIVE_MOST_SECONDS) if failures else self._archive_after
+        self._set(session, Deadline.ARCHIVE, self._timer.time() + again)
 
     def retry_later(self, session: Session, failures: int = 1) -> None:
         """Tries later a resume that could not be made now; what is held is tried again until the edges give up, less and less often."""

@@ -80,7 +80,7 @@ class Rig:
         self.host = ScriptedHost()
         self.store = Store(self.directory / "state.db")
         await self.store.open()
-        self.settings = settings = Settings(root=self.directory, archive={"after_seconds": 3600.0})
+        self.settings = settings = Settings(root=self.directory, archive={"after_seconds": 3600.0}, object_store={"embedded": False})
         self.archive = ScriptedArchive(self.host)
         self.entered: dict[str, State] = {}
         self.moved = asyncio.Event()

@@ -13,15 +13,19 @@ import pytest
 from test_lifecycle import POLICY, Rig
 from waiting import until
 
+from gateway import config
 from gateway import messages as m
+from gateway.config import ConfigError
 from gateway.rpc import RpcError, RpcLost
 from gateway.sessions import actions as acting
 from gateway.sessions import hooks, timers
 from gateway.sessions import host as hosting
 from gateway.sessions.agent import AgentError
-from gateway.sessions.model import Hooks, IdlePolicy, Session
+from gateway.sessions.archive import Archive, ArchiveDamaged, ArchiveError
+from gateway.sessions.model import Archived, Hooks, IdlePolicy, Session
 from gateway.sessions.recovery import recover
 from gateway.sessions.states import Event, State
+from gateway.sessions.store import StoreError
 
 
 @pytest.fixture
@@ -324,3 +328,107 @@ async def test_what_the_user_or_the_policy_ends_is_deleted(rig: Rig) -> None:
     await rig.reach(one, State.TERMINATED)
     await until(lambda: deleted(rig))
     assert not rig.host.aside and rig.lifecycle.timers.is_set(one, timers.Deadline.PURGE)
+
+
+# ---- the archive ----
+
+
+@pytest.mark.parametrize("error", [ArchiveError("the object store: 503"), RpcError("DiskFull", "no room"), StoreError("full")])
+async def test_an_archive_that_cannot_be_made_is_tried_again_and_the_files_stay(rig: Rig, error: Exception) -> None:
+    one = await asleep(rig)
+    rig.archive.fail["store"] = [error]
+    rig.lifecycle._due(timers.Deadline.ARCHIVE, "s1")
+    await rig.lifecycle.quiet()
+    assert rig.lifecycle.timers.is_set(one, timers.Deadline.ARCHIVE) and not deleted(rig) and one.archived is None
+    rig.lifecycle._due(timers.Deadline.ARCHIVE, "s1")
+    await rig.lifecycle.quiet()
+    assert one.archived is not None and await resumes(rig, one)
+
+
+async def test_an_archive_that_cannot_be_stored_in_its_row_is_none(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = await asleep(rig)
+
+    def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.store, "_transaction", full)
+        rig.lifecycle._due(timers.Deadline.ARCHIVE, "s1")
+        await rig.lifecycle.quiet()
+    assert one.archived is None and not rig.archive.kept and rig.host.snapshots and await resumes(rig, one)
+
+
+async def test_an_archive_that_cannot_be_fetched_now_is_fetched_later(rig: Rig) -> None:
+    one = await asleep(rig)
+    rig.lifecycle._due(timers.Deadline.ARCHIVE, "s1")
+    await rig.lifecycle.quiet()
+    rig.archive.fail["fetch"] = [ArchiveError("the object store: away")] * 2
+    assert not await resumes(rig, one) and one.state is State.SUSPENDED and one.archived is not None and "away" in str(one.reason)
+    await rig.lifecycle.request(one)
+    await rig.reach(one, State.RUNNING)
+
+
+async def test_an_archive_that_is_not_what_was_stored_stays_there(rig: Rig) -> None:
+    one = await asleep(rig)
+    rig.lifecycle._due(timers.Deadline.ARCHIVE, "s1")
+    await rig.lifecycle.quiet()
+    rig.archive.fail["fetch"] = [ArchiveDamaged("s3://b/k is not what was stored there")]
+    assert not await resumes(rig, one)
+    assert one.state is State.SUSPENDED and rig.archive.kept == ["s1"] and not rig.host.aside
+    assert not rig.lifecycle.timers.is_set(one, timers.Deadline.RETRY), "it would be fetched again and again"
+    assert await resumes(rig, one)
+
+
+async def test_archives_that_are_due_at_once_are_made_one_after_the_other(rig: Rig) -> None:
+    sessions = []
+    for number in range(5):
+        one = rig.session()
+        rig.store.forget_session(one)
+        one.id, one.endpoint, one.idle_policy = f"n{number}", f"h{number}", POLICY
+        rig.store.put_session(one)
+        rig.lifecycle.launch(one)
+        await rig.reach(one, State.RUNNING)
+        await rig.lifecycle.fire(one, Event.SUSPEND)
+        await rig.reach(one, State.SUSPENDED)
+        sessions.append(one)
+    await rig.lifecycle.quiet()
+    under_way, most, store = 0, 0, rig.archive.store
+
+    async def counted(session: Session) -> Any:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0)
+        made = await store(session)
+        under_way -= 1
+        return made
+
+    rig.archive.store = counted  # type: ignore[method-assign]
+    for one in sessions:
+        rig.lifecycle._due(timers.Deadline.ARCHIVE, one.id)
+    await rig.lifecycle.quiet()
+    assert most == 1 and [one.id for one in sessions if one.archived is None] == []
+
+
+def test_a_store_that_forgets_takes_no_archives() -> None:
+    with pytest.raises(ConfigError, match=r"archive\.after_seconds: the embedded object store forgets .* object_store\.endpoint") as caught:
+        config.load(archive={"after_seconds": 60})
+    assert "\n" not in str(caught.value)
+    kept = {"endpoint": "http://127.0.0.1:9000", "access_key": "a", "secret_key": "b"}
+    assert config.load(archive={"after_seconds": 60}, object_store=kept).archive.after_seconds == 60
+
+
+async def test_what_the_object_store_gives_is_compared(tmp_path: Path) -> None:
+    class Unpacks:
+        async def unpack(self, session: str, digest: str, source: int, size: int = 0) -> None:
+            raise RpcError("Damaged", "its SHA-256 differs")
+
+    class Client:
+        def download_fileobj(self, bucket: str, key: str, file: Any) -> None:
+            file.write(b"something else")
+
+    archive = Archive(config.load(root=tmp_path), Unpacks(), Client)  # type: ignore[arg-type]
+    (tmp_path / "control").mkdir()
+    one = Session("s1", "h1", "arn:aws:lambda:us-east-1:123456789012:microvm-image:a", "1.0", "image", 512, 0.0, 3600)
+    with pytest.raises(ArchiveDamaged, match=r"s3://torpor-archive/key is not what was stored there"):
+        await archive.fetch(one, Archived("key", 1, "digest"))

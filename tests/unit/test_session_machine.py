@@ -1,11 +1,13 @@
 """Random sequences of calls, requests, clock jumps, failures, restarts and kills against the session table, with a simulated host.
 
-Whatever comes: no illegal transition, no session without an owner, nothing left on the host, and the event rows tell the state.
+Whatever comes: no illegal transition, no session without an owner, nothing left on the host, and the event rows tell the state. No session
+that has slept is deleted unless its user or its policy said so, and none wakes with another memory than its disk's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,21 +18,31 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 from test_lifecycle import POLICY, Rig
 
+from gateway import config
 from gateway.messages import Ended
 from gateway.rpc import RpcError, RpcLost
-from gateway.sessions import actions
+from gateway.sessions import actions, host, timers
 from gateway.sessions.model import Session
+from gateway.sessions.quarantine import Quarantine, RecoverError
 from gateway.sessions.recovery import recover
 from gateway.sessions.states import CALLS, TABLE, Event, State
 
+_PASSING = [RpcError("Unavailable", "no descriptor left"), RpcError("KindOfAnotherDay", "?"), ValueError("unexpected")]
 _FAILURES = {
-    "prepare": [RpcError("Unavailable", "no standby"), RpcError("Damaged", "gone"), ValueError("unexpected")],
-    "start": [RpcError("Unavailable", "no start"), ValueError("unexpected")],
-    "suspend": [RpcError("Unavailable", "no save"), RpcError("DiskFull", "full"), RpcError("Ended", "gone"), ValueError("unexpected")],
-    "kill": [RpcLost("vmm is away"), RpcError("Unavailable", "not now")],
-    "release_vm": [RpcError("Unavailable", "not now"), ValueError("unexpected")],
-    "forget": [RpcError("Unavailable", "not now"), ValueError("unexpected")],
+    "prepare": [*_PASSING, RpcLost("late"), RpcError("Refused", "made by another one"), RpcError("Damaged", "checksum")],
+    "start": [*_PASSING, RpcLost("late"), RpcError("Damaged", "checksum")],
+    "suspend": [*_PASSING, RpcLost("late"), RpcError("DiskFull", "full"), RpcError("Missing", "a diff")],
+    "agent": [*_PASSING, RpcLost("late")],
+    "unpause": [*_PASSING, RpcLost("late")],
+    "kill": [*_PASSING, RpcLost("late")],
+    "release_vm": _PASSING,
+    "forget": [*_PASSING, RpcLost("late")],
+    "quarantine": [*_PASSING, RpcLost("late")],
+    "recover": [RpcError("Damaged", "still"), *_PASSING],
 }
+_LOST = ["prepare", "start", "suspend", "kill", "quarantine"]  # calls whose answer may be lost when they are done
+# The user's word, the policy's, and the end of the application itself.
+_WORDS = {Event.TERMINATE, Event.EXPIRED, Event.WINDOW_OVER, Event.EXITED}
 
 
 class Sessions(RuleBasedStateMachine):
@@ -46,6 +58,7 @@ class Sessions(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self._rig.host.fail.clear()
+        self._rig.host.lose.clear()
         self._do(self._settle())
         self._check_wakes()
         for session in list(self._rig.store.sessions.values()):
@@ -53,8 +66,10 @@ class Sessions(RuleBasedStateMachine):
                 self._do(self._rig.lifecycle.fire(session, Event.TERMINATE, "Success."))
         self._do(self._settle())
         assert all(session.state is State.TERMINATED for session in self._rig.store.sessions.values())
-        assert not self._rig.host.held and not self._rig.host.snapshots
+        host = self._rig.host
+        assert not host.held and not host.snapshots
         self._check_events()
+        self._check_losses()
         self._do(self._rig.stop())
         self._loop.close()
         self._directory.cleanup()
@@ -115,12 +130,25 @@ class Sessions(RuleBasedStateMachine):
         session = self._session(name)
         if session is not None and name in self._rig.host.held:
             held = self._rig.host.held.pop(name)
-            self._do(self._note(Ended(name, held.incarnation, "it died")))
+            self._do(self._note(Ended(name, held.incarnation, "it died", held.phase != "prepared")))
 
     async def _note(self, ended: Ended) -> None:
         self._rig.lifecycle.hypervisor_ended(ended)
 
-    @rule(call=st.sampled_from(sorted(_FAILURES)), which=st.integers(0, 3))
+    @rule(call=st.sampled_from(_LOST))
+    def an_answer_will_be_lost(self, call: str) -> None:
+        self._rig.host.lose[call] = self._rig.host.lose.get(call, 0) + 1
+
+    @rule(name=names)
+    def operator_recovers(self, name: str) -> None:
+        with contextlib.suppress(RecoverError, RpcError, ValueError):
+            self._do(self._quarantine().recover(name))
+
+    def _quarantine(self) -> Quarantine:
+        rig = self._rig
+        return Quarantine(config.Quarantine(), rig.store, rig.host, rig.lifecycle, None, lambda: rig.wall)  # type: ignore[arg-type]
+
+    @rule(call=st.sampled_from(sorted(_FAILURES)), which=st.integers(0, 5))
     def host_will_fail(self, call: str, which: int) -> None:
         failures = _FAILURES[call]
         self._rig.host.fail.setdefault(call, []).append(failures[which % len(failures)])
@@ -166,6 +194,26 @@ class Sessions(RuleBasedStateMachine):
                 continue
             assert session.state in (State.RUNNING, State.SUSPENDED, State.TERMINATED, State.PENDING, *_MOVING), session
 
+    @invariant()
+    def memories_and_disks_are_of_one_time(self) -> None:
+        assert not self._rig.host.torn
+
+    def _check_losses(self) -> None:
+        """What an error has ended is aside, whole; and comes back where it slept."""
+        host = self._rig.host
+        for session in list(self._rig.store.sessions.values()):
+            rows = self._do(self._rig.store.events(session.id))
+            has_slept = any(row.event == "saved" for row in rows)
+            end = [row for row in rows if row.new == "TERMINATING"][-1]
+            assert session.is_aside or end.event in _WORDS or not has_slept, (session, end)
+            assert session.is_aside == (session.id in host.aside), session
+            if session.is_aside and host.aside[session.id].snapshot == session.incarnation:
+                self._do(self._quarantine().recover(session.id))
+                self._do(self._rig.lifecycle.fire(session, Event.RESUME))
+                self._do(self._settle())
+                assert session.state is State.RUNNING or (session.state.is_ended and not session.is_aside), session
+        assert not host.torn
+
     def _check_wakes(self) -> None:
         """With a host that works, whoever sleeps can be woken."""
         asleep = [session for session in self._rig.store.sessions.values() if session.state is State.SUSPENDED]
@@ -194,3 +242,5 @@ TestSessions = pytest.mark.service(Sessions.TestCase)
 def tried_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actions, "_SETTLE_RETRY_SECONDS", 0.0)
     monkeypatch.setattr(actions, "_DESTROY_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(timers, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(host, "_AWAY_RETRY_SECONDS", 0.0)
