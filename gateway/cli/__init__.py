@@ -9,7 +9,7 @@ import typer
 
 from gateway.config import ConfigError
 
-from . import admin, connectors, host, images, microvms, quarantine, shell
+from . import admin, backup, connectors, host, images, microvms, quarantine, shell
 from .output import fail
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ shell.register(app)
 connectors.register(app)
 admin.register(app)
 quarantine.register(app)
+backup.register(app)
 
 _CODES = {"ResourceNotFoundException": 3, "AccessDeniedException": 4, "ThrottlingException": 4, "ServiceQuotaExceededException": 4}
 

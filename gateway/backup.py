@@ -1,0 +1,289 @@
+"""Backups of an instance: `torpor backup` and `torpor restore`.
+
+A backup is a directory, or a tar file of one: `backup.json`, `control/` (the store, keys), `tls/` (the authority), the settings,
+`manifests/`, and with `--data` `images/`, `sessions/` and `quarantine/`. It is made while the service runs. The store's copy is of one
+moment; a sleeping session's files belong to its row, because nothing happened to the session while they were copied, and each file is what
+its manifest says. A session that is awake has no files that could be copied: it is in the backup as its row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sqlite3
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from vmm import diffs
+from vmm.errors import VmmError
+
+from .config import ConfigError, Settings
+from .sessions import schema
+from .sessions.model import Image, Session
+from .sessions.states import State
+from .sessions.store import readable
+
+_VERSION = 1
+_STORE = "control/torpor.db"
+# What is small and cannot be made again: place in ROOT, and whether control owns it.
+_FILES = {
+    _STORE: True, "control/keys.json": True, "control/access-keys.json": True, "control/pager.key": True, "control/sessions.key": True,
+    "tls/ca.key": False, "tls/ca.crt": False,
+}  # fmt: skip
+_KEPT = ("torpor.toml", "edge-port")  # where the other root has its own, that one stays
+_DATA = ("images", "sessions", "quarantine")
+_TRIES = 3
+_MANIFEST = "backup.json"
+Say = Callable[[str], None]
+
+
+class BackupError(Exception):
+    """The backup or restore was not done; the text is one line that says why, and what to do."""
+
+
+class Contents(msgspec.Struct):
+    """backup.json. `files` has the SHA-256 of each small file, `sessions` what of each live session is in the backup: `files`, `archived`
+    (they are in the object store) or `row` (it was awake, or its files could not be read, or data was not asked for)."""
+
+    version: int
+    made_at: float
+    name: str
+    root: str
+    schema: int
+    has_data: bool
+    files: dict[str, str]
+    sessions: dict[str, str]
+    images: list[str]
+
+
+# ---- backup ----
+
+
+def backup(settings: Settings, target: Path, has_data: bool, say: Say) -> Contents:
+    """Makes a backup in `target`: a tar file where its name ends with .tar, else a directory. Raises BackupError, ConfigError, OSError."""
+    if target.exists():
+        raise BackupError(f"{target} is there already: name another place")
+    if not (settings.root / _STORE).exists():
+        raise BackupError(f"no instance at {settings.root}: name it with --root")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        contents = _fill(settings, work, has_data, say)
+        made = work
+        if target.suffix == ".tar":
+            made = work.with_name(f"{work.name}.tar")
+            _run("tar", "--create", "--sparse", "--numeric-owner", f"--file={made}", f"--directory={work}", ".")
+            made.chmod(0o600)
+        _run("sync", "--file-system", str(made))
+        os.rename(made, target)
+        _run("sync", "--file-system", str(target.parent))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        work.with_name(f"{work.name}.tar").unlink(missing_ok=True)
+    return contents
+
+
+def _fill(settings: Settings, work: Path, has_data: bool, say: Say) -> Contents:
+    root = settings.root
+    for directory in ("control", "tls", "manifests"):
+        (work / directory).mkdir(mode=0o700)
+    database = work / _STORE
+    with contextlib.closing(_connect(root / _STORE)) as live:
+        number = schema.check(live, root / _STORE)
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as copy:
+            live.backup(copy)  # one read transaction: of one moment
+            copy.execute("PRAGMA journal_mode=DELETE").fetchall()
+            found, _ = readable(copy, database)
+            sessions = [value for kind, _, value in found if kind == "sessions" and not value.state.is_ended]
+            images = [value for kind, _, value in found if kind == "images"]
+            for path in (*_FILES, *_KEPT):
+                if path != _STORE and (root / path).exists():
+                    _copy(root / path, work / path)
+            _manifests(root, work / "manifests")
+            keys = _images(settings, work, images, say) if has_data else []
+            saved = {session.id: "archived" if session.archived is not None else "row" for session in sessions}
+            if has_data:
+                saved |= {one.id: _session(settings, work, one, live, copy, say) for one in sessions if saved[one.id] == "row"}
+                for one in (path for name in _DATA for path in (root / name).glob("*")):
+                    if one.is_file() or one.parent.name == "quarantine":  # whose instance it is, and what was set aside
+                        _copy_tree(one, work / one.parent.name / one.name)
+    files = {path: _digest(work / path) for path in (*_FILES, *_KEPT) if (work / path).exists()}
+    contents = Contents(_VERSION, time.time(), settings.name, str(root), number, has_data, files, saved, keys)
+    (work / _MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(contents)))
+    return contents
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30, isolation_level=None)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BackupError(f"{command[0]}: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """With its owner and mode."""
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    shutil.copy2(source, target)
+    status = source.stat()
+    os.chown(target, status.st_uid, status.st_gid)
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    """Holes stay holes, and blocks are shared where the file system can. Raises BackupError, also for a file that went meanwhile."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _run("cp", "--archive", "--sparse=always", "--reflink=auto", str(source), str(target))
+
+
+def _manifests(root: Path, target: Path) -> None:
+    """What the images and snapshots there were made of: for who looks into a backup that has no data."""
+    for path in (*root.glob("images/*/manifest.json"), *root.glob("sessions/*/snapshot-*/snapshot.json")):
+        with contextlib.suppress(FileNotFoundError):  # it went meanwhile
+            _copy(path, target / path.relative_to(root))
+
+
+def _images(settings: Settings, work: Path, images: list[Image], say: Say) -> list[str]:
+    """An image is never changed: it is there whole, or is being deleted."""
+    copied = []
+    for version in (version for image in images for version in image.versions if version.state == "SUCCESSFUL"):
+        source = settings.images_dir / version.key
+        try:
+            _copy_tree(source, work / "images" / version.key)
+            copied.append(version.key)
+        except BackupError as error:
+            if source.exists():
+                raise
+            say(f"image {version.key} is not in the backup: {error}")
+    return copied
+
+
+def _session(settings: Settings, work: Path, known: Session, live: sqlite3.Connection, copy: sqlite3.Connection, say: Say) -> str:
+    """Copies the files of a session that sleeps, with the row that they belong to; returns what of it is in the backup."""
+    source, target = settings.sessions_dir / known.id, work / "sessions" / known.id
+    why = "it is awake: suspend it first"
+    for _ in range(_TRIES):
+        before = _state(live, known.id)
+        if before is None or before[0].state is not State.SUSPENDED or before[0].archived is not None:
+            break
+        try:
+            _copy_tree(source, target)
+            snapshot = target / f"snapshot-{before[0].incarnation}"
+            if not (target / "overlay").exists():
+                raise BackupError(f"{source} has no disk")
+            diffs.verify_all(snapshot, diffs.read_manifest(snapshot))
+        except (BackupError, VmmError) as error:
+            why = str(error)
+            continue
+        after = _state(live, known.id)
+        if after == before:
+            copy.execute(
+                "UPDATE sessions SET state = ?, body = ? WHERE id = ?", (before[0].state, msgspec.msgpack.encode(before[0]), known.id)
+            )
+            return "files"
+        why = "it was woken meanwhile"
+    shutil.rmtree(target, ignore_errors=True)
+    say(f"of {known.id} only the row is in the backup: {why}")
+    return "row"
+
+
+def _state(live: sqlite3.Connection, session: str) -> tuple[Session, int] | None:
+    """A session as it is now, and the number of the last thing that happened to it."""
+    row = live.execute(
+        "SELECT body, (SELECT coalesce(max(number), 0) FROM events WHERE subject = id) FROM sessions WHERE id = ?", (session,)
+    ).fetchone()
+    return (msgspec.msgpack.decode(row[0], type=Session), row[1]) if row is not None else None
+
+
+# ---- restore ----
+
+
+def restore(settings: Settings, source: Path, replaces: bool) -> tuple[Contents, Path | None]:
+    """Lays a backup out in ROOT, which no service may run over; returns what it had, and where to what it `replaces` was moved. The store
+    comes last: a restore that was ended in its middle leaves an instance that has none, and is done again. Raises BackupError, ConfigError,
+    OSError."""
+    root = settings.root
+    root.mkdir(parents=True, exist_ok=True)
+    work = root / "restore.new"
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        if source.is_dir():
+            _copy_tree(source, work)
+        else:
+            work.mkdir(mode=0o700)
+            _run("tar", "--extract", "--numeric-owner", "--same-owner", "--preserve-permissions", f"--file={source}", f"--directory={work}")
+        contents = _checked(source, work)
+        pieces = list(_pieces(work))
+        present = [piece for piece in pieces if os.path.lexists(root / piece) and piece not in _KEPT]
+        old = None
+        if present and not replaces:
+            raise BackupError(f"{root / present[0]} is there already: --replace moves it, and what else is in the way, aside")
+        if present:
+            old = root / f"replaced-{time.strftime('%Y%m%dT%H%M%S')}"
+            # The store first, with its log: what is left without it is no instance, and is not started.
+            for piece in (_STORE, f"{_STORE}-wal", f"{_STORE}-shm", *(one for one in present if one != _STORE)):
+                if os.path.lexists(root / piece):
+                    (old / piece).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                    os.rename(root / piece, old / piece)
+        _lay_out(settings, work, [piece for piece in pieces if not os.path.lexists(root / piece)])
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return contents, old
+
+
+def _checked(source: Path, work: Path) -> Contents:
+    try:
+        contents = msgspec.json.decode((work / _MANIFEST).read_bytes(), type=Contents)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise BackupError(f"{source} is no backup: {error}") from error
+    if contents.version != _VERSION:
+        raise BackupError(f"{source} is a backup of format {contents.version}, this version knows {_VERSION}: restore it with that version")
+    for path, digest in contents.files.items():
+        if not (work / path).exists() or _digest(work / path) != digest:
+            raise BackupError(f"{source} is damaged: {path} is not what was written")
+    if contents.schema > len(schema.MIGRATIONS):
+        raise ConfigError(f"{source} has schema {contents.schema}, this version of Torpor knows {len(schema.MIGRATIONS)}: use a newer one")
+    return contents
+
+
+def _pieces(work: Path) -> Iterator[str]:
+    """What is moved as one, the store last."""
+    for name in _DATA:
+        if (work / name).is_dir():
+            yield from sorted(str(path.relative_to(work)) for path in (work / name).iterdir())
+    for path in (*_KEPT, *(path for path in _FILES if path != _STORE), _STORE):
+        if (work / path).exists():
+            yield path
+
+
+def _lay_out(settings: Settings, work: Path, pieces: list[str]) -> None:
+    control = settings.users.control
+    for name in _DATA:
+        (settings.root / name).mkdir(mode=0o700, exist_ok=True)
+    for name, owner in (("control", control), ("tls", 0)):
+        (settings.root / name).mkdir(mode=0o700 if owner else 0o755, exist_ok=True)
+        os.chown(settings.root / name, owner, owner)
+    for piece in pieces:
+        if piece in _FILES:
+            owner = control if _FILES[piece] else 0
+            os.chown(work / piece, owner, owner)
+    _run("sync", "--file-system", str(work))
+    for piece in pieces:
+        if piece == _STORE:
+            _run("sync", "--file-system", str(settings.root))
+        os.rename(work / piece, settings.root / piece)
+    _run("sync", "--file-system", str(settings.root))

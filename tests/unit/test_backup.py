@@ -1,0 +1,272 @@
+"""Backups: of one moment though the service runs, laid out on another root, and nothing there is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+import stat
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from test_snapshots import save
+
+from gateway import backup as module
+from gateway.backup import BackupError, backup, restore
+from gateway.config import ConfigError, Settings
+from gateway.sessions import store as storing
+from gateway.sessions.model import Archived, Build, Image, Session, Version
+from gateway.sessions.states import State
+from gateway.sessions.store import Store
+from vmm import diffs
+from vmm.snapshots import Snapshots
+
+ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a"
+KEYS = ("keys.json", "access-keys.json", "pager.key", "sessions.key")
+
+
+class Instance:
+    """An instance's files, as its service writes them."""
+
+    def __init__(self, root: Path) -> None:
+        self.settings = Settings(root=root, run=root / "run")
+        for path in (self.settings.control_dir, self.settings.sessions_dir, self.settings.images_dir, self.settings.tls_dir):
+            path.mkdir(parents=True)
+        for name in KEYS:
+            (self.settings.control_dir / name).write_text(f"{name} is secret")
+        for path in (self.settings.tls_dir / "ca.key", self.settings.tls_dir / "ca.crt", root / "edge-port", root / "torpor.toml"):
+            path.write_text("")
+        (self.settings.images_dir / "key-1.0").mkdir()
+        (self.settings.images_dir / "key-1.0/manifest.json").write_text("{}")
+        (self.settings.images_dir / "instance").write_text("whose they are")
+        with (self.settings.images_dir / "key-1.0/disk.raw").open("wb") as file:
+            file.truncate(64 << 20)  # a hole
+        self.store = Store(self.settings.control_dir / "torpor.db")
+
+    async def start(self) -> None:
+        await self.store.open()
+        version = Version(ARN, "1.0", {}, 1.0, 1.0, "SUCCESSFUL", key="key-1.0", build=Build("b"))
+        self.store.put_image(Image("i", ARN, "a", 1.0, 1.0, "CREATED", versions=[version]))
+        self.files("asleep", 1)
+        self.files("awake", 1)
+        for name, state, archived in (
+            ("asleep", State.SUSPENDED, None), ("awake", State.RUNNING, None), ("away", State.SUSPENDED, Archived("key", 1, "d")),
+            ("ended", State.TERMINATED, None),
+        ):  # fmt: skip
+            self.store.put_session(Session(name, f"{name}.host", ARN, "1.0", "key-1.0", 512, 1.0, 3600, state, 1, archived=archived))
+            self.store.add_event(name, "moved", "", state, 1)
+        await self.store.commit()
+
+    def files(self, name: str, incarnation: int) -> None:
+        directory = self.settings.sessions_dir / name
+        (self.settings.sessions_dir / "microvm-1").mkdir()
+        (self.settings.sessions_dir / "microvm-1/overlay").write_text(f"the disk of {name} {incarnation}")
+        save(Snapshots(self.settings.sessions_dir), incarnation, [], [1, 2, 3])
+        shutil.rmtree(directory, ignore_errors=True)
+        (self.settings.sessions_dir / "microvm-1").rename(directory)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync waits for all that the machine writes."""
+    run = module._run
+    monkeypatch.setattr(module, "_run", lambda *command: run(*command) if command[0] != "sync" else None)
+    monkeypatch.setattr(storing, "_ROOM_BYTES", 4096)
+
+
+@pytest.fixture
+async def instance(tmp_path: Path) -> AsyncIterator[Instance]:
+    one = Instance(tmp_path / "root")
+    await one.start()
+    yield one
+    await one.store.close()
+
+
+def other(tmp_path: Path) -> Settings:
+    return Settings(root=tmp_path / "other", run=tmp_path / "other/run")
+
+
+async def opened(settings: Settings) -> Store:
+    store = Store(settings.control_dir / "torpor.db")
+    await store.open()
+    await store.close()
+    return store
+
+
+@pytest.mark.parametrize("name", ["backup", "backup.tar"])
+async def test_a_restore_on_another_root_is_the_same_instance(instance: Instance, tmp_path: Path, name: str) -> None:
+    said: list[str] = []
+    made = backup(instance.settings, tmp_path / name, True, said.append)
+    assert made.sessions == {"asleep": "files", "awake": "row", "away": "archived"} and made.images == ["key-1.0"]
+    assert said == ["of awake only the row is in the backup: it is awake: suspend it first"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, "root"]
+    settings = other(tmp_path)
+    _, old = restore(settings, tmp_path / name, False)
+    assert old is None and not (settings.root / "restore.new").exists()
+    store = await opened(settings)
+    assert store.sessions == instance.store.sessions and store.images == instance.store.images
+    snapshot = settings.sessions_dir / "asleep/snapshot-1"
+    diffs.verify_all(snapshot, diffs.read_manifest(snapshot))
+    assert (settings.sessions_dir / "asleep/overlay").read_text() == "the disk of asleep 1"
+    assert not (settings.sessions_dir / "awake").exists() and (settings.images_dir / "instance").exists()
+    disk = (settings.images_dir / "key-1.0/disk.raw").stat()
+    assert disk.st_size == 64 << 20 and disk.st_blocks < 100
+    for key in KEYS:
+        path = settings.control_dir / key
+        assert path.read_text() == f"{key} is secret"
+        if not os.geteuid():
+            assert path.stat().st_uid == settings.users.control
+    assert stat.S_IMODE(settings.control_dir.stat().st_mode) == 0o700 and (settings.root / "edge-port").exists()
+
+
+async def test_without_data_it_is_the_store_and_the_keys(instance: Instance, tmp_path: Path) -> None:
+    made = backup(instance.settings, tmp_path / "backup", False, lambda text: None)
+    assert made.sessions == {"asleep": "row", "awake": "row", "away": "archived"}
+    assert sorted(path.name for path in (tmp_path / "backup").iterdir()) == [
+        "backup.json", "control", "edge-port", "manifests", "tls", "torpor.toml",
+    ]  # fmt: skip
+    assert (tmp_path / "backup/manifests/sessions/asleep/snapshot-1/snapshot.json").exists()
+    assert stat.S_IMODE((tmp_path / "backup").stat().st_mode) == 0o700
+    # The disks are still there: the store comes back beside them.
+    await instance.store.close()
+    for path in instance.settings.control_dir.iterdir():
+        path.unlink()
+    restore(instance.settings, tmp_path / "backup", True)
+    assert (await opened(instance.settings)).sessions == instance.store.sessions
+    assert (instance.settings.sessions_dir / "asleep/overlay").exists()
+
+
+async def test_files_and_row_belong_together_though_the_session_wakes_and_sleeps_meanwhile(
+    instance: Instance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, copy = 0, module._copy_tree
+
+    def moving(source: Path, target: Path) -> None:
+        nonlocal copied
+        copy(source, target)
+        if source.name == "asleep" and not copied:
+            copied += 1
+            with contextlib.closing(sqlite3.connect(instance.settings.control_dir / "torpor.db", isolation_level=None)) as live:
+                ((body,),) = live.execute("SELECT body FROM sessions WHERE id = 'asleep'")
+                one = msgspec.msgpack.decode(body, type=Session)
+                one.incarnation = 2
+                live.execute("UPDATE sessions SET body = ? WHERE id = 'asleep'", (msgspec.msgpack.encode(one),))
+            instance.files("asleep", 2)
+
+    monkeypatch.setattr(module, "_copy_tree", moving)
+    made = backup(instance.settings, tmp_path / "backup", True, lambda text: None)
+    assert copied == 1 and made.sessions["asleep"] == "files"
+    settings = other(tmp_path)
+    restore(settings, tmp_path / "backup", False)
+    assert (await opened(settings)).sessions["asleep"].incarnation == 2
+    assert (settings.sessions_dir / "asleep/overlay").read_text() == "the disk of asleep 2"
+    assert sorted(os.listdir(settings.sessions_dir / "asleep")) == ["overlay", "snapshot-2"]
+
+
+async def test_of_a_session_that_is_damaged_only_the_row_is_kept(instance: Instance, tmp_path: Path) -> None:
+    (instance.settings.sessions_dir / "asleep/snapshot-1/1.pages").write_bytes(b"damaged")
+    said: list[str] = []
+    made = backup(instance.settings, tmp_path / "backup", True, said.append)
+    assert made.sessions["asleep"] == "row" and any("1.pages is damaged" in text for text in said)
+    assert not (tmp_path / "backup/sessions/asleep").exists()
+
+
+async def test_what_is_there_is_refused_or_moved_aside_and_never_gone(instance: Instance, tmp_path: Path) -> None:
+    backup(instance.settings, tmp_path / "backup", True, lambda text: None)
+    settings = other(tmp_path)
+    restore(settings, tmp_path / "backup", False)
+    (settings.control_dir / "keys.json").write_text("of the other one")
+    (settings.sessions_dir / "asleep/overlay").write_text("of the other one")
+    with pytest.raises(BackupError, match="is there already: --replace moves it"):
+        restore(settings, tmp_path / "backup", False)
+    assert (settings.control_dir / "keys.json").read_text() == "of the other one"
+    _, old = restore(settings, tmp_path / "backup", True)
+    assert (
+        old is not None and (old / "control/keys.json").read_text() == (old / "sessions/asleep/overlay").read_text() == "of the other one"
+    )
+    assert (settings.control_dir / "keys.json").read_text() == "keys.json is secret"
+    assert (await opened(settings)).sessions == instance.store.sessions
+
+
+async def test_a_restore_that_is_ended_at_any_step_is_done_again(
+    instance: Instance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    backup(instance.settings, tmp_path / "backup", True, lambda text: None)
+    rename = os.rename
+
+    class Ended(BaseException): ...
+
+    def run(steps: int) -> bool:
+        """Whether it was ended, at that step."""
+        settings, left = Settings(root=tmp_path / f"r{steps}", run=tmp_path / "run"), steps
+
+        def ending(*arguments: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Ended
+            rename(*arguments)
+
+        monkeypatch.setattr(module.os, "rename", ending)
+        try:
+            restore(settings, tmp_path / "backup", False)
+        except Ended:
+            assert not (settings.control_dir / "torpor.db").exists(), "the store is the last"
+            return True
+        finally:
+            monkeypatch.setattr(module.os, "rename", rename)
+        return False
+
+    steps = 0
+    while run(steps):
+        settings = Settings(root=tmp_path / f"r{steps}", run=tmp_path / "run")
+        restore(settings, tmp_path / "backup", True)
+        assert (await opened(settings)).sessions == instance.store.sessions and (settings.sessions_dir / "asleep/overlay").exists()
+        steps += 1
+    assert steps > 8
+
+
+def _edit(backup: Path, **members: Any) -> None:
+    path = backup / "backup.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | members))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda backup: (backup / "control/keys.json").write_text("x"), r"is damaged: control/keys\.json is not what was written"),
+        (lambda backup: (backup / "backup.json").write_text("x"), "is no backup"),
+        (lambda backup: (backup / "backup.json").unlink(), "is no backup"),
+        (lambda backup: _edit(backup, version=9), "is a backup of format 9"),
+        (lambda backup: _edit(backup, schema=99), "has schema 99"),
+    ],
+)
+async def test_what_is_no_backup_of_ours_changes_nothing(
+    instance: Instance, tmp_path: Path, change: Callable[[Path], None], text: str
+) -> None:  # fmt: skip
+    backup(instance.settings, tmp_path / "backup", False, lambda text: None)
+    change(tmp_path / "backup")
+    with pytest.raises((BackupError, ConfigError), match=text):
+        restore(instance.settings, tmp_path / "backup", True)
+    assert (instance.settings.control_dir / "keys.json").read_text() == "keys.json is secret"
+    assert not list(instance.settings.root.glob("replaced-*")) and not (instance.settings.root / "restore.new").exists()
+
+
+async def test_a_backup_that_cannot_be_finished_leaves_nothing(instance: Instance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_manifests", full)
+    for name in ("backup", "backup.tar"):
+        with pytest.raises(OSError, match="No space"):
+            backup(instance.settings, tmp_path / name, True, lambda text: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["root"]
+    with pytest.raises(BackupError, match="there already"):
+        backup(instance.settings, tmp_path / "root", True, lambda text: None)
+    with pytest.raises(BackupError, match="no instance at"):
+        backup(other(tmp_path), tmp_path / "backup", True, lambda text: None)
