@@ -277,7 +277,7 @@ class Control:
 
     async def rotate_keys(self) -> None:
         """Makes a new key for tokens when the newest is old, and sends the workers what checks them."""
-        if self.minter.rotate_if_due():
+        if await executors.LATENCY.run(self.minter.rotate_if_due):
             self.routes.publish_keys(self.minter.verifiers())
 
 

@@ -44,7 +44,9 @@ class Quarantine:
             self._write(source / _REASON, record)
         except OSError as error:  # a full disk keeps nothing from being set aside
             log.error("quarantine.reason_not_written", session=request.session, reason=request.reason, error=str(error))
-        self._directory.mkdir(mode=0o700, exist_ok=True)
+        if not self._directory.exists():
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            sync([self._directory.parent])
         if target.exists():  # an earlier one of this name, which recovery did not take
             os.rename(target, target.with_name(f"{target.name}.{time.time_ns()}"))
         _move(source, target)
@@ -114,7 +116,8 @@ def _move(source: Path, target: Path) -> None:
         os.rename(half, target)
         sync([target.parent])
         shutil.rmtree(source, ignore_errors=True)
-    sync([source.parent, target.parent])
+    sync([target.parent])  # before the old name goes for certain
+    sync([source.parent])
 
 
 def _copy(source: str, target: str) -> None:

@@ -183,11 +183,12 @@ class Trail:
             self._is_synced = True
             os.fsync(self._file)
             if full or not self._is_named:
-                directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    os.fsync(directory)
-                finally:
-                    os.close(directory)
+                for path in (self._path.parent, self._path.parent.parent):  # that one had the directory's own name put into it
+                    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                    try:
+                        os.fsync(directory)
+                    finally:
+                        os.close(directory)
                 self._is_named = True
 
     def close(self) -> None:

@@ -109,6 +109,7 @@ class LogStore:
         self._lock = threading.Lock()  # of what waits
         self._disk = threading.RLock()  # of the files
         self._tails: dict[Name, _Segment] = {}
+        self._named: set[Path] = set()  # groups whose directories' names were synced
         self._torn: set[Name] = set()  # streams whose last line is not written whole, and waits
         self._wake: asyncio.Event | None = None
         self._threads = Pool("logs", 1, _SECONDS)
@@ -259,13 +260,16 @@ class LogStore:
     def sync(self, account: str, group: str, stream: str) -> None:
         """Has what was written of a stream outlive a power cut; blocking. Raises OSError."""
         paths = [segment.path for segment in self._segments((account, group, stream))[-2:]]
-        for path in (*paths, *{path.parent for path in paths}):
+        group_directory = self._group(account, group)
+        above = () if group_directory in self._named else (group_directory.parent, self._directory, self._directory.parent)
+        for path in (*paths, group_directory, *above):
             with contextlib.suppress(FileNotFoundError):
                 file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     os.fsync(file)
                 finally:
                     os.close(file)
+        self._named.add(group_directory)
 
     # ---- reading: all of it blocks ----
 
@@ -401,6 +405,7 @@ class LogStore:
                 segment.path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # others are left in it
                 self._group(name[0], name[1]).rmdir()
+                self._named.discard(self._group(name[0], name[1]))
 
 
 def _suffix(start: int) -> str:

@@ -308,5 +308,7 @@ def test_lines_are_on_the_disk_before_their_offset_counts_as_sent(tmp_path: Path
     monkeypatch.setattr(os, "fsync", lambda file: (order.append("sync"), sync(file)))
     monkeypatch.setattr(shipper._sent, "put", lambda *arguments: (order.append("cursor"), put(*arguments)))
     assert shipper.ship(NAME)
-    assert order == ["sync", "sync", "cursor"]
+    assert order == ["sync"] * 5 + ["cursor"], "the file, and the directories down to it"
+    append(store, 2)
+    assert shipper.ship(NAME) and order[6:] == ["sync", "sync", "cursor"]
     assert shipping.Cursors is Cursors
