@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gateway import messages as m
+from gateway.executors import seconds_for
 from gateway.observe.room import disk_free_bytes, inodes_free, memory_available_bytes
 from gateway.rpc import Client, RpcError, RpcLost
 
@@ -204,8 +205,10 @@ class Host:
     async def give_disk(self, session: str, image: str) -> None:
         await self._client.call("give_disk", m.BootedRequest(session, image), timeout=_SEAL_SECONDS)
 
-    async def seal(self, session: str, image: str) -> m.Sealed:
-        return await self._client.call("seal", m.BootedRequest(session, image), m.Sealed, timeout=_SEAL_SECONDS)  # type: ignore[no-any-return]
+    async def seal(self, session: str, image: str, memory_mib: int) -> m.Sealed:
+        """Stores a booted machine, whose memory is written."""
+        seconds = seconds_for(memory_mib << 20, _SEAL_SECONDS)
+        return await self._client.call("seal", m.BootedRequest(session, image), m.Sealed, timeout=seconds)  # type: ignore[no-any-return]
 
     async def image_delete(self, image: str) -> None:
         await self._client.call("image_delete", m.ImageName(image), timeout=_DELETE_SECONDS)

@@ -214,3 +214,17 @@ async def test_a_full_disk_is_said_in_whatever_phase(tmp_path: Path, monkeypatch
     with pytest.raises(BuildFailed) as raised:
         await one.pipeline.run(one.job)
     assert raised.value.code == code
+
+
+async def test_the_deadline_of_a_seal_grows_with_the_memory_that_is_written(tmp_path: Path) -> None:
+    """On a slow disk the image of a large guest was given up, while it was being written."""
+    asked: list[float] = []
+
+    class Client:
+        async def call(self, method: str, body: object, kind: object, timeout: float) -> None:
+            asked.append(timeout)
+
+    one = host_module.Host(Client(), tmp_path)  # type: ignore[arg-type]
+    for memory_mib in (2048, 16384):
+        await one.seal("s", "i", memory_mib)
+    assert asked[0] > 2048 / 10 and asked[1] > 16384 / 10
