@@ -258,7 +258,6 @@ class Builder:
             (self._directory / name).mkdir(parents=True, exist_ok=True)
         for entry in (*(self._directory / "work").iterdir(), *(self._directory / name for name in _OLD)):
             shutil.rmtree(entry, ignore_errors=True)
-        self._stores.drop_unused(self._settings.cache_days, set())
         build_mirrors.prepare(self._lent)
         self._trust()
 
