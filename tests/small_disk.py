@@ -34,11 +34,12 @@ def small_disk(size: int) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Takes all that is left; returns what is to be removed."""
+    """Takes all that is left, at once; returns what is to be removed."""
     filler = disk / "filler"
-    for size in (1 << 22, 1 << 16, 1 << 12, 512):
-        with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(b"x" * size)
+    with filler.open("ab") as file:
+        for size in (1 << 28, 1 << 24, 1 << 20, 1 << 16, 1 << 12):
+            with contextlib.suppress(OSError):
+                while True:
+                    os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, size)
     assert os.statvfs(disk).f_bavail < 16
     return filler
