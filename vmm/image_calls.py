@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 from pathlib import Path
 
+from gateway import executors
 from gateway import messages as m
 from gateway.rpc import Connection, Reply
 
 from . import disks, sandboxes
 from .daemon import Vmm
 from .driver import Machine
+from .errors import explained
 
 
 class ImageCalls:
@@ -71,10 +72,24 @@ class ImageCalls:
         return sealed
 
     async def rpc_image_delete(self, connection: Connection, body: m.ImageName) -> None:
+        """What is gone already is no error; what cannot be removed is one, and may be asked for again."""
         image = self._directory / body.image
         await self._vmm.standbys.forget(image)
         for path in (image, self._making(body.image)):
-            await asyncio.to_thread(shutil.rmtree, path, True)
+            try:
+                await executors.BULK.run(_remove, path)
+            except OSError as error:
+                raise explained(error, f"image {body.image} could not be removed: {error}") from error
 
     def _making(self, image: str) -> Path:
         return self._directory / f".{image}"
+
+
+def _remove(path: Path) -> None:
+    """Raises OSError."""
+
+    def failed(work: object, name: str, error: tuple[type[BaseException], BaseException, object]) -> None:
+        if not isinstance(error[1], FileNotFoundError):
+            raise error[1]
+
+    shutil.rmtree(path, onerror=failed)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +19,14 @@ from gateway.config import Settings
 from gateway.images import pipeline, registry
 from gateway.images.pipeline import Job, Pipeline
 from gateway.images.registry import INTERRUPTED, Registry
+from gateway.messages import ImageName
 from gateway.sessions import store as store_module
 from gateway.sessions.host import RpcError, RpcLost
 from gateway.sessions.logs import LineWriter, LogStore
 from gateway.sessions.model import Build, Image, Version
 from gateway.sessions.store import Store, StoreError
+from vmm.errors import Unavailable
+from vmm.image_calls import ImageCalls
 
 ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a"
 REQUEST = {"resources": [{"minimumMemoryInMiB": 512}]}
@@ -331,3 +336,31 @@ async def test_an_image_is_not_deleted_by_a_host_that_stays_away(tmp_path: Path,
     with pytest.raises(RpcLost):
         await one.delete("k")
     await one.delete("k")
+
+
+# ---- an image's files ----
+
+
+class Standbys:
+    async def forget(self, image: Path) -> None:
+        pass
+
+
+async def test_an_image_whose_files_stay_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever went wrong with that was no error: the image was gone, and its gigabytes were not."""
+    for name in ("k", ".k"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "memory.raw").touch()
+    vmm = SimpleNamespace(settings=SimpleNamespace(images_dir=tmp_path), standbys=Standbys())
+    calls, unlink = ImageCalls(vmm), os.unlink  # type: ignore[arg-type]
+
+    def fails(path: Any, **more: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(os, "unlink", fails)
+    with pytest.raises(Unavailable, match=r"image k could not be removed: .*Input/output error"):
+        await calls.rpc_image_delete(None, ImageName("k"))  # type: ignore[arg-type]
+    monkeypatch.setattr(os, "unlink", unlink)
+    for _ in range(2):
+        await calls.rpc_image_delete(None, ImageName("k"))  # type: ignore[arg-type]
+        assert not list(tmp_path.iterdir())
