@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from gateway.observe.room import disk_free_bytes
 
 from . import build_mirrors
 from .cgroups import Cgroups, Limits
+from .egress import CLOSED, addresses_here, networks_here
 from .errors import Missing, Unavailable, VmmError, not_written
 from .making import key_at
 from .namespaces import destroy_namespace, make_namespace, run_batch
@@ -50,7 +52,6 @@ _CONFIG_BYTES = 4 << 20  # of an image's configuration: variables and commands, 
 _ENDED_KEPT = 64  # whose results nobody has collected
 _RECENT_SECONDS = 60.0  # a store that was opened so lately is about to be used
 _DNS = "10.0.2.3"
-_CLOSED = "10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, 169.254.0.0/16, 100.64.0.0/10, 127.0.0.0/8, 224.0.0.0/3"
 RANGE = 1 << 20  # ids of one account's builds: an image's own, and after them those that it names beyond
 _SINGLE = 256  # of them, for ids that an image names beyond; the kernel takes 340 lines (user_namespaces(7))
 _WHOLE = RANGE - _SINGLE  # the first id that an image's own do not reach; the kernel takes none twice
@@ -206,6 +207,16 @@ def id_maps(option: str, first: int, single: list[int]) -> str:
     """Arguments of unshare(1): an image's ids up to a million and some, then each of the single ones."""
     maps = [f"--{option}=0:{first}:{_WHOLE}", *(f"--{option}={user}:{first + _WHOLE + number}:1" for number, user in enumerate(single))]
     return " ".join(maps)
+
+
+def network_rules(allowed: Collection[str], closed: Collection[str]) -> str:
+    """For nft: what a build reaches. `closed` may overlap, which nft's sets may not."""
+    merged = ipaddress.collapse_addresses(ipaddress.IPv4Network(one) for one in closed)
+    return (
+        "table inet build {\nchain out {\ntype filter hook output priority 0;\n"
+        f"oif lo accept\nip daddr {{ {', '.join(sorted(allowed))} }} accept\n"
+        f"ip daddr {{ {', '.join(map(str, merged))} }} reject\nmeta nfproto ipv6 reject\n}}\n}}\n"
+    )
 
 
 def source_policy(base_names: tuple[str, ...], pull: bool) -> dict[str, object]:
@@ -462,11 +473,8 @@ class Builder:
         for name in {*build_mirrors.mirror_hosts(self._lent), *registries}:
             with contextlib.suppress(OSError):
                 allowed |= {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET)}
-        rules = (
-            "table inet build {\nchain out {\ntype filter hook output priority 0;\n"
-            f"oif lo accept\nip daddr {{ {', '.join(sorted(allowed))} }} accept\n"
-            f"ip daddr {{ {_CLOSED} }} reject\nmeta nfproto ipv6 reject\n}}\n}}\n"
-        )
+        own = [address for found in addresses_here().values() for address in found]
+        rules = network_rules(allowed, [*CLOSED, *networks_here(), *own])
         subprocess.run(
             ["nsenter", f"--net={namespace}", "nft", "-f", "-"], input=rules.encode(), check=True, capture_output=True, timeout=20
         )

@@ -170,7 +170,7 @@ class Uplink:
             if self.path.exists():  # left by a daemon with other settings
                 self.remove()
             return
-        addresses = inside(self._outside, _addresses)
+        addresses = inside(self._outside, addresses_here)
         standing = self._standing(addresses)
         if standing is None:
             self.remove()
@@ -200,7 +200,7 @@ class Uplink:
         """Learns the host's networks, also where their addresses are public. Returns whether they have changed. Raises OSError."""
         if not self.is_open:
             return False
-        networks = [network for network, device in inside(self._outside, _networks).items() if device != self.device]
+        networks = [network for network, device in inside(self._outside, networks_here).items() if device != self.device]
         before, self._local = self._local, [one for one in sorted(networks) if not any(_within(one, closed) for closed in CLOSED)]
         return self._local != before
 
@@ -208,7 +208,7 @@ class Uplink:
         """In the uplink namespace: links that live on keep their addresses; veths of others may have stayed, where somebody holds a socket
         in their namespaces."""
         left = ""
-        for device, addresses in _addresses().items():
+        for device, addresses in addresses_here().items():
             name = device.removeprefix(_LINK)
             if name == device:
                 continue
@@ -254,7 +254,7 @@ class Uplink:
     def _standing(self, addresses: Mapping[str, Sequence[str]]) -> int | None:
         """The pair of a veth that an earlier daemon made and that is whole."""
         try:
-            own = inside(self.path, _addresses).get(_WAN, [])
+            own = inside(self.path, addresses_here).get(_WAN, [])
         except OSError:
             return None
         for address in addresses.get(self.device, []):
@@ -267,7 +267,7 @@ class Uplink:
         """By the instance's name, so that instances on one host seldom meet, and stepping aside where they do, and where the host has
         networks. Raises OSError."""
         used = {address for found in addresses.values() for address in found}
-        networks = [ipaddress.IPv4Network(network) for network in inside(self._outside, _networks)]
+        networks = [ipaddress.IPv4Network(network) for network in inside(self._outside, networks_here)]
         near = [network for network in networks if network.overlaps(self._pool)]
         for step in range(self._pairs):
             ends = self._ends_of(pair := (self._hash + step) % self._pairs)
@@ -315,13 +315,13 @@ def _inner_setup(device: str, ends: Ends) -> str:
     return f"addr add {ends.inner}/31 dev {device}\nlink set {device} up\nroute add default via {ends.outer}\n"
 
 
-def _addresses() -> dict[str, list[str]]:
+def addresses_here() -> dict[str, list[str]]:
     """The IPv4 addresses of the devices that are up in the calling thread's namespace. Raises OSError."""
     devices = _read("ip", "-j", "-4", "address", "show", "up")
     return {one["ifname"]: [address["local"] for address in one["addr_info"]] for one in devices if one}
 
 
-def _networks() -> dict[str, str]:
+def networks_here() -> dict[str, str]:
     """The directly connected networks of the calling thread's namespace, with their devices (proc(5), /proc/net/route). Raises OSError."""
     found = {}
     for line in Path("/proc/thread-self/net/route").read_text(encoding="ascii").splitlines()[1:]:

@@ -42,6 +42,10 @@ _HINTS = (
         lambda match: f"an owner is too large: {_OWNERS}",
     ),
     (
+        re.compile(r"Could not allocate (?:block|inode)[^\n]* in ext2 filesystem"),
+        lambda match: "the image's files do not fit the MicroVM's disk: 8 GiB, or 16 and 32 with resources of 4096 and 8192 MiB",
+    ),
+    (
         re.compile(r'exec: "git": executable file not found'),
         lambda match: "ADD and COPY take no git repositories here: RUN git clone in a stage, or put the files into the artifact",
     ),

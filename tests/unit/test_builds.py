@@ -20,8 +20,9 @@ import pytest
 from gateway import executors
 from gateway.messages import BuildRequest, BuildResult
 from vmm import build_mirrors, builds
-from vmm.builds import RANGE, Builder, BuildSettings, Stores, _Child, canonical, id_maps, source_policy
+from vmm.builds import RANGE, Builder, BuildSettings, Stores, _Child, canonical, id_maps, network_rules, source_policy
 from vmm.cgroups import Cgroups
+from vmm.egress import CLOSED
 from vmm.errors import DiskFull, Missing, Unavailable, VmmError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="stores have owners")
@@ -133,6 +134,18 @@ def test_an_account_is_no_path(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_names_are_completed_as_docker_does(name: str, full: str) -> None:
     assert canonical(name) == full
+
+
+def test_a_build_reaches_neither_the_host_nor_its_neighbours_where_these_have_public_addresses() -> None:
+    """Microvms' list had more than builds', and neither had the host's own addresses. Sets of nft take no ranges that overlap."""
+    rules = network_rules({"10.0.2.3", "10.7.0.1"}, [*CLOSED, "10.7.0.0/16", "203.0.113.0/24", "203.0.113.9", "198.51.100.7"])
+    accepted, rejected = (
+        line.partition("{ ")[2].partition(" }")[0].split(", ") for line in rules.splitlines() if line.startswith("ip daddr")
+    )
+    assert accepted == ["10.0.2.3", "10.7.0.1"]
+    assert {"203.0.113.0/24", "198.51.100.7/32", "192.0.0.0/24", "198.18.0.0/15", "0.0.0.0/8"} <= set(rejected)
+    assert rejected.count("10.0.0.0/8") == 1 and "10.7.0.0/16" not in rejected and "203.0.113.9/32" not in rejected
+    assert rules.index(" accept\nip daddr { 0.") > 0, "what is lent comes first"
 
 
 def test_every_tag_and_digest_is_converted_and_nothing_else() -> None:

@@ -186,6 +186,7 @@ def test_bytes_that_are_no_text_stay() -> None:
         ("dockerfile parse error on line 2: unknown flag: nonsense", "--nonsense is no flag that BuildKit 0.13 knows"),
         ("lchown /var/lib/docker/x/merged/y: invalid argument", "ids up to 1000000 can own files"),
         ("unable to setup user: invalid argument", "a step's USER is too large"),
+        ('__populate_fs: Could not allocate block in ext2 filesystem while writing file "x"', "the image's files do not fit the MicroVM's disk: 8 GiB"),
         ("tar: f: Cannot change ownership to uid 2000000, gid 0: Invalid argument", "an owner is too large"),
         ('git error: exec: "git": executable file not found in $PATH', "RUN git clone"),
     ],
