@@ -69,8 +69,15 @@ class Routes:
     def add_worker(self, connection: Connection, name: str) -> Table:
         self._workers[connection] = name
         self._joined.set()
-        connection.closed.add_done_callback(lambda _: self._workers.pop(connection, None))
+        connection.closed.add_done_callback(lambda _: self._left(connection))
         return self.table()
+
+    def _left(self, connection: Connection) -> None:
+        self._workers.pop(connection, None)
+        for session, holders in list(self._holders.items()):
+            holders.discard(connection)
+            if not holders:
+                del self._holders[session]
 
     def find(self, endpoint: str) -> Route | None:
         return self._routes.get(endpoint)

@@ -85,3 +85,16 @@ async def test_a_microvm_that_nobody_waits_for_is_everybodys_at_once(table: tupl
     one.state = State.RUNNING
     routes.publish(one)
     assert holder.heard == other.heard == [(1, "open", True)]
+
+
+async def test_nothing_is_kept_of_a_worker_that_went(table: tuple[Routes, Worker, Worker, Session]) -> None:
+    """Of each that was replaced while it held requests, its connection once stayed for as long as the session slept."""
+    routes, holder, other, one = table
+    routes.holds(holder, one)  # type: ignore[arg-type]
+    routes.holds(other, one)  # type: ignore[arg-type]
+    holder.closed.set_result(None)
+    await turns()
+    assert routes._holders == {"s1": {other}} and list(routes._workers) == [other]
+    other.closed.set_result(None)
+    await turns()
+    assert not routes._holders and not routes._workers

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service import Instance, served
+from service import BIN, Instance, served
 from wire import get
 
 pytestmark = pytest.mark.vm
@@ -21,9 +21,13 @@ def test_a_restored_sleeper_wakes_on_another_root(instance: Instance, vm: dict[s
     said = instance.command("torpor", "backup", "--data", str(target)).stdout
     assert "1 with their files" in said, said
     other = Instance("restored", 1_000_000)
-    other.root.mkdir()
-    (other.root / "edge-port").write_text(str(other.edge_port))  # the first one's is taken here
-    other.command("torpor", "restore", str(target))
+    try:
+        other.root.mkdir()
+        (other.root / "edge-port").write_text(str(other.edge_port))  # the first one's is taken here
+        other.command(str(BIN / "torpor"), "restore", str(target))
+    except BaseException:
+        other.remove()
+        raise
     with served(other):
         endpoint = other.describe(identifier)["endpoint"]
         assert get(endpoint, other.root / "tls/ca.crt", token).json()["counter"] == 2, "the token's key came along"

@@ -91,10 +91,9 @@ class RouteTable:
             self.change(route)
 
     def account(self, session: str) -> Account:
+        """Returns the activity of a session; of one that has no route, that there was none: nothing is kept of it."""
         account = self._accounts.get(session)
-        if account is None:
-            account = self._accounts[session] = Account()
-        return account
+        return account if account is not None else Account()
 
     def change(self, route: Route) -> None:
         """Applies one route; control sends them in the order in which they came to be (gateway/sessions/routes.py)."""
@@ -108,7 +107,8 @@ class RouteTable:
                 self._accounts.pop(old.session, None)
                 self._awake.pop(old.session, None)
         elif entry is None:
-            entry = self._entries[route.endpoint] = RouteEntry(route, self.account(route.session), self._clock())
+            account = self._accounts[route.session] = self.account(route.session)
+            entry = self._entries[route.endpoint] = RouteEntry(route, account, self._clock())
             bounds = bounds_of(self._settings, route.baseline_mib)
             if bounds is not None:
                 entry.limiter = Limiter(bounds, self._clock)
