@@ -303,11 +303,11 @@ class PackingHost:
     def __init__(self) -> None:
         self.unpacked: list[bytes] = []
 
-    async def pack(self, session: str, incarnation: int, target: int) -> m.Packed:
+    async def pack(self, session: str, incarnation: int, target: int, size: int) -> m.Packed:
         os.write(target, b"files of " + session.encode())
         return m.Packed(11, hashlib.sha256(b"files of s1").hexdigest())
 
-    async def unpack(self, session: str, digest: str, source: int) -> None:
+    async def unpack(self, session: str, digest: str, source: int, size: int) -> None:
         self.unpacked.append(os.pread(source, 1000, 0))
 
 
