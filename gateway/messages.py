@@ -190,7 +190,7 @@ class QuarantineName(msgspec.Struct):
 
 class Quarantined(msgspec.Struct):
     """A session whose files were set aside, `at` in seconds since the epoch, and the bytes that they take on the disk. `snapshot`: the
-    incarnation whose snapshot is among them, 0 where there is none."""
+    incarnation whose snapshot is among them, 0 where there is none. `is_disk_as_saved`: nothing was written to the disk since."""
 
     session: str
     incarnation: int
@@ -199,6 +199,7 @@ class Quarantined(msgspec.Struct):
     at: float
     bytes: int = 0
     snapshot: int = 0
+    is_disk_as_saved: bool = False
 
 
 class Marks(msgspec.Struct):

@@ -71,12 +71,16 @@ def rows(settings: config.Settings) -> list[tuple[str, bool, str]]:
     listed = [("quarantine", not full, f"{len(found)} set aside, {size >> 20} of {settings.quarantine.mib} MiB{full}")]
     for one in found:
         day = datetime.datetime.fromtimestamp(leaves_at(one, settings.quarantine)).strftime("%F")
-        text = (
-            f"{one.session}: {one.reason} ({age(now - one.at)} ago, {one.bytes >> 20} MiB; removed on {day}); torpor recover {one.session} "
-            f"tries again{'' if one.snapshot else ': it has no snapshot, but its disk can be had'}, --disk FILE hands out its disk"
-        )
+        text = f"{one.session}: {one.reason} ({age(now - one.at)} ago, {one.bytes >> 20} MiB; removed on {day}){_way_back(one)}"
         listed.append(("set aside", False, text))
     return listed
+
+
+def _way_back(one: m.Quarantined) -> str:
+    if not one.image or one.session.startswith("image-"):  # a stranger: no row leads to it
+        return "; it can be moved back under the store that knows it"
+    again = "tries again" if one.snapshot else "cannot bring it back without a snapshot"
+    return f"; torpor recover {one.session} {again}, --disk FILE hands out its disk"
 
 
 def age(seconds: float) -> str:

@@ -115,13 +115,15 @@ class Quarantine:
 
     async def _bring_back(self, session: Session) -> None:
         found = next((one for one in await self._host.quarantined() if one.session == session.id), None)
-        if found is not None and found.snapshot and found.snapshot != session.incarnation:
+        if found is not None and found.snapshot and found.snapshot != session.incarnation and not found.is_disk_as_saved:
             raise RecoverError(
                 f"{session.id} ran on after its last snapshot, so its memory and its disk are of different times: its disk is what can be "
                 f"had (torpor recover {session.id} --disk FILE)"
             )
         try:
             await self._host.recover(session.id)
+            if found is not None and found.snapshot:  # that of before, where its successor had not got as far as to write
+                session.incarnation = found.snapshot
         except RpcError as error:
             if error.kind == "Missing":
                 raise RecoverError(f"{error} (torpor recover {session.id} --disk FILE hands out the disk, where there is one)") from error

@@ -51,6 +51,16 @@ def test_there_and_back(quarantine: Quarantine, tmp_path: Path, monkeypatch: pyt
     assert content(tmp_path / "sessions/s1") == before and not quarantine.list()
 
 
+def test_a_disk_that_was_written_to_since_is_known(quarantine: Quarantine, tmp_path: Path) -> None:
+    """Its memory is of another time then (gateway/sessions/quarantine.py)."""
+    overlay, manifest = (tmp_path / "sessions/s1" / name for name in ("overlay", "snapshot-3/snapshot.json"))
+    at = manifest.stat().st_mtime_ns
+    os.utime(overlay, ns=(at, at))
+    assert quarantine.put(WHY).is_disk_as_saved
+    os.utime(tmp_path / "quarantine/s1/overlay", ns=(at + 1, at + 1))
+    assert not quarantine.list()[0].is_disk_as_saved
+
+
 def test_a_full_disk_keeps_nothing_from_being_set_aside(quarantine: Quarantine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, data: bytes) -> int:
         raise OSError(errno.ENOSPC, "no room")

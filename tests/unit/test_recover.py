@@ -66,6 +66,9 @@ async def test_a_disk_that_went_on_without_its_memory_is_not_put_under_it(rig: R
     with pytest.raises(RecoverError, match="--disk"):
         await quarantine.recover("s1")
     assert "s1" in rig.host.aside
+    rig.host.aside["s1"].is_disk_as_saved = True  # it was stopped before it wrote
+    await quarantine.recover("s1")
+    assert one.incarnation == 1 and await resumes(rig, one)
 
 
 @pytest.mark.parametrize("name", ["s1", "unknown"])
@@ -180,7 +183,7 @@ def test_doctor_lists_it_with_reason_age_bytes_and_the_day_it_goes(tmp_path: Pat
     total, one = command.rows(settings)
     assert total[:2] == ("quarantine", True) and "1 set aside, 2 of 20480 MiB" in total[2]
     assert not one[1] and one[2].startswith("microvm-1: checksum (") and "days ago, 2 MiB; removed on 1970-01-15)" in one[2]
-    assert "torpor recover microvm-1 tries again: it has no snapshot" in one[2] and "--disk FILE" in one[2]
+    assert "torpor recover microvm-1 cannot bring it back without a snapshot" in one[2] and "--disk FILE" in one[2]
 
 
 @pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-utils is not installed")

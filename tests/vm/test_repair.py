@@ -19,9 +19,12 @@ from vmm.egress import Uplink
 pytestmark = pytest.mark.vm
 
 
-def found(instance: Instance, *words: str) -> list[dict[str, Any]]:
-    done = instance.command("torpor", "doctor", "--json", *words, check=False)
-    return [row for row in json.loads(done.stdout) if row["check"].startswith("left over")]
+def doctor(instance: Instance) -> list[dict[str, Any]]:
+    return list(json.loads(instance.command("torpor", "doctor", "--json", check=False).stdout))
+
+
+def found(instance: Instance) -> list[dict[str, Any]]:
+    return [row for row in doctor(instance) if row["check"].startswith("left over")]
 
 
 def test_a_stopped_instance_is_mended_and_its_sessions_stay(instance: Instance, vm: dict[str, Any], outside_world: Outside) -> None:
@@ -30,7 +33,8 @@ def test_a_stopped_instance_is_mended_and_its_sessions_stay(instance: Instance, 
     assert refused.returncode == 1 and "is served" in refused.stderr
     instance.stop()
     assert not found(instance) and not outside_world.devices() and "torpor" not in outside_world.rules()
-    (instance.root / "sessions/microvm-gone/snapshot-3").mkdir(parents=True)
+    (instance.root / "sessions/microvm-gone").mkdir()
+    (instance.root / "sessions/microvm-stranger/snapshot-3").mkdir(parents=True)
     (instance.root / "sessions" / vm["microvmId"] / "snapshot.new").mkdir()
     (instance.root / "images/.half").mkdir()
     namespace = instance.run / instance.name / "netns/999999"
@@ -48,9 +52,10 @@ def test_a_stopped_instance_is_mended_and_its_sessions_stay(instance: Instance, 
     instance.start()
     until(lambda: instance.describe(vm["microvmId"])["state"] == "RUNNING")
     assert get(vm["endpoint"], instance.root / "tls/ca.crt", vm["token"]).json()["counter"] == 2
+    assert (instance.root / "quarantine/microvm-stranger/snapshot-3").is_dir(), "what the store does not know is nobody's to remove"
 
 
-def test_damage_ends_one_session_with_its_reason_and_no_other(instance: Instance, app: str) -> None:
+def test_damage_ends_one_session_with_its_reason_and_no_other(instance: Instance, app: str, tmp_path: Path) -> None:
     policy = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
     hurt, well = (instance.launch(app, idlePolicy=policy) for _ in range(2))
     for vm in (hurt, well):
@@ -60,13 +65,37 @@ def test_damage_ends_one_session_with_its_reason_and_no_other(instance: Instance
         instance.state(vm["microvmId"], "SUSPENDED")
     snapshot = next((instance.root / "sessions" / hurt["microvmId"]).glob("snapshot-*"))
     pages = next(snapshot.glob("*.pages"))
+    flip(pages)
+    assert get(hurt["endpoint"], instance.root / "tls/ca.crt", hurt["token"]).status == 502
+    reason = instance.state(hurt["microvmId"], "TERMINATED")["stateReason"]
+    assert "is damaged" in reason and pages.name in reason
+    assert get(well["endpoint"], instance.root / "tls/ca.crt", well["token"]).json()["counter"] == 2
+    comes_back(instance, hurt, pages.name, tmp_path)
+    instance.terminate(hurt["microvmId"], well["microvmId"])
+
+
+def flip(pages: Path) -> None:
+    """Another byte in its middle."""
     with pages.open("r+b") as file:
         file.seek(pages.stat().st_size // 2)
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 1]))
-    assert get(hurt["endpoint"], instance.root / "tls/ca.crt", hurt["token"]).status == 502
-    reason = instance.state(hurt["microvmId"], "TERMINATED")["stateReason"]
-    assert "is damaged" in reason and pages.name in reason
-    assert get(well["endpoint"], instance.root / "tls/ca.crt", well["token"]).json()["counter"] == 2
-    instance.terminate(well["microvmId"])
+
+
+def comes_back(instance: Instance, hurt: dict[str, Any], pages: str, tmp_path: Path) -> None:
+    """It is tried again, in vain; its disk is handed out; and once its files are what they were it sleeps, and wakes, as before."""
+    name = hurt["microvmId"]
+    aside = instance.root / "quarantine" / name
+    assert not (instance.root / "sessions" / name).exists()
+    listed = next(row["text"] for row in doctor(instance) if row["check"] == "set aside" and name in row["text"])
+    assert listed.startswith(f"{name}: ") and "is damaged" in listed and f"torpor recover {name}" in listed
+    refused = instance.command("torpor", "recover", name, check=False)
+    assert refused.returncode == 1 and pages in refused.stderr and aside.is_dir()
+    instance.command("torpor", "recover", name, "--disk", str(tmp_path / "disk"))
+    shown = subprocess.run(["debugfs", "-R", "ls -p /", str(tmp_path / "disk")], capture_output=True, text=True, check=True)
+    assert "/etc/" in shown.stdout
+    flip(next(aside.glob(f"snapshot-*/{pages}")))
+    instance.command("torpor", "recover", name)
+    assert instance.describe(name)["state"] == "SUSPENDED" and not aside.exists()
+    assert get(hurt["endpoint"], instance.root / "tls/ca.crt", hurt["token"]).json()["counter"] == 2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from durable import DurableStore
 from service import Instance, app_files, served, until
 from wire import get
 
@@ -133,30 +136,44 @@ def test_a_stop_of_the_service_ends_what_is_paused(warm: tuple[Instance, str]) -
     instance.terminate(one.id)
 
 
-def test_a_long_sleep_is_in_the_object_store_and_comes_back(warm: tuple[Instance, str]) -> None:
-    """The archived tier, on a service that was started again with it switched on."""
+@pytest.fixture
+def store(warm: tuple[Instance, str], tmp_path: Path) -> Iterator[DurableStore]:
+    instance, _ = warm
+    ((key, secret),) = json.loads((instance.root / "control/access-keys.json").read_text()).items()
+    one = DurableStore(tmp_path, key, secret)
+    one.start()
+    yield one
+    one.kill()
+
+
+def test_a_long_sleep_is_in_the_object_store_and_comes_back(warm: tuple[Instance, str], store: DurableStore) -> None:
+    """The archived tier, on a service that was started again with it switched on; the store ends in the middle, and keeps what it has."""
     instance, arn = warm
     one, two = Sleeper(instance, arn), Sleeper(instance, arn)
     one.visit()
     two.visit()
     instance.stop()
-    instance.environment |= {"TORPOR_ARCHIVE__AFTER_SECONDS": "1", "TORPOR_STANDBYS__WARM": "0"}
+    instance.environment |= {
+        "TORPOR_ARCHIVE__AFTER_SECONDS": "1", "TORPOR_STANDBYS__WARM": "0", "TORPOR_OBJECT_STORE__ENDPOINT": store.endpoint
+    }  # fmt: skip
     instance.start()
     for sleeper in (one, two):
         instance.state(sleeper.id, "RUNNING")
         sleeper.suspend()
     files = instance.root / "sessions"
     until(lambda: not (files / one.id).exists() and not (files / two.id).exists())
-    store = instance.client("s3")
+    s3 = instance.client("s3")
 
     def archived() -> list[str]:
-        listed = store.list_objects_v2(Bucket="torpor-archive").get("Contents", [])
+        listed = s3.list_objects_v2(Bucket="torpor-archive").get("Contents", [])
         return [entry["Key"] for entry in listed]
 
     assert len(archived()) == 2
     assert instance.command("torpor", "ps").stdout.count("archived, ") == 2
     metrics = instance.command("curl", "-s", f"http://127.0.0.1:{instance.environment['TORPOR_API__METRICS_PORT']}/metrics").stdout
     assert 'torpor_asleep{tier="archived"} 2.0' in metrics
+    store.kill()
+    store.start()
     one.visit()
     until(lambda: len(archived()) == 1)
     instance.kill("control")
