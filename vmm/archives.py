@@ -12,11 +12,13 @@ import os
 import re
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, cast
 
 import zstandard
 
+from . import syscalls
 from .errors import Damaged
 from .snapshots import OVERLAY, sync
 
@@ -25,10 +27,11 @@ _CHUNK = 1 << 20
 _NAME = re.compile(rf"{re.escape(OVERLAY)}|snapshot-\d{{1,12}}(/[a-z0-9.]{{1,40}})?")
 
 
-def pack(session: Path, snapshot: Path, target: int) -> tuple[int, str]:
-    """Writes overlay and snapshot to the descriptor; the bytes written and their SHA-256. Raises OSError."""
+def pack(session: Path, snapshot: Path, target: int, check: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    """Writes overlay and snapshot to the descriptor; the bytes written and their SHA-256. Raises OSError, and what
+    `check` raises to call it off."""
     with os.fdopen(os.dup(target), "wb") as file:
-        hashed = _Hashed(file)
+        hashed = _Hashed(file, check)
         with (
             zstandard.ZstdCompressor(level=_LEVEL).stream_writer(cast(IO[bytes], hashed), closefd=False) as packed,
             tarfile.open(fileobj=packed, mode="w|") as archive,
@@ -43,8 +46,9 @@ def pack(session: Path, snapshot: Path, target: int) -> tuple[int, str]:
 class _Hashed(io.RawIOBase):
     """Counts and hashes what passes."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], check: Callable[[], None]) -> None:
         self._file = file
+        self._check = check
         self.state = hashlib.sha256()
         self.size = 0
 
@@ -52,6 +56,7 @@ class _Hashed(io.RawIOBase):
         return True
 
     def write(self, data: object) -> int:
+        self._check()
         view = memoryview(data)  # type: ignore[arg-type]
         self._file.write(view)
         self.state.update(view)
@@ -77,8 +82,10 @@ def unpack(source: int, digest: str, session: Path) -> None:
                 for member in archive:
                     _take(archive, member, work)
             sync([work, *work.rglob("*")])
-            shutil.rmtree(session, ignore_errors=True)
-            work.rename(session)
+            if session.exists():  # by an answer that was lost
+                syscalls.exchange(work, session)
+            else:
+                os.rename(work, session)
             sync([session.parent])  # before its copy in the object store goes
         except (tarfile.TarError, zstandard.ZstdError, EOFError) as error:
             raise Damaged(f"the archive of session {session.name} cannot be read: {error}") from error

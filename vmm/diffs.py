@@ -12,7 +12,7 @@ import bisect
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -149,9 +149,10 @@ def verify(path: Path, expected: Sum) -> None:
         )
 
 
-def verify_all(snapshot: Path, manifest: Manifest) -> None:
-    """Raises Damaged for the first file that is not what was written, Missing, Unavailable."""
+def verify_all(snapshot: Path, manifest: Manifest, check: Callable[[], None] = lambda: None) -> None:
+    """Raises Damaged for the first file that is not what was written, Missing, Unavailable. `check` calls it off by raising."""
     for one in manifest.files:
+        check()
         verify(snapshot / one.name, one)
 
 
@@ -187,9 +188,9 @@ def link_chain(source: Path, target: Path, chain: list[int]) -> None:
         os.link(source / name, target / name)
 
 
-def fold(snapshot: Path, manifest: Manifest, target: Path) -> Manifest:
+def fold(snapshot: Path, manifest: Manifest, target: Path, check: Callable[[], None] = lambda: None) -> Manifest:
     """Writes the chain as one diff into `target`, named after the newest, with links to what else the snapshot has. Does not sync.
-    Raises Damaged, Missing, Unavailable, OSError."""
+    `check` calls it off by raising. Raises Damaged, Missing, Unavailable, OSError."""
     segments = merge([(number, runs_of(snapshot / f"{number}.runs")) for number in manifest.chain])
     newest = manifest.chain[-1]
     runs: list[tuple[int, int]] = []
@@ -197,6 +198,7 @@ def fold(snapshot: Path, manifest: Manifest, target: Path) -> Manifest:
         sources = {number: files.enter_context((snapshot / f"{number}.pages").open("rb")).fileno() for number in manifest.chain}
         out, at = files.enter_context((target / f"{newest}.pages").open("wb", buffering=0)), 0
         for one in segments:
+            check()
             length = (one.after - one.first) * PAGE
             try:
                 syscalls.copy_range(sources[one.diff], one.at * PAGE, out.fileno(), at, length)

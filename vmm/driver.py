@@ -22,6 +22,7 @@ DEVICES = "devices.state"  # of an image or a snapshot: the state of the machine
 WALL_CLOCK_AT = 12  # in a wake message, behind the frame's header (vmm/guest/guest.h)
 VSOCK_PORT = 1024  # of the guest's vsock, where its agent has no virtio-serial port
 GUEST_CID = 3
+UNSAVED = ("starting", "running", "stopped")  # phases of a process that may have what is nowhere else
 
 __all__ = ["Driver", "Machine", "Process", "Sealed", "Shape"]
 
@@ -62,6 +63,10 @@ class Machine(Protocol):
     async def resume(self, wake: bytes) -> int:
         """Writes the wake message, lets the guest run, returns a connected descriptor of the agent's channel. Raises Ended, Damaged
         for a snapshot that turns out to be so, Unavailable where it may be asked for again."""
+
+    async def checked(self) -> None:
+        """Returns when the files that a running guest was loaded from have been compared with their checksums. Raises Damaged, Missing,
+        Unavailable."""
 
     async def agent(self) -> int:
         """The agent's channel of a running guest, for a control that restarted."""

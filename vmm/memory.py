@@ -17,6 +17,7 @@ from pathlib import Path
 
 import xxhash
 
+from gateway import executors
 from gateway.observe.room import disk_free_bytes
 
 from . import diffs, syscalls
@@ -24,8 +25,8 @@ from .diffs import Sum
 
 PAGE = syscalls.PAGE
 _CHUNK = 4 << 20
-_F_ADD_SEALS, _SEALS = 1033, 1 | 2 | 4 | 8  # F_SEAL_SEAL, SHRINK, GROW, WRITE
-_FILL_DEADLINE_SECONDS = 120
+_F_ADD_SEALS, _F_GET_SEALS, _SEALS = 1033, 1034, 1 | 2 | 4 | 8  # F_SEAL_SEAL, SHRINK, GROW, WRITE
+_FILL_LEAST_SECONDS = 120.0
 _LOOKED_AT_PAGES, _WORTH = 8192, 32  # one in so many must be as the image has it, or comparing is given up
 
 
@@ -59,15 +60,23 @@ def find_mapping(pid: int, image: str) -> Mapping:
 def new_memory(image: str, size_bytes: int) -> int:
     """An empty memfd for a guest that boots: shared, so that what the guest writes is in it."""
     descriptor = os.memfd_create(memfd_name(image), os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, size_bytes)
+    try:
+        os.ftruncate(descriptor, size_bytes)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
 def sealed(name: str, data: bytes) -> int:
     """A file in memory that nobody can change (memfd_create(2), F_ADD_SEALS)."""
     descriptor = os.memfd_create(name, os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
-    os.write(descriptor, data)
-    fcntl.fcntl(descriptor, _F_ADD_SEALS, _SEALS)
+    try:
+        os.write(descriptor, data)
+        fcntl.fcntl(descriptor, _F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
@@ -119,7 +128,7 @@ async def fill_apart(source: Path, descriptor: int, cgroup_files: list[Path], di
         pass_fds=[descriptor], stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     try:
-        async with asyncio.timeout(_FILL_DEADLINE_SECONDS):
+        async with asyncio.timeout(executors.seconds_for(source.stat().st_size, _FILL_LEAST_SECONDS)):
             _, errors = await helper.communicate()
     except BaseException:
         helper.kill()
@@ -128,17 +137,26 @@ async def fill_apart(source: Path, descriptor: int, cgroup_files: list[Path], di
         raise OSError(f"memory from {source}: {errors.decode(errors='replace').strip()[-300:]}")
 
 
-def adopt_image_memory(image: str, pids: list[int]) -> int | None:
-    """The image's memfd, taken from a process that has it open (a clone outlives this daemon)."""
-    marker = f"/memfd:{memfd_name(image)}"
+def adopt_image_memory(image: str, pids: list[int], size: int | None = None) -> int | None:
+    """The image's memfd, taken from a process that has it open (a clone outlives this daemon). With `size` only one that has it and that
+    nobody can change: a hypervisor might hold up another one of that name."""
+    name = f"/memfd:{memfd_name(image)} (deleted)"
     for pid in pids:
         try:
             for entry in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{entry}").startswith(marker):
-                    return os.open(f"/proc/{pid}/fd/{entry}", os.O_RDWR | os.O_CLOEXEC)
+                if os.readlink(f"/proc/{pid}/fd/{entry}") != name:
+                    continue
+                descriptor = os.open(f"/proc/{pid}/fd/{entry}", os.O_RDWR | os.O_CLOEXEC)
+                if size is None or _is_image(descriptor, size):
+                    return descriptor
+                os.close(descriptor)
         except OSError:
             continue
     return None
+
+
+def _is_image(descriptor: int, size: int) -> bool:
+    return os.fstat(descriptor).st_size == size and fcntl.fcntl(descriptor, _F_GET_SEALS) & _SEALS == _SEALS
 
 
 def differing(runs: list[tuple[int, int]], process: int, start: int, image: int) -> list[tuple[int, int]]:

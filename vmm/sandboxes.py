@@ -77,13 +77,13 @@ class SandboxAllocator:
         self._uids.discard(sandbox.uid)
 
     def records(self) -> list[Process]:
-        """Every process that a daemon of this instance recorded, alive or not."""
+        """Every process that a daemon of this instance recorded, alive or not. Raises OSError."""
         found = []
         self._directory.mkdir(parents=True, exist_ok=True)
         for directory in sorted(self._directory.iterdir()):
             try:
                 found.append(msgspec.json.decode((directory / RECORD).read_bytes(), type=Process))
-            except (OSError, msgspec.DecodeError):
+            except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):  # any other trouble says nothing about what runs there
                 self._cgroups.remove(directory.name)
                 shutil.rmtree(directory, ignore_errors=True)
         return found

@@ -1,4 +1,4 @@
-"""The daemon put together and served: its own calls, and those about images and archives, behind one socket."""
+"""The daemon, served: its calls (vmm/rpc/) behind one socket."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from gateway.config import Settings
 from gateway.rpc import Server, Service
 
 from . import probe, upgrades
-from .archive_calls import ArchiveCalls
 from .cgroups import Cgroups
 from .daemon import Vmm
 from .errors import VmmError
-from .identity_calls import IdentityCalls
-from .image_calls import ImageCalls
 
 log = structlog.get_logger()
 
@@ -32,8 +29,7 @@ async def serve(settings: Settings, ready: object) -> None:
         log.warning("hypervisor.roots_not_looked_at", error=str(error))
     vmm = Vmm(settings, info, cgroups)
     await vmm.start()
-    service = Service(vmm, ImageCalls(vmm), ArchiveCalls(vmm), IdentityCalls(settings))
-    server = Server(settings.vmm_socket, service, {0, settings.users.control, settings.users.edge})
+    server = Server(settings.vmm_socket, Service(*vmm.calls), {0, settings.users.control, settings.users.edge})
     server.on_connect = vmm.connected
     log.info("vmm.ready", hypervisor=info.hypervisor, accelerator=info.accelerator, note=info.accelerator_note)
     ready()  # type: ignore[operator]

@@ -1,32 +1,54 @@
 """The files of sessions: what is a snapshot, what is only what a running hypervisor still has mapped, what is nobody's.
 
-sessions/<id>/overlay                the disk
-sessions/<id>/snapshot-<N>/          what incarnation N left: a whole snapshot from the moment of one rename
-sessions/<id>/memory/                the same, void since its successor runs; the next snapshot is a diff over it
-sessions/<id>/snapshot.new, fold.new what was being written when somebody died
+sessions/<id>/overlay            the disk
+sessions/<id>/snapshot-<N>/      what incarnation N left: a whole snapshot from the moment of one rename
+sessions/<id>/memory/            the same, void since its successor runs; the next snapshot is a diff over it
+sessions/<id>/snapshot.new       what was being written when somebody died; fold-…: the same
+sessions/<id>/void-…             what is nobody's any more, and has yet to be removed; sessions/.void-…: a whole session
+
+Who calls what changes a session's files holds its lock (vmm/vms.py). What is void is renamed under the lock, which takes no time, and
+removed without it (`sweep`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+from gateway import executors
 
 from . import diffs, disks, syscalls
 from .diffs import Manifest, Sum
-from .errors import Missing, VmmError
+from .errors import Missing, Unavailable, VmmError
 from .provenance import Provenance
 
-_PREFIX, _BASE, _NEW, _FOLD, _LINK = "snapshot-", "memory", "snapshot.new", "fold.new", "link"
+_PREFIX, _BASE, _NEW, _FOLD, _LINK = "snapshot-", "memory", "snapshot.new", "fold", "link"
+_VOID, _FORGOTTEN = "void-", ".void-"
 OVERLAY = "overlay"
-_SYNCERS = ThreadPoolExecutor(8, "fsync")
+_SYNCERS = executors.SYNC
+_SYNC_SECONDS = 300.0  # of a disk that is busy with others
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A chain that was written as one diff, and what it was made of."""
+
+    work: Path
+    snapshot: Path
+    chain: list[int]
 
 
 class Snapshots:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._newest: dict[str, int] | None = None  # by session, once somebody has asked: walking all of them takes time
+        self._folding: set[Path] = set()
 
     def of(self, session: str) -> Path:
         return self._directory / session
@@ -36,11 +58,21 @@ class Snapshots:
 
     def held(self) -> dict[str, int]:
         """Session to the incarnation whose snapshot is there."""
-        found: dict[str, int] = {}
-        for directory in self._directory.iterdir():
-            for number, _ in snapshots_in(directory):
-                found[directory.name] = max(number, found.get(directory.name, 0))
-        return found
+        if self._newest is None:
+            self._newest = {}
+            for directory in self._directory.iterdir():
+                self.look(directory.name)
+        return dict(self._newest)
+
+    def look(self, session: str) -> None:
+        """A session's files have come, changed or gone. Raises OSError."""
+        if self._newest is None or session.startswith("."):
+            return
+        newest = max((number for number, _ in snapshots_in(self.of(session))), default=0)
+        if newest:
+            self._newest[session] = newest
+        else:
+            self._newest.pop(session, None)
 
     def newest(self, session: str) -> Path:
         """Raises Missing, OSError."""
@@ -54,9 +86,14 @@ class Snapshots:
     def begin(self, session: str) -> Path:
         """An empty directory to write a snapshot into."""
         work = self.of(session) / _NEW
-        shutil.rmtree(work, ignore_errors=True)
+        self._discard(work)
         work.mkdir()
         return work
+
+    def abandon(self, session: str, incarnation: int, work: Path) -> None:
+        """A snapshot that could not be finished, or was and could not be made durable. Raises OSError."""
+        self._discard(work)
+        self.called_off(session, incarnation)
 
     def commit(
         self, session: str, incarnation: int, work: Path, chain: list[int], written: list[Sum], made: Provenance | None = None
@@ -72,9 +109,13 @@ class Snapshots:
         diffs.write_manifest(work, manifest)
         sync([*(work / one.name for one in written), work / diffs.MANIFEST, work, self.overlay(session)])
         target = self.of(session) / f"{_PREFIX}{incarnation}"
-        shutil.rmtree(target, ignore_errors=True)
-        work.rename(target)
+        if target.exists():  # of a suspend that was called off, and whose files could not be
+            syscalls.exchange(work, target)
+            self._discard(work)
+        else:
+            os.rename(work, target)
         disks.sync_path(self.of(session))
+        self.look(session)
         return manifest
 
     def _base(self, session: str, chain: list[int]) -> Path:
@@ -94,44 +135,83 @@ class Snapshots:
     # ---- what becomes of one ----
 
     def started(self, session: str, incarnation: int) -> None:
-        """`incarnation` runs: older snapshots are void; the newest of them stays as what is mapped."""
+        """`incarnation` runs: older snapshots are void; the newest of them stays as what is mapped. Raises OSError."""
         directory = self.of(session)
         old = sorted((number, path) for number, path in snapshots_in(directory) if number < incarnation)
         if not old:
             return
-        shutil.rmtree(directory / _BASE, ignore_errors=True)
-        old[-1][1].rename(directory / _BASE)
-        for _, path in old[:-1]:
-            shutil.rmtree(path, ignore_errors=True)
+        self._discard(directory / _BASE, *(path for _, path in old[:-1]))
+        os.rename(old[-1][1], directory / _BASE)
+        self.look(session)
 
     def called_off(self, session: str, incarnation: int) -> None:
-        """The guest of `incarnation` runs on: what it had saved is void."""
-        shutil.rmtree(self.of(session) / f"{_PREFIX}{incarnation}", ignore_errors=True)
+        """The guest of `incarnation` runs on: what it had saved is void, for certain before it does. Raises OSError."""
+        if self._discard(self.of(session) / f"{_PREFIX}{incarnation}"):
+            disks.sync_path(self.of(session))
+            self.look(session)
 
     def rest(self, session: str) -> None:
-        """Nothing is mapped any more: what the newest snapshot was made over, whose files it shares, goes."""
+        """Nothing is mapped any more: what the newest snapshot was made over, whose files it shares, goes. Raises OSError."""
         directory = self.of(session)
-        older = [path.name for _, path in sorted(snapshots_in(directory))[:-1]]
-        for name in (_BASE, _NEW, _FOLD, *older):
-            shutil.rmtree(directory / name, ignore_errors=True)
+        folds = [path for path in directory.glob(f"{_FOLD}*") if path not in self._folding]
+        self._discard(directory / _BASE, directory / _NEW, *folds, *(path for _, path in sorted(snapshots_in(directory))[:-1]))
+        self.look(session)
 
-    def needs_fold(self, session: str) -> bool:
+    def _discard(self, *paths: Path) -> int:
+        """Makes directories nobody's; how many there were. Raises OSError."""
+        count = 0
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(path, path.with_name(f"{_VOID}{time.time_ns()}-{path.name}"))
+                count += 1
+        return count
+
+    def sweep(self, session: str) -> None:
+        """Removes what is nobody's any more."""
+        for path in self.of(session).glob(f"{_VOID}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    # ---- folds ----
+
+    def foldable(self, session: str) -> int:
+        """How many diffs the session's chain has, where those are too many, else 0."""
         with contextlib.suppress(VmmError, OSError):
-            return len(diffs.read_manifest(self.newest(session)).chain) >= diffs.FOLD_AT
-        return False
+            length = len(diffs.read_manifest(self.newest(session)).chain)
+            return length if length >= diffs.FOLD_AT else 0
+        return 0
 
-    def fold(self, session: str) -> None:
-        """Writes the chain as one diff and puts it in the snapshot's place by one exchange. Nobody may resume meanwhile."""
-        snapshot, work = self.newest(session), self.of(session) / _FOLD
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
+    def write_fold(self, session: str, check: Callable[[], None]) -> Folded:
+        """Writes the session's chain as one diff, durably, beside its snapshot, whose files do not change. `check` is called now and then,
+        and calls it off by raising. Raises OSError, VmmError."""
+        snapshot = self.newest(session)
+        manifest = diffs.read_manifest(snapshot)
+        work = snapshot.with_name(f"{_FOLD}-{time.time_ns()}")
+        self._folding.add(work)
         try:
-            folded = diffs.fold(snapshot, diffs.read_manifest(snapshot), work)
+            work.mkdir()
+            diffs.verify_all(snapshot, manifest, check)  # what is damaged would be given a checksum that is right
+            folded = diffs.fold(snapshot, manifest, work, check)
             sync([*(work / name for name in diffs.names(folded.chain)), work / diffs.MANIFEST, work])
-            syscalls.exchange(work, snapshot)
-            disks.sync_path(self.of(session))
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        except BaseException:
+            self._drop(work)
+            raise
+        return Folded(work, snapshot, manifest.chain)
+
+    def put_fold(self, session: str, folded: Folded) -> None:
+        """Puts what was folded in the place of what it was made of, by one exchange. Raises Unavailable where that is another one by now,
+        OSError, VmmError."""
+        if self.newest(session) != folded.snapshot or diffs.read_manifest(folded.snapshot).chain != folded.chain:
+            raise Unavailable(f"session {session} has another snapshot by now")
+        syscalls.exchange(folded.work, folded.snapshot)
+        disks.sync_path(self.of(session))
+
+    def drop_fold(self, folded: Folded) -> None:
+        """Removes what `put_fold` left, or did not take."""
+        self._drop(folded.work)
+
+    def _drop(self, work: Path) -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        self._folding.discard(work)
 
     # ---- links that outlive their hypervisors ----
 
@@ -155,15 +235,27 @@ class Snapshots:
         return {session: name for session, name in found.items() if name}
 
     def rename(self, session: str, new: str) -> None:
-        """All files of a session become another's, which has none. Raises Missing, OSError."""
-        shutil.rmtree(self.of(new), ignore_errors=True)
+        """All files of a session become another's, which has none. Raises Missing, Unavailable, OSError."""
         try:
-            self.of(session).rename(self.of(new))
+            os.rename(self.of(session), self.of(new))
         except FileNotFoundError as error:
-            raise Missing(f"session {session} has no files: {error}") from error
+            raise Missing(f"session {session} has no files") from error
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise Unavailable(f"session {new} has files of its own") from error
+            raise
+        self.look(session)
+        self.look(new)
 
     def forget(self, session: str) -> None:
-        shutil.rmtree(self.of(session), ignore_errors=True)
+        """The session is over: its files are nobody's. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.of(session), self._directory / f"{_FORGOTTEN}{time.time_ns()}-{session}")
+        self.look(session)
+
+    def sweep_forgotten(self) -> None:
+        for path in self._directory.glob(f"{_FORGOTTEN}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def snapshots_in(directory: Path) -> Iterator[tuple[int, Path]]:
@@ -175,4 +267,5 @@ def snapshots_in(directory: Path) -> Iterator[tuple[int, Path]]:
 def sync(paths: list[Path]) -> None:
     """Makes files and directories durable (fsync(2)), side by side: a file system's journal commits once for all that wait.
     Raises OSError."""
-    list(_SYNCERS.map(disks.sync_path, paths))
+    size = max((path.stat().st_size for path in paths), default=0)
+    _SYNCERS.map(disks.sync_path, paths, executors.seconds_for(size, _SYNC_SECONDS))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import structlog
@@ -72,8 +72,12 @@ class Standbys:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        failures = await asyncio.gather(*(machine.kill() for machine in ready), return_exceptions=True)
-        for error in filter(None, failures):  # that one alone
+        await self._end(ready, image)
+
+    async def _end(self, machines: Iterable[Machine], image: Path) -> None:
+        """One that does not end in time stops nothing else; its sandbox is released whenever it does."""
+        failures = await asyncio.gather(*(machine.kill() for machine in machines), return_exceptions=True)
+        for error in filter(None, failures):
             log.error("standby.not_ended", image=image.name, error=repr(error))
 
     async def forget(self, image: Path) -> None:
@@ -94,7 +98,7 @@ class Standbys:
         now = asyncio.get_running_loop().time()
         for image, ready in list(self._ready.items()):
             while len(ready) > self._wanted(image):
-                await ready.popleft().kill()
+                await self._end([ready.popleft()], image)
         for image in [image for image, used in self._used.items() if now - used > self._unused_seconds]:
             await self.drop(image)
         self._shared |= dict.fromkeys((*held, *+self._starting), now)

@@ -60,18 +60,18 @@ def test_what_came_back_outlives_a_power_cut(tmp_path: Path, monkeypatch: pytest
     target = tmp_path / "b/microvm-1"
     target.parent.mkdir()
     done: list[str] = []
-    sync, rename = os.fsync, Path.rename
+    sync, rename = os.fsync, os.rename
 
     def synced(descriptor: int) -> None:
         done.append(os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(f"{tmp_path}/b"))
         sync(descriptor)
 
-    def renamed(path: Path, new: Path) -> Path:
+    def renamed(path: Path, new: Path) -> None:
         done.append("rename")
-        return rename(path, new)
+        rename(path, new)
 
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(os, "rename", renamed)
     unpack(tmp_path / "archive", digest, target)
     work = "/microvm-1.new"
     names = ["3.pages", "3.runs", "devices.state", "snapshot.json"]

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,19 +37,16 @@ def test_how_many_are_left_is_known_at_once() -> None:
 
 async def test_a_launch_is_refused_by_vmm_where_the_last_ones_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from gateway import messages as m
-    from vmm import daemon
     from vmm.errors import Unavailable
+    from vmm.rpc import sessions
+    from vmm.vms import VmRegistry
 
-    class Host:
-        def __init__(self) -> None:
-            self._preparing: dict[str, object] = {}
-            self._sessions: dict[str, object] = {}
-            self.settings = Settings()
-
-    monkeypatch.setattr(daemon, "descriptors_free", lambda: 100)
+    monkeypatch.setattr(sessions, "descriptors_free", lambda: 100)
     connection: Connection = None  # type: ignore[assignment]
+    nobody: Any = None
+    calls = sessions.SessionCalls(Path("/images"), nobody, nobody, nobody, nobody, VmRegistry(nobody, nobody), nobody, nobody)
     with pytest.raises(Unavailable, match="100 descriptors are free, 256 are kept for resumes"):
-        await daemon.Vmm.rpc_prepare(Host(), connection, m.PrepareRequest("s", 1, "image", False))  # type: ignore[arg-type]
+        await calls.rpc_prepare(connection, m.PrepareRequest("s", 1, "image", False))
 
 
 @pytest.mark.parametrize(("limit", "is_enough"), [(1024, False), (65_536, True)])

@@ -16,12 +16,13 @@ from vmm import daemon, diffs, drivers, network, standbys
 from vmm.daemon import Vmm
 from vmm.diffs import Manifest, Sum
 from vmm.driver import Process
-from vmm.errors import NeverRan
+from vmm.errors import Ended, NeverRan, Unavailable
 from vmm.network import Link, Network
 from vmm.qemu import process as qemu
 from vmm.qemu.driver import QemuDriver
 from vmm.qemu.process import QemuMachine
 from vmm.qemu.qmp import QmpError
+from vmm.rpc.sessions import SessionCalls
 from vmm.standbys import Standbys
 
 
@@ -80,9 +81,12 @@ async def vmm(tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch) -> As
 
 
 def keep_warm(vmm: Vmm, machine: Machine, tmp_path: Path) -> None:
-    held = vmm.hold(machine.record.session, machine, Link(tmp_path / machine.record.session))  # type: ignore[arg-type]
-    held.expected = True
-    vmm._warm[machine.record.session] = float("-inf")
+    vmm.warm.insert(vmm.vms.add(machine.record.session, machine, Link(tmp_path / machine.record.session)))  # type: ignore[arg-type]
+    vmm.warm._since[machine.record.session] = float("-inf")
+
+
+def calls(vmm: Vmm) -> SessionCalls:
+    return next(one for one in vmm.calls if isinstance(one, SessionCalls))
 
 
 async def test_steps_that_fail_keep_no_other_from_being_done(vmm: Vmm, host: Host, tmp_path: Path) -> None:
@@ -97,12 +101,12 @@ async def test_steps_that_fail_keep_no_other_from_being_done(vmm: Vmm, host: Hos
 async def test_a_hypervisor_that_does_not_end_in_time_is_let_go_of_when_it_does(vmm: Vmm, tmp_path: Path) -> None:
     stuck = Machine("stuck", can_be_killed=False)
     keep_warm(vmm, stuck, tmp_path)
-    with pytest.raises(TimeoutError):
-        await vmm._cool("stuck")
-    assert not vmm.is_at_rest("stuck")
+    with pytest.raises(Unavailable):
+        await vmm.warm.evict("stuck")
+    assert vmm.vms.get("stuck") and "stuck" in vmm.warm
     stuck.ended.set()
-    await until(lambda: vmm.is_at_rest("stuck"))
-    assert not vmm._warm
+    await until(lambda: not vmm.vms.get("stuck"))
+    assert not len(vmm.warm)
 
 
 @pytest.mark.parametrize(("phase", "has_run"), [("prepared", False), ("running", True)])
@@ -117,24 +121,24 @@ async def test_control_is_told_whether_a_guest_had_run(vmm: Vmm, tmp_path: Path,
     vmm._controls.add(Control())  # type: ignore[arg-type]
     machine = Machine("one")
     machine.record.phase = phase
-    vmm.hold("one", machine, Link(tmp_path / "one"))  # type: ignore[arg-type]
+    vmm.vms.add("one", machine, Link(tmp_path / "one"))  # type: ignore[arg-type]
     machine.ended.set()
     await until(lambda: told)
     assert told == [has_run]
-    with pytest.raises(NeverRan):
-        await vmm.rpc_start(None, m.StartRequest("one", 1, b""))  # type: ignore[arg-type]
+    with pytest.raises(Ended if has_run else NeverRan):
+        await calls(vmm).rpc_start(None, m.StartRequest("one", 1, b""))  # type: ignore[arg-type]
 
 
 async def test_a_suspend_is_asked_for_twice_and_made_once(vmm: Vmm, tmp_path: Path) -> None:
     """The answer came too late: what is asked again must not write over what is there."""
     machine = Machine("one")
     machine.record.phase = "stopped"
-    vmm.hold("one", machine, Link(tmp_path / "one"))  # type: ignore[arg-type]
+    vmm.vms.add("one", machine, Link(tmp_path / "one"))  # type: ignore[arg-type]
     snapshot = vmm.snapshots.of("one") / "snapshot-1"
     snapshot.mkdir(parents=True)
     vmm.snapshots.overlay("one").write_bytes(b"disk")
     diffs.write_manifest(snapshot, Manifest([1], [Sum("1.pages", 10, ""), Sum("devices.state", 3, "")], 4))
-    made = await vmm.rpc_suspend(None, m.SessionRef("one", 1))  # type: ignore[arg-type]
+    made = await calls(vmm).rpc_suspend(None, m.SessionRef("one", 1))  # type: ignore[arg-type]
     assert (made.memory_bytes, made.state_bytes) == (10, 3)
     machine.ended.set()
 
@@ -149,10 +153,10 @@ async def test_control_is_told_of_an_end_though_its_link_cannot_be_destroyed(vmm
     vmm._controls.add(Control())  # type: ignore[arg-type]
     host.failing.add("release")
     machine = Machine("one")
-    vmm.hold("one", machine, Link(tmp_path / "one"))  # type: ignore[arg-type]
+    vmm.vms.add("one", machine, Link(tmp_path / "one"))  # type: ignore[arg-type]
     machine.ended.set()
     await until(lambda: told)
-    assert told == ["ended one"] and vmm.is_at_rest("one")
+    assert told == ["ended one"] and not vmm.vms.get("one")
 
 
 @pytest.mark.parametrize("parked", [False, True])
@@ -172,11 +176,11 @@ async def test_a_prepare_that_fails_in_whatever_way_keeps_neither_link_nor_hyper
     monkeypatch.setattr(vmm.standbys, "take", take)
     monkeypatch.setattr(vmm.network, "take", take)
     if parked:
-        vmm._parked["one"] = link
+        vmm.vms.kept_links["one"] = link
     with pytest.raises(OSError, match="Too many open files"):
-        await vmm._prepare(m.PrepareRequest("one", 1, "image", True), tmp_path, tmp_path, tmp_path)
-    assert machine.killed == 1 and vmm.is_at_rest("one")
-    assert host.done == ([] if parked else ["release"]) and vmm._parked == ({"one": link} if parked else {})
+        await calls(vmm)._prepare(m.PrepareRequest("one", 1, "image", True), tmp_path, tmp_path)
+    assert machine.killed == 1 and not vmm.vms.get("one")
+    assert host.done == ([] if parked else ["release"]) and vmm.vms.kept_links == ({"one": link} if parked else {})
 
 
 async def test_an_image_that_could_not_be_loaded_once_is_loaded_by_who_asks_next(monkeypatch: pytest.MonkeyPatch) -> None:

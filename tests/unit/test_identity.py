@@ -18,7 +18,8 @@ from gateway.sessions.recovery import recover
 from gateway.sessions.states import State
 from gateway.sessions.store import SetAside, StoreError
 from vmm import leftovers
-from vmm.identity_calls import IdentityCalls
+from vmm.images import Images
+from vmm.rpc.identity import IdentityCalls
 
 STORE, SESSIONS = Path("torpor.db"), Path("sessions")
 US, OTHER = "a" * 32, "b" * 32
@@ -198,10 +199,10 @@ async def test_marks_are_durable_and_read_again(tmp_path: Path) -> None:
     settings = Settings(root=tmp_path)
     for path in (settings.images_dir, settings.sessions_dir):
         path.mkdir()
-    calls = IdentityCalls(settings)
+    calls = IdentityCalls(settings, Images(settings.images_dir))
     assert await calls.rpc_marks(None, None) == m.Marks("", "")  # type: ignore[arg-type]
     await calls.rpc_mark(None, m.MarkRequest(US))  # type: ignore[arg-type]
-    assert await IdentityCalls(settings).rpc_marks(None, None) == m.Marks(US, US)  # type: ignore[arg-type]
+    assert await IdentityCalls(settings, Images(settings.images_dir)).rpc_marks(None, None) == m.Marks(US, US)  # type: ignore[arg-type]
     assert [path.name for path in settings.sessions_dir.iterdir()] == ["instance-id"]
 
 
@@ -210,7 +211,7 @@ async def test_an_image_is_set_aside_by_one_rename(tmp_path: Path) -> None:
     (settings.images_dir / "k-1.0").mkdir(parents=True)
     (settings.images_dir / "k-1.0/manifest.json").write_text("{}")
     for _ in range(2):
-        await IdentityCalls(settings).rpc_quarantine_image(None, m.ImageQuarantineRequest("k-1.0", "unknown"))  # type: ignore[arg-type]
+        await IdentityCalls(settings, Images(settings.images_dir)).rpc_quarantine_image(None, m.ImageQuarantineRequest("k-1.0", "unknown"))  # type: ignore[arg-type]
     assert {path.name for path in (tmp_path / "quarantine/image-k-1.0").iterdir()} == {"manifest.json", "reason.json"}
     assert not list(settings.images_dir.iterdir())
 

@@ -8,7 +8,6 @@ import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +25,8 @@ from gateway.sessions.logs import LineWriter, LogStore
 from gateway.sessions.model import Build, Image, Version
 from gateway.sessions.store import Store, StoreError
 from vmm.errors import Unavailable
-from vmm.image_calls import ImageCalls
+from vmm.images import Images
+from vmm.rpc.images import ImageCalls
 
 ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a"
 REQUEST = {"resources": [{"minimumMemoryInMiB": 512}]}
@@ -351,8 +351,8 @@ async def test_an_image_whose_files_stay_is_not_deleted(tmp_path: Path, monkeypa
     for name in ("k", ".k"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "memory.raw").touch()
-    vmm = SimpleNamespace(settings=SimpleNamespace(images_dir=tmp_path), standbys=Standbys())
-    calls, unlink = ImageCalls(vmm), os.unlink  # type: ignore[arg-type]
+    nobody: Any = None
+    calls, unlink = ImageCalls(Images(tmp_path), nobody, nobody, Standbys(), nobody, nobody), os.unlink  # type: ignore[arg-type]
 
     def fails(path: Any, **more: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))

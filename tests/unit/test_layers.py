@@ -147,10 +147,6 @@ def test_imports(package: str) -> None:
 OWN_THREADS = {
     "gateway/executors.py": "the pools",
     "gateway/edge/records/access_log.py": "one for the process, started with it: the edge has no pools",
-    **dict.fromkeys(
-        ["vmm/daemon.py", "vmm/archive_calls.py", "vmm/snapshots.py", "vmm/qemu/driver.py", "vmm/qemu/process.py",
-         "vmm/firecracker/driver.py", "vmm/firecracker/machine.py"], "not moved yet",
-    ),
 }  # fmt: skip
 THREADS = {"to_thread", "run_in_executor", "Thread", "ThreadPoolExecutor", "start_new_thread"}
 

@@ -33,7 +33,7 @@ class Power:
         self._fsync = os.fsync
         monkeypatch.setattr(os, "fsync", self.fsync)
         monkeypatch.setattr(snapshots, "_SYNCERS", OneByOne())
-        for owner, name in ((Path, "rename"), (syscalls, "exchange"), (os, "link")):
+        for owner, name in ((os, "rename"), (syscalls, "exchange"), (os, "link")):
             monkeypatch.setattr(owner, name, self._noting(getattr(owner, name)))
 
     def _noting(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,7 +78,7 @@ class Power:
 class OneByOne:
     """Syncs in their order, each a step at which the power may go."""
 
-    def map(self, work: Callable[[Path], None], paths: list[Path]) -> list[None]:
+    def map(self, work: Callable[[Path], None], paths: list[Path], seconds: float) -> list[None]:
         return [work(path) for path in paths]
 
 
@@ -148,14 +148,16 @@ def test_a_chain_and_its_fold(kept: Snapshots, tmp_path: Path, monkeypatch: pyte
         os.fsync(descriptor)
         os.close(descriptor)
     save(kept, diffs.FOLD_AT, chain, [60])
-    assert kept.needs_fold(SESSION)
+    assert kept.foldable(SESSION) == diffs.FOLD_AT
     kept.rest(SESSION)
     before = diffs.read_manifest(kept.newest(SESSION))
-    kept.fold(SESSION)
+    folded = kept.write_fold(SESSION, lambda: None)
+    kept.put_fold(SESSION, folded)
+    kept.drop_fold(folded)
     power.cut()
     check(power, tmp_path, 30)
     after = diffs.read_manifest(kept.newest(SESSION))
-    assert len(before.chain) == diffs.FOLD_AT and after.chain == [diffs.FOLD_AT] and not kept.needs_fold(SESSION)
+    assert len(before.chain) == diffs.FOLD_AT and after.chain == [diffs.FOLD_AT] and not kept.foldable(SESSION)
     assert kept.held() == {SESSION: diffs.FOLD_AT}
 
 

@@ -338,7 +338,9 @@ async def whole_life(one: Rig) -> None:
         agent.close()
         await machine.kill()
         one.snapshots.rest("first")
-    one.snapshots.fold("first")
+    folded = one.snapshots.write_fold("first", lambda: None)
+    one.snapshots.put_fold("first", folded)
+    one.snapshots.drop_fold(folded)
     machine, other = await one.prepared("first", 5, one.snapshots.newest("first")), await one.launched("second")
     agents = [await one.woken(machine), await one.woken(other)]
     assert [await agent.hello(10) for agent in agents] == [(2, 127), (0, 0)]

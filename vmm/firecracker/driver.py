@@ -12,9 +12,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
+from gateway import executors
+
 from .. import disks, generators, manifest, memory, syscalls
 from ..cgroups import Cgroups
-from ..driver import DEVICES, GUEST_CID, Machine, Process, Sealed, Shape
+from ..driver import DEVICES, GUEST_CID, UNSAVED, Machine, Process, Sealed, Shape
 from ..errors import Missing, explained, not_loaded, not_written
 from ..manifest import Manifest
 from ..network import GUEST_MAC, TAP, Link
@@ -23,6 +27,8 @@ from ..snapshots import sync
 from .api import ApiError
 from .jail import DISK, INITRD, KERNEL, KERNEL_LINE, MEMORY, VSOCK, Jail, Programs, remove_others
 from .machine import NETWORK, FirecrackerMachine
+
+log = structlog.get_logger()
 
 NAME = "firecracker"
 DRIVE = "disk"
@@ -50,8 +56,8 @@ class FirecrackerDriver:
         shape = manifest.read(image, NAME).shape
         if image.name not in self._warmed:
             self._warmed.add(image.name)
-            await asyncio.to_thread(_read_ahead, [image / MEMORY, image / DISK])
-        machine = self._machine(image, shape)
+            await executors.LATENCY.run(_read_ahead, [image / MEMORY, image / DISK])
+        machine = await self._machine(image, shape)
         try:
             machine.jail.give(image / MEMORY, MEMORY)
         except OSError as error:
@@ -60,7 +66,7 @@ class FirecrackerDriver:
         return machine
 
     async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> FirecrackerMachine:
-        machine = self._machine(image, shape)
+        machine = await self._machine(image, shape)
         try:
             for file, name in ((self._assets.kernel, KERNEL), (self._assets.initrd, INITRD)):
                 machine.jail.give_copy(file, name)
@@ -100,14 +106,14 @@ class FirecrackerDriver:
             if shape is None:
                 raise Missing(f"image {image.name} was not booted by this service")
             written = await machine.seal(image / DEVICES)
-            stored, seeded = await asyncio.to_thread(_store, written, image / MEMORY)
+            stored, seeded = await executors.BULK.run(_store, written, image / MEMORY)
         except (ApiError, OSError) as error:
             raise not_written(error, f"image {image.name}", f"image {image.name} could not be stored") from error
         finally:
             await machine.kill()
         os.chown(image / DISK, 0, 0)
-        await asyncio.to_thread(sync, [image / DEVICES, image / MEMORY, image / DISK])
-        manifest.write(image, Manifest(shape, stored, 0, NAME))
+        await executors.LATENCY.run(sync, [image / DEVICES, image / MEMORY, image / DISK])
+        await executors.LATENCY.run(manifest.write, image, Manifest(shape, stored, 0, NAME))
         return Sealed(stored, disks.stored_bytes(image / DISK), int((image / "code_bytes").read_text(encoding="ascii")), seeded)
 
     async def adopt(self, record: Process) -> FirecrackerMachine | None:
@@ -120,9 +126,11 @@ class FirecrackerDriver:
         machine = FirecrackerMachine(record, sandbox, jail, self._cgroups, lambda: self._remove(machine))
         try:
             await machine.connect()
-        except (ApiError, OSError):
-            await machine.kill()
-            return None
+        except (ApiError, OSError) as error:
+            if record.phase not in UNSAVED or not machine.is_attached:
+                await machine.kill()
+                return None
+            log.warning("adopt.not_connected", session=record.session, vm=record.vm, error=str(error))
         return machine
 
     def records(self) -> list[Process]:
@@ -134,13 +142,18 @@ class FirecrackerDriver:
         """Nothing is kept: clones have the image's files open."""
         self._warmed.discard(image)
 
-    def _machine(self, image: Path, shape: Shape) -> FirecrackerMachine:
+    async def _machine(self, image: Path, shape: Shape) -> FirecrackerMachine:
         sandbox = self._sandboxes.allocate(shape)
         jail = Jail(self._jails, self._programs, sandbox)
-        jail.make()
-        record = Process(sandbox.vm, 0, 0, image.name, sandbox.uid, shape=shape)
-        machine = FirecrackerMachine(record, sandbox, jail, self._cgroups, lambda: self._remove(machine))
-        machine.save_record()
+        try:
+            jail.make()
+            record = Process(sandbox.vm, 0, 0, image.name, sandbox.uid, shape=shape)
+            machine = FirecrackerMachine(record, sandbox, jail, self._cgroups, lambda: self._remove(machine))
+            machine.save_record()
+        except OSError as error:
+            jail.remove()
+            await self._sandboxes.release(sandbox)
+            raise explained(error, f"the jail of image {image.name} could not be made: {error}") from error
         return machine
 
     async def _remove(self, machine: FirecrackerMachine) -> None:

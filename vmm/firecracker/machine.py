@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from gateway import executors
 from gateway.observe.steps import Steps
 
 from .. import diffs, sandboxes, syscalls
@@ -35,8 +36,8 @@ _START_SECONDS = 20.0
 _KILL_SECONDS = 10.0
 _ENDING_SECONDS = 1.0
 _AGENT_SECONDS = 5.0
-_SNAPSHOT_SECONDS = 60.0
 _RETRY_SECONDS = 0.002
+_MEMORY_SECONDS = 300.0
 
 
 class FirecrackerMachine:
@@ -60,6 +61,15 @@ class FirecrackerMachine:
         if self._api is None:
             raise Unavailable(f"hypervisor {self.record.vm} does not run")
         return self._api
+
+    @property
+    def is_attached(self) -> bool:
+        return self._pidfd is not None
+
+    @property
+    def _seconds(self) -> float:
+        """For work on all of the guest's memory."""
+        return executors.seconds_for(self.record.shape.memory_mib << 20 if self.record.shape else 0, _MEMORY_SECONDS)
 
     def save_record(self) -> None:
         sandboxes.save_record(self.sandbox.directory, self.record)
@@ -114,7 +124,7 @@ class FirecrackerMachine:
             await self.spawn(link)
             self.steps.mark("process started")
             await self.api.put(
-                "/snapshot/load", _SNAPSHOT_SECONDS, snapshot_path=f"/{STATE}",
+                "/snapshot/load", self._seconds, snapshot_path=f"/{STATE}",
                 mem_backend={"backend_type": "File", "backend_path": f"/{MEMORY}"}, track_dirty_pages=True, resume_vm=False,
                 network_overrides=[{"iface_id": NETWORK, "host_dev_name": TAP}],
             )  # fmt: skip
@@ -125,7 +135,8 @@ class FirecrackerMachine:
         except (ApiError, OSError, LookupError) as error:
             text = f"session {self.record.session} could not be loaded from {snapshot}: {await self.why(error)}"
             if isinstance(error, ApiError) and not isinstance(error, Unanswered):
-                await asyncio.to_thread(diffs.verify_whole, snapshot)  # damage says more than what became of the load of it
+                # Damage says more than what became of the load of it.
+                await executors.LATENCY.run(diffs.verify_whole, snapshot, seconds=self._seconds)
                 raise Refused(text) from error
             raise not_loaded(error, text, overlay, snapshot / DEVICES) from error
         self.record.phase = "prepared"
@@ -134,8 +145,8 @@ class FirecrackerMachine:
     async def _load_memory(self, snapshot: Path) -> None:
         manifest = diffs.read_manifest(snapshot)
         await asyncio.gather(
-            asyncio.to_thread(memory.write_in, self.record.pid, self._regions(), snapshot, manifest),
-            asyncio.to_thread(diffs.verify_all, snapshot, manifest),
+            executors.LATENCY.run(memory.write_in, self.record.pid, self._regions(), snapshot, manifest, seconds=self._seconds),
+            executors.LATENCY.run(diffs.verify_all, snapshot, manifest, seconds=self._seconds),
         )
         self.record.chain = manifest.chain
 
@@ -155,10 +166,17 @@ class FirecrackerMachine:
             channel = await self.agent()
             stamped = bytearray(wake)
             struct.pack_into("<Q", stamped, WALL_CLOCK_AT, time.time_ns())
-            os.write(channel, stamped)
+            try:
+                os.write(channel, stamped)
+            except OSError:
+                os.close(channel)
+                raise
         except (ApiError, OSError) as error:
             raise self._failed(error, f"session {self.record.session} could not be started: {await self.why(error)}") from error
         return channel
+
+    async def checked(self) -> None:
+        """It was, before it ran."""
 
     async def agent(self) -> int:
         """A connection to the guest's port, by the Unix socket of its vsock device (docs/vsock.md). A guest that was just restored
@@ -203,13 +221,15 @@ class FirecrackerMachine:
             self.steps.mark("stop")
             await self._create_snapshot("Diff")
             self.jail.take(STATE, directory / DEVICES)
-            summed = await asyncio.to_thread(diffs.checksum, directory / DEVICES)
+            summed = await executors.LATENCY.run(diffs.checksum, directory / DEVICES)
             written = self.jail.root / OUT / MEMORY
             if repeated:
                 self.record.chain = []
-                pages = await asyncio.to_thread(memory.save_private, self.record.pid, self._regions(), directory, number)
+                pages = await executors.LATENCY.run(
+                    memory.save_private, self.record.pid, self._regions(), directory, number, seconds=self._seconds
+                )
             else:
-                pages = await asyncio.to_thread(memory.pack, written, directory, number)
+                pages = await executors.LATENCY.run(memory.pack, written, directory, number, seconds=self._seconds)
             written.unlink()
             self.steps.mark("devices and changed pages written")
             return [summed, *pages]
@@ -227,7 +247,7 @@ class FirecrackerMachine:
 
     async def _create_snapshot(self, kind: str) -> None:
         await self.api.put(
-            "/snapshot/create", _SNAPSHOT_SECONDS, snapshot_type=kind, snapshot_path=f"/{OUT}/{STATE}", mem_file_path=f"/{OUT}/{MEMORY}"
+            "/snapshot/create", self._seconds, snapshot_type=kind, snapshot_path=f"/{OUT}/{STATE}", mem_file_path=f"/{OUT}/{MEMORY}"
         )
 
     async def pause(self) -> None:

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
+from gateway import executors
 from gateway.messages import AGENT_PROTOCOL
 
 from .. import disks, generators, jail, kernel, manifest, memory, sparse, syscalls
 from ..cgroups import Cgroups
-from ..driver import DEVICES, Machine, Process, Sealed, Shape
+from ..driver import DEVICES, UNSAVED, Machine, Process, Sealed, Shape
 from ..errors import Missing, Refused, Unavailable, VmmError, explained, not_loaded, not_written
 from ..manifest import Manifest
 from ..mapping import Mapper
@@ -107,12 +108,13 @@ class QemuDriver:
             )  # fmt: skip
         try:
             await self._compare_processor(machine, shape, known.made, f"image {image.name}")
-            await asyncio.to_thread(machine.clear, shared.holes)
+            await executors.LATENCY.run(machine.clear, shared.holes)
             await machine.await_session(placeholders)
         except (QmpError, OSError, VmmError) as error:
             why = await machine.why(error)
             await machine.kill()
-            raise explained(error, f"the hypervisor of image {image.name} does not wait: {why}") from error
+            text = f"the hypervisor of image {image.name} does not wait: {why}"
+            raise (explained(error, text) if isinstance(error, Refused | OSError) else Unavailable(text)) from error
         except BaseException:
             await asyncio.shield(machine.kill())
             raise
@@ -120,29 +122,35 @@ class QemuDriver:
 
     async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> QemuMachine:
         await disks.create_overlay(image / "boot.qcow2", shape.disk_bytes)
-        kept = await asyncio.to_thread(self._boots.find, shape)
+        kept = await executors.LATENCY.run(self._boots.find, shape)
         descriptor = memory.new_memory(image.name, shape.memory_mib << 20)
-        tap = await self._network.tap(link)
+        tap = -1
         try:
+            tap = await self._network.tap(link)
             with contextlib.ExitStack() as files:
                 assets = (self._assets.kernel, self._assets.initrd)
                 kernel, initrd = (files.enter_context(path.open("rb")).fileno() for path in assets)
                 programs = (kernel, initrd) if kept is None else None
                 machine = await self._spawn(
-                    image.name, shape, self._root.path, await asyncio.to_thread(self._makes, shape),
+                    image.name, shape, self._root.path, await executors.LATENCY.run(self._makes, shape),
                     lambda ends: topology.boot(shape, self._root.machine, descriptor, programs, tap, ends, console),
                 )  # fmt: skip
         except BaseException:
             os.close(descriptor)
             raise
         finally:
-            os.close(tap)
+            if tap >= 0:
+                os.close(tap)
         machine.record.link = link.name
         machine.image_memory = descriptor
         if kept is not None:
             await self._restore(machine, kept, descriptor)
-        machine.record.phase = "running"
-        machine.save_record()
+        try:
+            machine.record.phase = "running"
+            machine.save_record()
+        except OSError as error:
+            await machine.kill()
+            raise explained(error, f"image {image.name} did not boot: {error}") from error
         return machine
 
     async def _restore(self, machine: QemuMachine, kept: Path, descriptor: int) -> None:
@@ -164,7 +172,7 @@ class QemuDriver:
         assert isinstance(machine, QemuMachine)
         shape = machine.record.shape
         try:
-            if shape is not None and machine.image_memory is not None and await asyncio.to_thread(self._boots.find, shape) is None:
+            if shape is not None and machine.image_memory is not None and await executors.LATENCY.run(self._boots.find, shape) is None:
                 await self._keep(machine, shape, machine.image_memory)
             await machine.give_disk(image / "disk.raw", image / "boot.qcow2")
             machine.restored_from = None
@@ -177,7 +185,7 @@ class QemuDriver:
             work = self._boots.begin()
             try:
                 await machine.save_devices(work / DEVICES)
-                await asyncio.to_thread(self._boots.keep, work, shape, descriptor)
+                await executors.BULK.run(self._boots.keep, work, shape, descriptor)
             finally:
                 self._boots.drop(work)  # where it has not become one
         except OSError as error:
@@ -194,16 +202,17 @@ class QemuDriver:
                 raise Missing(f"image {image.name} was not booted by this service")
             made = msgspec.structs.replace(machine.record.made or Provenance(), features=await machine.processor())
             await machine.save_devices(image / DEVICES)
-            stored = await asyncio.to_thread(memory.store_memory, machine.image_memory, image / MEMORY)
-            synced = asyncio.to_thread(sync, [image / DEVICES, image / MEMORY])
-            seeded, _ = await asyncio.gather(asyncio.to_thread(generators.make_due, image / MEMORY), synced)
+            stored = await executors.BULK.run(memory.store_memory, machine.image_memory, image / MEMORY)
+            synced = executors.LATENCY.run(sync, [image / DEVICES, image / MEMORY])
+            seeded, _ = await asyncio.gather(executors.BULK.run(generators.make_due, image / MEMORY), synced)
             await disks.create_overlay(image / self.disk_template, shape.disk_bytes)
         except (QmpError, OSError) as error:
             raise not_written(error, f"image {image.name}", f"image {image.name} could not be stored") from error
         finally:
             await machine.kill()
-        await asyncio.to_thread(sync, [image / name for name in (MEMORY, "disk.raw", "boot.qcow2", self.disk_template)])
-        manifest.write(image, Manifest(shape, stored, disks.stored_bytes(image / "boot.qcow2"), NAME, made))
+        await executors.LATENCY.run(sync, [image / name for name in (MEMORY, "disk.raw", "boot.qcow2", self.disk_template)])
+        whole = Manifest(shape, stored, disks.stored_bytes(image / "boot.qcow2"), NAME, made)
+        await executors.LATENCY.run(manifest.write, image, whole)
         code_bytes = int((image / "code_bytes").read_text(encoding="ascii"))
         return Sealed(stored, disks.stored_bytes(image / "disk.raw"), code_bytes, seeded)
 
@@ -213,14 +222,23 @@ class QemuDriver:
             await self._sandboxes.release(sandbox)
             return None
         state = memory.write_only(STATE)
-        machine = QemuMachine(record, sandbox.directory, self._network, lambda: self._remove(machine, sandbox), state)
+        try:
+            machine = QemuMachine(record, sandbox.directory, self._network, lambda: self._remove(machine, sandbox), state)
+        except ProcessLookupError:  # just now
+            os.close(state)
+            await self._sandboxes.release(sandbox)
+            return None
         self._machines.add(machine)
         try:
-            await machine.connect()
-            await machine.give_state_file()
-        except (QmpError, OSError):
-            await machine.kill()
-            return None
+            async with asyncio.timeout(_SPAWN_SECONDS):
+                await machine.connect()
+                await machine.give_state_file()
+        except (QmpError, OSError) as error:
+            if record.phase not in UNSAVED:
+                await machine.kill()
+                return None
+            log.warning("adopt.not_connected", session=record.session, vm=record.vm, error=str(error))
+            machine.reconnect()
         return machine
 
     def records(self) -> list[Process]:
@@ -240,29 +258,31 @@ class QemuDriver:
         task = self._shared.get(image.name)
         if task is None:
             task = asyncio.get_running_loop().create_task(self._load(image))
+            task.add_done_callback(lambda done: self._loaded(image.name, done))
             self._shared[image.name] = task
         try:
             return await asyncio.shield(task)
-        except BaseException as error:
-            if task.done() and self._shared.get(image.name) is task:  # who asks next loads it again
-                del self._shared[image.name]
-            if isinstance(error, OSError):
-                text = f"image {image.name} could not be loaded: {error}"
-                raise not_loaded(error, text, image / MEMORY, image / self.disk_template) from error
-            raise
+        except OSError as error:
+            text = f"image {image.name} could not be loaded: {error}"
+            raise not_loaded(error, text, image / MEMORY, image / self.disk_template) from error
+
+    def _loaded(self, image: str, task: asyncio.Task[_Shared]) -> None:
+        """What failed, whoever still waits for it, is loaded again by who asks next."""
+        if (task.cancelled() or task.exception() is not None) and self._shared.get(image) is task:
+            del self._shared[image]
 
     async def _load(self, image: Path) -> _Shared:
         disk = memory.sealed(f"torpor-disk-{image.name}", (image / self.disk_template).read_bytes())
         try:
             loaded = await self._load_memory(image)
-            return _Shared(loaded, await asyncio.to_thread(sparse.holes, loaded), disk)
+            return _Shared(loaded, await executors.LATENCY.run(sparse.holes, loaded), disk)
         except BaseException:
             os.close(disk)
             raise
 
     async def _load_memory(self, image: Path) -> int:
         pids = [machine.record.pid for machine in self._machines if machine.record.image == image.name]
-        adopted = memory.adopt_image_memory(image.name, pids)
+        adopted = memory.adopt_image_memory(image.name, pids, (image / MEMORY).stat().st_size)
         if adopted is not None:
             return adopted
         group = f"image-{image.name}"
@@ -303,46 +323,73 @@ class QemuDriver:
     async def _spawn(
         self, image: str, shape: Shape, root: Path, made: Provenance, compose: Callable[[topology.Ends], topology.Command]
     ) -> QemuMachine:  # fmt: skip
-        """Raises Unavailable, which quotes a hypervisor that ended."""
-        sandbox = self._sandboxes.allocate(shape)
-        ours, theirs = socket.socketpair()
-        mapper, state = Mapper(ours), memory.write_only(STATE)
-        machine: QemuMachine | None = None  # which closes what it was given when its process ends
+        """Raises Unavailable, which quotes a hypervisor that ended; whatever it raises, nothing of the try is left."""
+        machine: QemuMachine | None = None  # which closes what it was given, and releases its sandbox, when its process ends
         process: asyncio.subprocess.Process | None = None
-        try:
-            async with asyncio.timeout(_SPAWN_SECONDS):
+        sandbox: VmSandbox | None = None
+        with contextlib.ExitStack() as ours:
+            try:
+                sandbox = self._sandboxes.allocate(shape)
+                end, theirs = socket.socketpair()
+                mapper = ours.enter_context(contextlib.closing(Mapper(end)))
                 with theirs:
-                    process = await self._execute(sandbox, shape, root, theirs.fileno(), state, compose)
-                while (pid := child_of(process.pid)) is None:
-                    if process.returncode is not None:
-                        raise Unavailable(f"it ended with code {process.returncode}")
-                    await asyncio.sleep(0.0005)
-                record = Process(sandbox.vm, pid, syscalls.start_time(pid) or 0, image, sandbox.uid, shape=shape, made=made)
-                machine = QemuMachine(record, sandbox.directory, self._network, lambda: self._remove(machine, sandbox), state, mapper)
-                self._machines.add(machine)
-                machine.save_record()
-                await machine.connect()
-                machine.mapping()
-                machine.save_record()
-        except BaseException as error:
-            why = ""
-            if machine is not None:
+                    state = memory.write_only(STATE)
+                    ours.callback(os.close, state)
+                    async with asyncio.timeout(_SPAWN_SECONDS):
+                        process = await self._execute(sandbox, shape, root, theirs.fileno(), state, compose)
+                async with asyncio.timeout(_SPAWN_SECONDS):
+                    machine = await self._found(process, sandbox, image, shape, made, state, mapper)
+                    ours.pop_all()
+                    machine.save_record()
+                    await machine.connect()
+                    machine.mapping()
+                    machine.save_record()
+            except BaseException as error:
+                why = await asyncio.shield(self._undo(error, machine, process, sandbox))
                 if isinstance(error, _FAILURES):
-                    why = await machine.why(error)
-                await asyncio.shield(machine.kill())
-            else:
-                why = last_words(sandbox.directory) or str(error)
-                mapper.close()
-                os.close(state)
-                if process is not None:
-                    with contextlib.suppress(ProcessLookupError):
-                        process.kill()  # and with it, by --kill-child, what runs inside
-                await asyncio.shield(self._remove(None, sandbox))
-            if isinstance(error, _FAILURES):
-                text = f"the hypervisor of image {image} did not start: {why or f'not within {_SPAWN_SECONDS} s'}"
-                raise explained(error, text) from error
-            raise
+                    text = f"the hypervisor of image {image} did not start: {why or f'not within {_SPAWN_SECONDS} s'}"
+                    raise explained(error, text) from error
+                raise
         return machine
+
+    async def _found(
+        self,
+        process: asyncio.subprocess.Process,
+        sandbox: VmSandbox,
+        image: str,
+        shape: Shape,
+        made: Provenance,
+        state: int,
+        mapper: Mapper,
+    ) -> QemuMachine:
+        """The hypervisor is the child of what was started. Raises Unavailable, OSError."""
+        while (pid := child_of(process.pid)) is None:
+            if process.returncode is not None:
+                raise Unavailable(f"it ended with code {process.returncode}")
+            await asyncio.sleep(0.0005)
+        record = Process(sandbox.vm, pid, syscalls.start_time(pid) or 0, image, sandbox.uid, shape=shape, made=made)
+        machine = QemuMachine(record, sandbox.directory, self._network, lambda: self._remove(machine, sandbox), state, mapper)
+        self._machines.add(machine)
+        return machine
+
+    async def _undo(
+        self, error: BaseException, machine: QemuMachine | None, process: asyncio.subprocess.Process | None, sandbox: VmSandbox | None
+    ) -> str:
+        """Ends what a failed start has left; returns why it failed."""
+        if machine is not None:
+            why = await machine.why(error) if isinstance(error, _FAILURES) else ""
+            try:
+                await machine.kill()
+            except TimeoutError:
+                log.error("hypervisor.not_ended", vm=machine.record.vm)
+            return why
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()  # and with it, by --kill-child, what runs inside
+        why = (last_words(sandbox.directory) if sandbox is not None else "") or str(error)
+        if sandbox is not None:
+            await self._remove(None, sandbox)
+        return why
 
     async def _execute(
         self, sandbox: VmSandbox, shape: Shape, root: Path, mapper: int, state: int, compose: Callable[[topology.Ends], topology.Command]
@@ -363,5 +410,5 @@ class QemuDriver:
         if machine is not None:
             self._machines.discard(machine)
             if machine.restored_from is not None:
-                await asyncio.to_thread(self._boots.drop, machine.restored_from)
+                await executors.UPKEEP.run(self._boots.drop, machine.restored_from)
         await self._sandboxes.release(sandbox)

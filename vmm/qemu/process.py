@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 import xxhash
 
+from gateway import executors
 from gateway.observe.steps import Steps
 
 from .. import diffs, mapping, memory, sandboxes
@@ -35,6 +36,9 @@ _LOAD_SECONDS = 30
 STATE = "torpor-state"  # the name of the memfd
 _STARVED = "io-error"
 _STARVED_RETRY_SECONDS = 1
+_RECONNECT_SECONDS, _RECONNECT_MOST_SECONDS = 0.1, 5.0
+_CHECK_SECONDS = 300.0
+_STATE_MOST_BYTES = 256 << 20  # some 100 KiB, as a rule; more is no state of ours
 
 
 class _StateRefused(QmpError):
@@ -75,17 +79,38 @@ class QemuMachine:
         self._channel: int | None = None  # the agent's, connected before it is asked for
         self._starving: asyncio.Task[None] | None = None
         self._loaded: asyncio.Future[str] | None = None
+        self._reconnecting: asyncio.Task[None] | None = None
+        self._cleaning: asyncio.Task[None] | None = None
         asyncio.get_running_loop().add_reader(self._pidfd, self._gone)
 
     async def connect(self) -> None:
         """Raises QmpError."""
         self._qmp = await Qmp.connect(self._directory / "qmp.sock")
         self._qmp.on_event = self._event
+        self._qmp.closed.add_done_callback(lambda _: self.reconnect())
         await self._qmp.run("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
         status = await self.status()
         if status == _STARVED:
             self._starve()
         self._correct_phase(is_running=status in ("running", _STARVED))
+
+    def reconnect(self) -> None:
+        """Connects again, for as long as the process runs: a connection that is lost says nothing about the guest."""
+        if self._pidfd is not None and (self._reconnecting is None or self._reconnecting.done()):
+            self._reconnecting = asyncio.get_running_loop().create_task(self._reconnect())
+
+    async def _reconnect(self) -> None:
+        pause = _RECONNECT_SECONDS
+        while True:
+            await asyncio.sleep(pause)
+            if self._pidfd is None or (self._qmp is not None and not self._qmp.closed.done()):
+                return
+            try:
+                await self.connect()
+                await self.give_state_file()
+                log.warning("qmp.connected_again", vm=self.record.vm)
+            except (QmpError, OSError):
+                pause = min(2 * pause, _RECONNECT_MOST_SECONDS)
 
     async def give_state_file(self) -> None:
         """To a process that another daemon started: QEMU forgets descriptor sets that nothing uses when a connection ends. Raises
@@ -156,7 +181,7 @@ class QemuMachine:
         try:
             manifest = diffs.read_manifest(snapshot) if (snapshot / diffs.MANIFEST).exists() else None
             self._check_maker(manifest)
-            await asyncio.to_thread(self._put_in, tap, snapshot, overlay, manifest)
+            await executors.LATENCY.run(self._put_in, tap, snapshot, overlay, manifest)
         finally:
             os.close(tap)
         self.steps.mark("network, disk and memory put in")
@@ -164,16 +189,17 @@ class QemuMachine:
         try:
             await self._load_devices(snapshot / DEVICES)
         except BaseException:
-            await self._check()  # damage says more than what became of the load of it
+            await self.checked()  # damage says more than what became of the load of it
             raise
         self.steps.mark("device state loaded")
         self.record.chain = manifest.chain if manifest is not None else []
 
-    async def _check(self) -> None:
+    async def checked(self) -> None:
         """Compares the files that were loaded, beside the guest's first steps: large diffs take longer than all the rest of a resume. Who
         let it run hears of it when this is done. Raises Damaged, Missing, Unavailable."""
         if self.record.unchecked:
-            await asyncio.to_thread(diffs.verify_whole, Path(self.record.unchecked))
+            seconds = executors.seconds_for(self.record.shape.memory_mib << 20 if self.record.shape else 0, _CHECK_SECONDS)
+            await executors.LATENCY.run(diffs.verify_whole, Path(self.record.unchecked), seconds=seconds)
             self.record.unchecked = ""
 
     def _check_maker(self, manifest: Manifest | None) -> None:
@@ -210,7 +236,7 @@ class QemuMachine:
     async def _load_devices(self, path: Path) -> None:
         """The state is loaded when its event says so: asking again and again would hold up who loads it. Raises QmpError, OSError."""
         assert self._loaded is not None
-        sent = asyncio.ensure_future(asyncio.to_thread(self._send_state, path))
+        sent = asyncio.ensure_future(executors.LATENCY.run(self._send_state, path))
         sent.add_done_callback(lambda done: done.cancelled() or done.exception())  # where it was refused, that says more
         await asyncio.wait([self._loaded, self.qmp.closed], timeout=_LOAD_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if not self._loaded.done():
@@ -229,21 +255,28 @@ class QemuMachine:
         self.steps.mark("control stored the start")
         channel, self._channel = self._channel if self._channel is not None else await self.agent(), None
         try:
-            self.record.phase = "starting"
-            self.save_record()
-            stamped = bytearray(wake)
-            struct.pack_into("<Q", stamped, WALL_CLOCK_AT, time.time_ns())
-            os.write(channel, stamped)
-            await self.qmp.run("cont")
-            self.record.phase = "running"  # not written: who reads "starting" asks the hypervisor
-            self._close_mapper()
-            self.steps.mark("cont")
-            await self._check()
+            if self.record.phase != "running":  # else this is asked for again
+                await self._wake(channel, wake)
+            await self.checked()
             self.steps.mark("files checked")
-        except (QmpError, OSError, VmmError) as error:
+        except BaseException as error:
             os.close(channel)
+            if not isinstance(error, QmpError | OSError | VmmError):
+                raise
             raise await self._failed(error, f"session {self.record.session} could not be started") from error
         return channel
+
+    async def _wake(self, channel: int, wake: bytes) -> None:
+        """Raises QmpError, OSError; it may be done again then."""
+        self.record.phase = "starting"
+        self.save_record()
+        stamped = bytearray(wake)
+        struct.pack_into("<Q", stamped, WALL_CLOCK_AT, time.time_ns())
+        os.write(channel, stamped)
+        await self.qmp.run("cont")
+        self.record.phase = "running"  # not written: who reads "starting" asks the hypervisor
+        self._close_mapper()
+        self.steps.mark("cont")
 
     async def agent(self) -> int:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -285,9 +318,10 @@ class QemuMachine:
             stopped, saved = self._stop_and_save()
             await stopped
             self.steps.mark("stop")
-            written = await asyncio.to_thread(self._save_memory, directory)
+            seconds = executors.seconds_for(self.record.memory[1] - self.record.memory[0], _CHECK_SECONDS)
+            written = await executors.LATENCY.run(self._save_memory, directory, seconds=seconds)
             await saved
-            devices = await asyncio.to_thread(self._store_state, directory / DEVICES)
+            devices = await executors.LATENCY.run(self._store_state, directory / DEVICES)
             self.steps.mark("devices and changed pages written")
             return [devices, *written]
         except (QmpError, OSError, LookupError) as error:
@@ -320,7 +354,7 @@ class QemuMachine:
         """Stops the guest and writes its devices' state. Raises QmpError, OSError."""
         _, saved = self._stop_and_save()
         await saved
-        await asyncio.to_thread(self._store_state, path)
+        await executors.LATENCY.run(self._store_state, path)
 
     def _stop_and_save(self) -> tuple[asyncio.Future[Any], asyncio.Future[Any]]:
         """What is answered when the guest has stopped, and when its state is written. Raises OSError.
@@ -344,7 +378,11 @@ class QemuMachine:
         """Does not sync. Raises QmpError, OSError."""
         if self._state is None:
             raise QmpError("the hypervisor has ended")
-        state = Path(f"/proc/self/fd/{self._state}").read_bytes()
+        size = os.fstat(self._state).st_size  # the hypervisor has it open: nothing of it is believed
+        if not 0 < size <= _STATE_MOST_BYTES:
+            raise QmpError(f"the hypervisor wrote a device state of {size} bytes")
+        with open(f"/proc/self/fd/{self._state}", "rb") as file:
+            state = file.read(_STATE_MOST_BYTES)
         os.ftruncate(self._state, 0)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
             file.write(state)
@@ -415,7 +453,7 @@ class QemuMachine:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = None
-        asyncio.get_running_loop().create_task(self._clean())
+        self._cleaning = asyncio.get_running_loop().create_task(self._clean())
 
     def _close_mapper(self) -> None:
         """The guest runs: nothing is mapped any more."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 COMMAND_SECONDS = 20.0
+_LINE_MOST_BYTES = 16 << 20  # answers have some 100 KiB at most; a hypervisor that was taken over may say what it likes
 
 
 class QmpError(Exception):
@@ -35,16 +36,22 @@ class Qmp:
     @classmethod
     async def connect(cls, path: Path) -> Qmp:
         """Raises QmpError when nobody answers in time."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        sock.setblocking(False)
+        qmp: Qmp | None = None
         try:
-            async with asyncio.timeout(COMMAND_SECONDS):
-                await asyncio.get_running_loop().sock_connect(sock, str(path))
-                qmp = cls(sock)
-                await qmp._greeting
-                await qmp.run("qmp_capabilities")
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            sock.setblocking(False)
+            try:
+                async with asyncio.timeout(COMMAND_SECONDS):
+                    await asyncio.get_running_loop().sock_connect(sock, str(path))
+                    qmp = cls(sock)
+                    await qmp._greeting
+                    await qmp.run("qmp_capabilities")
+            except BaseException:
+                if qmp is not None:
+                    qmp.close()
+                sock.close()
+                raise
         except (OSError, TimeoutError) as error:
-            sock.close()
             raise QmpError(f"{path}: {error or 'no greeting'}") from error
         return qmp
 
@@ -88,14 +95,21 @@ class Qmp:
             data = self._socket.recv(65536)
         except BlockingIOError:
             return
-        except ConnectionError:
+        except OSError:
             data = b""
         if not data:
             self._fail(QmpError("the hypervisor has ended"))
             return
         *lines, self._buffer = (self._buffer + data).split(b"\n")
-        for line in lines:
-            self._message(json.loads(line))
+        if len(self._buffer) > _LINE_MOST_BYTES:
+            self._buffer = b""
+            self._fail(QmpError(f"a line longer than {_LINE_MOST_BYTES >> 20} MiB"))
+            return
+        try:
+            for line in lines:
+                self._message(json.loads(line))
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            self._fail(QmpError(f"what came is no QMP: {error!r}"))
 
     def _message(self, message: dict[str, Any]) -> None:
         if "event" in message:
@@ -104,13 +118,15 @@ class Qmp:
             if not self._greeting.done():
                 self._greeting.set_result(message)
         elif self._waiting:
+            failure = QmpError(str(message["error"]["desc"])) if "error" in message else None
+            answer = message["return"] if failure is None else None
             future = self._waiting.popleft()
             if future.done():
                 return
-            if "error" in message:
-                future.set_exception(QmpError(message["error"]["desc"]))
+            if failure is not None:
+                future.set_exception(failure)
             else:
-                future.set_result(message["return"])
+                future.set_result(answer)
 
     def _fail(self, error: Exception) -> None:
         if self._error is not None:

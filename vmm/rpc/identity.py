@@ -1,4 +1,4 @@
-"""vmm's calls about whose the directories are: control decides, and only root can read and write there."""
+"""Calls about whose the directories are: control decides, and only root can read and write there."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from gateway.config import Settings
 from gateway.executors import BULK
 from gateway.rpc import Connection
 
-from . import disks
-from .errors import not_written
+from .. import disks
+from ..errors import not_written
+from ..images import Images
 
 _MARK = "instance-id"
 
 
 class IdentityCalls:
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, images: Images) -> None:
+        self._known = images
         self._images = settings.images_dir
         self._sessions = settings.sessions_dir
         self._quarantine = settings.root / "quarantine"
@@ -45,6 +47,7 @@ class IdentityCalls:
             self._quarantine.mkdir(mode=0o700, exist_ok=True)
             (source / "reason.json").write_bytes(msgspec.json.encode(reason))
             os.rename(source, target)
+            self._known.gone(body.image)
             for path in (self._images, self._quarantine):
                 disks.sync_path(path)
         except OSError as error:
