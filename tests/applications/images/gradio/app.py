@@ -1,4 +1,5 @@
 import gradio as gr
+from fastapi import FastAPI
 
 
 def add(number, kept):
@@ -18,4 +19,4 @@ with gr.Blocks() as demo:
     gr.Button("add").click(add, [number, kept], [total, kept], api_name="add")
     given, made = gr.File(), gr.File()
     gr.Button("shout").click(shout, given, made, api_name="shout")
-demo.launch()
+app = gr.mount_gradio_app(FastAPI(), demo, path="/")
