@@ -7,7 +7,6 @@ and mends all of this at its start.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 from collections.abc import Collection, Iterator
@@ -28,11 +27,13 @@ _HALF_MADE = ("snapshot.new", "fold.new")
 
 @dataclass(frozen=True)
 class Leftover:
-    """`kind`: process, namespace, uplink, control group, directory, file. `why` says what makes it nobody's."""
+    """`kind`: process, namespace, uplink, control group, directory, file. `why` says what makes it nobody's; `started` with its pid which
+    process is meant."""
 
     kind: str
     what: str
     why: str
+    started: int = 0
 
 
 def find(settings: Settings, sessions: Collection[str], images: Collection[str]) -> list[Leftover]:
@@ -55,7 +56,7 @@ def _records(settings: Settings) -> Iterator[Process]:
 def _processes(records: list[Process], sessions: Collection[str]) -> Iterator[Leftover]:
     for record in records:
         if syscalls.start_time(record.pid) == record.started and record.session not in sessions:
-            yield Leftover("process", str(record.pid), f"hypervisor {record.vm} of {record.session or 'no session'}")
+            yield Leftover("process", str(record.pid), f"hypervisor {record.vm} of {record.session or 'no session'}", record.started)
 
 
 def _parked(settings: Settings, sessions: Collection[str]) -> Iterator[str]:
@@ -135,7 +136,7 @@ def mend(settings: Settings, found: Leftover) -> None:
     """Removes it. Raises OSError."""
     if found.kind == "process":
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(found.what), signal.SIGKILL)
+            syscalls.signal_process(int(found.what), found.started, signal.SIGKILL)
     elif found.kind == "namespace":
         with contextlib.suppress(OSError):
             syscalls.umount(found.what)

@@ -266,6 +266,8 @@ def doctor(
     rows += quarantine.rows(settings)
     if repair and is_served(settings):
         fail(f"instance {settings.name} is served: it mends what it finds at its start; stop it to repair by hand", 1)
+    if is_served(settings):
+        rows += [(f"process {name}", *found) for name, found in status.checks(status.state_file(settings), time.time()).items()]
     for leftover in leftovers_of(settings, store) if store is not None else []:
         if repair:
             leftovers.mend(settings, leftover)

@@ -141,3 +141,18 @@ def test_all_processes_of_a_microvm_are_in_its_group(root: Path, monkeypatch: py
     (root / "torpor-x/vm/cgroup.procs").unlink()
     (root / "torpor-x/vm").rmdir()
     assert subprocess.run([*enter, "true"], capture_output=True, timeout=10, check=False).returncode, "never outside of it"
+
+
+def test_what_is_left_in_a_group_ends_by_the_kernels_own_list(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A number that was read may be another process's when the signal is sent."""
+    delegate(monkeypatch)
+    left = group(root / "torpor-x/vm", processes="1\n")
+    (left / "cgroup.kill").write_text("")
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+    monkeypatch.setattr(module, "_REMOVE_SECONDS", 0.01)
+    Cgroups("x", tmp_path).remove("vm")
+    assert (left / "cgroup.kill").read_text() == "1" and not killed
+    (left / "cgroup.kill").unlink()
+    Cgroups("x", tmp_path).remove("vm")
+    assert set(killed) == {1}
