@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.edge.policy import replies
-from gateway.edge.policy.admission import BAD_TOKEN, Refuse
+from gateway.edge.policy.admission import BAD_TOKEN, NOT_RUNNING, Refuse
 
 ID = b"00000000-0000-0000-0000-000000000000"
 
@@ -53,6 +53,15 @@ def test_what_a_status_asks_for(status: int, name: str, value: str) -> None:
     assert answer.getheader(name) == value
     other, _ = parsed(replies.make(Refuse(403), ID, True, False))
     assert other.getheader(name) is None
+
+
+@pytest.mark.parametrize(
+    ("refusal", "seconds"), [(replies.NOT_IN_TIME, "1"), (replies.NOT_KNOWN_NOW, "1"), (replies.UNAVAILABLE, None), (NOT_RUNNING, None)]
+)
+def test_what_passes_may_be_tried_again(refusal: Refuse, seconds: str | None) -> None:
+    """A resume that could not be made now; not a MicroVM that no request resumes."""
+    answer, _ = parsed(replies.make(refusal, ID, True, False))
+    assert (answer.status, answer.getheader("retry-after")) == (502, seconds)
 
 
 def test_a_head_request_is_told_the_length_and_sent_no_body() -> None:

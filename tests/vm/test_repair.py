@@ -99,3 +99,27 @@ def comes_back(instance: Instance, hurt: dict[str, Any], pages: str, tmp_path: P
     instance.command("torpor", "recover", name)
     assert instance.describe(name)["state"] == "SUSPENDED" and not aside.exists()
     assert get(hurt["endpoint"], instance.root / "tls/ca.crt", hurt["token"]).json()["counter"] == 2
+
+
+def test_a_store_that_is_not_there_costs_no_image_and_no_sleeper(instance: Instance, vm: dict[str, Any]) -> None:
+    """A damaged store that was moved aside, or a wrong --root: the start says so in one line, changes nothing, and does not serve."""
+    assert get(vm["endpoint"], instance.root / "tls/ca.crt", vm["token"]).json()["counter"] == 1
+    instance.stop()
+    control, moved = instance.root / "control", instance.root / "moved"
+    moved.mkdir()
+    for path in control.glob("torpor.db*"):
+        path.rename(moved / path.name)
+    before = {path.name for name in ("images", "sessions") for path in (instance.root / name).iterdir()}
+    refused = instance.command("torpor", "serve", check=False)
+    said = [line for line in refused.stderr.splitlines() if "process.not_started" in line]
+    assert refused.returncode == 1 and len(said) == 1, refused.stderr[-2000:]
+    assert "torpor serve --adopt" in said[0] and "--quarantine" in said[0] and str(control / "torpor.db") in said[0]
+    assert {path.name for name in ("images", "sessions") for path in (instance.root / name).iterdir()} == before
+    for path in control.glob("torpor.db*"):
+        path.unlink()
+    for path in moved.iterdir():
+        path.rename(control / path.name)
+    moved.rmdir()
+    instance.start()
+    until(lambda: instance.describe(vm["microvmId"])["state"] == "RUNNING")
+    assert get(vm["endpoint"], instance.root / "tls/ca.crt", vm["token"]).json()["counter"] == 2

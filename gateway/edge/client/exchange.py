@@ -380,7 +380,7 @@ class Exchange(ClientSide):
             self.refuse(replies.TOO_MANY)
         except TimeoutError:
             self.fault(key, f"the MicroVM could not take the request within {worker.settings.hold_seconds:g} s (edge.hold_seconds)")
-            self.refuse(replies.UNAVAILABLE)
+            self.refuse(replies.NOT_IN_TIME)
         except (ConnectFailed, SessionGone) as error:
             self.fault(key, first.reason if first is not None else str(error))
             self.refuse(replies.UNAVAILABLE)

@@ -15,6 +15,7 @@ _REASONS: Final = {
 }  # fmt: skip
 
 UNAVAILABLE = Refuse(502)
+NOT_IN_TIME = Refuse(502, reason="the MicroVM could not take the request in time")
 NOT_KNOWN_NOW = Refuse(502, reason="this worker does not know the host, and control does not answer")
 FAILED = Refuse(500)  # by a fault of our own
 TOO_MANY = Refuse(429, b"Too many requests are waiting for this MicroVM")
@@ -58,7 +59,7 @@ def fields(refusal: Refuse) -> list[tuple[bytes, bytes]]:
     found = [(b"date", _date.now().text), (b"cache-control", b"private, no-store"), (b"content-length", b"%d" % len(refusal.body))]
     if refusal.body:
         found.append((b"content-type", b"text/plain"))
-    if refusal.status == 429:
+    if refusal.status == 429 or refusal is NOT_IN_TIME or refusal is NOT_KNOWN_NOW:  # what passes: nothing of the MicroVM is lost
         found.append((b"retry-after", b"1"))
     if refusal.status == 426:
         found.append((b"sec-websocket-version", b"13"))  # RFC 6455, 4.4
