@@ -8,7 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import boto3
+from botocore.config import Config
 from service import free_port
 
 _SECONDS = 60.0
@@ -19,8 +22,15 @@ class DurableStore:
         self.port = free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self._directory = directory
+        self._keys = key, secret
         self._environment = {**os.environ, "NANIO_ACCESS_KEY": key, "NANIO_SECRET_KEY": secret}
         self._process: subprocess.Popen[bytes] | None = None
+
+    def client(self) -> Any:
+        return boto3.client(
+            "s3", region_name="us-east-1", endpoint_url=self.endpoint, aws_access_key_id=self._keys[0], aws_secret_access_key=self._keys[1],
+            config=Config(s3={"addressing_style": "path"}),
+        )  # fmt: skip
 
     def start(self) -> None:
         """Returns when it answers."""

@@ -162,7 +162,7 @@ def test_a_long_sleep_is_in_the_object_store_and_comes_back(warm: tuple[Instance
         sleeper.suspend()
     files = instance.root / "sessions"
     until(lambda: not (files / one.id).exists() and not (files / two.id).exists())
-    s3 = instance.client("s3")
+    s3 = store.client()
 
     def archived() -> list[str]:
         listed = s3.list_objects_v2(Bucket="torpor-archive").get("Contents", [])
