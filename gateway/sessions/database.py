@@ -38,7 +38,7 @@ class Database:
         """Raises sqlite3.Error, NotStarted."""
         self._connection = await self._thread.run(lambda: sqlite3.connect(self._path, isolation_level=None))
 
-    async def run(self, work: Callable[[sqlite3.Connection, Unpack[Ts]], T], *arguments: *Ts, seconds: float = _SECONDS) -> T:
+    async def run(self, work: Callable[[sqlite3.Connection, Unpack[Ts]], T], *arguments: *Ts, seconds: float | None = None) -> T:
         """Does work in the database's thread, after what was asked for before. Raises what it raises, and Overdue."""
         assert self._connection is not None, "the database is not open"
         return await self._thread.run(work, self._connection, *arguments, seconds=seconds)

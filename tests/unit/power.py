@@ -7,11 +7,13 @@ there, without bytes that were not synced; everything is there.
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -55,22 +57,19 @@ class Moment:
 
 @cache
 def _library() -> Path:
-    target = Path(os.environ.get("TMPDIR", "/tmp")) / f"torpor-power-{os.getpid()}.so"
+    target = Path(tempfile.mkdtemp(prefix="torpor-power-")) / "power.so"
+    atexit.register(shutil.rmtree, target.parent, ignore_errors=True)
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", target, HERE / "power.c", "-ldl"], check=True, timeout=60)
     return target
 
 
 def run(scene: str, root: Path) -> list[Moment]:
     """Runs `scene` of power_scenes.py on `root`, of which all is certain before; returns its moments."""
-    library, trace = _library(), root.with_name("trace")
-    try:
-        environment = os.environ | {"LD_PRELOAD": str(library), "POWER_ROOT": str(root), "POWER_TRACE": str(trace)}
-        before = _loaded(root)
-        subprocess.run([sys.executable, HERE / "power_scenes.py", scene, root], env=environment, check=True, timeout=60)
-        return list(_replayed(before, trace.read_bytes(), root))
-    finally:
-        library.unlink()
-        _library.cache_clear()
+    trace = root.with_name("trace")
+    environment = os.environ | {"LD_PRELOAD": str(_library()), "POWER_ROOT": str(root), "POWER_TRACE": str(trace)}
+    before = _loaded(root)
+    subprocess.run([sys.executable, HERE / "power_scenes.py", scene, root], env=environment, check=True, timeout=60)
+    return list(_replayed(before, trace.read_bytes(), root))
 
 
 def _loaded(path: Path) -> Folder:

@@ -63,11 +63,13 @@ async def test_the_store(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         ((before,),) = connection.execute("SELECT count(*) FROM sessions").fetchall()
         connection.close()
     for moment, outcome, place in left(power.run("store", root), tmp_path / "left", 25, ("synced", "names")):
+        words = [word for word in moment.said if word in WORDS]
+        if recorded and words:
+            return  # from here on it is as a new one
         store = storing.Store(place / "torpor.db")
         await store.open()
         tokens = {token for (token,) in await store.db.rows("SELECT token FROM client_tokens")}
         await store.close()
-        words = [word for word in moment.said if word in WORDS]
         found = [word for word in WORDS if word in store.sessions]
         assert found[: len(words)] == words and len(found) <= len(words) + 1, (moment.number, moment.call, outcome)
         assert tokens >= set(found) and len(tokens & set(WORDS)) == len(found), "reply and deed are one"

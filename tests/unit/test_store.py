@@ -7,11 +7,13 @@ import contextlib
 import math
 import shutil
 import sqlite3
+import threading
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from gateway import executors
 from gateway.config import ConfigError
 from gateway.sessions import schema
 from gateway.sessions import store as storing
@@ -122,6 +124,43 @@ async def test_a_failed_write_is_an_error_and_the_next_succeeds(store: Store) ->
     await store.commit()
     rows = await store.db.rows("SELECT id, state FROM sessions")
     assert rows == [("small", "RUNNING")]
+
+
+async def test_a_disk_with_errors_costs_the_commits_that_meet_them(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only reads goes on, and what is put when the disk is well again."""
+    store.put_session(session("before"))
+    await store.commit()
+    transaction = store._transaction
+
+    def broken(*arguments: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(store, "_transaction", broken)
+    store.add_event("before", "lost", "", "")
+    with pytest.raises(StoreError, match="disk I/O error"):
+        await store.commit()
+    assert await store.db.rows("SELECT id FROM sessions") == [("before",)] and await store.events("before") == []
+    monkeypatch.setattr(store, "_transaction", transaction)
+    store.drop_session(store.sessions["before"])
+    await store.commit()
+    assert await store.db.rows("SELECT id FROM sessions") == []
+
+
+async def test_a_commit_that_stands_is_an_error_and_control_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "_LOOK_SECONDS", 0.01)
+    store = Store(tmp_path / "state.db")
+    replaced = threading.Event()
+    store.db._thread.on_stuck = replaced.set
+    await store.open()
+    monkeypatch.setattr(store.db._thread, "_seconds", 0.05)
+    stands = threading.Event()
+    monkeypatch.setattr(store, "_transaction", lambda *arguments: stands.wait(10))
+    store.put_session(session())
+    with pytest.raises(StoreError, match="has not ended"):
+        await asyncio.wait_for(store.commit(), 5)
+    assert await asyncio.to_thread(replaced.wait, 5)
+    stands.set()
+    store.db._thread.close()
 
 
 async def test_what_cannot_be_a_row_fails_its_own_commit_and_no_later_one(store: Store) -> None:
