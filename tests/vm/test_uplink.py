@@ -17,6 +17,9 @@ pytestmark = pytest.mark.vm
 POLICY = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
 
 
+_MARK, _PEER = "90001", "90002"  # a device that is gone when its line is written has no name there, but its index
+
+
 class Monitor:
     """What `ip monitor` says of a namespace's devices, addresses, routes, rules and settings; not of neighbours, whose entries age."""
 
@@ -44,7 +47,7 @@ class Monitor:
 
         def is_seen() -> bool:
             for words in (
-                ("add", name, "type", "veth", "peer", "name", f"{name}p"),
+                ("add", name, "index", _MARK, "type", "veth", "peer", "name", f"{name}p", "index", _PEER),
                 ("del", name),
             ):  # again and again: it may not have begun to listen
                 subprocess.run([*self._enter, "ip", "link", *words], check=True, capture_output=True, timeout=20)
@@ -52,7 +55,7 @@ class Monitor:
 
         until(is_seen, 20, 0.1)
         lines, self._lines = self._lines, []
-        return [line for line in lines if "tpmark" not in line]
+        return [line for line in lines if not any(word in line for word in ("tpmark", f"if{_MARK}", f"if{_PEER}"))]
 
     def close(self) -> None:
         self._process.kill()
