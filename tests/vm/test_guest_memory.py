@@ -17,6 +17,8 @@ import pytest
 from service import Instance, until
 from wire import Answer, get
 
+from vmm.cgroups import Cgroups
+
 pytestmark = pytest.mark.vm
 
 SOURCES = Path(__file__).parents[1] / "memory"
@@ -80,8 +82,9 @@ class Guest:
 
 
 def group_memory(instance: Instance, name: str) -> int:
-    roots = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
-    files = [root / f"torpor-{instance.name}" / name / file for root in roots for file in ("memory.current", "memory.usage_in_bytes")]
+    """Wherever its group lies: below the hierarchy's root, or in a scope of systemd's (vmm/cgroups.py)."""
+    base = Cgroups(instance.name, instance.root)
+    files = [path.with_name(file) for path in base.joins(name) for file in ("memory.current", "memory.usage_in_bytes")]
     return int(next(file for file in files if file.exists()).read_text())
 
 

@@ -148,7 +148,10 @@ def test_hypervisor_runs_as_a_nobody_of_its_own(instance: Instance, app: str) ->
         root = subprocess.run(["ls", f"/proc/{record['pid']}/root/"], capture_output=True, text=True, check=True).stdout.split()
         assert "root" not in root and "var" not in root and "work" not in root
         for group in ("memory", "pids"):
-            assert f"torpor-{instance.name}/" in Path(f"/proc/{record['pid']}/cgroup").read_text(), group
+            joined = Path(f"/proc/{record['pid']}/cgroup").read_text()
+            assert re.search(rf"torpor-{instance.name}(-microvms\.scope)?/{record['vm']}\n", joined), group
+            parent = int(Path(f"/proc/{record['pid']}/stat").read_text().rpartition(")")[2].split()[1])
+            assert Path(f"/proc/{parent}/cgroup").read_text() == joined, "its unshare(1) too: with that it would end"
         assert not Path(f"/proc/{record['pid']}/net/dev").read_text().count("tap0")
     assert len(users) == 2
     instance.terminate(*(vm["microvmId"] for vm in vms))
