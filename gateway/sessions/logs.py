@@ -122,7 +122,10 @@ class LogStore:
         """A stream was one file once: that is its first segment."""
         for path in self._directory.glob("*/*/*.jsonl"):
             if _SEGMENT.fullmatch(path.name) is None:
-                os.rename(path, path.with_name(f"{path.name.removesuffix('.jsonl')}{_suffix(0)}"))
+                try:
+                    os.rename(path, path.with_name(f"{path.name.removesuffix('.jsonl')}{_suffix(0)}"))
+                except OSError as error:  # its name is too long by this; it stays as it is
+                    log.error("logs.not_renamed", path=str(path), error=str(error))
 
     def _group(self, account: str, group: str) -> Path:
         return self._directory / account / _quoted(group)

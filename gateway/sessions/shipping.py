@@ -50,10 +50,12 @@ class Cursors:
     """How far each stream was sent. Where that cannot be known, all of it is sent again."""
 
     def __init__(self, path: Path) -> None:
-        """`path` with the suffix .json is where a service of before kept them."""
+        """`path` with the suffix .json is where a service of before kept them. Raises sqlite3.OperationalError, OSError."""
         try:
             self._db = self._open(path)
         except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # of the disk, and not of what is in the file
+                raise
             log.error("logs.sent_again", path=str(path), error=str(error))
             for suffix in ("", "-wal", "-shm"):
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
@@ -99,20 +101,32 @@ class Shipper:
     def __init__(self, store: LogStore, cursors: Path, client: Callable[[], Any]) -> None:
         self._store = store
         self._client = client
-        self._sent = Cursors(cursors)
+        self._path = cursors
+        self._opened: Cursors | None = None
         self._made: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    @property
+    def _sent(self) -> Cursors:
+        """Raises sqlite3.OperationalError, OSError: it is opened again by whoever asks next."""
+        if self._opened is None:
+            self._opened = Cursors(self._path)
+        return self._opened
 
     async def run(self) -> None:
         """Ships for ever; while the endpoint is away, or refuses a stream, it is tried again every ten seconds."""
         self._store.take_changed()
-        waiting = set(await executors.BULK.run(self._store.names))
+        waiting: set[Name] = set()
         pruned_at = -math.inf
         while True:
-            if time.monotonic() - pruned_at > _PRUNE_SECONDS:
-                await executors.BULK.run(self.prune)
-                pruned_at = time.monotonic()
-            waiting |= self._store.take_changed()
             is_away = False
+            if time.monotonic() - pruned_at > _PRUNE_SECONDS:
+                try:
+                    waiting |= set(await executors.BULK.run(self.prune))
+                    pruned_at = time.monotonic()
+                except (OSError, sqlite3.Error) as error:
+                    log.warning("logs.not_sent", error=str(error))
+                    is_away = True
+            waiting |= self._store.take_changed()
             for name in sorted(waiting):
                 try:
                     if await executors.BULK.run(self.ship, name):
@@ -143,12 +157,15 @@ class Shipper:
             self._put(name, events, after)
         return True
 
-    def prune(self) -> None:
-        """Forgets streams that are there no more. Blocking."""
-        self._sent.keep(self._store.names())
+    def prune(self) -> list[Name]:
+        """Forgets streams that are there no more; returns those that are. Blocking. Raises OSError, sqlite3.OperationalError."""
+        names = self._store.names()
+        self._sent.keep(names)
+        return names
 
     def close(self) -> None:
-        self._sent.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def _put(self, name: Name, events: list[LogEvent], after: int) -> None:
         _, group, stream = name

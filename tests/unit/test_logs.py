@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import sqlite3
 import threading
 from pathlib import Path
 from typing import Any
@@ -312,3 +313,36 @@ def test_lines_are_on_the_disk_before_their_offset_counts_as_sent(tmp_path: Path
     append(store, 2)
     assert shipper.ship(NAME) and order[6:] == ["sync", "sync", "cursor"]
     assert shipping.Cursors is Cursors
+
+
+async def test_a_disk_that_is_full_when_shipping_begins_costs_no_cursor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipping, "_AWAY_SECONDS", 0.01)
+    cursors = Cursors(tmp_path / "sent.db")
+    store, endpoint = LogStore(tmp_path / "logs"), Endpoint()
+    append(store, 1)
+    cursors.put(NAME, store.facts(*NAME).end)
+    cursors.close()
+    real, failed = Cursors._open, 0
+
+    def full(self: Cursors, path: Path) -> sqlite3.Connection:
+        nonlocal failed
+        failed += 1
+        if failed < 5:
+            raise sqlite3.OperationalError("database or disk is full")
+        return real(self, path)
+
+    monkeypatch.setattr(Cursors, "_open", full)
+    task = asyncio.create_task(Shipper(store, tmp_path / "sent.db", lambda: endpoint).run())
+    await until(lambda: failed > 3)
+    append(store, 2)
+    await until(lambda: bool(endpoint.sent))
+    task.cancel()
+    assert endpoint.sent == ["line 2"]
+
+
+def test_a_stream_whose_name_is_too_long_for_a_segment_keeps_nothing_from_starting(tmp_path: Path) -> None:
+    directory = tmp_path / "logs/1/g"
+    directory.mkdir(parents=True)
+    (directory / f"{'x' * 245}.jsonl").write_text("")
+    (directory / "short.jsonl").write_text("")
+    assert LogStore(tmp_path / "logs").streams("1", "g") == ["short"]
