@@ -68,7 +68,7 @@ class Readiness:
                 await self._look()
             if self._had > seconds:
                 took = self._clock() - started
-                slowly = f" (it had {seconds:g} s of {took:.0f}: the host is busy)" if took > _SLOW * seconds else ""
+                slowly = f" (it had {seconds:g} s of {took:.0f}: the host is busy)" if took > _SLOW * self._had else ""
                 nothing = f"nothing listens on EXPOSEd {_named(missing)} after {seconds:g} s{slowly}{await self._others()}"
                 self._say(f"{nothing}. The snapshot is taken all the same, and a request waits for the port edge.hold_seconds long")
                 return
