@@ -86,11 +86,17 @@ class Trail:
         self._is_torn = False  # the first that waits is the rest of one
         self._full: list[int] = []  # files that have another name by now, and are not synced
         self._is_synced = self._is_named = False
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._file, self._bytes = -1, 0
+        self._flush()
+
+    def _open(self) -> None:
+        """Raises OSError: a disk that is full keeps no service from starting, and is tried again with each record."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._bytes = os.fstat(self._file).st_size
         if self._bytes and os.pread(self._file, 1, self._bytes - 1) != b"\n":  # a power cut, or the end of a process on a full disk
-            self._put("", b"\n")
-            self._flush()
+            self._waiting.appendleft(("", b"\n"))
+            self._waiting_bytes += 1
 
     def add(self, event: str, line: bytes) -> None:
         """Writes a record, or keeps it until it can be written."""
@@ -112,6 +118,8 @@ class Trail:
 
     def _flush(self) -> None:
         try:
+            if self._file < 0:
+                self._open()
             while self._waiting:
                 event, line = self._waiting[0]
                 if self._bytes + len(line) > self._file_bytes and not self._is_torn:
@@ -173,6 +181,8 @@ class Trail:
 
     def sync(self) -> None:
         """Has what was written outlive a power cut. For a thread: it waits for the disk. Raises OSError."""
+        if self._file < 0:
+            return
         full, self._full = self._full, []
         for file in full:
             try:
@@ -194,14 +204,13 @@ class Trail:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.sync()
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
 
 
 class AuditTrail:
     def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
-        """Raises OSError."""
         self._clock = clock
-        directory.mkdir(parents=True, exist_ok=True)
         self._known = Trail(directory / "audit.jsonl", _FILE_BYTES, _FILES, self._lost)
         self._refused = Trail(directory / "refused.jsonl", _REFUSED_BYTES, _REFUSED_FILES, self._lost)
 

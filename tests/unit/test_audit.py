@@ -130,6 +130,18 @@ def test_what_is_lost_is_said_in_the_trail(tmp_path: Path, monkeypatch: pytest.M
     assert last["serviceEventDetails"] == {"RunMicrovm": 21 - len(records)} and records[0]["requestID"] == "0"
 
 
+def test_a_disk_that_is_full_at_the_start_keeps_no_service_from_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    disk.refused = lambda name, arguments: name == "open"
+    trail = AuditTrail(tmp_path / "audit", lambda: 0.0)
+    write(trail, 1, 2)
+    trail.sync()
+    disk.refused = lambda name, arguments: False
+    write(trail, 3)
+    trail.close()
+    assert kept(tmp_path) == [1, 2, 3]
+
+
 def test_half_a_record_of_before_does_not_spoil_the_next(tmp_path: Path) -> None:
     (tmp_path / "audit").mkdir()
     (tmp_path / "audit/audit.jsonl").write_text('{"eventName": "Ru')
