@@ -6,6 +6,7 @@ endpoint. Also where nothing is there now: a file system that was not mounted ma
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -61,12 +62,17 @@ class Quarantine:
         self._archive = archive
         self._clock = clock
         self._told: set[str] = set()
+        self._lock = asyncio.Lock()  # what is being brought back is not removed, nor brought back twice
 
     def _rows(self) -> list[Session]:
         return [session for session in self._store.sessions.values() if session.is_aside and session.state is State.TERMINATED]
 
     async def empty(self) -> None:
         """Removes what has to go, and says a day before what will. Raises RpcError, StoreError; what is left is looked at the next time."""
+        async with self._lock:
+            await self._empty()
+
+    async def _empty(self) -> None:
         rows = self._rows()  # before the host is asked: what is set aside meanwhile is not missed then
         found = await self._host.quarantined()
         now = self._clock()
@@ -97,6 +103,10 @@ class Quarantine:
     async def recover(self, name: str) -> Session:
         """Makes a session that was set aside SUSPENDED again, under its id and endpoint. Raises RecoverError, RpcError with what is still
         wrong with its files, StoreError."""
+        async with self._lock:
+            return await self._recover(name)
+
+    async def _recover(self, name: str) -> Session:
         session = self._store.sessions.get(name)
         if session is None:
             raise RecoverError(f"the store knows no microVM {name}: its disk is what can be had (torpor recover {name} --disk FILE)")

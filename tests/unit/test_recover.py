@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import sqlite3
@@ -101,6 +102,18 @@ async def test_a_recovery_that_was_interrupted_is_begun_anew(rig: Rig, quarantin
     assert "s1" in rig.host.aside and not rig.host.snapshots
     await quarantine.recover("s1")
     assert await resumes(rig, one)
+
+
+async def test_it_is_brought_back_once(rig: Rig, quarantine: Quarantine) -> None:
+    """Twice at once, while what is old is removed: the second hears that nothing is aside any more."""
+    one = await set_aside(rig)
+    rig.host.block["recover"] = asyncio.Event()
+    works = [asyncio.create_task(work) for work in (quarantine.recover("s1"), quarantine.recover("s1"), quarantine.empty())]
+    await rig.host.reached["recover"].wait()
+    rig.wall += 20 * DAY_SECONDS
+    rig.host.block.pop("recover").set()
+    first, second, third = await asyncio.gather(*works, return_exceptions=True)
+    assert first is one and isinstance(second, RecoverError) and third is None and await resumes(rig, one)
 
 
 async def test_an_archive_is_fetched_again(rig: Rig, quarantine: Quarantine) -> None:
