@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,16 +16,8 @@ from fidelity.table import Call, Check, Get, Image, Logs, Run, Sleep, archive, s
 pytestmark = pytest.mark.vm
 IMAGES = {image.name: image for subject in subjects() for image in subject.images}
 AHEAD = 3  # builds under way at once
-_COMMAND_SECONDS = 180.0  # emulated programs are slow
+_COMMAND_SECONDS, _START_SECONDS = 180.0, 120.0  # emulated programs are slow
 POLICY = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    made = tmp_path_factory.mktemp("fidelity") / "server"
-    source = Path(__file__).with_name("server.c")
-    subprocess.run(["musl-gcc", "-static", "-Os", "-Wall", "-Werror", "-o", made, source], check=True, timeout=60)
-    return made.read_bytes()
 
 
 class Builds:
@@ -68,6 +58,7 @@ class Running:
     def __init__(self, instance: Instance, image: Image, arn: str, build: dict[str, Any]) -> None:
         self.instance, self.image, self.arn, self.build = instance, image, arn, build
         self.vm: dict[str, Any] | None = None
+        self.listens = False
 
     def started(self) -> dict[str, Any]:
         if self.vm is None:
@@ -80,7 +71,14 @@ class Running:
         return get(vm["endpoint"], self.instance.root / "tls/ca.crt", vm["token"], path, **request)
 
     def run(self, command: str) -> tuple[int, str]:
-        answer = self.ask("/run", method="POST", body=command.encode(), timeout=_COMMAND_SECONDS)
+        """The first command waits until the server listens: what is started before it may be slow."""
+
+        def answered() -> Answer | None:
+            answer = self.ask("/run", method="POST", body=command.encode(), timeout=_COMMAND_SECONDS)
+            return answer if answer.status != 502 or self.listens else None
+
+        answer = until(answered, _START_SECONDS, 0.5)
+        self.listens = True
         assert answer.status == 200, answer
         return int(answer.fields["x-exit-code"]), answer.body.decode(errors="replace").strip()
 

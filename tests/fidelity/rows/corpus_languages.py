@@ -26,20 +26,19 @@ POM = """\
 """
 SPRING = """\
 import org.apache.catalina.startup.Tomcat;
-import org.springframework.context.annotation.*;
 import org.springframework.web.bind.annotation.*;
 import org.springframework.web.context.support.AnnotationConfigWebApplicationContext;
 import org.springframework.web.servlet.DispatcherServlet;
-import org.springframework.web.servlet.config.annotation.EnableWebMvc;
+import org.springframework.web.servlet.mvc.method.annotation.*;
 
-@Configuration @EnableWebMvc @RestController
+@RestController
 public class App {
     @RequestMapping(path = "/", method = RequestMethod.GET)
     public String root() { return "hello"; }
 
     public static void main(String[] words) throws Exception {
         AnnotationConfigWebApplicationContext context = new AnnotationConfigWebApplicationContext();
-        context.register(App.class);
+        context.register(App.class, RequestMappingHandlerMapping.class, RequestMappingHandlerAdapter.class);
         Tomcat tomcat = new Tomcat();
         tomcat.setBaseDir("/tmp/tomcat");
         tomcat.setPort(8080);
@@ -147,11 +146,11 @@ SUBJECT = Subject(
         Image(
             "spring",
             "Spring MVC in an embedded Tomcat, as Spring Boot starts it",
-            STAGE + "RUN dnf install -y java-17-amazon-corretto-devel libspring-web-servlet-java libspring-context-java libtomcat9-java\n"
+            STAGE + "RUN dnf install -y java-17-amazon-corretto-devel libspring-web-servlet-java libtomcat9-java\n"
             "COPY App.java /src/\nRUN mkdir /lib-of && cd /usr/share/java && cp -L spring3-*.jar tomcat9-*.jar commons-logging.jar /lib-of/ && javac --release 8 -cp '/lib-of/*' -d /out /src/App.java\n"
             + BASE
             + "RUN dnf install -y java-17-amazon-corretto-headless\nCOPY --from=build /lib-of /app/lib\nCOPY --from=build /out /app/classes\nWORKDIR /app\nEXPOSE 8080\n"
-            'ENTRYPOINT ["java", "--add-opens", "java.base/java.lang=ALL-UNNAMED", "-cp", "classes:lib/*", "App"]\n',
+            'ENTRYPOINT ["java", "-cp", "classes:lib/*", "App"]\n',
             HELLO,
             {"App.java": SPRING},
             note="Spring's libraries come from Debian's packages where Maven's repository cannot be reached",
@@ -227,7 +226,7 @@ SUBJECT = Subject(
             [Get("PHP answers", contains="hello 42", within=120), Sleep(), Get("and after a sleep", contains="hello 42", within=60)],
             {
                 "index.php": "<?php echo 'hello ' . (40 + 2);\n",
-                "nginx.conf": "events {}\nhttp { server { listen 8080; root /var/www/html; index index.php;\n"
+                "nginx.conf": "user www-data;\nevents {}\nhttp { server { listen 8080; root /var/www/html; index index.php;\n"
                 "location ~ \\.php$ { include fastcgi_params; fastcgi_param SCRIPT_FILENAME $document_root$fastcgi_script_name; fastcgi_pass unix:/run/php-fpm/www.sock; } } }\n",
                 "supervisord.conf": "[supervisord]\nnodaemon=true\nuser=root\n[program:fpm]\ncommand=php-fpm -F\n[program:nginx]\ncommand=nginx -g 'daemon off;'\n",
             },

@@ -191,7 +191,7 @@ SUBJECT = Subject(
         Image(
             "celery-redis",
             "a Celery worker and Redis under supervisord, beside a Flask front",
-            PIP + "RUN dnf install -y redis6 && pip install celery redis flask supervisor\nWORKDIR /app\nCOPY . .\nEXPOSE 8080\n"
+            PIP + "RUN dnf install -y redis6 && pip install celery[redis] packaging flask supervisor\nWORKDIR /app\nCOPY . .\nEXPOSE 8080\n"
             'CMD ["supervisord", "-n", "-c", "supervisord.conf"]\n',
             [
                 Get("a job is done by the worker", "/add?x=20&y=22", contains="42", within=180),
@@ -202,8 +202,15 @@ SUBJECT = Subject(
                 "work.py": "from celery import Celery\napp = Celery('work', broker='redis://127.0.0.1', backend='redis://127.0.0.1')\n@app.task\ndef add(x, y):\n    return x + y\n",
                 "web.py": "import flask, work\napp = flask.Flask(__name__)\n@app.get('/add')\ndef add():\n    a = flask.request.args\n"
                 "    return str(work.add.delay(int(a['x']), int(a['y'])).get(timeout=25))\n",
-                "supervisord.conf": "[supervisord]\nnodaemon=true\nuser=root\n[program:redis]\ncommand=redis-server\n"
-                "[program:worker]\ncommand=celery -A work worker --concurrency=1\n[program:web]\ncommand=flask --app web run --host=0.0.0.0 --port=8080\n",
+                "supervisord.conf": "[supervisord]\nnodaemon=true\nuser=root\n"
+                + "".join(
+                    f"[program:{name}]\ncommand={command}\nstdout_logfile=/dev/stdout\nstdout_logfile_maxbytes=0\nredirect_stderr=true\n"
+                    for name, command in (
+                        ("redis", "redis-server"),
+                        ("worker", "celery -A work worker --concurrency=1"),
+                        ("web", "flask --app web run --host=0.0.0.0 --port=8080"),
+                    )
+                ),
             },
             long=True,
             times=300,

@@ -2,6 +2,11 @@
 
 from fidelity.table import BASE, SERVER, Get, Image, Logs, Run, Sleep, Subject
 
+WEBSOCKET = {
+    "Upgrade": "websocket", "Connection": "Upgrade", "Sec_WebSocket_Version": "13", "Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    "Sec_WebSocket_Protocol": "mqtt",
+}  # fmt: skip
+
 SUBJECT = Subject(
     "Services",
     "Databases, web servers, supervisors and tools, started as their users start them.",
@@ -136,7 +141,7 @@ SUBJECT = Subject(
             [
                 Run(
                     "a program that ended is started again",
-                    "n=$(cat /count | wc -l); pkill -f once || true; sleep 3; [ $(cat /count | wc -l) -gt $n ] && echo again",
+                    "n=$(wc -l < /count); for i in $(seq 20); do sleep 1; [ $(wc -l < /count) -gt $n ] && echo again && break; done",
                     "again",
                 ),
                 Logs("its words are in the log", "entered RUNNING state"),
@@ -192,7 +197,11 @@ SUBJECT = Subject(
             "an MQTT broker over WebSockets",
             BASE
             + 'RUN dnf install -y mosquitto\nRUN printf \'listener 9001\\nprotocol websockets\\nallow_anonymous true\\n\' > /m.conf\nEXPOSE 9001\nCMD ["mosquitto", "-c", "/m.conf"]\n',
-            [Logs("listens", "(?i)opening websockets")],
+            [
+                Get("a client's WebSocket is opened", "/mqtt", 9001, 101, fields=WEBSOCKET, within=60),
+                Sleep(),
+                Get("and after a sleep", "/mqtt", 9001, 101, fields=WEBSOCKET, within=60),
+            ],
             long=True,
         ),
         Image(
