@@ -44,6 +44,7 @@ class Process(msgspec.Struct):
     shape: Shape | None = None
     unchecked: str = ""  # a snapshot whose diffs have yet to be compared with their checksums
     saved: bool = False  # a snapshot was taken of this incarnation; it may have been called off
+    image_memory: tuple[int, int] = (0, 0)  # which file that is (vmm/memory.py)
     made: Provenance | None = None  # what its states are made by; an image's features are in its manifest alone
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import os
 import re
 import shutil
@@ -46,6 +47,7 @@ PROBED = b"a guest's init runs"
 PROBE_MIB = 256
 # How a kernel is packed: magic number, and what unpacks it (kernel: scripts/extract-vmlinux).
 _UNPACKERS = {b"\x02\x21\x4c\x18": "lz4", b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_DIGITS = 16  # of an agent's digest
 _LISTS = "/var/lib/apt/lists"
 _GUEST = Path(__file__).parent / "guest"
 _PACKAGE_DEADLINE_SECONDS = 300
@@ -192,6 +194,13 @@ def described(kernel: Path) -> str:
     """A fetched kernel's release, and its package's version. Raises OSError."""
     files = [kernel / name for name in ("release", "version")]  # commit 165a0cb fetched kernels without a version
     return " ".join(file.read_text(encoding="ascii").strip() for file in files if file.exists())
+
+
+def guest(cache: Path) -> tuple[str, str, int]:
+    """Which kernel boots now, which agent, and what protocol that speaks. Raises OSError."""
+    init = (cache / "guest/init").read_bytes()
+    protocol = (cache / "guest/protocol").read_text(encoding="ascii")
+    return described(cache / "kernel"), hashlib.sha256(init).hexdigest()[:_DIGITS], int(protocol)
 
 
 def init_sources() -> list[Path]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import msgspec
 
+from gateway.messages import AGENT_PROTOCOL, Shape
+
 from . import disks
-from .driver import Shape
 from .errors import Damaged, Refused, unreadable
 from .provenance import Provenance
 
@@ -25,7 +26,7 @@ class Manifest(msgspec.Struct):
 
 
 def read(image: Path, hypervisor: str) -> Manifest:
-    """Raises Missing, Damaged or Unavailable for one that cannot be read, Refused when another hypervisor made it."""
+    """Raises Missing, Damaged or Unavailable for one that cannot be read, Refused when another hypervisor made it, or a newer Torpor."""
     try:
         manifest = msgspec.json.decode((image / MANIFEST).read_bytes(), type=Manifest)
     except OSError as error:
@@ -36,6 +37,11 @@ def read(image: Path, hypervisor: str) -> Manifest:
         raise Refused(
             f"image {image.name} was made with {manifest.hypervisor}, and this host runs {hypervisor}: "
             f'set hypervisor = "{manifest.hypervisor}", or build a new version'
+        )
+    if manifest.made.protocol > AGENT_PROTOCOL:
+        raise Refused(
+            f"the agent in image {image.name} speaks protocol {manifest.made.protocol}, and this version of Torpor knows those up to "
+            f"{AGENT_PROTOCOL}: start the newer version again"
         )
     return manifest
 

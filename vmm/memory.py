@@ -137,26 +137,28 @@ async def fill_apart(source: Path, descriptor: int, cgroup_files: list[Path], di
         raise OSError(f"memory from {source}: {errors.decode(errors='replace').strip()[-300:]}")
 
 
-def adopt_image_memory(image: str, pids: list[int], size: int | None = None) -> int | None:
-    """The image's memfd, taken from a process that has it open (a clone outlives this daemon). With `size` only one that has it and that
-    nobody can change: a hypervisor might hold up another one of that name."""
-    name = f"/memfd:{memfd_name(image)} (deleted)"
-    for pid in pids:
-        try:
-            for entry in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{entry}") != name:
-                    continue
-                descriptor = os.open(f"/proc/{pid}/fd/{entry}", os.O_RDWR | os.O_CLOEXEC)
-                if size is None or _is_image(descriptor, size):
-                    return descriptor
-                os.close(descriptor)
-        except OSError:
-            continue
+def identity(descriptor: int) -> tuple[int, int]:
+    """Which file it is: numbers that no other has while it lives (inode(7))."""
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino
+
+
+def adopt_image_memory(pid: int, which: tuple[int, int], is_shared: bool) -> int | None:
+    """The image's memory, taken from a process that has it open (a clone outlives this daemon). `which` was written down when we gave it:
+    the process may have other files of the same name by now, made by whoever has taken it over. What clones share was sealed."""
+    try:
+        for entry in os.listdir(f"/proc/{pid}/fd"):
+            path = f"/proc/{pid}/fd/{entry}"
+            found = os.stat(path)
+            if (found.st_dev, found.st_ino) != which:
+                continue
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            if identity(descriptor) == which and (not is_shared or fcntl.fcntl(descriptor, _F_GET_SEALS) & _SEALS == _SEALS):
+                return descriptor
+            os.close(descriptor)
+    except OSError:
+        pass
     return None
-
-
-def _is_image(descriptor: int, size: int) -> bool:
-    return os.fstat(descriptor).st_size == size and fcntl.fcntl(descriptor, _F_GET_SEALS) & _SEALS == _SEALS
 
 
 def differing(runs: list[tuple[int, int]], process: int, start: int, image: int) -> list[tuple[int, int]]:

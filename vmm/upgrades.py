@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 
@@ -67,9 +66,8 @@ class New(msgspec.Struct, frozen=True):
 
 def new(settings: Settings) -> New:
     """Raises OSError, VmmError."""
-    init = (settings.cache / "guest/init").read_bytes()
-    current = Roots(settings.cache).current().version
-    return New(current, kernel.described(settings.cache / "kernel"), hashlib.sha256(init).hexdigest()[:16])
+    guest, agent, _ = kernel.guest(settings.cache)
+    return New(Roots(settings.cache).current().version, guest, agent)
 
 
 def old_images(settings: Settings) -> dict[str, str]:

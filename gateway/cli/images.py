@@ -218,7 +218,12 @@ def _rebuild_old() -> None:
         request = {key: made[key] for key in _REQUEST if made.get(key) is not None}
         if "baseImageVersion" in request:
             request["baseImageVersion"] = request["baseImageVersion"].partition(".")[0]  # it answers 1.0 and takes 1
-        new = api.update_microvm_image(imageIdentifier=arn, **request)
+        try:
+            new = api.update_microvm_image(imageIdentifier=arn, **request)
+        except botocore.exceptions.ClientError as error:  # it is being built, for one: the others are none the worse for it
+            failed.append(name)
+            errors.print(f"torpor: {name} {version} stays: {error.response['Error'].get('Message')}", soft_wrap=True)
+            continue
         result = follow(api, name, arn, new["imageVersion"], quiet=True)
         if result["buildState"] == "SUCCESSFUL":
             console.print(f"{name} {new['imageVersion']} is built: new microVMs are launched from it", soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 from pathlib import Path
@@ -114,3 +115,25 @@ def test_memory_full_of_data_has_no_holes() -> None:
 
 def open_for_reading(guest: Guest) -> int:
     return os.open(f"/proc/{guest.mapping.pid}/mem", os.O_RDONLY)
+
+
+def test_only_the_very_memory_that_was_given_is_taken_back_from_a_process() -> None:
+    """A hypervisor that was taken over can make a file of the same name, and seal it."""
+    given, planted = memory.new_memory("one", PAGE), memory.sealed(memory.memfd_name("one"), b"planted" * 600)
+    which = memory.identity(given)
+    assert memory.adopt_image_memory(os.getpid(), which, True) is None, "it is not sealed: anybody may have written to it"
+    fcntl.fcntl(given, memory._F_ADD_SEALS, memory._SEALS)
+    taken = memory.adopt_image_memory(os.getpid(), which, True)
+    assert taken is not None and memory.identity(taken) == which != memory.identity(planted)
+    for descriptor in (given, taken):
+        os.close(descriptor)
+    assert memory.adopt_image_memory(os.getpid(), which, True) is None
+    os.close(planted)
+
+
+def test_what_boots_is_taken_back_before_it_is_sealed() -> None:
+    booting = memory.new_memory("one", PAGE)
+    taken = memory.adopt_image_memory(os.getpid(), memory.identity(booting), False)
+    assert taken is not None
+    os.close(taken)
+    os.close(booting)

@@ -10,6 +10,7 @@ import pytest
 from gateway.config import Settings
 from gateway.messages import AGENT_PROTOCOL, Shape
 from vmm import diffs, making, manifest, upgrades
+from vmm.errors import Refused
 from vmm.manifest import Manifest
 from vmm.provenance import Provenance
 from vmm.qemu import roots
@@ -36,6 +37,7 @@ def settings(tmp_path: Path) -> Settings:
     (cache / "kernel/release").write_text("6.1.0-56")
     (cache / "kernel/version").write_text("6.1.192-2")
     (cache / "guest/init").write_bytes(b"init")
+    (cache / "guest/protocol").write_text(str(AGENT_PROTOCOL))
     root(cache, "qemu-root-a", "7.2.21")
     root(cache, "qemu-root-b", "7.2.22")
     (cache / "qemu-root").symlink_to("qemu-root-b")
@@ -107,3 +109,9 @@ def test_a_start_keeps_the_roots_of_images_and_of_sleepers_and_removes_the_other
     upgrades.tidy(settings, said.append)
     assert [one.name for one in roots.Roots(settings.cache).all()] == ["qemu-root-a", "qemu-root-b", "qemu-root-c"]
     assert len(said) == 1 and "qemu-root-d is removed" in said[0]
+
+
+def test_an_image_whose_agent_is_newer_than_this_torpor_is_left_alone(settings: Settings) -> None:
+    image(settings, "one", protocol=AGENT_PROTOCOL + 1)
+    with pytest.raises(Refused, match=f"image one speaks protocol {AGENT_PROTOCOL + 1}, .*: start the newer version again"):
+        manifest.read(settings.images_dir / "one", "qemu")

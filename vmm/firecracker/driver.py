@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,13 @@ import structlog
 
 from gateway import executors
 
-from .. import disks, generators, manifest, memory, syscalls
+from .. import disks, generators, kernel, manifest, memory, syscalls
 from ..cgroups import Cgroups
 from ..driver import DEVICES, GUEST_CID, UNSAVED, Machine, Process, Sealed, Shape
 from ..errors import Missing, explained, not_loaded, not_written
 from ..manifest import Manifest
 from ..network import GUEST_MAC, TAP, Link
+from ..provenance import Provenance
 from ..sandboxes import SandboxAllocator, is_alive
 from ..snapshots import sync
 from .api import ApiError
@@ -32,6 +34,7 @@ log = structlog.get_logger()
 
 NAME = "firecracker"
 DRIVE = "disk"
+_VERSION_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,12 @@ class FirecrackerDriver:
         self._warmed: set[str] = set()
 
     async def standby(self, image: Path) -> FirecrackerMachine:
-        shape = manifest.read(image, NAME).shape
+        known = manifest.read(image, NAME)
         if image.name not in self._warmed:
             self._warmed.add(image.name)
             await executors.LATENCY.run(_read_ahead, [image / MEMORY, image / DISK])
-        machine = await self._machine(image, shape)
+        machine = await self._machine(image, known.shape)
+        machine.record.made = known.made
         try:
             machine.jail.give(image / MEMORY, MEMORY)
         except OSError as error:
@@ -68,6 +72,7 @@ class FirecrackerDriver:
     async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> FirecrackerMachine:
         machine = await self._machine(image, shape)
         try:
+            machine.record.made = await executors.LATENCY.run(self._makes)
             for file, name in ((self._assets.kernel, KERNEL), (self._assets.initrd, INITRD)):
                 machine.jail.give_copy(file, name)
             machine.jail.give(image / DISK, DISK, writable=True)
@@ -113,8 +118,17 @@ class FirecrackerDriver:
             await machine.kill()
         os.chown(image / DISK, 0, 0)
         await executors.LATENCY.run(sync, [image / DEVICES, image / MEMORY, image / DISK])
-        await executors.LATENCY.run(manifest.write, image, Manifest(shape, stored, 0, NAME))
+        await executors.LATENCY.run(manifest.write, image, Manifest(shape, stored, 0, NAME, machine.record.made or Provenance(NAME)))
         return Sealed(stored, disks.stored_bytes(image / DISK), int((image / "code_bytes").read_text(encoding="ascii")), seeded)
+
+    def _makes(self) -> Provenance:
+        """What an image that boots now is made by. A program that does not say its version will say why it does not run. Raises OSError."""
+        version, command = "", [str(self._programs.firecracker), "--version"]
+        with contextlib.suppress(subprocess.SubprocessError):
+            said = subprocess.run(command, capture_output=True, text=True, timeout=_VERSION_SECONDS, check=True)
+            version = said.stdout.split("\n")[0].removeprefix("Firecracker ").strip()
+        guest, agent, protocol = kernel.guest(self._assets.initrd.parent)
+        return Provenance(NAME, version, processor="host", kernel=guest, agent=agent, protocol=protocol)
 
     async def adopt(self, record: Process) -> FirecrackerMachine | None:
         sandbox = self._sandboxes.of(record)

@@ -137,7 +137,8 @@ class FirecrackerMachine:
             if isinstance(error, ApiError) and not isinstance(error, Unanswered):
                 # Damage says more than what became of the load of it.
                 await executors.LATENCY.run(diffs.verify_whole, snapshot, seconds=self._seconds)
-                raise Refused(text) from error
+                made = self.record.made  # commit 165a0cb wrote no version
+                raise Refused(f"{text} (made by {made.in_words()})" if made is not None and made.version else text) from error
             raise not_loaded(error, text, overlay, snapshot / DEVICES) from error
         self.record.phase = "prepared"
         self.save_record()

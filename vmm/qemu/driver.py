@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import socket
 from collections.abc import Callable
@@ -16,7 +15,6 @@ import msgspec
 import structlog
 
 from gateway import executors
-from gateway.messages import AGENT_PROTOCOL
 
 from .. import disks, generators, jail, kernel, manifest, memory, sparse, syscalls
 from ..cgroups import Cgroups
@@ -54,12 +52,6 @@ class Assets:
     @property
     def initrd(self) -> Path:
         return self.cache / "initrd"
-
-    def guest(self) -> tuple[str, str, int]:
-        """Which kernel boots now, which agent, and what protocol that speaks. Raises OSError."""
-        init = (self.cache / "guest/init").read_bytes()
-        protocol = (self.cache / "guest/protocol").read_text(encoding="ascii")
-        return kernel.described(self.cache / "kernel"), hashlib.sha256(init).hexdigest()[:16], int(protocol)
 
 
 class _Shared(NamedTuple):
@@ -106,6 +98,7 @@ class QemuDriver:
                 image.name, shape, root.path, made,
                 lambda ends: topology.standby(shape, made.machine, shared.memory, base, boot, placeholders, ends),
             )  # fmt: skip
+        machine.record.image_memory = memory.identity(shared.memory)
         try:
             await self._compare_processor(machine, shape, known.made, f"image {image.name}")
             await executors.LATENCY.run(machine.clear, shared.holes)
@@ -129,8 +122,8 @@ class QemuDriver:
             tap = await self._network.tap(link)
             with contextlib.ExitStack() as files:
                 assets = (self._assets.kernel, self._assets.initrd)
-                kernel, initrd = (files.enter_context(path.open("rb")).fileno() for path in assets)
-                programs = (kernel, initrd) if kept is None else None
+                kernel_file, initrd = (files.enter_context(path.open("rb")).fileno() for path in assets)
+                programs = (kernel_file, initrd) if kept is None else None
                 machine = await self._spawn(
                     image.name, shape, self._root.path, await executors.LATENCY.run(self._makes, shape),
                     lambda ends: topology.boot(shape, self._root.machine, descriptor, programs, tap, ends, console),
@@ -141,7 +134,7 @@ class QemuDriver:
         finally:
             if tap >= 0:
                 os.close(tap)
-        machine.record.link = link.name
+        machine.record.link, machine.record.image_memory = link.name, memory.identity(descriptor)
         machine.image_memory = descriptor
         if kept is not None:
             await self._restore(machine, kept, descriptor)
@@ -197,7 +190,7 @@ class QemuDriver:
         shape = machine.record.shape
         try:
             if machine.image_memory is None:  # booted by an earlier daemon
-                machine.image_memory = memory.adopt_image_memory(image.name, [machine.record.pid])
+                machine.image_memory = memory.adopt_image_memory(machine.record.pid, machine.record.image_memory, False)
             if shape is None or machine.image_memory is None:
                 raise Missing(f"image {image.name} was not booted by this service")
             made = msgspec.structs.replace(machine.record.made or Provenance(), features=await machine.processor())
@@ -281,10 +274,10 @@ class QemuDriver:
             raise
 
     async def _load_memory(self, image: Path) -> int:
-        pids = [machine.record.pid for machine in self._machines if machine.record.image == image.name]
-        adopted = memory.adopt_image_memory(image.name, pids, (image / MEMORY).stat().st_size)
-        if adopted is not None:
-            return adopted
+        for record in [machine.record for machine in self._machines if machine.record.image == image.name]:
+            adopted = memory.adopt_image_memory(record.pid, record.image_memory, True)
+            if adopted is not None:
+                return adopted
         group = f"image-{image.name}"
         self._cgroups.create(group)
         return await memory.load_image_memory(
@@ -294,15 +287,10 @@ class QemuDriver:
     def _makes(self, shape: Shape) -> Provenance:
         """What an image that boots now is made by. Raises OSError."""
         root, model = self._root, topology.processor(shape.accelerator)
-        return Provenance(NAME, root.version, root.machine, root.name, model, [], *self._assets.guest())
+        return Provenance(NAME, root.version, root.machine, root.name, model, [], *kernel.guest(self._assets.cache))
 
     def _root_of(self, made: Provenance, what: str) -> Root:
         """Raises Refused."""
-        if made.protocol > AGENT_PROTOCOL:
-            raise Refused(
-                f"the agent in {what} speaks protocol {made.protocol}, and this version of Torpor knows those up to {AGENT_PROTOCOL}: "
-                f"start the newer version again"
-            )
         root = self._roots.of(made, self._root)
         if root is None:
             raise Refused(why_refused(what, made, self._roots.all()))

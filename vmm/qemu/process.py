@@ -343,7 +343,7 @@ class QemuMachine:
 
     def _save_memory(self, directory: Path) -> list[Sum]:
         record = self.record
-        image = memory.adopt_image_memory(record.image, [record.pid]) if not record.chain else None
+        image = memory.adopt_image_memory(record.pid, record.image_memory, True) if not record.chain else None
         try:
             return memory.save_diff(self.mapping(), directory, record.incarnation, image)
         finally:
