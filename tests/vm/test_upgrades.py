@@ -169,11 +169,15 @@ def story(one: Instance, cache: Path, sleepers: int) -> None:
         one.client().resume_microvm(microvmIdentifier=first)
     until(lambda: f"was made by QEMU {old}" in one.log.read_text(), 20)
     assert one.state(first, "SUSPENDED")["state"] == "SUSPENDED"
+    with pytest.raises(botocore.exceptions.ClientError, match=f"was made by {re.escape(f'QEMU {old}')}"):
+        one.client().resume_microvm(microvmIdentifier=first)
     well, why = doctor(one)["refused"]
     assert not well and f"was made by QEMU {old}" in why and root in why and "ledger 1.0" in why and first in why
     (cache / "away").rename(cache / root)
 
     # It is back: they wake, all that they counted with them.
+    one.client().resume_microvm(microvmIdentifier=first)
+    one.state(first, "RUNNING")
     awake = vms[: len(vms) - 1]
     for vm in awake:
         assert counted(one, vm) == "2 2"
