@@ -166,8 +166,8 @@ class LogStore:
             self._wake.clear()
             try:
                 await self._threads.run(self.flush)
-            except OSError as error:  # Overdue, NotStarted
-                log.error("logs.not_written", error=str(error))
+            except Exception as error:  # Overdue, NotStarted; and whatever it is, writing goes on
+                log.error("logs.not_written", error=repr(error))
             if self._waiting:
                 self._wake.set()
             await asyncio.sleep(_AGAIN_SECONDS if self.trouble else _BATCH_SECONDS)
@@ -196,6 +196,10 @@ class LogStore:
                     trouble = str(error)
                     if error.errno == errno.ENAMETOOLONG:  # it never will
                         data.clear()
+                except Exception as error:  # of this stream alone
+                    log.exception("logs.lost", group=name[1], stream=name[2])
+                    trouble = repr(error)
+                    data.clear()
                 with self._lock:
                     waiting.data[:0] = data
                     self._waiting_bytes += len(data)

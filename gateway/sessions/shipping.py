@@ -123,7 +123,7 @@ class Shipper:
                 try:
                     waiting |= set(await executors.BULK.run(self.prune))
                     pruned_at = time.monotonic()
-                except (OSError, sqlite3.Error) as error:
+                except Exception as error:  # it is tried again
                     log.warning("logs.not_sent", error=str(error))
                     is_away = True
             waiting |= self._store.take_changed()

@@ -346,3 +346,25 @@ def test_a_stream_whose_name_is_too_long_for_a_segment_keeps_nothing_from_starti
     (directory / f"{'x' * 245}.jsonl").write_text("")
     (directory / "short.jsonl").write_text("")
     assert LogStore(tmp_path / "logs").streams("1", "g") == ["short"]
+
+
+async def test_what_goes_wrong_with_one_stream_ends_no_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_AGAIN_SECONDS", 0.01)
+    store = LogStore(tmp_path / "logs")
+    write = store._write
+
+    def failing(name: tuple[str, str, str], data: bytearray) -> None:
+        if name[2] == "bad":
+            raise RuntimeError("a fault")
+        write(name, data)
+
+    monkeypatch.setattr(store, "_write", failing)
+    keeping = asyncio.create_task(store.keep())
+    for stream in ("bad", "good"):
+        store.append("1", "g", stream, ["x"])
+    await until(lambda: not store._waiting)
+    store.append("1", "g", "good", ["y"])
+    await until(lambda: not store._waiting)
+    keeping.cancel()
+    await store.close()
+    assert [event.m for event in store.read("1", "g", "good")[0]] == ["x", "y"]
