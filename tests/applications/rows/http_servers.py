@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -70,7 +71,7 @@ def django(visit: Visit) -> None:
         assert found, page[:2000]
         return found[1]
 
-    with visit.http(headers=secure | {"Referer": f"{visit.url}/admin/"}) as client:
+    with visit.http(timeout=240, headers=secure | {"Referer": f"{visit.url}/admin/"}) as client:
         login = client.get("/admin/login/?next=/admin/").text
         form = {"csrfmiddlewaretoken": token(login), "username": "admin", "password": "secret", "next": "/admin/"}
         page = client.post("/admin/login/?next=/admin/", data=form)
@@ -161,12 +162,13 @@ def rust(visit: Visit) -> None:
 
 def git(visit: Visit) -> None:
     """Its HTTP carries the fields by git's own settings."""
-    said = [f"http.sslCAInfo={visit.ca}", *(f"http.extraHeader={name}: {value}" for name, value in visit.fields.items())]
-    settings = [word for one in [*said, "user.name=a", "user.email=a@example.com"] for word in ("-c", one)]
+    said = [*(f"http.extraHeader={name}: {value}" for name, value in visit.fields.items()), "user.name=a", "user.email=a@example.com"]
+    settings = [word for one in said for word in ("-c", one)]
+    environment = os.environ | {"GIT_SSL_CAINFO": visit.ca}  # which wins over http.sslCAInfo where somebody has set it
     one, two = visit.directory / "one", visit.directory / "two"
 
     def run(*words: str) -> str:
-        return visit.run("git", *settings, *words).stdout
+        return visit.run("git", *settings, *words, env=environment).stdout
 
     run("clone", f"{visit.url}/code.git", str(one))
     (one / "file").write_bytes(bytes(range(256)) * 8000)
