@@ -202,7 +202,7 @@ ROWS = [
     Application("php", "php-fpm behind nginx", "curl with cookies", php, 8080, "sessions, the pool's processes"),
     Application("java", "Java's own HTTP server, with a scheduled executor", "httpx", java, 8080, "maps, threads", "scheduled tasks do not make up for the sleep"),
     Application("go", "Go's net/http, FROM scratch", "curl", go, 8080, "counters, goroutines"),
-    Application("rust", "Rust, standard library only", "httpx", rust, 8080, "counters, threads"),
+    Application("rust", "Rust, standard library only", "httpx", rust, 8080, "counters, threads", unseen=True),
     Application("git", "git-http-backend behind nginx and fcgiwrap", "git (`http.extraHeader`)", git, 8080, "what was pushed"),
-    Application("chromium", "a service that takes pictures with headless Chromium", "httpx", chromium, 8080, "the service; as an unprivileged user, with Chromium's own sandbox", memory=1024),
+    Application("chromium", "a service that takes pictures with headless Chromium", "httpx", chromium, 8080, "the service; as an unprivileged user, with Chromium's own sandbox", memory=1024, unseen=True),
 ]  # fmt: skip
