@@ -6,6 +6,15 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
+# Rows that nobody has seen pass yet: the page says so. A name goes when its row has passed.
+NOT_SEEN = {
+    "spring", "tomcat", "rails", "php-fpm-nginx", "code-server", "gosu-entrypoint", "mosquitto-websockets", "git-server", "chromium",
+    "xvfb", "ffmpeg", "tesseract", "libreoffice", "caddy", "etcd", "prometheus", "archive-extra-field", "archive-zeros", "base-paths",
+    "base-group", "base-installroot", "base-locale", "base-never-another", "base-no-version", "base-no-package", "base-no-rpm",
+    "parents", "exclude", "far-owner", "far-chown", "endless-line", "own-sources", "hosts-link", "surroundings-all", "surroundings-acl",
+    "stop-term", "start-crlf", "start-shell-form", "start-machine", "start-interpreter", "start-loader", "start-shell", "start-path",
+    "start-user", "start-words", "systemd-plain", "docker", "systemd", "systemd-without", "fuse", "nfs", "network-devices",
+}  # fmt: skip
 DOCUMENT = TESTS.parent / "docs/images.md"
 HEAD = """# Images: what works, what differs, what to write instead
 
@@ -19,7 +28,7 @@ def document() -> str:
 
     lines = [HEAD]
     for subject in subjects():
-        run = " They run in `make test-long-corpus`; not every row has been seen to pass yet." if subject.corpus else ""
+        run = " They run in `make test-long-corpus`." if subject.corpus else ""
         lines += [f"## {subject.title}", "", subject.text + run, "", "| case | what is true | note |", "|---|---|---|"]
         for image in subject.images:
             says = [check.says for check in image.checks if check.says]
@@ -27,7 +36,8 @@ def document() -> str:
                 says.insert(0, "is refused with a line that says why")
             elif not says:
                 says = ["builds and starts"]
-            lines.append(f"| {image.title} | {'; '.join(says)} | {image.note} |".replace("  |", " |"))
+            note = "; ".join(part for part in (image.note, "not yet seen to pass" if image.name in NOT_SEEN else "") if part)
+            lines.append(f"| {image.title} | {'; '.join(says)} | {note} |".replace("  |", " |"))
         lines.append("")
     return "\n".join(lines)
 
