@@ -21,7 +21,7 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; dpkg --configure -a && apt-get -q update >/dev/null && \
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
-.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-load test-fresh test-fresh-odd fresh-packages check static lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-fresh test-fresh-odd fresh-packages check static lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -63,10 +63,10 @@ serve: setup ## run the service for yourself; prints the exports for another she
 test: setup check ## every test but the long ones
 	@$(PY) -m pytest -q -m "(vm or service) and not long and not conformance" tests
 
-test-long: test test-long-rest test-long-images test-long-corpus test-long-applications test-long-load test-fresh test-fresh-odd ## every test, in parts of less than an hour each
+test-long: test test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-fresh test-fresh-odd ## every test, in parts of less than an hour each
 
 test-long-rest: setup
-	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py --ignore=tests/fidelity --ignore=tests/applications tests
+	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py --ignore=tests/fidelity --ignore=tests/applications --ignore=tests/faults tests
 
 test-long-images: setup ## rows of the table of images that are too slow for make test (tests/fidelity)
 	@$(PY) -m pytest -q -m "long and not corpus" tests/fidelity
@@ -87,6 +87,9 @@ applications-packages: deps
 	$(PY) -m pip install -qq --disable-pip-version-check --no-cache-dir --target $(CLIENTS)/python -r tests/applications/clients/requirements.txt && \
 	npm install --silent --no-audit --no-fund --ignore-scripts --cache $(CLIENTS)/cache --prefix $(CLIENTS) && rm -rf $(CLIENTS)/cache && \
 	echo "$$key" > $(CLIENTS)/ready; }
+
+test-long-faults: setup ## thousands of faults, one at each call of each step of a session's life, on a simulated hypervisor
+	@$(PY) -m pytest -q -s -m faults tests/faults
 
 test-long-load: setup ## ten minutes of clients of all kinds at once against edge workers (MIXED_LOAD_SECONDS=60: shorter)
 	@$(PY) -m pytest -q -s -m long tests/unit/test_mixed_load.py

@@ -113,7 +113,7 @@ class Vmm:
             self.collector.started(entry)
         if record.phase == "warm":
             entry.keeps_link = self.snapshots.parked_link(record.session) is not None
-            self.warm.insert(entry)
+            self.warm.adopt(entry)
 
     async def close(self) -> None:
         """Leaves the microVMs running; they are taken over at the next start."""

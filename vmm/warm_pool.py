@@ -39,8 +39,22 @@ class WarmPool:
     def takes_any(self) -> bool:
         return self._most > 0
 
-    def insert(self, entry: VmEntry) -> None:
-        """Keeps a saved session's hypervisor. The caller holds the session's lock, and shrinks the pool when it does not any more."""
+    def insert(self, entry: VmEntry) -> bool:
+        """Keeps a saved session's hypervisor; False where that cannot be recorded, and it has to end. The caller holds the session's lock,
+        and shrinks the pool when it does not any more."""
+        record = entry.machine.record
+        before, record.phase = record.phase, "warm"
+        try:
+            entry.machine.save_record()
+        except OSError as error:
+            log.warning("warm.not_kept", session=entry.session, error=str(error))
+            record.phase = before
+            return False
+        self.adopt(entry)
+        return True
+
+    def adopt(self, entry: VmEntry) -> None:
+        """Takes in what is recorded as paused."""
         entry.is_end_expected = True  # no loss: the snapshot is durable
         self._since[entry.session] = asyncio.get_running_loop().time()
         self._spawn(self._restock(entry.session, entry))

@@ -243,12 +243,8 @@ class SessionCalls:
                 raise Unavailable(f"session {body.session} runs: it has to be saved first")
             entry.keeps_link = body.parked
             await executors.LATENCY.run(self._snapshots.park_link, body.session, entry.link.name if body.parked else None)
-            is_kept = body.keep_warm and self._warm.takes_any
-            if is_kept:
-                entry.machine.record.phase = "warm"
-                entry.machine.save_record()
-                self._warm.insert(entry)
-            else:
+            is_kept = body.keep_warm and self._warm.takes_any and self._warm.insert(entry)
+            if not is_kept:
                 released = await self._vms.end(entry)
         if is_kept:
             await self._warm.shrink()

@@ -1,0 +1,134 @@
+"""What outlives the processes of a simulated host: hypervisors with guests that count, and links. No fault strikes here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from dataclasses import dataclass, field
+
+from gateway.sessions.frame import HEADER, MAGIC_BYTES, frame
+
+PAGE = 4096
+COUNTER = 7  # the page in which a guest counts; one more page is written each time
+_HELLO, _WAKE, _STOP, _IS_HELLO, _WOKEN = 0x01, 0x02, 0x0B, 0x81, 0x82  # vmm/guest/guest.h
+
+
+@dataclass(eq=False)
+class Hypervisor:
+    """One process: `pages` are those that differ from its image's, `dirty` those since it was loaded."""
+
+    vm: str
+    pages: dict[int, bytes] = field(default_factory=dict)
+    dirty: set[int] = field(default_factory=set)
+    disk: int | None = None  # an open file, as a hypervisor has it: it stays through renames
+    runs: bool = False
+    is_gone: bool = False
+    guests: list[socket.socket] = field(default_factory=list)
+    ended: list[asyncio.Future[None]] = field(default_factory=list)  # who waits for its end
+
+    @property
+    def counter(self) -> int:
+        page = self.pages.get(COUNTER)
+        return struct.unpack_from("<Q", page)[0] if page else 0
+
+    @property
+    def counter_on_disk(self) -> int:
+        assert self.disk is not None
+        return os.fstat(self.disk).st_size - PAGE
+
+    def count(self) -> int:
+        """What a request does: the guest counts in its memory and on its disk."""
+        assert self.runs and self.disk is not None, f"{self.vm} does not run"
+        now = self.counter + 1
+        self.write(COUNTER, struct.pack("<Q", now))
+        self.write(100 + now, struct.pack("<Q", now))
+        os.pwrite(self.disk, b"x", PAGE + now - 1)
+        return now
+
+    def write(self, page: int, data: bytes) -> None:
+        self.pages[page] = data.ljust(PAGE, b"\0")
+        self.dirty.add(page)
+
+    def end(self) -> None:
+        """It is killed, or ends by itself."""
+        if self.is_gone:
+            return
+        self.is_gone, self.runs = True, False
+        if self.disk is not None:
+            os.close(self.disk)
+            self.disk = None
+        loop = asyncio.get_running_loop()
+        for guest in self.guests:
+            loop.remove_reader(guest)
+            guest.close()
+        for one in self.ended:
+            if not one.done():
+                one.set_result(None)
+
+    def channel(self) -> int:
+        """A descriptor of the agent's channel; the guest answers on it once it runs."""
+        ours, guest = socket.socketpair()
+        ours.setblocking(False)
+        guest.setblocking(False)
+        self.guests.append(guest)
+        asyncio.get_running_loop().add_reader(guest, self._heard, guest)
+        return ours.detach()
+
+    def _heard(self, guest: socket.socket) -> None:
+        if not self.runs:  # it reads when it goes on
+            asyncio.get_running_loop().remove_reader(guest)
+            return
+        try:
+            data = guest.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data = b""
+        if not data:
+            asyncio.get_running_loop().remove_reader(guest)
+            self.guests.remove(guest)
+            guest.close()
+            return
+        at = data.find(MAGIC_BYTES)
+        while 0 <= at <= len(data) - HEADER.size:
+            _, kind, _, _, length = HEADER.unpack_from(data, at)
+            start = at + HEADER.size
+            with contextlib.suppress(OSError):  # whoever asked has gone
+                self._answer(guest, kind, data[start : start + length])
+            at = data.find(MAGIC_BYTES, start + length)
+
+    def _answer(self, guest: socket.socket, kind: int, payload: bytes) -> None:
+        if kind == _HELLO:
+            guest.sendall(frame(_IS_HELLO, payload[:8] + struct.pack("<Ii", 1, 0)))
+        elif kind == _WAKE:
+            guest.sendall(frame(_WOKEN, payload[8:16]))
+        elif kind == _STOP:  # nothing in it heeds the signal
+            guest.sendall(frame(_WOKEN, payload[:8] + struct.pack("<II", 0, 0)))
+
+    def go_on(self) -> None:
+        assert not self.is_gone
+        self.runs = True
+        for guest in self.guests:
+            asyncio.get_running_loop().add_reader(guest, self._heard, guest)
+
+
+@dataclass
+class World:
+    hypervisors: dict[str, Hypervisor] = field(default_factory=dict)
+    links: set[str] = field(default_factory=set)
+    objects: dict[str, bytes] = field(default_factory=dict)  # of an object store
+    wrong: list[str] = field(default_factory=list)  # what no session may see
+
+    def hypervisor(self, vm: str) -> Hypervisor:
+        made = self.hypervisors[vm] = Hypervisor(vm)
+        return made
+
+    def alive(self) -> list[Hypervisor]:
+        return [one for one in self.hypervisors.values() if not one.is_gone]
+
+    def end(self) -> None:
+        for one in self.alive():
+            one.end()
