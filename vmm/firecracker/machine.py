@@ -157,12 +157,8 @@ class FirecrackerMachine:
     async def resume(self, wake: bytes) -> int:
         """The wake message follows the start here, by some milliseconds: a vsock has nobody who listens before."""
         self.steps.mark("control stored the start")
-        self.record.phase = "starting"
-        self.save_record()
         try:
-            await self.api.patch("/vm", state="Resumed")
-            self.record.phase = "running"
-            self.save_record()
+            await self._let_run()
             self.steps.mark("resumed")
             channel = await self.agent()
             stamped = bytearray(wake)
@@ -178,6 +174,18 @@ class FirecrackerMachine:
 
     async def checked(self) -> None:
         """It was, before it ran."""
+
+    async def _let_run(self) -> None:
+        """Raises ApiError, OSError; it may be done again then."""
+        self.record.phase = "starting"
+        try:
+            self.save_record()
+            await self.api.patch("/vm", state="Resumed")
+        except BaseException:
+            self.record.phase = "prepared"
+            raise
+        self.record.phase = "running"
+        self.save_record()
 
     async def agent(self) -> int:
         """A connection to the guest's port, by the Unix socket of its vsock device (docs/vsock.md). A guest that was just restored

@@ -261,6 +261,8 @@ class QemuMachine:
             self.steps.mark("files checked")
         except BaseException as error:
             os.close(channel)
+            if self.record.phase == "starting":  # it may be asked for again: a guest that runs does not mind
+                self.record.phase = "prepared"
             if not isinstance(error, QmpError | OSError | VmmError):
                 raise
             raise await self._failed(error, f"session {self.record.session} could not be started") from error
