@@ -32,6 +32,13 @@ ROOMS: dict[str, list[str | tuple[str, ...]]] = {
         ("frame", "states", "deadlines", "logs", "hooks", "listeners", "out_of_memory", "database"), ("model", "schema"), "store", ("egress", "faults", "host", "shells", "shipping"),
         ("room", "agent", "routes", "archive"), ("timers", "liveness", "channels", "transitions", "ahead", "archiving"), "actions", "lifecycle", ("recovery", "quarantine"), "identity",
     ],
+    "vmm": [
+        ("", "errors", "jail", "provenance", "syscalls"), ("cgroups", "diffs", "disks", "generators", "making", "namespaces", "sparse"),
+        ("egress", "kernel", "memory", "snapshots"), ("archives", "mapping", "mirrors", "network", "quarantine", "registry"),
+        ("base", "build_mirrors", "builder_root", "driver"), ("leftovers", "manifest", "sandboxes", "standbys", "vms"),
+        ("builds", "firecracker", "handout", "images", "qemu", "snapshot_gc"), ("probe", "upgrades", "warm_pool"),
+        ("assets", "drivers", "rpc"), "daemon", "serving", "__main__",
+    ],
 }  # fmt: skip
 
 

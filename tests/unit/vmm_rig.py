@@ -67,7 +67,7 @@ class Points:
     async def run(self, *work: Coroutine[Any, Any, Any]) -> list[Any]:
         """Until all of `work` has ended; what each returned, or raised."""
         tasks = [asyncio.ensure_future(one) for one in work]
-        for _ in range(20_000):
+        for _ in range(3_000):
             for _ in range(QUIET_TURNS):
                 await asyncio.sleep(0)
             if all(task.done() for task in tasks):
@@ -190,6 +190,10 @@ class Machine:
         await self.host.points.point("kill")
         if self.host.failing.get("kill"):
             self.host.failing["kill"] -= 1
+            raise TimeoutError
+        if self.host.failing.get("kill in time"):
+            self.host.failing["kill in time"] -= 1
+            asyncio.get_running_loop().call_soon(self.die)
             raise TimeoutError
         self.die()
         await self.wait()
