@@ -81,7 +81,7 @@ async def vmm(tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch) -> As
 
 
 def keep_warm(vmm: Vmm, machine: Machine, tmp_path: Path) -> None:
-    vmm.warm.insert(vmm.vms.add(machine.record.session, machine, Link(tmp_path / machine.record.session)))  # type: ignore[arg-type]
+    vmm.warm.adopt(vmm.vms.add(machine.record.session, machine, Link(tmp_path / machine.record.session)))  # type: ignore[arg-type]
     vmm.warm._since[machine.record.session] = float("-inf")
 
 
