@@ -6,6 +6,7 @@ Diffs are files of vmm/diffs.py. Pages of zeros are not stored in an image's fil
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -146,9 +147,12 @@ def identity(descriptor: int) -> tuple[int, int]:
 def adopt_image_memory(pid: int, which: tuple[int, int], is_shared: bool) -> int | None:
     """The image's memory, taken from a process that has it open (a clone outlives this daemon). `which` was written down when we gave it:
     the process may have other files of the same name by now, made by whoever has taken it over. What clones share was sealed."""
-    try:
-        for entry in os.listdir(f"/proc/{pid}/fd"):
-            path = f"/proc/{pid}/fd/{entry}"
+    entries: list[str] = []
+    with contextlib.suppress(OSError):
+        entries = os.listdir(f"/proc/{pid}/fd")
+    for entry in entries:
+        path = f"/proc/{pid}/fd/{entry}"
+        with contextlib.suppress(OSError):  # it may have been closed just now, which says nothing about the others
             found = os.stat(path)
             if (found.st_dev, found.st_ino) != which:
                 continue
@@ -156,8 +160,6 @@ def adopt_image_memory(pid: int, which: tuple[int, int], is_shared: bool) -> int
             if identity(descriptor) == which and (not is_shared or fcntl.fcntl(descriptor, _F_GET_SEALS) & _SEALS == _SEALS):
                 return descriptor
             os.close(descriptor)
-    except OSError:
-        pass
     return None
 
 

@@ -34,6 +34,9 @@ class Machine:
         self.killed = 0
         self.ended = asyncio.Event()
 
+    def save_record(self) -> None:
+        pass
+
     async def kill(self) -> None:
         self.killed += 1
         if not self.can_be_killed:

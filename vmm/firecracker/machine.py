@@ -181,8 +181,12 @@ class FirecrackerMachine:
         try:
             self.save_record()
             await self.api.patch("/vm", state="Resumed")
-        except BaseException:
-            self.record.phase = "prepared"
+        except BaseException as error:
+            if isinstance(error, Unanswered):  # it may have run; who asks again sees what became of it
+                with contextlib.suppress(ApiError):
+                    self.record.phase = "running" if await self.api.ready(_ENDING_SECONDS) == "Running" else "prepared"
+            else:
+                self.record.phase = "prepared"
             raise
         self.record.phase = "running"
         self.save_record()

@@ -261,12 +261,17 @@ class QemuMachine:
             self.steps.mark("files checked")
         except BaseException as error:
             os.close(channel)
-            if self.record.phase == "starting":  # it may be asked for again: a guest that runs does not mind
-                self.record.phase = "prepared"
+            if self.record.phase == "starting":
+                await self._ask_phase()
             if not isinstance(error, QmpError | OSError | VmmError):
                 raise
             raise await self._failed(error, f"session {self.record.session} could not be started") from error
         return channel
+
+    async def _ask_phase(self) -> None:
+        """After a start that failed: whether the guest runs. Where nobody says, it may have run, and is not taken to be prepared still."""
+        with contextlib.suppress(QmpError, OSError, VmmError):
+            self.record.phase = "running" if await self.status() == "running" else "prepared"
 
     async def _wake(self, channel: int, wake: bytes) -> None:
         """Raises QmpError, OSError; it may be done again then."""
