@@ -42,7 +42,7 @@ BUILDKIT_STEP_LOG_MAX_SIZE=-1 BUILDKIT_STEP_LOG_MAX_SPEED=-1 dockerd --rootless 
 daemon=$!
 # Here root owns what root is to own, links lead nowhere but below this root, and every mode may be as the archive has it.
 mkdir /out/context /out/dockerfile
-tar -C /out/context --warning=no-timestamp -xpf /context.tar
+tar -C /out/context --warning=no-timestamp --delay-directory-restore -xpf /context.tar
 cp /Dockerfile /out/dockerfile/Dockerfile
 cp /out/context/Dockerfile.dockerignore /out/dockerfile/ 2>/dev/null || :
 tries=0

@@ -23,7 +23,16 @@ asked in `make test` or `make test-long`. Whatever Docker builds and runs is mea
 """
 
 
+COMPARED = """## Beside Docker itself
+
+The same Dockerfiles are built and run by Debian's dockerd (BuildKit and runc, as root, outside the service), and every path with its type,
+mode, owner, time, content and attributes is compared, and what a process finds (`test_reference.py`, in `make test-long-images`):
+"""
+
+
 def document() -> str:
+    from fidelity.contexts import CONTEXTS
+    from fidelity.differences import FILES, PROCESS
     from fidelity.table import subjects
 
     lines = [HEAD]
@@ -39,7 +48,10 @@ def document() -> str:
             note = "; ".join(part for part in (image.note, "not yet seen to pass" if image.name in NOT_SEEN else "") if part)
             lines.append(f"| {image.title} | {'; '.join(says)} | {note} |".replace("  |", " |"))
         lines.append("")
-    return "\n".join(lines)
+    lines += [COMPARED, *(f"- {context.about}" for context in CONTEXTS), "", "All is the same, but:", ""]
+    lines += ["| about | Docker | here | why |", "|---|---|---|---|"]
+    lines += [f"| {one.about} | {one.docker_has} | {one.ours_has} | {one.why} |" for one in [*FILES, *PROCESS]]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

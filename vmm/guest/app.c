@@ -117,9 +117,9 @@ static void become(void)
         struct group *entry_ = *rest ? getgrnam(group) : NULL;
         if (*rest && !entry_) { tell("USER %s: the image's /etc/group has no group %s", user, group); _exit(126); }
         gid = entry_ ? entry_->gr_gid : (gid_t)group_number;
-        setgroups(0, NULL);
+        setgroups(1, &gid);
     } else if (account) initgroups(account->pw_name, gid);
-    else setgroups(0, NULL);
+    else setgroups(1, &gid);
     set_default("HOME", account ? account->pw_dir : "/");
     /* A pipe is its maker's: /dev/stdout and /proc/self/fd/1 are opened by name, with USER's rights. */
     (void)!fchown(1, uid, (gid_t)-1); (void)!fchown(2, uid, (gid_t)-1); (void)!chown("/dev/console", uid, (gid_t)-1);
