@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, TypeVarTuple, Unpack
+from typing import Any, Protocol, TypeVar, TypeVarTuple, Unpack
 
 import structlog
 
@@ -240,16 +240,20 @@ def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | Non
         future.set_result(result)
 
 
+class Watched(Protocol):
+    def look(self) -> None: ...
+
+
 class _Watchdog:
-    """One thread that looks at all pools; it is the process's, so it looks also while the event loop stands."""
+    """One thread that looks at all threads; it is the process's, so it looks also while the event loop stands."""
 
     def __init__(self) -> None:
-        self._pools: tuple[Pool, ...] = ()
+        self._watched: tuple[Watched, ...] = ()
         self._is_started = False
 
-    def watch(self, pool: Pool) -> None:
+    def watch(self, watched: Watched) -> None:
         """Raises NotStarted."""
-        self._pools = (*(one for one in self._pools if one is not pool), pool)
+        self._watched = (*(one for one in self._watched if one is not watched), watched)
         if not self._is_started:
             try:
                 _thread.start_new_thread(self._run, ())
@@ -257,15 +261,15 @@ class _Watchdog:
                 raise NotStarted(f"the watchdog could not be started: {error}") from error
             self._is_started = True
 
-    def forget(self, pool: Pool) -> None:
-        self._pools = tuple(one for one in self._pools if one is not pool)
+    def forget(self, watched: Watched) -> None:
+        self._watched = tuple(one for one in self._watched if one is not watched)
 
     def _run(self) -> None:
         while True:
             try:
                 time.sleep(_LOOK_SECONDS)
-                for pool in self._pools:
-                    pool.look()
+                for one in self._watched:
+                    one.look()
             except BaseException:
                 continue
 
@@ -277,6 +281,16 @@ def replace_process() -> None:
 
 
 _watchdog = _Watchdog()
+
+
+def watch(watched: Watched) -> None:
+    """Has a thread that is none of a pool's looked at as well. Raises NotStarted."""
+    _watchdog.watch(watched)
+
+
+def unwatch(watched: Watched) -> None:
+    _watchdog.forget(watched)
+
 
 # Work that somebody waits for: the steps of launches, resumes and suspends.
 LATENCY = Pool("latency", 8, 300.0)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from gateway import executors
+from gateway.sessions import database
 
 _STILL_SECONDS = 5.0  # of the wall's clock, for what comes from outside: there is nothing of the kind
 
@@ -61,6 +62,24 @@ def _map(self: executors.Pool, call: Callable[[Any], Any], items: Iterable[Any],
     return [call(item) for item in items]
 
 
+class _Connection(database.Connection):
+    async def open(self) -> None:
+        await asyncio.sleep(0)
+        self._asked("open", self.seconds)
+        self._connection = self._connector()
+
+    async def run(self, work: Callable[..., Any], *arguments: Any, seconds: float | None = None) -> Any:
+        await asyncio.sleep(0)
+        try:
+            return work(self._conn, *arguments)
+        finally:
+            await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        connection, self._connection = self._conn, None
+        connection.close()
+
+
 async def _to_thread(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     await asyncio.sleep(0)
     return call(*arguments, **named)
@@ -73,5 +92,6 @@ def in_turn() -> Iterator[None]:
         patch.setattr(executors.Pool, "run", _run)
         patch.setattr(executors.Pool, "map", _map)
         patch.setattr(executors.Pool, "start", lambda self: None)
+        patch.setattr(database, "Connection", _Connection)
         patch.setattr(asyncio, "to_thread", _to_thread)
         yield

@@ -17,6 +17,7 @@ from gateway import executors
 from gateway.config import ConfigError
 from gateway.sessions import schema
 from gateway.sessions import store as storing
+from gateway.sessions.database import Connection
 from gateway.sessions.model import Archived, Image, Session
 from gateway.sessions.states import State
 from gateway.sessions.store import Store, StoreError
@@ -146,21 +147,76 @@ async def test_a_disk_with_errors_costs_the_commits_that_meet_them(store: Store,
     assert await store.db.rows("SELECT id FROM sessions") == []
 
 
-async def test_a_commit_that_stands_is_an_error_and_control_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_control_is_replaced_when_a_commit_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(executors, "_LOOK_SECONDS", 0.01)
     store = Store(tmp_path / "state.db")
-    replaced = threading.Event()
-    store.db._thread.on_stuck = replaced.set
     await store.open()
-    monkeypatch.setattr(store.db._thread, "_seconds", 0.05)
-    stands = threading.Event()
+    connection, replaced, stands = store.db.connection, threading.Event(), threading.Event()
+    assert connection is not None
+    connection.on_stuck, connection.seconds = replaced.set, 0.05
     monkeypatch.setattr(store, "_transaction", lambda *arguments: stands.wait(10))
     store.put_session(session())
-    with pytest.raises(StoreError, match="has not ended"):
-        await asyncio.wait_for(store.commit(), 5)
+    commit = store.begin_commit()
     assert await asyncio.to_thread(replaced.wait, 5)
     stands.set()
-    store.db._thread.close()
+    await commit
+    await store.close()
+    assert "store.stands" in (said := capsys.readouterr().out) and "stands.wait(10)" in said
+
+
+async def test_control_is_replaced_when_the_stores_thread_has_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has no memory to tell of what it did dies, and nobody would hear of anything any more."""
+    monkeypatch.setattr(executors, "_LOOK_SECONDS", 0.01)
+    connection, replaced = Connection(tmp_path / "state.db"), threading.Event()
+    connection.on_stuck = replaced.set
+    await connection.open()
+    await connection.run(lambda _: None)
+    assert not replaced.is_set()
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_soon_threadsafe", _no_memory)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    lost = asyncio.ensure_future(connection.run(lambda _: None))
+    while not replaced.is_set():
+        await asyncio.sleep(0.01)
+    lost.cancel()
+    executors.unwatch(connection)
+    connection.__dict__["_connection"] = None
+
+
+def _no_memory(*_: object) -> None:
+    raise MemoryError
+
+
+async def test_a_turn_counts_from_the_end_of_the_one_before(tmp_path: Path) -> None:
+    now = [0.0]
+    connection, replaced, may_end = Connection(tmp_path / "state.db", lambda: now[0]), threading.Event(), threading.Event()
+    connection.on_stuck = replaced.set
+    await connection.open()
+    executors.unwatch(connection)  # the test looks
+    first = asyncio.ensure_future(connection.run(lambda _: may_end.wait(10), seconds=100.0))
+    second = asyncio.ensure_future(connection.run(lambda _: 2, seconds=10.0))
+    unwanted = asyncio.ensure_future(connection.run(lambda _: replaced.set()))
+    await asyncio.sleep(0)
+    unwanted.cancel()
+    now[0] = 99.0
+    connection.look()
+    may_end.set()
+    assert await first and await second == 2
+    await connection.run(lambda _: None)
+    now[0] = 1e9
+    connection.look()
+    assert not replaced.is_set()
+    await connection.close()
+
+
+async def test_a_store_whose_thread_cannot_be_started_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    with pytest.raises(executors.NotStarted, match="can't start new thread"):
+        await Connection(tmp_path / "state.db").open()
 
 
 async def test_what_cannot_be_a_row_fails_its_own_commit_and_no_later_one(store: Store) -> None:
