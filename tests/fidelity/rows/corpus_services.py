@@ -196,7 +196,7 @@ SUBJECT = Subject(
             "mosquitto-websockets",
             "an MQTT broker over WebSockets",
             BASE
-            + 'RUN dnf install -y mosquitto\nRUN printf \'listener 9001\\nprotocol websockets\\nallow_anonymous true\\n\' > /m.conf\nEXPOSE 9001\nCMD ["mosquitto", "-c", "/m.conf"]\n',
+            + 'RUN dnf install -y mosquitto\nRUN printf \'listener 1883\\nlistener 9001\\nprotocol websockets\\nallow_anonymous true\\n\' > /m.conf\nEXPOSE 9001\nCMD ["mosquitto", "-c", "/m.conf"]\n',
             [
                 Get("a client's WebSocket is opened", "/mqtt", 9001, 101, fields=WEBSOCKET, within=60),
                 Sleep(),
