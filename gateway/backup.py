@@ -248,7 +248,7 @@ def restore(settings: Settings, source: Path, replaces: bool) -> tuple[Contents,
 def _checked(source: Path, work: Path) -> Contents:
     try:
         contents = msgspec.json.decode((work / _MANIFEST).read_bytes(), type=Contents)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, ValueError) as error:
         raise BackupError(f"{source} is no backup: {error}") from error
     if contents.version != _VERSION:
         raise BackupError(f"{source} is a backup of format {contents.version}, this version knows {_VERSION}: restore it with that version")

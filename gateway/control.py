@@ -13,7 +13,6 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import msgspec
 import structlog
 from aiohttp import web
 
@@ -295,7 +294,7 @@ def _minter(path: Path) -> Minter:
     """Raises ConfigError for keys that cannot be read."""
     try:
         return Minter(path)
-    except msgspec.MsgspecError as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}: restore it from a backup, or remove it (access tokens become invalid)") from error
 
 

@@ -58,7 +58,7 @@ def access_keys(path: Path) -> dict[str, str]:
     """Access key to secret. Raises ConfigError for a file that holds none."""
     try:
         keys = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}: restore it from a backup, or remove it (new access keys are made)") from error
     if not keys or not all(key and secret for key, secret in keys.items()):
         raise ConfigError(f"{path} holds no access key: restore it from a backup, or remove it (new access keys are made)")

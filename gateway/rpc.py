@@ -163,7 +163,7 @@ class Connection:
             self._calls.pop(number, None)
         try:
             return (msgspec.msgpack.decode(raw, type=kind) if kind is not None else None), descriptors
-        except msgspec.MsgspecError as error:
+        except ValueError as error:
             _close_all(descriptors)
             raise RpcError(type(error).__name__, f"{method}: the answer: {error}") from error
 
@@ -228,7 +228,7 @@ class Connection:
         self._in += data
         try:
             self._parse()
-        except (_Malformed, msgspec.MsgspecError) as error:
+        except (_Malformed, ValueError) as error:
             log.error("rpc.malformed", uid=self.uid, error=str(error))
             self.close()
 
@@ -245,7 +245,7 @@ class Connection:
         return data
 
     def _parse(self) -> None:
-        """Raises _Malformed, MsgspecError: where the next frame begins is unknown then."""
+        """Raises _Malformed, ValueError: where the next frame begins is unknown then."""
         while len(self._in) >= 4 and not self.closed.done():
             (length,) = struct.unpack_from("<I", self._in)
             if length > _FRAME_MAX_BYTES:

@@ -54,7 +54,7 @@ def checks(path: Path, now: float) -> dict[str, tuple[bool, str]]:
     """Of each process, as the state file has it."""
     try:
         return {child.name: in_words(child, now) for child in read_state(path).children}
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, ValueError) as error:
         return {"supervisor": (False, f"{path.name} cannot be read: {error}")}
 
 
@@ -63,7 +63,7 @@ def state_file(settings: Settings) -> Path:
 
 
 def read_state(path: Path) -> State:
-    """Raises OSError, msgspec.MsgspecError."""
+    """Raises OSError, ValueError."""
     return msgspec.json.decode(path.read_bytes(), type=State)
 
 
@@ -71,7 +71,7 @@ def living(path: Path) -> list[Recorded]:
     """Processes of an earlier supervisor that still run."""
     try:
         recorded = read_state(path).processes
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ValueError):
         return []
     return [process for process in recorded if is_living(process)]
 

@@ -169,7 +169,7 @@ def read_manifest(snapshot: Path) -> Manifest:
         return msgspec.json.decode((snapshot / MANIFEST).read_bytes(), type=Manifest)
     except OSError as error:
         raise unreadable(error, snapshot / MANIFEST) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise Damaged(f"{snapshot / MANIFEST} is no manifest: {error}") from error
 
 

@@ -49,7 +49,7 @@ def find(settings: Settings, sessions: Collection[str], images: Collection[str])
 
 def _records(settings: Settings) -> Iterator[Process]:
     for path in sorted((settings.runtime / "vms").glob("*/process.json")):
-        with contextlib.suppress(OSError, msgspec.DecodeError):
+        with contextlib.suppress(OSError, ValueError):
             yield msgspec.json.decode(path.read_bytes(), type=Process)
 
 

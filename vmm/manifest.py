@@ -31,7 +31,7 @@ def read(image: Path, hypervisor: str) -> Manifest:
         manifest = msgspec.json.decode((image / MANIFEST).read_bytes(), type=Manifest)
     except OSError as error:
         raise unreadable(error, image / MANIFEST) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise Damaged(f"{image / MANIFEST} is no manifest: {error}") from error
     if manifest.hypervisor != hypervisor:
         raise Refused(

@@ -53,10 +53,10 @@ class Quarantine:
         return self._read(target)
 
     def list(self) -> list[Quarantined]:
-        """Returns what is set aside, the oldest first. Raises OSError."""
+        """Returns what is set aside, the oldest first; a file that somebody put there is no session. Raises OSError."""
         if not self._directory.exists():
             return []
-        found = [self._read(path) for path in self._directory.iterdir() if not path.name.endswith(_HALF)]
+        found = [self._read(path) for path in self._directory.iterdir() if path.is_dir() and not path.name.endswith(_HALF)]
         return sorted(found, key=lambda one: one.at)
 
     def recover(self, session: str) -> Quarantined:
@@ -86,7 +86,7 @@ class Quarantine:
             raise Missing(f"session {path.name} has no files, here or set aside")
         try:
             record = msgspec.json.decode((path / _REASON).read_bytes(), type=Quarantined)
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, ValueError) as error:
             record = Quarantined(path.name, 0, "", f"{path / _REASON} cannot be read: {error}", path.stat().st_mtime)
         record.session = path.name
         record.bytes = sum(disks.stored_bytes(one) for one in path.rglob("*"))

@@ -83,7 +83,7 @@ class SandboxAllocator:
         for directory in sorted(self._directory.iterdir()):
             try:
                 found.append(msgspec.json.decode((directory / RECORD).read_bytes(), type=Process))
-            except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):  # any other trouble says nothing about what runs there
+            except (FileNotFoundError, NotADirectoryError, ValueError):  # any other trouble says nothing about what runs there
                 self._cgroups.remove(directory.name)
                 shutil.rmtree(directory, ignore_errors=True)
         return found

@@ -27,7 +27,7 @@ def _images(settings: Settings) -> dict[str, Manifest]:
     """The manifests of images that are whole, by key."""
     found = {}
     for path in sorted(settings.images_dir.glob(f"[!.]*/{manifest.MANIFEST}")):
-        with contextlib.suppress(OSError, msgspec.DecodeError):  # whoever launches it hears of it
+        with contextlib.suppress(OSError, ValueError):  # whoever launches it hears of it
             found[path.parent.name] = msgspec.json.decode(path.read_bytes(), type=Manifest)
     return found
 

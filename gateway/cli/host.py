@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 from rich.text import Text
 
@@ -113,7 +112,7 @@ def reload(root: Root = None, name: Name = None) -> None:
         before = workers(known)
         if not signal_process(known.pid, known.started, signal.SIGHUP):
             raise ProcessLookupError
-    except (OSError, ValueError, msgspec.MsgspecError):
+    except (OSError, ValueError):
         fail(f"instance {settings.name} is not served here: start it with `torpor serve`", 1)
     deadline = time.monotonic() + _RELOAD_SECONDS
     while workers(state := status.read_state(path)) & before:

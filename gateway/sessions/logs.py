@@ -338,7 +338,7 @@ class LogStore:
                 for line in file:
                     if not line.endswith(b"\n"):  # half written
                         return
-                    with contextlib.suppress(msgspec.MsgspecError):  # what a power cut left of a line
+                    with contextlib.suppress(ValueError):  # what a power cut left of a line
                         yield segment.start + at, self._decode(line), segment.start + at + len(line)
                     at += len(line)
         except FileNotFoundError:  # it went meanwhile

@@ -74,7 +74,7 @@ class Cursors:
             sent = msgspec.json.decode(old.read_bytes(), type=dict[str, int])
         except FileNotFoundError:
             return
-        except msgspec.MsgspecError as error:
+        except ValueError as error:
             log.error("logs.sent_again", path=str(old), error=str(error))
             sent = {}
         self._db.executemany("INSERT OR REPLACE INTO sent VALUES (?, ?)", sent.items())

@@ -55,7 +55,13 @@ async def test_an_empty_or_short_key_is_never_used(tmp_path: Path, name: str, co
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize(("name", "content"), [("keys.json", b""), ("access-keys.json", b""), ("access-keys.json", b"{}")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("keys.json", b""), ("keys.json", b'[{"kid":"\xff"}]'), ("access-keys.json", b""), ("access-keys.json", b"{}"),
+        ("access-keys.json", b'{"AKIAEXAMPLE":"\xff"}'),
+    ],
+)  # fmt: skip
 async def test_other_keys_that_cannot_be_read_are_said_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
     rig = Rig(tmp_path)
     (rig.settings.control_dir / name).write_bytes(content)

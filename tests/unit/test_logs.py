@@ -121,7 +121,9 @@ def test_a_stream_of_before_is_its_first_segment(tmp_path: Path) -> None:
     assert [event.m for event in LogStore(tmp_path / "logs").read("123456789012", group, "good")[0]] == [f"line {n}" for n in range(4)]
 
 
-@pytest.mark.parametrize("rest", [b'{"t":1,"m":"ha', b"\0" * 100, b'{"t":1}\n'], ids=["half a line", "zeros", "no event"])
+@pytest.mark.parametrize(
+    "rest", [b'{"t":1,"m":"ha', b"\0" * 100, b'{"t":1}\n', b'{"t":1,"m":"\xff"}\n'], ids=["half a line", "zeros", "no event", "no text"]
+)
 def test_what_a_power_cut_left_of_a_line_spoils_no_other(tmp_path: Path, rest: bytes) -> None:
     store = LogStore(tmp_path / "logs")
     append(store, 1)
@@ -282,7 +284,7 @@ def test_cursors_that_cannot_be_read_keep_nothing_from_starting(tmp_path: Path, 
     assert endpoint.sent == ["line 1"]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": '], ids=["empty", "cut off"])
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b'{"\xff": 1}'], ids=["empty", "cut off", "no text"])
 def test_nor_do_those_of_before(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "sent.json").write_bytes(content)
     assert Cursors(tmp_path / "sent.db").get(NAME) == 0 and not (tmp_path / "sent.json").exists()

@@ -98,12 +98,14 @@ def test_a_session_with_files_of_its_own_keeps_them(quarantine: Quarantine, tmp_
     assert len(quarantine.list()) == 2, "neither takes the other's place"
 
 
-def test_only_its_release_removes_it(quarantine: Quarantine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"{", b'{"session":"\xff"}'], ids=["cut off", "no text"])
+def test_only_its_release_removes_it(quarantine: Quarantine, tmp_path: Path, content: bytes) -> None:
     quarantine.put(WHY)
-    (tmp_path / "quarantine/s1/reason.json").write_text("{")
+    (tmp_path / "quarantine/s1/reason.json").write_bytes(content)
+    (tmp_path / "quarantine/notes.txt").write_text("of an operator, who looks after it")
     (listed,) = quarantine.list()
     assert listed.session == "s1" and listed.snapshot == 3 and "cannot be read" in listed.reason
     quarantine.release("s1")
-    assert not quarantine.list() and not any((tmp_path / "quarantine").iterdir())
+    assert not quarantine.list() and [path.name for path in (tmp_path / "quarantine").iterdir()] == ["notes.txt"]
     with pytest.raises(Missing):
         quarantine.recover("s1")

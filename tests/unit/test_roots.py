@@ -176,5 +176,6 @@ def test_nothing_goes_where_a_need_cannot_be_read_or_roots_are_being_made(host: 
     started(cache)
     with making.alone(cache):
         assert not needed(cache, tmp_path)
-    (cache / "needed-roots/abc").write_text("half a reco")
-    assert "cannot be read" in needed(cache, tmp_path)[0] and first.path.exists()
+    for damage in (b"half a reco", b'{"instance":"\xff","roots":[]}'):
+        (cache / "needed-roots/abc").write_bytes(damage)
+        assert "cannot be read" in needed(cache, tmp_path)[0] and first.path.exists()

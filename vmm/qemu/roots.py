@@ -135,7 +135,7 @@ def _directories(cache: Path) -> list[Path]:
 
 
 def read(path: Path) -> Root:
-    """Raises OSError, DecodeError."""
+    """Raises OSError, ValueError."""
     path = path.resolve()
     info = msgspec.json.decode((path / _INFO).read_bytes(), type=dict[str, str])
     return Root(path.name, info["version"], info["machine"], path)
@@ -151,13 +151,13 @@ class Roots:
         """The host's QEMU, which makes new images. Raises VmmError."""
         try:
             return read(self._cache / CURRENT)
-        except (OSError, msgspec.DecodeError, KeyError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise VmmError(f"the hypervisors' root in {self._cache} cannot be used ({error}): run `torpor assets`") from error
 
     def all(self) -> list[Root]:
         found = []
         for path in _directories(self._cache):
-            with contextlib.suppress(OSError, msgspec.DecodeError, KeyError):
+            with contextlib.suppress(OSError, ValueError, KeyError):
                 found.append(read(path))
         return found
 
@@ -209,7 +209,7 @@ def collect(cache: Path, instance: Path, needed: set[str], say: Callable[[str], 
         for path in needs.glob("*[0-9a-f]"):
             try:
                 other = msgspec.json.decode(path.read_bytes(), type=_Needs)
-            except (OSError, msgspec.DecodeError) as error:
+            except (OSError, ValueError) as error:
                 say(f"no root is removed: {path} cannot be read: {error}")
                 return
             if not Path(other.instance).exists() and time.time() - path.stat().st_mtime > _FORGOTTEN_SECONDS:
