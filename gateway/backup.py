@@ -28,7 +28,7 @@ from .config import ConfigError, Settings
 from .sessions import schema
 from .sessions.model import Image, Session
 from .sessions.states import State
-from .sessions.store import readable
+from .sessions.store import advice, readable
 
 _VERSION = 1
 _STORE = "control/torpor.db"
@@ -84,6 +84,8 @@ def backup(settings: Settings, target: Path, has_data: bool, say: Say) -> Conten
         _run("sync", "--file-system", str(made))
         os.rename(made, target)
         _run("sync", "--file-system", str(target.parent))
+    except sqlite3.Error as error:
+        raise BackupError(f"{settings.root / _STORE} cannot be read: {error}{advice(error)}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
         work.with_name(f"{work.name}.tar").unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from gateway.config import ConfigError, Settings
 from gateway.sessions.model import Image, Session
 from gateway.sessions.states import State
-from gateway.sessions.store import SetAside, readable
+from gateway.sessions.store import SetAside, advice, readable
 from vmm import leftovers, upgrades
 
 
@@ -51,7 +51,7 @@ def known(database: Path) -> Known:
         with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=5)) as connection:
             found, set_aside = readable(connection, database)
     except sqlite3.Error as error:
-        raise ConfigError(f"{database} cannot be read: {error}") from error
+        raise ConfigError(f"{database} cannot be read: {error}{advice(error)}") from error
     live = [value for kind, _, value in found if kind == "sessions" and not value.state.is_ended]
     made = [value for kind, _, value in found if kind == "images"]
     sessions = {one.id for one in live} | {row.key for row in set_aside if row.kind == "sessions"}

@@ -75,6 +75,12 @@ class SetAside(msgspec.Struct, frozen=True):
     reason: str
 
 
+def advice(error: Exception) -> str:
+    """Returns what helps where the store's file is not what was written; the empty string where it may be."""
+    is_damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+    return ": restore it from a backup (torpor restore)" if is_damaged else ""
+
+
 def decoded(kind: str, body: bytes) -> Any:
     """Raises ValueError for a row that this version cannot read."""
     if kind not in _TYPES:
@@ -192,9 +198,7 @@ class Store:
             tokens = await self.db.rows("SELECT * FROM client_tokens ORDER BY at DESC LIMIT ?", (_CLIENT_TOKENS_IN_MEMORY + 1,))
         except sqlite3.Error as error:
             await self.db.close()
-            is_damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
-            advice = ": restore it from a backup (torpor restore)" if is_damaged else ""
-            raise ConfigError(f"{self._path} cannot be opened: {error}{advice}") from error
+            raise ConfigError(f"{self._path} cannot be opened: {error}{advice(error)}") from error
         except ConfigError:
             await self.db.close()
             raise
@@ -370,7 +374,7 @@ class Store:
                 if not isinstance(error, sqlite3.Error):
                     log.exception("store.failed", path=str(self._path))
                 for waiter in waiters:
-                    waiter.set_exception(StoreError(f"{self._path}: {error}"))
+                    waiter.set_exception(StoreError(f"{self._path}: {error}{advice(error)}"))
                 continue
             for waiter in waiters:
                 waiter.set_result(None)

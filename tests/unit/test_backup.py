@@ -257,6 +257,15 @@ async def test_what_is_no_backup_of_ours_changes_nothing(
     assert not list(instance.settings.root.glob("replaced-*")) and not (instance.settings.root / "restore.new").exists()
 
 
+def test_a_store_that_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
+    settings = other(tmp_path)
+    settings.control_dir.mkdir(parents=True)
+    (settings.control_dir / "torpor.db").write_bytes(b"nonsense" * 1000)
+    with pytest.raises(BackupError, match=r"^[^\n]*torpor\.db cannot be read: file is not a database: restore it from a backup[^\n]*$"):
+        backup(settings, tmp_path / "backup", True, lambda text: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
+
+
 async def test_a_backup_that_cannot_be_finished_leaves_nothing(instance: Instance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -299,6 +299,23 @@ async def test_events_go_by_their_age(tmp_path: Path) -> None:
     await store.close()
 
 
+async def test_a_store_that_opens_and_cannot_be_written_says_what_helps(store: Store, tmp_path: Path) -> None:
+    """Damaged where only writers look: then each commit fails, and no retry helps."""
+    for number in range(50):
+        store.put_session(session(f"s{number}"))
+        store.add_event(f"s{number}", "started", "PENDING", "RUNNING", 1, "why")
+    await store.commit()
+    ((root,),) = await store.db.rows("SELECT rootpage FROM sqlite_schema WHERE name = 'events_subject'")
+    await store.close()
+    with (tmp_path / "state.db").open("r+b") as file:
+        file.seek((root - 1) * 4096)
+        file.write(b"x" * 4096)
+    await store.open()
+    store.add_event("s1", "asleep", "RUNNING", "SUSPENDED", 1, "")
+    with pytest.raises(StoreError, match=r"^[^\n]*state\.db: database disk image is malformed: restore it from a backup[^\n]*$"):
+        await store.commit()
+
+
 # ---- versions ----
 
 STORES = Path(__file__).parent / "stores"
