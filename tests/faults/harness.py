@@ -112,7 +112,7 @@ class HostUnderTest:
         await asyncio.wait([task])
         if task.cancelled() or task.exception() is not None:  # it did not start: it is tried again, as the supervisor does
             self.failed_starts += 1
-            if not self.seam.is_armed:
+            if not self.seam.is_armed and not self.seam.weather:
                 task.result()
             self.seam.kill(owner)
 
@@ -143,7 +143,7 @@ class HostUnderTest:
             for owner in sorted(self.seam.dead):
                 await self.bury(owner)
                 self.deaths += 1
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(1.0)
                 self.seam.dead.discard(owner)
                 await (self.start_vmm if owner == VMM else self.start_control)()
 

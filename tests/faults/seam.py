@@ -32,6 +32,8 @@ process: contextvars.ContextVar[str] = contextvars.ContextVar("process", default
 ERRORS = ("EMFILE", "ENOMEM", "ENOSPC", "EIO")
 KILL, LOST, LATE = "kill", "lost reply", "late reply"
 
+# What a full disk and a process without free descriptors refuse.
+_NEEDS = {"ENOSPC": {"open", "write", "mkdir", "link", "transaction", "copy_range"}, "EMFILE": {"open", "scandir", "listdir", "dup"}}
 # What our code asks of the kernel about files, by name. Closing and waiting are left out: they take nothing that could be short.
 _CALLS = (
     "open", "rename", "replace", "link", "symlink", "unlink", "mkdir", "rmdir", "fsync", "ftruncate", "write", "pwrite", "read", "scandir",
@@ -62,6 +64,7 @@ class Seam:
     dead: set[str] = field(default_factory=set)
     died: asyncio.Event = field(default_factory=asyncio.Event)
     has_struck: str = ""  # what the plan made fail
+    weather: str = ""  # an error number's name: every call that needs what is short then fails, until it is not any more
 
     def kill(self, owner: str) -> None:
         self.dead.add(owner)
@@ -75,6 +78,10 @@ class Seam:
     def next(self, owner: str, name: str) -> str:
         """Counts a call; returns the fault that it has, if any."""
         self.check(owner)
+        if self.weather and name.split(maxsplit=1)[0] in _NEEDS[self.weather] and not name.startswith("open r"):
+            return self.weather
+        if self.weather == "EMFILE" and name.startswith("open"):
+            return self.weather
         if not self.is_armed:
             return ""
         at = self.counts[owner]
@@ -217,7 +224,7 @@ def _install_transactions(seam: Seam, patch: pytest.MonkeyPatch) -> None:
     def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         owner = process.get()
         fault = seam.next(owner, "transaction") if owner else ""
-        if fault:
+        if fault in _SQLITE:
             raise sqlite3.OperationalError(_SQLITE[fault])
         with made(connection):
             yield

@@ -64,3 +64,9 @@ def test_one_set_up_at_a_time_makes_it_and_the_other_finds_it(clone: Path) -> No
         os.close(lock)
         assert other.wait(60) == 0
     assert (clone / ".venv/ready").read_text() == key(clone)
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports each by its name alone: of two, neither folder's tests can be collected with the other's."""
+    names = [path.name for path in (REPO / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
