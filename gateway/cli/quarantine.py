@@ -26,19 +26,20 @@ def register(app: typer.Typer) -> None:
 def recover(
     name: Annotated[str, typer.Argument(help="The microVM, as `torpor doctor` names it.")],
     disk: Annotated[Path | None, typer.Option("--disk", help="Write its disk to this file (raw) instead; what is set aside stays.")] = None,
+    image: Annotated[str, typer.Option("--image", help="Of which image a stranger's disk is: a directory of ROOT/images.")] = "",
 ) -> None:
     """Try again with a microVM that an error has ended: it sleeps again under its id and endpoint.
 
     Example: torpor recover microvm-7e0c…
     """
     if disk is not None:
-        hand_out(config.load(), name, disk)
+        hand_out(config.load(), name, disk, image)
     else:
         ask("recover", m.SessionName(name), seconds=_RECOVER_SECONDS)
         errors.print(f"torpor: {name} is SUSPENDED again", soft_wrap=True)
 
 
-def hand_out(settings: config.Settings, name: str, target: Path) -> None:
+def hand_out(settings: config.Settings, name: str, target: Path, image: str = "") -> None:
     from vmm import handout
     from vmm.errors import VmmError
 
@@ -47,10 +48,20 @@ def hand_out(settings: config.Settings, name: str, target: Path) -> None:
         fail(f"nothing is set aside under {name} in {settings.root / 'quarantine'}", 1)
     if target.exists():
         fail(f"{target} is there: name a file that is not", 2)
+    places = images(settings)
+    key = found.image or image
+    if not found.image and key not in places:
+        fail(f"{name} was not in the store: name its image with --image ({', '.join(sorted(places)) or 'there is none'})", 2)
     try:
-        handout.hand_out(settings.root / "quarantine" / name, settings.images_dir / found.image, target)
+        handout.hand_out(settings.root / "quarantine" / name, places.get(key, settings.images_dir / key), target)
     except (VmmError, OSError) as error:
         fail(str(error), 1)
+
+
+def images(settings: config.Settings) -> dict[str, Path]:
+    """Where the files of each image version are, by key: strangers too, which are set aside."""
+    aside = {path.name.removeprefix("image-"): path for path in (settings.root / "quarantine").glob("image-*")}
+    return aside | {path.name: path for path in settings.images_dir.glob("[!.]*") if path.is_dir()}
 
 
 def quarantined(settings: config.Settings) -> list[m.Quarantined]:
@@ -78,7 +89,8 @@ def rows(settings: config.Settings) -> list[tuple[str, bool, str]]:
 
 def _way_back(one: m.Quarantined) -> str:
     if not one.image or one.session.startswith("image-"):  # a stranger: no row leads to it
-        return "; it can be moved back under the store that knows it"
+        disk = "" if one.session.startswith("image-") else f", and torpor recover {one.session} --disk FILE hands out its disk"
+        return f"; it can be moved back under the store that knows it{disk}"
     again = "tries again" if one.snapshot else "cannot bring it back without a snapshot"
     return f"; torpor recover {one.session} {again}, --disk FILE hands out its disk"
 

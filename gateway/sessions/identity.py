@@ -66,7 +66,7 @@ def objection(store: Known, directories: list[Directory]) -> str | None:
         if one.mark and not store.instance:
             return f"{one.path} belongs to an instance ({one.mark}) that {store.path} knows nothing of: it is new, or very old"
         if store.is_marked and not one.mark:
-            return f"{one.path} has no instance id, and had one when {store.path} was last used: is its file system mounted?"
+            return f"{one.path} has no instance id, and had one when {store.path} was last used: its file system may not be mounted"
         if store.is_new and one.strangers:
             return f"{store.path} is new, and {one.path} is not: it holds {_some(one.strangers, one.what)}"
         if one.has_many_strangers:

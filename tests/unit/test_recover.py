@@ -183,10 +183,10 @@ async def test_a_row_without_files_stays_as_long(rig: Rig, quarantine: Quarantin
 # ---- what the commands say ----
 
 
-def quarantined(settings: config.Settings, name: str) -> Path:
+def quarantined(settings: config.Settings, name: str, image: str = "k-1.0") -> Path:
     files = settings.root / "quarantine" / name
     files.mkdir(parents=True)
-    (files / "reason.json").write_text(json.dumps({"session": name, "incarnation": 1, "image": "k-1.0", "reason": "checksum", "at": 1.0}))
+    (files / "reason.json").write_text(json.dumps({"session": name, "incarnation": 1, "image": image, "reason": "checksum", "at": 1.0}))
     return files
 
 
@@ -213,6 +213,22 @@ def test_the_disk_is_handed_out_as_one_file_with_all_its_layers(tmp_path: Path) 
     data = (tmp_path / "disk").read_bytes()
     assert len(data) == 1 << 20 and data[:65536] == b"A" * 65536 and data[131072 : 131072 + 65536] == b"\x42" * 65536
     assert (files / "overlay").exists()
+
+
+@pytest.mark.parametrize("place", ["images/k-1.0", "quarantine/image-k-1.0"])
+def test_a_strangers_disk_is_handed_out_with_the_image_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str) -> None:
+    """No store knows whose image it is, and its files do not say it."""
+    settings = config.Settings(root=tmp_path)
+    files, image = quarantined(settings, "microvm-1", ""), tmp_path / place
+    image.mkdir(parents=True)
+    (image / "manifest.json").write_text('{"hypervisor": "firecracker"}')
+    (files / "overlay").write_bytes(b"disk")
+    for wrong in ("", "k-2.0", ".."):
+        with pytest.raises(SystemExit):
+            command.hand_out(settings, "microvm-1", tmp_path / "disk", wrong)
+        assert "name its image with --image (k-1.0)" in capsys.readouterr().err
+    command.hand_out(settings, "microvm-1", tmp_path / "disk", "k-1.0")
+    assert (tmp_path / "disk").read_bytes() == b"disk"
 
 
 def test_a_disk_that_is_not_there_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
