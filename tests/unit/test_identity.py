@@ -54,7 +54,7 @@ def directory(mark: str = US, known: int = 0, strangers: int = 0, missing: int =
         (
             Known(STORE, US, True, False),
             directory(""),
-            "sessions has no instance id, and had one when torpor.db was last used: is its file",
+            "sessions has no instance id, and had one when torpor.db was last used: its file",
         ),
         (Known(STORE, "", False, True), directory("", 0, 1), "torpor.db is new, and sessions is not: it holds 1 microVM (microvm-0)"),
     ],

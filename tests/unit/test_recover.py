@@ -216,7 +216,9 @@ def test_the_disk_is_handed_out_as_one_file_with_all_its_layers(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("place", ["images/k-1.0", "quarantine/image-k-1.0"])
-def test_a_strangers_disk_is_handed_out_with_the_image_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str) -> None:
+def test_a_strangers_disk_is_handed_out_with_the_image_that_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
     """No store knows whose image it is, and its files do not say it."""
     settings = config.Settings(root=tmp_path)
     files, image = quarantined(settings, "microvm-1", ""), tmp_path / place
