@@ -9,10 +9,11 @@ import asyncio
 import contextlib
 import contextvars
 import json
+import logging
 import shutil
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -268,13 +269,23 @@ async def abandon(store: Any) -> None:
         await store.close()
 
 
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Thousands of faults are logged by nobody."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        yield
+    finally:
+        structlog.configure(**before)
+
+
 @contextlib.asynccontextmanager
 async def host(directory: Path, seam: Seam, **settings: Any) -> AsyncIterator[HostUnderTest]:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     one = HostUnderTest(directory, seam, **settings)
-    with seams.installed(seam):
+    with seams.installed(seam), _silence():
         await one.start()
         try:
             yield one
