@@ -33,7 +33,9 @@ def listen(address: str, port: int, purpose: str) -> socket.socket:
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"{address} port {port} ({purpose}) is taken by {holder(port)}: end it, or set {purpose}.port") from error
+            raise ConfigError(
+                f"{address} port {port} ({purpose}) is taken by {holder(port) or 'another process'}: end it, or set {purpose}.port"
+            ) from error
         raise ConfigError(f"{address} port {port} ({purpose}): {error.strerror}") from error
     return sock
 
@@ -94,10 +96,10 @@ def choose_edge_port(settings: Settings, in_use: bool) -> int:
     """The instance's port: as set, or chosen once and kept. `in_use` says that our own workers still hold it."""
     kept = settings.root / "edge-port"
     addresses = [address for address in edge_addresses(settings) if is_inet(address)]
-    port = settings.edge.port or _kept_port(kept)
+    port = settings.edge.port or kept_port(kept)
     if port:
         if not in_use and not _is_free(addresses, port):
-            raise ConfigError(f"port {port} (edge) is taken by {holder(port)}: end it, or set edge.port")
+            raise ConfigError(f"port {port} (edge) is taken by {holder(port) or 'another process'}: end it, or set edge.port")
     else:
         port = next((candidate for candidate in (*_CHOICES, *_SEARCH) if _is_free(addresses, candidate)), 0)
         if not port:
@@ -106,9 +108,9 @@ def choose_edge_port(settings: Settings, in_use: bool) -> int:
     return port
 
 
-def _kept_port(kept: Path) -> int:
+def kept_port(kept: Path) -> int:
     """Returns the port that was kept; 0 where none was, or where its file was lost with the host."""
-    text = kept.read_text(encoding="ascii") if kept.exists() else ""
+    text = kept.read_bytes() if kept.exists() else b""
     return int(text) if text.isdigit() else 0
 
 
@@ -118,7 +120,7 @@ def edge_addresses(settings: Settings) -> list[str]:
 
 
 def holder(port: int) -> str:
-    """Returns in words which process listens on a port."""
+    """Returns in words which process listens on a port; the empty string where none does."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
@@ -136,4 +138,4 @@ def holder(port: int) -> str:
                 return f"{name} (process {process.name})"
         except OSError:
             continue
-    return "another process"
+    return "another process" if inodes else ""

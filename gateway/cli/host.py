@@ -192,6 +192,14 @@ def _free(settings: config.Settings, place: Path) -> list[tuple[str, bool, str]]
     ]
 
 
+def edge_port(kept: Path) -> tuple[str, bool, str]:
+    port = listeners.kept_port(kept)
+    if not port:
+        return "edge port", True, "chosen at the next start"
+    holder = listeners.holder(port)
+    return "edge port", True, f"{port}, held by {holder}" if holder else f"{port}, free"
+
+
 def _descriptors(settings: config.Settings) -> tuple[bool, str]:
     """What one process may have against what vmm keeps ready for launches, of one image that is in great demand, and for microVMs."""
     from vmm.network import LINK_DESCRIPTORS, MOST_LINKS
@@ -254,8 +262,7 @@ def doctor(
     rows.append(("descriptors", *_descriptors(settings)))
     kept = settings.root / "edge-port"
     if kept.exists():
-        port = int(kept.read_text(encoding="ascii"))
-        rows.append(("edge port", True, f"{port}, held by {listeners.holder(port)}"))
+        rows.append(edge_port(kept))
     try:
         store = known(settings.control_dir / "torpor.db")
         rows += _stored(settings, store)

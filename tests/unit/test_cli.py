@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import typer
 from commands import TORPOR, run
 
 from gateway import instance
-from gateway.cli import output, repair
+from gateway.cli import host, output, repair
 from gateway.config import ConfigError, Settings
 from gateway.messages import LogLine, MicrovmLog
 from gateway.sessions import schema
@@ -111,6 +112,18 @@ def test_doctor_before_there_is_an_instance(tmp_path: Path, there: bool) -> None
     )
     row = next(row for row in json.loads(wanted.stdout) if row["check"] == "acceleration")
     assert not row["ok"] and row["text"].startswith("kvm: chosen by the settings, but ")
+
+
+def test_doctor_goes_on_where_the_kept_port_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nobody listens, it said that another process did."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        for content, expected in (("", "chosen at the next start"), ("4\xff", "chosen at the next start"), (str(port), f"{port}, free")):
+            (tmp_path / "edge-port").write_text(content, encoding="latin-1")
+            assert host.edge_port(tmp_path / "edge-port") == ("edge port", True, expected)
+        sock.listen()
+        assert host.edge_port(tmp_path / "edge-port")[2].startswith(f"{port}, held by ")
 
 
 def test_doctor_names_what_the_store_cannot_read_and_takes_nothing_of_it_for_left_over(tmp_path: Path) -> None:

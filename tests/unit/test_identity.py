@@ -203,6 +203,8 @@ async def test_marks_are_durable_and_read_again(tmp_path: Path) -> None:
     assert await calls.rpc_marks(None, None) == m.Marks("", "")  # type: ignore[arg-type]
     await calls.rpc_mark(None, m.MarkRequest(US))  # type: ignore[arg-type]
     assert await IdentityCalls(settings, Images(settings.images_dir)).rpc_marks(None, None) == m.Marks(US, US)  # type: ignore[arg-type]
+    (settings.images_dir / "instance-id").write_bytes(b"\xff\n")  # damaged: it is another's then, and says so
+    assert (await calls.rpc_marks(None, None)).images == "\\xff"  # type: ignore[arg-type]
     assert [path.name for path in settings.sessions_dir.iterdir()] == ["instance-id"]
 
 

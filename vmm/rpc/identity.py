@@ -57,7 +57,7 @@ class IdentityCalls:
 def _read(directory: Path) -> str:
     """Raises OSError for one that cannot be read, which is not as good as none."""
     try:
-        return (directory / _MARK).read_text(encoding="ascii").strip()
+        return (directory / _MARK).read_text(encoding="ascii", errors="backslashreplace").strip()
     except FileNotFoundError:
         return ""
 
