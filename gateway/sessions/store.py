@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,15 @@ def advice(error: Exception) -> str:
     """Returns what helps where the store's file is not what was written; the empty string where it may be."""
     is_damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
     return ": restore it from a backup (torpor restore)" if is_damaged else ""
+
+
+def _whose(path: Path) -> str:
+    """Returns what helps where root has put a copy back; the empty string where the store's files are this user's to write."""
+    with contextlib.suppress(OSError):
+        for one in (path, *path.parent.glob(f"{path.name}-*")):
+            if one.exists() and not os.access(one, os.R_OK | os.W_OK):
+                return f": {one} is user {one.stat().st_uid}'s: chown it to {os.geteuid()}"
+    return ""
 
 
 def decoded(kind: str, body: bytes) -> Any:
@@ -198,7 +208,7 @@ class Store:
             tokens = await self.db.rows("SELECT * FROM client_tokens ORDER BY at DESC LIMIT ?", (_CLIENT_TOKENS_IN_MEMORY + 1,))
         except sqlite3.Error as error:
             await self.db.close()
-            raise ConfigError(f"{self._path} cannot be opened: {error}{advice(error)}") from error
+            raise ConfigError(f"{self._path} cannot be opened: {error}{advice(error) or _whose(self._path)}") from error
         except ConfigError:
             await self.db.close()
             raise

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
+import re
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -297,6 +301,25 @@ async def test_events_go_by_their_age(tmp_path: Path) -> None:
     assert await store.prune(2.5 * 86_400) == 3
     assert [row.event for row in await store.events("s1")] == ["event3", "event4"]
     await store.close()
+
+
+@pytest.mark.parametrize("name", ["state.db", "state.db-wal"])
+async def test_a_store_of_another_user_says_whose_it_has_to_be(tmp_path: Path, name: str) -> None:
+    """As a copy that root has put back."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    tmp_path.chmod(0o777)
+    (tmp_path / name).write_bytes(b"")
+    code = (
+        "import asyncio, os, sys; from pathlib import Path; from gateway.sessions.store import Store; "
+        "os.setresuid(65534, 65534, 65534); asyncio.run(Store(Path(sys.argv[1])).open())"
+    )
+    (tmp_path / name).chmod(0o600)
+    for parent in tmp_path.parents[:3]:
+        parent.chmod(parent.stat().st_mode | 0o011)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "state.db")], capture_output=True, text=True, check=False)
+    said = done.stderr.strip().splitlines()[-1]
+    assert re.search(rf"state\.db cannot be opened: .*: {tmp_path / name} is user 0's: chown it to 65534$", said), done.stderr
 
 
 async def test_a_store_that_opens_and_cannot_be_written_says_what_helps(store: Store, tmp_path: Path) -> None:
