@@ -71,7 +71,8 @@ class Quarantine:
             raise Missing(f"session {session} has no snapshot among its files: its disk is {source / OVERLAY}")
         if not (source / OVERLAY).exists():
             raise Missing(f"session {session} has no disk among its files in {source}")
-        diffs.verify_whole(source / f"snapshot-{record.snapshot}")
+        snapshot = source / f"snapshot-{record.snapshot}"
+        diffs.verify_all(snapshot, diffs.read_manifest(snapshot))
         _move(source, target)
         (target / _REASON).unlink(missing_ok=True)
         return record

@@ -75,10 +75,13 @@ class Snapshots:
             self._newest.pop(session, None)
 
     def newest(self, session: str) -> Path:
-        """Raises Missing, OSError."""
+        """Raises Missing, OSError. One without its manifest would be loaded as an image is: a sleeper's devices over the image's memory."""
         there = sorted(snapshots_in(self.of(session)))
-        if not there or not self.overlay(session).exists():
+        if not there:
             raise Missing(f"session {session} has no snapshot on this host")
+        for path in (there[-1][1] / diffs.MANIFEST, self.overlay(session)):
+            if not path.exists():
+                raise Missing(f"{path} is not there")
         return there[-1][1]
 
     # ---- a new one ----

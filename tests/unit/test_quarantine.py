@@ -51,6 +51,13 @@ def test_there_and_back(quarantine: Quarantine, tmp_path: Path, monkeypatch: pyt
     assert content(tmp_path / "sessions/s1") == before and not quarantine.list()
 
 
+def test_one_without_its_manifest_is_not_given_back(quarantine: Quarantine, tmp_path: Path) -> None:
+    (tmp_path / "sessions/s1/snapshot-3/snapshot.json").unlink()
+    quarantine.put(WHY)
+    with pytest.raises(Missing, match=r"snapshot\.json is not there"):
+        quarantine.recover("s1")
+
+
 def test_a_disk_that_was_written_to_since_is_known(quarantine: Quarantine, tmp_path: Path) -> None:
     """Its memory is of another time then (gateway/sessions/quarantine.py)."""
     overlay, manifest = (tmp_path / "sessions/s1" / name for name in ("overlay", "snapshot-3/snapshot.json"))

@@ -225,3 +225,16 @@ def test_what_is_void_and_not_yet_gone_is_no_snapshot_any_more(kept: Snapshots) 
     assert [path.name for path in kept.of(SESSION).glob("snapshot-*")] == ["snapshot-2"]
     kept.started(SESSION, 2)
     assert kept.held() == {SESSION: 2}, "a start that is noted late takes nothing that is newer"
+
+
+@pytest.mark.parametrize("name", ["snapshot-2/snapshot.json", "overlay"])
+def test_what_lacks_its_manifest_or_its_disk_is_not_loaded(tmp_path: Path, name: str) -> None:
+    """Without the manifest it was taken for an image: a sleeper's devices over the image's memory, and what it had saved was void then."""
+    (tmp_path / SESSION / "snapshot-2").mkdir(parents=True)
+    for path in ("snapshot-2/snapshot.json", "overlay"):
+        (tmp_path / SESSION / path).write_bytes(b"{}")
+    kept = Snapshots(tmp_path)
+    assert kept.newest(SESSION).name == "snapshot-2"
+    (tmp_path / SESSION / name).unlink()
+    with pytest.raises(Missing, match=f"{name} is not there"):
+        kept.newest(SESSION)
