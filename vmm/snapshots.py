@@ -57,18 +57,18 @@ class Snapshots:
         return self.of(session) / OVERLAY
 
     def held(self) -> dict[str, int]:
-        """Session to the incarnation whose snapshot is there."""
+        """Session to the incarnation whose snapshot is there. Raises OSError; what was seen until then is not taken for all."""
         if self._newest is None:
-            self._newest = {}
-            for directory in self._directory.iterdir():
-                self.look(directory.name)
+            there = [directory for directory in self._directory.iterdir() if not directory.name.startswith(".")]
+            found = {directory.name: _newest_in(directory) for directory in there}
+            self._newest = {session: number for session, number in found.items() if number}
         return dict(self._newest)
 
     def look(self, session: str) -> None:
         """A session's files have come, changed or gone. Raises OSError."""
         if self._newest is None or session.startswith("."):
             return
-        newest = max((number for number, _ in snapshots_in(self.of(session))), default=0)
+        newest = _newest_in(self.of(session))
         if newest:
             self._newest[session] = newest
         else:
@@ -259,6 +259,11 @@ class Snapshots:
     def sweep_forgotten(self) -> None:
         for path in self._directory.glob(f"{_FORGOTTEN}*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _newest_in(directory: Path) -> int:
+    """The incarnation of the newest snapshot; 0: there is none. Raises OSError."""
+    return max((number for number, _ in snapshots_in(directory)), default=0)
 
 
 def snapshots_in(directory: Path) -> Iterator[tuple[int, Path]]:

@@ -6,6 +6,7 @@ recorded as they are made; at each instant the worst that a power cut could leav
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -238,3 +239,21 @@ def test_what_lacks_its_manifest_or_its_disk_is_not_loaded(tmp_path: Path, name:
     (tmp_path / SESSION / name).unlink()
     with pytest.raises(Missing, match=f"{name} is not there"):
         kept.newest(SESSION)
+
+
+def test_a_look_that_fails_halfway_is_not_taken_for_all_that_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vmm that starts while descriptors are short would have told control that half of the sleepers have no snapshot."""
+    for name in ("a", "b", "c"):
+        (tmp_path / name / "snapshot-1").mkdir(parents=True)
+    snapshots, looked, scandir = Snapshots(tmp_path), [], os.scandir
+
+    def short(path: Any) -> Any:
+        looked.append(path)
+        if len(looked) == 2:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", short)
+    with pytest.raises(OSError, match="Too many"):
+        snapshots.held()
+    assert snapshots.held() == {"a": 1, "b": 1, "c": 1}
