@@ -88,7 +88,7 @@ class Control:
             metrics.transition, lambda session, steps: self.spans.steps(steps, session.id), metrics.action_took, self._out_of_memory
         )
         self.lifecycle = Lifecycle(settings, self.store, self.host, self.routes, self.logs, guests.for_session, archive, observer)
-        self.quarantine = Quarantine(settings.quarantine, self.store, self.host, self.lifecycle, archive)
+        self.quarantine = Quarantine(settings.quarantine, self.store, self.host, self.lifecycle)
         self.lifecycle.ahead.on_count = metrics.ran_ahead.set
         self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds)
         self.registry.ahead = self.lifecycle.ahead

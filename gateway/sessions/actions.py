@@ -92,6 +92,7 @@ class Actions:
     def __init__(
         self, settings: Settings, store: Store, host: Host, routes: Routes, transitions: Transitions, channels: Channels,
         liveness: Liveness, ahead: Ahead, archive: Archive | None, tasks: Tasks, observer: Observer, clock: Callable[[], float],
+        clean_later: Callable[[Session, int], None],
     ) -> None:  # fmt: skip
         self._settings = settings
         self._store = store
@@ -101,7 +102,7 @@ class Actions:
         self._channels = channels
         self._liveness = liveness
         self._ahead = ahead
-        self.archiving = Archiving(store, host, routes, archive, tasks)
+        self.archiving = Archiving(store, host, routes, archive, tasks, clean_later, transitions.is_moving)
         self._tasks = tasks
         self._observer = observer
         self._clock = clock
@@ -441,8 +442,7 @@ class Actions:
             with contextlib.suppress(AgentError):
                 await self._channels.stop(session, self._settings.sessions.stop_seconds)
         await self._insist(session, lambda: self._host.forget(session.id))
-        if session.archived is not None:
-            self.archiving.forget(session.archived)
+        self.archiving.disown(session)
         return Fired(Event.CLEANED)
 
     async def set_aside(self, session: Session, before: asyncio.Task[None] | None = None) -> Outcome:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import boto3
-import structlog
 from boto3.exceptions import S3UploadFailedError
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
@@ -18,9 +19,6 @@ from gateway.config import Settings
 
 from .host import Host, RpcError, grown
 from .model import Archived, Session
-
-log = structlog.get_logger()
-
 
 _ASK_SECONDS = 600.0
 
@@ -43,6 +41,13 @@ def default_client(settings: Settings, credentials: tuple[str, str]) -> Any:
     )  # fmt: skip
 
 
+@dataclass
+class _Put:
+    key: str
+    descriptor: int
+    is_unwanted: bool = False
+
+
 class Archive:
     def __init__(self, settings: Settings, host: Host, client: Callable[[], Any]) -> None:
         self._settings = settings.archive
@@ -51,13 +56,21 @@ class Archive:
         self._client = client
         self._is_made = False
 
-    async def store(self, session: Session) -> Archived:
+    def key(self, session: Session) -> str:
+        """A key that no archive has had: what removes one, however late, removes no other."""
+        return f"{self._settings.prefix}{session.account}/{session.id}/{session.incarnation}-{secrets.token_hex(4)}.tar.zst"
+
+    async def store(self, session: Session, key: str) -> Archived:
         """Packs a sleeping session and puts it into the bucket. Raises ArchiveError, RpcError."""
         self._directory.mkdir(exist_ok=True)
-        key = f"{self._settings.prefix}{session.account}/{session.id}/{session.incarnation}.tar.zst"
         with tempfile.TemporaryFile(dir=self._directory) as file:
             packed = await self._host.pack(session.id, session.incarnation, file.fileno(), session.snapshot_bytes)
-            await self._ask(lambda: self._put(key, os.dup(file.fileno())), packed.size)
+            put = _Put(key, os.dup(file.fileno()))
+            try:
+                await self._ask(lambda: self._put(put), packed.size)
+            except BaseException:
+                put.is_unwanted = True
+                raise
         return Archived(key, packed.size, packed.digest)
 
     async def fetch(self, session: Session, archived: Archived) -> None:
@@ -74,12 +87,9 @@ class Archive:
                     raise ArchiveDamaged(f"{where} is not what was stored there: {error}") from error
                 raise
 
-    async def forget(self, archived: Archived) -> None:
-        """Removes an archive; one that cannot be removed now costs room and nothing else."""
-        try:
-            await self._ask(lambda: self._client().delete_object(Bucket=self._settings.bucket, Key=archived.key))
-        except ArchiveError as error:
-            log.warning("archive.left", key=archived.key, error=str(error))
+    async def remove(self, key: str) -> None:
+        """Removes an archive, also one that is not there. Raises ArchiveError."""
+        await self._ask(lambda: self._client().delete_object(Bucket=self._settings.bucket, Key=key))
 
     async def _ask(self, work: Callable[[], Any], size: int = 0) -> None:
         try:
@@ -87,15 +97,17 @@ class Archive:
         except (BotoCoreError, ClientError, S3UploadFailedError, OSError) as error:
             raise ArchiveError(f"the object store: {error}") from error
 
-    def _put(self, key: str, descriptor: int) -> None:
+    def _put(self, put: _Put) -> None:
         client, bucket = self._client(), self._settings.bucket
         if not self._is_made:
             if bucket not in [made["Name"] for made in client.list_buckets()["Buckets"]]:
                 client.create_bucket(Bucket=bucket)
             self._is_made = True
-        with os.fdopen(descriptor, "rb") as file:
+        with os.fdopen(put.descriptor, "rb") as file:
             file.seek(0)
-            client.upload_fileobj(file, bucket, key)
+            client.upload_fileobj(file, bucket, put.key)
+        if put.is_unwanted:  # it has taken longer than its deadline, and its key may have been removed before it was there
+            client.delete_object(Bucket=bucket, Key=put.key)
 
     def _get(self, key: str, file: Any) -> None:
         self._client().download_fileobj(self._settings.bucket, key, file)

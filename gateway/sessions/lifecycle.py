@@ -70,7 +70,19 @@ class Lifecycle:
         gate_seconds = settings.suspend.gate_seconds
         self.transitions = Transitions(store, routes, self.tasks, gate_seconds, self._entered, observer, clock)
         self.actions = Actions(
-            settings, store, host, routes, self.transitions, self.channels, self.liveness, self.ahead, archive, self.tasks, observer, clock
+            settings,
+            store,
+            host,
+            routes,
+            self.transitions,
+            self.channels,
+            self.liveness,
+            self.ahead,
+            archive,
+            self.tasks,
+            observer,
+            clock,
+            self.timers.litter_later,
         )
         self._work: dict[str, _Work] = {}
 
@@ -187,6 +199,7 @@ class Lifecycle:
         """Lists a terminated session for a while; then its row goes."""
         self.channels.close(session)
         self._forget(session)
+        self.actions.archiving.tidy(session)
         if not session.is_aside:  # whose row goes when its files do (quarantine.py)
             self.timers.watch_purge(session)
 
@@ -221,6 +234,10 @@ class Lifecycle:
             self.tasks.spawn(self.request(session))
         elif deadline is Deadline.OVERDUE:
             self._overdue(session)
+        elif deadline is Deadline.LITTER:
+            self.tasks.spawn(self.actions.archiving.clean(session))
+        elif deadline is Deadline.PURGE and session.litter:  # which only the row knows
+            self.timers.purge_later(session)
         elif deadline is Deadline.PURGE:
             self.routes.remove(session)
             self.store.drop_session(session)

@@ -70,6 +70,7 @@ class Session(msgspec.Struct):
     suspended_by: str = ""  # idle, api, stop
     snapshot_bytes: int = 0
     archived: Archived | None = None
+    litter: list[str] = []  # keys that may be in the object store, and are nobody's: they are removed
     parked: int = 0  # streams that the edges hold while it sleeps
     accelerator: str = "tcg"
     is_aside: bool = False  # it ended by an error, and its files are in the quarantine, or on their way there

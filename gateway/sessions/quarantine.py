@@ -15,7 +15,6 @@ import structlog
 from gateway.config import Quarantine as Settings
 from gateway.messages import Quarantined
 
-from .archive import Archive
 from .host import Host, RpcError
 from .lifecycle import Lifecycle
 from .model import Session
@@ -52,14 +51,13 @@ def leaving(found: list[Quarantined], settings: Settings, now: float) -> list[tu
 
 class Quarantine:
     def __init__(
-        self, settings: Settings, store: Store, host: Host, lifecycle: Lifecycle, archive: Archive | None,
+        self, settings: Settings, store: Store, host: Host, lifecycle: Lifecycle,
         clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._store = store
         self._host = host
         self._lifecycle = lifecycle
-        self._archive = archive
         self._clock = clock
         self._told: set[str] = set()
         self._lock = asyncio.Lock()  # what is being brought back is not removed, nor brought back twice
@@ -93,11 +91,16 @@ class Quarantine:
 
     async def _let_go(self, session: Session) -> None:
         """Its row goes as every terminated session's does."""
-        if session.archived is not None and self._archive is not None:
-            await self._archive.forget(session.archived)
-        session.is_aside, session.archived = False, None
+        session.is_aside = False
+        archiving = self._lifecycle.actions.archiving
+        archiving.disown(session)
         self._store.put_session(session)
-        await self._store.commit()
+        try:
+            await self._store.commit()
+        except StoreError:
+            session.is_aside = True
+            raise
+        archiving.tidy(session)
         self._lifecycle.timers.watch_purge(session)
 
     async def recover(self, name: str) -> Session:
@@ -119,6 +122,7 @@ class Quarantine:
         except StoreError:
             await self._host.quarantine(session.id, session.incarnation, session.image, session.reason or "")
             raise
+        self._lifecycle.actions.archiving.tidy(session)
         self._lifecycle.timers.watch_lifetime(session)
         self._lifecycle.rested(session)
         return session

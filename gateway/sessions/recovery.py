@@ -26,6 +26,8 @@ async def recover(lifecycle: Lifecycle, state: HostState) -> None:
     for session in sessions.values():
         session.refusal = ""  # this host's hypervisor may be another one by now
         lifecycle.routes.publish(session)
+        if session.litter:  # not before it is known what of it is here
+            lifecycle.timers.litter_later(session)
     for session in list(sessions.values()):
         if session.state is State.TERMINATED:
             lifecycle.ended(session)
@@ -58,19 +60,13 @@ def launches_of_nobody(state: HostState) -> set[str]:
 async def _settle_archived(lifecycle: Lifecycle, session: Session, snapshot: int) -> None:
     """Its files are here as well as in the archive. They are the same where `forget` or a fetch was interrupted, and then they are what
     counts; or others, because the store is an older one, and then they are set aside."""
-    archived, session.archived = session.archived, None
-    if snapshot != session.incarnation or archived is None:
-        session.archived = archived
+    if snapshot != session.incarnation:
         await _set_aside(lifecycle, session, f"The store knows an archive of incarnation {session.incarnation}, and this is {snapshot}.")
         return
-    lifecycle.store.put_session(session)
     try:
-        await lifecycle.store.commit()
+        await lifecycle.actions.archiving.drop(session)
     except StoreError as error:
-        session.archived = archived
         log.error("archive.both", session=session.id, error=str(error))
-        return
-    lifecycle.actions.archiving.forget(archived)
 
 
 async def _set_aside(lifecycle: Lifecycle, session: Session, reason: str) -> None:

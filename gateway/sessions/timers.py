@@ -11,8 +11,10 @@ from .deadlines import Deadlines, Timer
 from .model import Session
 
 _TERMINATED_KEPT_SECONDS = 3600.0  # reference: at least 20 minutes
+_PURGE_AGAIN_SECONDS = 60.0
 _RETRY_SECONDS = 1.0
 _RETRY_MOST_SECONDS = 8.0
+_LITTER_AGAIN_SECONDS, _LITTER_MOST_SECONDS = 5.0, 3600.0
 _ARCHIVE_AGAIN_SECONDS, _ARCHIVE_MOST_SECONDS = 60.0, 3600.0
 
 
@@ -22,6 +24,7 @@ class Deadline(StrEnum):
     LIFETIME = "lifetime"
     RETRY = "retry"  # a resume that could not be made is tried again
     ARCHIVE = "archive"  # a session has slept for so long that it is moved to the object store
+    LITTER = "litter"  # archives that are nobody's are removed
     OVERDUE = "overdue"  # a launch, resume or suspend has not got on for longer than all that bounds its steps
     PURGE = "purge"  # a terminated session is not listed any more
 
@@ -59,6 +62,10 @@ class Timers:
         again = min(_ARCHIVE_AGAIN_SECONDS * 2 ** min(failures - 1, 10), _ARCHIVE_MOST_SECONDS) if failures else self._archive_after
         self._set(session, Deadline.ARCHIVE, self._timer.time() + again)
 
+    def litter_later(self, session: Session, failures: int = 1) -> None:
+        again = min(_LITTER_AGAIN_SECONDS * 2 ** min(failures - 1, 10), _LITTER_MOST_SECONDS)
+        self._set(session, Deadline.LITTER, self._timer.time() + again)
+
     def retry_later(self, session: Session, failures: int = 1) -> None:
         """Tries later a resume that could not be made now; what is held is tried again until the edges give up, less and less often."""
         self._set(session, Deadline.RETRY, self._timer.time() + min(_RETRY_SECONDS * 2 ** min(failures - 1, 10), _RETRY_MOST_SECONDS))
@@ -69,6 +76,9 @@ class Timers:
 
     def watch_purge(self, session: Session) -> None:
         self._set_wall(session, Deadline.PURGE, (session.terminated_at or self._clock()) + _TERMINATED_KEPT_SECONDS)
+
+    def purge_later(self, session: Session) -> None:
+        self._set(session, Deadline.PURGE, self._timer.time() + _PURGE_AGAIN_SECONDS)
 
     def clear(self, session: Session, *deadlines: Deadline) -> None:
         for deadline in deadlines:

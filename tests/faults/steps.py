@@ -257,6 +257,8 @@ def _nothing_left(one: HostUnderTest, lost: list[str]) -> None:
     waiting = sum(one.vmm.standbys.statistics().values())
     if len(one.world.alive()) != waiting:
         lost.append(f"{len(one.world.alive())} hypervisors run, and {waiting} wait for sessions")
+    if one.world.objects:
+        lost.append(f"archives are left: {sorted(one.world.objects)}")
     if one.world.links:
         lost.append(f"links are left: {sorted(one.world.links)}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -316,16 +317,17 @@ async def test_an_archive_goes_and_comes_back(tmp_path: Path) -> None:
     settings = Settings(root=tmp_path)
     settings.control_dir.mkdir()
     archive = Archive(settings, host, lambda: store)  # type: ignore[arg-type]
-    archived = await archive.store(session_of())
-    assert archived == Archived("sessions/123456789012/s1/1.tar.zst", 11, hashlib.sha256(b"files of s1").hexdigest())
+    key = archive.key(session_of())
+    assert re.fullmatch(r"sessions/123456789012/s1/1-[0-9a-f]{8}\.tar\.zst", key) and key != archive.key(session_of())
+    archived = await archive.store(session_of(), key)
+    assert archived == Archived(key, 11, hashlib.sha256(b"files of s1").hexdigest())
     assert store.buckets == ["torpor-archive"] and store.objects == {archived.key: b"files of s1"}
     await archive.fetch(session_of(), archived)
     assert host.unpacked == [b"files of s1"] and not list((settings.control_dir / "archive").iterdir())
     store.is_away = True
-    for work in (archive.store(session_of()), archive.fetch(session_of(), archived)):
+    for work in (archive.store(session_of(), "again"), archive.fetch(session_of(), archived), archive.remove(archived.key)):
         with pytest.raises(ArchiveError, match="object store"):
             await work
-    await archive.forget(archived)  # costs room and nothing else
     store.is_away = False
-    await archive.forget(archived)
+    await archive.remove(archived.key)
     assert store.objects == {}

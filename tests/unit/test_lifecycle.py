@@ -44,21 +44,26 @@ class ScriptedArchive:
     def __init__(self, host: ScriptedHost) -> None:
         self._host = host
         self.kept: list[str] = []
+        self._number = 0
         self.files: dict[str, tuple[int, int, int]] = {}
         self.fail: dict[str, list[Exception]] = {}
         self.may_store = asyncio.Event()
         self.may_store.set()
         self.is_storing = asyncio.Event()
 
-    async def store(self, session: Session) -> Archived:
+    def key(self, session: Session) -> str:
+        self._number += 1
+        return session.id if self._number == 1 else f"{session.id}.{self._number}"
+
+    async def store(self, session: Session, key: str) -> Archived:
         self.is_storing.set()
         await self.may_store.wait()
         if self.fail.get("store"):
             raise self.fail["store"].pop(0)
-        self.kept.append(session.id)
+        self.kept.append(key)
         host = self._host
         self.files[session.id] = host.snapshots[session.id], host.memories[session.id], host.disks[session.id]
-        return Archived(session.id, 1, "digest")
+        return Archived(key, 1, "digest")
 
     async def fetch(self, session: Session, archived: Archived) -> None:
         assert archived.key in self.kept
@@ -67,8 +72,11 @@ class ScriptedArchive:
         host = self._host
         host.snapshots[session.id], host.memories[session.id], host.disks[session.id] = self.files[session.id]
 
-    async def forget(self, archived: Archived) -> None:
-        self.kept.remove(archived.key)
+    async def remove(self, key: str) -> None:
+        if self.fail.get("remove"):
+            raise self.fail["remove"].pop(0)
+        if key in self.kept:
+            self.kept.remove(key)
 
 
 class Rig:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from test_lifecycle import POLICY, Rig
 from waiting import until
@@ -379,6 +380,106 @@ async def test_an_archive_that_is_not_what_was_stored_stays_there(rig: Rig) -> N
     assert await resumes(rig, one)
 
 
+async def test_an_archive_is_in_its_row_before_it_is_in_the_object_store(rig: Rig) -> None:
+    """Whatever ends control then, the next one knows what to remove."""
+    one = await asleep(rig)
+    rig.archive.may_store.clear()
+    rig.lifecycle._due(timers.Deadline.ARCHIVE, "s1")
+    await rig.archive.is_storing.wait()
+    assert (await stored(rig)).litter == ["s1"]
+    await rig.lifecycle.actions.archiving.clean(one)
+    assert one.litter == ["s1"], "it is on its way"
+    rig.archive.may_store.set()
+    await rig.lifecycle.quiet()
+    row = await stored(rig)
+    assert row.litter == [] and row.archived is not None and rig.archive.kept == ["s1"]
+
+
+@pytest.mark.parametrize("event", [Event.RESUME, Event.TERMINATE])
+async def test_an_archive_that_cannot_be_removed_now_is_removed_later(rig: Rig, event: Event) -> None:
+    one = await asleep(rig)
+    rig.lifecycle._due(timers.Deadline.ARCHIVE, "s1")
+    await rig.lifecycle.quiet()
+    rig.archive.fail["remove"] = [ArchiveError("the object store: away")] * 2
+    await rig.lifecycle.fire(one, event)
+    await rig.reach(one, State.RUNNING if event is Event.RESUME else State.TERMINATED)
+    await rig.lifecycle.quiet()
+    for _ in range(2):
+        row = await stored(rig)
+        assert row.archived is None and row.litter == ["s1"] and rig.archive.kept == ["s1"]
+        assert rig.lifecycle.timers.is_set(one, timers.Deadline.LITTER)
+        rig.lifecycle._due(timers.Deadline.PURGE, "s1")
+        assert event is Event.RESUME or rig.store.sessions["s1"] is one, "only its row knows"
+        rig.lifecycle._due(timers.Deadline.LITTER, "s1")
+        await rig.lifecycle.quiet()
+        if not rig.archive.kept:
+            break
+    assert (await stored(rig)).litter == [] and not rig.archive.kept
+    if event is Event.TERMINATE:
+        rig.lifecycle._due(timers.Deadline.PURGE, "s1")
+        assert "s1" not in rig.store.sessions
+
+
+async def test_what_the_store_cannot_take_off_its_row_is_removed_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = await asleep(rig)
+    one.litter = ["old"]
+    rig.archive.kept = ["old"]
+
+    def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.store, "_transaction", full)
+        rig.lifecycle._due(timers.Deadline.LITTER, "s1")
+        await rig.lifecycle.quiet()
+    assert one.litter == ["old"] and rig.lifecycle.timers.is_set(one, timers.Deadline.LITTER)
+    rig.lifecycle._due(timers.Deadline.LITTER, "s1")
+    await rig.lifecycle.quiet()
+    assert one.litter == [] and (await stored(rig)).litter == []
+
+
+async def test_an_archive_stays_whose_fetch_could_not_be_stored(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where other archives of the session are removed while the disk is waited for."""
+    one = await asleep(rig)
+    rig.lifecycle._due(timers.Deadline.ARCHIVE, "s1")
+    await rig.lifecycle.quiet()
+    archiving, commit = rig.lifecycle.actions.archiving, rig.store.commit
+
+    async def fails(*_: Any) -> None:
+        await archiving.clean(one)
+        raise StoreError("full")
+
+    monkeypatch.setattr(rig.store, "commit", fails)
+    with pytest.raises(StoreError):
+        await archiving.drop(one)
+    monkeypatch.setattr(rig.store, "commit", commit)
+    assert one.archived is not None and one.litter == [] and rig.archive.kept == ["s1"]
+    assert await resumes(rig, one)
+
+
+async def test_what_the_quarantine_has_keeps_all_archives(rig: Rig) -> None:
+    one = await asleep(rig)
+    one.litter, one.is_aside, rig.archive.kept = ["old"], True, ["old"]
+    rig.lifecycle._due(timers.Deadline.LITTER, "s1")
+    await rig.lifecycle.quiet()
+    assert one.litter == ["old"] and rig.archive.kept == ["old"]
+
+
+async def test_a_restart_removes_what_is_nobodys(rig: Rig) -> None:
+    one = await asleep(rig)
+    one.litter, rig.archive.kept = ["old"], ["old"]
+    await recover(rig.lifecycle, await rig.host.state())
+    assert rig.lifecycle.timers.is_set(one, timers.Deadline.LITTER)
+    rig.lifecycle._due(timers.Deadline.LITTER, "s1")
+    await rig.lifecycle.quiet()
+    assert one.litter == [] and rig.archive.kept == []
+
+
+async def stored(rig: Rig) -> Session:
+    ((body,),) = await rig.store.db.rows("SELECT body FROM sessions WHERE id = 's1'")
+    return msgspec.msgpack.decode(body, type=Session)
+
+
 async def test_archives_that_are_due_at_once_are_made_one_after_the_other(rig: Rig) -> None:
     sessions = []
     for number in range(5):
@@ -394,12 +495,12 @@ async def test_archives_that_are_due_at_once_are_made_one_after_the_other(rig: R
     await rig.lifecycle.quiet()
     under_way, most, store = 0, 0, rig.archive.store
 
-    async def counted(session: Session) -> Any:
+    async def counted(session: Session, key: str) -> Any:
         nonlocal under_way, most
         under_way += 1
         most = max(most, under_way)
         await asyncio.sleep(0)
-        made = await store(session)
+        made = await store(session, key)
         under_way -= 1
         return made
 

@@ -29,7 +29,7 @@ from gateway.sessions.timers import Deadline
 
 @pytest.fixture
 async def quarantine(rig: Rig) -> AsyncIterator[Quarantine]:
-    yield Quarantine(config.Quarantine(), rig.store, rig.host, rig.lifecycle, rig.archive, lambda: rig.wall)  # type: ignore[arg-type]
+    yield Quarantine(config.Quarantine(), rig.store, rig.host, rig.lifecycle, lambda: rig.wall)  # type: ignore[arg-type]
 
 
 async def set_aside(rig: Rig, **changes: object) -> Session:

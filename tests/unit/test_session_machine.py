@@ -146,7 +146,7 @@ class Sessions(RuleBasedStateMachine):
 
     def _quarantine(self) -> Quarantine:
         rig = self._rig
-        return Quarantine(config.Quarantine(), rig.store, rig.host, rig.lifecycle, None, lambda: rig.wall)  # type: ignore[arg-type]
+        return Quarantine(config.Quarantine(), rig.store, rig.host, rig.lifecycle, lambda: rig.wall)  # type: ignore[arg-type]
 
     @rule(call=st.sampled_from(sorted(_FAILURES)), which=st.integers(0, 5))
     def host_will_fail(self, call: str, which: int) -> None:
