@@ -461,6 +461,11 @@ class QemuMachine:
         os.close(self._pidfd)
         self._pidfd = None
         self._cleaning = asyncio.get_running_loop().create_task(self._clean())
+        self._cleaning.add_done_callback(self._cleaned)
+
+    def _cleaned(self, done: asyncio.Task[None]) -> None:
+        if not done.cancelled() and (error := done.exception()) is not None:  # the next start removes what is left
+            log.error("vm.not_cleaned", vm=self.record.vm, error=repr(error))
 
     def _close_mapper(self) -> None:
         """The guest runs: nothing is mapped any more."""
