@@ -345,7 +345,8 @@ def leftovers(first_uid: int, ports: list[int]) -> list[str]:
     ]
     found += [f"control group {path}" for path in Path("/sys/fs/cgroup").glob(f"**/torpor-{NAME}")]
     found += [f"file {path}" for path in [RUN / NAME] if path.exists()]
-    found += [f"session {path}" for path in (ROOT / "sessions").glob("*")] + [f"image {path}" for path in (ROOT / "images").glob("*")]
+    for name in ("session", "image"):  # beside the mark of the instance, whose directory it is
+        found += [f"{name} {path}" for path in (ROOT / f"{name}s").glob("*") if path.name != "instance-id"]
     for port in ports:
         with socket.socket() as sock:
             if sock.connect_ex(("127.0.0.1", port)) == 0:

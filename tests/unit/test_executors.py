@@ -262,6 +262,6 @@ os._exit(0)
 
 def test_threads_for_which_there_is_no_memory_end_a_start_and_not_the_next_one() -> None:
     """A real limit: the stacks of 100 threads do not fit."""
-    done = subprocess.run([sys.executable, "-c", SHORT, "100"], capture_output=True, text=True, timeout=30, cwd=REPO, check=False)
+    done = subprocess.run([sys.executable, "-u", "-c", SHORT, "100"], capture_output=True, text=True, timeout=30, cwd=REPO, check=False)
     lines = done.stdout.splitlines()
     assert lines[0].endswith("of 100 threads (short) could be started") and lines[1] == "['1', '2']", done.stderr

@@ -203,6 +203,7 @@ async def test_a_turn_counts_from_the_end_of_the_one_before(tmp_path: Path) -> N
     unwanted = asyncio.ensure_future(connection.run(lambda _: replaced.set()))
     await asyncio.sleep(0)
     unwanted.cancel()
+    await asyncio.wait([unwanted])  # the thread has not come to it
     now[0] = 99.0
     connection.look()
     may_end.set()
