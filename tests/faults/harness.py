@@ -163,6 +163,7 @@ class HostUnderTest:
         if owner == CONTROL and self.control is not None:
             one, self.control = self.control, None
             one.lifecycle.channels.close_all()
+            one.audit.close()
             await abandon(one.store)
         if owner == VMM:
             self.vmm = None
