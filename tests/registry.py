@@ -21,8 +21,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from namespaces import namespace
 
-ADDRESS = "198.51.100.9"  # TEST-NET-2; loopback's own addresses are closed to builds
+ADDRESS = "198.51.100.9"  # TEST-NET-2, behind a router: a host's own addresses and networks are closed to builds
+_DEVICE, _OURS, _ROUTER = "torpor-test0", "192.0.2.5", "192.0.2.6"  # TEST-NET-1
 _INDEX = "application/vnd.oci.image.index.v1+json"
 _MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
@@ -206,14 +208,25 @@ def certificate(directory: Path, address: str = ADDRESS) -> tuple[Path, Path]:
 @contextlib.contextmanager
 def served(directory: Path, password: str) -> Iterator[tuple[Registry, Path]]:
     """The registry, and the certificate that its clients must trust."""
-    subprocess.run(["ip", "addr", "add", f"{ADDRESS}/32", "dev", "lo"], check=True, capture_output=True)
-    try:
-        registry = Registry(password)
-        trusted = encrypted(registry, directory, ADDRESS)
-        with running(registry):
-            yield registry, trusted
-    finally:
-        subprocess.run(["ip", "addr", "del", f"{ADDRESS}/32", "dev", "lo"], check=True, capture_output=True)
+    with namespace() as beyond:
+        _ip("link", "add", _DEVICE, "type", "veth", "peer", "name", "lan0", "netns", beyond.path)
+        try:
+            _ip("addr", "add", f"{_OURS}/30", "dev", _DEVICE)
+            _ip("link", "set", _DEVICE, "up")
+            _ip("route", "add", f"{ADDRESS}/32", "via", _ROUTER)
+            beyond.ip("addr", "add", f"{_ROUTER}/30", "dev", "lan0")
+            beyond.ip("link", "set", "lan0", "up")
+            beyond.ip("addr", "add", f"{ADDRESS}/32", "dev", "lo")
+            registry = beyond.inside(lambda: Registry(password))
+            trusted = encrypted(registry, directory, ADDRESS)
+            with running(registry):
+                yield registry, trusted
+        finally:
+            _ip("link", "del", _DEVICE)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
 
 
 def encrypted(server: http.server.HTTPServer, directory: Path, address: str) -> Path:

@@ -74,7 +74,7 @@ async def test_a_login_is_one_builds_and_stays_outside_of_it(registry: tuple[Reg
 
     async def build(logins: dict[str, str]) -> tuple[BuildResult, str]:
         request = asked(directory, dockerfile, logins)
-        log, phases = builder.begin(request, directory / "image")
+        log, phases = await builder.begin(request, directory / "image")
         with os.fdopen(log) as lines, os.fdopen(phases):
             text = await asyncio.to_thread(lines.read)
         return await builder.result(request.build), text
@@ -114,7 +114,7 @@ async def test_another_local_base_takes_the_place_of_the_one_in_the_store(tmp_pa
             archive.addfile(member, io.BytesIO(release.encode()))
         key_path(base).write_text(release)
         request = asked(directory, 'FROM local:base\nCOPY Dockerfile /copied\nCMD ["/release"]\n', {})
-        log, phases = builder.begin(request, directory / "image")
+        log, phases = await builder.begin(request, directory / "image")
         with os.fdopen(log) as lines, os.fdopen(phases):
             said = await asyncio.to_thread(lines.read)
         done = await builder.result(request.build)
