@@ -451,6 +451,8 @@ DYING_WORDS = 'Error: RunWithApi(FailedToBindAndRunHttpServer(ServerCreation("no
 DIES = f"import sys; sys.exit({DYING_WORDS!r})"
 ANSWERS_ONCE = f"""
 import socket, sys
+if "--version" in sys.argv:
+    sys.exit()
 server = socket.socket(socket.AF_UNIX)
 server.bind("/api.sock")
 server.listen()

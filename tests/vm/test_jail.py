@@ -109,7 +109,7 @@ async def test_a_build_whose_network_does_not_start_says_why(tmp_path: Path) -> 
         await builder._connect(build, tmp_path, tmp_path / "none", set())
     assert build.tether is not None
     os.close(build.tether)
-    await build.processes[0].wait()
+    await build.children[0].wait()
 
 
 def test_nothing_lent_to_a_build_stays_in_its_disk(instance: Instance, app: str) -> None:
