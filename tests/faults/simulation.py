@@ -16,7 +16,7 @@ from world import COUNTER, PAGE, Hypervisor, World
 from gateway import messages as m
 from gateway.observe.steps import Steps
 from vmm import diffs, manifest, sandboxes
-from vmm.driver import DEVICES, Process, Sealed, Shape
+from vmm.driver import DEVICES, Process, Shape
 from vmm.errors import Damaged, Ended, Unavailable, not_loaded
 from vmm.network import Link
 
@@ -146,6 +146,8 @@ class Machine:
 
 
 class Driver:
+    """What a session's life asks of a driver; images are there, and none is made."""
+
     disk_template = "overlay.qcow2"
     takes_taps = True
 
@@ -180,15 +182,6 @@ class Driver:
     def drop(self, machine: Machine) -> None:
         """Its process has ended: what it had on the host goes."""
         sandboxes.shutil.rmtree(self._directory / machine.record.vm, ignore_errors=True)
-
-    async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> Machine:
-        raise NotImplementedError
-
-    async def give_disk(self, machine: Any, image: Path) -> None:
-        raise NotImplementedError
-
-    async def seal(self, machine: Any, image: Path) -> Sealed:
-        raise NotImplementedError
 
     async def adopt(self, record: Process) -> Machine | None:
         inside = self.world.hypervisors.get(record.vm)

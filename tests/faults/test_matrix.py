@@ -54,6 +54,13 @@ def test_some_faults_of(directory: Path, name: str) -> None:
     play(directory, name, [*everything[::_EVERY], *(plan for plan in first if plan is not None)])
 
 
+@pytest.mark.service
+def test_a_sleeper_that_cannot_be_recorded_as_paused_sleeps_without_its_hypervisor(directory: Path) -> None:
+    """The last calls of its suspend write that record. It was held by an incarnation that nobody knew, and did not wake."""
+    name = "suspend, kept warm"
+    play(directory, name, [plan for plan in cases(directory, name) if plan.process == "vmm" and plan.fault == "EIO"][-4:])
+
+
 @pytest.mark.long
 @pytest.mark.faults
 @pytest.mark.parametrize("name", [name for name in STEPS if name.startswith(_ONLY)])
