@@ -61,7 +61,7 @@ class HostUnderTest:
         self._connections: weakref.WeakKeyDictionary[Connection, str] = weakref.WeakKeyDictionary()
         self._patch = pytest.MonkeyPatch()
         self._watch: asyncio.Task[None] | None = None
-        self.deaths = self.failed_starts = 0
+        self.deaths = 0
         self.wall = time.time()
         self._prepare()
 
@@ -112,7 +112,6 @@ class HostUnderTest:
         task = context.run(asyncio.get_running_loop().create_task, work())  # type: ignore[arg-type]
         await asyncio.wait([task])
         if task.cancelled() or task.exception() is not None:  # it did not start: it is tried again, as the supervisor does
-            self.failed_starts += 1
             if not self.seam.is_armed and not self.seam.weather:
                 task.result()
             self.seam.kill(owner)

@@ -160,7 +160,6 @@ class Outcome:
     struck: str = ""  # the call that failed
     losses: list[str] = field(default_factory=list)
     names: dict[str, list[str]] = field(default_factory=dict)
-    deaths: int = 0
 
 
 def run(directory: Any, step: Step, plan: Plan | None) -> Outcome:
@@ -190,7 +189,7 @@ async def _run(directory: Any, step: Step, plan: Plan | None) -> Outcome:
             await asyncio.sleep(2)
             await one.settled(names)
             seam.is_armed = False
-            outcome.struck, outcome.names, outcome.deaths = seam.has_struck, dict(seam.names), one.deaths
+            outcome.struck, outcome.names = seam.has_struck, dict(seam.names)
             if plan is None or seam.has_struck:
                 await _look(case, step, outcome)
         except Hung as error:
