@@ -23,8 +23,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from gateway.config import Settings
 from gateway.status import is_living, living
 from vmm.cgroups import Cgroups
+from vmm.qemu import roots
 
 REPO = Path(__file__).resolve().parents[1]
 BIN = Path(sys.prefix) / "bin"
@@ -390,6 +392,7 @@ def demo() -> int:
         process.send_signal(signal.SIGTERM)
         check(process.wait(SERVE_SECONDS) == 0, "torpor serve did not end well")
         process = None
+        roots.need_of(Settings().cache, ROOT).unlink(missing_ok=True)  # its image is gone, and what it was made by is not needed
         left = leftovers(int(os.environ.get("TORPOR_USERS__FIRST", "640000")), ports)
         for line in left:
             console.print(f"   [red]left: {line}[/]")

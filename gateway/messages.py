@@ -249,15 +249,13 @@ class Effort(msgspec.Struct):
 
 
 class HostState(msgspec.Struct):
-    """Everything vmm holds: live sessions, those that are being prepared, sessions with a usable snapshot, images, builds under way.
-    `unfinished`: images that were being made, perhaps by a build that nobody knows any more; only image_delete removes them."""
+    """Everything vmm holds: live sessions, those that are being prepared, sessions with a usable snapshot, images, builds under way."""
 
     sessions: list[SessionState]
     snapshots: dict[str, int]
     images: list[str]
     builds: list[str]
     preparing: list[str] = []
-    unfinished: list[str] = []
 
 
 class Ended(msgspec.Struct):

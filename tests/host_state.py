@@ -82,7 +82,9 @@ def _tables() -> list[str]:
 
 
 def _files() -> Iterator[str]:
-    return (str(path) for place in _PLACES for path in Path("/").glob(place.lstrip("/")))
+    """What instances wrote down in the cache that they share is theirs too."""
+    needs = f"{os.environ.get('TORPOR_CACHE', '/var/cache/torpor')}/needed-roots/*"
+    return (str(path) for place in (*_PLACES, needs) for path in Path("/").glob(place.lstrip("/")))
 
 
 def _settings() -> Iterator[str]:

@@ -21,6 +21,9 @@ from typing import Any
 import boto3
 from botocore.config import Config
 
+from gateway.config import Settings
+from vmm.qemu import roots
+
 REPO = Path(__file__).resolve().parents[1]
 BIN = Path(sys.prefix) / "bin"
 BUCKET = "artifacts"
@@ -147,6 +150,9 @@ class Instance:
         return inside(self.run / self.name / "netns" / link, work)
 
     def remove(self) -> None:
+        """Also what it wrote down of itself in the cache, which would count for thirty days."""
+        cache = Path(self.environment.get("TORPOR_CACHE") or Settings().cache)
+        roots.need_of(cache, self.root).unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     # ---- clients ----

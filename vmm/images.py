@@ -24,10 +24,6 @@ class Images:
             self._names = {path.name for path in self.directory.iterdir() if path.name[0] != _MAKING and (path / MANIFEST).exists()}
         return sorted(self._names)
 
-    def unfinished(self) -> list[str]:
-        """Those that were being made, by now perhaps by nobody. They go with their images, by a word of control's (`remove`)."""
-        return [path.name[1:] for path in self.directory.glob(f"{_MAKING}*") if not path.name.startswith(_VOID)]
-
     def gone(self, image: str) -> None:
         """Somebody has taken an image's directory away."""
         if self._names is not None:

@@ -52,10 +52,6 @@ class Operation:
     def input(self) -> StructureShape | None:
         return self.model.input_shape
 
-    @cached_property
-    def output_members(self) -> tuple[str, ...]:
-        return tuple(self.model.output_shape.members) if self.model.output_shape else ()
-
 
 class Model:
     def __init__(self, min_idle_seconds: int = 60) -> None:

@@ -6,8 +6,10 @@ import os
 import time
 from pathlib import Path
 
+import host_state
 import msgspec
 import pytest
+from service import Instance
 
 from vmm import jail, making
 from vmm.provenance import Provenance, lacking
@@ -179,3 +181,18 @@ def test_nothing_goes_where_a_need_cannot_be_read_or_roots_are_being_made(host: 
     for damage in (b"half a reco", b'{"instance":"\xff","roots":[]}'):
         (cache / "needed-roots/abc").write_bytes(damage)
         assert "cannot be read" in needed(cache, tmp_path)[0] and first.path.exists()
+
+
+def test_a_tests_instance_that_is_removed_needs_no_root_and_one_that_is_left_is_seen(
+    host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TORPOR_CACHE", str(cache))
+    started(cache)
+    before = set(host_state.KINDS["files"]())
+    one = Instance("removed", 1_000_000)
+    roots.collect(cache, one.root, {"qemu-root-old"}, print)
+    (record,) = (cache / "needed-roots").iterdir()
+    assert str(record) in set(host_state.KINDS["files"]()) - before
+    one.remove()
+    assert set(host_state.KINDS["files"]()) <= before and not record.exists()

@@ -199,7 +199,7 @@ def collect(cache: Path, instance: Path, needed: set[str], say: Callable[[str], 
     of commit 165a0cb. Nothing is removed while somebody makes roots. Raises OSError."""
     needs = cache / _NEEDS
     needs.mkdir(exist_ok=True)
-    own = needs / hashlib.sha256(str(instance).encode()).hexdigest()[:_DIGITS]
+    own = need_of(cache, instance)
     own.with_suffix(".new").write_bytes(msgspec.json.encode(_Needs(str(instance), sorted(needed))))
     own.with_suffix(".new").rename(own)
     with making.alone_unless_busy(cache) as is_alone:
@@ -221,6 +221,11 @@ def collect(cache: Path, instance: Path, needed: set[str], say: Callable[[str], 
                 making.key_path(path).unlink()
                 shutil.rmtree(path)
                 say(f"{path} is removed: no image of an instance with this cache needs it")
+
+
+def need_of(cache: Path, instance: Path) -> Path:
+    """Where an instance writes down what it needs. Who removes the instance for good removes it too."""
+    return cache / _NEEDS / hashlib.sha256(str(instance).encode()).hexdigest()[:_DIGITS]
 
 
 class _Needs(msgspec.Struct):

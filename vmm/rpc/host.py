@@ -51,7 +51,6 @@ class HostCalls:
             snapshots=self._snapshots.held(),
             images=self._images.names(),
             builds=self._builder.names,
-            unfinished=self._images.unfinished(),
         )
 
     async def rpc_warm(self, connection: Connection, body: None) -> list[m.SessionState]:
