@@ -184,7 +184,7 @@ def git(visit: Visit) -> None:
 
 def chromium(visit: Visit) -> None:
     page = b"<!doctype html><body style='background: rgb(255, 0, 0)'><h1>hello</h1>"
-    with visit.http(timeout=240) as client:
+    with visit.http(timeout=420) as client:
         one = client.post("/", content=page)
         assert one.content.startswith(b"\x89PNG") and one.headers["x-taken"] == "1"
         visit.sleep()
@@ -202,7 +202,7 @@ ROWS = [
     Application("php", "php-fpm behind nginx", "curl with cookies", php, 8080, "sessions, the pool's processes"),
     Application("java", "Java's own HTTP server, with a scheduled executor", "httpx", java, 8080, "maps, threads", "scheduled tasks do not make up for the sleep"),
     Application("go", "Go's net/http, FROM scratch", "curl", go, 8080, "counters, goroutines"),
-    Application("rust", "Rust, standard library only", "httpx", rust, 8080, "counters, threads", unseen=True),
+    Application("rust", "Rust, standard library only", "httpx", rust, 8080, "counters, threads"),
     Application("git", "git-http-backend behind nginx and fcgiwrap", "git (`http.extraHeader`)", git, 8080, "what was pushed"),
     Application("chromium", "a service that takes pictures with headless Chromium", "httpx", chromium, 8080, "the service; as an unprivileged user, with Chromium's own sandbox", memory=1024, unseen=True),
 ]  # fmt: skip

@@ -131,8 +131,9 @@ def vite(visit: Visit) -> None:
 
 
 def nextjs(visit: Visit) -> None:
-    with visit.http(timeout=240) as editor, visit.browser() as page:
-        page.goto(visit.url)
+    compiled = 420  # seconds: it compiles a page when it is asked for first, which takes minutes where processors are emulated
+    with visit.http(timeout=compiled) as editor, visit.browser() as page:
+        page.goto(visit.url, timeout=1000 * compiled)
         page.get_by_text("first").wait_for()
         until(lambda: [page.get_by_role("button").click(), page.get_by_role("button").inner_text() != "0"][1], 120, 0.5)
         count = page.get_by_role("button").inner_text()
@@ -192,7 +193,7 @@ def mcp(visit: Visit) -> None:
 ROWS = [
     Application("jupyterlab", "JupyterLab", "the kernel's and the terminal's protocol (`websockets`)", jupyterlab, 8888, "kernels and their variables, terminals, both on their sockets; a cell that was under way goes on; an open page polls, and so wakes it soon"),
     Application("streamlit", "Streamlit", "Chromium", streamlit, 8501, "the session's state, on the page's socket"),
-    Application("gradio", "Gradio", "gradio_client, Chromium", gradio, 7860, "the session's state, files", "it makes `http://` links unless its clients send `X-Forwarded-Proto: https`", unseen=True),
+    Application("gradio", "Gradio", "gradio_client, Chromium", gradio, 7860, "the session's state, files", "it makes `http://` links unless its clients send `X-Forwarded-Proto: https`"),
     Application("vite", "Vite's development server with its defaults", "Chromium", vite, 5173, "the page's socket: an edit after the sleep is shown without a reload"),
     Application("nextjs", "Next.js' development server", "Chromium", nextjs, 3000, "the page's socket, what was compiled: an edit after the sleep is shown, and components keep their state", memory=1024, unseen=True),
     Application("code-server", "code-server (VS Code in a browser)", "Chromium", code_server, 8080, "the workbench on its sockets; its own keep-alives wake it at once", memory=1024, times=900, unseen=True),
