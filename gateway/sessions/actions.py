@@ -52,6 +52,7 @@ _SETTLE_SECONDS = 300.0  # for what is not known of a launch, resume or suspend 
 _TURN_SECONDS = 600.0
 _WORK_SECONDS = 1800.0
 _AGAIN = "; nothing of it is lost: try again"
+_UNDER_WAY = {State.PENDING: "launched", State.RESUMING: "resumed", State.SUSPENDING: "suspended"}
 
 
 @dataclass
@@ -133,10 +134,13 @@ class Actions:
 
     async def _settle_after_failure(self, session: Session, why: str = "") -> Outcome:
         """Compares the session with its host until that works or something else has moved it, or until it can be ended with a reason. An
-        event that was deferred until the hypervisor has ended does not wait for that any more."""
+        event that was deferred until the hypervisor has ended does not wait for that any more. Meanwhile the session's reason says what
+        stands."""
         state, pause = session.state, _SETTLE_RETRY_SECONDS
         end = self._loop.time() + _SETTLE_SECONDS
         while session.state is state:
+            if why and state in _UNDER_WAY:
+                session.reason = f"The MicroVM is still being {_UNDER_WAY[state]}: {why}; it is tried again"
             try:
                 return await self.settle(session)
             except Exception as error:
@@ -294,7 +298,8 @@ class Actions:
             with contextlib.suppress(RpcError):
                 await patiently(lambda: self._host.kill(session.id, session.incarnation + 1))
         session.refusal = str(error) if is_refused(error) or isinstance(error, ArchiveDamaged) else ""
-        return Fired(Event.NOT_RESUMED, f"The MicroVM could not be resumed: {error}{'' if session.refusal else _AGAIN}")
+        again = f"; then `torpor resume {session.id}` or the next start tries again" if session.refusal else _AGAIN
+        return Fired(Event.NOT_RESUMED, f"The MicroVM could not be resumed: {error}{again}")
 
     async def _not_run(self, session: Session, error: Exception) -> Outcome:
         """The next incarnation is stored, and may have run. What the host says of it decides."""
@@ -514,7 +519,7 @@ class Actions:
         elif held is not None and held.phase != "warm":
             await self._host.kill(session.id, held.incarnation)
         if saved != session.incarnation and session.archived is None:
-            return Fired(Event.LOST, "The snapshot of the MicroVM is not on this host any more.")
+            return Fired(Event.LOST, _why_not_here(session, saved))
         if session.suspended_by == "stop":  # by our own stop: as it was before
             session.suspended_by = "api"
             return Fired(Event.RESUME)
@@ -552,6 +557,17 @@ def _ends_asleep(session: Session) -> bool:
     """Whether the session's policy gives it no time asleep: it is terminated once it is saved."""
     policy = session.idle_policy
     return policy is not None and session.suspended_by == "idle" and policy.suspended == 0
+
+
+def _why_not_here(session: Session, saved: int | None) -> str:
+    """Why a sleeper cannot be woken from the snapshot that the host has of it, or has not."""
+    if saved is None:
+        return "The snapshot of the MicroVM is not on this host any more."
+    known, age = session.incarnation, "a later" if saved > session.incarnation else "an earlier"
+    return (
+        f"The files of the MicroVM are of incarnation {saved}, {age} one than the store knows ({known}): the store and the disks are of "
+        f"different times. They are set aside, and `torpor recover {session.id}` brings them back."
+    )
 
 
 def _held(state: HostState, session: Session) -> SessionState | None:

@@ -33,7 +33,8 @@ _UNKNOWN = "The store does not know it."
 
 @dataclass(frozen=True)
 class Directory:
-    """What lies in images/ or sessions/: its instance id, how much the store knows there, what it does not know, and what it misses."""
+    """What lies in images/ or sessions/: its instance id, how much the store knows there, what it does not know, what it misses, and
+    whose files are of another incarnation than it knows."""
 
     path: Path
     what: str
@@ -41,6 +42,7 @@ class Directory:
     known: int
     strangers: list[str]
     missing: list[str]
+    other: list[str]
 
     @property
     def has_many_strangers(self) -> bool:
@@ -73,6 +75,8 @@ def objection(store: Known, directories: list[Directory]) -> str | None:
             return f"{one.path} holds {_some(one.strangers, one.what)} that {store.path} does not know"
         if len(one.missing) > _FEW:
             return f"{store.path} knows {_some(one.missing, one.what)} whose files are not in {one.path}"
+        if len(one.other) > _FEW:
+            return f"{one.path} holds files of {_some(one.other, one.what)} that are of other incarnations than {store.path} knows"
     return None
 
 
@@ -116,16 +120,17 @@ class Identity:
         strangers = sorted(set(state.images) - wanted - self._adopted)
         if any(row.kind == "images" for row in self._store.set_aside):
             strangers = []  # which keys are an unread image's, nobody knows
-        return Directory(self._settings.images_dir, "image", marks.images, len(wanted), strangers, [])
+        return Directory(self._settings.images_dir, "image", marks.images, len(wanted), strangers, [], [])
 
     def _sessions(self, state: HostState, marks: Marks) -> Directory:
         sessions = self._store.sessions
         here = (set(state.snapshots) | {one.session for one in state.sessions}) - launches_of_nobody(state)
         unread = {row.key for row in self._store.set_aside}
         asleep = [one for one in sessions.values() if one.state is State.SUSPENDED and one.archived is None]
-        missing = [one.id for one in asleep if state.snapshots.get(one.id) != one.incarnation]
+        missing = [one.id for one in asleep if one.id not in state.snapshots]
+        other = [one.id for one in asleep if state.snapshots.get(one.id, one.incarnation) != one.incarnation]
         strangers = sorted(here - set(sessions) - unread - self._adopted)
-        return Directory(self._settings.sessions_dir, "microVM", marks.sessions, len(sessions), strangers, missing)
+        return Directory(self._settings.sessions_dir, "microVM", marks.sessions, len(sessions), strangers, missing, other)
 
     @property
     def _adopted(self) -> set[str]:

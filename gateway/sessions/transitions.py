@@ -102,8 +102,10 @@ class Transitions:
             session.terminated_at = self._clock()
         elif event is Event.NOT_RESUMED:
             session.reason = detail or session.reason
-        elif event is Event.RESUMED:
+        elif event in (Event.STARTED, Event.RESUMED):
             session.reason, session.refusal = None, ""
+        elif event in (Event.SAVED, Event.CALLED_OFF, Event.NOT_SAVED):  # what was said meanwhile (_UNDER_WAY) is over
+            session.reason = None
         elif event is Event.RECOVERED:
             self._come_back(session)
         self._observer.transition(event)

@@ -25,9 +25,9 @@ STORE, SESSIONS = Path("torpor.db"), Path("sessions")
 US, OTHER = "a" * 32, "b" * 32
 
 
-def directory(mark: str = US, known: int = 0, strangers: int = 0, missing: int = 0) -> Directory:
+def directory(mark: str = US, known: int = 0, strangers: int = 0, missing: int = 0, other: int = 0) -> Directory:
     names = [f"microvm-{number}" for number in range(9)]
-    return Directory(SESSIONS, "microVM", mark, known, names[:strangers], names[:missing])
+    return Directory(SESSIONS, "microVM", mark, known, names[:strangers], names[:missing], names[:other])
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,12 @@ def directory(mark: str = US, known: int = 0, strangers: int = 0, missing: int =
             directory(US, 60, 0, 6),
             "torpor.db knows 6 microVMs (microvm-0, microvm-1, microvm-2, …) whose files",
         ),
+        (
+            Known(STORE, US, True, False),
+            directory(US, 60, 0, 0, 6),
+            "sessions holds files of 6 microVMs (microvm-0, microvm-1, microvm-2, …) that are of other incarnations than torpor.db",
+        ),
+        (Known(STORE, US, True, False), directory(US, 60, 0, 0, 5), None),
         (Known(STORE, US, True, False), directory(OTHER), f"sessions belongs to another instance ({OTHER}) than torpor.db ({US})"),
         (Known(STORE, "", False, True), directory(US), f"sessions belongs to an instance ({US}) that torpor.db knows nothing of"),
         (
@@ -228,3 +234,20 @@ def test_a_repair_removes_no_sleeper_and_no_image_that_the_store_does_not_know(t
     found = {Path(one.what).name for one in leftovers._files(settings, set(), set())}
     assert found == {"microvm-2", ".half"}
     assert [path.name for path in leftovers.strangers(settings, set(), set())] == ["microvm-1", "k-1.0"]
+
+
+@pytest.mark.parametrize(("snapshot", "age"), [(5, "a later"), (1, "an earlier")])
+async def test_a_store_of_another_time_than_its_sleepers_says_so_and_what_brings_them_back(disks: Rig, snapshot: int, age: str) -> None:
+    one = disks.store.sessions["s1"]
+    one.incarnation = 3
+    disks.store.put_session(one)
+    await disks.store.commit()
+    disks.host.snapshots["s1"] = snapshot
+    await check(disks)
+    await recover(disks.lifecycle, await disks.host.state())
+    await disks.reach(one, State.TERMINATED)
+    assert one.is_aside and "s1" in disks.host.aside
+    assert one.reason == (
+        f"The files of the MicroVM are of incarnation {snapshot}, {age} one than the store knows (3): the store and the disks are of different "
+        "times. They are set aside, and `torpor recover s1` brings them back."
+    )

@@ -96,6 +96,7 @@ async def test_what_this_hypervisor_cannot_load_stays_and_says_what_could(rig: R
     await rig.lifecycle.quiet()
     route = rig.lifecycle.routes.find("h1")
     assert one.state is State.SUSPENDED and not deleted(rig) and one.reason and "QEMU 7.2.1" in one.reason
+    assert one.reason.endswith("; then `torpor resume s1` or the next start tries again"), "nothing is tried by itself"
     assert route is not None and route.gate == "refuse", "nobody is held for what does not come"
     assert not rig.lifecycle.timers.is_set(one, timers.Deadline.RETRY)
     assert not await resumes(rig, one) and one.state is State.SUSPENDED
@@ -113,6 +114,23 @@ async def test_a_refusal_is_forgotten_at_a_start(rig: Rig) -> None:
     await recover(rig.lifecycle, await rig.host.state())
     route = rig.lifecycle.routes.find("h1")
     assert not one.refusal and route is not None and route.gate == "hold"
+
+
+@pytest.mark.parametrize("work", ["launched", "resumed", "suspended"])
+async def test_what_does_not_get_on_says_what_stands_until_it_does(rig: Rig, work: str) -> None:
+    one = rig.session() if work == "launched" else await asleep(rig) if work == "resumed" else await rig.launched(idle_policy=POLICY)
+    call = "suspend" if work == "suspended" else "start"
+    silent = RpcLost("nothing was heard of the guest in 30 s")
+    rig.host.fail[call] = [silent] * 3
+    if work == "launched":
+        rig.lifecycle.launch(one)
+    else:
+        await rig.lifecycle.fire(one, Event.RESUME if work == "resumed" else Event.SUSPEND)
+    said = f"The MicroVM is still being {work}: {silent}; it is tried again"
+    await until(lambda: one.reason == said)
+    assert one.state is {"launched": State.PENDING, "resumed": State.RESUMING, "suspended": State.SUSPENDING}[work]
+    await rig.reach(one, State.RUNNING)
+    assert one.reason is None
 
 
 @pytest.mark.parametrize("kind", ["Damaged", "Missing"])
