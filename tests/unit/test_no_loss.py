@@ -121,7 +121,7 @@ async def test_what_does_not_get_on_says_what_stands_until_it_does(rig: Rig, wor
     one = rig.session() if work == "launched" else await asleep(rig) if work == "resumed" else await rig.launched(idle_policy=POLICY)
     call = "suspend" if work == "suspended" else "start"
     silent = RpcLost("nothing was heard of the guest in 30 s")
-    rig.host.fail[call] = [silent] * 3
+    rig.host.fail |= {call: [silent] * 3, "agent": [silent] * 3}
     if work == "launched":
         rig.lifecycle.launch(one)
     else:
