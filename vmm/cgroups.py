@@ -231,26 +231,30 @@ class Cgroups:
         return 0.0
 
     def names(self) -> list[str]:
+        """Of version 1, a group that could not be removed everywhere is still there under some controllers."""
+        found: set[str] = set()
         for base in self._bases.values():
             with contextlib.suppress(OSError):
-                return [entry.name for entry in base.iterdir() if entry.is_dir() and entry.name != _HOLDER]
-        return []
+                found |= {entry.name for entry in base.iterdir() if entry.is_dir() and entry.name != _HOLDER}
+        return sorted(found)
 
     def remove(self, name: str) -> None:
-        """Ends what is left in the group and removes it."""
+        """Ends what is left in the group and removes it, each of its directories whatever becomes of the others."""
         deadline = time.monotonic() + _REMOVE_SECONDS
         for base in self._bases.values():
             group = base / name
-            while group.exists():
+            while True:
                 try:
                     group.rmdir()
+                    break
                 except FileNotFoundError:
                     break
                 except OSError:
                     if time.monotonic() > deadline:
                         break
+                with contextlib.suppress(OSError):  # a moment without a descriptor: it is tried again
                     self._kill(group)
-                    time.sleep(0.002)
+                time.sleep(0.002)
 
     def _kill(self, group: Path) -> None:
         """Ends the group's processes: by the kernel, which means no others (Linux 5.14), or by their numbers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from pathlib import Path
@@ -156,3 +157,37 @@ def test_what_is_left_in_a_group_ends_by_the_kernels_own_list(root: Path, monkey
     (left / "cgroup.kill").unlink()
     Cgroups("x", tmp_path).remove("vm")
     assert set(killed) == {1}
+
+
+def test_a_group_that_cannot_be_read_for_a_moment_is_removed_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 1 has a directory for each controller: the trouble of one once left all that came after it, for good."""
+    for controller in ("memory", "pids"):
+        group(tmp_path / controller, is_root=True)
+        (tmp_path / controller / "torpor-x/vm").mkdir(parents=True)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    one = Cgroups("x", tmp_path)
+    remove, troubles = Path.rmdir, iter([OSError(errno.EBUSY, "busy"), OSError(errno.EBUSY, "busy")])
+
+    def rmdir(path: Path) -> None:
+        for trouble in troubles:
+            raise trouble
+        remove(path)
+
+    def kill(_: object, path: Path) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path / "cgroup.procs"))
+
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    monkeypatch.setattr(Cgroups, "_kill", kill)
+    one.remove("vm")
+    assert not list(tmp_path.glob("*/torpor-x/vm"))
+
+
+def test_groups_that_are_left_under_one_controller_go_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for controller in ("memory", "pids"):
+        group(tmp_path / controller, is_root=True)
+        (tmp_path / controller / "torpor-x").mkdir()
+    (tmp_path / "pids/torpor-x/vm").mkdir()
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    assert Cgroups("x", tmp_path).names() == ["vm"]
+    Cgroups("x", tmp_path).close()
+    assert not list(tmp_path.glob("*/torpor-x"))
