@@ -26,7 +26,7 @@ from vmm.errors import VmmError
 
 from .config import ConfigError, Settings
 from .sessions import schema
-from .sessions.model import Image, Session
+from .sessions.model import Image, Session, Version
 from .sessions.states import State
 from .sessions.store import advice, readable
 
@@ -50,7 +50,8 @@ class BackupError(Exception):
 
 class Contents(msgspec.Struct):
     """backup.json. `files` has the SHA-256 of each small file, `sessions` what of each live session is in the backup: `files`, `archived`
-    (they are in the object store) or `row` (it was awake, or its files could not be read, or data was not asked for)."""
+    (they are in the object store) or `row` (it was awake, or its files could not be read, or data was not asked for). `images` are the
+    versions whose files are in the backup, `versions` all that its store knows."""
 
     version: int
     made_at: float
@@ -61,6 +62,7 @@ class Contents(msgspec.Struct):
     files: dict[str, str]
     sessions: dict[str, str]
     images: list[str]
+    versions: list[str] = []
 
 
 # ---- backup ----
@@ -117,7 +119,8 @@ def _fill(settings: Settings, work: Path, has_data: bool, say: Say) -> Contents:
                     if one.is_file() or one.parent.name == "quarantine":  # whose instance it is, and what was set aside
                         _copy_tree(one, work / one.parent.name / one.name)
     files = {path: _digest(work / path) for path in (*_FILES, *_KEPT) if (work / path).exists()}
-    contents = Contents(_VERSION, time.time(), settings.name, str(root), number, has_data, files, saved, keys)
+    versions = sorted(version.key for version in _made(images))
+    contents = Contents(_VERSION, time.time(), settings.name, str(root), number, has_data, files, saved, keys, versions)
     (work / _MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(contents)))
     return contents
 
@@ -159,10 +162,14 @@ def _manifests(root: Path, target: Path) -> None:
             _copy(path, target / path.relative_to(root))
 
 
+def _made(images: list[Image]) -> Iterator[Version]:
+    return (version for image in images for version in image.versions if version.state == "SUCCESSFUL")
+
+
 def _images(settings: Settings, work: Path, images: list[Image], say: Say) -> list[str]:
     """An image is never changed: it is there whole, or is being deleted."""
     copied = []
-    for version in (version for image in images for version in image.versions if version.state == "SUCCESSFUL"):
+    for version in _made(images):
         source = settings.images_dir / version.key
         try:
             _copy_tree(source, work / "images" / version.key)
@@ -214,13 +221,15 @@ def _state(live: sqlite3.Connection, session: str) -> tuple[Session, int] | None
 # ---- restore ----
 
 
-def restore(settings: Settings, source: Path, replaces: bool) -> tuple[Contents, Path | None]:
+def restore(settings: Settings, source: Path, replaces: bool, without_files: bool = False) -> tuple[Contents, Path | None]:
     """Lays a backup out in ROOT, which no service may run over; returns what it had, and where to what it `replaces` was moved. The store
-    comes last: a restore that was ended in its middle leaves an instance that has none, and is done again. Raises BackupError, ConfigError,
-    OSError."""
+    comes last: a restore that was ended in its middle leaves an instance that has none, and is done again. Sleepers that would have no
+    files are somebody's to give up: `without_files`. Raises BackupError, ConfigError, OSError."""
     root = settings.root
-    root.mkdir(parents=True, exist_ok=True)
     work = root / "restore.new"
+    if source.resolve() in (work.resolve(), *work.resolve().parents):  # it would be copied into itself, or removed as what was left
+        raise BackupError(f"{source} is the instance itself, or has it inside, and no backup of it: name what `torpor backup` made")
+    root.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work, ignore_errors=True)
     try:
         if source.is_dir():
@@ -229,6 +238,15 @@ def restore(settings: Settings, source: Path, replaces: bool) -> tuple[Contents,
             work.mkdir(mode=0o700)
             _run("tar", "--extract", "--numeric-owner", "--same-owner", "--preserve-permissions", f"--file={source}", f"--directory={work}")
         contents = _checked(source, work)
+        lost = [] if without_files else _without_files(settings, work)
+        if lost:
+            listed = f"{', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}"
+            how = "" if contents.has_data else " (made without --data)"
+            raise BackupError(
+                f"{len(lost)} sleeping microVM{'s' if len(lost) != 1 else ''} ({listed}) would have no files: they are neither in "
+                f"{source}{how} nor in {settings.sessions_dir}. Put them there, or go on with "
+                "--without-files: then they end when they are asked for"
+            )
         pieces = list(_pieces(work))
         present = [piece for piece in pieces if os.path.lexists(root / piece) and piece not in _KEPT]
         old = None
@@ -260,6 +278,14 @@ def _checked(source: Path, work: Path) -> Contents:
     if contents.schema > len(schema.MIGRATIONS):
         raise ConfigError(f"{source} has schema {contents.schema}, this version of Torpor knows {len(schema.MIGRATIONS)}: use a newer one")
     return contents
+
+
+def _without_files(settings: Settings, work: Path) -> list[str]:
+    """Sleepers of a backup's store whose files neither it nor the root has."""
+    with contextlib.closing(_connect(work / _STORE)) as connection:
+        found, _ = readable(connection, work / _STORE)
+    asleep = [value.id for kind, _, value in found if kind == "sessions" and value.state is State.SUSPENDED and value.archived is None]
+    return sorted(name for name in asleep if not (work / "sessions" / name).is_dir() and not (settings.sessions_dir / name).is_dir())
 
 
 def _pieces(work: Path) -> Iterator[str]:

@@ -42,16 +42,19 @@ def backup(
     except work.BackupError as error:
         fail(str(error))
     if as_json:
-        show_json({"target": str(target), "sessions": made.sessions, "images": made.images})
+        show_json({"target": str(target), "sessions": made.sessions, "images": made.images, "versions": made.versions})
         return
     kinds = Counter(made.sessions.values())
     of = ", ".join(f"{kinds[kind]} {text}" for kind, text in _KINDS.items() if kinds[kind])
-    print(f"torpor: {target}: {len(made.images)} image versions, {len(made.sessions)} microVMs{f' ({of})' if of else ''}")
+    missing = len(made.versions) - len(made.images)
+    without = f" ({missing} without {'their' if missing != 1 else 'its'} files)" if missing else ""
+    print(f"torpor: {target}: {len(made.versions)} image versions{without}, {len(made.sessions)} microVMs{f' ({of})' if of else ''}")
 
 
 def restore(
     source: Annotated[Path, typer.Argument(help="What `torpor backup` made.")],
     replace: Annotated[bool, typer.Option("--replace", help="Move what is in the way to ROOT/replaced-…")] = False,
+    without_files: Annotated[bool, typer.Option("--without-files", help="Also where sleeping microVMs will have no files.")] = False,
     root: Root = None,
     name: Name = None,
 ) -> None:
@@ -67,7 +70,7 @@ def restore(
     if not source.exists():
         fail(f"{source} is not there")
     try:
-        contents, old = work.restore(settings, source, replace)
+        contents, old = work.restore(settings, source, replace, without_files)
     except work.BackupError as error:
         fail(str(error))
     if old is not None:

@@ -73,6 +73,22 @@ def strangers_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]
     return [("stranger", False, f"{path}: {text}") for path in leftovers.strangers(settings, store.sessions, images)]
 
 
+def missing_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
+    """What doctor says of directories and sleepers' files that the store knows and that are not there."""
+    asleep = [one.id for one in store.live if one.state is State.SUSPENDED and one.archived is None]
+    places = ((settings.sessions_dir, len(store.live), "microVMs"), (settings.images_dir, len(store.images), "image versions"))
+    text = "is not there: its file system may not be mounted; else put it back (torpor restore)"
+    found = [
+        ("directory", False, f"{path}, where {count} {what} have their files, {text}")
+        for path, count, what in places
+        if count and not path.is_dir()
+    ]  # fmt: skip
+    if settings.sessions_dir.is_dir():
+        lost = [settings.sessions_dir / name for name in asleep if not (settings.sessions_dir / name).is_dir()]
+        found += [("sleeper", False, f"{path}, where a sleeping microVM has its files, {text}") for path in lost]
+    return found
+
+
 def upgrades_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
     """What doctor says of images and sleepers that an update of the host has left behind. Raises OSError, VmmError."""
     names = {version.key: f"{image.name} {version.version}" for image in store.made for version in image.versions}

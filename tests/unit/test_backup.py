@@ -18,6 +18,8 @@ from test_snapshots import save
 
 from gateway import backup as module
 from gateway.backup import BackupError, backup, restore
+from gateway.cli import backup as command
+from gateway.cli import host, repair
 from gateway.config import ConfigError, Settings
 from gateway.sessions import store as storing
 from gateway.sessions.model import Archived, Build, Image, Session, Version
@@ -279,3 +281,53 @@ async def test_a_backup_that_cannot_be_finished_leaves_nothing(instance: Instanc
         backup(instance.settings, tmp_path / "root", True, lambda text: None)
     with pytest.raises(BackupError, match="no instance at"):
         backup(other(tmp_path), tmp_path / "backup", True, lambda text: None)
+
+
+async def test_a_backup_without_data_says_which_image_versions_its_store_knows(
+    instance: Instance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    for data, said in ((False, "1 image versions (1 without its files), 3 microVMs"), (True, "1 image versions, 3 microVMs")):
+        command.backup(tmp_path / f"backup-{data}", data, instance.settings.root)
+        assert said in capsys.readouterr().out
+    made = backup(instance.settings, tmp_path / "backup", False, lambda text: None)
+    assert (made.versions, made.images) == (["key-1.0"], [])
+
+
+async def test_sleepers_that_would_have_no_files_are_somebodys_to_give_up(instance: Instance, tmp_path: Path) -> None:
+    backup(instance.settings, tmp_path / "backup", False, lambda text: None)
+    settings = other(tmp_path)
+    said = r"^1 sleeping microVM \(asleep\) would have no files: .* \(made without --data\) nor in .*other/sessions\..*--without-files"
+    with pytest.raises(BackupError, match=said):
+        restore(settings, tmp_path / "backup", False)
+    assert not any(settings.root.iterdir())
+    restore(settings, tmp_path / "backup", False, without_files=True)
+    assert (await opened(settings)).sessions == instance.store.sessions
+
+
+@pytest.mark.parametrize("place", [".", "restore.new", ".."])
+async def test_a_root_is_not_restored_from_itself(instance: Instance, place: str) -> None:
+    root = instance.settings.root
+    (root / "restore.new").mkdir()
+    with pytest.raises(BackupError, match=r"^[^\n]* is the instance itself, or has it inside[^\n]*torpor backup` made$"):
+        restore(instance.settings, root / place, True)
+    assert (root / "restore.new").exists() and not list(root.glob("replaced-*"))
+
+
+@pytest.mark.parametrize(
+    ("gone", "check", "said"),
+    [
+        ("sessions", "directory", "sessions, where 3 microVMs have their files, is not there"),
+        ("images", "directory", "images, where 1 image versions have their files, is not there"),
+        ("sessions/asleep", "sleeper", "sessions/asleep, where a sleeping microVM has its files, is not there"),
+        ("sessions/away", "", ""),
+    ],
+)
+async def test_doctor_says_what_the_store_knows_and_the_disks_have_not(instance: Instance, gone: str, check: str, said: str) -> None:
+    assert not repair.missing_of(instance.settings, repair.known(instance.settings.control_dir / "torpor.db"))
+    shutil.rmtree(instance.settings.root / gone, ignore_errors=True)
+    found = repair.missing_of(instance.settings, repair.known(instance.settings.control_dir / "torpor.db"))
+    assert [(name, is_well) for name, is_well, _ in found] == ([(check, False)] if check else [])
+    assert all(said in text for _, _, text in found)
+    rows = list(host._stored(instance.settings, repair.known(instance.settings.control_dir / "torpor.db")))
+    assert set(found) <= set(rows)
