@@ -238,5 +238,8 @@ class Children:
 
 
 def _send(process: Process, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(number)
+    """By its id: `send_signal` looks first whether the process has ended (subprocess.Popen), and where it has just, takes its status from
+    asyncio's thread that waits for it, which then says "Unknown child process" and makes it 255."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)

@@ -46,6 +46,8 @@ _BACK = (
     "AND NOT EXISTS (SELECT 1 FROM records WHERE records.kind = set_aside.kind AND records.key = set_aside.key) GROUP BY kind, key"
 )
 _OPEN_SECONDS = 3600.0  # migrations of a large store
+_CHECK_SECONDS = 5.0  # for a look at every page: some 0.1 s for each 30 MB that are in memory
+_CHECK_STEPS = 10_000  # of SQLite's machine, between two looks at the clock
 _PRUNED_AT_ONCE = 1000  # rows: commits wait behind them
 # Kept in the log and in the database, so that transitions can still be stored when the disk is full.
 _ROOM_BYTES = 8 << 20
@@ -228,6 +230,7 @@ class Store:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         schema.check(connection, self._path)
+        self._look_at_pages(connection)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         schema.migrate(connection, self._path)
@@ -236,6 +239,23 @@ class Store:
             _sort_out(connection, self._clock())
         except sqlite3.OperationalError as error:  # of a full disk: those rows stay where they are until the next start
             log.error("store.not_set_aside", path=str(self._path), error=str(error))
+
+    def _look_at_pages(self, connection: sqlite3.Connection) -> None:
+        """Of an index that is damaged nobody but the first commit would hear, and each after it fails too. What takes too long is left at
+        that. Raises sqlite3.DatabaseError."""
+        end = time.monotonic() + _CHECK_SECONDS
+        connection.set_progress_handler(lambda: time.monotonic() > end, _CHECK_STEPS)
+        try:
+            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
+                raise
+            log.warning("store.not_checked", path=str(self._path), seconds=_CHECK_SECONDS)
+            return
+        finally:
+            connection.set_progress_handler(None, 0)
+        if found != "ok":
+            raise sqlite3.DatabaseError(f"it is damaged ({' '.join(found.split())})")
 
     def _make_room(self, connection: sqlite3.Connection) -> None:
         """Grows both files by writing filler and freeing it: SQLite gives neither the log's length nor free pages back."""

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -282,3 +283,25 @@ async def test_starts_leave_no_descriptors(rig: Rig) -> None:
             rig.changes.clear()
             await rig.changes.wait()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_signal_takes_the_status_of_a_child_from_nobody(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The supervisor's own loop is asyncio's, where a thread waits for each child; here one that comes late."""
+    wait, is_due = os.waitpid, threading.Event()
+
+    def late(pid: int, options: int) -> tuple[int, int]:
+        assert is_due.wait(10)
+        return wait(pid, options)
+
+    async def ended() -> int:
+        process = await asyncio.create_subprocess_exec("/bin/sh", "-c", "exit 3")
+        await asyncio.to_thread(os.waitid, os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        module._send(process, signal.SIGTERM)
+        is_due.set()
+        async with asyncio.timeout(10):
+            return await process.wait()
+
+    monkeypatch.setattr(os, "waitpid", late)
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        assert runner.run(ended()) == 3
+    assert "Unknown child process" not in caplog.text

@@ -323,8 +323,13 @@ async def test_a_store_of_another_user_says_whose_it_has_to_be(tmp_path: Path, n
     assert re.search(rf"state\.db cannot be opened: .*: {tmp_path / name} is user 0's: chown it to 65534$", said), done.stderr
 
 
-async def test_a_store_that_opens_and_cannot_be_written_says_what_helps(store: Store, tmp_path: Path) -> None:
-    """Damaged where only writers look: then each commit fails, and no retry helps."""
+@pytest.mark.parametrize("seconds", [5.0, -1.0])
+async def test_a_store_that_is_damaged_where_only_writers_look_is_refused_at_the_start_in_one_line(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """One that is too large to be looked at in time opens; then each commit fails, no retry helps, and that says what does."""
+    monkeypatch.setattr(storing, "_CHECK_SECONDS", seconds)
+    monkeypatch.setattr(storing, "_CHECK_STEPS", 1)
     for number in range(50):
         store.put_session(session(f"s{number}"))
         store.add_event(f"s{number}", "started", "PENDING", "RUNNING", 1, "why")
@@ -334,6 +339,14 @@ async def test_a_store_that_opens_and_cannot_be_written_says_what_helps(store: S
     with (tmp_path / "state.db").open("r+b") as file:
         file.seek((root - 1) * 4096)
         file.write(b"x" * 4096)
+    before = (tmp_path / "state.db").read_bytes()
+    if seconds > 0:
+        with pytest.raises(
+            ConfigError, match=r"^[^\n]*state\.db cannot be opened: [^\n]*(damaged|malformed)[^\n]*: restore it from[^\n]*$"
+        ):
+            await store.open()
+        assert (tmp_path / "state.db").read_bytes() == before
+        return
     await store.open()
     store.add_event("s1", "asleep", "RUNNING", "SUSPENDED", 1, "")
     with pytest.raises(StoreError, match=r"^[^\n]*state\.db: database disk image is malformed: restore it from a backup[^\n]*$"):
