@@ -126,14 +126,17 @@ class Control:
         await self.registry.recover()
 
     async def suspend_all(self) -> None:
-        """Before the service stops: every running session is suspended, and resumed at the next start."""
-        tried: set[str] = set()
+        """Before the service stops: every running session is suspended, and resumed at the next start. No request wakes one from now on:
+        it would run on without a service, and be lost with its host."""
+        self.lifecycle.is_stopping = True
+        tried: set[tuple[str, int]] = set()
         try:
             async with asyncio.timeout(self.settings.suspend_seconds):
                 while running := [
-                    session for session in self.store.sessions.values() if session.state is State.RUNNING and session.id not in tried
+                    session for session in self.store.sessions.values()
+                    if session.state is State.RUNNING and (session.id, session.incarnation) not in tried
                 ]:  # fmt: skip
-                    tried |= {session.id for session in running}
+                    tried |= {(session.id, session.incarnation) for session in running}
                     await asyncio.gather(*map(self._suspend, running))
                     await self.lifecycle.quiet()  # one that was launched or resumed meanwhile runs then
             await self.host.leave()

@@ -85,6 +85,7 @@ class Lifecycle:
             self.timers.litter_later,
         )
         self._work: dict[str, _Work] = {}
+        self.is_stopping = False
 
     # ---- events ----
 
@@ -275,7 +276,9 @@ class Lifecycle:
         self.liveness.worker_left(worker)
 
     async def request(self, session: Session) -> None:
-        """Has this session resumed, for which a request is held."""
+        """Has this session resumed, for which a request is held; not before the next start where the service stops."""
+        if self.is_stopping:
+            return
         if session.state is State.SUSPENDED and (not session.resumes_on_request or session.refusal):
             return
         if session.state is State.SUSPENDING and self.transitions.is_request_deferred(session):

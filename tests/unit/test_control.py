@@ -255,6 +255,21 @@ async def test_a_stop_suspends_what_runs_and_what_comes_to_run_meanwhile(rig: Ri
     assert first.suspended_by == late.suspended_by == "stop"
 
 
+async def test_a_request_that_comes_during_a_stop_wakes_nobody(rig: Rig) -> None:
+    """It was woken once, ran on without a service, and was lost when its host stopped."""
+    first, second = await rig.running("s1"), await rig.running("s2")
+    connection, _ = await joined(rig)
+    rig.host.block["leave"] = asyncio.Event()
+    stop = asyncio.ensure_future(rig.control.suspend_all())
+    await until(lambda: first.state is second.state is State.SUSPENDED)
+    await connection.call("resume", m.ResumeRequest("s1", first.incarnation))
+    rig.host.block.pop("leave").set()
+    await stop
+    await rig.control.lifecycle.quiet()
+    assert first.state is second.state is State.SUSPENDED
+    connection.close()
+
+
 async def test_a_session_whose_suspend_cannot_be_stored_leaves_the_stop_to_the_others(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     sessions = [await rig.running(name) for name in ("s1", "s2")]
     transaction, failed = rig.control.store._transaction, False
