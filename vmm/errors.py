@@ -75,6 +75,15 @@ def unreadable(error: OSError, path: Path) -> VmmError:
     return Unavailable(f"{path} cannot be read: {error}")
 
 
+def state_refused(image: str, path: Path, why: str) -> Refused:
+    """Returns why an image's own device state was not taken, by the version that wrote it: damage, most likely, and nobody but the
+    hypervisor can say so, for an image's state has no checksum."""
+    return Refused(
+        f"image {image} cannot be launched: {path} is not what was written, or cannot be loaded on this host ({why}): "
+        "put that file back from a backup, or build a new version of the image"
+    )
+
+
 def not_loaded(error: BaseException, text: str, *needed: Path) -> VmmError:
     """Returns why a load failed: one of the files that it needed is Missing, or `text` in the error's kind. A name that was not found may
     also be one of /proc, of a process that has ended."""

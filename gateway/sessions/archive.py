@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import boto3
+import structlog
 from boto3.exceptions import S3UploadFailedError
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
@@ -19,6 +20,8 @@ from gateway.config import Settings
 
 from .host import Host, RpcError, grown
 from .model import Archived, Session
+
+log = structlog.get_logger()
 
 _ASK_SECONDS = 600.0
 
@@ -74,7 +77,15 @@ class Archive:
         return Archived(key, packed.size, packed.digest)
 
     async def fetch(self, session: Session, archived: Archived) -> None:
-        """Brings a session's files back to the host. Raises ArchiveError, ArchiveDamaged, RpcError."""
+        """Brings a session's files back to the host. What came cut short or changed on its way is fetched once more, before the archive is
+        said to be damaged. Raises ArchiveError, ArchiveDamaged, RpcError."""
+        try:
+            await self._fetch(session, archived)
+        except ArchiveDamaged as error:
+            log.warning("archive.fetched_again", session=session.id, error=str(error))
+            await self._fetch(session, archived)
+
+    async def _fetch(self, session: Session, archived: Archived) -> None:
         self._directory.mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=self._directory) as file:
             await self._ask(lambda: self._get(archived.key, file), archived.size)

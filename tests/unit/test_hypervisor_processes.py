@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from waiting import until
 
-from vmm import memory, syscalls
+from vmm import diffs, memory, syscalls
 from vmm.driver import WALL_CLOCK_AT, Process, Shape
-from vmm.errors import Unavailable
+from vmm.errors import Refused, Unavailable
+from vmm.network import Link
 from vmm.provenance import Provenance
 from vmm.qemu import driver as driver_module
 from vmm.qemu import process as process_module
@@ -247,3 +248,34 @@ async def test_a_start_that_fails_at_any_step_leaves_nothing(
     for process in started:
         await asyncio.wait_for(process.wait(), 5)
     await until(lambda: len(os.listdir("/proc/self/fd")) <= len(before))
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize("is_image", [True, False])
+async def test_a_device_state_that_is_not_taken_is_named_with_what_to_do(
+    tmp_path: Path, qemu: Qemu, monkeypatch: pytest.MonkeyPatch, is_image: bool
+) -> None:
+    """QEMU says no more than that an input or output error was met."""
+    await qemu.start()
+    machine, runs = await adopted(tmp_path, "running")
+    assert machine is not None
+    source = tmp_path / "source"
+    source.mkdir()
+    if not is_image:
+        (source / diffs.MANIFEST).touch()
+
+    async def refused(*_: object) -> None:
+        raise process_module._StateRefused("the hypervisor refused the device state")
+
+    monkeypatch.setattr(machine, "_prepare", refused)
+    try:
+        with pytest.raises(Refused) as said:
+            await machine.prepare(source, tmp_path / "overlay", Link(tmp_path / "link"))
+        names_the_file = f"image image cannot be launched: {source}/devices.state is not what was written" in str(said.value)
+        assert names_the_file == is_image and ("build a new version of the image" in str(said.value)) == is_image
+        assert "refused the device state" in str(said.value)
+    finally:
+        runs.kill()
+        await machine.wait()

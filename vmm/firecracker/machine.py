@@ -24,7 +24,7 @@ from .. import diffs, sandboxes, syscalls
 from ..cgroups import Cgroups
 from ..diffs import Sum
 from ..driver import DEVICES, VSOCK_PORT, WALL_CLOCK_AT, Process
-from ..errors import Ended, Refused, Unavailable, VmmError, explained, not_loaded, not_written
+from ..errors import Ended, Refused, Unavailable, VmmError, explained, not_loaded, not_written, state_refused
 from ..network import TAP, Link
 from ..sandboxes import VmSandbox
 from . import memory
@@ -133,8 +133,11 @@ class FirecrackerMachine:
                 await self._load_memory(snapshot)
                 self.steps.mark("memory written and checked")
         except (ApiError, OSError, LookupError) as error:
-            text = f"session {self.record.session} could not be loaded from {snapshot}: {await self.why(error)}"
+            why = await self.why(error)
+            text = f"session {self.record.session} could not be loaded from {snapshot}: {why}"
             if isinstance(error, ApiError) and not isinstance(error, Unanswered):
+                if not (snapshot / diffs.MANIFEST).exists():
+                    raise state_refused(self.record.image, snapshot / DEVICES, why) from error
                 # Damage says more than what became of the load of it.
                 await executors.LATENCY.run(diffs.verify_whole, snapshot, seconds=self._seconds)
                 made = self.record.made  # commit 165a0cb wrote no version

@@ -22,7 +22,7 @@ from gateway.observe.steps import Steps
 from .. import diffs, mapping, memory, sandboxes
 from ..diffs import Manifest, Sum
 from ..driver import DEVICES, WALL_CLOCK_AT, Process
-from ..errors import Ended, Refused, Unavailable, VmmError, explained, not_loaded
+from ..errors import Ended, Refused, Unavailable, VmmError, explained, not_loaded, state_refused
 from ..network import Link, Network
 from . import machine as topology
 from .machine import PlaceholderDevices
@@ -171,9 +171,11 @@ class QemuMachine:
             self.record.phase = "prepared"
             self.save_record()
         except (QmpError, OSError, ValueError, LookupError) as error:
-            text = f"session {self.record.session} could not be loaded from {snapshot}: {await self.why(error)}"
+            why = await self.why(error)
+            text = f"session {self.record.session} could not be loaded from {snapshot}: {why}"
             if isinstance(error, _StateRefused):
-                raise Refused(text) from error
+                is_image = not (snapshot / diffs.MANIFEST).exists()
+                raise (state_refused(self.record.image, snapshot / DEVICES, why) if is_image else Refused(text)) from error
             raise not_loaded(error, text, overlay, snapshot / DEVICES) from error
 
     async def _prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
