@@ -16,7 +16,7 @@ from fidelity.table import Call, Check, Get, Image, Logs, Run, Sleep, archive, s
 pytestmark = pytest.mark.vm
 IMAGES = {image.name: image for subject in subjects() for image in subject.images}
 AHEAD = 3  # builds under way at once
-_COMMAND_SECONDS, _START_SECONDS = 180.0, 120.0  # emulated programs are slow
+_COMMAND_SECONDS, _START_SECONDS = 420.0, 120.0  # emulated programs are slow, on a machine that others use most of all
 POLICY = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
 
 

@@ -183,8 +183,8 @@ SUBJECT = Subject(
         Image(
             "code-server",
             "code-server (VS Code in a browser)",
-            BASE + "RUN dnf install -y nodejs20 nodejs20-npm gcc gcc-c++ make python3 libsecret-devel krb5-devel git\n"
-            "RUN npm install -g code-server@4.96.4 --unsafe-perm\nRUN useradd -m coder\nUSER coder\nWORKDIR /home/coder\nEXPOSE 8080\n"
+            BASE + "RUN dnf install -y nodejs24 nodejs24-npm gcc gcc-c++ make python3 libsecret-devel krb5-devel git shadow-utils\n"
+            "RUN npm install -g code-server@4.139.1 --unsafe-perm\nRUN useradd -m coder\nUSER coder\nWORKDIR /home/coder\nEXPOSE 8080\n"
             'CMD ["code-server", "--bind-addr", "0.0.0.0:8080", "--auth", "none"]\n',
             [
                 Get("is healthy", "/healthz", contains="status", within=240),
