@@ -88,7 +88,7 @@ applications-packages: deps
 	npm install --silent --no-audit --no-fund --ignore-scripts --cache $(CLIENTS)/cache --prefix $(CLIENTS) && rm -rf $(CLIENTS)/cache && \
 	echo "$$key" > $(CLIENTS)/ready; }
 
-test-long-faults: setup ## thousands of faults, one at each call of each step of a session's life, on a simulated hypervisor
+test-long-faults: setup ## a fault at each call of each step of a session's life, simulated; a bad day in ten minutes, on real microVMs (BAD_DAY_SECONDS=120: shorter)
 	@$(PY) -m pytest -q -s -m faults tests/faults
 
 test-long-load: setup ## ten minutes of clients of all kinds at once against edge workers (MIXED_LOAD_SECONDS=60: shorter)
