@@ -101,7 +101,7 @@ class Control:
     def api(self) -> ApiService:
         pager = Pager(files.secret(self.settings.control_dir / "pager.key", "page tokens under way"))
         return ApiService(
-            self.settings, self.store, self.lifecycle, self.registry, self.host, self.minter, pager,
+            self.settings, self.store, self.lifecycle, self.registry, self.host, self.quarantine, self.minter, pager,
             self.settings.edge.port,
         )  # fmt: skip
 

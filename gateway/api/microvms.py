@@ -226,7 +226,13 @@ class Microvms:
             raise InternalServer(f"The host cannot resume MicroVMs now: {error}: try again.", retry_after=1) from error
 
     async def terminate_microvm(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
-        return await self._fire(self._find(caller, call), Event.TERMINATE)
+        session = self._find(caller, call)
+        if session.state is State.TERMINATED and session.is_aside:  # an error ended it, and its user gives up what was saved
+            try:
+                await self._service.quarantine.release(session)
+            except RpcError as error:
+                raise InternalServer(f"The host cannot remove what is set aside of the MicroVM now: {error}: try again.") from error
+        return await self._fire(session, Event.TERMINATE)
 
     async def _fire(self, session: Session, event: Event) -> dict[str, Any]:
         action = await self._service.lifecycle.fire(session, event, reason_of(event))

@@ -12,6 +12,7 @@ from gateway.images.registry import Registry
 from gateway.sessions.host import Host
 from gateway.sessions.lifecycle import Lifecycle
 from gateway.sessions.model import Session
+from gateway.sessions.quarantine import Quarantine
 from gateway.sessions.store import Store
 from gateway.tokens import Minter
 
@@ -30,6 +31,7 @@ class Service:
     lifecycle: Lifecycle
     registry: Registry
     host: Host
+    quarantine: Quarantine
     minter: Minter
     pager: Pager
     endpoint_port: int

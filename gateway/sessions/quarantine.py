@@ -89,6 +89,15 @@ class Quarantine:
             if session.id in removed or (session.id not in left and _is_old(session, self._settings, now)):
                 await self._let_go(session)
 
+    async def release(self, session: Session) -> None:
+        """Removes what is set aside of a session, by its user's word: TerminateMicrovm once more. Raises RpcError, StoreError; it may be
+        asked for again then."""
+        async with self._lock:
+            if session.state is State.TERMINATED and session.is_aside:
+                log.warning("quarantine.released", session=session.id, reason=session.reason)
+                await self._host.release_quarantined(session.id)
+                await self._let_go(session)
+
     async def _let_go(self, session: Session) -> None:
         """Its row goes as every terminated session's does."""
         session.is_aside = False

@@ -36,6 +36,7 @@ from gateway.observe.audit import AuditTrail
 from gateway.sessions.host import RpcError
 from gateway.sessions.lifecycle import Lifecycle
 from gateway.sessions.logs import LogStore
+from gateway.sessions.quarantine import Quarantine
 from gateway.sessions.routes import Routes
 from gateway.sessions.store import Store
 from gateway.tokens import Minter
@@ -124,6 +125,7 @@ class ApiRig:
         self.registry.ahead = self.lifecycle.ahead
         service = Service(
             self.settings, self.store, self.lifecycle, self.registry, self.host,  # type: ignore[arg-type]
+            Quarantine(self.settings.quarantine, self.store, self.host, self.lifecycle),  # type: ignore[arg-type]
             Minter(self.directory / "keys.json"), Pager(b"pages"), 443,
         )  # fmt: skip
         served = application.make(service, self.accounts, self.logs, self.audit, "x86_64")

@@ -57,6 +57,21 @@ def test_who_resumes_again_after_a_failure_is_told_what_becomes_of_it(
     assert api.call("GET", f"{VMS}/{one}")[2]["stateReason"] is None
 
 
+def test_who_terminates_what_an_error_has_ended_gives_up_what_was_saved_of_it(api: ApiRig) -> None:
+    one = asleep(api)
+    api.host.fail["prepare"] = [RpcError("Damaged", "checksum of 1.pages")]
+    assert api.call("POST", f"{VMS}/{one}/resume")[0] == 200
+    api.reach(one, "TERMINATED")
+    assert one in api.host.aside
+    api.host.fail["release_quarantined"] = [RpcError("Unavailable", "the disk is away")]
+    status, kind, body = api.call("DELETE", f"{VMS}/{one}")
+    assert (status, kind) == (500, "InternalServerException") and "the disk is away: try again" in body["message"]
+    assert one in api.host.aside
+    for _ in range(2):
+        assert api.call("DELETE", f"{VMS}/{one}")[0] == 200
+        assert one not in api.host.aside and api.call("GET", f"{VMS}/{one}")[2]["state"] == "TERMINATED"
+
+
 def test_calls_that_wait_for_room_share_one_quota(api: ApiRig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four fit into none but three of what the account may have: each has looked before any of them was counted."""
     may_go, waiting = asyncio.Event(), threading.Semaphore(0)

@@ -180,6 +180,26 @@ async def test_a_row_without_files_stays_as_long(rig: Rig, quarantine: Quarantin
     assert not one.is_aside
 
 
+async def test_it_goes_by_its_users_word_and_not_while_it_is_brought_back(rig: Rig, quarantine: Quarantine) -> None:
+    one = await set_aside(rig)
+    rig.host.block["recover"] = asyncio.Event()
+    back = asyncio.ensure_future(quarantine.recover("s1"))
+    await rig.host.reached["recover"].wait()
+    late = asyncio.ensure_future(quarantine.release(one))
+    rig.host.block.pop("recover").set()
+    await asyncio.gather(back, late)
+    assert one.state is State.SUSPENDED and not any(call.startswith("release_quarantined") for call in rig.host.calls)
+    rig.host.fail["prepare"] = [RpcError("Damaged", "checksum of 1.pages")]
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.reach(one, State.TERMINATED)
+    rig.host.fail["release_quarantined"] = [RpcError("Unavailable", "the disk is away")]
+    with pytest.raises(RpcError):
+        await quarantine.release(one)
+    assert one.is_aside and "s1" in rig.host.aside
+    await quarantine.release(one)
+    assert not one.is_aside and not rig.host.aside and rig.lifecycle.timers.is_set(one, Deadline.PURGE)
+
+
 # ---- what the commands say ----
 
 
