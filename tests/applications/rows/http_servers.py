@@ -204,5 +204,5 @@ ROWS = [
     Application("go", "Go's net/http, FROM scratch", "curl", go, 8080, "counters, goroutines"),
     Application("rust", "Rust, standard library only", "httpx", rust, 8080, "counters, threads"),
     Application("git", "git-http-backend behind nginx and fcgiwrap", "git (`http.extraHeader`)", git, 8080, "what was pushed"),
-    Application("chromium", "a service that takes pictures with headless Chromium", "httpx", chromium, 8080, "the service; as an unprivileged user, with Chromium's own sandbox", memory=1024, unseen=True),
+    Application("chromium", "a service that takes pictures with headless Chromium", "httpx", chromium, 8080, "the service; as an unprivileged user, with Chromium's own sandbox", memory=1024),
 ]  # fmt: skip
