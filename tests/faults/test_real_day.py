@@ -172,9 +172,10 @@ class Day:
         """A process can open two more, for some seconds."""
         pid = self.one.pid_of(self.chance.choice(_SAID))
         with contextlib.suppress(OSError):
-            most = max(int(one) for one in os.listdir(f"/proc/{pid}/fd"))
+            used = {int(one) for one in os.listdir(f"/proc/{pid}/fd")}
             soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (most + 3, hard))
+            free = [number for number in range(len(used) + 2) if number not in used]  # the lowest are given out first
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (free[1] + 1, hard))
             self.is_over.wait(self.chance.uniform(2, 5))
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
 
