@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-# What control and vmm say to a guest's agent, and what it answers (vmm/guest/guest.h). Guests of all lower numbers are understood: an agent
+# What control and vmm say to a guest's agent, and what it answers (vmm/guest/port.h). Guests of all lower numbers are understood: an agent
 # lies in the memory of its image, and is as old as that.
 AGENT_PROTOCOL = 2
 

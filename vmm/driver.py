@@ -19,7 +19,7 @@ from .network import Link
 from .provenance import Provenance
 
 DEVICES = "devices.state"  # of an image or a snapshot: the state of the machine's devices
-WALL_CLOCK_AT = 12  # in a wake message, behind the frame's header (vmm/guest/guest.h)
+WALL_CLOCK_AT = 12  # in a wake message, behind the frame's header (vmm/guest/wake.h)
 VSOCK_PORT = 1024  # of the guest's vsock, where its agent has no virtio-serial port
 GUEST_CID = 3
 UNSAVED = ("starting", "running", "stopped")  # phases of a process that may have what is nowhere else

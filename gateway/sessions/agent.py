@@ -1,4 +1,4 @@
-"""The agent's channel: frames to and from a guest's init (vmm/guest/guest.h). What it says is a guest's word."""
+"""The agent's channel: frames to and from a guest's init (vmm/guest/port.h). What it says is a guest's word."""
 
 from __future__ import annotations
 

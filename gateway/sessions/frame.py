@@ -1,4 +1,4 @@
-"""Frames of the agent's channel (vmm/guest/guest.h)."""
+"""Frames of the agent's channel (vmm/guest/port.h)."""
 
 from __future__ import annotations
 

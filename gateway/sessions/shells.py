@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from .frame import frame
 
-SHELLS_MAX = 16  # as in guest.h
+SHELLS_MAX = 16  # as in vmm/guest/shell.h
 INPUT, OUTPUT, RESIZE, EXIT = b"i", b"o", b"r", b"x"
 _OPEN, _INPUT, _RESIZE, _CREDIT, _CLOSE = 0x05, 0x06, 0x07, 0x08, 0x09
 _WINDOW_BYTES = 32 << 10  # typed and not taken by the terminal

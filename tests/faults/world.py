@@ -13,7 +13,7 @@ from gateway.sessions.frame import HEADER, MAGIC_BYTES, frame
 
 PAGE = 4096
 COUNTER = 7  # the page in which a guest counts; one more page is written each time
-_HELLO, _WAKE, _STOP, _IS_HELLO, _WOKEN = 0x01, 0x02, 0x0B, 0x81, 0x82  # vmm/guest/guest.h
+_HELLO, _WAKE, _STOP, _IS_HELLO, _WOKEN = 0x01, 0x02, 0x0B, 0x81, 0x82  # vmm/guest/port.h
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from gateway.messages import AGENT_PROTOCOL
 from gateway.sessions.agent import Agent, AgentError
 from gateway.sessions.frame import HEADER, frame
 
-GUEST = Path(__file__).parents[2] / "vmm/guest/guest.h"
+GUEST = Path(__file__).parents[2] / "vmm/guest/port.h"
 _IS_HELLO = 0x81
 
 

@@ -10,7 +10,9 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "vmm/guest"
 PROGRAM = r"""
 #define _GNU_SOURCE
-#include "guest.h"
+#include "app.h"
+#include "port.h"
+#include "util.h"
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>

@@ -10,6 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "vmm/guest"
 PROGRAM = r"""
 #include "start.c"
+#include "util.c"
 int main(int count, char **words)
 {
     by_shell = count > 2;

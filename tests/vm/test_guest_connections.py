@@ -13,7 +13,9 @@ import pytest
 pytestmark = pytest.mark.vm
 GUEST = Path(__file__).parents[2] / "vmm/guest"
 MAIN = """
-#include "guest.h"
+#include "app.h"
+#include "connections.h"
+#include "util.h"
 #include <stdlib.h>
 int app_is_whole = 1;
 void must(int result, const char *what) { (void)what; if (result < 0) abort(); }

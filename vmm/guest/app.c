@@ -1,7 +1,12 @@
 /* The application: the image's ENTRYPOINT and CMD in namespaces of their own, as PID 1 there, with Docker's default
    capabilities unless the image asks for all. */
 #define _GNU_SOURCE
-#include "guest.h"
+#include "app.h"
+#include "container.h"
+#include "modules.h"
+#include "port.h"
+#include "start.h"
+#include "util.h"
 
 #include <errno.h>
 #include <fcntl.h>

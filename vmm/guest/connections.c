@@ -1,7 +1,10 @@
 /* A restored guest's connections to the outside, whose peers have forgotten them: ECONNABORTED now is better than silence (reference 2.5).
    What the host and the guest's own processes and containers talk to each other over is not touched. */
 #define _GNU_SOURCE
-#include "guest.h"
+#include "connections.h"
+#include "app.h"
+#include "gate.h"
+#include "util.h"
 
 #include <arpa/inet.h>
 #include <dirent.h>

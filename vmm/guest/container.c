@@ -1,7 +1,9 @@
 /* What the application finds around it, as Docker gives it: limits, directories, devices, and what is masked or read-only of /proc and /sys
    (OCI runtime-spec, config-linux.md: default devices, maskedPaths, readonlyPaths). */
 #define _GNU_SOURCE
-#include "guest.h"
+#include "container.h"
+#include "util.h"
+#include "whole.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -39,27 +41,6 @@ void allow_much(void)
 }
 
 /* ---- directories ---- */
-
-/* Makes a directory and those above it (0755, root's), through the image's links. 0, or -1 with errno. */
-int make_path(const char *path)
-{
-    char part[PATH_MAX];
-    struct stat found;
-    if (strlen(path) >= sizeof part) { errno = ENAMETOOLONG; return -1; }
-    strcpy(part, path);
-    for (char *end = part;;) {
-        end += strspn(end, "/");
-        end += strcspn(end, "/");
-        char kept = *end;
-        *end = 0;
-        if (*part && stat(part, &found) && mkdir(part, 0755)) return -1;
-        if (!(*end = kept)) break;
-    }
-    if (stat(path, &found)) return -1;
-    if (S_ISDIR(found.st_mode)) return 0;
-    errno = ENOTDIR;
-    return -1;
-}
 
 /* ---- mounts ---- */
 

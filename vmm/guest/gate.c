@@ -17,7 +17,8 @@
    The same over IPv6, for applications that listen on ::1 only: from HOST6 to GUEST6, rewritten to ::1. The guest's eth0 has no IPv6 address,
    so that it says nothing by itself, and resolvers see no IPv6; the kernel takes ::1 from eth0 by a local route over that very device. */
 #define _GNU_SOURCE
-#include "guest.h"
+#include "gate.h"
+#include "util.h"
 
 #include <arpa/inet.h>
 #include <errno.h>

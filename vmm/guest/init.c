@@ -1,12 +1,20 @@
 /* Boot: modules, disk, network; then the loop that serves the channel, the application's output and its end. */
 #define _GNU_SOURCE
-#include "guest.h"
+#include "app.h"
+#include "container.h"
+#include "gate.h"
+#include "listeners.h"
+#include "modules.h"
+#include "oom.h"
+#include "port.h"
+#include "shell.h"
+#include "util.h"
+#include "wake.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mount.h>
@@ -15,40 +23,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
-
-void say(const char *format, ...)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_BOOTTIME, &now);
-    char line[512];
-    int used = snprintf(line, sizeof line, "init %ld.%03ld: ", (long)now.tv_sec, now.tv_nsec / 1000000);
-    va_list arguments;
-    va_start(arguments, format);
-    used += vsnprintf(line + used, sizeof line - (size_t)used - 2, format, arguments);
-    va_end(arguments);
-    if (used > (int)sizeof line - 2) used = sizeof line - 2;
-    line[used++] = '\n';
-    (void)!write(2, line, (size_t)used);
-}
-
-void must(int result, const char *what)
-{
-    if (result >= 0) return;
-    say("%s: %s", what, strerror(errno));
-    sync();
-    reboot(RB_POWER_OFF);
-    _exit(1);
-}
-
-void put(const char *path, const char *text)
-{
-    int file = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-    if (file < 0) { say("%s: %s", path, strerror(errno)); return; }
-    (void)!write(file, text, strlen(text));
-    close(file);
-}
 
 static void load_modules(const char *list)
 {

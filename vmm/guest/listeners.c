@@ -1,6 +1,7 @@
 /* Which TCP sockets listen: told to the host, which says it in the microVM's log where a request found nothing at its port. */
 #define _GNU_SOURCE
-#include "guest.h"
+#include "listeners.h"
+#include "port.h"
 
 #include <linux/inet_diag.h>
 #include <linux/netlink.h>

@@ -2,7 +2,8 @@
    root and outside of the application's namespaces. Nobody may have one unless the image has all capabilities: then that program is this
    binary, which leaves it to the image's modprobe, where there is one, and else reads /lib/modules itself (modules.dep(5)). */
 #define _GNU_SOURCE
-#include "guest.h"
+#include "modules.h"
+#include "util.h"
 
 #include <errno.h>
 #include <fcntl.h>

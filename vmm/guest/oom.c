@@ -1,7 +1,9 @@
 /* The kernel's log is followed for one thing: that it has killed a process for want of memory. The host says so in the microVM's log;
    otherwise nobody would know why an application, or a part of it, is gone. */
 #define _GNU_SOURCE
-#include "guest.h"
+#include "oom.h"
+#include "port.h"
+#include "util.h"
 
 #include <errno.h>
 #include <fcntl.h>

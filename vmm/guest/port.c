@@ -1,6 +1,7 @@
 /* The channel: frames in, frames out, never blocking and never spinning. */
 #define _GNU_SOURCE
-#include "guest.h"
+#include "port.h"
+#include "util.h"
 
 #include <dirent.h>
 #include <errno.h>

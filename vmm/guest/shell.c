@@ -1,7 +1,10 @@
 /* Shells: a root shell in the application's container on a PTY of that container, one for each that the host opens.
    Both directions go by credit, so that a slow reader on either side stops its own shell and nothing else. */
 #define _GNU_SOURCE
-#include "guest.h"
+#include "shell.h"
+#include "app.h"
+#include "port.h"
+#include "util.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -1,12 +1,12 @@
 /* Why an image does not start: one line more than the kernel's error, for whoever wrote the Dockerfile. */
 #define _GNU_SOURCE
-#include "guest.h"
+#include "start.h"
+#include "util.h"
 
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,19 +17,6 @@
 #define WORD_MAX 131072u /* of one argument or variable, with its end (Linux, MAX_ARG_STRLEN) */
 #define WORDS_MAX 2097152u /* of all, with their pointers: a quarter of the stack's limit, which is 8 MiB (execve(2)) */
 #define HEAD 4096
-
-void tell(const char *format, ...)
-{
-    char line[1024] = "torpor: ";
-    size_t used = strlen(line);
-    va_list arguments;
-    va_start(arguments, format);
-    int length = vsnprintf(line + used, sizeof line - used - 1, format, arguments);
-    va_end(arguments);
-    used = length < 0 || used + (size_t)length > sizeof line - 2 ? sizeof line - 2 : used + (size_t)length;
-    line[used++] = '\n';
-    (void)!write(2, line, used);
-}
 
 static int is_systemd(const char *program)
 {

@@ -1,6 +1,8 @@
 /* What a restored guest must put right: the wall clock, the kernel's randomness, and outbound connections. */
 #define _GNU_SOURCE
-#include "guest.h"
+#include "wake.h"
+#include "connections.h"
+#include "util.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -1,6 +1,7 @@
 /* The whole machine, for an application with all capabilities: devices, and control groups. */
 #define _GNU_SOURCE
-#include "guest.h"
+#include "whole.h"
+#include "util.h"
 
 #include <errno.h>
 #include <fcntl.h>
