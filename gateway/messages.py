@@ -230,7 +230,7 @@ class Suspended(msgspec.Struct):
 
 
 class SessionState(msgspec.Struct):
-    """One hypervisor that holds a session. `phase`: prepared, starting, running, stopped, warm."""
+    """One hypervisor that holds a session. `phase`: prepared, starting, running, saving (its guest stops soon, or has), stopped, warm."""
 
     session: str
     incarnation: int

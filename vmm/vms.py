@@ -46,6 +46,10 @@ class VmEntry:
         return self.machine.record.incarnation
 
     @property
+    def is_being_saved(self) -> bool:
+        return self.saving is not None and not self.saving.done()
+
+    @property
     def has_ended(self) -> bool:
         return self.machine.record.phase == "ended"
 

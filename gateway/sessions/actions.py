@@ -500,7 +500,7 @@ class Actions:
             if held is not None:  # prepared, and not told to run: the snapshot is good
                 await self._host.kill(session.id, held.incarnation)
             return Fired(Event.NOT_RESUMED)
-        if session.state is State.SUSPENDING and (held is None or held.phase == "stopped"):
+        if session.state is State.SUSPENDING and (held is None or held.phase in ("saving", "stopped")):
             if saved != session.incarnation and held is not None and held.incarnation == session.incarnation:
                 # The snapshot is being written, or who wrote it is gone: asked again, the host goes on with it.
                 self._note_saved(session, await self._host.suspend(session.id, session.incarnation, _memory_bytes(session)))
@@ -531,7 +531,7 @@ class Actions:
             if phase == "prepared":
                 await self._start(session)
             else:
-                if phase == "stopped":
+                if phase in ("saving", "stopped"):
                     await self._host.unpause(session.id, session.incarnation)
                 agent = self._channels.attach(session, await self._host.agent(session.id, session.incarnation))
                 state, code = await agent.hello(_WOKEN_SECONDS)

@@ -224,7 +224,7 @@ async def test_a_guest_that_cannot_be_taken_over_now_is_asked_again(rig: Rig, er
     assert one.state is State.RUNNING and rig.host.calls.count("agent RUNNING") == 3
 
 
-@pytest.mark.parametrize("phase", ["stopped", "running"])
+@pytest.mark.parametrize("phase", ["stopped", "saving", "running"])
 async def test_a_control_that_starts_in_the_middle_of_a_suspend_loses_nothing(rig: Rig, phase: str) -> None:
     one = await rig.launched(idle_policy=POLICY)
     one.state = State.SUSPENDING
@@ -232,7 +232,7 @@ async def test_a_control_that_starts_in_the_middle_of_a_suspend_loses_nothing(ri
     rig.host.fail["suspend"] = [RpcLost("busy")]
     rig.lifecycle.settle(one)
     await rig.lifecycle.quiet()
-    assert one.state is (State.SUSPENDED if phase == "stopped" else State.RUNNING) and not deleted(rig)
+    assert one.state is (State.SUSPENDED if phase != "running" else State.RUNNING) and not deleted(rig)
 
 
 async def test_a_suspend_that_fails_leaves_no_guest_stopped(rig: Rig) -> None:

@@ -64,7 +64,7 @@ class HostCalls:
     def _state(self, entry: VmEntry) -> m.SessionState:
         record = entry.machine.record
         return m.SessionState(
-            entry.session, record.incarnation, record.phase,
+            entry.session, record.incarnation, "saving" if entry.is_being_saved else record.phase,
             self._cgroups.memory_bytes(record.vm), self._cgroups.cpu_seconds(record.vm),
         )  # fmt: skip
 

@@ -226,7 +226,10 @@ class SessionCalls:
         return m.Suspended(pages, others, disks.stored_bytes(self._snapshots.overlay(session)), time.monotonic() - started)
 
     async def rpc_unpause(self, connection: Connection, body: m.SessionRef) -> None:
-        """Calls a suspend off: the guest runs on, its snapshot is void."""
+        """Calls a suspend off: the guest runs on, its snapshot is void. One that waits for its turn would stop the guest after all."""
+        entry = self._vms.require(body.session, body.incarnation)
+        if entry.saving is not None and not (await asyncio.wait([entry.saving], timeout=_SHORT_SECONDS))[0]:
+            raise Unavailable(f"session {body.session} is busy: it is being saved")
         async with self._vms.owned(body.session, "being let run on", _SHORT_SECONDS):
             entry = self._vms.require(body.session, body.incarnation)
             await executors.LATENCY.run(self._snapshots.called_off, body.session, body.incarnation)
