@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Application:
     """`survives` and `sees` are the row's words in docs/applications.md: what is as before after a sleep, and what its client notices.
     `memory` is minimumMemoryInMiB, `launch` has members of RunMicrovm, `files` makes those that are not in the image's directory. `times` is
-    how long its build may take, in seconds. `unseen` rows have not been seen to pass yet."""
+    how long its build may take, in seconds."""
 
     name: str
     title: str
@@ -33,7 +33,6 @@ class Application:
     launch: Mapping[str, Any] = field(default_factory=dict)
     files: Callable[[], Mapping[str, bytes]] = dict
     times: float = 400.0
-    unseen: bool = False
 
 
 def applications() -> list[Application]:
