@@ -210,5 +210,6 @@ def init_sources() -> list[Path]:
 def make_init(target: Path, sources: Path = _GUEST) -> None:
     """Compiles the guest's init into the directory `target`, and writes down which protocol its agent speaks (commit 165a0cb's: 1)."""
     _run("make", "-s", "-C", str(sources), f"OUT={target}")
-    number = re.search(r"#define AGENT_PROTOCOL (\d+)", (sources / "port.h").read_text(encoding="utf-8"))
+    headers = "".join(path.read_text(encoding="utf-8") for path in sorted(sources.glob("*.h")))
+    number = re.search(r"#define AGENT_PROTOCOL (\d+)", headers)
     (target / "protocol").write_text(number[1] if number else "1", encoding="ascii")

@@ -110,11 +110,12 @@ def save_record(directory: Path, record: Process) -> None:
 
 
 def last_words(directory: Path) -> str:
-    """The end of what the hypervisor wrote on its standard error; empty when it wrote nothing."""
+    """The end of what the hypervisor wrote on its standard error, as one line; empty when it wrote nothing."""
     try:
         with (directory / STDERR).open("rb") as file:
             file.seek(-min(4 * QUOTED_CHARACTERS, file.seek(0, os.SEEK_END)), os.SEEK_END)
-            return file.read().decode("utf-8", errors="replace").strip()[-QUOTED_CHARACTERS:]
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+        return "; ".join(line.strip() for line in lines if line.strip())[-QUOTED_CHARACTERS:]
     except OSError:
         return ""
 

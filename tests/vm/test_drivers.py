@@ -423,7 +423,7 @@ async def ends_at_its_start(one: Rig) -> None:
     (image / DEVICES).write_bytes(b"no state")
     for _ in range(5):
         machine = await one.driver.standby(image)
-        with pytest.raises(Refused, match=r"could not be loaded from .*: .*Not a migration stream"):
+        with pytest.raises(Refused, match=r"devices\.state is not what was written, .*Not a migration stream"):
             await machine.prepare(image, image / one.driver.disk_template, await one.network.take())
         await machine.kill()
     await one.driver.forget_image(image.name)
