@@ -359,7 +359,8 @@ def recorded() -> str:
 
 def clear(directory: Path) -> None:
     """Removes a machine that nobody runs any more."""
-    remove_groups([group for where in hierarchies() for group in where.glob(f"**/{directory.name}")])
+    walks = (os.walk(where) for where in hierarchies())  # which passes over groups that end meanwhile
+    remove_groups([Path(where) / directory.name for walk in walks for where, names, _ in walk if directory.name in names])
     remove(directory)
 
 

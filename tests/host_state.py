@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import socket
 import subprocess
@@ -69,8 +70,10 @@ def _links() -> Iterator[str]:
     return (name for _, name in socket.if_nameindex())
 
 
-def _groups() -> Iterator[str]:
-    return (str(path) for path in Path("/sys/fs/cgroup").glob("**/torpor-*"))
+def groups(root: str = "/sys/fs/cgroup") -> Iterator[str]:
+    """Those of ours below `root`. `os.walk` passes over what is removed meanwhile: the service under test ends guests of its own."""
+    for directory, names, _ in os.walk(root):
+        yield from (f"{directory}/{name}" for name in names if name.startswith("torpor-"))
 
 
 def _tables() -> list[str]:
@@ -84,7 +87,7 @@ def _tables() -> list[str]:
 def _files() -> Iterator[str]:
     """What instances wrote down in the cache that they share is theirs too."""
     needs = f"{os.environ.get('TORPOR_CACHE', '/var/cache/torpor')}/needed-roots/*"
-    return (str(path) for place in (*_PLACES, needs) for path in Path("/").glob(place.lstrip("/")))
+    return (path for place in (*_PLACES, needs) for path in glob.iglob(place))
 
 
 def _settings() -> Iterator[str]:
@@ -94,7 +97,7 @@ def _settings() -> Iterator[str]:
 
 
 KINDS: dict[str, Callable[[], Iterator[str] | list[str]]] = {
-    "processes": _processes, "mounts": _mounts, "namespaces": _namespaces, "links": _links, "control groups": _groups,
+    "processes": _processes, "mounts": _mounts, "namespaces": _namespaces, "links": _links, "control groups": groups,
     "nft tables": _tables, "files": _files, "settings": _settings,
 }  # fmt: skip
 

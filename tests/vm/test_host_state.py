@@ -93,7 +93,7 @@ def link(tmp_path: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def control_group(tmp_path: Path) -> Iterator[str]:
-    parents = (path.parent for path in sorted(Path("/sys/fs/cgroup").glob("**/cgroup.procs")))
+    parents = (Path(directory) for directory, _, files in os.walk("/sys/fs/cgroup") if "cgroup.procs" in files)
     group = next(parent for parent in parents if parent != Path("/sys/fs/cgroup/unified")) / NAME
     group.mkdir()
     try:
@@ -175,6 +175,20 @@ def test_a_leak_is_found(plant: Callable[[Path], AbstractContextManager[str]], t
         found = host_state.left(before, host_state.snapshot())
         assert [one for one in found if planted in one], found
     assert not [one for one in host_state.left(before, host_state.snapshot()) if planted in one]
+
+
+def test_a_group_that_ends_while_they_are_listed_is_none_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torpor-one", "gone", "torpor-two"):
+        (tmp_path / name).mkdir()
+    scandir = os.scandir
+
+    def remove_and_list(path: str) -> Iterator[os.DirEntry[str]]:
+        if os.fspath(path).endswith("/gone"):
+            os.rmdir(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", remove_and_list)
+    assert set(host_state.groups(str(tmp_path))) == {f"{tmp_path}/torpor-one", f"{tmp_path}/torpor-two"}
 
 
 def test_a_namespace_ends_with_its_last_descriptor() -> None:
