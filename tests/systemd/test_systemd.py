@@ -1,4 +1,4 @@
-"""The units in a real systemd: what trial.py found in the machine that machine.py makes. `make test-long-systemd` runs it."""
+"""The units in a real systemd: what trial.py found in the machine that tests/machine.py makes. `make test-long-systemd` runs it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import machine
+from machine import Job, machine
 from scratch import scratch
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
@@ -29,7 +29,7 @@ def told() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     with scratch(".torpor-systemd-") as directory:
         log = directory / "console.log"
-        with machine(directory, cache, log) as (lines, end):
+        with machine(directory, cache, log, Job(".venv/bin/python tests/systemd/trial.py")) as (lines, end):
             timer = threading.Timer(DEADLINE_SECONDS, end)
             timer.start()
             for line in lines:

@@ -1,8 +1,8 @@
-"""A host as operators have it: Debian with systemd, udev, the unified hierarchy of control groups and KVM, in one QEMU machine.
+"""A host as operators have it, in one QEMU machine: Debian with systemd, udev, the unified hierarchy of control groups, and KVM.
 
 Its disk is made once and kept in the cache. A run writes to a copy that goes with it, and brings a second disk: the tree with its virtual
-environment, and what `make setup` has made. Its processor is emulated whatever the host has, and offers AMD's SVM: what the machine runs
-are guests of its own KVM.
+environment, what `make setup` has made, and the job. The processor is emulated whatever the host has, and offers AMD's SVM: what the
+machine runs are guests of its own KVM. It begins with systemd, which then does the job, or with the job itself, which is quicker.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ import fresh
 
 from vmm import kernel, making, mirrors
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[1]
 RELEASE = "bookworm"
-SYSTEM = ("systemd-sysv", "udev", "dbus", "busybox-static", "procps")
-DISK_MIB, MEMORY_MIB = 12_288, 6144
+SYSTEM = ("systemd-sysv", "udev", "dbus", "busybox-static", "procps", "xfsprogs")
+DISK_MIB, LENT_MIB = 12_288, 6144
 UNIT = """[Unit]
 RequiresMountsFor=/lent
 Wants=network-online.target
@@ -37,21 +38,56 @@ Environment=HOME=/root
 ExecStart=/bin/sh /lent/start
 ExecStopPost=/bin/systemctl poweroff --force
 """
+# Of a job that systemd starts. What it tells goes to the second serial port, everything else to the first.
 START = """set -e
 mkdir -p '{repo}' /var/cache/torpor
 mount --bind /lent/tree '{repo}'
 mount --bind /lent/cache /var/cache/torpor
 cd '{repo}'
-exec .venv/bin/python tests/systemd/trial.py > /dev/ttyS1 2> /dev/ttyS0
+exec {job} > /dev/ttyS1 2> /dev/ttyS0
 """
-# The kernel of the cache has its drivers of disks as modules.
+# Of one that is the machine's first process: what systemd, udev and a DHCP client would have done. The network is QEMU's own (slirp).
+FIRST = """mount -t proc proc /proc; mount -t sysfs sys /sys; mkdir -p /dev/pts /dev/shm
+mount -t devpts pts /dev/pts; mount -t tmpfs -o mode=1777 shm /dev/shm; mount -t tmpfs -o mode=755 run /run; mkdir -p /run/lock
+mount -t cgroup2 cgroup /sys/fs/cgroup
+for module in kvm-amd kvm-intel tun veth nf_tables overlay loop xfs virtio_net; do modprobe -q "$module"; done
+echo host > /proc/sys/kernel/hostname; ip link set lo up
+for link in /sys/class/net/e*; do ip link set "${{link##*/}}" up; ip address add 10.0.2.15/24 dev "${{link##*/}}"; done
+ip route add default via 10.0.2.2
+export HOME=/root PATH=/lent/programs:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+(
+{start}
+)
+sync
+echo o > /proc/sysrq-trigger
+sleep 60
+"""
+# The kernel of the cache has its drivers of disks as modules. A word of the kernel's line that it does not know is a variable here.
 INIT = """#!/bin/busybox sh
 /bin/busybox mount -t devtmpfs dev /dev
 for module in $(/bin/busybox cat /modules); do /bin/busybox insmod /m/$module; done
 /bin/busybox mount -t ext4 /dev/vda /new
+if [ "$first" ]; then
+    /bin/busybox mkdir -p /new/lent
+    /bin/busybox mount -t ext4 /dev/vdb /new/lent
+    /bin/busybox mount -o move /dev /new/dev
+    exec /bin/busybox switch_root /new /bin/bash /lent/first
+fi
 /bin/busybox umount /dev
 exec /bin/busybox switch_root /new /sbin/init
 """
+
+
+@dataclass(frozen=True)
+class Job:
+    """`command` is run in the tree, and tells of itself in lines of JSON on standard output. `programs` are on its path; `first`: it is
+    started by the machine's first process, not by systemd. `room_mib`: of an empty disk of its own, /dev/vdc."""
+
+    command: str
+    memory_mib: int = 6144
+    programs: dict[str, Path] = field(default_factory=dict)
+    first: bool = False
+    room_mib: int = 0
 
 
 def _run(*command: str | Path, deadline: float = 900) -> None:
@@ -132,35 +168,44 @@ def system(cache: Path) -> Path:
     return place
 
 
-def lend(directory: Path, cache: Path) -> Path:
-    """A disk with the tree and the cache."""
+def lend(directory: Path, cache: Path, job: Job) -> Path:
+    """A disk with the tree, the cache and the job."""
     lent = directory / "lent"
     (lent / "cache").mkdir(parents=True)
+    (lent / "programs").mkdir()
     # Bytecode comes along: an emulated processor takes long to make it.
     left = {str(REPO): {".git", ".mypy_cache", ".ruff_cache", ".hypothesis"}, str(REPO / ".venv"): {"clients", "autocannon"}}
     shutil.copytree(REPO, lent / "tree", symlinks=True, ignore=lambda where, names: left.get(where, set()) & set(names))
     for one in cache.iterdir():
-        if not one.name.startswith("systemd") and one.name not in ("lock", "kvm-probe"):
+        if not one.name.startswith(("systemd", "firecracker-")) and one.name not in ("lock", "kvm-probe"):
             _run("cp", "-a", one, lent / "cache")
-    (lent / "start").write_text(START.format(repo=REPO), encoding="utf-8")
-    _run("mke2fs", "-q", "-t", "ext4", "-d", lent, directory / "lent.raw", "6144M")
+    for name, program in job.programs.items():
+        shutil.copy(program, lent / "programs" / name)
+        (lent / "programs" / name).chmod(0o755)
+    start = START.format(repo=REPO, job=job.command)
+    (lent / "start").write_text(start, encoding="utf-8")
+    (lent / "first").write_text(FIRST.format(start=start), encoding="utf-8")
+    _run("mke2fs", "-q", "-t", "ext4", "-d", lent, directory / "lent.raw", f"{LENT_MIB}M")
     making.remove(lent)
     return directory / "lent.raw"
 
 
 @contextlib.contextmanager
-def machine(directory: Path, cache: Path, log: Path) -> Iterator[tuple[Iterator[dict[str, Any]], Callable[[], None]]]:
-    """Boots it; yields what the trial in it tells, as it does, and what ends it."""
+def machine(directory: Path, cache: Path, log: Path, job: Job) -> Iterator[tuple[Iterator[dict[str, Any]], Callable[[], None]]]:
+    """Boots it; yields what the job in it tells, as it does, and what ends it."""
     disk = system(cache)
-    lent = lend(directory, cache)
+    drives = [f"file={disk / 'disk.raw'},snapshot=on", f"file={lend(directory, cache, job)},cache=unsafe"]
+    if job.room_mib:
+        (directory / "room.raw").touch()
+        os.truncate(directory / "room.raw", job.room_mib << 20)
+        drives.append(f"file={directory / 'room.raw'},cache=unsafe")
     (directory / "initrd").write_bytes(initramfs(cache, (disk / "busybox").read_bytes()))
     command = [
         "setpriv", "--pdeathsig=KILL", "--", "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm",
-        "-smp", "2", "-m", str(MEMORY_MIB), "-display", "none", "-no-reboot", "-nic", "user,model=virtio-net-pci",
+        "-smp", "2", "-m", str(job.memory_mib), "-display", "none", "-no-reboot", "-nic", "user,model=virtio-net-pci",
         "-kernel", str(cache / "kernel/vmlinuz"), "-initrd", str(directory / "initrd"),
-        "-append", "console=ttyS0 mitigations=off quiet panic=1", "-serial", f"file:{log}", "-serial", "stdio",
-        "-drive", f"file={disk / 'disk.raw'},if=virtio,format=raw,snapshot=on",
-        "-drive", f"file={lent},if=virtio,format=raw,cache=unsafe",
+        "-append", f"console=ttyS0 mitigations=off quiet panic=1{' first=1' if job.first else ''}",
+        "-serial", f"file:{log}", "-serial", "stdio", *(word for one in drives for word in ("-drive", f"{one},if=virtio,format=raw")),
     ]  # fmt: skip
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(directory)}
