@@ -322,7 +322,8 @@ async def main(settings: Settings) -> None:
     edges = Server(settings.control_socket, Service(control, Admin(settings, control.directory, control.store)), {0, settings.users.edge})
     work = [
         every(_HOUR_SECONDS, control.rotate_keys), every(_LOGS_SECONDS, control.drop_old_logs), every(_HOUR_SECONDS, control.prune),
-        every(_AUDIT_SECONDS, control.sync_audit), every(_EMPTY_SECONDS, control.quarantine.empty), control.logs.keep(),
+        every(_AUDIT_SECONDS, control.sync_audit), every(_EMPTY_SECONDS, control.quarantine.empty),
+        every(_EMPTY_SECONDS, control.registry.sweep), control.logs.keep(),
     ]  # fmt: skip
     if settings.logs.endpoint:
         shipper = Shipper(control.logs, settings.control_dir / "logs-sent.db", lambda: default_client(settings))

@@ -161,8 +161,7 @@ class Stores:
 
     def sweep(self) -> None:
         """Removes what was dropped, also by a daemon of before."""
-        for path in self._directory.glob(f"{_DROPPED}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        _remove_dropped(self._directory)
 
     def drop_unused(self, days: float, used: set[str]) -> None:
         """Removes what no build has used for so long; `used` are of accounts that build now."""
@@ -193,6 +192,11 @@ class Stores:
         with contextlib.suppress(OSError, ValueError):
             return [user for user in map(int, (place / "users").read_text(encoding="ascii").split()) if user >= _WHOLE]
         return []
+
+
+def _remove_dropped(directory: Path) -> None:
+    for path in directory.glob(f"{_DROPPED}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 async def _say(log: int, text: str) -> None:
@@ -325,19 +329,38 @@ class Builder:
             del self._builds[name]
 
     def trim(self) -> None:
-        """Has stores go that nobody has used for long; and, where the disk has no room for what is more than a cache, the one that was used
-        longest ago."""
+        """Has go what builds that are over have left, and stores that nobody has used for long; and, where the disk has no room for what
+        is more than a cache, the one that was used longest ago."""
         if self._trimming is None or self._trimming.done():
             self._trimming = asyncio.get_running_loop().create_task(self._trim())
 
     async def _trim(self) -> None:
-        try:
-            await executors.BULK.run(self._stores.drop_unused, self._settings.cache_days, self._building)
-            free = disk_free_bytes(self._directory)
-            if free < self._settings.room_bytes and await executors.BULK.run(self._stores.give_up, self._building):
-                log.warning("store.given_up", free=free)
-        except OSError as error:
-            log.warning("stores.not_trimmed", error=str(error))
+        for step in (self._drop_left, self._drop_stores):
+            try:
+                await step()
+            except OSError as error:
+                log.warning("builds.not_trimmed", error=str(error))
+
+    async def _drop_left(self) -> None:
+        """What a step that cleared away could not."""
+        work = self._directory / "work"
+        for path in (*work.iterdir(), *self._namespaces.iterdir()):
+            if path.name not in self.names:
+                self._put_away(path.name)
+        await executors.BULK.run(_remove_dropped, work)
+
+    async def _drop_stores(self) -> None:
+        await executors.BULK.run(self._stores.drop_unused, self._settings.cache_days, self._building)
+        free = disk_free_bytes(self._directory)
+        if free < self._settings.room_bytes and await executors.BULK.run(self._stores.give_up, self._building):
+            log.warning("store.given_up", free=free)
+
+    def _put_away(self, name: str) -> None:
+        """Has what a build that is over left be in the way of no other, which may have its name. Raises OSError."""
+        destroy_namespace(self._namespaces / name)
+        work = self._directory / "work"
+        if not name.startswith(_DROPPED) and (work / name).exists():
+            os.rename(work / name, work / f"{_DROPPED}{secrets.token_hex(4)}")
 
     @property
     def _building(self) -> set[str]:
@@ -375,6 +398,7 @@ class Builder:
         settings = self._settings
         try:
             store, first, single = await executors.LATENCY.run(self._stores.open, request.account, request.users)
+            self._put_away(request.build)
             (work / "root").mkdir(parents=True)
             (work / "out").mkdir()
             os.chown(work / "out", first, first)
@@ -480,7 +504,8 @@ class Builder:
         )
 
     async def _clean(self, build: _Build, group: str, namespace: Path, work: Path) -> None:
-        """A step that fails keeps no other from being taken; what is left then goes at the next start."""
+        """A step that fails keeps no other from being taken; what is left then goes with the next `trim`, a control group at the next
+        start."""
         if build.tether is not None:
             os.close(build.tether)
             build.tether = None

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -179,6 +179,14 @@ class Pipeline:
             steps.append(partial(self._host.image_delete, job.version.key))
         for step in steps:
             await self._clean_step(step)
+
+    async def sweep(self, used: Callable[[], Set[str]]) -> None:
+        """Removes what builds that are over have left in control's folder, where it could not be removed at their end. `used` are the ids
+        of the others; it is asked after the look at what there is. Raises OSError."""
+        folder = self._settings.control_dir / "builds"
+        there = await executors.BULK.run(lambda: os.listdir(folder) if folder.exists() else [])
+        for name in set(there) - used():
+            await executors.BULK.run(shutil.rmtree, folder / name)
 
     async def _clean_step(self, step: Callable[[], Awaitable[None]]) -> None:
         """Is tried again while vmm is away, and a little where it fails."""

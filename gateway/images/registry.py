@@ -289,6 +289,15 @@ class Registry:
             elif image.state in ("CREATING", "UPDATING") and not any(one.state in _UNDER_WAY for one in image.versions):
                 self._start(image.arn, self._until_stored(image, self._become(image, self._settled(image))))
 
+    async def sweep(self) -> None:
+        """Removes what builds that are over have left. Raises OSError."""
+        await self.pipeline.sweep(self._under_way)
+
+    def _under_way(self) -> set[str]:
+        """The ids of builds that wait, run, or are called off."""
+        versions = [version for image in self._store.images.values() for version in image.versions]
+        return {version.build.id for version in versions if version.build is not None and version.state in _UNDER_WAY}
+
     async def close(self) -> None:
         for task in list(self._tasks.values()):
             task.cancel()

@@ -297,6 +297,17 @@ def _shown(name: str) -> str:
     return repr(name if len(name) < _SHOWN_CHARACTERS else f"{name[: _SHOWN_CHARACTERS - 3]}...")
 
 
+def answer(archive: Path, target: Path, max_bytes: int, max_entries: int, max_ratio: int) -> dict[str, str]:
+    """Unpacks, and returns what control is told of it: an error's code and text, empty where there is none."""
+    try:
+        unpack(archive, target, max_bytes, max_entries, max_ratio)
+    except ArchiveError as error:
+        return {"code": error.code, "text": str(error)}
+    except OSError as error:
+        return {"code": "DISK_STORAGE_FULL" if error.errno == errno.ENOSPC else "INTERNAL_PLATFORM_ERROR", "text": str(error)}
+    return {"code": "", "text": ""}
+
+
 def _main() -> None:
     archive, target, max_bytes, max_entries, max_ratio = sys.argv[1:]
     os.umask(0o022)
@@ -305,14 +316,7 @@ def _main() -> None:
     # Of the context: its files, and what tar writes of each.
     most = int(max_bytes) + int(max_entries) * 8192
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    try:
-        unpack(Path(archive), Path(target), int(max_bytes), int(max_entries), int(max_ratio))
-        answer = {"code": "", "text": ""}
-    except ArchiveError as error:
-        answer = {"code": error.code, "text": str(error)}
-    except OSError as error:
-        answer = {"code": "DISK_STORAGE_FULL" if error.errno == errno.ENOSPC else "INTERNAL_PLATFORM_ERROR", "text": str(error)}
-    print(json.dumps(answer))
+    print(json.dumps(answer(Path(archive), Path(target), int(max_bytes), int(max_entries), int(max_ratio))))
 
 
 if __name__ == "__main__":

@@ -24,11 +24,17 @@ import structlog
 from seam import CONTROL, VMM, Seam, process
 from world import World
 
+import vmm.builds
 import vmm.daemon
 import vmm.drivers
 from gateway import control as control_module
 from gateway import messages as m
+from gateway.accounts.model import Caller
+from gateway.accounts.policy import Policy
+from gateway.api.images import Images
 from gateway.config import Settings
+from gateway.images import artifact, pipeline
+from gateway.images.readiness import Readiness
 from gateway.rpc import Connection, Server, Service
 from gateway.sessions.model import IdlePolicy, Image, Session, Version
 from gateway.sessions.states import Event, State
@@ -38,6 +44,8 @@ IMAGE = "image-1"
 ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a"
 _INFO = m.HostInfo("tcg", "", "qemu", "", 4096, 2, "x86_64", [])
 _BOUND_SECONDS = 3600.0  # of the loop's clock: whatever hangs longer hangs
+_CALLER = Caller("123456789012", "arn:aws:iam::123456789012:root", "Root", "AKIASIMULATION", Policy())
+_UNDER_WAY = ("PENDING", "IN_PROGRESS", "CREATING", "UPDATING", "DELETING")
 AT_REST = (State.RUNNING, State.SUSPENDED, State.TERMINATED)
 
 
@@ -52,7 +60,8 @@ class HostUnderTest:
         self.world = World()
         self.settings = Settings(
             root=directory / "root", run=directory / "run", name="sim", account="123456789012",
-            standbys=_standbys(settings.pop("warm", 0), settings.pop("warm_seconds", 300.0)), edge={"workers": 1}, **settings,
+            standbys=_standbys(settings.pop("warm", 0), settings.pop("warm_seconds", 300.0)), edge={"workers": 1},
+            images={"settle_seconds": 0.5}, **settings,
         )  # fmt: skip
         self.vmm: vmm.daemon.Vmm | None = None
         self.control: control_module.Control | None = None
@@ -73,7 +82,14 @@ class HostUnderTest:
         simulation.make_image(settings.images_dir / IMAGE)
         network = lambda directory, *_: simulation.Network(self.world, directory, self.seam)  # noqa: E731
         self._patch.setattr(vmm.daemon, "Network", network)
-        self._patch.setattr(vmm.daemon, "Builder", lambda *_: simulation.Builder())
+        self._patch.setattr(vmm.daemon, "Builder", simulation.Builder)
+        self._patch.setattr(vmm.builds, "make_namespace", lambda path, setup: path.touch())
+        self._patch.setattr(vmm.builds, "destroy_namespace", lambda path: path.unlink(missing_ok=True))
+        self._patch.setattr(vmm.builds.build_mirrors, "prepare", lambda directory: directory.mkdir(exist_ok=True))
+        self._patch.setattr(vmm.builds.build_mirrors, "mirror_hosts", lambda directory: [])
+        self._patch.setattr(asyncio, "create_subprocess_exec", simulation.starter(self.seam))
+        self._patch.setattr(pipeline, "Readiness", lambda *given: Readiness(*given, clock=asyncio.get_running_loop().time))
+        self._patch.setattr(artifact, "_client", lambda *_: simulation.ObjectStore(self.world, self.seam))
         driver = lambda settings, *_: simulation.Driver(self.world, settings.runtime / "vms", self.seam)  # noqa: E731
         self._patch.setattr(vmm.drivers, "choose", driver)
         self._patch.setattr(control_module, "default_store", lambda *_: simulation.ObjectStore(self.world, self.seam))
@@ -189,9 +205,9 @@ class HostUnderTest:
         context.run(process.set, CONTROL)
         context.run(asyncio.get_running_loop().create_task, quietly(work, one))  # type: ignore[arg-type]
 
-    def launch(self, name: str) -> None:
+    def launch(self, name: str, arn: str = ARN, number: str = "1.0", key: str = IMAGE) -> None:
         async def go(one: control_module.Control) -> None:
-            session = Session(name, f"h{name}", ARN, "1.0", IMAGE, 512, self.wall, 28_800)
+            session = Session(name, f"h{name}", arn, number, key, 512, self.wall, 28_800)
             session.idle_policy = IdlePolicy(900, 28_000, True)
             one.store.put_session(session)
             one.store.add_event(session.id, "run", "", session.state.value)
@@ -210,20 +226,40 @@ class HostUnderTest:
     def request(self, name: str) -> None:
         self.as_control(lambda one: one.lifecycle.request(one.store.sessions[name]))
 
+    def call(self, operation: str, **arguments: Any) -> None:
+        """A call of the API about the image that is built here."""
+
+        async def go(one: control_module.Control) -> None:
+            service = one.api()
+            if operation in ("create_microvm_image", "update_microvm_image"):
+                arguments.update(
+                    baseImageArn=service.managed_base, buildRoleArn="arn:aws:iam::123456789012:role/build",
+                    codeArtifact={"uri": "s3://artifacts/app.zip"}, resources=[{"minimumMemoryInMiB": 512}],
+                )  # fmt: skip
+            await getattr(Images(service, _INFO.architecture), operation)(_CALLER, arguments)
+
+        self.as_control(go)
+
+    def image(self, arn: str) -> Image | None:
+        return None if self.control is None else self.control.store.images.get(arn)
+
     def session(self, name: str) -> Session | None:
         return None if self.control is None else self.control.store.sessions.get(name)
 
     async def settled(self, names: list[str], seconds: float = _BOUND_SECONDS) -> None:
         """Returns when all are at rest and both processes are there. Raises Hung."""
-        until, sessions = asyncio.get_running_loop().time() + seconds, []
+        until, sessions, images = asyncio.get_running_loop().time() + seconds, [], []
         while asyncio.get_running_loop().time() < until:
             await asyncio.sleep(0.05)
             if self.seam.dead or self.control is None or self.vmm is None:
                 continue
             sessions = [self.control.store.sessions.get(name) for name in names]
-            if all(one is None or one.state in AT_REST for one in sessions):
+            images = list(self.control.store.images.values())
+            busy = [one.arn for one in images if {one.state, *(version.state for version in one.versions)} & {*_UNDER_WAY}]
+            if not busy and not self.control.registry._tasks and all(one is None or one.state in AT_REST for one in sessions):
                 return
-        raise Hung(f"after {seconds:g} s: {[(one.id, one.state, one.reason) for one in sessions if one is not None]}")
+        known = [(one.id, one.state, one.reason) for one in sessions if one is not None]
+        raise Hung(f"after {seconds:g} s: {known}, {[(one.arn, one.state, one.versions) for one in images]}")
 
     async def reach(self, name: str, *states: State, seconds: float = _BOUND_SECONDS) -> Session:
         """Raises Hung."""
@@ -240,10 +276,12 @@ class HostUnderTest:
         return self.world.hypervisors[entry.machine.record.vm]
 
     def files(self) -> dict[str, list[str]]:
-        root = self.settings.root
+        """What there is by folder, but for the instance's own."""
+        settings = self.settings
+        places = [settings.root / name for name in ("sessions", "quarantine", "images", "builds/work", "control/builds")]
         return {
-            name: sorted(path.name for path in (root / name).iterdir()) if (root / name).exists() else []
-            for name in ("sessions", "quarantine")
+            str(place): sorted(path.name for path in place.iterdir() if path.name not in ("instance-id", IMAGE)) if place.exists() else []
+            for place in (*places, settings.runtime / "build-netns")
         }
 
 

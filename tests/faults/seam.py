@@ -33,11 +33,14 @@ ERRORS = ("EMFILE", "ENOMEM", "ENOSPC", "EIO")
 KILL, LOST, LATE = "kill", "lost reply", "late reply"
 
 # What a full disk and a process without free descriptors refuse.
-_NEEDS = {"ENOSPC": {"open", "write", "mkdir", "link", "transaction", "copy_range"}, "EMFILE": {"open", "scandir", "listdir", "dup"}}
+_NEEDS = {
+    "ENOSPC": {"open", "write", "mkdir", "link", "transaction", "copy_range"},
+    "EMFILE": {"open", "scandir", "listdir", "dup", "pipe2"},
+}
 # What our code asks of the kernel about files, by name. Closing and waiting are left out: they take nothing that could be short.
 _CALLS = (
     "open", "rename", "replace", "link", "symlink", "unlink", "mkdir", "rmdir", "fsync", "ftruncate", "write", "pwrite", "read", "scandir",
-    "listdir", "stat", "lstat", "dup", "chmod", "utime",
+    "listdir", "stat", "lstat", "dup", "chmod", "chown", "utime", "pipe2",
 )  # fmt: skip
 _SYSCALLS = ("exchange", "copy_range", "data_segments")  # of vmm/syscalls.py
 

@@ -1,4 +1,4 @@
-"""The steps of a session's life, each with what comes before it; and what must hold after it, whatever fault it met."""
+"""The steps of a session's and an image's life, each with what comes before it; and what must hold after it, whatever fault it met."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from harness import HostUnderTest, Hung, host
 from seam import Plan, Seam, faults_of
 from timewarp import TimeWarp
 
+from gateway.sessions.model import Image
 from gateway.sessions.states import Event, State
 
-_TRIES = 8  # to wake a session after a fault: whoever was told to try again does
+_TRIES = 8  # to wake a session, or to do something about an image, after a fault: whoever was told to try again does
+_NAME = "new"  # of the image that is built here
+_ARN = f"arn:aws:lambda:us-east-1:123456789012:microvm-image:{_NAME}"
+Call = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Step:
     act: Callable[[Case], Awaitable[None]]
     settings: dict[str, Any] = field(default_factory=dict)
     ends: tuple[str, ...] = ()  # sessions that the step may end: launched in it, or terminated by it
+    again: Callable[[Image | None], Call | None] = lambda image: None  # what is to be asked for until the image is as was wanted
 
 
 class Case:
@@ -31,8 +36,11 @@ class Case:
         self.host = one
         self.ledger: dict[str, int] = {}
 
-    async def launch(self, name: str, count: int = 3) -> None:
-        self.host.launch(name)
+    async def launch(self, name: str, count: int = 3, of: str = "") -> None:
+        """Of the version `of` of the image that is built here, or of the one that is there."""
+        image = self.host.image(_ARN)
+        version = image.find(of) if image is not None else None
+        self.host.launch(name, *((_ARN, of, version.key) if version is not None else ()))
         await self.host.reach(name, State.RUNNING)
         self.ledger[name] = 0
         self.count(name, count)
@@ -48,6 +56,11 @@ class Case:
     async def wake(self, name: str) -> None:
         self.host.request(name)
         await self.host.reach(name, State.RUNNING)
+
+    async def call(self, operation: str, arguments: dict[str, Any]) -> None:
+        self.host.call(operation, **arguments)
+        await asyncio.sleep(0.01)
+        await self.host.settled([])
 
 
 async def _running(case: Case) -> None:
@@ -130,6 +143,58 @@ async def _archived(case: Case) -> None:
     assert session is not None and session.archived is not None, "it was not archived"
 
 
+# ---- images ----
+
+_CREATE: Call = "create_microvm_image", {"name": _NAME}
+_UPDATE: Call = "update_microvm_image", {"imageIdentifier": _ARN}
+_DELETE: Call = "delete_microvm_image", {"imageIdentifier": _ARN}
+
+
+def _delete_version(number: str) -> Call:
+    return "delete_microvm_image_version", {"imageIdentifier": _ARN, "imageVersion": number}
+
+
+async def _one_version(case: Case) -> None:
+    """And one that sleeps: of this version."""
+    await case.call(*_CREATE)
+    await case.launch("v", of="1.0")
+    await case.suspend("v")
+
+
+async def _two_versions(case: Case) -> None:
+    """And one that sleeps: of the newer."""
+    await case.call(*_CREATE)
+    await case.call(*_UPDATE)
+    await case.launch("v", of="2.0")
+    await case.suspend("v")
+
+
+async def _unused(case: Case) -> None:
+    await _asleep(case)
+    await case.call(*_CREATE)
+
+
+def _does(*calls: Call, pause: float = 0.0) -> Callable[[Case], Awaitable[None]]:
+    async def act(case: Case) -> None:
+        for operation, arguments in calls:
+            case.host.call(operation, **arguments)
+            await asyncio.sleep(pause)
+
+    return act
+
+
+def _until_built(image: Image | None) -> Call | None:
+    if image is None:
+        return _CREATE
+    if image.state in ("CREATE_FAILED", "DELETE_FAILED"):
+        return _DELETE
+    return _UPDATE if image.versions[-1].state != "SUCCESSFUL" else None
+
+
+def _until_without(number: str) -> Callable[[Image | None], Call | None]:
+    return lambda image: _delete_version(number) if image is not None and image.find(number) is not None else None
+
+
 _ARCHIVE: dict[str, Any] = {
     "archive": {"after_seconds": 10.0}, "object_store": {"embedded": False, "endpoint": "http://store", "access_key": "k", "secret_key": "s"}
 }  # fmt: skip
@@ -150,6 +215,11 @@ STEPS = {
     "terminate": Step(_running, _terminate, ends=("a",)),
     "terminate asleep": Step(_asleep, _terminate, ends=("a",)),
     "terminate warm": Step(_asleep, _terminate, {"warm": 1}, ends=("a",)),
+    "build": Step(_asleep, _does(_CREATE), again=_until_built),
+    "update of an image": Step(_one_version, _does(_UPDATE), again=_until_built),
+    "deletion of an image": Step(_unused, _does(_DELETE), again=lambda image: _DELETE if image is not None else None),
+    "deletion of a version": Step(_two_versions, _does(_delete_version("1.0")), again=_until_without("1.0")),
+    "deletion of a version in build": Step(_one_version, _does(_UPDATE, _delete_version("2.0"), pause=0.1), again=_until_without("2.0")),
     "recovery of vmm": Step(_in_all_states, _vmm_again, {"warm": 1}),
     "recovery of control": Step(_in_all_states, _control_again, {"warm": 1}),
 }
@@ -230,8 +300,32 @@ async def _look(case: Case, step: Step, outcome: Outcome) -> None:
         await case.wake(name)
         if (found := one.guest(name).counter) != count + 1:
             lost.append(f"{name} has counted {found} after one more sleep, not {count + 1}")
+    await _look_at_image(case, step, lost)
     await _end_all(case, step)
     _nothing_left(one, lost)
+
+
+async def _look_at_image(case: Case, step: Step, lost: list[str]) -> None:
+    """Asked again, it becomes what was wanted; and what is there of it can be launched."""
+    one = case.host
+    image = await _asked(case, step.again)
+    if image is not None:
+        number = image.versions[-1].version
+        await case.launch("i", of=number)
+        await case.suspend("i")
+        await case.wake("i")
+        if (found := one.guest("i").counter) != case.ledger["i"]:
+            lost.append(f"a session of version {number} has counted {found}")
+
+
+async def _asked(case: Case, again: Callable[[Image | None], Call | None]) -> Image | None:
+    """Asks until there is nothing to be asked for; returns the image, where there is one."""
+    for _ in range(_TRIES):
+        call = again(case.host.image(_ARN))
+        if call is None:
+            return case.host.image(_ARN)
+        await case.call(*call)
+    raise AssertionError(f"the image does not become what was asked for: {case.host.image(_ARN)}")
 
 
 async def _end_all(case: Case, step: Step) -> None:
@@ -245,12 +339,14 @@ async def _end_all(case: Case, step: Step) -> None:
             one.fire(name, Event.TERMINATE, "Success.")
             await asyncio.sleep(1)
             await one.settled([name])
+    await _asked(case, lambda image: _DELETE if image is not None else None)
+    one.as_control(lambda control: control.registry.sweep())
     await asyncio.sleep(30)  # housekeeping
 
 
 def _nothing_left(one: HostUnderTest, lost: list[str]) -> None:
     for folder, names in one.files().items():
-        if left := [name for name in names if not name.startswith(".") and name != "instance-id"]:
+        if left := [name for name in names if not name.startswith(".") or not folder.endswith("sessions")]:
             lost.append(f"left in {folder}/: {left}")
     assert one.vmm is not None
     waiting = sum(one.vmm.standbys.statistics().values())

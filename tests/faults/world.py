@@ -1,19 +1,30 @@
-"""What outlives the processes of a simulated host: hypervisors with guests that count, and links. No fault strikes here."""
+"""What outlives the processes of a simulated host: hypervisors with guests that count, links, objects; and the programs that it starts. No
+fault strikes here."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import json
 import os
 import socket
 import struct
+import sys
+import zipfile
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from gateway.images import unpack
 from gateway.sessions.frame import HEADER, MAGIC_BYTES, frame
 
 PAGE = 4096
 COUNTER = 7  # the page in which a guest counts; one more page is written each time
-_HELLO, _WAKE, _STOP, _IS_HELLO, _WOKEN = 0x01, 0x02, 0x0B, 0x81, 0x82  # vmm/guest/port.h
+_HELLO, _WAKE, _SYNC, _STOP, _IS_HELLO, _WOKEN = 0x01, 0x02, 0x0A, 0x0B, 0x81, 0x82  # vmm/guest/port.h
+_DOCKERFILE = 'FROM public.ecr.aws/lambda/microvms:al2023-minimal\nCMD ["/count"]\n'
+_BUILT = {"Cmd": ["/count"]}
+_STEP_SECONDS = 0.05  # of a program
 
 
 @dataclass(eq=False)
@@ -105,6 +116,8 @@ class Hypervisor:
             guest.sendall(frame(_IS_HELLO, payload[:8] + struct.pack("<Ii", 1, 0)))
         elif kind == _WAKE:
             guest.sendall(frame(_WOKEN, payload[8:16]))
+        elif kind == _SYNC:
+            guest.sendall(frame(_WOKEN, payload[:8]))
         elif kind == _STOP:  # nothing in it heeds the signal
             guest.sendall(frame(_WOKEN, payload[:8] + struct.pack("<II", 0, 0)))
 
@@ -113,6 +126,79 @@ class Hypervisor:
         self.runs = True
         for guest in self.guests:
             asyncio.get_running_loop().add_reader(guest, self._heard, guest)
+
+
+class Program:
+    """A process that vmm or control has started: it does its work in a moment, unless it is killed before."""
+
+    pid = 1 << 22  # no process has that number (proc_sys_kernel(5), pid_max)
+
+    def __init__(self, arguments: tuple[str, ...], named: dict[str, Any]) -> None:
+        self.returncode: int | None = None
+        self.arguments, self.named = arguments, named
+
+    async def wait(self) -> int:
+        await asyncio.sleep(_STEP_SECONDS)
+        if self.returncode is None:
+            self.returncode = 0
+            self.work()
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            self.returncode = -9
+
+    def work(self) -> None: ...
+
+
+class Unpacker(Program):
+    """python -m gateway.images.unpack."""
+
+    said: dict[str, str]
+
+    async def communicate(self) -> tuple[bytes, bytes]:
+        await self.wait()
+        return json.dumps(self.said).encode(), b""
+
+    def work(self) -> None:
+        archive, target, *bounds = self.arguments[3:]
+        self.said = unpack.answer(Path(archive), Path(target), *(int(float(bound)) for bound in bounds))
+
+
+class Slirp(Program):
+    """Is ready at once."""
+
+    def __init__(self, arguments: tuple[str, ...], named: dict[str, Any]) -> None:
+        super().__init__(arguments, named)
+        (ready,) = (one.partition("=")[2] for one in arguments if one.startswith("--ready-fd="))
+        os.write(int(ready), b"1")
+
+
+class Jail(Program):
+    """build-jail.sh: builds a container, and leaves its disk."""
+
+    def __init__(self, arguments: tuple[str, ...], named: dict[str, Any]) -> None:
+        super().__init__(arguments, named)
+        os.write(named["stdout"], b"STEP 1/1: CMD\n")
+        os.write(named["stdin"], b"CONTAINER\n")
+
+    def work(self) -> None:
+        out = next(Path(word) for word in self.arguments if word.endswith("/out"))
+        (out / "disk.raw").write_bytes(b"\0" * PAGE)
+        (out / "config.json").write_text(json.dumps(_BUILT))
+        (out / "code_bytes").write_text("1")
+
+
+def program(arguments: tuple[str, ...], named: dict[str, Any]) -> Program:
+    kinds = {"nsenter": Jail, "unshare": Slirp, sys.executable: Unpacker}
+    return kinds[arguments[0]](arguments, named)
+
+
+def artifact() -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr("Dockerfile", _DOCKERFILE)
+    return made.getvalue()
 
 
 @dataclass

@@ -327,6 +327,29 @@ async def test_what_cannot_be_cleared_away_keeps_nothing_else(builder: Builder, 
         os.close(end)
 
 
+async def test_what_could_not_be_cleared_away_goes_later_and_hinders_no_build(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stayed until the daemon's next start: gigabytes, and a build that was begun again failed because of it."""
+    for name in ("accounts", "work"):
+        (tmp_path / "builds" / name).mkdir(parents=True)
+    monkeypatch.setattr(builder, "_log_in", lambda *_: 1 / 0)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(builds.shutil, "rmtree", lambda *_, **__: None)
+            patch.setattr(builds, "destroy_namespace", lambda path: path.touch())
+            for end in await begun(builder):
+                os.close(end)
+            with pytest.raises(ZeroDivisionError):
+                await builder.result("b")
+    left = [*(tmp_path / "builds/work").iterdir(), *(tmp_path / "netns").iterdir()]
+    assert len(left) == 3
+    builder.trim()
+    assert builder._trimming is not None
+    await builder._trimming
+    assert not [path for path in left if path.exists()]
+
+
 def made(out: Path, config: bytes) -> None:
     out.mkdir()
     for name, data in (("disk.raw", b"disk"), ("code_bytes", b"12\n"), ("config.json", config)):

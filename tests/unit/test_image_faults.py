@@ -329,6 +329,22 @@ async def test_what_the_host_can_never_end_keeps_nothing_else(tmp_path: Path, mo
     assert set(host.asked) == {"cancel", "build-b", "validate-b", "delete k"}
 
 
+async def test_what_a_build_has_left_goes_later_and_never_that_of_another(rig: Rig, tmp_path: Path) -> None:
+    """A removal that failed once left an artifact's files for ever."""
+    rig.pipeline.sweep = cleaning(tmp_path, Host(None, 0))[0].sweep  # type: ignore[method-assign]
+    folder = Settings(root=tmp_path).control_dir / "builds"
+    await rig.registry.sweep()
+    image = await rig.create()
+    await rig.at_rest()
+    over = image.versions[0].build
+    running = rig.registry.update(image, REQUEST).build
+    assert over is not None and running is not None
+    for name in (over.id, running.id, "unknown"):
+        (folder / name / "context").mkdir(parents=True)
+    await rig.registry.sweep()
+    assert [path.name for path in folder.iterdir()] == [running.id]
+
+
 async def test_an_image_is_not_deleted_by_a_host_that_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "_DELETE_SECONDS", -1.0)
     host = Host(lambda: RpcLost("away"), 1)
