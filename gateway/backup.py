@@ -9,7 +9,9 @@ its manifest says. A session that is awake has no files that could be copied: it
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import itertools
 import os
 import shutil
 import sqlite3
@@ -41,6 +43,9 @@ _KEPT = ("torpor.toml", "edge-port")  # where the other root has its own, that o
 _DATA = ("images", "sessions", "quarantine")
 _TRIES = 3
 _MANIFEST = "backup.json"
+_LOGS = (f"{_STORE}-wal", f"{_STORE}-shm")  # of SQLite: without them the store may be an older one
+_UNFINISHED = "torpor-backup-"
+_ASIDE = "replaced.new"  # until all is in it
 Say = Callable[[str], None]
 
 
@@ -51,7 +56,8 @@ class BackupError(Exception):
 class Contents(msgspec.Struct):
     """backup.json. `files` has the SHA-256 of each small file, `sessions` what of each live session is in the backup: `files`, `archived`
     (they are in the object store) or `row` (it was awake, or its files could not be read, or data was not asked for). `images` are the
-    versions whose files are in the backup, `versions` all that its store knows."""
+    versions whose files are in the backup, `versions` all that its store knows. `data` has the size of each file of data: an archive that
+    was cut off where a file ended is one that tar(1) takes for whole."""
 
     version: int
     made_at: float
@@ -63,6 +69,7 @@ class Contents(msgspec.Struct):
     sessions: dict[str, str]
     images: list[str]
     versions: list[str] = []
+    data: dict[str, int] = {}
 
 
 # ---- backup ----
@@ -75,23 +82,50 @@ def backup(settings: Settings, target: Path, has_data: bool, say: Say) -> Conten
     if not (settings.root / _STORE).exists():
         raise BackupError(f"no instance at {settings.root}: name it with --root")
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    _drop_unfinished(target)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.{_UNFINISHED}", dir=target.parent))
     try:
-        contents = _fill(settings, work, has_data, say)
-        made = work
-        if target.suffix == ".tar":
-            made = work.with_name(f"{work.name}.tar")
-            _run("tar", "--create", "--sparse", "--numeric-owner", f"--file={made}", f"--directory={work}", ".")
-            made.chmod(0o600)
-        _run("sync", "--file-system", str(made))
-        os.rename(made, target)
-        _run("sync", "--file-system", str(target.parent))
+        with _locked(work):
+            made = work / "backup"
+            made.mkdir(mode=0o700)
+            contents = _fill(settings, made, has_data, say)
+            if target.suffix == ".tar":
+                archive = work / "backup.tar"
+                _run("tar", "--create", "--sparse", "--numeric-owner", f"--file={archive}", f"--directory={made}", ".")
+                archive.chmod(0o600)
+                made = archive
+            _run("sync", "--file-system", str(made))
+            os.rename(made, target)
+            _run("sync", "--file-system", str(target.parent))
     except sqlite3.Error as error:
         raise BackupError(f"{settings.root / _STORE} cannot be read: {error}{advice(error)}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        work.with_name(f"{work.name}.tar").unlink(missing_ok=True)
     return contents
+
+
+@contextlib.contextmanager
+def _locked(work: Path) -> Iterator[bool]:
+    """Whether nobody else is at it."""
+    directory = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(directory)
+
+
+def _drop_unfinished(target: Path) -> None:
+    """Removes what backups of this name have left that were ended in their middle, every secret of the instance among it."""
+    for path in target.parent.iterdir():
+        if path.name.startswith(f".{target.name}.{_UNFINISHED}"):
+            with _locked(path) as is_over:
+                if is_over:
+                    shutil.rmtree(path)
 
 
 def _fill(settings: Settings, work: Path, has_data: bool, say: Say) -> Contents:
@@ -120,7 +154,9 @@ def _fill(settings: Settings, work: Path, has_data: bool, say: Say) -> Contents:
                         _copy_tree(one, work / one.parent.name / one.name)
     files = {path: _digest(work / path) for path in (*_FILES, *_KEPT) if (work / path).exists()}
     versions = sorted(version.key for version in _made(images))
-    contents = Contents(_VERSION, time.time(), settings.name, str(root), number, has_data, files, saved, keys, versions)
+    data = {str(path.relative_to(work)): path.stat().st_size for name in _DATA for path in (work / name).rglob("*") if path.is_file()}
+    contents = Contents(_VERSION, time.time(), settings.name, str(root), number, has_data, files, saved, keys, versions, data)
+    _run("sync", "--file-system", str(work))  # with its contents' list a backup is one
     (work / _MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(contents)))
     return contents
 
@@ -249,20 +285,40 @@ def restore(settings: Settings, source: Path, replaces: bool, without_files: boo
             )
         pieces = list(_pieces(work))
         present = [piece for piece in pieces if os.path.lexists(root / piece) and piece not in _KEPT]
-        old = None
         if present and not replaces:
             raise BackupError(f"{root / present[0]} is there already: --replace moves it, and what else is in the way, aside")
-        if present:
-            old = root / f"replaced-{time.strftime('%Y%m%dT%H%M%S')}"
-            # The store first, with its log: what is left without it is no instance, and is not started.
-            for piece in (_STORE, f"{_STORE}-wal", f"{_STORE}-shm", *(one for one in present if one != _STORE)):
-                if os.path.lexists(root / piece):
-                    (old / piece).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                    os.rename(root / piece, old / piece)
+        old = _move_aside(root, present)
         _lay_out(settings, work, [piece for piece in pieces if not os.path.lexists(root / piece)])
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return contents, old
+
+
+def _move_aside(root: Path, present: list[str]) -> Path | None:
+    """Moves what is in the way to ROOT/replaced-<time>, which has that name when all is there: where this was ended in its middle, what is
+    left follows. Returns that directory, where there is one."""
+    aside, old = root / _ASIDE, None
+    # The store first, with its log: what is left without it is no instance, and is not started.
+    pieces = (_STORE, *_LOGS, *(piece for piece in present if piece != _STORE))
+    while aside.exists() or any(os.path.lexists(root / piece) for piece in pieces):
+        # A store that is in the way again, of an instance that came later, has its own log.
+        is_complete = os.path.lexists(aside / _STORE) and os.path.lexists(root / _STORE)
+        for piece in () if is_complete else pieces:
+            if os.path.lexists(root / piece) and not os.path.lexists(aside / piece):
+                (aside / piece).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                os.rename(root / piece, aside / piece)
+        _run("sync", "--file-system", str(root))
+        moved = _replaced(root)
+        os.rename(aside, moved)
+        old = old or moved
+    return old
+
+
+def _replaced(root: Path) -> Path:
+    """A name that is free."""
+    wanted = root / f"replaced-{time.strftime('%Y%m%dT%H%M%S')}"
+    numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([wanted], numbered) if not os.path.lexists(path))
 
 
 def _checked(source: Path, work: Path) -> Contents:
@@ -275,6 +331,10 @@ def _checked(source: Path, work: Path) -> Contents:
     for path, digest in contents.files.items():
         if not (work / path).exists() or _digest(work / path) != digest:
             raise BackupError(f"{source} is damaged: {path} is not what was written")
+    for path, size in contents.data.items():
+        found = os.lstat(work / path).st_size if os.path.lexists(work / path) else 0
+        if found != size:
+            raise BackupError(f"{source} is not whole: {path} has {found} of {size} bytes")
     if contents.schema > len(schema.MIGRATIONS):
         raise ConfigError(f"{source} has schema {contents.schema}, this version of Torpor knows {len(schema.MIGRATIONS)}: use a newer one")
     return contents

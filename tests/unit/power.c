@@ -7,12 +7,15 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/fs.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -96,6 +99,12 @@ static int is_there(int directory, const char *name)
     return !fstatat(directory, name, &status, AT_SYMLINK_NOFOLLOW);
 }
 
+/* Those of coreutils and tar, whose flags are not known when they are compiled (_FORTIFY_SOURCE), have no mode. */
+int __open_2(const char *, int);
+int __open64_2(const char *, int);
+int __openat_2(int, const char *, int);
+int __openat64_2(int, const char *, int);
+
 #define OPENING(name, type, parameters, directory, arguments)             \
     int name parameters                                                  \
     {                                                                    \
@@ -120,6 +129,53 @@ OPENING(open, , (const char *path, int flags, ...), AT_FDCWD, (path, flags, mode
 OPENING(open64, , (const char *path, int flags, ...), AT_FDCWD, (path, flags, mode))
 OPENING(openat, , (int at, const char *path, int flags, ...), at, (at, path, flags, mode))
 OPENING(openat64, , (int at, const char *path, int flags, ...), at, (at, path, flags, mode))
+
+#define OPENING_2(name, parameters, directory, arguments)           \
+    int name parameters                                            \
+    {                                                              \
+        REAL(name);                                                \
+        pthread_mutex_lock(&lock);                                 \
+        int fd = real arguments;                                   \
+        int kept = errno;                                          \
+        opened(fd, path, directory, flags & ~O_CREAT, 1);          \
+        errno = kept;                                              \
+        pthread_mutex_unlock(&lock);                               \
+        return fd;                                                 \
+    }
+
+OPENING_2(__open_2, (const char *path, int flags), AT_FDCWD, (path, flags))
+OPENING_2(__open64_2, (const char *path, int flags), AT_FDCWD, (path, flags))
+OPENING_2(__openat_2, (int at, const char *path, int flags), at, (at, path, flags))
+OPENING_2(__openat64_2, (int at, const char *path, int flags), at, (at, path, flags))
+
+/* What copies inside the kernel is refused: whoever asked reads and writes then. */
+#define NO_COPY(name, type, parameters, target, arguments)        \
+    type name parameters                                         \
+    {                                                            \
+        REAL(name);                                              \
+        char path[PATH_MAX];                                     \
+        if (trace < 0 || !path_of(target, path))                 \
+            return real arguments;                               \
+        errno = EINVAL;                                          \
+        return -1;                                               \
+    }
+NO_COPY(sendfile, ssize_t, (int out, int in, off_t *at, size_t count), out, (out, in, at, count))
+NO_COPY(sendfile64, ssize_t, (int out, int in, off64_t *at, size_t count), out, (out, in, at, count))
+NO_COPY(copy_file_range, ssize_t, (int in, off64_t *from, int out, off64_t *to, size_t count, unsigned flags), out, (in, from, out, to, count, flags))
+
+int ioctl(int fd, unsigned long request, ...)
+{
+    REAL(ioctl);
+    char path[PATH_MAX];
+    va_list rest;
+    va_start(rest, request);
+    void *argument = va_arg(rest, void *);
+    va_end(rest);
+    if (trace < 0 || request != FICLONE || !path_of(fd, path))
+        return real(fd, request, argument);
+    errno = EOPNOTSUPP;
+    return -1;
+}
 
 ssize_t write(int fd, const void *data, size_t length)
 {
@@ -167,6 +223,15 @@ TRUNCATE(ftruncate64)
     }
 SYNC(fsync)
 SYNC(fdatasync)
+
+int syncfs(int fd)
+{
+    REAL(syncfs);
+    char path[PATH_MAX];
+    if (trace < 0 || !path_of(fd, path))
+        return real(fd);
+    HELD('S', int, 0, 1, path, "", 0, NULL, 0);
+}
 
 #define TWO(name, kind, parameters, arguments, from_at, from, to_at, to)                                       \
     int name parameters                                                                                       \

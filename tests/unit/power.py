@@ -124,6 +124,8 @@ def _replayed(root: Folder, trace: bytes, place: Path) -> Iterator[Moment]:
             node.synced = dict(node.entries)
         elif kind == "s" and isinstance(node, File):
             node.synced = bytes(node.data)
+        elif kind == "S":
+            _sync(root)
         elif kind == "w" and isinstance(node, File):
             node.data[len(node.data) :] = bytes(max(0, offset - len(node.data)))
             node.data[offset : offset + len(data)] = data
@@ -142,6 +144,16 @@ def _replayed(root: Folder, trace: bytes, place: Path) -> Iterator[Moment]:
             folder.entries.pop(name, None)
         outcomes = {outcome: dict(_content(root, outcome)) for outcome in OUTCOMES}
         yield Moment(number, f"{kind} {path} {other}", list(said), outcomes)
+
+
+def _sync(folder: Folder) -> None:
+    """All that there is (syncfs(2))."""
+    folder.synced = dict(folder.entries)
+    for node in folder.entries.values():
+        if isinstance(node, Folder):
+            _sync(node)
+        else:
+            node.synced = bytes(node.data)
 
 
 def _content(folder: Folder, outcome: str, prefix: str = "") -> Iterator[tuple[str, bytes | None]]:

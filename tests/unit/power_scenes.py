@@ -123,6 +123,34 @@ def quarantine(root: Path) -> None:
     say("recovered")
 
 
+def _backup(root: Path, name: str) -> None:
+    from gateway.backup import backup
+    from gateway.config import Settings
+
+    say = sayer(root)
+    backup(Settings(root=root / "instance", run=root / "run"), root / name, True, lambda text: None)
+    say("made")
+
+
+def backup(root: Path) -> None:
+    _backup(root, "monday")
+
+
+def backup_tar(root: Path) -> None:
+    _backup(root, "monday.tar")
+
+
+def restore(root: Path) -> None:
+    """On a root that has another instance already."""
+    from gateway.backup import restore
+    from gateway.config import Settings
+
+    say = sayer(root)
+    (source,) = root.glob("monday*")
+    restore(Settings(root=root / "other", run=root / "run"), source, True)
+    say("restored")
+
+
 def unsynced(root: Path) -> None:
     """A promise that is not kept."""
     say = sayer(root)

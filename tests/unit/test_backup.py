@@ -8,6 +8,7 @@ import os
 import shutil
 import sqlite3
 import stat
+import tarfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,29 @@ async def test_what_is_no_backup_of_ours_changes_nothing(
         restore(instance.settings, tmp_path / "backup", True)
     assert (instance.settings.control_dir / "keys.json").read_text() == "keys.json is secret"
     assert not list(instance.settings.root.glob("replaced-*")) and not (instance.settings.root / "restore.new").exists()
+
+
+async def test_what_an_ended_backup_left_goes_and_one_under_way_stays(instance: Instance, tmp_path: Path) -> None:
+    over, busy, foreign = (tmp_path / f".backup.{name}" for name in ("torpor-backup-1", "torpor-backup-2", "settings"))
+    for path in (over, busy, foreign):
+        (path / "backup/control").mkdir(parents=True)
+    with module._locked(busy) as is_mine:
+        assert is_mine
+        backup(instance.settings, tmp_path / "backup", False, lambda text: None)
+        assert not over.exists() and busy.exists() and foreign.exists()
+
+
+async def test_an_archive_that_was_cut_off_is_not_whole(instance: Instance, tmp_path: Path) -> None:
+    """Where a file ends, tar(1) takes what is there for all: a copy that broke off lost images and disks without a word."""
+    backup(instance.settings, tmp_path / "backup.tar", True, lambda text: None)
+    with tarfile.open(tmp_path / "backup.tar") as archive:
+        ends = [member.offset for member in archive if member.name.startswith(("./images", "./sessions", "./backup.json"))]
+    assert len(ends) > 8
+    whole = (tmp_path / "backup.tar").read_bytes()
+    for end in ends:
+        (tmp_path / "backup.tar").write_bytes(whole[:end])
+        with pytest.raises(BackupError, match=r"is not whole: .* has 0 of \d+ bytes|is damaged|is no backup"):
+            restore(other(tmp_path), tmp_path / "backup.tar", False)
 
 
 def test_a_store_that_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
