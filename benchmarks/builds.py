@@ -22,7 +22,9 @@ ROUNDS = int(os.environ.get("ROUNDS", "5"))
 def build(instance: Instance, number: int) -> float:
     """Seconds."""
     files = app_files()
-    files["app.py"] += f"\n# change {number}\n".encode()
+    program = files["app.py"]
+    assert isinstance(program, bytes)
+    files["app.py"] = program + f"\n# change {number}\n".encode()
     uri = instance.upload(files, f"app-{number}.zip")
     started = time.perf_counter()
     made = instance.built(instance.create(f"app-{number}", uri))

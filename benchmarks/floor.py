@@ -53,11 +53,11 @@ class Floor:
         self.work.mkdir()
         shutil.copy(self.overlay, self.work / "overlay")
         namespaces.make_namespace(self.work / "netns", lambda: namespaces.run_batch(network.SETUP))
-        sockets = [self._listen(name) for name in ("qmp", "agent")]
-        files = [os.open(self.image / name, os.O_RDONLY) for name in ("disk.raw", "boot.qcow2")]
+        qmp, agent = self._listen("qmp"), self._listen("agent")
+        base, boot_layer = os.open(self.image / "disk.raw", os.O_RDONLY), os.open(self.image / "boot.qcow2", os.O_RDONLY)
         state = os.open(self.work / "devices.state", os.O_WRONLY | os.O_CREAT)
-        ends = machine.Ends(*(sock.fileno() for sock in sockets), state)
-        command = machine.standby(self.shape, self.machine, self.memory, *files, self.placeholders, ends)
+        ends = machine.Ends(qmp.fileno(), agent.fileno(), state)
+        command = machine.standby(self.shape, self.machine, self.memory, base, boot_layer, self.placeholders, ends)
         ours, theirs = socket.socketpair()
         environment = {"LD_PRELOAD": str(MAPPER), "TORPOR_MAPPER": str(theirs.fileno())}
         self.process = subprocess.Popen(
@@ -82,8 +82,8 @@ class Floor:
         started = time.perf_counter()
         source = self.image if is_launch else self.snapshot
         tap, overlay = self._inside(lambda: syscalls.open_tap(network.TAP)), os.open(self.work / "overlay", os.O_RDWR)
-        self.mapper.put(tap, self.placeholders.tap)
-        self.mapper.put(overlay, self.placeholders.disk)
+        self.mapper.replace_fd(tap, self.placeholders.tap)
+        self.mapper.replace_fd(overlay, self.placeholders.disk)
         os.close(tap)
         os.close(overlay)
         if not is_launch:

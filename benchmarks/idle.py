@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from floor import cpu_seconds
-from lifecycle import Bench, until
+from lifecycle import Bench
 from report import figure, note, percentile
+from service import until
 
 SESSIONS = int(os.environ.get("SESSIONS", "1000"))
 SECONDS = float(os.environ.get("SECONDS", "20"))

@@ -105,7 +105,7 @@ class Bench:
         (one,) = (one for one in found if one["steps"][0]["where"] == "vmm" and one["work"] == work)
         names = [step["what"] for step in one["steps"]]
         steps = one["steps"][: names.index("cont") + 1] if "cont" in names else one["steps"]
-        return float(one["started_at"]) + sum(step["took_ms"] for step in steps) / 1e3
+        return float(one["started_at"]) + sum(float(step["took_ms"]) for step in steps) / 1e3
 
 
 def floor_of(bench: Bench, vm: dict[str, Any]) -> Floor:

@@ -110,7 +110,7 @@ class Peer:
         deadline = time.monotonic() + 15
         while socket.socket().connect_ex(("127.0.0.1", self.port)):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{self.name} did not start: {self.process.args}")
+                raise RuntimeError(f"{self.name} did not start: {self.process.args!r}")
             time.sleep(0.05)
 
     def stop(self) -> None:

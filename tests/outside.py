@@ -8,6 +8,7 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from namespaces import Namespace
 
@@ -40,7 +41,7 @@ class Outside:
             self._uplink.ip("route", "add", f"{address}/32", "via", NEIGHBOUR)
         for namespace in (self._uplink, self._beyond):
             for port in (PORT, PORT + 1):
-                self._listen(namespace.inside(lambda port=port: bound(socket.SOCK_STREAM, ("0.0.0.0", port))))
+                self._listen(namespace.inside(partial(bound, socket.SOCK_STREAM, ("0.0.0.0", port))))
             self._answer(namespace.inside(lambda: bound(socket.SOCK_DGRAM, ("0.0.0.0", PORT))), lambda data: data)
         self._answer(bound(socket.SOCK_DGRAM, (NAME_SERVER, 53)), name_answer)
         self._listen(bound(socket.SOCK_STREAM, (NAME_SERVER, 53)))

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ class Instance:
             keys = json.loads((self.root / "control/access-keys.json").read_text())
             key, secret = next(iter(keys.items()))
             port = self.environment["TORPOR_OBJECT_STORE__PORT" if name == "s3" else "TORPOR_API__PORT"]
-            self._clients[name] = boto3.client(
+            self._clients[name] = boto3.client(  # type: ignore[call-overload]
                 name, region_name="us-east-1", endpoint_url=f"http://127.0.0.1:{port}", aws_access_key_id=key,
                 aws_secret_access_key=secret, config=Config(retries={"max_attempts": 8, "mode": "standard"}, read_timeout=60, parameter_validation=False),
             )  # fmt: skip
@@ -177,7 +177,7 @@ class Instance:
 
     # ---- images ----
 
-    def upload(self, files: dict[str, bytes | str] | bytes, key: str = "app.zip") -> str:
+    def upload(self, files: Mapping[str, bytes | str] | bytes, key: str = "app.zip") -> str:
         store = self.client("s3")
         if BUCKET not in [bucket["Name"] for bucket in store.list_buckets()["Buckets"]]:
             store.create_bucket(Bucket=BUCKET)
@@ -245,7 +245,7 @@ def served(one: Instance) -> Iterator[Instance]:
     assert "Traceback" not in log, log[log.index("Traceback") :][:4000]
 
 
-def make_zip(files: dict[str, bytes | str]) -> bytes:
+def make_zip(files: Mapping[str, bytes | str]) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():

@@ -158,7 +158,7 @@ class Rig:
         self.worker = Worker("edge-0", Edge.model_validate(settings), self.directory / "c", self.directory / "v")
         self.worker.wall = lambda: self.now
         if http2:
-            self.worker._accept = lambda: Either(self.worker)  # type: ignore[method-assign,assignment]
+            self.worker._accept = lambda: Either(self.worker)  # type: ignore[method-assign]
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         self.application = await asyncio.start_server(self._application, "127.0.0.1", 0)
