@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
@@ -21,6 +22,7 @@ from gateway.edge.client.certificates import Certificates
 from gateway.edge.client.https_redirect import redirect
 from gateway.edge.client.proxy_protocol import BadHeader, is_trusted, parse_proxy_header
 from gateway.edge.policy.limits import Limiter, bounds_of
+from gateway.edge.records.record import peer_of
 from gateway.edge.wire.websocket import GOING_AWAY, FrameCounter, accept_of
 from gateway.instance import make_certificates
 
@@ -29,7 +31,12 @@ V4 = SIGNATURE + b"\x21\x11\x00\x0c" + bytes([203, 0, 113, 7, 10, 0, 0, 1, 0x30,
 V6 = SIGNATURE + b"\x21\x21\x00\x27" + ipaddress.ip_address("2001:db8::7").packed + bytes(16) + b"\x30\x39\x01\xbb" + b"\x04\x00\x00"
 
 
-@pytest.mark.parametrize(("header", "address"), [(V4, "203.0.113.7"), (V6, "2001:db8::7"), (SIGNATURE + b"\x20\x00\x00\x00", None)])
+MAPPED = V6.replace(ipaddress.ip_address("2001:db8::7").packed, ipaddress.ip_address("::ffff:203.0.113.7").packed)
+
+
+@pytest.mark.parametrize(
+    ("header", "address"), [(V4, "203.0.113.7"), (V6, "2001:db8::7"), (MAPPED, "203.0.113.7"), (SIGNATURE + b"\x20\x00\x00\x00", None)]
+)
 def test_proxy_header_in_any_cut(header: bytes, address: str | None) -> None:
     for length in range(len(header)):
         assert parse_proxy_header(header[:length]) is None
@@ -48,6 +55,24 @@ def test_who_is_trusted_with_one() -> None:
     networks = [ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8")]
     assert is_trusted(("10.1.2.3", 5), networks) and is_trusted(("fd00::1", 5, 0, 0), networks) and is_trusted("", networks)
     assert not is_trusted(("11.1.2.3", 5), networks) and not is_trusted(("::1", 5, 0, 0), networks)
+    assert is_trusted(("::ffff:10.1.2.3", 5, 0, 0), networks) and not is_trusted(("::ffff:11.1.2.3", 5, 0, 0), networks)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this host has no IPv6")
+async def test_an_ipv4_client_of_a_socket_of_both_families_has_its_own_address() -> None:
+    """`ListenStream=443` of torpor.socket is one: balancers were not trusted there, and applications were told ::ffff:10.1.2.3."""
+    named: asyncio.Queue[str] = asyncio.Queue()
+
+    def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        named.put_nowait(peer_of(writer.transport))
+        writer.close()
+
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
+        async with await asyncio.start_server(accept, sock=listener):
+            for address in ("127.0.0.1", "::1"):
+                _, writer = await asyncio.open_connection(address, listener.getsockname()[1])
+                assert await named.get() == address
+                writer.close()
 
 
 @pytest.mark.parametrize(

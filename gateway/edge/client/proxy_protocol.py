@@ -12,6 +12,7 @@ _HEAD_BYTES = 16
 _ADDRESSES_MAX_BYTES = 4096
 _HEADER_SECONDS = 5.0
 
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
@@ -38,7 +39,7 @@ def parse_proxy_header(data: bytes) -> tuple[int, str | None] | None:
         return _HEAD_BYTES + size, None
     if size < 2 * needed + 4:
         raise BadHeader
-    return _HEAD_BYTES + size, str(ipaddress.ip_address(data[_HEAD_BYTES : _HEAD_BYTES + needed]))
+    return _HEAD_BYTES + size, str(_unmapped(ipaddress.ip_address(data[_HEAD_BYTES : _HEAD_BYTES + needed])))
 
 
 class ProxyProtocol(asyncio.Protocol):
@@ -96,5 +97,10 @@ def is_trusted(peer: object, networks: list[Network]) -> bool:
     """A peer is trusted if it is in one of the networks. Peers on a Unix socket are local, and always trusted."""
     if not isinstance(peer, tuple):
         return True
-    address = ipaddress.ip_address(str(peer[0]).partition("%")[0])
+    address = _unmapped(ipaddress.ip_address(str(peer[0]).partition("%")[0]))
     return any(address in network for network in networks if network.version == address.version)
+
+
+def _unmapped(address: Address) -> Address:
+    """Returns the IPv4 address that a socket of both families shows as one of IPv6 (RFC 4291, 2.5.5.2)."""
+    return (address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None) or address

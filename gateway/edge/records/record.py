@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Final
 
+_MAPPED: Final = "::ffff:"
 PROTOCOLS: Final = ("HTTP/1.1", "HTTP/2")
 HTTP1: Final = 0
 HTTP2: Final = 1
@@ -33,6 +34,8 @@ class RequestRecord:
 
 
 def peer_of(transport: asyncio.BaseTransport | None) -> str:
-    """Returns the other end's address, without its port."""
+    """Returns the other end's address, without its port. A socket of both families shows an IPv4 address mapped into IPv6 (RFC 4291,
+    2.5.5.2), and systemd opens such ones."""
     name = transport.get_extra_info("peername") if transport is not None else None
-    return str(name[0]) if isinstance(name, tuple) else ""
+    address = str(name[0]) if isinstance(name, tuple) else ""
+    return address.removeprefix(_MAPPED) if "." in address else address
