@@ -109,23 +109,29 @@ class Cgroups:
             raise NotLimited(f"control groups cannot be made: {error}: see `torpor doctor`") from error
 
     def _hold_scope(self) -> None:
-        """Has systemd make the scope where there is none, or an empty one. It ends after the service's unit, whose stop suspends what is in
-        it (systemd.scope(5), systemd-run(1))."""
+        """Has a process in the scope, in which systemd makes it where there is none, or an empty one."""
         base = self._bases[""]
-        if self._held(base):
-            return
-        mine = next((part for part in reversed(_own_group().parts) if part.endswith(".service")), "")
-        subprocess.Popen(
-            ["systemd-run", "--scope", "--quiet", "--collect", f"--unit={self._scope}", f"--slice={_SLICE}", "-p", "Delegate=yes",
-             "-p", "TasksMax=infinity",
-             *(["-p", f"Before={mine}"] if mine else []), "sleep", "infinity"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        deadline = time.monotonic() + _SCOPE_SECONDS
+        deadline, holder = time.monotonic() + _SCOPE_SECONDS, None
         while not self._held(base):
             if time.monotonic() > deadline:
                 raise OSError(f"systemd made no {self._scope} within {_SCOPE_SECONDS:g} s")
+            if holder is None or holder.poll() is not None:  # systemd refuses while the scope of before ends
+                holder = subprocess.Popen(
+                    self._holder(base), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+                )  # fmt: skip
             time.sleep(0.01)
+
+    def _holder(self, base: Path) -> list[str]:
+        """The command that holds the scope. systemd makes none beside one in which microVMs run. It ends after the service's unit, whose
+        stop suspends what is in it (systemd.scope(5), systemd-run(1))."""
+        if _is_populated(base):
+            (base / _HOLDER).mkdir(exist_ok=True)
+            return [*_join([base / _HOLDER / "cgroup.procs"]), "sleep", "infinity"]
+        unit = next((part for part in reversed(_own_group().parts) if part.endswith(".service")), "")
+        return [
+            "systemd-run", "--scope", "--quiet", "--collect", f"--unit={self._scope}", f"--slice={_SLICE}", "-p", "Delegate=yes",
+            "-p", "TasksMax=infinity", *(["-p", f"Before={unit}"] if unit else []), "sleep", "infinity",
+        ]  # fmt: skip
 
     def _held(self, base: Path) -> bool:
         """Whether a process holds the scope; it is in a group of its own then."""
@@ -159,7 +165,7 @@ class Cgroups:
         file = Path()
         try:
             for base in self._bases.values():
-                (base / name).mkdir(exist_ok=True)
+                self._make(base / name)
             for controller, setting, value in self._settings(limits) if limits is not None else ():
                 where = self._bases.get("" if self.unified else controller)
                 if where is not None and controller not in self.missing:
@@ -167,6 +173,14 @@ class Cgroups:
                     file.write_text(value, encoding="ascii")
         except OSError as error:
             raise NotLimited(f"a control group's limit could not be set: {error.filename or file}: {error.strerror}") from error
+
+    def _make(self, group: Path) -> None:
+        """Also where the instance's place is gone: a scope ends with its last process. Raises NotLimited, OSError."""
+        try:
+            group.mkdir(exist_ok=True)
+        except FileNotFoundError:
+            self.start()
+            group.mkdir(exist_ok=True)
 
     def _settings(self, limits: Limits) -> list[tuple[str, str, str]]:
         period = 100_000
@@ -190,7 +204,7 @@ class Cgroups:
 
     def enter(self, name: str) -> list[str]:
         """What stands before a command that is to run as a member, with all that it starts."""
-        return ["/bin/sh", "-c", _JOIN, "sh", *map(str, self.joins(name)), "--"]
+        return _join(self.joins(name))
 
     def joins(self, name: str) -> list[Path]:
         """The files into which a process writes its id to become a member."""
@@ -276,6 +290,18 @@ class Cgroups:
         for base in self._bases.values():
             with contextlib.suppress(OSError):
                 base.rmdir()
+
+
+def _join(files: Iterable[Path]) -> list[str]:
+    return ["/bin/sh", "-c", _JOIN, "sh", *map(str, files), "--"]
+
+
+def _is_populated(group: Path) -> bool:
+    """Whether there is a process in it or below (cgroup-v2, cgroup.events)."""
+    try:
+        return "populated 1" in (group / "cgroup.events").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return False
 
 
 def _own_group() -> Path:

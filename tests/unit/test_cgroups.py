@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -120,6 +121,59 @@ def test_where_systemd_runs_microvms_have_a_scope_of_their_own(root: Path, monke
     assert one.joins("vm") == [scope / "vm/cgroup.procs"] and one.names() == []
     Cgroups("x", tmp_path).start()
     assert len(asked) == 1, "it is there"
+
+
+@pytest.fixture
+def scope(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, list[list[str]]]:
+    """Where systemd makes the instance's scope, and what was run to have it held."""
+    monkeypatch.setattr(module, "_SYSTEMD", tmp_path)
+    path, asked = root / "system.slice/torpor-x-microvms.scope", list[list[str]]()
+
+    def run(command: list[str], **_: object) -> None:
+        asked.append(command)
+        if command[0] == "systemd-run":
+            group(path, processes="77\n")
+        else:
+            (path / "holder/cgroup.procs").write_text("78\n")
+
+    monkeypatch.setattr(subprocess, "Popen", run)
+    return path, asked
+
+
+def test_a_scope_that_has_ended_is_made_again(scope: tuple[Path, list[list[str]]], tmp_path: Path) -> None:
+    """It ends with its last process, by an operator's hand or for want of memory: every launch failed from then on, until a restart."""
+    path, asked = scope
+    one = Cgroups("x", tmp_path)
+    one.start()
+    shutil.rmtree(path)
+    one.create("vm", LIMITS)
+    assert len(asked) == 2 and (path / "vm/pids.max").read_text() == "256"
+
+
+def test_a_scope_whose_holder_is_gone_is_held_again_while_microvms_run(scope: tuple[Path, list[list[str]]], tmp_path: Path) -> None:
+    """systemd makes none beside it: no start of the service succeeded until the last microVM had ended."""
+    path, asked = scope
+    Cgroups("x", tmp_path).start()
+    for file, text in (("cgroup.procs", ""), ("holder/cgroup.procs", ""), ("cgroup.events", "populated 1\nfrozen 0\n")):
+        (path / file).write_text(text)
+    Cgroups("x", tmp_path).start()
+    assert len(asked) == 2 and asked[1][-2:] == ["sleep", "infinity"] and str(path / "holder/cgroup.procs") in asked[1]
+
+
+def test_systemd_is_asked_again_while_the_scope_of_before_ends(
+    scope: tuple[Path, list[list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it is gone, systemd-run fails: "Unit … was already loaded"."""
+    answers = iter([1, 1])
+
+    class Refused:
+        def poll(self) -> int:
+            return next(answers)
+
+    run, tries = subprocess.Popen, iter([Refused(), Refused()])
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **named: next(tries, None) or run(*words, **named))
+    Cgroups("x", tmp_path).start()
+    assert (scope[0] / "holder/cgroup.procs").read_text() == "77"
 
 
 def test_a_scope_that_systemd_does_not_make_is_an_error(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
