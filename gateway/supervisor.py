@@ -36,6 +36,7 @@ log = structlog.get_logger()
 _READY_SECONDS = 60.0
 _CERTIFICATES_SECONDS = 30.0
 _FILES_SECONDS = 60.0
+_ORPHANS_SECONDS = 10.0
 _CREDENTIALS = {
     "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ROLE_ARN", "AWS_ROLE_SESSION_NAME",
     "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
@@ -350,6 +351,24 @@ async def _feed_watchdog() -> None:
         await asyncio.sleep(seconds / 3)
 
 
+async def _reap_orphans() -> None:
+    """Waits for what ends below a process that was replaced, as a hypervisor of an earlier vmm: it is given to this process, and to nobody
+    else."""
+    ended: set[int] = set()
+    while True:
+        await asyncio.sleep(_ORPHANS_SECONDS)
+        ended = _reap(ended)
+
+
+def _reap(before: set[int]) -> set[int]:
+    """Removes ended children that had ended at the look before: who waits for one has done so since. Returns those of this look."""
+    ended = syscalls.ended_children()
+    for pid in ended & before:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+    return ended - before
+
+
 async def _stop_old(old: list[Recorded]) -> None:
     """Tells processes of an earlier supervisor to end, and waits for it; kills those that do not end in time."""
     for process in old:
@@ -385,7 +404,7 @@ async def serve(settings: Settings, announce: Callable[[Settings], None]) -> Non
         if stop.is_set():
             return
         raise (ConfigError(str(error)) if isinstance(error, StartError) else error) from None
-    work = (supervisor.keep_certificates(), supervisor.keep_reloading(), supervisor.keep_watch(), _feed_watchdog())
+    work = (supervisor.keep_certificates(), supervisor.keep_reloading(), supervisor.keep_watch(), _feed_watchdog(), _reap_orphans())
     keepers = [loop.create_task(coroutine) for coroutine in work]
     announce(started)
     notify.tell("READY=1", "STATUS=serving")

@@ -87,6 +87,15 @@ def become_subreaper() -> None:
     _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
 
 
+def ended_children() -> set[int]:
+    """Ids of children of this process that have ended and are still to be waited for (proc(5), /proc/PID/task/TID/children)."""
+    ended = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            ended |= {int(pid) for pid in (task / "children").read_bytes().split() if start_time(int(pid)) is None}
+    return ended
+
+
 def signal_process(pid: int, started: int, number: int) -> bool:
     """Sends a signal to the process that began at `started` (start_time), and to no other that has its number by now: False then.
     Raises OSError."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -187,3 +188,14 @@ async def test_a_stop_during_the_start_ends_what_was_started(tmp_path: Path, mon
     assert not any(child.processes for child in made[0]._children)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().remove_signal_handler(number)
+
+
+def test_children_that_nobody_waits_for_are_gone_at_the_second_look() -> None:
+    """Hypervisors of a vmm that was replaced were left for good, each with a process id: the supervisor is given them, as a subreaper."""
+    orphan = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOWAIT)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as living:
+        first = supervisor._reap(set())
+        assert orphan in first and living.pid not in first and Path(f"/proc/{orphan}").exists(), "whoever waits for it has had no time yet"
+        assert orphan not in supervisor._reap(first)
+        assert not Path(f"/proc/{orphan}").exists()
