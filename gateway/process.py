@@ -91,10 +91,17 @@ def _settings() -> Settings:
         return Settings.model_validate_json(file.read())
 
 
+def show_stacks() -> None:
+    """On standard error: at SIGUSR2 of a process that seems stuck, and at the end of one that a fault or systemd's watchdog (SIGABRT)
+    ends."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2)
+
+
 def run(name: str, main: Callable[[Settings], Coroutine[Any, Any, None]], has_threads: bool = True) -> None:
     """`has_threads`: the process does blocking work in the pools of gateway/executors.py, which are there before anything else is."""
     log.configure(name)
-    faulthandler.register(signal.SIGUSR2)  # a stack trace on standard error, for a process that seems stuck
+    show_stacks()
     settings = _settings()
     room.allow_descriptors()
     _life.seconds = settings.service.silent_seconds / _SIGNS

@@ -72,14 +72,18 @@ def serve(
     if adopt and quarantine:
         fail("--adopt and --quarantine are two ways on: choose one", 2)
     strangers = "adopt" if adopt else "quarantine" if quarantine else None
-    from gateway import supervisor
+    from gateway import process, supervisor
     from vmm.assets import AssetError, Base, make
 
     if os.geteuid() != 0:
         fail("serve needs root: it makes network namespaces, mounts and users' processes", 2)
     os.umask(0o022)  # users of the service's own read what root makes here
+    process.show_stacks()
     allow_descriptors()
-    settings = config.load(root=root, name=name, strangers=strangers)
+    try:
+        settings = config.load(root=root, name=name, strangers=strangers)
+    except config.ConfigError as error:  # torpor.service: 2 stays wrong, 1 is tried again
+        fail(str(error), 1 if isinstance(error.__cause__, OSError) else 2)
     log.configure("torpor")
     try:
         make(settings.cache, lambda text: errors.print(f"torpor: {text}"), Base.of(settings.images))

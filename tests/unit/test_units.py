@@ -6,6 +6,7 @@ import configparser
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,22 @@ def test_microvms_outlive_the_service(tmp_path: Path) -> None:
     assert service["KillMode"] == "process" and service["Type"] == "notify" and service["Restart"] == "always"
     assert "Delegate" not in service, "microVMs have a scope of their own: left in the unit's group they would keep it from a new start"
     assert int(service["TimeoutStopSec"]) > Settings(root=tmp_path).service.stop_seconds
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="serve needs root")
+def test_what_stays_wrong_is_not_tried_for_ever_and_what_may_pass_is(tmp_path: Path) -> None:
+    """A wrong setting ended with status 1, and systemd started the service again each second."""
+    prevented = unit("torpor.service")["Service"]["RestartPreventExitStatus"].split()
+    command = [str(Path(sys.prefix) / "bin/torpor"), "serve", "--root", str(tmp_path)]
+
+    def status() -> str:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd="/")
+        assert any(name in done.stderr for name in ("torpor.toml", "min_idle_seconds")), done.stderr
+        return str(done.returncode)
+
+    for text in ("[limits]\nmin_idle_seconds = 'many'\n", "no TOML at all"):
+        (tmp_path / "torpor.toml").write_text(text)
+        assert status() in prevented
+    (tmp_path / "torpor.toml").unlink()
+    (tmp_path / "torpor.toml").symlink_to("/proc/self/mem")  # an error of input and output
+    assert status() not in prevented

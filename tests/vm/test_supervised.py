@@ -60,6 +60,15 @@ def test_a_process_that_stands_still_is_replaced(one: Instance, name: str) -> No
     assert f'"name": "{name}"' in one.log.read_text() and "process.stands_still" in one.log.read_text()
 
 
+def test_the_main_process_says_where_it_stands_and_goes_on(one: Instance) -> None:
+    """It ended at the signal that is documented for it."""
+    assert one.process is not None
+    main = one.process
+    os.kill(main.pid, signal.SIGUSR2)
+    until(lambda: 'gateway/cli/host.py", line' in one.log.read_text() or main.poll() is not None, 20)
+    assert main.poll() is None
+
+
 @contextlib.contextmanager
 def no_python(directory: Path) -> Iterator[None]:
     """As while a virtual environment is being replaced: it has no program for a moment."""
