@@ -36,16 +36,27 @@ Type=oneshot
 TimeoutStartSec=infinity
 Environment=HOME=/root
 ExecStart=/bin/sh /lent/start
-ExecStopPost=/bin/systemctl poweroff --force
 """
-# Of a job that systemd starts. What it tells goes to the second serial port, everything else to the first.
+# What the job tells goes to the second serial port, everything else to the first.
 START = """set -e
 mkdir -p '{repo}' /var/cache/torpor
-mount --bind /lent/tree '{repo}'
-mount --bind /lent/cache /var/cache/torpor
+{mounts}
 cd '{repo}'
-exec {job} > /dev/ttyS1 2> /dev/ttyS0
+{job} > /dev/ttyS1 2> /dev/ttyS0
 """
+MOUNTS = """mount --bind /lent/tree '{repo}'
+mount --bind /lent/cache /var/cache/torpor"""
+# Where systemd does the job, it knows the mounts, and has them until all that needs them is stopped. A job may restart the machine: that
+# ends this shell by a signal, and nothing powers off.
+KNOWN_MOUNTS = """trap 'systemctl poweroff --force' EXIT
+grep -q /lent/tree /etc/fstab || {{
+    cat >> /etc/fstab << 'end'
+/lent/tree {escaped} none bind 0 0
+/lent/cache /var/cache/torpor none bind 0 0
+end
+    systemctl daemon-reload
+    mount -a
+}}"""
 # Of one that is the machine's first process: what systemd, udev and a DHCP client would have done. The network is QEMU's own (slirp).
 FIRST = """mount -t proc proc /proc; mount -t sysfs sys /sys; mkdir -p /dev/pts /dev/shm
 mount -t devpts pts /dev/pts; mount -t tmpfs -o mode=1777 shm /dev/shm; mount -t tmpfs -o mode=755 run /run; mkdir -p /run/lock
@@ -168,6 +179,10 @@ def system(cache: Path) -> Path:
     return place
 
 
+def start(mounts: str, job: Job) -> str:
+    return START.format(repo=REPO, mounts=mounts.format(repo=REPO, escaped=str(REPO).replace(" ", "\\040")), job=job.command)
+
+
 def lend(directory: Path, cache: Path, job: Job) -> Path:
     """A disk with the tree, the cache and the job."""
     lent = directory / "lent"
@@ -182,9 +197,8 @@ def lend(directory: Path, cache: Path, job: Job) -> Path:
     for name, program in job.programs.items():
         shutil.copy(program, lent / "programs" / name)
         (lent / "programs" / name).chmod(0o755)
-    start = START.format(repo=REPO, job=job.command)
-    (lent / "start").write_text(start, encoding="utf-8")
-    (lent / "first").write_text(FIRST.format(start=start), encoding="utf-8")
+    (lent / "start").write_text(start(KNOWN_MOUNTS, job), encoding="utf-8")
+    (lent / "first").write_text(FIRST.format(start=start(MOUNTS, job)), encoding="utf-8")
     _run("mke2fs", "-q", "-t", "ext4", "-d", lent, directory / "lent.raw", f"{LENT_MIB}M")
     making.remove(lent)
     return directory / "lent.raw"
@@ -202,7 +216,7 @@ def machine(directory: Path, cache: Path, log: Path, job: Job) -> Iterator[tuple
     (directory / "initrd").write_bytes(initramfs(cache, (disk / "busybox").read_bytes()))
     command = [
         "setpriv", "--pdeathsig=KILL", "--", "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm",
-        "-smp", "2", "-m", str(job.memory_mib), "-display", "none", "-no-reboot", "-nic", "user,model=virtio-net-pci",
+        "-smp", "2", "-m", str(job.memory_mib), "-display", "none", *(["-no-reboot"] if job.first else []), "-nic", "user,model=virtio-net-pci",
         "-kernel", str(cache / "kernel/vmlinuz"), "-initrd", str(directory / "initrd"),
         "-append", f"console=ttyS0 mitigations=off quiet panic=1{' first=1' if job.first else ''}",
         "-serial", f"file:{log}", "-serial", "stdio", *(word for one in drives for word in ("-drive", f"{one},if=virtio,format=raw")),

@@ -23,6 +23,7 @@ from service import Instance, app_files, until  # noqa: E402
 
 from gateway.config import Settings  # noqa: E402
 
+STATE = Path("/var/lib/trial.json")
 UNITS = Path("/etc/systemd/system")
 CGROUPS = Path("/sys/fs/cgroup")
 SCOPE = "system.slice/torpor-default-microvms.scope"
@@ -57,6 +58,7 @@ one = Installed()
 vms: dict[str, dict[str, Any]] = {}
 counts: dict[str, int] = {}
 steps: list[Callable[[], object]] = []
+past: dict[str, Any] = json.loads(STATE.read_text()) if STATE.exists() else {}  # what this trial knew before the machine's last restart
 
 
 def step(work: Callable[[], object]) -> Callable[[], object]:
@@ -107,6 +109,16 @@ def sleep(name: str) -> None:
     identifier = vms[name]["microvmId"]
     one.client().suspend_microvm(microvmIdentifier=identifier)
     one.state(identifier, "SUSPENDED", seconds=STATE_SECONDS)
+
+
+def machine_restarts(step: str, how: Callable[[], object]) -> None:
+    """Returns after the restart, in the process that goes on with this step then."""
+    if past.get("step") != step:
+        STATE.write_text(json.dumps({"step": step, "vms": vms, "counts": counts}))
+        os.sync()
+        how()
+        signal.pause()
+    replaced(0, START_SECONDS)
 
 
 def group_of(pid: int) -> str:
@@ -194,7 +206,10 @@ def keeps_microvms_when_its_main_process_is_killed() -> None:
 
 @step
 def keeps_microvms_when_all_of_the_unit_is_killed() -> None:
+    """Also when what holds the microVMs' scope is killed, beside which systemd makes no other."""
     before, process = main_pid(), hypervisor("awake")
+    for pid in (CGROUPS / SCOPE / "holder/cgroup.procs").read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
     systemctl("kill", "--kill-whom=all", "--signal=KILL", "torpor")
     replaced(before, START_SECONDS)
     assert hypervisor("awake") == process, "another hypervisor"
@@ -277,12 +292,35 @@ def holds_a_connection_while_it_is_restarted() -> None:
     until(lambda: shown()["ActiveState"] == "active", START_SECONDS, 0.2)
 
 
+@step
+def has_its_microvms_again_after_a_shutdown_of_the_host() -> None:
+    """What ran is suspended before it: the scope of microVMs ends after the service."""
+    machine_restarts("has_its_microvms_again_after_a_shutdown_of_the_host", lambda: systemctl("reboot"))
+    for name in ("awake", "asleep"):
+        goes_on(name)
+
+
+@step
+def has_what_slept_after_a_power_cut() -> None:
+    def cut() -> None:
+        sleep("asleep")
+        Path("/proc/sysrq-trigger").write_text("b")
+
+    machine_restarts("has_what_slept_after_a_power_cut", cut)
+    ended = one.state(vms["awake"]["microvmId"], "TERMINATED", seconds=STATE_SECONDS)
+    assert ended["stateReason"], ended
+    goes_on("asleep")
+
+
 def systemctl_journal() -> str:
     return subprocess.run(["journalctl", "-u", "torpor", "--no-pager", "-o", "cat"], capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:
-    for work in steps:
+    vms.update(past.get("vms", {}))
+    counts.update(past.get("counts", {}))
+    names = [work.__name__ for work in steps]
+    for work in steps[names.index(past["step"]) if past else 0 :]:
         started, told, error = time.monotonic(), None, ""
         try:
             told = work()
