@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -70,3 +71,10 @@ def test_no_two_test_files_have_one_name() -> None:
     """pytest imports each by its name alone: of two, neither folder's tests can be collected with the other's."""
     names = [path.name for path in (REPO / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
+
+
+def test_every_part_of_the_long_tests_belongs_to_the_whole() -> None:
+    text = (REPO / "Makefile").read_text()
+    parts = set(re.findall(r"^(test-long-[\w-]+|test-fresh[\w-]*):", text, re.MULTILINE))
+    (whole,) = re.findall(r"^test-long:(.*)##", text, re.MULTILINE)
+    assert parts and parts <= set(whole.split())
