@@ -74,6 +74,7 @@ class Control:
         self.faults = FaultLog(self.logs)
         self._explaining: set[str] = set()  # sessions whose guest is asked what listens
         self.audit = AuditTrail(directory / "audit")
+        self.audit.adopt(settings.account)
         self.vmm = Client(settings.vmm_socket, Service(self))
         self.host = Host(self.vmm, settings.root)
         self.spans = Spans(settings.traces.endpoint, "control")

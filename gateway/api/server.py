@@ -207,7 +207,7 @@ class ApiServer:
         except Exception:
             log.exception("audit.incomplete", call=exchange.event)
             parts = {"requestID": exchange.id, "userIdentity": _identity(exchange.access_key, exchange.caller)}
-        self._audit.write(exchange.event, exchange.caller is not None, **parts)
+        self._audit.write(exchange.event, exchange.caller.account if exchange.caller is not None else None, **parts)
 
     def _parts(self, exchange: Exchange, error: ApiError | None, reply: dict[str, Any] | None) -> dict[str, Any]:
         reads = exchange.event.startswith(("Get", "List", "Describe", "Filter"))

@@ -1,8 +1,9 @@
 """The audit trail: one line of JSON a call, allowed or refused, in CloudTrail's record format (CloudTrail record contents, 1.11).
 
-Two trails: calls of known callers in `audit.jsonl`, and refusals of callers whom nobody knows in `refused.jsonl`, which is small: anybody
-can send those, and they must not wash the others out. A record that the disk does not take waits in memory, and is written when it can be;
-when too many wait, what was lost is itself a record. No call fails because of its record.
+Each account has a trail of its own, `<account>/audit.jsonl`, as CloudTrail keeps them apart: however much one calls, it washes out no
+other's. Refusals of callers whom nobody knows are in `refused.jsonl`, which is small: anybody can send those. A record that the disk does
+not take waits in memory, and is written when it can be; when too many wait, what was lost is itself a record. No call fails because of its
+record.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import structlog
 
 log = structlog.get_logger()
 
-_FILE_BYTES, _FILES = 64 << 20, 8
+_FILE_BYTES, _FILES = 32 << 20, 8  # of each account
+_NAME = "audit.jsonl"
 _REFUSED_BYTES, _REFUSED_FILES = 8 << 20, 2
 _WAITING_BYTES = 1 << 20  # of records that could not be written
 _RECORD_BYTES = 64 << 10
@@ -210,27 +212,45 @@ class Trail:
 
 class AuditTrail:
     def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
+        self._directory = directory
         self._clock = clock
-        self._known = Trail(directory / "audit.jsonl", _FILE_BYTES, _FILES, self._lost)
         self._refused = Trail(directory / "refused.jsonl", _REFUSED_BYTES, _REFUSED_FILES, self._lost)
+        self._trails: dict[str, Trail] = {}
 
-    def write(self, event: str, is_known: bool, **parts: Any) -> None:
-        """Writes the record of a call; `is_known` of its caller. Raises nothing: the call was carried out."""
-        trail = self._known if is_known else self._refused
+    def adopt(self, account: str) -> None:
+        """Gives an account the trail that all had together, before each got one of its own. What cannot be moved stays: the next
+        start tries again."""
+        try:
+            for path in self._directory.glob(f"{_NAME}*"):
+                target = self._directory / account / path.name
+                if not target.exists():
+                    target.parent.mkdir(exist_ok=True)
+                    path.rename(target)
+        except OSError as error:
+            log.error("audit.not_adopted", path=str(self._directory), error=str(error))
+
+    def write(self, event: str, account: str | None, **parts: Any) -> None:
+        """Writes the record of a call; `account` is its caller's, where that is known. Raises nothing: the call was carried out."""
+        trail = self._refused if account is None else self._trail(account)
         try:
             trail.add(event, _line(record(event, self._clock(), **parts)))
         except Exception:
             log.exception("audit.lost", call=event)
             trail.lose(event)
 
+    def _trail(self, account: str) -> Trail:
+        if account not in self._trails:
+            self._trails[account] = Trail(self._directory / account / _NAME, _FILE_BYTES, _FILES, self._lost)
+        return self._trails[account]
+
     def _lost(self, counts: dict[str, int]) -> bytes:
         return _line(record(_LOST, self._clock(), eventType="AwsServiceEvent", serviceEventDetails=counts))
 
     def sync(self) -> None:
         """Has what was written outlive a power cut; blocking. Raises OSError."""
-        self._known.sync()
-        self._refused.sync()
+        for trail in (self._refused, *list(self._trails.values())):
+            trail.sync()
 
     def close(self) -> None:
-        self._known.close()
-        self._refused.close()
+        for trail in (self._refused, *self._trails.values()):
+            trail.close()

@@ -224,8 +224,8 @@ class ApiRig:
     def reach(self, identifier: str, state: str) -> None:
         self.do(until(lambda: self.store.sessions[identifier].state.public == state, 30))
 
-    def records(self, trail: str = "audit.jsonl") -> list[dict[str, Any]]:
-        """The audit trail; `refused.jsonl` has the refusals of callers whom nobody knows."""
+    def records(self, trail: str = f"{ACCOUNT}/audit.jsonl") -> list[dict[str, Any]]:
+        """An account's audit trail; `refused.jsonl` has the refusals of callers whom nobody knows."""
         return [json.loads(line) for line in (self.directory / "audit" / trail).read_text().splitlines()]
 
 

@@ -46,7 +46,7 @@ def audit(root: Path) -> None:
     trail = auditing.AuditTrail(root / "audit", lambda: 0.0)
     for word in WORDS:
         for number in range(2):
-            trail.write("RunMicrovm", True, requestID=f"{word} {number}")
+            trail.write("RunMicrovm", "1", requestID=f"{word} {number}")
         trail.sync()
         say(word)
 

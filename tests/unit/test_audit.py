@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_rig import PLAIN, VMS, ApiRig
+from api_rig import ACCOUNT, PLAIN, VMS, ApiRig
 
 from gateway.observe import audit
 from gateway.observe.audit import AuditTrail
@@ -24,7 +24,7 @@ def trail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AuditTrail:
 
 def write(trail: AuditTrail, *numbers: int) -> None:
     for number in numbers:
-        trail.write("RunMicrovm", True, requestID=f"{number}")
+        trail.write("RunMicrovm", ACCOUNT, requestID=f"{number}")
 
 
 def numbers(path: Path) -> list[int]:
@@ -33,7 +33,9 @@ def numbers(path: Path) -> list[int]:
 
 def kept(tmp_path: Path) -> list[int]:
     """Of all files, the oldest first."""
-    paths = sorted((tmp_path / "audit").glob("audit.jsonl*"), key=lambda path: -int(path.suffix[1:]) if path.suffix[1:].isdigit() else 0)
+    paths = sorted(
+        (tmp_path / "audit").glob(f"{ACCOUNT}/audit.jsonl*"), key=lambda path: -int(path.suffix[1:]) if path.suffix[1:].isdigit() else 0
+    )
     return [number for path in paths for number in numbers(path)]
 
 
@@ -67,7 +69,7 @@ class Disk:
 def test_a_full_file_is_rotated(trail: AuditTrail, tmp_path: Path) -> None:
     write(trail, *range(10))
     trail.close()
-    assert kept(tmp_path) == list(range(10)) and len(list((tmp_path / "audit").glob("audit.jsonl*"))) > 1
+    assert kept(tmp_path) == list(range(10)) and len(list((tmp_path / "audit").glob(f"{ACCOUNT}/audit.jsonl*"))) > 1
 
 
 def test_the_oldest_goes_when_there_are_enough(trail: AuditTrail, tmp_path: Path) -> None:
@@ -75,7 +77,7 @@ def test_the_oldest_goes_when_there_are_enough(trail: AuditTrail, tmp_path: Path
     trail.close()
     left = kept(tmp_path)
     assert left == list(range(left[0], 100)) and len(left) >= 14
-    assert len(list((tmp_path / "audit").glob("audit.jsonl*"))) == audit._FILES
+    assert len(list((tmp_path / "audit").glob(f"{ACCOUNT}/audit.jsonl*"))) == audit._FILES
 
 
 def test_a_rotation_that_fails_at_any_step_any_number_of_times_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +127,7 @@ def test_what_is_lost_is_said_in_the_trail(tmp_path: Path, monkeypatch: pytest.M
     disk.room = 1 << 40
     write(trail, 20)
     trail.close()
-    *records, last = [json.loads(line) for line in (tmp_path / "audit/audit.jsonl").read_text().splitlines()]
+    *records, last = [json.loads(line) for line in (tmp_path / f"audit/{ACCOUNT}/audit.jsonl").read_text().splitlines()]
     assert (last["eventName"], last["eventType"]) == ("AuditRecordsLost", "AwsServiceEvent")
     assert last["serviceEventDetails"] == {"RunMicrovm": 21 - len(records)} and records[0]["requestID"] == "0"
 
@@ -143,12 +145,12 @@ def test_a_disk_that_is_full_at_the_start_keeps_no_service_from_starting(tmp_pat
 
 
 def test_half_a_record_of_before_does_not_spoil_the_next(tmp_path: Path) -> None:
-    (tmp_path / "audit").mkdir()
-    (tmp_path / "audit/audit.jsonl").write_text('{"eventName": "Ru')
+    (tmp_path / "audit" / ACCOUNT).mkdir(parents=True)
+    (tmp_path / f"audit/{ACCOUNT}/audit.jsonl").write_text('{"eventName": "Ru')
     trail = AuditTrail(tmp_path / "audit", lambda: 0.0)
     write(trail, 1)
     trail.close()
-    _, following = (tmp_path / "audit/audit.jsonl").read_text().splitlines()
+    _, following = (tmp_path / f"audit/{ACCOUNT}/audit.jsonl").read_text().splitlines()
     assert json.loads(following)["requestID"] == "1"
 
 
@@ -157,18 +159,39 @@ def test_unknown_callers_wash_nothing_out(tmp_path: Path, monkeypatch: pytest.Mo
     trail = AuditTrail(tmp_path / "audit", lambda: 0.0)
     write(trail, 1)
     for _ in range(200):
-        trail.write("RunMicrovm", False, userAgent="x" * 8000)
+        trail.write("RunMicrovm", None, userAgent="x" * 8000)
     trail.close()
     assert kept(tmp_path) == [1]
     refused = list((tmp_path / "audit").glob("refused.jsonl*"))
     assert len(refused) == 2 and all(path.stat().st_size < 3000 for path in refused), "fields are cut"
 
 
+def test_an_account_that_calls_without_end_washes_out_its_own_trail_only(trail: AuditTrail, tmp_path: Path) -> None:
+    write(trail, 1)
+    for _ in range(500):
+        trail.write("ListMicrovms", "210987654321")
+    trail.close()
+    assert kept(tmp_path) == [1]
+    assert len(list((tmp_path / "audit/210987654321").iterdir())) == audit._FILES
+
+
+def test_the_trail_that_all_accounts_had_together_is_the_first_ones(tmp_path: Path) -> None:
+    """As a service of before left it. A move that was ended in its middle goes on."""
+    (tmp_path / "audit" / ACCOUNT).mkdir(parents=True)
+    for name, number in (("audit.jsonl", 2), ("audit.jsonl.1", 1), (f"{ACCOUNT}/audit.jsonl.2", 0)):
+        (tmp_path / "audit" / name).write_text(f'{{"requestID": "{number}"}}\n')
+    trail = AuditTrail(tmp_path / "audit", lambda: 0.0)
+    trail.adopt(ACCOUNT)
+    write(trail, 3)
+    trail.close()
+    assert kept(tmp_path) == [0, 1, 2, 3] and not list((tmp_path / "audit").glob("audit.jsonl*"))
+
+
 def test_a_record_is_of_bounded_length(tmp_path: Path) -> None:
     trail = AuditTrail(tmp_path / "audit", lambda: 0.0)
-    trail.write("RunMicrovm", True, requestParameters={f"name {number}": "x" * 900 for number in range(1000)}, requestID="1")
+    trail.write("RunMicrovm", ACCOUNT, requestParameters={f"name {number}": "x" * 900 for number in range(1000)}, requestID="1")
     trail.close()
-    (line,) = (tmp_path / "audit/audit.jsonl").read_bytes().splitlines()
+    (line,) = (tmp_path / f"audit/{ACCOUNT}/audit.jsonl").read_bytes().splitlines()
     made = json.loads(line)
     assert len(line) < 2000 and made["requestParameters"]["omitted"] and made["requestParameters"]["originalSize"] > 900_000
 

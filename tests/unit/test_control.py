@@ -335,7 +335,7 @@ async def test_control_prunes_its_records_and_syncs_its_trail(rig: Rig, monkeypa
     await store.commit()
     await rig.control.prune()
     assert [row.event for row in await store.events("s1")] == [f"{days - 1:g} days ago"]
-    rig.control.audit.write("RunMicrovm", True)
+    rig.control.audit.write("RunMicrovm", "123456789012")
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
     await rig.control.sync_audit()

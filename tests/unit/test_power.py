@@ -78,7 +78,7 @@ async def test_the_store(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_audit_trail(root: Path, tmp_path: Path) -> None:
     for moment, outcome, place in left(power.run("audit", root), tmp_path / "left", 15):
-        paths = (place / "audit").glob("audit.jsonl*")
+        paths = (place / "audit").glob("1/audit.jsonl*")
         records = [json.loads(line)["requestID"] for path in sorted(paths, reverse=True) for line in path.read_text().splitlines()]
         wanted = [f"{word} {number}" for word in moment.said for number in range(2)]
         assert [one for one in records if one in wanted] == wanted, (moment.number, moment.call, outcome, records)
