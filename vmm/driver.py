@@ -103,7 +103,7 @@ class Driver(Protocol):
         """A process that waits for a session of this image."""
 
     async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> Machine:
-        """BootSnapshotCache an image's machine for the first time, up to where its agent answers and waits for its disk."""
+        """Boots an image's machine for the first time, up to where its agent answers and waits for its disk."""
 
     async def give_disk(self, machine: Machine, image: Path) -> None:
         """The agent of a booted machine has answered: it gets its disk, which it enters when it is told of its application."""

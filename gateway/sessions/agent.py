@@ -62,7 +62,6 @@ class Agent:
         self._on_exit = on_exit
         self._on_killed = on_killed
         self._buffer = bytearray()
-        self._synced = False
         self._nonces: dict[int, asyncio.Future[bytes]] = {}
         self._out = bytearray()
         self._holds = False

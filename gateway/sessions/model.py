@@ -173,7 +173,6 @@ class Connector(msgspec.Struct):
     state: str
     modified_at: float
     reason: str = "Initial creation"
-    reason_code: str | None = None
     update_status: str | None = None
     update_reason: str | None = None
     version: int = 1

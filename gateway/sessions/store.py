@@ -36,9 +36,9 @@ _CLIENT_TOKENS_SECONDS = 24 * 3600  # our choice: the service says nothing
 _CLIENT_TOKENS_IN_MEMORY = 10_000  # the newest, some 1 KiB each: clients repeat a call within minutes. Of older ones the table is asked
 _EVENTS_KEPT = 100_000  # of all sessions and images together; some 10 MB
 _ADD_EVENT = "INSERT INTO events (at, subject, event, old, new, incarnation, detail) VALUES (?, ?, ?, ?, ?, ?, ?)"
-_OLD_TOKENS = "DELETE FROM client_tokens WHERE token IN (SELECT token FROM client_tokens WHERE at < ? LIMIT ?)"
+_DELETE_TOKENS = "DELETE FROM client_tokens WHERE token IN (SELECT token FROM client_tokens WHERE at < ? LIMIT ?)"
 # Numbers go up with time: the first rows are looked at, not the whole table.
-_OLD_EVENTS = "DELETE FROM events WHERE at < ? AND number IN (SELECT number FROM events ORDER BY number LIMIT ?)"
+_DELETE_EVENTS = "DELETE FROM events WHERE at < ? AND number IN (SELECT number FROM events ORDER BY number LIMIT ?)"
 # The newest of each, where no row has its key now.
 _BACK = (
     "SELECT kind, key, max(at), body FROM set_aside WHERE NOT EXISTS (SELECT 1 FROM sessions WHERE kind = 'sessions' AND id = key) "
@@ -357,14 +357,7 @@ class Store:
         for token in [token for token, (at, _, _) in self.client_tokens.items() if at < now - _CLIENT_TOKENS_SECONDS]:
             del self.client_tokens[token]
         removed = 0
-        for statement, before in (
-            (
-                "DELETE FROM client_tokens WHERE token IN (SELECT token FROM client_tokens WHERE at < ? LIMIT ?)",
-                now - _CLIENT_TOKENS_SECONDS,
-            ),
-            # Numbers go up with time: the first rows are looked at, not the whole table.
-            ("DELETE FROM events WHERE at < ? AND number IN (SELECT number FROM events ORDER BY number LIMIT ?)", now - events_seconds),
-        ):
+        for statement, before in ((_DELETE_TOKENS, now - _CLIENT_TOKENS_SECONDS), (_DELETE_EVENTS, now - events_seconds)):
             while gone := await self.db.run(_changed, statement, (before, _PRUNED_AT_ONCE)):
                 removed += gone
         ((tokens,),) = await self.db.rows("SELECT count(*) FROM client_tokens")

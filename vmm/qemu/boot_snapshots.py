@@ -1,4 +1,4 @@
-"""BootSnapshotCache that are kept: the memory and devices of a guest whose kernel runs and whose init waits for its disk.
+"""Boots that are kept: the memory and devices of a guest whose kernel runs and whose init waits for its disk.
 
 They are the same for every image of a shape: nothing of an image was there yet. The first build of a shape keeps its boot, the next
 ones go on from it; under emulation that is most of a build's wait.
