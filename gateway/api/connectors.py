@@ -20,6 +20,7 @@ from gateway.sessions.model import Connector
 from .client_tokens import Remember, TokenMismatch
 from .errors import ConnectorLimit, CoreNotFound, InvalidParameter, ResourceConflict
 from .service import Service
+from .tags import fault_of
 
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _NO_CHANGE = "No configuration changes detected"
@@ -53,6 +54,8 @@ class Connectors:
 
     async def _create(self, caller: Caller, call: dict[str, Any], remember: Remember) -> dict[str, Any]:
         configuration = self._checked(call["Configuration"], call.get("OperatorRole"))
+        if fault := fault_of(call.get("Tags") or {}):
+            raise InvalidParameter(fault)
         own = [connector for connector in self._store.connectors.values() if connector.account == caller.account]
         if any(connector.name == call["Name"] for connector in own):
             raise ResourceConflict(f"A network connector with the name '{call['Name']}' already exists in this account")

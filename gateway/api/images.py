@@ -15,6 +15,7 @@ from gateway.sessions.model import Build, Image, Session, Version
 from .client_tokens import Remember, TokenMismatch
 from .errors import Conflict, NotFound, QuotaExceeded, Validation
 from .service import EGRESS, Service, check_image_arn, reply
+from .tags import fault_of
 
 _RESERVED = ("AWS_REGION", "AWS_LAMBDA_MICROVM_IMAGE_ARN", "AWS_LAMBDA_MICROVM_IMAGE_NAME", "AWS_LAMBDA_MICROVM_IMAGE_VERSION")
 _ECHO = (
@@ -42,6 +43,8 @@ class Images:
 
     async def _create(self, caller: Caller, call: dict[str, Any], remember: Remember) -> dict[str, Any]:
         request = self._request(caller, call)
+        if fault := fault_of(call.get("tags") or {}):
+            raise Validation(fault)
         arn = self._service.image_arn(caller, call["name"])
         if arn in self._store.images:
             raise Validation(f"A MicroVM image with the name '{call['name']}' already exists in this account")
@@ -163,9 +166,13 @@ class Images:
         request["egressNetworkConnectors"] = self._service.check_connectors(
             caller, call.get("egressNetworkConnectors") or [self._service.managed_connector("INTERNET_EGRESS")], EGRESS
         )
-        for key in call.get("environmentVariables") or {}:
+        for key, value in (call.get("environmentVariables") or {}).items():
             if key in _RESERVED:
                 raise Validation(f"Environment variable key '{key}' is reserved")
+            if "=" in key or "\0" in key:
+                raise Validation(f"Environment variable key '{key}' must not contain '=' or a NUL character")
+            if "\0" in value:
+                raise Validation(f"The value of environment variable '{key}' must not contain a NUL character")
         enabled = read_hooks(request).enabled
         if "ready" not in enabled and any(name in enabled for name in ("run", "resume", "suspend", "terminate")):
             raise Validation(
@@ -176,7 +183,7 @@ class Images:
 
     def _size(self, call: dict[str, Any], base: str) -> int:
         resources = call.get("resources") or [{}]
-        size = int(resources[0].get("minimumMemoryInMiB") or _DEFAULT_MIB)
+        size = int(resources[0].get("minimumMemoryInMiB", _DEFAULT_MIB))
         if size not in DISK_GIB:
             raise Validation(
                 f"The requested memory size of {size} MiB is not supported by base MicroVM image {base}. "

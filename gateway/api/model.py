@@ -152,7 +152,7 @@ _PATH = re.compile(r"(?<= at ')[^']*(?=' failed)")
 def _from_query(shape: Shape, text: str, name: str) -> Any:
     if shape.type_name in ("integer", "long"):
         if not _INTEGER.fullmatch(text):
-            raise Validation(f"1 validation error detected: Value '{text}' at '{name}' must be a number")
+            raise Validation(f"1 validation error detected: Value '{text}' at '{name[0].lower()}{name[1:]}' must be a number")
         return int(text)
     return text
 

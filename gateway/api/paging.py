@@ -12,11 +12,15 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from .errors import Validation
+from .errors import InvalidParameter, Validation
 
 _DEFAULT_PAGE = 50
 T = TypeVar("T")
 Key = tuple[Any, ...]
+
+
+class _Unsealed(ValueError):
+    """A token that no page gave."""
 
 
 class Pager:
@@ -35,7 +39,12 @@ class Pager:
         """The same for keys that are in order already: costs the page, not the list."""
         limit = call.get("maxResults") or call.get("MaxItems") or _DEFAULT_PAGE
         given = call.get("nextToken") or call.get("Marker")
-        first = bisect.bisect_right(ordered, self._open(what, given)) if given else 0
+        try:
+            first = bisect.bisect_right(ordered, self._open(what, given)) if given else 0
+        except _Unsealed:
+            if "Marker" in call:
+                raise InvalidParameter("Invalid Marker: use the NextMarker that the previous page gave.") from None
+            raise Validation("Invalid nextToken: use the one that the previous page gave.") from None
         page = list(ordered[first : first + limit])
         return page, (self._seal(what, page[-1]) if len(ordered) > first + limit else None)
 
@@ -47,6 +56,7 @@ class Pager:
         return base64.urlsafe_b64encode(self._tag(text) + text).decode()
 
     def _open(self, what: str, token: str) -> Key:
+        """Raises _Unsealed for a token that was not given for `what`."""
         try:
             data = base64.urlsafe_b64decode(token.encode())
             tag, text = data[:32], data[32:]
@@ -56,5 +66,5 @@ class Pager:
             if kind != what:
                 raise ValueError
         except (ValueError, binascii.Error, msgspec.DecodeError):
-            raise Validation("Invalid nextToken: use the one that the previous page gave.") from None
+            raise _Unsealed from None
         return tuple(position)

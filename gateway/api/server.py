@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
 import structlog
 from aiohttp import web
 from botocore import xform_name
@@ -244,6 +245,6 @@ def _parse(body: bytes) -> Any:
     if not body:
         return None
     try:
-        return json.loads(body)
+        return msgspec.json.decode(body)  # which takes Unicode texts alone: no half of a surrogate pair, which nothing can store
     except (ValueError, RecursionError) as error:
         raise Unserializable("The request body is not valid JSON") from error

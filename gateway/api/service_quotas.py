@@ -11,7 +11,7 @@ from gateway.accounts.model import Caller
 from gateway.accounts.policy import Decision
 from gateway.accounts.quotas import Quota
 
-from .errors import AccessDenied, ApiError, Validation
+from .errors import AccessDenied, ApiError, InvalidParameter
 from .paging import Pager
 
 _SERVICE = {"ServiceCode": "lambda", "ServiceName": "AWS Lambda"}
@@ -63,8 +63,8 @@ class ServiceQuotas:
         asked = {"MaxItems": most, "Marker": _text(call, "NextToken", is_required=False)}
         try:
             page, token = self._pager.page(what, items, lambda item: (item[key],), asked)
-        except Validation as error:
-            raise _Refused("InvalidPaginationTokenException", str(error)) from None
+        except InvalidParameter as error:
+            raise _Refused("InvalidPaginationTokenException", str(error).replace("Marker", "Token")) from None
         return {member: page, **({"NextToken": token} if token else {})}
 
     def _describe(self, quota: Quota, account: str) -> dict[str, Any]:

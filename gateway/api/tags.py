@@ -7,10 +7,19 @@ from typing import Any
 from gateway.accounts.model import Caller
 from gateway.sessions.model import Connector, Image
 
-from .errors import CoreNotFound, InvalidParameter, ResourceConflict, Validation
+from .errors import InvalidParameter, NotFound, ResourceConflict, Validation
 from .service import Service
 
 _MOST = 50
+_OWN = "Tag keys that begin with aws: are reserved."
+_TOO_MANY = f"A resource has at most {_MOST} tags."
+
+
+def fault_of(tags: dict[str, str]) -> str:
+    """What speaks against a resource's having these tags; the empty string where nothing does."""
+    if any(name.lower().startswith("aws:") for name in tags):
+        return _OWN
+    return _TOO_MANY if len(tags) > _MOST else ""
 
 
 class Tags:
@@ -19,11 +28,9 @@ class Tags:
 
     async def tag_resource(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
         resource = self._find(caller, call["Resource"])
-        if any(name.lower().startswith("aws:") for name in call["Tags"]):
-            raise InvalidParameter("Tag keys that begin with aws: are reserved.")
         tags = {**resource.tags, **call["Tags"]}
-        if len(tags) > _MOST:
-            raise Validation(f"A resource has at most {_MOST} tags.")
+        if fault := fault_of(tags):
+            raise InvalidParameter(fault) if fault == _OWN else Validation(fault)
         return await self._set(resource, tags)
 
     async def untag_resource(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +43,7 @@ class Tags:
     def _find(self, caller: Caller, arn: str) -> Image | Connector:
         resource = self._store.images.get(arn) or self._store.connectors.get(arn)
         if resource is None or resource.account != caller.account:
-            raise CoreNotFound(f"Resource not found: {arn}")
+            raise NotFound(f"Resource not found: {arn}")
         return resource
 
     async def _set(self, resource: Image | Connector, tags: dict[str, str]) -> dict[str, Any]:

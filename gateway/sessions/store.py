@@ -272,10 +272,11 @@ class Store:
         await self.db.close()
 
     def put_session(self, session: Session) -> None:
+        row = _insert("sessions", session.id, session)  # first: what cannot be written is not kept in memory either
         if session.id not in self.sessions:
             self.sessions[session.id] = session
             bisect.insort(self._order.setdefault(session.account, []), (session.started_at, session.id))
-        self._pending.append(_insert("sessions", session.id, session))
+        self._pending.append(row)
 
     def drop_session(self, session: Session) -> None:
         self.forget_session(session)
@@ -295,8 +296,9 @@ class Store:
         return (self.sessions[name] for _, name in self.order(account))
 
     def put_image(self, image: Image) -> None:
+        row = _insert("images", image.arn, image)
         self.images[image.arn] = image
-        self._pending.append(_insert("images", image.arn, image))
+        self._pending.append(row)
 
     def drop_image(self, arn: str) -> None:
         self.images.pop(arn, None)
@@ -304,8 +306,9 @@ class Store:
 
     def put(self, kind: str, key: str, record: msgspec.Struct) -> None:
         """Puts one record of `accounts`, `keys`, `roles` or `connectors`."""
+        row = _insert(kind, key, record)
         self._records[kind][key] = record
-        self._pending.append(_insert(kind, key, record))
+        self._pending.append(row)
 
     def drop(self, kind: str, key: str) -> None:
         self._records[kind].pop(key, None)

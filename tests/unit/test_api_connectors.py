@@ -75,6 +75,9 @@ def test_list(api: ApiRig) -> None:
             break
         marker = body["NextMarker"]
     assert {"listed-0", "listed-1", "listed-2"} <= set(found) and len(found) == len(set(found))
+    refused = api.call("GET", f"{PATH}?Marker=made-up")
+    assert refused[:2] == (400, "InvalidParameterValueException") and "Invalid Marker" in refused[2]["message"]
+    assert "at 'maxItems' must be a number" in api.call("GET", f"{PATH}?MaxItems=1_0")[2]["message"]
     assert api.call("GET", f"{PATH}?State=FAILED&MaxItems=1")[2] == {"NetworkConnectors": []}, "the filter comes before the page"
 
 

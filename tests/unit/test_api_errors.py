@@ -194,6 +194,7 @@ def test_bad_size(api: ApiRig) -> None:
         "Supported memory sizes in MiB are: [512, 1024, 2048, 4096, 8192]."
     )
     refused(create(api, resources=[{"minimumMemoryInMiB": 100}]), 400, "ValidationException", text)
+    refused(create(api, resources=[{"minimumMemoryInMiB": 0}]), 400, "ValidationException", text.replace("100", "0", 1))
 
 
 @row("CreateMicrovmImage", "an artifact that is not in S3: 400", "M")
@@ -245,6 +246,33 @@ def test_broken_bodies(api: ApiRig) -> None:
         status, headers, data = api.raw("POST", VMS, body)
         assert (status, headers["x-amzn-errortype"]) == (400, "SerializationException"), body[:20]
         assert list(json.loads(data)) == ["Message"]
+
+
+@row(
+    "every operation",
+    "half a surrogate pair, which is no Unicode text: 400 SerializationException, and nothing is left of the call",
+    "ours",
+)
+def test_half_a_surrogate_pair(api: ApiRig) -> None:
+    half, sessions = "\ud800", set(api.store.sessions)
+    spoilt = {"description": half, "environmentVariables": {"A": half}, "codeArtifact": {"uri": f"s3://bucket/{half}"}, "clientToken": half}
+    for member, value in spoilt.items():
+        assert create(api, "half", **{member: value})[:2] == (400, "SerializationException"), member
+    assert run(api, clientToken=half)[:2] == (400, "SerializationException")
+    logging = {"cloudWatch": {"logGroup": "g", "logStream": half}}
+    assert run(api, logging=logging, executionRoleArn=ROLE)[:2] == (400, "SerializationException")
+    assert set(api.store.sessions) == sessions
+    assert create(api, "half")[0] == 201
+    api.settled(image_arn("half"))
+
+
+@row("CreateMicrovmImage", "a variable that no process can have (`=` in its name, a NUL): 400, without its value", "ours")
+def test_variables_that_no_process_can_have(api: ApiRig) -> None:
+    for name in ("A=B", "A\0"):
+        text = f"Environment variable key '{name}' must not contain '=' or a NUL character"
+        refused(create(api, environmentVariables={name: "x"}), 400, "ValidationException", text)
+    text = "The value of environment variable 'A' must not contain a NUL character"
+    refused(create(api, environmentVariables={"A": "hunter2\0"}), 400, "ValidationException", text)
 
 
 @row("every operation", "a body of more than 1 MiB: 413", "ours")

@@ -37,6 +37,7 @@ _NASTY = st.sampled_from(
         "\u202e",
         "{{7*7}}",
         "\ud83d\ude00",
+        "\ud800",
         "arn:aws:lambda:::",
         ":::::::",
     ]
@@ -70,7 +71,7 @@ def of_shape(shape: Shape, depth: int = 0) -> st.SearchStrategy[Any]:
     fitting = [st.sampled_from(enum)] if enum else []
     if pattern and "\\p" not in pattern and not enum:
         fitting.append(st.from_regex(pattern, fullmatch=True).filter(lambda text: len(text) < 300))
-    return st.one_of(*fitting, _KNOWN, _TEXT)
+    return st.one_of(*fitting, _KNOWN, _TEXT, _NASTY)
 
 
 def _quoted(text: str, safe: str) -> str:

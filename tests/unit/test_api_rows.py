@@ -292,7 +292,15 @@ def test_tag_limits(api: ApiRig) -> None:
     path = f"{TAGS}/{encoded(PLAIN)}"
     assert api.call("POST", path, {"Tags": {f"k{n}": "" for n in range(51)}})[0] == 400
     assert api.call("POST", path, {"Tags": {"aws:x": ""}})[:2] == (400, "InvalidParameterValueException")
-    assert api.call("GET", f"{TAGS}/{encoded(image_arn('none'))}")[0] == 404
+    assert create(api, tags={f"k{n}": "" for n in range(51)})[:2] == (400, "ValidationException")
+    assert create(api, tags={"aws:x": ""})[:2] == (400, "ValidationException")
+    assert image_arn("refused") not in api.store.images
+
+
+@row("ListTags", "of what is not there: 404 with the small `message` that its model has", "D")
+def test_tags_of_nothing(api: ApiRig) -> None:
+    none = image_arn("none")
+    refused(api.call("GET", f"{TAGS}/{encoded(none)}"), 404, "ResourceNotFoundException", f"Resource not found: {none}", **DETAILS)
 
 
 # ---- paging, tokens, consistency (1.5) ----

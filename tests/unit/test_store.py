@@ -18,6 +18,7 @@ import msgspec
 import pytest
 
 from gateway import executors
+from gateway.accounts.model import Role
 from gateway.config import ConfigError
 from gateway.sessions import schema
 from gateway.sessions import store as storing
@@ -56,6 +57,20 @@ async def test_survives_without_a_clean_close(store: Store, tmp_path: Path) -> N
     events = await again.events("s1")
     assert [(row.event, row.old, row.new, row.incarnation, row.detail) for row in events] == [("started", "PENDING", "RUNNING", 1, "why")]
     await again.close()
+
+
+async def test_what_cannot_be_written_is_not_kept_in_memory(store: Store) -> None:
+    """A row that no encoding has would stay until a restart, and no call could remove it."""
+    spoilt = "\ud800"
+    for put in (
+        lambda: store.put_session(msgspec.structs.replace(session(), log_stream=spoilt)),
+        lambda: store.put_image(Image("i", "arn:i", spoilt, 1.0, 1.0)),
+        lambda: store.put("roles", "r", Role("r", {"Version": spoilt})),
+    ):
+        with pytest.raises(UnicodeEncodeError):
+            put()
+    assert not store.sessions and not store._order and not store.images and not store.roles
+    await store.commit()
 
 
 async def test_nothing_is_there_before_commit(store: Store, tmp_path: Path) -> None:
