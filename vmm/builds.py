@@ -1,27 +1,22 @@
 """Container builds: BuildKit in a jail, with a network of its own, never as the host's root, and one store for each account.
 
 The jail (build-jail.sh) holds the builder's root read-only (builder_root.py), the account's layer store, the context and the lent
-settings; its root is a user namespace's, whose ids no other account's builds have. The daemon is up while its build is, and ends with
-it. The network is slirp4netns with private ranges, metadata addresses and the host's loopback closed.
+settings; its root is a user namespace's, whose ids no other account's builds have (build_stores.py). The daemon is up while its build is,
+and ends with it, as does the network (build_network.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import os
 import re
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
-import threading
-import time
-from collections.abc import Awaitable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Awaitable
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -30,19 +25,18 @@ from gateway import descriptors, executors
 from gateway.messages import BuildRequest, BuildResult
 from gateway.observe.room import disk_free_bytes
 
-from . import build_mirrors
+from . import build_mirrors, build_network
+from .build_network import BuildNetwork, Child
+from .build_stores import DROPPED, RANGE, Stores, id_maps, remove_dropped
 from .cgroups import Cgroups, Limits
-from .egress import CLOSED, addresses_here, networks_here
 from .errors import Missing, Unavailable, VmmError, not_written
 from .making import key_at
 from .namespaces import destroy_namespace, make_namespace, run_batch
-from .sandboxes import QUOTED_CHARACTERS
 
 log = structlog.get_logger()
 
 _HERE = Path(__file__).parent
 _BUILD_SECONDS = 1800
-_SLIRP_SECONDS = 10
 _STOP_SECONDS = 10
 _SAY_SECONDS = 30
 _STORE_FAILS = 75
@@ -50,12 +44,6 @@ _NUMBER_BYTES = 32
 _FULL_BYTES = 64 << 20  # of free disk, at which a build has failed for want of it
 _CONFIG_BYTES = 4 << 20  # of an image's configuration: variables and commands, of which the kernel takes 2 MiB, and labels
 _ENDED_KEPT = 64  # whose results nobody has collected
-_RECENT_SECONDS = 60.0  # a store that was opened so lately is about to be used
-_DNS = "10.0.2.3"
-RANGE = 1 << 20  # ids of one account's builds: an image's own, and after them those that it names beyond
-_SINGLE = 256  # of them, for ids that an image names beyond; the kernel takes 340 lines (user_namespaces(7))
-_WHOLE = RANGE - _SINGLE  # the first id that an image's own do not reach; the kernel takes none twice
-_DROPPED = ".dropped-"
 _OLD = ("store", "runroot", "tmp")  # of buildah, which all accounts shared
 
 
@@ -76,127 +64,11 @@ class BuildSettings:
     room_bytes: int = 0  # below so much free disk, stores are given up
 
 
-class _Child:
-    """A process that is killed by its descriptor: by the time, its number may be another's."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-        self._pidfd: int | None = None
-        with contextlib.suppress(ProcessLookupError):  # it has ended, and was waited for
-            self._pidfd = os.pidfd_open(process.pid)
-
-    async def wait(self) -> int:
-        return await self._process.wait()
-
-    def kill(self) -> None:
-        if self._pidfd is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            os.close(self._pidfd)
-            self._pidfd = None
-
-
 @dataclass
 class _Build:
     task: asyncio.Task[BuildResult]
-    children: list[_Child] = field(default_factory=list)
-    tether: int | None = None  # a pipe's end: when it closes, however the daemon ends, its network ends
-
-
-class Stores:
-    """Each account's layer store, with its range of ids and the single ids that its images named.
-
-    A store's directory is its record: the owner of its inside is the range's first id, the file `users` lists the single ids in the order
-    in which they are mapped, and its time is that of the last build.
-    """
-
-    def __init__(self, directory: Path, first_uid: int) -> None:
-        self._directory = directory
-        self._first_uid = first_uid
-        self._one_at_a_time = threading.Lock()  # or two accounts that are new at once would find the same range free
-
-    def open(self, account: str, users: list[int]) -> tuple[Path, int, list[int]]:
-        """The store, made where it is missing; its first id, and all its single ids. Raises VmmError."""
-        with self._one_at_a_time:
-            return self._open(account, users)
-
-    def _open(self, account: str, users: list[int]) -> tuple[Path, int, list[int]]:
-        if not re.fullmatch(r"[\w-]+", account):
-            raise VmmError(f"account {account!r} has no layer store")
-        place = self._directory / account
-        store = place / "store"
-        if not store.exists():
-            place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            taken = {one.stat().st_uid for one in self._directory.glob("*/store")}
-            first = next(uid for uid in range(self._first_uid, 1 << 32, RANGE) if uid not in taken)
-            if first + RANGE >= 1 << 32:
-                raise VmmError("no range of user ids is free for another account's builds: users.builders says where they begin")
-            made = place / "store.new"
-            shutil.rmtree(made, ignore_errors=True)
-            made.mkdir(mode=0o700)
-            os.chown(made, first, first)
-            made.rename(store)
-        known = self._users(place)
-        beyond = [user for user in users if user >= _WHOLE]
-        wanted = known + [user for user in beyond if user not in known]
-        if len(set(beyond)) > _SINGLE:
-            raise VmmError(f"the image names {len(set(beyond))} user ids beyond a million: {_SINGLE} are mapped")
-        if len(wanted) > _SINGLE:  # any layer may have files of any of them: the ids are free again without the layers
-            log.info("store.renewed", account=account, ids=len(wanted))
-            self._set_aside(account)
-            return self._open(account, users)
-        (place / "users.new").write_text(" ".join(map(str, wanted)), encoding="ascii")
-        (place / "users.new").rename(place / "users")
-        return store, store.stat().st_uid, wanted
-
-    def drop(self, account: str) -> None:
-        """It is only a cache."""
-        with self._one_at_a_time:
-            self._set_aside(account)
-        self.sweep()
-
-    def _set_aside(self, account: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            (self._directory / account).rename(self._directory / f"{_DROPPED}{secrets.token_hex(4)}")
-
-    def sweep(self) -> None:
-        """Removes what was dropped, also by a daemon of before."""
-        _remove_dropped(self._directory)
-
-    def drop_unused(self, days: float, used: set[str]) -> None:
-        """Removes what no build has used for so long; `used` are of accounts that build now."""
-        self._drop_older(days * 86400, used)
-        self.sweep()
-
-    def give_up(self, used: set[str]) -> bool:
-        """Removes the store that was used longest ago, since its room is wanted. Returns False where there is none."""
-        found = self._drop_older(_RECENT_SECONDS, used, most=1)
-        self.sweep()
-        return found > 0
-
-    def _drop_older(self, seconds: float, used: set[str], most: int = 1 << 30) -> int:
-        ages: list[tuple[float, str]] = []
-        for place in self._directory.glob("*"):
-            if not place.name.startswith(_DROPPED) and place.name not in used:
-                with contextlib.suppress(OSError):
-                    ages.append(((place / "users").stat().st_mtime, place.name))
-        dropped = 0
-        for _, account in sorted(ages):
-            with contextlib.suppress(OSError), self._one_at_a_time:  # no build may begin in it meanwhile
-                if dropped < most and (self._directory / account / "users").stat().st_mtime < time.time() - seconds:
-                    self._set_aside(account)
-                    dropped += 1
-        return dropped
-
-    def _users(self, place: Path) -> list[int]:
-        with contextlib.suppress(OSError, ValueError):
-            return [user for user in map(int, (place / "users").read_text(encoding="ascii").split()) if user >= _WHOLE]
-        return []
-
-
-def _remove_dropped(directory: Path) -> None:
-    for path in directory.glob(f"{_DROPPED}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    network: BuildNetwork | None = None
+    jail: Child | None = None
 
 
 async def _say(log: int, text: str) -> None:
@@ -205,22 +77,6 @@ async def _say(log: int, text: str) -> None:
         async with asyncio.timeout(_SAY_SECONDS):
             await descriptors.writable(log)
         os.write(log, f"torpor: {text}\n".encode())
-
-
-def id_maps(option: str, first: int, single: list[int]) -> str:
-    """Arguments of unshare(1): an image's ids up to a million and some, then each of the single ones."""
-    maps = [f"--{option}=0:{first}:{_WHOLE}", *(f"--{option}={user}:{first + _WHOLE + number}:1" for number, user in enumerate(single))]
-    return " ".join(maps)
-
-
-def network_rules(allowed: Collection[str], closed: Collection[str]) -> str:
-    """For nft: what a build reaches. `closed` may overlap, which nft's sets may not."""
-    merged = ipaddress.collapse_addresses(ipaddress.IPv4Network(one) for one in closed)
-    return (
-        "table inet build {\nchain out {\ntype filter hook output priority 0;\n"
-        f"oif lo accept\nip daddr {{ {', '.join(sorted(allowed))} }} accept\n"
-        f"ip daddr {{ {', '.join(map(str, merged))} }} reject\nmeta nfproto ipv6 reject\n}}\n}}\n"
-    )
 
 
 def source_policy(base_names: tuple[str, ...], pull: bool) -> dict[str, object]:
@@ -277,13 +133,13 @@ class Builder:
         self._trust()
 
     def _trust(self) -> None:
-        """Whose certificates the builder itself takes: what the host trusts, and the settings' own authorities."""
+        """Writes down whose certificates the builder itself takes: those of the host's authorities, and of the settings' own."""
         files = [self._lent / "ca.pem", *([Path(self._settings.registry_ca)] if self._settings.registry_ca else [])]
         (self._lent / "registries.pem").write_text("".join(path.read_text(encoding="utf-8") + "\n" for path in files if path.exists()))
 
     @property
     def names(self) -> list[str]:
-        """Of builds under way."""
+        """The names of builds under way."""
         return [name for name, build in self._builds.items() if not build.task.done()]
 
     async def begin(self, request: BuildRequest, image: Path) -> tuple[int, int]:
@@ -329,8 +185,8 @@ class Builder:
             del self._builds[name]
 
     def trim(self) -> None:
-        """Has go what builds that are over have left, and stores that nobody has used for long; and, where the disk has no room for what
-        is more than a cache, the one that was used longest ago."""
+        """Begins to remove what builds that are over have left, and stores that nobody has used for long; and, where the disk has no room
+        for what is more than a cache, the one that was used longest ago."""
         if self._trimming is None or self._trimming.done():
             self._trimming = asyncio.get_running_loop().create_task(self._trim())
 
@@ -342,12 +198,12 @@ class Builder:
                 log.warning("builds.not_trimmed", error=str(error))
 
     async def _drop_left(self) -> None:
-        """What a step that cleared away could not."""
+        """Removes what a step that cleared away could not."""
         work = self._directory / "work"
         for path in (*work.iterdir(), *self._namespaces.iterdir()):
             if path.name not in self.names:
                 self._put_away(path.name)
-        await executors.BULK.run(_remove_dropped, work)
+        await executors.BULK.run(remove_dropped, work)
 
     async def _drop_stores(self) -> None:
         await executors.BULK.run(self._stores.drop_unused, self._settings.cache_days, self._building)
@@ -356,15 +212,15 @@ class Builder:
             log.warning("store.given_up", free=free)
 
     def _put_away(self, name: str) -> None:
-        """Has what a build that is over left be in the way of no other, which may have its name. Raises OSError."""
+        """Moves what a build that is over has left out of the way of the next one, which may have its name. Raises OSError."""
         destroy_namespace(self._namespaces / name)
         work = self._directory / "work"
-        if not name.startswith(_DROPPED) and (work / name).exists():
-            os.rename(work / name, work / f"{_DROPPED}{secrets.token_hex(4)}")
+        if not name.startswith(DROPPED) and (work / name).exists():
+            os.rename(work / name, work / f"{DROPPED}{secrets.token_hex(4)}")
 
     @property
     def _building(self) -> set[str]:
-        """Accounts whose stores are in use."""
+        """The accounts whose stores are in use."""
         return {account for account, lock in self._one_at_a_time.items() if lock.locked()}
 
     async def _run(self, request: BuildRequest, image: Path, log: int, phases: int) -> BuildResult:
@@ -405,7 +261,10 @@ class Builder:
             self._log_in(work / "out/login", first, request.logins)
             self._cgroups.create(group, Limits(settings.memory_mib << 20, os.cpu_count() or 1, 50, 4096, 1 << 30))
             await executors.LATENCY.run(make_namespace, namespace, lambda: run_batch("link set lo up\n"))
-            await self._connect(build, work, namespace, {host.rpartition(":")[0] or host for host in request.logins})
+            build.network = BuildNetwork(namespace, work / "slirp4netns")
+            await build.network.start()
+            registries = {host.rpartition(":")[0] or host for host in request.logins}
+            await executors.LATENCY.run(self._close_private, namespace, registries)
             process = await asyncio.create_subprocess_exec(
                 "nsenter", f"--net={namespace}", "unshare", "--mount", "--fork", "--kill-child", "/bin/sh", str(_HERE / "build-jail.sh"),
                 str(work / "root"), id_maps("map-users", first, single), id_maps("map-groups", first, single), str(first), str(RANGE),
@@ -416,9 +275,8 @@ class Builder:
                 str(request.disk_bytes), str(settings.cache_mib), stdin=phases, stdout=log, stderr=log, start_new_session=True,
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
             )  # fmt: skip
-            child = _Child(process)
-            build.children.append(child)
-            status = await child.wait()
+            build.jail = Child(process)
+            status = await build.jail.wait()
             if status:
                 return BuildResult(status, "", disk_free_bytes(work) < _FULL_BYTES, self._cgroups.oom_kills(group) > 0)
             return self._collect(work / "out", image)
@@ -445,7 +303,7 @@ class Builder:
         return BuildResult(0, config.decode("utf-8", errors="replace"), False, False)
 
     def _log_in(self, directory: Path, owner: int, logins: dict[str, str]) -> None:
-        """Docker's own settings, for the builder's eyes only: RUN steps have another root directory."""
+        """Writes Docker's own settings, for the builder's eyes only: RUN steps have another root directory."""
         directory.mkdir(mode=0o700)
         files = {
             "config.json": {"auths": {host: {"auth": login} for host, login in logins.items()}},
@@ -457,64 +315,22 @@ class Builder:
             (directory / name).chmod(0o400)
         os.chown(directory, owner, owner)
 
-    async def _connect(self, build: _Build, work: Path, namespace: Path, registries: set[str]) -> None:
-        """Raises VmmError with slirp4netns's own words."""
-        said = work / "slirp4netns"
-        ready_out, ready_in = os.pipe2(os.O_CLOEXEC)
-        tethered, build.tether = os.pipe2(os.O_CLOEXEC)
-        words = said.open("wb")
-        try:
-            # Its sandbox detaches what is mounted below "/", and where a mount is shared (/run/netns of ip-netns(8)), the
-            # host's too: it gets mounts of its own.
-            process = await asyncio.create_subprocess_exec(
-                "unshare", "--mount", "--propagation=private",
-                "slirp4netns", "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox", "--enable-seccomp",
-                "--netns-type=path", f"--ready-fd={ready_in}", f"--exit-fd={tethered}", str(namespace), "tap0",
-                pass_fds=[ready_in, tethered], stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
-                stderr=words, start_new_session=True,
-            )  # fmt: skip
-            build.children.append(_Child(process))
-            os.close(ready_in)
-            ready_in = -1
-            async with asyncio.timeout(_SLIRP_SECONDS):
-                await descriptors.readable(ready_out)
-            ready = os.read(ready_out, 1)
-        except TimeoutError:
-            ready = b""
-        finally:
-            words.close()
-            os.close(tethered)
-            os.close(ready_out)
-            if ready_in >= 0:
-                os.close(ready_in)
-        if not ready:
-            why = said.read_text(encoding="utf-8", errors="replace").strip()[-QUOTED_CHARACTERS:] or f"not within {_SLIRP_SECONDS} s"
-            raise VmmError(f"slirp4netns did not start, and the build has no network: {why}")
-        await executors.LATENCY.run(self._close_private, namespace, registries)
-
     def _close_private(self, namespace: Path, registries: set[str]) -> None:
-        allowed = {_DNS}
-        for name in {*build_mirrors.mirror_hosts(self._lent), *registries}:
-            with contextlib.suppress(OSError):
-                allowed |= {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET)}
-        own = [address for found in addresses_here().values() for address in found]
-        rules = network_rules(allowed, [*CLOSED, *networks_here(), *own])
-        subprocess.run(
-            ["nsenter", f"--net={namespace}", "nft", "-f", "-"], input=rules.encode(), check=True, capture_output=True, timeout=20
-        )
+        build_network.close_private(namespace, {*build_mirrors.mirror_hosts(self._lent), *registries})
 
     async def _clean(self, build: _Build, group: str, namespace: Path, work: Path) -> None:
         """A step that fails keeps no other from being taken; what is left then goes with the next `trim`, a control group at the next
         start."""
-        if build.tether is not None:
-            os.close(build.tether)
-            build.tether = None
-        for child in build.children:
-            child.kill()
+        network, jail = build.network, build.jail
+        build.network = build.jail = None
+        if network is not None:
+            network.close()
+        if jail is not None:
+            jail.kill()
         await self._clean_step(executors.UPKEEP.run(self._cgroups.remove, group))
-        for child in build.children:
-            await self._clean_step(asyncio.wait_for(child.wait(), _STOP_SECONDS))
-        build.children.clear()
+        for child in (network.child if network is not None else None, jail):
+            if child is not None:
+                await self._clean_step(asyncio.wait_for(child.wait(), _STOP_SECONDS))
         await self._clean_step(executors.UPKEEP.run(destroy_namespace, namespace))
         await self._clean_step(executors.BULK.run(lambda: shutil.rmtree(work, ignore_errors=True)))
 

@@ -20,7 +20,9 @@ import pytest
 from gateway import executors
 from gateway.messages import BuildRequest, BuildResult
 from vmm import build_mirrors, builds
-from vmm.builds import RANGE, Builder, BuildSettings, Stores, _Child, canonical, id_maps, network_rules, source_policy
+from vmm.build_network import Child, network_rules
+from vmm.build_stores import RANGE, Stores, id_maps
+from vmm.builds import Builder, BuildSettings, canonical, source_policy
 from vmm.cgroups import Cgroups
 from vmm.egress import CLOSED
 from vmm.errors import DiskFull, Missing, Unavailable, VmmError
@@ -369,11 +371,11 @@ def test_a_configuration_without_bound_is_refused_in_one_line(builder: Builder, 
 
 async def test_a_process_that_has_ended_is_not_killed_by_its_number() -> None:
     process = await asyncio.create_subprocess_exec("true")
-    child = _Child(process)
+    child = Child(process)
     await child.wait()
     child.kill()
     process = await asyncio.create_subprocess_exec("sleep", "60")
-    child = _Child(process)
+    child = Child(process)
     child.kill()
     assert await child.wait() == -9
     child.kill()

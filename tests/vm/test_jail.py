@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import stat
@@ -16,8 +15,7 @@ from service import Instance, until
 
 from gateway.config import Settings
 from vmm import jail
-from vmm.builds import Builder, BuildSettings, _Build
-from vmm.cgroups import Cgroups
+from vmm.build_network import BuildNetwork
 from vmm.errors import VmmError
 from vmm.namespaces import destroy_namespace, make_namespace
 from vmm.qemu import machine as topology
@@ -103,13 +101,12 @@ def holds(file: Path, needles: list[bytes]) -> list[bytes]:
 
 
 async def test_a_build_whose_network_does_not_start_says_why(tmp_path: Path) -> None:
-    builder = Builder(tmp_path, tmp_path, Cgroups("no-network", tmp_path), BuildSettings(tmp_path, tmp_path, tmp_path, (), False, 1 << 30))
-    build = _Build(asyncio.get_running_loop().create_future())
+    network = BuildNetwork(tmp_path / "none", tmp_path / "said")
     with pytest.raises(VmmError, match=r"has no network: .*No such file or directory"):
-        await builder._connect(build, tmp_path, tmp_path / "none", set())
-    assert build.tether is not None
-    os.close(build.tether)
-    await build.children[0].wait()
+        await network.start()
+    network.close()
+    assert network.child is not None
+    await network.child.wait()
 
 
 def test_nothing_lent_to_a_build_stays_in_its_disk(instance: Instance, app: str) -> None:
