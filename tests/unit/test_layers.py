@@ -36,7 +36,7 @@ ROOMS: dict[str, list[str | tuple[str, ...]]] = {
         ("", "errors", "jail", "provenance", "syscalls"), ("cgroups", "diffs", "disks", "generators", "making", "namespaces", "sparse"),
         ("egress", "kernel", "memory", "snapshots"), ("archives", "mapping", "mirrors", "network", "quarantine", "registry"),
         ("base", "build_mirrors", "build_stores", "builder_root", "driver"), ("leftovers", "manifest", "sandboxes", "standbys", "vms"),
-        "build_network", ("builds", "firecracker", "handout", "images", "qemu", "snapshot_gc"), ("probe", "upgrades", "warm_pool"),
+        ("build_network", "watched"), ("builds", "firecracker", "handout", "images", "qemu", "snapshot_gc"), ("probe", "upgrades", "warm_pool"),
         ("assets", "drivers", "rpc"), "daemon", "serving", "__main__",
     ],
 }  # fmt: skip

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import signal
 import socket
 import struct
 import time
@@ -27,34 +26,31 @@ from ..driver import DEVICES, VSOCK_PORT, WALL_CLOCK_AT, Process
 from ..errors import Ended, Refused, Unavailable, VmmError, explained, not_loaded, not_written, state_refused
 from ..network import TAP, Link
 from ..sandboxes import VmSandbox
+from ..watched import WatchedProcess
 from . import memory
 from .api import Api, ApiError, Unanswered
 from .jail import DISK, MEMORY, OUT, STATE, VSOCK, Jail
 
 NETWORK = "net0"
 _START_SECONDS = 20.0
-_KILL_SECONDS = 10.0
 _ENDING_SECONDS = 1.0
 _AGENT_SECONDS = 5.0
 _RETRY_SECONDS = 0.002
 _MEMORY_SECONDS = 300.0
 
 
-class FirecrackerMachine:
-    """Implements vmm.driver.Machine. `remove` undoes what was made for the process."""
+class FirecrackerMachine(WatchedProcess):
+    """Implements vmm.driver.Machine."""
 
     def __init__(
         self, record: Process, sandbox: VmSandbox, jail: Jail, cgroups: Cgroups, remove: Callable[[], Awaitable[None]],
     ) -> None:  # fmt: skip
-        self.record = record
+        super().__init__(record, sandbox.directory, remove)
         self.steps = Steps("vmm", "")
         self.jail = jail
         self.sandbox = sandbox
-        self._cgroups, self._remove = cgroups, remove
+        self._cgroups = cgroups
         self._api: Api | None = None
-        self._pidfd: int | None = None  # while it runs
-        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._last_words = ""
 
     @property
     def api(self) -> Api:
@@ -70,9 +66,6 @@ class FirecrackerMachine:
     def _seconds(self) -> float:
         """For work on all of the guest's memory."""
         return executors.seconds_for(self.record.shape.memory_mib << 20 if self.record.shape else 0, _MEMORY_SECONDS)
-
-    def save_record(self) -> None:
-        sandboxes.save_record(self.sandbox.directory, self.record)
 
     # ---- the process ----
 
@@ -99,12 +92,10 @@ class FirecrackerMachine:
 
     def attach(self, pid: int) -> None:
         """Watches a process that runs, and talks to it. Raises OSError when it is gone."""
-        pidfd = os.pidfd_open(pid)
+        self._watch(pid)
         self.record.pid, self.record.started = pid, syscalls.start_time(pid) or 0
         self.save_record()
         self._api = Api(self.jail.root)
-        self._pidfd = pidfd
-        asyncio.get_running_loop().add_reader(pidfd, self._gone, pidfd)
 
     async def connect(self) -> None:
         """To a process that another daemon started: its phase is what it says. Raises ApiError, OSError."""
@@ -280,20 +271,6 @@ class FirecrackerMachine:
         self.record.phase = phase
         self.save_record()
 
-    async def kill(self) -> None:
-        if self._api is None:  # nothing was started
-            if not self._ended.done():
-                await self._clean()
-            return
-        if self._pidfd is not None:  # its number may be another's once it has ended
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        async with asyncio.timeout(_KILL_SECONDS):
-            await self.wait()
-
-    async def wait(self) -> None:
-        await asyncio.shield(self._ended)
-
     async def why(self, error: Exception) -> str:
         """Why a step failed: what a process that has ended wrote last, which says more than how its connection broke; else `error`."""
         if self._api is None:
@@ -306,18 +283,6 @@ class FirecrackerMachine:
         """Of a microVM that runs."""
         return Ended(text) if self._ended.done() else explained(error, text)
 
-    def _gone(self, pidfd: int) -> None:
-        asyncio.get_running_loop().remove_reader(pidfd)
-        os.close(pidfd)
-        self._pidfd = None
-        asyncio.get_running_loop().create_task(self._clean())
-
-    async def _clean(self) -> None:
-        self.record.phase = "ended"
+    async def _let_go(self) -> None:
         if self._api is not None:
             await self._api.close()
-        self._last_words = sandboxes.last_words(self.sandbox.directory)
-        try:
-            await self._remove()
-        finally:  # it has ended, whatever is left of it
-            self._ended.set_result(None)

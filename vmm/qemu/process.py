@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 import struct
 import time
@@ -19,18 +18,18 @@ import xxhash
 from gateway import executors
 from gateway.observe.steps import Steps
 
-from .. import diffs, mapping, memory, sandboxes
+from .. import diffs, mapping, memory
 from ..diffs import Manifest, Sum
 from ..driver import DEVICES, WALL_CLOCK_AT, Process
 from ..errors import Ended, Refused, Unavailable, VmmError, explained, not_loaded, state_refused
 from ..network import Link, Network
+from ..watched import WatchedProcess
 from . import machine as topology
 from .machine import PlaceholderDevices
 from .qmp import Qmp, QmpError
 
 log = structlog.get_logger()
 
-_KILL_SECONDS = 10
 _ENDING_SECONDS = 1.0
 _LOAD_SECONDS = 30
 STATE = "torpor-state"  # the name of the memfd
@@ -54,24 +53,19 @@ def listen(path: Path) -> socket.socket:
     return sock
 
 
-class QemuMachine:
-    """Implements vmm.driver.Machine. `remove` undoes what was made for the process (cgroup, directory)."""
+class QemuMachine(WatchedProcess):
+    """Implements vmm.driver.Machine."""
 
     def __init__(
         self, record: Process, directory: Path, network: Network, remove: Callable[[], Awaitable[None]], state: int,
         mapper: mapping.Mapper | None = None,
     ) -> None:  # fmt: skip
-        self.record = record
+        super().__init__(record, directory, remove)
         self.steps = Steps("vmm", "")
         self.image_memory: int | None = None  # of a machine that boots: what will be the image's memory
         self.restored_from: Path | None = None  # the kept boot of a machine that has yet to be given its disk
-        self._directory = directory
         self._network = network
-        self._remove = remove
         self._qmp: Qmp | None = None
-        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._last_words = ""
-        self._pidfd: int | None = os.pidfd_open(record.pid)  # while it runs
         self._state: int | None = state  # what the state of its devices is written to
         self._mapper = mapper
         self._placeholders: PlaceholderDevices | None = None
@@ -80,8 +74,7 @@ class QemuMachine:
         self._starving: asyncio.Task[None] | None = None
         self._loaded: asyncio.Future[str] | None = None
         self._reconnecting: asyncio.Task[None] | None = None
-        self._cleaning: asyncio.Task[None] | None = None
-        asyncio.get_running_loop().add_reader(self._pidfd, self._gone)
+        self._watch(record.pid)
 
     async def connect(self) -> None:
         """Raises QmpError."""
@@ -133,9 +126,6 @@ class QemuMachine:
         if self._qmp is None:
             raise Unavailable(f"hypervisor {self.record.vm} is not connected")
         return self._qmp
-
-    def save_record(self) -> None:
-        sandboxes.save_record(self._directory, self.record)
 
     async def processor(self) -> list[str]:
         """The words of CPUID that the guest sees. Raises QmpError."""
@@ -416,16 +406,6 @@ class QemuMachine:
     async def stop(self) -> None:
         await self.qmp.run("stop")
 
-    async def kill(self) -> None:
-        if self._pidfd is not None:  # its number may be another's once it has ended
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        async with asyncio.timeout(_KILL_SECONDS):
-            await self.wait()
-
-    async def wait(self) -> None:
-        await asyncio.shield(self._ended)
-
     async def why(self, error: Exception) -> str:
         """Why a step failed: what a hypervisor that has ended wrote last, which says more than how its connection broke; else `error`."""
         if self._qmp is None or self._qmp.closed.done():
@@ -456,26 +436,13 @@ class QemuMachine:
             self.record.memory = (found.start, found.end)
         return memory.Mapping(self.record.pid, *self.record.memory)
 
-    def _gone(self) -> None:
-        self.record.phase = "ended"
-        assert self._pidfd is not None
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        self._pidfd = None
-        self._cleaning = asyncio.get_running_loop().create_task(self._clean())
-        self._cleaning.add_done_callback(self._cleaned)
-
-    def _cleaned(self, done: asyncio.Task[None]) -> None:
-        if not done.cancelled() and (error := done.exception()) is not None:  # the next start removes what is left
-            log.error("vm.not_cleaned", vm=self.record.vm, error=repr(error))
-
     def _close_mapper(self) -> None:
         """The guest runs: nothing is mapped any more."""
         if self._mapper is not None:
             self._mapper.close()
             self._mapper = None
 
-    async def _clean(self) -> None:
+    async def _let_go(self) -> None:
         self._close_mapper()
         if self._incoming is not None:
             self._incoming.close()
@@ -490,11 +457,6 @@ class QemuMachine:
         if self.image_memory is not None:
             os.close(self.image_memory)
             self.image_memory = None
-        self._last_words = sandboxes.last_words(self._directory)
-        try:
-            await self._remove()
-        finally:  # it has ended, whatever is left of it
-            self._ended.set_result(None)
 
 
 def child_of(pid: int) -> int | None:
