@@ -8,7 +8,8 @@ import stat
 import struct
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -20,18 +21,32 @@ _TIMESTAMP = 0x5455  # Info-ZIP's extra field of a time in seconds since 1970
 _SECONDS = range(-(1 << 31), 1 << 31)
 _DOS_YEARS = range(1980, 2108)
 _UNIX = 3
+_WILDCARD = re.compile(r"[*?\[\]\\]")
 
 
 class ContextError(Exception):
     """The directory cannot be sent; the text says why."""
 
 
+@dataclass(frozen=True)
+class Pattern:
+    """`lead` is what a path begins with that an exception may mean: its text, up to its first wildcard."""
+
+    is_exception: bool
+    expression: re.Pattern[str]
+    lead: str
+
+
 class Ignored:
-    """The patterns of a .dockerignore: the last one that matches a path, or a folder above it, decides (Docker's patternmatcher)."""
+    """The patterns of a .dockerignore, read and applied as Docker does (moby's patternmatcher): the last that matches a path decides.
+
+    A pattern that matches a folder matches what is in it. One that could not have changed the answer for the folder was not tried there,
+    and does not count below.
+    """
 
     def __init__(self, text: str) -> None:
-        self._patterns: list[tuple[bool, re.Pattern[str]]] = []
-        for line in text.removeprefix("\ufeff").splitlines():
+        self._patterns: list[Pattern] = []
+        for line in text.removeprefix("\ufeff").split("\n"):
             pattern = line.strip()
             if not pattern or line.startswith("#"):
                 continue
@@ -40,22 +55,39 @@ class Ignored:
             if pattern in ("", "."):
                 continue
             try:
-                self._patterns.append((is_exception, re.compile(_expression(pattern), re.DOTALL)))
+                expression = re.compile(_expression(pattern), re.DOTALL)
             except re.error as error:
                 raise ContextError(f".dockerignore: {line.strip()} is no pattern: {error}") from error
-        self.has_exceptions = any(is_exception for is_exception, _ in self._patterns)
+            self._patterns.append(Pattern(is_exception, expression, _WILDCARD.split(pattern, maxsplit=1)[0]))
+
+    def match(self, path: str, above: Sequence[bool]) -> tuple[bool, list[bool]]:
+        """Whether the path is ignored, and which patterns matched it; `above` are those that matched its folder, none at the root."""
+        is_ignored, matched = False, []
+        for at, pattern in enumerate(self._patterns):
+            matches = bool(above) and above[at]
+            if not matches and is_ignored is pattern.is_exception:
+                matches = pattern.expression.fullmatch(path) is not None
+            matched.append(matches)
+            if matches:
+                is_ignored = not pattern.is_exception
+        return is_ignored, matched
+
+    def may_spare(self, folder: str) -> bool:
+        """Whether an exception may mean something in an ignored folder."""
+        inside = f"{folder}/"
+        return any(one.is_exception and (one.lead.startswith(inside) or inside.startswith(one.lead)) for one in self._patterns)
 
     def __contains__(self, path: str) -> bool:
         parts = path.split("/")
-        places = ["/".join(parts[: length + 1]) for length in range(len(parts))]
-        decided = False
-        for is_exception, pattern in self._patterns:
-            if decided is is_exception and any(pattern.fullmatch(place) for place in places):
-                decided = not is_exception
-        return decided
+        is_ignored, above = False, list[bool]()
+        for length in range(len(parts)):
+            is_ignored, above = self.match("/".join(parts[: length + 1]), above)
+        return is_ignored
 
 
 def _expression(pattern: str) -> str:
+    if pattern.startswith("**") and not _WILDCARD.search(pattern, 2):  # a suffix: of a path, or, behind a slash, of its parts
+        return "(?:.*/)?" + re.escape(pattern[3:]) if pattern[2:3] == "/" else ".*" + re.escape(pattern[2:])
     out, at = "", 0
     while at < len(pattern):
         char = pattern[at]
@@ -91,18 +123,33 @@ def ignored_of(source: Path) -> Ignored:
     return Ignored("")
 
 
-def entries(source: Path, ignored: Ignored, folder: str = "") -> Iterator[tuple[str, os.stat_result]]:
-    """Paths of what is sent, in order, each folder before what is in it. The Dockerfile and the patterns are sent in any case."""
+def entries(source: Path, ignored: Ignored) -> Iterator[tuple[str, os.stat_result]]:
+    """Paths of what is sent, in order, each folder before what is in it. The Dockerfile and the patterns are sent in any case; an ignored
+    folder is, where something in it is."""
+    yield from _entries(source, ignored, "", (), [])
+
+
+def _entries(
+    source: Path, ignored: Ignored, folder: str, above: Sequence[bool], unsent: list[tuple[str, os.stat_result]]
+) -> Iterator[tuple[str, os.stat_result]]:
+    """`unsent` are the ignored folders that lead here."""
     with os.scandir(source / folder) as found:
         names = sorted(found, key=lambda one: one.name)
     for one in names:
         path = f"{folder}/{one.name}" if folder else one.name
-        is_kept = path not in ignored or path in (DOCKERFILE, *_IGNORE_FILES)
+        is_ignored, matched = ignored.match(path, above)
         status = one.stat(follow_symlinks=False)
-        if is_kept:
+        if not is_ignored or path in (DOCKERFILE, *_IGNORE_FILES):
+            yield from unsent
+            unsent.clear()
             yield path, status
-        if stat.S_ISDIR(status.st_mode) and (is_kept or ignored.has_exceptions):
-            yield from entries(source, ignored, path)
+            if stat.S_ISDIR(status.st_mode):
+                yield from _entries(source, ignored, path, matched, unsent)
+        elif stat.S_ISDIR(status.st_mode) and ignored.may_spare(path):
+            unsent.append((path, status))
+            yield from _entries(source, ignored, path, matched, unsent)
+            if unsent:
+                unsent.pop()
 
 
 def pack(source: Path, out: IO[bytes]) -> list[str]:

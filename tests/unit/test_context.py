@@ -7,11 +7,12 @@ import os
 import socket
 import stat
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from gateway.cli.context import ContextError, Ignored, pack
+from gateway.cli.context import ContextError, Ignored, entries, pack
 from gateway.images.unpack import CONTEXT, unpack
 
 # Patterns, a path, and whether Docker ignores it (moby's patternmatcher, and its documentation).
@@ -26,6 +27,11 @@ CASES = [
     ("# a comment\na", "a", True), ("#a", "#a", False), ("[ab].txt", "a.txt", True), ("[ab].txt", "c.txt", False),
     (r"\*", "*", True), (r"\*", "a", False), ("a.txt", "axtxt", False), ("  a  ", "a", True), ("", "a", False), (".", "a", False),
     ("a+b$", "a+b$", True), ("foo(1)", "foo(1)", True),
+    # "**" at the start is a suffix, but for another wildcard behind it.
+    ("**.md", "x.md", True), ("**.md", "d/x.md", True), ("**foo", "d/barfoo", True), ("**foo*", "barfoo", False), ("*\n!**.md", "x.md", False),
+    # A folder's match counts for what is in it as it was found for the folder, where a pattern that could change nothing was not tried.
+    ("d\n!d/x\n**/d", "d/x", False), ("d\n!d/x\n**/d", "d/y", True), ("**/x\n!d", "d/x", True), ("**/x\n!d/x", "d/x", False),
+    ("a\u2028b", "b", False),
 ]  # fmt: skip
 
 
@@ -78,9 +84,30 @@ def test_the_directory_is_sent_as_it_is(tree: Path) -> None:
 
 def test_what_dockerignore_names_stays_here(tree: Path) -> None:
     (tree / ".dockerignore").write_text("**\n!src/a\nDockerfile\n.dockerignore\n")
-    assert set(sent(tree)) == {"Dockerfile", ".dockerignore", "src/a"}
+    (tree / "src").chmod(0o711)
+    found = sent(tree)
+    assert set(found) == {"Dockerfile", ".dockerignore", "src", "src/a"}, "what is sent has its folders, as they are"
+    assert found["src"].mode == 0o711
     (tree / "Dockerfile.dockerignore").write_text("src/a\n")  # BuildKit's own comes before the other
     assert set(sent(tree)) == {"Dockerfile", ".dockerignore", "Dockerfile.dockerignore", "src", "src/deep"}
+
+
+def test_an_ignored_folder_is_looked_into_where_an_exception_may_be_there_alone(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database's files, say, which only their owner may read."""
+    for name in ("data", "src", "other"):
+        (tree / name).mkdir(exist_ok=True)
+    looked: list[str] = []
+    scan = os.scandir
+
+    def noted(where: Path) -> Iterator[os.DirEntry[str]]:
+        looked.append(where.relative_to(tree).as_posix())
+        return scan(where)
+
+    monkeypatch.setattr(os, "scandir", noted)
+    for patterns, into in (("data\nother\nsrc\n!src/a", ["src"]), ("*\n!*/a", ["data", "other", "src", "src/deep"]), ("*", [])):
+        looked.clear()
+        list(entries(tree, Ignored(patterns)))
+        assert looked == [".", *into], patterns
 
 
 def test_what_is_no_file_is_left_out_and_named(tree: Path) -> None:
