@@ -21,7 +21,7 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; dpkg --configure -a && apt-get -q update >/dev/null && \
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
-.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-fresh test-fresh-odd fresh-packages check static lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-kvm test-fresh test-fresh-odd fresh-packages check static lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -66,7 +66,7 @@ test: setup check ## every test but the long ones
 test-long: test test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-fresh test-fresh-odd ## every test, in parts of less than an hour each
 
 test-long-rest: setup
-	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py --ignore=tests/fidelity --ignore=tests/applications --ignore=tests/faults --ignore=tests/systemd tests
+	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py --ignore=tests/fidelity --ignore=tests/applications --ignore=tests/faults --ignore=tests/systemd --ignore=tests/kvm tests
 
 test-long-images: setup ## rows of the table of images that are too slow for make test (tests/fidelity)
 	@$(PY) -m pytest -q -m "long and not corpus" tests/fidelity
@@ -96,6 +96,9 @@ test-long-load: setup ## ten minutes of clients of all kinds at once against edg
 
 test-long-systemd: setup ## the units in a Debian with systemd, in a machine of its own (not part of test-long: it has not passed yet)
 	@$(PY) -m pytest -q -s tests/systemd
+
+test-kvm: setup ## drivers on KVM, with QEMU and the real Firecracker, in a machine of its own (KVM_PARTS=Firecracker: that alone; not part of test-long: it has not passed yet)
+	@$(PY) -m pytest -q -s tests/kvm
 
 test-fresh: fresh-packages ## both commands of the README on a machine that has seen nothing (RELEASE=trixie: of another Debian)
 	@/usr/bin/python3 tests/fresh.py $(if $(RELEASE),--release $(RELEASE),--record)

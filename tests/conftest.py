@@ -16,7 +16,7 @@ import pytest
 import uvloop
 from outside import NAME_SERVER, PORT, PRIVATE, Outside, outside
 from scratch import scratch
-from service import HOOKS, Instance, app_files, free_port, served
+from service import HOOKS, Instance, app_files, everywhere, free_port, served
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore looks for new ones.
 _QUIET = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
@@ -29,6 +29,8 @@ os.umask(0o022)  # users of the service's own read what tests make
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accelerator", choices=("tcg", "kvm"), default="tcg", help="what the microVMs of tests/vm/test_drivers.py run under")
+    parser.addoption("--firecracker", choices=("stand-in", "real"), default="stand-in", help="which one; the real one is on the path")
+    parser.addoption("--setting", action="append", default=[], help="of every instance of the run: NAME=VALUE, as TORPOR_NAME has it")
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -39,6 +41,7 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
 def pytest_configure(config: pytest.Config) -> None:
     """A run's temporary files and its home directory are in one directory that goes with it: pytest's own would stay in /tmp, which may be
     noexec, and nothing of a run may depend on what is in somebody's home, or be left there."""
+    everywhere.update(one.split("=", 1) for one in config.getoption("--setting"))
     config.stash[_SCRATCH] = contextlib.ExitStack()
     if not hasattr(config, "workerinput") and not config.option.basetemp:
         directory = config.stash[_SCRATCH].enter_context(scratch(".torpor-tests-"))  # not of a name that the leak check looks for

@@ -92,13 +92,14 @@ exec /bin/busybox switch_root /new /sbin/init
 @dataclass(frozen=True)
 class Job:
     """`command` is run in the tree, and tells of itself in lines of JSON on standard output. `programs` are on its path; `first`: it is
-    started by the machine's first process, not by systemd. `room_mib`: of an empty disk of its own, /dev/vdc."""
+    started by the machine's first process, not by systemd. `room_mib`: of an empty disk of its own, /dev/vdc. `files` are in /lent."""
 
     command: str
     memory_mib: int = 6144
     programs: dict[str, Path] = field(default_factory=dict)
     first: bool = False
     room_mib: int = 0
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def _run(*command: str | Path, deadline: float = 900) -> None:
@@ -197,6 +198,8 @@ def lend(directory: Path, cache: Path, job: Job) -> Path:
     for name, program in job.programs.items():
         shutil.copy(program, lent / "programs" / name)
         (lent / "programs" / name).chmod(0o755)
+    for name, text in job.files.items():
+        (lent / name).write_text(text, encoding="utf-8")
     (lent / "start").write_text(start(KNOWN_MOUNTS, job), encoding="utf-8")
     (lent / "first").write_text(FIRST.format(start=start(MOUNTS, job)), encoding="utf-8")
     _run("mke2fs", "-q", "-t", "ext4", "-d", lent, directory / "lent.raw", f"{LENT_MIB}M")
@@ -221,9 +224,11 @@ def machine(directory: Path, cache: Path, log: Path, job: Job) -> Iterator[tuple
         "-append", f"console=ttyS0 mitigations=off quiet panic=1{' first=1' if job.first else ''}",
         "-serial", f"file:{log}", "-serial", "stdio", *(word for one in drives for word in ("-drive", f"{one},if=virtio,format=raw")),
     ]  # fmt: skip
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(directory)}
-    ) as process:
+    environment = os.environ | {"TMPDIR": str(directory)}
+    with (
+        (directory / "qemu.log").open("wb") as words,  # what of EPYC is not emulated, as a rule
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=words, text=True, env=environment) as process,
+    ):
         assert process.stdout is not None
         try:
             yield (json.loads(line) for line in process.stdout if line.startswith("{")), process.kill

@@ -41,6 +41,8 @@ HOOKS = {
 
 
 _handed_out: set[int] = set()
+everywhere: dict[str, str] = {}  # settings of every instance of a run (`--setting`)
+PATIENCE = float(os.environ.get("TESTS_PATIENCE", "1"))  # what a machine whose processor is emulated takes longer
 
 
 def free_port() -> int:
@@ -56,7 +58,7 @@ def free_port() -> int:
 
 def until(check: Callable[[], Any], seconds: float = 60.0, pause: float = 0.02) -> Any:
     """What `check` returns, as soon as it is true."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * PATIENCE
     while True:
         value = check()
         if value:
@@ -84,7 +86,7 @@ class Instance:
             "USERS__FIRST": str(first_uid), "LIMITS__MIN_IDLE_SECONDS": "1",
             "EGRESS__CLOSED": "true", "STANDBYS__WARM": "0",
         }  # fmt: skip
-        self.environment |= {f"TORPOR_{key}": value for key, value in (defaults | settings).items()}
+        self.environment |= {f"TORPOR_{key}": value for key, value in (defaults | everywhere | settings).items()}
         self.process: subprocess.Popen[str] | None = None
         self.log = self.directory / "serve.log"
 
@@ -111,7 +113,7 @@ class Instance:
     def stop(self) -> int:
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(120)
+        code = self.process.wait(120 * PATIENCE)
         self.process = None
         return code
 
@@ -164,13 +166,15 @@ class Instance:
             port = self.environment["TORPOR_OBJECT_STORE__PORT" if name == "s3" else "TORPOR_API__PORT"]
             self._clients[name] = boto3.client(  # type: ignore[call-overload]
                 name, region_name="us-east-1", endpoint_url=f"http://127.0.0.1:{port}", aws_access_key_id=key,
-                aws_secret_access_key=secret, config=Config(retries={"max_attempts": 8, "mode": "standard"}, read_timeout=60, parameter_validation=False),
+                aws_secret_access_key=secret, config=Config(retries={"max_attempts": 8, "mode": "standard"}, read_timeout=60 * PATIENCE, parameter_validation=False),
             )  # fmt: skip
         return self._clients[name]
 
     def command(self, *words: str, check: bool = True, deadline: float = 120) -> subprocess.CompletedProcess[str]:
         """A command with the instance's environment: torpor, aws, curl."""
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=deadline, check=False, cwd="/")
+        done = subprocess.run(
+            words, env=self.environment, capture_output=True, text=True, timeout=deadline * PATIENCE, check=False, cwd="/"
+        )
         if check and done.returncode:
             raise AssertionError(f"{words} exited with {done.returncode}: {done.stdout}{done.stderr}")
         return done
