@@ -316,6 +316,9 @@ class Settings(BaseSettings):
     accelerator: str = Field("auto", pattern="^(auto|kvm|tcg)$", description="auto: KVM where a guest that probes it runs")
     probe_seconds: float = Field(40.0, gt=0, description="how long a guest that probes KVM may take")
     hypervisor: str = Field("auto", pattern="^(auto|qemu|firecracker)$", description="auto: Firecracker where it and KVM work")
+    oldest_firecracker: str = Field(
+        "1.16.2", pattern=r"^\d+\.\d+\.\d+$", description="for tests alone, which let an older release in; those lose what sleeps"
+    )
     strangers: str = Field(
         "refuse", pattern="^(refuse|adopt|quarantine)$",
         description="what a start does where store and disks are not of one instance: `torpor serve --adopt`, `--quarantine`",

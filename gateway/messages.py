@@ -6,7 +6,7 @@ import msgspec
 
 # What control and vmm say to a guest's agent, and what it answers (vmm/guest/port.h). Guests of all lower numbers are understood: an agent
 # lies in the memory of its image, and is as old as that.
-AGENT_PROTOCOL = 2
+AGENT_PROTOCOL = 3
 
 # ---- control -> vmm ----
 

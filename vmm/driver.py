@@ -6,6 +6,8 @@ under `images/` with the full memory, the disks and the device state of the mach
 
 from __future__ import annotations
 
+import secrets
+import struct
 from pathlib import Path
 from typing import Protocol
 
@@ -22,9 +24,15 @@ DEVICES = "devices.state"  # of an image or a snapshot: the state of the machine
 WALL_CLOCK_AT = 12  # in a wake message, behind the frame's header (vmm/guest/wake.h)
 VSOCK_PORT = 1024  # of the guest's vsock, where its agent has no virtio-serial port
 GUEST_CID = 3
+_HELLO = (0x52505254, 0x01)  # the magic number and kind of a frame that its agent answers whatever it does
 UNSAVED = ("starting", "running", "stopped")  # phases of a process that may have what is nowhere else
 
-__all__ = ["Driver", "Machine", "Process", "Sealed", "Shape"]
+__all__ = ["Driver", "Machine", "Process", "Sealed", "Shape", "hello"]
+
+
+def hello() -> bytes:
+    """Makes a frame that a guest's agent answers, with a nonce that nobody waits for (vmm/guest/port.h)."""
+    return struct.pack("<IBBHIQ", _HELLO[0], _HELLO[1], 0, 0, 8, secrets.randbits(63))
 
 
 class Process(msgspec.Struct):
@@ -62,8 +70,9 @@ class Machine(Protocol):
         not run yet. Raises VmmError: Unavailable for all that says nothing about the snapshot, and leaves that as it was."""
 
     async def resume(self, wake: bytes) -> int:
-        """Writes the wake message, lets the guest run, returns a connected descriptor of the agent's channel. Raises Ended, Damaged
-        for a snapshot that turns out to be so, Unavailable where it may be asked for again."""
+        """Writes the wake message, lets the guest run, returns a connected descriptor of the agent's channel. Where a channel may lose
+        what is written to it, the message is repeated until the guest has answered, whose agent carries it out once (its nonce). Raises
+        Ended, Damaged for a snapshot that turns out to be so, Unavailable where it may be asked for again."""
 
     async def checked(self) -> None:
         """Returns when the files that a running guest was loaded from have been compared with their checksums. Raises Damaged, Missing,

@@ -23,5 +23,4 @@ def choose(settings: Settings, hypervisor: str, cgroups: Cgroups, network: Netwo
         return QemuDriver(QemuAssets(cache), settings.root / "boots", sandboxes, cgroups, network)
     programs = probe.firecracker_programs()
     assert programs is not None
-    made = FirecrackerAssets(cache / "vmlinux", cache / "initrd-firecracker")
-    return FirecrackerDriver(programs, made, settings.root / "jails", sandboxes, cgroups)
+    return FirecrackerDriver(programs, FirecrackerAssets(cache), settings.root / "jails", sandboxes, cgroups)

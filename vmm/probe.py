@@ -32,7 +32,16 @@ KVM = Path("/dev/kvm")
 _CODE = Path(__file__).parent  # what is asked is written there
 _VERSION_SECONDS = 10
 _ENDING_SECONDS = 5.0
-OLDEST_FIRECRACKER = (1, 13)  # its `track_dirty_pages` at a load
+# What is wrong with releases of Firecracker before a number, as its repository's changes and issues say; the service has lost, or would
+# lose, sleepers by each.
+_FIRECRACKER_FAULTS = (
+    ((1, 13, 0), "snapshots are a preview"),
+    ((1, 14, 4), "diffs of more than 3 GiB differ from what was in memory (5705), the guest's monotonic clock jumps over a sleep (5809)"),
+    ((1, 15, 0), "a restored vsock takes ports that are in use (5688)"),
+    ((1, 16, 0), "connections by vsock break after a restore (5882)"),
+    ((1, 16, 1), "a vsock is dead after a restore where a packet was on its way (5958)"),
+    ((1, 16, 2), "a vsock hangs after a restore where a packet waited in its queue (5969)"),
+)
 
 
 def why_not_kvm(settings: Settings, device: Path = KVM) -> str:
@@ -57,7 +66,7 @@ def why_not_kvm(settings: Settings, device: Path = KVM) -> str:
 def why_not_firecracker(settings: Settings, device: Path = KVM) -> str:
     """Empty where Firecracker and its jailer are there, new enough, and ran our own guest's init; else why not."""
     programs = firecracker_programs()
-    if why_not := wrong_release(programs):
+    if why_not := wrong_release(programs, settings.oldest_firecracker):
         return why_not
     assert programs is not None
     cache = settings.cache
@@ -70,7 +79,7 @@ def why_not_firecracker(settings: Settings, device: Path = KVM) -> str:
     base = place / "jails"
 
     def ask() -> str:
-        jailed = Jail(base, programs, VmSandbox(f"probe-{os.getpid()}", settings.users.probe, base))
+        jailed = Jail(base, programs, VmSandbox(f"probe-{os.getpid()}", settings.users.probe, base), None)
         try:
             jailed.make()
             return run(jailed.probe(kernel, initrd), [], settings.probe_seconds)
@@ -163,8 +172,8 @@ def firecracker_programs() -> Programs | None:
     return None if found[0] is None or found[1] is None else Programs(Path(found[0]).resolve(), Path(found[1]).resolve())
 
 
-def wrong_release(programs: Programs | None) -> str:
-    """Empty when both programs are there and new enough, else why not."""
+def wrong_release(programs: Programs | None, oldest: str) -> str:
+    """Empty when both programs are there, of one release, and as new as `oldest`, else why not."""
     if programs is None:
         return "firecracker and jailer are not both on the path"
     versions = []
@@ -173,12 +182,19 @@ def wrong_release(programs: Programs | None) -> str:
             said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=_VERSION_SECONDS, check=True).stdout
         except (OSError, subprocess.SubprocessError) as error:
             return str(error)
-        found = re.search(r"v(\d+)\.(\d+)", said)
-        versions.append((int(found[1]), int(found[2])) if found else (0, 0))
-    if versions[0] != versions[1] or versions[0] < OLDEST_FIRECRACKER:
-        wanted, have = ".".join(map(str, OLDEST_FIRECRACKER)), ", ".join(f"{major}.{minor}" for major, minor in versions)
-        return f"firecracker and jailer must be of one release, {wanted} or later: they are {have}"
-    return ""
+        found = re.search(r"v(\d+\.\d+\.\d+)", said)
+        versions.append(found[1] if found else "unknown")
+    if versions[0] != versions[1] or versions[0] == "unknown":
+        return f"firecracker and jailer must be of one release, {oldest} or later: they are {', '.join(versions)}"
+    number = _number(versions[0])
+    if number >= _number(oldest):
+        return ""
+    faults = "; ".join(f"before {'.'.join(map(str, release))} {fault}" for release, fault in _FIRECRACKER_FAULTS if number < release)
+    return f"Firecracker {versions[0]} would lose what sleeps, {oldest} or later is needed: {faults}"
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
 
 
 class Choice(NamedTuple):

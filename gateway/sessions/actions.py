@@ -45,6 +45,7 @@ from .transitions import Observer, Transitions
 log = structlog.get_logger()
 
 _WOKEN_SECONDS = 30.0  # a loaded host and an emulated guest; usually some 20 ms
+_HEARD_SECONDS = 5.0
 _DESTROY_RETRY_SECONDS = 0.5
 _SETTLE_RETRY_SECONDS = 1.0
 _RETRY_MOST_SECONDS = 15.0
@@ -414,6 +415,8 @@ class Actions:
         held = _held(await patiently(self._host.state), session)
         if held is not None and held.phase == "stopped":
             await patiently(lambda: self._host.unpause(session.id, session.incarnation))
+        if not await self._channels.is_heard(session, _HEARD_SECONDS):  # a snapshot may end the channel (Firecracker's vsock)
+            return await self._settle_after_failure(session, str(error))
         self._transitions.drop_wakes(session)
         return Fired(Event.NOT_SAVED, str(error))
 
@@ -528,7 +531,7 @@ class Actions:
     async def _take_over(self, session: Session, phase: str) -> Outcome:
         """Takes over a guest that went on while control was away. Raises RpcError and AgentError for what passes."""
         try:
-            if phase == "prepared":
+            if phase in ("prepared", "starting"):  # the latter may run, but nobody has heard that it was woken
                 await self._start(session)
             else:
                 if phase in ("saving", "stopped"):

@@ -139,6 +139,25 @@ class Agent:
         self._holds = False
         self._writable()
 
+    async def is_heard(self, seconds: float) -> bool:
+        """Whether the guest answers over this channel in time. What is held back stays held back."""
+        if self._descriptor < 0:
+            return False
+        nonce = secrets.randbits(63)
+        future = self.expect(nonce)
+        data = frame(_HELLO, struct.pack("<Q", nonce))
+        try:
+            if self._holds:  # from `quiet` on, between two frames
+                os.write(self._descriptor, data)
+            else:
+                self.send(data)
+            async with asyncio.timeout(seconds):
+                await future
+        except (OSError, TimeoutError, AgentError):
+            self._nonces.pop(nonce, None)
+            return False
+        return True
+
     @property
     def is_detached(self) -> bool:
         """Whether it waits for the channel of the next incarnation."""
@@ -196,7 +215,11 @@ class Agent:
         self._loop.remove_writer(self._descriptor)
 
     def _readable(self) -> None:
-        if self._read() is None:
+        if self._read() is not None:
+            return
+        if self._holds:  # a snapshot may end the channel, and its guest runs on, or sleeps: the next channel goes on with its shells
+            self._drop()
+        else:
             self.close()
 
     def _read(self) -> int | None:

@@ -113,6 +113,15 @@ class Channels:
         else:
             services.close()
 
+    async def is_heard(self, session: Session, seconds: float) -> bool:
+        """Returns whether a guest that runs answers over its channel; where it does not, the channel is ready to be attached anew."""
+        agent = self._agents.get(session.id)
+        if agent is None or await agent.is_heard(seconds):
+            return agent is not None
+        if agent.shells.count and not agent.closed.done():
+            agent.detach()
+        return False
+
     # ---- through a suspend ----
 
     async def quiet(self, session: Session, seconds: float) -> None:

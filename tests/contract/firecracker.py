@@ -2,6 +2,9 @@
 """Firecracker's contract without KVM: its API (src/firecracker/swagger/firecracker.yaml, src/vmm/src/rpc_interface.rs), its snapshot
 files and its vsock (docs/snapshotting, docs/vsock.md), refusing what the real one refuses; the guest behind it is a stand-in that
 keeps its state in its memory, page by page, so that what a driver saves and loads can be told apart from what it lost.
+
+It is as unkind as the worst release was: of a guest that boots the first connections wait for ever, and those that are made before a guest
+has handled the reset of its vsock are lost in each way that was seen.
 """
 
 import contextlib
@@ -21,6 +24,11 @@ import zlib
 from typing import Any
 
 PAGE = 4096
+VERSION = "1.16.2"  # tests make copies that are of another release
+RELEASE = tuple(int(part) for part in VERSION.split(".")[:2])
+# The version of a snapshot's format, by the first release that has it (src/vmm/src/persist.rs).
+FORMATS = {(1, 12): 6, (1, 13): 8, (1, 15): 9, (1, 16): 10}
+FORMAT = next(number for release, number in sorted(FORMATS.items(), reverse=True) if release <= RELEASE)
 
 # ---- facts: paths, methods, members (required ones first), and when a call is allowed ----
 
@@ -54,6 +62,11 @@ DEFINITIONS: dict[str, tuple[dict[str, type], dict[str, type]]] = {
     "NetworkOverride": ({"iface_id": STRING, "host_dev_name": STRING}, {}),
     "Logger": ({}, {"level": STRING, "log_path": STRING, "show_level": FLAG, "show_log_origin": FLAG, "module": STRING}),
 }  # fmt: skip
+SINCE = {"track_dirty_pages": (1, 13), "vsock_override": (1, 16), "clock_realtime": (1, 16), "huge_pages": (1, 17)}
+LOAD = DEFINITIONS["SnapshotLoadParams"][1]
+for member, release in SINCE.items():
+    if release > RELEASE:
+        del LOAD[member]
 PRE_BOOT, POST_BOOT = "before", "after"
 CALLS: dict[tuple[str, str], tuple[str, str]] = {
     ("PUT", "/machine-config"): ("MachineConfiguration", PRE_BOOT),
@@ -101,7 +114,12 @@ def checked(name: str, body: Any) -> dict[str, Any]:
 MAGIC, HEAD = 0x52505254, struct.Struct("<IBBHI")
 HELLO, WAKE, CONFIG, START, IS_HELLO, WOKEN, EXIT = 0x01, 0x02, 0x03, 0x04, 0x81, 0x82, 0x84
 STATE_PAGE, FIRST_SCRATCH = 300, 1000
-AGENT_PORT = 1024
+STATE = struct.Struct("<IiiQ")
+AGENT_PORT, PROTOCOL = 1024, 3
+# What becomes of connections, one after the other: while a guest boots, and until it has handled the reset of its device. After BROKEN and
+# MUTE the host has its "OK". What is said on a MUTE one is carried out, and its answer lost.
+SILENT, CLOSED, BROKEN, MUTE = "silent", "closed", "broken", "mute"
+BOOTING, RESETTING = [SILENT, CLOSED], [BROKEN, MUTE, SILENT]
 
 
 class Guest:
@@ -110,17 +128,18 @@ class Guest:
         self.dirty: set[int] = set()
         self.running = threading.Event()
         self.connections: list[socket.socket] = []
+        self.losses: list[str] = []  # of the next connections
 
     def write(self, page: int, data: bytes) -> None:
         self.memory[page * PAGE : page * PAGE + len(data)] = data
         self.dirty.add(page)
 
-    def state(self) -> tuple[int, int, int]:
-        """The application's state, its exit code, and how often the guest was woken."""
-        return struct.unpack_from("<Iii", self.memory, STATE_PAGE * PAGE)
+    def state(self) -> tuple[int, int, int, int]:
+        """The application's state, its exit code, how often the guest was woken, and the last one's nonce."""
+        return STATE.unpack_from(self.memory, STATE_PAGE * PAGE)
 
     def boot(self) -> None:
-        self.write(STATE_PAGE, struct.pack("<Iii", 0, 0, 0))
+        self.write(STATE_PAGE, STATE.pack(0, 0, 0, 0))
         for page in range(16, 200):  # a kernel and its data
             self.write(page, struct.pack("<Q", page) * (PAGE // 8))
 
@@ -131,7 +150,7 @@ class Guest:
         marks = [struct.unpack_from("<Q", self.memory, (FIRST_SCRATCH + 3 * turn) * PAGE)[0] for turn in range(1, 40)]
         return booted and marks == [turn if turn <= woken else 0 for turn in range(1, 40)]
 
-    def serve(self, sock: socket.socket) -> None:
+    def serve(self, sock: socket.socket, is_mute: bool = False) -> None:
         pending = b""
         while data := sock.recv(65536):
             self.running.wait()
@@ -145,19 +164,22 @@ class Guest:
                     break
                 payload, pending = pending[HEAD.size : HEAD.size + length], pending[HEAD.size + length :]
                 for kind_out, out in self.answer(kind, payload):
-                    sock.sendall(HEAD.pack(MAGIC, kind_out, 0, 0, len(out)) + out)
+                    if not is_mute:
+                        sock.sendall(HEAD.pack(MAGIC, kind_out, 0, 0, len(out)) + out)
 
     def answer(self, kind: int, payload: bytes) -> list[tuple[int, bytes]]:
-        state, code, woken = self.state()
+        state, code, woken, last = self.state()
         if kind == HELLO:
             # A guest whose memory is not what it must be has an application that is in no state there is.
-            return [(IS_HELLO, payload[:8] + struct.pack("<Ii", state if self.check() else 99, code))]
+            return [(IS_HELLO, payload[:8] + struct.pack("<IiI", state if self.check() else 99, code, PROTOCOL))]
         if kind == WAKE:
-            self.write(STATE_PAGE, struct.pack("<Iii", state, code, woken + 1))
-            self.write(FIRST_SCRATCH + 3 * (woken + 1), struct.pack("<Q", woken + 1))
+            (nonce,) = struct.unpack_from("<Q", payload, 8)
+            if nonce != last:
+                self.write(STATE_PAGE, STATE.pack(state, code, woken + 1, nonce))
+                self.write(FIRST_SCRATCH + 3 * (woken + 1), struct.pack("<Q", woken + 1))
             return [(WOKEN, payload[8:16])]
         if kind == START and state == 0:  # nothing was configured: the application ends at once, as a shell says it
-            self.write(STATE_PAGE, struct.pack("<Iii", 2, 127, woken))
+            self.write(STATE_PAGE, STATE.pack(2, 127, woken, last))
             return [(EXIT, struct.pack("<i", 127))]
         return []
 
@@ -177,7 +199,7 @@ class Vm:
     def call(self, method: str, path: str, body: Any) -> Any:
         kind = re.sub(r"^/(drives|network-interfaces)/[A-Za-z0-9_]+$", r"/\1/{id}", path)
         if method == "GET" and path == "/":
-            return {"app_name": "Firecracker", "id": self.id, "state": self.state, "vmm_version": "1.16.1"}
+            return {"app_name": "Firecracker", "id": self.id, "state": self.state, "vmm_version": VERSION}
         if (method, kind) not in CALLS:
             raise Refused(f"Invalid request method and/or path: {method} {path}.")
         name, when = CALLS[method, kind]
@@ -242,6 +264,7 @@ class Vm:
         size = self.configured.get("/machine-config", {"mem_size_mib": 128})["mem_size_mib"] << 20
         self.guest = Guest(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self.guest.boot()
+        self.guest.losses = [*BOOTING]
         if "/vsock" in self.configured:
             self.listen()
         self.go("Running")
@@ -259,7 +282,9 @@ class Vm:
             raise Refused("Create snapshot error: Cannot perform snapshot operations while the microVM is running.")
         guest = self.guest
         assert guest is not None
-        saved = json.dumps({"memory": len(guest.memory), "devices": self.configured}).encode()
+        if body.get("snapshot_type") == "Diff" and RELEASE < (1, 13) and not self.tracks:
+            raise Refused("Create snapshot error: Cannot get dirty bitmap: No such file or directory (os error 2)")
+        saved = json.dumps({"format": FORMAT, "memory": len(guest.memory), "devices": self.configured}).encode()
         with open(body["snapshot_path"], "wb") as file:
             file.write(saved + struct.pack("<Q", zlib.crc32(saved)))
         pages = range(len(guest.memory) // PAGE)
@@ -275,6 +300,7 @@ class Vm:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
         guest.connections.clear()
+        guest.losses = [*RESETTING]
 
     def do_SnapshotLoadParams(self, _: str, body: dict[str, Any]) -> None:
         if self.configured:
@@ -288,7 +314,7 @@ class Vm:
         except (OSError, ValueError, KeyError) as error:
             threading.Timer(0.05, os._exit, (1,)).start()  # "the current Firecracker process is ended"
             raise Refused(f"Load snapshot error: Failed to restore from snapshot: {error}") from error
-        self.tracks = body.get("track_dirty_pages", False)
+        self.tracks = body.get("track_dirty_pages", False) or body.get("enable_diff_snapshots", False)
         self.listen()
         self.go("Running" if body.get("resume_vm") else "Paused")
 
@@ -296,8 +322,12 @@ class Vm:
         with open(state, "rb") as file:
             data = file.read()
         if len(data) < 8 or struct.unpack("<Q", data[-8:])[0] != zlib.crc32(data[:-8]):
-            raise ValueError("CRC64 validation failed")
+            raise ValueError("Failed to get snapshot state from file: Failed to load snapshot state from file: CRC64 validation failed: 0")
         saved = json.loads(data[:-8])
+        if saved["format"] != FORMAT:
+            raise ValueError(
+                f"Failed to get snapshot state from file: Failed to load snapshot state from file: Invalid data version: {saved['format']}.0.0"
+            )
         with open(memory, "rb") as file:
             if os.fstat(file.fileno()).st_size != saved["memory"]:
                 raise ValueError("the memory file has another size")
@@ -311,6 +341,7 @@ class Vm:
         if overrides:
             raise ValueError(f"unknown interface {overrides}")
         self.configured, self.guest = saved["devices"], Guest(mapped)
+        self.guest.losses = [*RESETTING]
 
     def open_tap(self, name: str) -> None:
         """TUNSETIFF, as the process's own user: a persistent tap without an owner is anybody's in its namespace."""
@@ -343,10 +374,19 @@ class Vm:
             if line != f"CONNECT {AGENT_PORT}\n".encode():
                 return
             guest.running.wait()
-            sock.sendall(b"OK 1073741824\n")
-            guest.connections.append(sock)
+            loss = guest.losses.pop(0) if guest.losses else ""
+            if loss == CLOSED:
+                return
             with contextlib.suppress(OSError):
-                guest.serve(sock)
+                if loss == SILENT:
+                    sock.recv(1)  # until the host gives up
+                    return
+                sock.sendall(b"OK 1073741824\n")
+                if loss == BROKEN:
+                    sock.recv(65536)
+                    return
+                guest.connections.append(sock)
+                guest.serve(sock, is_mute=loss == MUTE)
 
 
 def open_disk(drive: dict[str, Any]) -> None:
@@ -389,7 +429,7 @@ class ApiServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
 def main() -> None:
     if "--version" in sys.argv:
-        print("Firecracker v1.16.1")
+        print(f"Firecracker v{VERSION}")
         return
     words = [word for word in sys.argv[1:] if word != "--no-api"]
     given = dict(zip(words[::2], words[1::2], strict=True))

@@ -13,6 +13,7 @@ import shutil
 import stat
 import sys
 
+VERSION = "1.16.2"
 CLONE_NEWNS, CLONE_NEWNET, CLONE_NEWPID = 0x00020000, 0x40000000, 0x20000000
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 libc = ctypes.CDLL(None, use_errno=True)
@@ -61,7 +62,12 @@ def make_root(given: argparse.Namespace) -> str:
 
 
 def enter(root: str, given: argparse.Namespace) -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, 2048))
+    limits = {"no-file": "2048"} | dict(one.split("=") for one in given.resource_limit)
+    for name, value in limits.items():
+        kind = {"no-file": resource.RLIMIT_NOFILE, "fsize": resource.RLIMIT_FSIZE}.get(name)
+        if kind is None:
+            sys.exit(f"Invalid resource argument: {name}")
+        resource.setrlimit(kind, (int(value), int(value)))
     namespace = os.open(given.netns, os.O_RDONLY) if given.netns else None
     must(libc.unshare(CLONE_NEWNS), "unshare")
     must(libc.mount(None, b"/", None, MS_PRIVATE | MS_REC, None), "private mounts")
@@ -84,7 +90,7 @@ def enter(root: str, given: argparse.Namespace) -> None:
 def main() -> None:
     given = arguments()
     if given.version:
-        print("Jailer v1.16.1")
+        print(f"Jailer v{VERSION}")
         return
     os.closerange(3, 4096)
     os.environ.clear()

@@ -11,7 +11,7 @@ from gateway import messages as m
 from gateway.rpc import RpcError, RpcLost
 from gateway.sessions.agent import frame
 
-_STOP, _IS_HELLO, _WOKEN, _EXIT = 0x0B, 0x81, 0x82, 0x84
+_HELLO, _STOP, _IS_HELLO, _WOKEN, _EXIT = 0x01, 0x0B, 0x81, 0x82, 0x84
 
 
 class ScriptedHost:
@@ -94,10 +94,12 @@ class ScriptedHost:
             del self.snapshots[held.session]
 
     def _heard(self, session: str, guest: socket.socket) -> None:
-        """What a running guest is told: of that only the order to stop is answered."""
+        """What a running guest is told: of that HELLO and the order to stop are answered."""
         data = guest.recv(1 << 16)
         if not data:
             asyncio.get_running_loop().remove_reader(guest)
+        elif len(data) >= 8 and data[4] == _HELLO:
+            guest.sendall(frame(_IS_HELLO, data[-8:] + struct.pack("<Ii", 1, 0)))
         elif len(data) >= 8 and data[4] == _STOP:
             self.calls.append(f"stop signal {self.stored.get(session, '-')}")
             heeds = self.heeds.get(session)

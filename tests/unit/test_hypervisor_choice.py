@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,24 +63,43 @@ def test_the_daemon_says_in_one_line_what_cannot_be(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_both_programs_of_one_release(host: Path) -> None:
-    program(host / "firecracker", "Firecracker v1.13.1")
-    program(host / "jailer", "Jailer v1.13.1")
-    assert probe.wrong_release(probe.firecracker_programs()) == ""
+def of(host: Path, firecracker: str | None, jailer: str | None) -> None:
+    for name, says in (("firecracker", firecracker), ("jailer", jailer)):
+        if says:
+            program(host / name, says)
+
+
+@pytest.mark.parametrize("version", ["1.16.2", "1.16.3", "1.17.0", "2.0.0"])
+def test_both_programs_of_one_release(host: Path, version: str) -> None:
+    of(host, f"Firecracker v{version}", f"Jailer v{version}")
+    assert probe.wrong_release(probe.firecracker_programs(), Settings().oldest_firecracker) == ""
 
 
 @pytest.mark.parametrize(
     ("firecracker", "jailer", "why"),
     [
         (None, None, "not both on the path"),
-        ("Firecracker v1.16.1", None, "not both on the path"),
-        ("Firecracker v1.12.0", "Jailer v1.12.0", "1.13 or later: they are 1.12, 1.12"),
-        ("Firecracker v1.16.1", "Jailer v1.15.0", "of one release, 1.13 or later: they are 1.16, 1.15"),
-        ("something else", "Jailer v1.15.0", "they are 0.0, 1.15"),
+        ("Firecracker v1.16.2", None, "not both on the path"),
+        ("Firecracker v1.16.2", "Jailer v1.16.3", "of one release, 1.16.2 or later: they are 1.16.2, 1.16.3"),
+        ("something else", "Jailer v1.16.2", "they are unknown, 1.16.2"),
     ],
 )
 def test_why_not(host: Path, firecracker: str | None, jailer: str | None, why: str) -> None:
-    for name, says in (("firecracker", firecracker), ("jailer", jailer)):
-        if says:
-            program(host / name, says)
+    of(host, firecracker, jailer)
     assert why in probe.why_not_firecracker(Settings(cache=host))
+
+
+@pytest.mark.parametrize(
+    ("version", "before"),
+    [
+        ("1.12.1", ["1.13.0", "1.14.4", "1.15.0", "1.16.0", "1.16.1", "1.16.2"]), ("1.14.4", ["1.15.0", "1.16.0", "1.16.1", "1.16.2"]),
+        ("1.16.0", ["1.16.1", "1.16.2"]), ("1.16.1", ["1.16.2"]),
+    ],
+)  # fmt: skip
+def test_an_older_release_is_refused_with_what_is_wrong_with_it(host: Path, version: str, before: list[str]) -> None:
+    of(host, f"Firecracker v{version}", f"Jailer v{version}")
+    why = probe.why_not_firecracker(Settings(cache=host))
+    assert why.startswith(f"Firecracker {version} would lose what sleeps, 1.16.2 or later is needed: before {before[0]} ")
+    assert re.findall(r"before (\S+) ", why) == before
+    # A setting that tests make lets it in.
+    assert "can be probed once" in probe.why_not_firecracker(Settings(cache=host, oldest_firecracker="1.12.1"), Path("/dev/null"))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import socket
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -243,6 +244,35 @@ async def test_a_suspend_that_fails_leaves_no_guest_stopped(rig: Rig) -> None:
     await rig.lifecycle.fire(one, Event.SUSPEND)
     await rig.reach(one, State.RUNNING)
     assert rig.host.held["s1"].phase == "running"
+
+
+@pytest.mark.parametrize("phase", ["running", "stopped"])
+async def test_a_guest_whose_channel_a_failed_suspend_has_ended_is_connected_to_again(
+    rig: Rig, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot resets Firecracker's vsock; the guest runs on, whoever let it."""
+    one = await rig.launched()
+    before = rig.lifecycle.channels.agent(one)
+    rig.host.guests[-1].shutdown(socket.SHUT_RDWR)
+    await until(before.closed.done)
+    rig.host.fail["suspend"] = [RpcError("Unavailable", "EIO")]
+    rig.host.held["s1"].phase = phase
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.reach(one, State.RUNNING)
+    assert rig.host.held["s1"].phase == "running"
+    agent = rig.lifecycle.channels.agent(one)
+    assert agent is not before and await agent.hello(5) == (1, 0)
+
+
+async def test_a_guest_that_may_run_and_was_not_heard_of_is_woken_again(rig: Rig) -> None:
+    """vmm was killed between the start and the guest's answer (Firecracker's): the next one finds it starting."""
+    one = await asleep(rig)
+    rig.host.fail["start"] = [RpcLost("killed")]
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.host.reached["start"].wait()
+    rig.host.held["s1"].phase = "starting"
+    await rig.reach(one, State.RUNNING)
+    assert [call for call in rig.host.calls if call.startswith(("start", "agent"))] == ["start RESUMING"] * 2
 
 
 async def test_a_chain_that_is_missing_ends_no_guest_that_runs(rig: Rig) -> None:

@@ -151,7 +151,7 @@ def test_firecrackers_answer_is_of_the_file_system_that_its_jails_are_on(
     for path in (programs.firecracker, programs.jailer):
         path.touch()
     monkeypatch.setattr(probe, "firecracker_programs", lambda: programs)
-    monkeypatch.setattr(probe, "wrong_release", lambda programs: "")
+    monkeypatch.setattr(probe, "wrong_release", lambda programs, oldest: "")
     for name in ("vmlinux", "initrd-firecracker"):
         (settings.cache / name).touch()
         making.key_path(settings.cache / name).write_text("made")

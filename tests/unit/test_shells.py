@@ -159,6 +159,43 @@ async def test_a_channel_that_ended_is_over_and_not_asleep(guest: Guest) -> None
     agent.close()
 
 
+async def test_a_shell_goes_on_where_a_snapshot_that_is_called_off_has_ended_the_channel(guest: Guest) -> None:
+    """Firecracker's vsock is reset by it. Once the guest is quiet, the end of its channel is not the end of its shells."""
+    agent = agent_of(guest)
+    edge, number = await opened(agent, guest)
+    quiet = asyncio.ensure_future(agent.quiet(5))
+    _, _, nonce = await guest.hear()
+    guest.say(frame(IS_HELLO, nonce + bytes(8)))
+    await quiet
+    assert guest.channel is not None
+    guest.channel.close()
+    await until(lambda: agent.is_detached)
+    assert not await agent.is_heard(5)
+    edge.sock.send(b"iafter\n")
+    agent.attach(guest.connect())
+    assert await guest.hear() == (INPUT, number, b"after\n")
+    agent.close()
+
+
+@pytest.mark.parametrize("holds", [False, True])
+async def test_a_channel_is_asked_whether_the_guest_hears_while_what_is_said_waits(guest: Guest, holds: bool) -> None:
+    agent = agent_of(guest)
+    if holds:
+        quiet = asyncio.ensure_future(agent.quiet(5))
+        _, _, nonce = await guest.hear()
+        guest.say(frame(IS_HELLO, nonce + bytes(8)))
+        await quiet
+        agent.send(frame(INPUT, b"later", 1))
+    heard = asyncio.ensure_future(agent.is_heard(5))
+    kind, _, nonce = await guest.hear()
+    assert kind == HELLO
+    guest.say(frame(IS_HELLO, nonce + bytes(8)))
+    assert await heard
+    assert not await agent.is_heard(0.01)
+    agent.close()
+    assert not await agent.is_heard(5)
+
+
 async def test_a_frame_whose_handling_fails_is_taken_once(guest: Guest) -> None:
     """What came after it is read, and it does not come again."""
     seen: list[bytes] = []

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import re
 import secrets
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -24,9 +26,9 @@ import msgspec
 import pytest
 
 from gateway.config import Egress, Settings
-from gateway.messages import Shape
+from gateway.messages import AGENT_PROTOCOL, Shape
 from gateway.sessions.agent import Agent, start_frames, wake_frame
-from vmm import disks, kernel, making, manifest, memory, probe
+from vmm import diffs, disks, kernel, making, manifest, memory, probe
 from vmm.cgroups import Cgroups, Limits
 from vmm.driver import DEVICES, Driver, Machine
 from vmm.errors import Damaged, Ended, Missing, Refused, Unavailable
@@ -48,15 +50,10 @@ pytestmark = pytest.mark.vm
 
 CONTRACT = Path(__file__).parents[1] / "contract"
 CONTRACTS = Programs(CONTRACT / "firecracker.py", CONTRACT / "jailer.py")
+GUESTS = Path(__file__).parents[1] / "guests"
 FIRST_UID = 700_000 + 5 * 262_144
 SHAPE = Shape(memory_mib=128, vcpus=1, disk_bytes=64 << 20, accelerator="tcg", baseline_mib=128)
 IMPOSSIBLE = 1000  # virtual processors
-
-
-@pytest.fixture
-def shape(request: pytest.FixtureRequest) -> Shape:
-    """Under the accelerator that `--accelerator` names."""
-    return msgspec.structs.replace(SHAPE, accelerator=request.config.getoption("--accelerator"))
 
 
 @dataclass
@@ -67,6 +64,7 @@ class Rig:
     network: Network
     snapshots: Snapshots
     make: Callable[..., Driver]  # another daemon's, on the same host; of Firecracker, with these programs
+    protocol: int  # of the guest's agent
 
     @property
     def image(self) -> Path:
@@ -96,7 +94,7 @@ class Rig:
         session, number = machine.record.session, machine.record.incarnation
         work = self.snapshots.begin(session)
         written = await machine.save(work)
-        self.snapshots.commit(session, number, work, machine.record.chain, written)
+        self.snapshots.commit(session, number, work, machine.record.chain, written, machine.record.made)
         return self.snapshots.newest(session)
 
 
@@ -117,25 +115,46 @@ def place() -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
+def cache_of(directory: Path, protocol: int = AGENT_PROTOCOL) -> Path:
+    """The host's cache, with what the set-up makes where Firecracker is, and with the agent that speaks `protocol`."""
+    cache = directory / "cache"
+    if cache.exists():
+        return cache
+    cache.mkdir()
+    for entry in Settings().cache.iterdir():
+        (cache / entry.name).symlink_to(entry.readlink() if entry.is_symlink() else entry)
+    if protocol != AGENT_PROTOCOL:
+        with tarfile.open(GUESTS / f"protocol-{protocol}.tar.gz") as archive:
+            archive.extractall(directory / "sources")
+        for name in ("guest", "initrd"):
+            (cache / name).unlink()
+        kernel.make_init(cache / "guest", directory / "sources")
+        kernel.make_initrd(cache / "kernel", cache / "guest/init", cache / "initrd")
+    assets = FirecrackerAssets(cache)
+    for path in (assets.kernel, assets.initrd):
+        path.unlink(missing_ok=True)
+    kernel.extract_elf(cache / "kernel/vmlinuz", assets.kernel)
+    kernel.make_initrd(cache / "kernel", cache / "guest/init", assets.initrd, kernel.FIRECRACKER_MODULES)
+    return cache
+
+
 @contextlib.asynccontextmanager
-async def rig(kind: str, shape: Shape) -> AsyncIterator[Rig]:
+async def rig(kind: str, shape: Shape, programs: Programs, protocol: int) -> AsyncIterator[Rig]:
     """An image that was booted and sealed by the driver, and what a daemon would have around it."""
-    cache = Settings().cache
     with place() as directory:
+        cache = cache_of(directory, protocol)
         cgroups = Cgroups(f"drivers-{kind}", directory)
         cgroups.start()
         network = Network(directory / "run/netns", Egress(closed=True), f"drivers-{kind}")
 
-        def make(programs: Programs = CONTRACTS) -> Driver:
+        def make(programs: Programs = programs) -> Driver:
             sandboxes = SandboxAllocator(directory / "run/vms", cgroups, FIRST_UID)
             if kind == "qemu":
                 return QemuDriver(QemuAssets(cache), directory / "boots", sandboxes, cgroups, network)
-            kernel.extract_elf(cache / "kernel/vmlinuz", directory / "vmlinux")
-            assets = FirecrackerAssets(directory / "vmlinux", cache / "initrd")
             (directory / "jails").mkdir(exist_ok=True)
-            return FirecrackerDriver(programs, assets, directory / "jails", sandboxes, cgroups)
+            return FirecrackerDriver(programs, FirecrackerAssets(cache), directory / "jails", sandboxes, cgroups)
 
-        one = Rig(directory, make(), shape, network, Snapshots(directory / "sessions"), make)
+        one = Rig(directory, make(), shape, network, Snapshots(directory / "sessions"), make, protocol)
         network.start(set(), 1, one.driver.takes_taps)
         await booted(one)
         try:
@@ -172,21 +191,139 @@ async def booted(one: Rig) -> None:
     assert not [record for record in one.driver.records() if record.session == "booting"]
 
 
-def life(test: Callable[[Rig], Coroutine[Any, Any, None]], kind: str, shape: Shape) -> None:
-    async def run() -> None:
-        async with rig(kind, shape) as one:
-            await test(one)
+@dataclass(frozen=True)
+class Life:
+    """Runs a test in a rig of its own."""
 
-    asyncio.run(run())
+    shape: Shape
+    programs: Programs
+    protocol: int = AGENT_PROTOCOL
+
+    def __call__(self, test: Callable[[Rig], Coroutine[Any, Any, None]], kind: str) -> None:
+        async def run() -> None:
+            async with rig(kind, self.shape, self.programs, self.protocol) as one:
+                await test(one)
+
+        asyncio.run(run())
+
+
+@pytest.fixture
+def programs(request: pytest.FixtureRequest) -> Programs:
+    """Those that `--firecracker` names."""
+    if request.config.getoption("--firecracker") == "stand-in":
+        return CONTRACTS
+    found = probe.firecracker_programs()
+    assert found is not None, "firecracker and jailer are not on the path"
+    return found
+
+
+@pytest.fixture
+def life(request: pytest.FixtureRequest, programs: Programs) -> Life:
+    """Under the accelerator that `--accelerator` names."""
+    return Life(msgspec.structs.replace(SHAPE, accelerator=request.config.getoption("--accelerator")), programs)
+
+
+@pytest.fixture
+def stand_in(programs: Programs) -> None:
+    """For what only it can be made to do."""
+    if programs is not CONTRACTS:
+        pytest.skip("of the stand-in")
 
 
 @pytest.mark.parametrize("kind", ["qemu", "firecracker"])
-def test_a_life(kind: str, shape: Shape) -> None:
-    life(whole_life, kind, shape)
+def test_a_life(kind: str, life: Life) -> None:
+    life(whole_life, kind)
 
 
-def test_the_next_image_goes_on_from_a_boot_that_was_kept(shape: Shape) -> None:
-    life(next_image, "qemu", shape)
+@pytest.mark.long
+@pytest.mark.parametrize("protocol", range(1, AGENT_PROTOCOL))
+@pytest.mark.parametrize("kind", ["qemu", "firecracker"])
+def test_a_life_with_an_older_agent(kind: str, protocol: int, life: Life) -> None:
+    if kind == "firecracker" and life.programs is CONTRACTS:
+        pytest.skip("its guest is no agent of ours")
+    dataclasses.replace(life, protocol=protocol)(whole_life, kind)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_life_under_a_firecracker_that_names_its_log_of_dirty_pages_otherwise(life: Life) -> None:
+    """1.12 refuses `track_dirty_pages`, by which later ones know it."""
+    with of_release("1.12.1") as programs:
+        dataclasses.replace(life, programs=programs)(whole_life, "firecracker")
+
+
+@contextlib.contextmanager
+def of_release(version: str) -> Iterator[Programs]:
+    """The stand-in, of another release."""
+    with place() as directory:
+        for program in (CONTRACTS.firecracker, CONTRACTS.jailer):
+            text = re.sub(r'^VERSION = "[^"]+"', f'VERSION = "{version}"', program.read_text(), flags=re.MULTILINE)
+            (directory / program.name).write_text(text)
+            (directory / program.name).chmod(0o755)
+        yield Programs(directory / CONTRACTS.firecracker.name, directory / CONTRACTS.jailer.name)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_what_another_firecracker_wrote_is_refused_and_not_lost(life: Life) -> None:
+    life(another_release, "firecracker")
+
+
+async def another_release(one: Rig) -> None:
+    """An image and a sleeper, under an older release; and they go on under the one that wrote them."""
+    machine = await one.launched("first")
+    (await one.woken(machine)).close()
+    snapshot = await one.saved(machine)
+    await machine.kill()
+    ours = one.driver
+    assert machine.record.made is not None and machine.record.made.in_words() == "Firecracker 1.16.2"
+    assert manifest.read(one.image, "firecracker").made.version == diffs.read_manifest(snapshot).made.version == "1.16.2"
+    with of_release("1.13.0") as programs:
+        one.driver = one.make(programs)
+        with pytest.raises(Refused, match=r"made by Firecracker 1\.16\.2, and this host has Firecracker 1\.13\.0"):
+            await one.launched("second")
+        with pytest.raises(Refused, match=r"first .*made by Firecracker 1\.16\.2, and this host has Firecracker 1\.13\.0"):
+            await attempt(one, snapshot)
+    one.driver = ours
+    (await one.woken(await one.prepared("first", 2, snapshot))).close()
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_firecracker_guest_that_is_not_heard_of_is_given_up_at_the_deadline(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def silent(one: Rig) -> None:
+        """It is stopped: what asks it waits, as with one that boots for ever."""
+        machine = await one.launched("first")
+        (await one.woken(machine)).close()
+        await machine.pause()
+        monkeypatch.setattr("vmm.firecracker.machine._AGENT_SECONDS", 0.5)
+        with pytest.raises(Unavailable, match=r"agent channel: the guest did not answer in 0\.5 s"):
+            await machine.agent()
+        await machine.unpause()
+        os.close(await machine.agent())
+
+    life(silent, "firecracker")
+
+
+def test_a_firecracker_guest_that_was_let_run_and_not_heard_of_is_woken_again(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def unheard(one: Rig) -> None:
+        """The daemon gives up, or is killed, between the two: the next one finds it starting."""
+        machine = await one.launched("first")
+        monkeypatch.setattr("vmm.firecracker.machine._WOKEN_SECONDS", 0.0)
+        monkeypatch.setattr("vmm.firecracker.machine._PATIENCE_SECONDS", 0.0)
+        with pytest.raises(Unavailable, match="did not answer"):
+            await machine.resume(wake_frame(7))
+        monkeypatch.undo()
+        found = one.make()
+        adopted = await found.adopt(next(record for record in found.records() if record.session == "first"))
+        assert adopted is not None and adopted.record.phase == "starting"
+        assert await (await one.woken(adopted)).hello(10) == (0, 0)
+        assert adopted.record.phase == "running"
+        await adopted.kill()
+        await machine.wait()
+
+    life(unheard, "firecracker")
+
+
+def test_the_next_image_goes_on_from_a_boot_that_was_kept(life: Life) -> None:
+    life(next_image, "qemu")
 
 
 async def next_image(one: Rig) -> None:
@@ -222,8 +359,8 @@ async def next_image(one: Rig) -> None:
     assert not kept.exists(), "a boot whose guest was never heard of would be used again"
 
 
-def test_an_images_memory_leaves_the_host_with_its_last_hypervisor(shape: Shape) -> None:
-    life(let_go, "qemu", shape)
+def test_an_images_memory_leaves_the_host_with_its_last_hypervisor(life: Life) -> None:
+    life(let_go, "qemu")
 
 
 async def let_go(one: Rig) -> None:
@@ -299,10 +436,17 @@ async def whole_life(one: Rig) -> None:
     before = {path.name: path.read_bytes() for path in one.image.iterdir() if path.name in ("memory.raw", DEVICES)}
     machine = await one.launched("first")
     agent = await one.woken(machine)
-    assert await agent.hello(10) == (0, 0)
+    assert await agent.hello(10) == (0, 0) and agent.protocol == one.protocol
     for piece in start_frames([]):
         agent.send(piece)
     assert await settled(agent) == (2, 127)
+
+    # What was carried out is answered when it is asked for again.
+    for frame in [wake_frame(11)] * 2:
+        done = agent.expect(11)
+        agent.send(frame)
+        async with asyncio.timeout(10):
+            await done
 
     # A suspend that is called off loses nothing, and neither does the one after it.
     await one.saved(machine)
@@ -358,8 +502,8 @@ async def settled(agent: Agent) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kind", [pytest.param("qemu", marks=pytest.mark.long), "firecracker"])
-def test_bad_files(kind: str, shape: Shape) -> None:
-    life(bad_files, kind, shape)
+def test_bad_files(kind: str, life: Life) -> None:
+    life(bad_files, kind)
 
 
 async def bad_files(one: Rig) -> None:
@@ -401,8 +545,8 @@ async def attempt(one: Rig, snapshot: Path) -> None:
         await machine.kill()
 
 
-def test_a_qemu_that_ends_at_its_start_is_quoted(shape: Shape) -> None:
-    life(ends_at_its_start, "qemu", shape)
+def test_a_qemu_that_ends_at_its_start_is_quoted(life: Life) -> None:
+    life(ends_at_its_start, "qemu")
 
 
 async def ends_at_its_start(one: Rig) -> None:
@@ -469,7 +613,8 @@ sys.exit({DYING_WORDS!r})
     [("firecracker.py", DIES), ("firecracker.py", ANSWERS_ONCE), ("jailer.py", DIES)],
     ids=["dies", "dies-later", "jailer"],
 )
-def test_a_firecracker_that_ends_at_its_start_is_quoted(name: str, program: str, shape: Shape) -> None:
+@pytest.mark.usefixtures("stand_in")
+def test_a_firecracker_that_ends_at_its_start_is_quoted(name: str, program: str, life: Life) -> None:
     async def quoted(one: Rig) -> None:
         """Booted and as a clone; and its end is noticed, not waited for."""
         (one.directory / name).write_text(f"#!/usr/bin/python3\n{program}")
@@ -487,7 +632,7 @@ def test_a_firecracker_that_ends_at_its_start_is_quoted(name: str, program: str,
                 await machine.prepare(one.image, overlay, await one.network.take())
             await machine.kill()
 
-    life(quoted, "firecracker", shape)
+    life(quoted, "firecracker")
 
 
 def processes(word: str) -> list[str]:
@@ -499,18 +644,20 @@ def processes(word: str) -> list[str]:
     return found
 
 
-def test_firecracker_is_probed_by_its_jailer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_firecracker_is_probed_by_its_jailer(monkeypatch: pytest.MonkeyPatch, programs: Programs) -> None:
     """Its guest speaks, and is ended; one that cannot be made is quoted; nothing is left of either."""
-    monkeypatch.setattr(probe, "firecracker_programs", lambda: CONTRACTS)
+    monkeypatch.setattr(probe, "firecracker_programs", lambda: programs)
+    device = Path("/dev/null") if programs is CONTRACTS else probe.KVM
     with place() as directory:
-        settings = Settings(root=directory, cache=directory)
-        kernel.extract_elf(Settings().cache / "kernel/vmlinuz", directory / "vmlinux")
-        (directory / "initrd-firecracker").write_bytes(b"initramfs")
-        for name in ("vmlinux", "initrd-firecracker"):
-            making.key_path(directory / name).write_text("made")
-        assert probe.why_not_firecracker(settings, Path("/dev/null")) == ""
-        (directory / "vmlinux").write_bytes(b"no kernel")
-        why = probe.why_not_firecracker(settings, Path("/dev/null"))
+        cache = cache_of(directory)
+        (cache / "firecracker-probe").unlink(missing_ok=True)
+        settings = Settings(root=directory, cache=cache, oldest_firecracker="1.12.1")
+        assets = FirecrackerAssets(cache)
+        for path in (assets.kernel, assets.initrd):
+            making.key_path(path).write_text("made")
+        assert probe.why_not_firecracker(settings, device) == ""
+        assets.kernel.write_bytes(b"no kernel")
+        why = probe.why_not_firecracker(settings, device)
         assert re.fullmatch(r"no guest ran: Error: RunWithoutApiError\(.*The kernel file cannot be opened.*\)", why), why
         assert not list((directory / "jails").glob("*/*"))
         assert not processes(f"probe-{os.getpid()}")
@@ -525,9 +672,9 @@ def test_images_belong_to_their_hypervisor() -> None:
         assert manifest.read(image, "qemu").shape == SHAPE
 
 
-def test_the_contract_refuses_what_firecracker_refuses(shape: Shape) -> None:
+def test_the_contract_refuses_what_firecracker_refuses(life: Life) -> None:
     """The order of calls, unknown members, other paths: so that a driver that passed is one that obeys."""
-    life(refusals, "firecracker", shape)
+    life(refusals, "firecracker")
 
 
 async def refusals(one: Rig) -> None:

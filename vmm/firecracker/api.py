@@ -33,6 +33,7 @@ class Api:
     def __init__(self, directory: Path) -> None:
         self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self.path = f"/proc/self/fd/{self._directory}"
+        self.version = ""  # of the process, once it has answered
         self._session = aiohttp.ClientSession("http://localhost", connector=aiohttp.UnixConnector(f"{self.path}/{SOCKET}", limit=1))
 
     async def ready(self, seconds: float = _SECONDS) -> str:
@@ -41,7 +42,9 @@ class Api:
         deadline = asyncio.get_running_loop().time() + seconds
         while True:
             try:
-                return str((await self.call("GET", "/"))["state"])
+                said = await self.call("GET", "/")
+                self.version = str(said.get("vmm_version", ""))
+                return str(said["state"])
             except ApiError:
                 if self._session.closed or asyncio.get_running_loop().time() > deadline:
                     raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,15 +33,21 @@ log = structlog.get_logger()
 
 NAME = "firecracker"
 DRIVE = "disk"
-_VERSION_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class Assets:
-    """What was made once per host: the guest's kernel as an ELF file, and its initramfs with the modules for this machine."""
+    """What was made once per host, in its cache: the guest's kernel as an ELF file, and its initramfs with the modules for this machine."""
 
-    kernel: Path
-    initrd: Path
+    cache: Path
+
+    @property
+    def kernel(self) -> Path:
+        return self.cache / "vmlinux"
+
+    @property
+    def initrd(self) -> Path:
+        return self.cache / "initrd-firecracker"
 
 
 class FirecrackerDriver:
@@ -85,7 +90,7 @@ class FirecrackerDriver:
         except BaseException:
             await asyncio.shield(machine.kill())
             raise
-        machine.record.phase = "running"
+        machine.record.phase, machine.boots = "running", True
         machine.save_record()
         return machine
 
@@ -122,17 +127,13 @@ class FirecrackerDriver:
         return Sealed(stored, disks.stored_bytes(image / DISK), int((image / "code_bytes").read_text(encoding="ascii")), seeded)
 
     def _makes(self) -> Provenance:
-        """What an image that boots now is made by. A program that does not say its version will say why it does not run. Raises OSError."""
-        version, command = "", [str(self._programs.firecracker), "--version"]
-        with contextlib.suppress(subprocess.SubprocessError):
-            said = subprocess.run(command, capture_output=True, text=True, timeout=_VERSION_SECONDS, check=True)
-            version = said.stdout.split("\n")[0].removeprefix("Firecracker ").strip()
-        guest, agent, protocol = kernel.guest(self._assets.initrd.parent)
-        return Provenance(NAME, version, processor="host", kernel=guest, agent=agent, protocol=protocol)
+        """What an image that boots now is made by; the version is what its process will say. Raises OSError."""
+        guest, agent, protocol = kernel.guest(self._assets.cache)
+        return Provenance(NAME, processor="host", kernel=guest, agent=agent, protocol=protocol)
 
     async def adopt(self, record: Process) -> FirecrackerMachine | None:
         sandbox = self._sandboxes.of(record)
-        jail = Jail(self._jails, self._programs, sandbox)
+        jail = Jail(self._jails, self._programs, sandbox, record.shape)
         if not is_alive(record):
             await self._sandboxes.release(sandbox)
             jail.remove()
@@ -158,7 +159,7 @@ class FirecrackerDriver:
 
     async def _machine(self, image: Path, shape: Shape) -> FirecrackerMachine:
         sandbox = self._sandboxes.allocate(shape)
-        jail = Jail(self._jails, self._programs, sandbox)
+        jail = Jail(self._jails, self._programs, sandbox, shape)
         try:
             jail.make()
             record = Process(sandbox.vm, 0, 0, image.name, sandbox.uid, shape=shape)

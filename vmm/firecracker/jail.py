@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.messages import Shape
+
 from ..cgroups import Cgroups
 from ..kernel import PROBE_MIB, PROBE_WORDS, WORDS
 from ..sandboxes import VmSandbox
@@ -19,6 +21,8 @@ from ..sandboxes import VmSandbox
 DISK, MEMORY, STATE, OUT, VSOCK = "disk.raw", "memory.raw", "devices.state", "out", "v.sock"
 KERNEL, INITRD, CONFIGURATION = "vmlinux", "initrd", "configuration.json"
 KERNEL_LINE = f"reboot=k {WORDS}"
+_DESCRIPTORS = 512
+_FILE_ROOM = 64 << 20  # beyond a guest's memory or disk, of the largest file that a process may write
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,11 @@ class Programs:
 
 
 class Jail:
-    """One process's root. `base` must be on the file system of images and sessions, for hard links."""
+    """One process's root. `base` must be on the file system of images and sessions, for hard links. `shape` is None for a process whose
+    guest writes nothing."""
 
-    def __init__(self, base: Path, programs: Programs, sandbox: VmSandbox) -> None:
-        self._base, self._programs, self._sandbox = base, programs, sandbox
+    def __init__(self, base: Path, programs: Programs, sandbox: VmSandbox, shape: Shape | None) -> None:
+        self._base, self._programs, self._sandbox, self._shape = base, programs, sandbox, shape
         self._top = base / programs.firecracker.name / sandbox.vm
         self.root = self._top / "root"
 
@@ -92,7 +97,14 @@ class Jail:
         return [
             str(self._programs.jailer), "--id", sandbox.vm, "--exec-file", str(self._programs.firecracker), "--new-pid-ns",
             "--uid", str(sandbox.uid), "--gid", str(sandbox.uid), "--chroot-base-dir", str(self._base),
+            "--resource-limit", f"no-file={_DESCRIPTORS}", "--resource-limit", f"fsize={self._largest}",
         ]  # fmt: skip
+
+    @property
+    def _largest(self) -> int:
+        """Bytes of the largest file: a guest that escapes from Firecracker's own bounds fills no disk (docs/prod-host-setup.md)."""
+        shape = self._shape
+        return _FILE_ROOM + (max(shape.memory_mib << 20, shape.disk_bytes) if shape is not None else 0)
 
     def pid(self) -> int | None:
         """The process's id, once the jailer has written it (`<exec file>.pid`, in the root)."""

@@ -7,14 +7,14 @@ known only when a session comes. What can be made ahead is: root, user, control 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import os
 import socket
 import struct
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+import msgspec
 
 from gateway import executors
 from gateway.observe.steps import Steps
@@ -22,9 +22,10 @@ from gateway.observe.steps import Steps
 from .. import diffs, sandboxes, syscalls
 from ..cgroups import Cgroups
 from ..diffs import Sum
-from ..driver import DEVICES, VSOCK_PORT, WALL_CLOCK_AT, Process
+from ..driver import DEVICES, VSOCK_PORT, WALL_CLOCK_AT, Process, hello
 from ..errors import Ended, Refused, Unavailable, VmmError, explained, not_loaded, not_written, state_refused
 from ..network import TAP, Link
+from ..provenance import Provenance
 from ..sandboxes import VmSandbox
 from ..watched import WatchedProcess
 from . import memory
@@ -34,8 +35,13 @@ from .jail import DISK, MEMORY, OUT, STATE, VSOCK, Jail
 NETWORK = "net0"
 _START_SECONDS = 20.0
 _ENDING_SECONDS = 1.0
-_AGENT_SECONDS = 5.0
-_RETRY_SECONDS = 0.002
+_READY_SECONDS = 5.0
+# To hear of a guest, within the deadlines of the calls that ask for it (gateway/sessions/host.py, gateway/rpc.py).
+_BOOTED_SECONDS, _WOKEN_SECONDS, _AGENT_SECONDS = 50.0, 20.0, 8.0
+# A try waits for so long, and the next one for twice as long, up to the second number; what was refused is tried again at once.
+_PATIENCE_SECONDS, _PATIENCE_MOST_SECONDS = 0.1, 2.0
+_RETRY_SECONDS, _RETRY_MOST_SECONDS = 0.002, 0.05
+_TRACKS = (1, 13)  # from which release on a load knows `track_dirty_pages`
 _MEMORY_SECONDS = 300.0
 
 
@@ -51,6 +57,8 @@ class FirecrackerMachine(WatchedProcess):
         self.sandbox = sandbox
         self._cgroups = cgroups
         self._api: Api | None = None
+        self.boots = False  # and has not been heard of yet
+        self._image_made: Provenance | None = None
 
     @property
     def api(self) -> Api:
@@ -86,6 +94,9 @@ class FirecrackerMachine(WatchedProcess):
                     raise ApiError("the jailer left no process id")
                 self.attach(pid)
                 await self.api.ready(_START_SECONDS)
+                if self.record.made is not None:  # what this process writes, it writes as itself
+                    self._image_made = self.record.made
+                    self.record.made = msgspec.structs.replace(self.record.made, version=self.api.version)
         except (ApiError, OSError, TimeoutError) as error:
             why = await self.why(error) or f"not within {_START_SECONDS:g} s"
             raise explained(error, f"the hypervisor of image {self.record.image} did not start: {why}") from error
@@ -100,9 +111,9 @@ class FirecrackerMachine(WatchedProcess):
     async def connect(self) -> None:
         """To a process that another daemon started: its phase is what it says. Raises ApiError, OSError."""
         self.attach(self.record.pid)
-        is_running = await self.api.ready(_AGENT_SECONDS) == "Running"
-        if self.record.phase == "starting":
-            self.record.phase = "running" if is_running else "prepared"
+        is_running = await self.api.ready(_READY_SECONDS) == "Running"
+        if self.record.phase == "starting":  # where it runs, whoever let it has not heard of it: it is woken again
+            self.record.phase = "starting" if is_running else "prepared"
         elif self.record.phase in ("running", "stopped"):
             self.record.phase = "running" if is_running else "stopped"
 
@@ -116,8 +127,8 @@ class FirecrackerMachine(WatchedProcess):
             self.steps.mark("process started")
             await self.api.put(
                 "/snapshot/load", self._seconds, snapshot_path=f"/{STATE}",
-                mem_backend={"backend_type": "File", "backend_path": f"/{MEMORY}"}, track_dirty_pages=True, resume_vm=False,
-                network_overrides=[{"iface_id": NETWORK, "host_dev_name": TAP}],
+                mem_backend={"backend_type": "File", "backend_path": f"/{MEMORY}"}, resume_vm=False,
+                network_overrides=[{"iface_id": NETWORK, "host_dev_name": TAP}], **tracking(self.api.version),
             )  # fmt: skip
             self.steps.mark("device state loaded")
             if (snapshot / diffs.MANIFEST).exists():
@@ -127,15 +138,24 @@ class FirecrackerMachine(WatchedProcess):
             why = await self.why(error)
             text = f"session {self.record.session} could not be loaded from {snapshot}: {why}"
             if isinstance(error, ApiError) and not isinstance(error, Unanswered):
-                if not (snapshot / diffs.MANIFEST).exists():
-                    raise state_refused(self.record.image, snapshot / DEVICES, why) from error
-                # Damage says more than what became of the load of it.
-                await executors.LATENCY.run(diffs.verify_whole, snapshot, seconds=self._seconds)
-                made = self.record.made  # commit 165a0cb wrote no version
-                raise Refused(f"{text} (made by {made.in_words()})" if made is not None and made.version else text) from error
+                raise await self._refused(snapshot, text, why) from error
             raise not_loaded(error, text, overlay, snapshot / DEVICES) from error
         self.record.phase = "prepared"
         self.save_record()
+
+    async def _refused(self, snapshot: Path, text: str, why: str) -> VmmError:
+        """What a state is that Firecracker did not take: another release's, as a rule, for a format is loaded by those releases alone that
+        write it (docs/snapshotting/versioning.md). Raises Damaged, Missing, Unavailable: damage says more than what became of its load."""
+        is_image = not (snapshot / diffs.MANIFEST).exists()
+        if not is_image:
+            await executors.LATENCY.run(diffs.verify_whole, snapshot, seconds=self._seconds)
+        made = self._image_made if is_image else diffs.read_manifest(snapshot).made
+        ours = self.record.made
+        if made is not None and ours is not None and made.version != ours.version:  # commit 165a0cb wrote no version
+            return Refused(
+                f"{text} (made by {made.in_words()}, and this host has {ours.in_words()}: install the former, or build a new version)"
+            )
+        return state_refused(self.record.image, snapshot / DEVICES, why) if is_image else Refused(text)
 
     async def _load_memory(self, snapshot: Path) -> None:
         manifest = diffs.read_manifest(snapshot)
@@ -149,21 +169,24 @@ class FirecrackerMachine(WatchedProcess):
         return memory.regions(self.record.pid, self.jail.root / MEMORY)
 
     async def resume(self, wake: bytes) -> int:
-        """The wake message follows the start here, by some milliseconds: a vsock has nobody who listens before."""
+        """The wake message follows the start here, by some milliseconds: a vsock has nobody who listens before. It counts as running
+        when it has answered: until then it is starting, and whoever asks again wakes it again."""
         self.steps.mark("control stored the start")
+
+        def stamped() -> bytes:
+            message = bytearray(wake)
+            struct.pack_into("<Q", message, WALL_CLOCK_AT, time.time_ns())
+            return bytes(message)
+
         try:
             await self._let_run()
             self.steps.mark("resumed")
-            channel = await self.agent()
-            stamped = bytearray(wake)
-            struct.pack_into("<Q", stamped, WALL_CLOCK_AT, time.time_ns())
-            try:
-                os.write(channel, stamped)
-            except OSError:
-                os.close(channel)
-                raise
+            channel = await self._join(stamped, _WOKEN_SECONDS)
         except (ApiError, OSError) as error:
             raise self._failed(error, f"session {self.record.session} could not be started: {await self.why(error)}") from error
+        self.record.phase = "running"
+        self.save_record()
+        self.steps.mark("the guest answered")
         return channel
 
     async def checked(self) -> None:
@@ -176,42 +199,62 @@ class FirecrackerMachine(WatchedProcess):
             self.save_record()
             await self.api.patch("/vm", state="Resumed")
         except BaseException as error:
-            if isinstance(error, Unanswered):  # it may have run; who asks again sees what became of it
-                with contextlib.suppress(ApiError):
-                    self.record.phase = "running" if await self.api.ready(_ENDING_SECONDS) == "Running" else "prepared"
-            else:
-                self.record.phase = "prepared"
+            # One that did not answer may have let it run.
+            self.record.phase = "starting" if isinstance(error, Unanswered) else "prepared"
             raise
-        self.record.phase = "running"
-        self.save_record()
 
     async def agent(self) -> int:
-        """A connection to the guest's port, by the Unix socket of its vsock device (docs/vsock.md). A guest that was just restored
-        resets the device first, so it is tried again."""
-        deadline = asyncio.get_running_loop().time() + _AGENT_SECONDS
+        seconds = _BOOTED_SECONDS if self.boots else _AGENT_SECONDS
+        try:
+            channel = await self._join(hello, seconds)
+        except (ApiError, OSError) as error:
+            text = f"session {self.record.session}: agent channel: {await self.why(error)}"
+            raise self._failed(error, text) from error
+        self.boots = False
+        return channel
+
+    async def _join(self, message: Callable[[], bytes], seconds: float) -> int:
+        """A connection on which the guest has answered a message, of which nothing is read here.
+
+        A load, and a snapshot that was taken, reset the vsock device (docs/snapshotting/snapshot-support.md): a connection that the guest
+        accepts before it has handled that is closed, or never heard of again, with what was written to it; a guest that still boots lets
+        one wait for ever. So each try is a short one, on a connection of its own. Raises OSError, ApiError.
+        """
+        loop = asyncio.get_running_loop()
+        deadline, patience, pause = loop.time() + seconds, _PATIENCE_SECONDS, _RETRY_SECONDS
         while True:
             try:
-                return await self._connect_agent()
-            except OSError as error:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise self._failed(error, f"session {self.record.session}: agent channel: {error}") from error
-                await asyncio.sleep(_RETRY_SECONDS)
+                async with asyncio.timeout(patience):
+                    return await self._try_to_join(message())
+            except TimeoutError:
+                error: OSError = TimeoutError(f"the guest did not answer in {seconds:g} s")
+                patience = min(2 * patience, _PATIENCE_MOST_SECONDS)
+            except OSError as refused:
+                error = refused
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _RETRY_MOST_SECONDS)
+            if self._ended.done() or loop.time() > deadline:
+                raise error
 
-    async def _connect_agent(self) -> int:
+    async def _try_to_join(self, message: bytes) -> int:
+        """By the Unix socket of the guest's vsock device (docs/vsock.md). Raises OSError."""
         loop = asyncio.get_running_loop()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
-            async with asyncio.timeout(_AGENT_SECONDS):
-                await loop.sock_connect(sock, f"{self.api.path}/{VSOCK}")
-                await loop.sock_sendall(sock, f"CONNECT {VSOCK_PORT}\n".encode())
-                answer = b""
-                while not answer.endswith(b"\n"):  # byte by byte: what follows the line is the guest's
-                    byte = await loop.sock_recv(sock, 1)
-                    if not byte or len(answer) > 64:
-                        raise ConnectionResetError(errno.ECONNRESET, "nobody listens in the guest")
-                    answer += byte
-                if not answer.startswith(b"OK "):
-                    raise ConnectionError(answer.decode(errors="replace"))
+            await loop.sock_connect(sock, f"{self.api.path}/{VSOCK}")
+            await loop.sock_sendall(sock, f"CONNECT {VSOCK_PORT}\n".encode())
+            answer = b""
+            while not answer.endswith(b"\n"):  # byte by byte: what follows the line is the guest's
+                byte = await loop.sock_recv(sock, 1)
+                if not byte or len(answer) > 64:
+                    raise ConnectionResetError(errno.ECONNRESET, "nobody listens in the guest")
+                answer += byte
+            if not answer.startswith(b"OK "):
+                raise ConnectionError(answer.decode(errors="replace"))
+            await loop.sock_sendall(sock, message)
+            await _readable(sock)
+            if not sock.recv(1, socket.MSG_PEEK):
+                raise ConnectionResetError(errno.ECONNRESET, "the guest reset the connection")
         except BaseException:
             sock.close()
             raise
@@ -286,3 +329,26 @@ class FirecrackerMachine(WatchedProcess):
     async def _let_go(self) -> None:
         if self._api is not None:
             await self._api.close()
+
+
+def tracking(version: str) -> dict[str, bool]:
+    """What a load is told so that KVM's log of dirty pages is kept: 1.13 has another name for it, and older ones refuse what they do not
+    know."""
+    number = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    return {"track_dirty_pages" if number >= _TRACKS else "enable_diff_snapshots": True}
+
+
+async def _readable(sock: socket.socket) -> None:
+    """Returns when there is something to read, or the other side has closed."""
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def told() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(sock.fileno(), told)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock.fileno())

@@ -131,7 +131,7 @@ static void handle(uint8_t type, uint16_t channel, const uint8_t *payload, uint3
         struct wake wake;
         if (length != sizeof wake) return;
         memcpy(&wake, payload, sizeof wake);
-        wake_up(&wake);
+        if (!wake_up(&wake) && app_state == APP_EXITED) port_send(FRAME_EXIT, 0, &app_code, sizeof app_code); /* the news may be lost, too */
         port_send(FRAME_WOKEN, 0, &wake.nonce, 8);
         return;
     }

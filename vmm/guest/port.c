@@ -19,6 +19,7 @@
 static int port = -1;     /* the channel, or the vsock connection that is it */
 static int listener = -1; /* of a vsock */
 static int hung_up;
+static int heard; /* a frame has come over this connection of a vsock */
 static uint8_t in[sizeof(struct frame) + FRAME_MAX_IN];
 static size_t in_used;
 static uint8_t out[OUT_SIZE];
@@ -73,13 +74,17 @@ static void take_connection(void)
     if (port >= 0) close(port); /* the host that speaks now is the one that counts */
     port = made;
     in_used = 0;
+    heard = 0;
 }
+
+/* A connection that was made before the guest had handled the reset of its device goes away, with what was written to it. */
+static int may_write(void) { return port >= 0 && (listener < 0 || heard); }
 
 /* While no host end of a serial port is connected poll() would answer POLLHUP at once, for ever: then it is left out, and SIGIO,
    which the driver sends when a host connects, is waited for instead. */
 void port_poll(struct pollfd *fds)
 {
-    fds[0] = (struct pollfd){hung_up ? -1 : port, (short)(POLLIN | (out_used ? POLLOUT : 0)), 0};
+    fds[0] = (struct pollfd){hung_up ? -1 : port, (short)(POLLIN | (out_used && may_write() ? POLLOUT : 0)), 0};
     fds[1] = (struct pollfd){listener, POLLIN, 0};
 }
 
@@ -126,7 +131,7 @@ void port_send(uint8_t type, uint16_t channel, const void *payload, uint32_t len
 void port_flush(void)
 {
     size_t done = 0;
-    while (done < out_used) {
+    while (may_write() && done < out_used) {
         ssize_t put = write(port, out + done, out_used - done > 32768 ? 32768 : out_used - done);
         if (put <= 0) break; /* no host, or the ring is full: poll() says when to go on */
         done += (size_t)put;
@@ -143,6 +148,7 @@ static size_t take(frame_handler *handler)
         memcpy(&frame, in + at, sizeof frame);
         if (frame.magic != FRAME_MAGIC || frame.length > FRAME_MAX_IN) { at++; continue; }
         if (in_used - at < sizeof frame + frame.length) break;
+        heard = 1;
         handler(frame.type, frame.channel, in + at + sizeof frame, frame.length);
         at += sizeof frame + frame.length;
     }

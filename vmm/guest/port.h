@@ -11,8 +11,10 @@
 #define FRAME_MAX_OUT 16384u
 
 /* What the host may rely on. 1: commit 165a0cb, whose answer to a hello ends before `protocol`. A host speaks all lower ones, since an
- * agent is as old as its image, and leaves alone an image whose number it does not know (gateway/messages.py has the same number). */
-#define AGENT_PROTOCOL 2
+ * agent is as old as its image, and leaves alone an image whose number it does not know (gateway/messages.py has the same number).
+ * 2: it says its number. 3: a wake with the nonce of the one before is answered, and not carried out again; on a vsock nothing is said
+ * before the host has spoken, so that whatever comes shows that the host was heard. */
+#define AGENT_PROTOCOL 3
 
 enum frame_type {
     FRAME_HELLO = 0x01,  /* host: u64 nonce */

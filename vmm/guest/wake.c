@@ -35,9 +35,17 @@ static void reseed(const uint8_t *entropy, size_t size)
     if (ioctl(random_, RNDADDENTROPY, &pool) || ioctl(random_, RNDRESEEDCRNG)) say("random: %s", strerror(errno));
 }
 
-void wake_up(const struct wake *wake)
+/* A host whose message may have been lost asks again: what was done is not done twice, for the connections that it resets would by then
+   be new ones. */
+int wake_up(const struct wake *wake)
 {
+    static uint64_t carried_out;
+    static int is_any;
+    if (is_any && wake->nonce == carried_out) return 0;
+    carried_out = wake->nonce;
+    is_any = 1;
     set_clock(wake->wall_ns);
     reseed(wake->entropy, sizeof wake->entropy);
     if (wake->reset_tcp) connections_reset();
+    return 1;
 }

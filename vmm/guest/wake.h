@@ -13,6 +13,6 @@ struct wake {
 } __attribute__((packed));
 
 void wake_prepare(void);
-void wake_up(const struct wake *wake);
+int wake_up(const struct wake *wake); /* 0: it was carried out before */
 
 #endif
