@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 
 import structlog
+from structlog.typing import EventDict, WrappedLogger
 
 LEVEL_VARIABLE = "TORPOR_LOG"  # info, warning or error
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+# Of the host, which has no more of something, or whose disk refuses.
+_TROUBLES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def configure(process: str) -> None:
@@ -28,6 +32,7 @@ def configure(process: str) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
+            host_trouble_in_one_line,
             structlog.processors.format_exc_info,
             render,
         ],
@@ -36,3 +41,13 @@ def configure(process: str) -> None:
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(process=process)
+
+
+def host_trouble_in_one_line(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """A processor: a trouble of the host is told by its text. A traceback would only say where it was met first."""
+    given = event.get("exc_info")
+    error = given if isinstance(given, BaseException) else given[1] if isinstance(given, tuple) else sys.exc_info()[1] if given else None
+    if isinstance(error, OSError) and error.errno in _TROUBLES:
+        del event["exc_info"]
+        event["error"] = str(error)
+    return event

@@ -1,9 +1,11 @@
-"""What leaves the host: spans to an OTLP endpoint, log events to a CloudWatch Logs endpoint."""
+"""What leaves the host: spans to an OTLP endpoint, log events to a CloudWatch Logs endpoint; and the service's own log."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import http.server
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +13,14 @@ from typing import Any
 
 import boto3
 import pytest
+import structlog
 from botocore.config import Config
 from botocore.exceptions import ClientError
 from moto.server import ThreadedMotoServer
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from waiting import until
 
+from gateway.observe import log as observe_log
 from gateway.observe.spans import Spans
 from gateway.observe.steps import Steps
 from gateway.sessions import shipping
@@ -139,3 +143,27 @@ def test_an_endpoint_that_is_away_loses_nothing(tmp_path: Path, cloudwatch: str)
         Shipper(store, tmp_path / "sent.db", lambda: client("http://127.0.0.1:1")).ship(name)
     assert Shipper(store, tmp_path / "sent.db", lambda: client(cloudwatch)).ship(name)
     assert client(cloudwatch).get_log_events(logGroupName="/away", logStreamName="s")["events"][0]["message"] == "kept"
+
+
+def test_a_trouble_of_the_host_is_one_line_and_a_fault_of_ours_has_its_trace(capfd: pytest.CaptureFixture[str]) -> None:
+    """A day on which descriptors ran short filled the log with traces of where each try had met that."""
+    before = structlog.get_config()
+    try:
+        observe_log.configure("vmm")
+        log = structlog.get_logger()
+        for error in (
+            OSError(errno.EMFILE, "Too many open files", "/sessions/a"),
+            OSError(errno.EBADF, "Bad file descriptor"),
+            KeyError("x"),
+        ):
+            try:
+                raise error
+            except Exception as caught:
+                log.exception("housekeeping.failed", step="logs")
+                log.error("task.failed", error=repr(caught), exc_info=caught)
+    finally:
+        structlog.configure(**before)
+        structlog.contextvars.clear_contextvars()
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [line.get("exception", "")[:9] for line in lines] == ["", "", *["Traceback"] * 4]
+    assert [line["error"] for line in lines[:2]] == ["[Errno 24] Too many open files: '/sessions/a'"] * 2 and lines[0]["step"] == "logs"
