@@ -9,7 +9,6 @@ its manifest says. A session that is awake has no files that could be copied: it
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmm import diffs
+from vmm import diffs, making
 from vmm.errors import VmmError
 
 from .config import ConfigError, Settings
@@ -85,7 +84,7 @@ def backup(settings: Settings, target: Path, has_data: bool, say: Say) -> Conten
     _drop_unfinished(target)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.{_UNFINISHED}", dir=target.parent))
     try:
-        with _locked(work):
+        with making.alone_unless_busy(work):
             made = work / "backup"
             made.mkdir(mode=0o700)
             contents = _fill(settings, made, has_data, say)
@@ -104,26 +103,11 @@ def backup(settings: Settings, target: Path, has_data: bool, say: Say) -> Conten
     return contents
 
 
-@contextlib.contextmanager
-def _locked(work: Path) -> Iterator[bool]:
-    """Whether nobody else is at it."""
-    directory = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(directory)
-
-
 def _drop_unfinished(target: Path) -> None:
     """Removes what backups of this name have left that were ended in their middle, every secret of the instance among it."""
     for path in target.parent.iterdir():
         if path.name.startswith(f".{target.name}.{_UNFINISHED}"):
-            with _locked(path) as is_over:
+            with making.alone_unless_busy(path) as is_over:
                 if is_over:
                     shutil.rmtree(path)
 

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterable
+from io import FileIO
 from pathlib import Path
 
 import msgspec
@@ -66,6 +67,15 @@ def runs_of(path: Path) -> list[tuple[int, int]]:
     if len(numbers) % 2 or any(first >= after for first, after in runs) or any(a[1] > b[0] for a, b in itertools.pairwise(runs)):
         raise Damaged(f"{path} is no list of runs")
     return runs
+
+
+def open_pages(snapshot: Path, number: int) -> FileIO:
+    """Raises Missing, Unavailable."""
+    path = snapshot / f"{number}.pages"
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise unreadable(error, path) from error
 
 
 def write_runs(path: Path, runs: list[tuple[int, int]]) -> None:

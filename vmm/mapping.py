@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import diffs, syscalls
 from .diffs import Manifest, Segment
-from .errors import Damaged, unreadable
+from .errors import Damaged
 from .memory import Mapping
 from .syscalls import PAGE
 
@@ -84,15 +84,10 @@ def load(mapping: Mapping, mapper: Mapper, snapshot: Path, manifest: Manifest) -
         mapped = sorted(sorted(segments, key=lambda one: one.first - one.after)[:_MAPPED_MOST])
     copied = sorted(set(segments) - set(mapped)) if mapped is not segments else []
     for number in manifest.chain:
-        path = snapshot / f"{number}.pages"
-        try:
-            opened = path.open("rb", buffering=0)
-        except OSError as error:
-            raise unreadable(error, path) from error
-        with opened as file:
+        with diffs.open_pages(snapshot, number) as file:
             size = os.fstat(file.fileno()).st_size
             if any((one.at + one.after - one.first) * PAGE > size for one in segments if one.diff == number):
-                raise Damaged(f"{path} is shorter than its runs")
+                raise Damaged(f"{file.name} is shorter than its runs")
             ranges = [
                 (mapping.start + one.first * PAGE, (one.after - one.first) * PAGE, one.at * PAGE) for one in mapped if one.diff == number
             ]

@@ -14,12 +14,10 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from hand import POLICY, Hand, asked, ledger_image
 from service import Instance, until
 from small_disk import small_disk
-from test_updates_of_qemu import doctor, other_qemu
+from test_updates_of_qemu import cache_of_its_own, doctor, other_qemu
 
-from gateway.config import Settings
 from vmm.qemu.machine import BINARY
 
 pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.faults]
@@ -220,23 +217,8 @@ class Day:
             self._say(f"left: {sorted(strangers)}")
 
 
-@pytest.fixture
-def cache() -> Iterator[Path]:
-    """A copy of the host's, by links: another QEMU's root comes into it."""
-    host = Settings().cache
-    place = Path(tempfile.mkdtemp(prefix="torpor-day-", dir=host.parent))
-    try:
-        place.chmod(0o755)
-        subprocess.run(["cp", "-al", f"{host}/.", place], check=True)
-        for name in ("lock", "needed-roots"):
-            shutil.rmtree(place / name) if (place / name).is_dir() else (place / name).unlink(missing_ok=True)
-        yield place
-    finally:
-        shutil.rmtree(place)
-
-
-def test_a_bad_day_in_ten_minutes(host_before: object, cache: Path) -> None:
-    with small_disk(8 << 30) as disk:
+def test_a_bad_day_in_ten_minutes(host_before: object) -> None:
+    with cache_of_its_own() as cache, small_disk(8 << 30) as disk:
         one = Instance(
             "badday", 700_000 + 7 * 262_144, ROOT=str(disk / "root"), CACHE=str(cache), LIMITS__DISK_RESERVE_MIB="64", STANDBYS__PER_IMAGE="1",
             STANDBYS__WARM="2", STANDBYS__WARM_SECONDS="5", EDGE__HOLD_SECONDS=str(_HOLD_SECONDS), EDGE__WORKERS="2",

@@ -26,7 +26,7 @@ from gateway.sessions import store as storing
 from gateway.sessions.model import Archived, Build, Image, Session, Version
 from gateway.sessions.states import State
 from gateway.sessions.store import Store
-from vmm import diffs
+from vmm import diffs, making
 from vmm.snapshots import Snapshots
 
 ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a"
@@ -264,7 +264,7 @@ async def test_what_an_ended_backup_left_goes_and_one_under_way_stays(instance: 
     over, busy, foreign = (tmp_path / f".backup.{name}" for name in ("torpor-backup-1", "torpor-backup-2", "settings"))
     for path in (over, busy, foreign):
         (path / "backup/control").mkdir(parents=True)
-    with module._locked(busy) as is_mine:
+    with making.alone_unless_busy(busy) as is_mine:
         assert is_mine
         backup(instance.settings, tmp_path / "backup", False, lambda text: None)
         assert not over.exists() and busy.exists() and foreign.exists()

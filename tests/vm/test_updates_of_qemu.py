@@ -54,9 +54,9 @@ def other_qemu(target: Path) -> str:
     return other
 
 
-@pytest.fixture
-def cache() -> Iterator[Path]:
-    """A copy of the host's, by links, without what is of other instances. Its guest is of commit 165a0cb until `now_guest`."""
+@contextlib.contextmanager
+def cache_of_its_own() -> Iterator[Path]:
+    """A copy of the host's, by links, without what is of other instances: another QEMU's root may come into it."""
     host = Settings().cache
     place = Path(tempfile.mkdtemp(prefix="torpor-upgrade-", dir=host.parent))
     try:
@@ -64,6 +64,15 @@ def cache() -> Iterator[Path]:
         subprocess.run(["cp", "-al", f"{host}/.", place], check=True)
         for name in ("lock", "needed-roots"):
             shutil.rmtree(place / name) if (place / name).is_dir() else (place / name).unlink(missing_ok=True)
+        yield place
+    finally:
+        shutil.rmtree(place)
+
+
+@pytest.fixture
+def cache() -> Iterator[Path]:
+    """Its guest is of commit 165a0cb until `now_guest`."""
+    with cache_of_its_own() as place:
         for name in ASSETS:
             (place / name).rename(place / f"now-{name}")
         with tempfile.TemporaryDirectory() as sources:
@@ -72,8 +81,6 @@ def cache() -> Iterator[Path]:
             kernel.make_init(place / "guest", Path(sources))
         kernel.make_initrd(place / "kernel", place / "guest/init", place / "initrd")
         yield place
-    finally:
-        shutil.rmtree(place)
 
 
 def now_guest(cache: Path) -> None:

@@ -16,7 +16,7 @@ from gateway.observe.room import disk_free_bytes
 
 from .. import diffs, syscalls
 from ..diffs import Manifest, Segment, Sum
-from ..errors import Damaged, unreadable
+from ..errors import Damaged
 from ..syscalls import PAGE
 
 _CHUNK = 4 << 20
@@ -52,12 +52,7 @@ def write_in(pid: int, where: list[Region], snapshot: Path, manifest: Manifest) 
     is of what the guest changes from here on. Raises Damaged for files that do not fit, Missing, Unavailable, OSError."""
     segments = diffs.merge([(number, diffs.runs_of(snapshot / f"{number}.runs")) for number in manifest.chain])
     for number in manifest.chain:
-        path = snapshot / f"{number}.pages"
-        try:
-            opened = path.open("rb", buffering=0)
-        except OSError as error:
-            raise unreadable(error, path) from error
-        with opened as file:
+        with diffs.open_pages(snapshot, number) as file:
             for one in segments:
                 if one.diff == number:
                     _write(pid, where, file.fileno(), one)
