@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -30,6 +31,16 @@ _STEADY_SECONDS = 10.0  # a process that ran for longer is started again without
 _TRACE_SECONDS = 1.0  # for one that stands still to write where it does
 _KILLED_SECONDS = 10.0
 _LOOKS = 10  # in the time after which silence counts
+
+
+def watch_without_threads() -> None:
+    """Has this loop told of its children's ends by their pidfds (pidfd_open(2)). By itself CPython 3.11 starts a thread for each child, to
+    wait in, and `Thread.start()` waits for ever for one that dies of a moment without memory: whoever starts again what such a moment has
+    ended must not stand still by it."""
+    if sys.version_info < (3, 12):  # from there on it is asyncio's own way
+        watcher = asyncio.PidfdChildWatcher()
+        watcher.attach_loop(asyncio.get_running_loop())
+        asyncio.set_child_watcher(watcher)
 
 
 class StartError(Exception):
@@ -239,7 +250,7 @@ class Children:
 
 def _send(process: Process, number: signal.Signals) -> None:
     """By its id: `send_signal` looks first whether the process has ended (subprocess.Popen), and where it has just, takes its status from
-    asyncio's thread that waits for it, which then says "Unknown child process" and makes it 255."""
+    asyncio's watcher, which then makes it 255."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)

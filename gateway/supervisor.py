@@ -25,7 +25,7 @@ import structlog
 from vmm import syscalls
 
 from . import executors, instance, listeners, notify
-from .children import STOP_SECONDS, Child, Children, Process, StartError
+from .children import STOP_SECONDS, Child, Children, Process, StartError, watch_without_threads
 from .config import END_SECONDS, ConfigError, Settings
 from .observe.log import LEVEL_VARIABLE
 from .process import READY_VARIABLE, SETTINGS_VARIABLE, SOCKETS_VARIABLE, passed
@@ -385,6 +385,7 @@ async def _stop_old(old: list[Recorded]) -> None:
 
 async def serve(settings: Settings, announce: Callable[[Settings], None]) -> None:
     """Until SIGTERM or SIGINT; SIGHUP replaces the edge workers. Raises ConfigError when something does not start."""
+    watch_without_threads()
     supervisor = Supervisor(settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ async def rig(tmp_path: Path, monkeypatch: Any) -> AsyncIterator[Rig]:
     await one.start()
     yield one
     await one.stop()
+
+
+@pytest.fixture
+def own_watcher() -> Iterator[None]:
+    """What a test makes of asyncio's child watcher, which is the process's, is no later test's."""
+    before = asyncio.get_child_watcher()
+    yield
+    asyncio.set_child_watcher(before)
 
 
 @pytest.fixture(autouse=True)

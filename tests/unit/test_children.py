@@ -7,7 +7,6 @@ import contextlib
 import errno
 import os
 import signal
-import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -285,23 +284,20 @@ async def test_starts_leave_no_descriptors(rig: Rig) -> None:
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
-def test_a_signal_takes_the_status_of_a_child_from_nobody(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """The supervisor's own loop is asyncio's, where a thread waits for each child; here one that comes late."""
-    wait, is_due = os.waitpid, threading.Event()
-
-    def late(pid: int, options: int) -> tuple[int, int]:
-        assert is_due.wait(10)
-        return wait(pid, options)
+def test_a_signal_takes_the_status_of_a_child_from_nobody(caplog: pytest.LogCaptureFixture, own_watcher: None) -> None:
+    """One has just ended, and the loop has not heard of it."""
 
     async def ended() -> int:
-        process = await asyncio.create_subprocess_exec("/bin/sh", "-c", "exit 3")
-        await asyncio.to_thread(os.waitid, os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        module.watch_without_threads()
+        reading, writing = os.pipe()
+        process = await asyncio.create_subprocess_exec("/bin/sh", "-c", "read word; exit 3", stdin=reading)
+        os.close(reading)
+        os.close(writing)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         module._send(process, signal.SIGTERM)
-        is_due.set()
         async with asyncio.timeout(10):
             return await process.wait()
 
-    monkeypatch.setattr(os, "waitpid", late)
     with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
         assert runner.run(ended()) == 3
-    assert "Unknown child process" not in caplog.text
+    assert "exit status already read" not in caplog.text

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from waiting import until
 
 from gateway import instance, supervisor
 from gateway.children import Child, Process
-from gateway.config import Settings
+from gateway.config import ConfigError, Settings
 from gateway.status import Recorded, State, living, read_state, state_file
 from gateway.supervisor import Supervisor
 from vmm import syscalls
@@ -164,7 +165,28 @@ def test_sockets_that_two_processes_share_are_taken_over_once() -> None:
         one.close()
 
 
-async def test_a_stop_during_the_start_ends_what_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_is_started_for_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_watcher: None) -> None:
+    """The supervisor starts again what a moment without memory has ended: a thread that dies of the same one is waited for for ever."""
+    began: list[threading.Thread] = []
+
+    class Starting(Scripted):
+        async def start(self) -> Settings:
+            await self._processes.start(self._children[-1])
+            process = self._children[-1].serving
+            assert process is not None
+            process.kill()
+            raise ConfigError(f"it ended with {await process.wait()}")
+
+    monkeypatch.setattr(supervisor, "Supervisor", Starting)
+    monkeypatch.setattr(threading.Thread, "start", began.append)
+    settings = Settings(root=tmp_path / "root", run=tmp_path / "run")
+    settings.runtime.mkdir(parents=True)
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner, pytest.raises(ConfigError, match="ended with -9"):
+        runner.run(asyncio.wait_for(supervisor.serve(settings, lambda started: None), 10))
+    assert not began
+
+
+async def test_a_stop_during_the_start_ends_what_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_watcher: None) -> None:
     made: list[Scripted] = []
     hangs = asyncio.Event()
 
