@@ -12,6 +12,7 @@ from typing import Any
 import boto3
 import structlog
 from boto3.exceptions import S3UploadFailedError
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -24,6 +25,7 @@ from .model import Archived, Session
 log = structlog.get_logger()
 
 _ASK_SECONDS = 600.0
+_IN_ITS_THREAD = TransferConfig(use_threads=False)  # boto3 starts ten for each transfer otherwise
 
 
 class ArchiveError(Exception):
@@ -105,7 +107,7 @@ class Archive:
     async def _ask(self, work: Callable[[], Any], size: int = 0) -> None:
         try:
             await executors.BULK.run(work, seconds=grown(_ASK_SECONDS, size))
-        except (BotoCoreError, ClientError, S3UploadFailedError, OSError) as error:
+        except (BotoCoreError, ClientError, S3UploadFailedError, OSError, RuntimeError, MemoryError) as error:
             raise ArchiveError(f"the object store: {error}") from error
 
     def _put(self, put: _Put) -> None:
@@ -116,9 +118,9 @@ class Archive:
             self._is_made = True
         with os.fdopen(put.descriptor, "rb") as file:
             file.seek(0)
-            client.upload_fileobj(file, bucket, put.key)
+            client.upload_fileobj(file, bucket, put.key, Config=_IN_ITS_THREAD)
         if put.is_unwanted:  # it has taken longer than its deadline, and its key may have been removed before it was there
             client.delete_object(Bucket=bucket, Key=put.key)
 
     def _get(self, key: str, file: Any) -> None:
-        self._client().download_fileobj(self._settings.bucket, key, file)
+        self._client().download_fileobj(self._settings.bucket, key, file, Config=_IN_ITS_THREAD)

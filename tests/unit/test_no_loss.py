@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import io
 import os
 import socket
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import msgspec
 import pytest
+from botocore.response import StreamingBody
+from botocore.stub import Stubber
 from test_lifecycle import POLICY, Rig
 from waiting import until
 
@@ -580,7 +585,7 @@ async def test_what_the_object_store_gives_is_compared_and_fetched_once_more_whe
                 raise RpcError("Damaged", "its SHA-256 differs")
 
     class Client:
-        def download_fileobj(self, bucket: str, key: str, file: Any) -> None:
+        def download_fileobj(self, bucket: str, key: str, file: Any, Config: object) -> None:  # noqa: N803 - boto3's name
             given.append(b"arch" if len(given) < bad else b"archive")
             file.write(given[-1])
 
@@ -591,3 +596,38 @@ async def test_what_the_object_store_gives_is_compared_and_fetched_once_more_whe
     with refused if bad == 2 else contextlib.nullcontext():
         await archive.fetch(one, Archived("key", 1, "digest"))
     assert len(given) == 2
+
+
+async def test_a_transfer_starts_no_threads_and_whatever_it_lacks_it_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive that cannot be made for want of memory, say, is one that may be made later."""
+    client = boto3.client("s3", region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b")
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    class Packs:
+        async def pack(self, session: str, incarnation: int, target: int, size: int = 0) -> m.Packed:
+            return m.Packed(os.write(target, b"archive"), "digest")
+
+        async def unpack(self, session: str, digest: str, source: int, size: int = 0) -> None:
+            assert os.pread(source, 100, 0) == b"archive"
+
+    archive = Archive(config.load(root=tmp_path), Packs(), lambda: client)  # type: ignore[arg-type]
+    (tmp_path / "control").mkdir()
+    one = Session("s1", "h1", "arn:aws:lambda:us-east-1:123456789012:microvm-image:a", "1.0", "image", 512, 0.0, 3600)
+    with Stubber(client) as store:
+        store.add_response("list_buckets", {"Buckets": [{"Name": "torpor-archive"}]})
+        store.add_response("put_object", {})
+        store.add_response("head_object", {"ContentLength": 7, "ETag": "e"})
+        store.add_response("get_object", {"Body": StreamingBody(io.BytesIO(b"archive"), 7), "ContentLength": 7, "ETag": "e"})
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refused)
+            archived = await archive.store(one, "key")
+            await archive.fetch(one, archived)
+
+    def short(*_: object, **named: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(client, "upload_fileobj", short)
+    with pytest.raises(ArchiveError):
+        await archive.store(one, "key")
