@@ -585,7 +585,7 @@ async def test_what_the_object_store_gives_is_compared_and_fetched_once_more_whe
                 raise RpcError("Damaged", "its SHA-256 differs")
 
     class Client:
-        def download_fileobj(self, bucket: str, key: str, file: Any, Config: object) -> None:  # noqa: N803 - boto3's name
+        def download_fileobj(self, bucket: str, key: str, file: Any, Config: object) -> None:
             given.append(b"arch" if len(given) < bad else b"archive")
             file.write(given[-1])
 
@@ -598,7 +598,9 @@ async def test_what_the_object_store_gives_is_compared_and_fetched_once_more_whe
     assert len(given) == 2
 
 
-async def test_a_transfer_starts_no_threads_and_whatever_it_lacks_it_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_transfer_starts_no_threads_and_whatever_it_lacks_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An archive that cannot be made for want of memory, say, is one that may be made later."""
     client = boto3.client("s3", region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b")
 
