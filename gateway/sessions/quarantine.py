@@ -15,7 +15,7 @@ import structlog
 from gateway.config import Quarantine as Settings
 from gateway.messages import Quarantined
 
-from .host import Host, RpcError
+from .host import Host, RpcError, patiently
 from .lifecycle import Lifecycle
 from .model import Session
 from .states import Event, State
@@ -144,9 +144,9 @@ class Quarantine:
                 f"had (torpor recover {session.id} --disk FILE)"
             )
         try:
-            await self._host.recover(session.id)
-            if found is not None and found.snapshot:  # that of before, where its successor had not got as far as to write
-                session.incarnation = found.snapshot
+            back = await patiently(lambda: self._host.recover(session.id))  # also where it was done, and the answer was lost
+            if back.snapshot:  # that of before, where its successor had not got as far as to write
+                session.incarnation = back.snapshot
         except RpcError as error:
             if error.kind == "Missing":
                 raise RecoverError(f"{error} (torpor recover {session.id} --disk FILE hands out the disk, where there is one)") from error

@@ -197,11 +197,16 @@ class ScriptedHost:
     async def recover(self, session: str) -> m.Quarantined:
         await self._call("recover", session)
         record = self.aside.get(session)
+        if record is None and session in self.disks:  # done, and the answer was lost
+            self._answer("recover")
+            return m.Quarantined(session, 0, "", "", 0.0, 0, self.snapshots[session])
         if record is None or not record.snapshot:
             raise RpcError("Missing", f"session {session} has no snapshot among its files")
         self.memories[session], self.disks[session] = self.kept.pop(session)
         self.snapshots[session] = record.snapshot
-        return self.aside.pop(session)
+        del self.aside[session]
+        self._answer("recover")
+        return record
 
     async def marks(self) -> m.Marks:
         return self.marked

@@ -287,11 +287,11 @@ class ObjectStore:
     def create_bucket(self, Bucket: str) -> None:
         self.buckets.append(Bucket)
 
-    def upload_fileobj(self, file: Any, bucket: str, key: str) -> None:
+    def upload_fileobj(self, file: Any, bucket: str, key: str, **more: Any) -> None:
         self._asked()
         self.objects[key] = file.read()
 
-    def download_fileobj(self, bucket: str, key: str, file: Any) -> None:
+    def download_fileobj(self, bucket: str, key: str, file: Any, **more: Any) -> None:
         self._asked()
         file.write(self.objects[key])
 

@@ -18,7 +18,8 @@ from test_no_loss import rig as rig  # noqa: PLC0414
 from gateway import config
 from gateway import messages as m
 from gateway.cli import quarantine as command
-from gateway.rpc import RpcError
+from gateway.rpc import RpcError, RpcLost
+from gateway.sessions import host as hosting
 from gateway.sessions.model import Archived, Session
 from gateway.sessions.quarantine import DAY_SECONDS, Quarantine, RecoverError, leaving
 from gateway.sessions.recovery import recover
@@ -101,6 +102,26 @@ async def test_a_recovery_that_was_interrupted_is_begun_anew(rig: Rig, quarantin
     await recover(rig.lifecycle, await rig.host.state())
     assert "s1" in rig.host.aside and not rig.host.snapshots
     await quarantine.recover("s1")
+    assert await resumes(rig, one)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+async def test_a_recovery_whose_answer_is_lost_is_asked_for_again(
+    rig: Rig, quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:  # fmt: skip
+    """By us, or where vmm stays away by the operator: what came back is known by what the files say, not by what lay aside."""
+    monkeypatch.setattr(hosting, "_AWAY_SECONDS", 10.0 if is_told else 0.0)
+    monkeypatch.setattr(hosting, "_AWAY_RETRY_SECONDS", 0.0)
+    one = await set_aside(rig)
+    one.incarnation += 1  # it was stopped before it wrote
+    rig.host.aside["s1"].is_disk_as_saved = True
+    rig.host.lose["recover"] = 1
+    if not is_told:
+        rig.host.lose["recover"] = 2
+        with pytest.raises(RpcLost):
+            await quarantine.recover("s1")
+    await quarantine.recover("s1")
+    assert one.state is State.SUSPENDED and one.incarnation == 1, "the row and the files are of one incarnation"
     assert await resumes(rig, one)
 
 
