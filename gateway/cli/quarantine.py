@@ -78,7 +78,7 @@ def rows(settings: config.Settings) -> list[tuple[str, bool, str]]:
     except OSError as error:
         return [("quarantine", False, f"cannot be read: {error}")]
     size, now = sum(one.bytes for one in found), time.time()
-    full = "" if size <= settings.quarantine.mib << 20 else ", more than quarantine.mib: the oldest goes within ten minutes"
+    full = "" if size <= settings.quarantine.mib << 20 else ", more than quarantine.mib: the oldest goes within twenty minutes"
     listed = [("quarantine", not full, f"{len(found)} set aside, {size >> 20} of {settings.quarantine.mib} MiB{full}")]
     for one in found:
         day = datetime.datetime.fromtimestamp(leaves_at(one, settings.quarantine)).strftime("%F")

@@ -66,7 +66,8 @@ class Quarantine:
         return [session for session in self._store.sessions.values() if session.is_aside and session.state is State.TERMINATED]
 
     async def empty(self) -> None:
-        """Removes what has to go, and says a day before what will. Raises RpcError, StoreError; what is left is looked at the next time."""
+        """Removes what has to go and was said to go the time before; says a day before what will by its age. Raises RpcError, StoreError;
+        what is left is looked at the next time."""
         async with self._lock:
             await self._empty()
 
@@ -74,14 +75,16 @@ class Quarantine:
         rows = self._rows()  # before the host is asked: what is set aside meanwhile is not missed then
         found = await self._host.quarantined()
         now = self._clock()
-        gone = leaving(found, self._settings, now)
+        due = leaving(found, self._settings, now)  # also all at once: for room, or by a clock that was set
+        gone = [(one, why) for one, why in due if one.session in self._told]
         for one, why in gone:
             log.warning("quarantine.emptied", session=one.session, bytes=one.bytes, reason=one.reason, why=why)
             await self._host.release_quarantined(one.session)
         removed = {one.session for one, _ in gone}
         left = {one.session for one in found} - removed
+        soon = {one.session for one, _ in due} | {one.session for one in found if leaves_at(one, self._settings) < now + DAY_SECONDS}
         for one in found:
-            if one.session in left and leaves_at(one, self._settings) < now + DAY_SECONDS and one.session not in self._told:
+            if one.session in left & soon and one.session not in self._told:
                 self._told.add(one.session)
                 log.warning("quarantine.leaves_soon", session=one.session, bytes=one.bytes, reason=one.reason)
         self._told &= left

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import structlog
 from test_lifecycle import Rig
 from test_no_loss import asleep, resumes
 from test_no_loss import rig as rig  # noqa: PLC0414
@@ -110,7 +111,7 @@ async def test_a_recovery_whose_answer_is_lost_is_asked_for_again(
     rig: Rig, quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch, is_told: bool
 ) -> None:  # fmt: skip
     """By us, or where vmm stays away by the operator: what came back is known by what the files say, not by what lay aside."""
-    monkeypatch.setattr(hosting, "_AWAY_SECONDS", 10.0 if is_told else 0.0)
+    monkeypatch.setattr(hosting, "_AWAY_SECONDS", 10.0 if is_told else -1.0)
     monkeypatch.setattr(hosting, "_AWAY_RETRY_SECONDS", 0.0)
     one = await set_aside(rig)
     one.incarnation += 1  # it was stopped before it wrote
@@ -185,9 +186,31 @@ async def test_a_row_goes_when_its_files_have_gone(rig: Rig, quarantine: Quarant
     rig.host.aside["s1"].at = rig.wall
     await quarantine.empty()
     assert one.is_aside and not rig.lifecycle.timers.is_set(one, Deadline.PURGE) and "s1" in rig.host.aside
-    rig.wall += 15 * DAY_SECONDS
+    rig.wall += 13.5 * DAY_SECONDS
+    await quarantine.empty()
+    assert one.is_aside
+    rig.wall += DAY_SECONDS
     await quarantine.empty()
     assert not one.is_aside and rig.lifecycle.timers.is_set(one, Deadline.PURGE) and not rig.host.aside
+
+
+@pytest.mark.parametrize("why", ["room is short", "the clock was set", "control was started again"])
+async def test_nothing_goes_that_was_not_said_to_go_the_time_before(rig: Rig, quarantine: Quarantine, why: str) -> None:
+    one = await set_aside(rig)
+    rig.host.aside["s1"].at = rig.wall
+    await quarantine.empty()
+    if why == "room is short":
+        rig.host.aside["s1"].bytes = 1 << 40
+    else:
+        rig.wall += 15 * DAY_SECONDS
+    if why == "control was started again":
+        quarantine = Quarantine(config.Quarantine(), rig.store, rig.host, rig.lifecycle, lambda: rig.wall)  # type: ignore[arg-type]
+    with structlog.testing.capture_logs() as said:
+        await quarantine.empty()
+    assert one.is_aside and "s1" in rig.host.aside
+    assert [line["session"] for line in said if line["event"] == "quarantine.leaves_soon"] == ["s1"]
+    await quarantine.empty()
+    assert not one.is_aside and not rig.host.aside
 
 
 async def test_a_row_without_files_stays_as_long(rig: Rig, quarantine: Quarantine) -> None:
