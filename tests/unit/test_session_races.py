@@ -71,6 +71,26 @@ async def test_a_resume_in_the_middle_of_a_fold(rig: Rig, point: str) -> None:
     await nothing_left(rig)
 
 
+async def test_a_fold_that_waits_for_a_resume_exchanges_nothing(rig: Rig) -> None:
+    """It was written when nothing ran yet, and its turn comes when a hypervisor has the chain mapped, whose snapshot is the newest still."""
+    rig.points.hold("write_fold done")
+    sleeps = await asleep(rig, diffs.FOLD_AT)
+    await rig.points.reached("write_fold done")
+    rig.points.hold("loaded")
+    wakes = asyncio.ensure_future(rig.wake(ONE, sleeps + 1))
+    await rig.points.reached("loaded")
+    rig.points.free("write_fold done")
+    for _ in range(20):
+        await asyncio.sleep(0)
+    rig.points.free("loaded")
+    await wakes
+    await rig.settled()
+    await rig.sleep(ONE, sleeps + 1)
+    await rig.settled()
+    assert rig.asleep(ONE) == rig.counted(ONE) == sleeps + 1
+    await nothing_left(rig)
+
+
 @pytest.mark.parametrize("point", ["rest", "rest done", "foldable done", "sweep", "kill", "release link"])
 async def test_a_resume_in_the_middle_of_an_eviction(rig: Rig, point: str) -> None:
     """The window of a cool-down: the hypervisor's end, the removal of what it had mapped, the begin of a fold."""
