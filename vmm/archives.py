@@ -20,7 +20,7 @@ import zstandard
 
 from . import syscalls
 from .errors import Damaged
-from .snapshots import OVERLAY, sync
+from .snapshots import OVERLAY, sync, unpacked
 
 _LEVEL = 3
 _CHUNK = 1 << 20
@@ -74,8 +74,7 @@ def unpack(source: int, digest: str, session: Path) -> None:
         if state.hexdigest() != digest:
             raise Damaged(f"the archive of session {session.name} is damaged: its SHA-256 is {state.hexdigest()}, not {digest}")
         file.seek(0)
-        work = session.with_name(f"{session.name}.new")
-        shutil.rmtree(work, ignore_errors=True)
+        work = unpacked(session)
         work.mkdir(mode=0o755)
         try:
             with zstandard.ZstdDecompressor().stream_reader(file) as plain, tarfile.open(fileobj=plain, mode="r|") as archive:

@@ -100,6 +100,7 @@ class Vmm:
         keep = {entry.link.path for entry in self.vms.entries()} | {link.path for link in self.vms.kept_links.values()}
         self.network.start(keep, self.settings.standbys.links, self.driver.takes_taps)
         self.builder.start()
+        self.snapshots.forget_unpacked()
         self.collector.sweep_forgotten_later()
         self._spawn(executors.BULK.run(self.images.sweep))
         self._spawn(self._housekeeping())

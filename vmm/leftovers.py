@@ -21,8 +21,7 @@ from . import syscalls
 from .cgroups import Cgroups
 from .driver import Process
 from .egress import Uplink
-
-_HALF_MADE = ("snapshot.new", "fold.new")
+from .snapshots import is_half_made, is_void
 
 
 @dataclass(frozen=True)
@@ -100,13 +99,17 @@ def _jails(settings: Settings, records: list[Process], sessions: Collection[str]
 
 def _files(settings: Settings, sessions: Collection[str], images: Collection[str]) -> Iterator[Leftover]:
     for path in _entries(settings.sessions_dir):
-        if path.name not in sessions:
+        if path.name.startswith("."):
+            yield Leftover("directory", str(path), "of a microVM that was being removed or fetched")
+        elif path.name not in sessions:
             if not _is_saved(path):
                 yield Leftover("directory", str(path), "of a launch that was interrupted")
-            continue
-        for name in _HALF_MADE:
-            if (path / name).exists():
-                yield Leftover("directory", str(path / name), "half a snapshot")
+        else:
+            for part in _entries(path):
+                if is_half_made(part):
+                    yield Leftover("directory", str(part), "half a snapshot")
+                elif is_void(part):
+                    yield Leftover("directory", str(part), "a snapshot that was being removed")
     for path in _entries(settings.images_dir):
         if path.name not in images and not _is_image(path):
             yield Leftover("directory", str(path), "half an image")
@@ -119,7 +122,7 @@ def _entries(directory: Path) -> list[Path]:
 
 
 def _is_saved(session: Path) -> bool:
-    return any(session.glob("snapshot-[0-9]*"))
+    return session.name[0] != "." and any(session.glob("snapshot-[0-9]*"))
 
 
 def _is_image(path: Path) -> bool:

@@ -111,7 +111,7 @@ def _move(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        half = target.with_name(f"{target.name}{_HALF}")
+        half = target.with_name(f".{target.name}{_HALF}")  # no session's name: what is left of it goes with the next try
         shutil.rmtree(half, ignore_errors=True)
         shutil.copytree(source, half, copy_function=_copy)
         sync([*half.rglob("*"), half])

@@ -3,8 +3,9 @@
 sessions/<id>/overlay            the disk
 sessions/<id>/snapshot-<N>/      what incarnation N left: a whole snapshot from the moment of one rename
 sessions/<id>/memory/            the same, void since its successor runs; the next snapshot is a diff over it
-sessions/<id>/snapshot.new       what was being written when somebody died; fold-…: the same
+sessions/<id>/new-…              what was being written when somebody died; fold-…: the same
 sessions/<id>/void-…             what is nobody's any more, and has yet to be removed; sessions/.void-…: a whole session
+sessions/.unpacked-…             a session that is being unpacked
 
 Who calls what changes a session's files holds its lock (vmm/vms.py). What is void is renamed under the lock, which takes no time, and
 removed without it (`sweep`).
@@ -28,8 +29,9 @@ from .diffs import Manifest, Sum
 from .errors import Missing, Unavailable, VmmError
 from .provenance import Provenance
 
-_PREFIX, _BASE, _NEW, _FOLD, _LINK = "snapshot-", "memory", "snapshot.new", "fold", "link"
-_VOID, _FORGOTTEN = "void-", ".void-"
+_PREFIX, _BASE, _NEW, _FOLD, _LINK = "snapshot-", "memory", "new-", "fold-", "link"
+_VOID, _FORGOTTEN, _UNPACKED = "void-", ".void-", ".unpacked-"
+_NEW_BEFORE = "snapshot.new"  # that of commit 6df6a41 and before
 OVERLAY = "overlay"
 _SYNCERS = executors.SYNC
 _SYNC_SECONDS = 300.0  # of a disk that is busy with others
@@ -87,9 +89,11 @@ class Snapshots:
     # ---- a new one ----
 
     def begin(self, session: str) -> Path:
-        """An empty directory to write a snapshot into."""
-        work = self.of(session) / _NEW
-        self._discard(work)
+        """An empty directory to write a snapshot into. Its name is its own: a thread that comes late, from a suspend whose time was up,
+        makes no snapshot of what a later one is writing."""
+        directory = self.of(session)
+        self._discard(*(path for path in directory.iterdir() if path.name.startswith(_NEW) or path.name == _NEW_BEFORE))
+        work = directory / f"{_NEW}{time.time_ns()}"
         work.mkdir()
         return work
 
@@ -156,8 +160,8 @@ class Snapshots:
     def rest(self, session: str) -> None:
         """Nothing is mapped any more: what the newest snapshot was made over, whose files it shares, goes. Raises OSError."""
         directory = self.of(session)
-        folds = [path for path in directory.glob(f"{_FOLD}*") if path not in self._folding]
-        self._discard(directory / _BASE, directory / _NEW, *folds, *(path for _, path in sorted(snapshots_in(directory))[:-1]))
+        half = [path for path in directory.iterdir() if is_half_made(path) and path not in self._folding]
+        self._discard(directory / _BASE, *half, *(path for _, path in sorted(snapshots_in(directory))[:-1]))
         self.look(session)
 
     def _discard(self, *paths: Path) -> int:
@@ -188,7 +192,7 @@ class Snapshots:
         and calls it off by raising. Raises OSError, VmmError."""
         snapshot = self.newest(session)
         manifest = diffs.read_manifest(snapshot)
-        work = snapshot.with_name(f"{_FOLD}-{time.time_ns()}")
+        work = snapshot.with_name(f"{_FOLD}{time.time_ns()}")
         self._folding.add(work)
         try:
             work.mkdir()
@@ -260,10 +264,30 @@ class Snapshots:
         for path in self._directory.glob(f"{_FORGOTTEN}*"):
             shutil.rmtree(path, ignore_errors=True)
 
+    def forget_unpacked(self) -> None:
+        """What was being unpacked when an earlier daemon ended is nobody's. Raises OSError."""
+        for path in self._directory.glob(f"{_UNPACKED}*"):
+            os.rename(path, self._directory / f"{_FORGOTTEN}{time.time_ns()}-{path.name}")
+
+
+def unpacked(session: Path) -> Path:
+    """Where the files of a session are put together that come from elsewhere: nobody's until they are all there."""
+    return session.with_name(f"{_UNPACKED}{time.time_ns()}-{session.name}")
+
 
 def _newest_in(directory: Path) -> int:
     """The incarnation of the newest snapshot; 0: there is none. Raises OSError."""
     return max((number for number, _ in snapshots_in(directory)), default=0)
+
+
+def is_half_made(path: Path) -> bool:
+    """Whether this is a snapshot or a fold of a session that was never finished."""
+    return path.name.startswith((_NEW, _FOLD)) or path.name == _NEW_BEFORE
+
+
+def is_void(path: Path) -> bool:
+    """Whether this, in a session's directory, is nobody's."""
+    return path.name.startswith(_VOID)
 
 
 def snapshots_in(directory: Path) -> Iterator[tuple[int, Path]]:

@@ -12,6 +12,7 @@ import zstandard
 
 from vmm import archives
 from vmm.errors import Damaged
+from vmm.snapshots import Snapshots, unpacked
 
 
 def make(directory: Path) -> Path:
@@ -73,10 +74,23 @@ def test_what_came_back_outlives_a_power_cut(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "rename", renamed)
     unpack(tmp_path / "archive", digest, target)
-    work = "/microvm-1.new"
+    work = min(name for name in done if name.startswith("/.unpacked-"))
     names = ["3.pages", "3.runs", "devices.state", "snapshot.json"]
     assert set(done[:-2]) == {work, f"{work}/overlay", f"{work}/snapshot-3", *(f"{work}/snapshot-3/{name}" for name in names)}
     assert done[-2:] == ["rename", ""]
+
+
+def test_one_that_was_interrupted_is_no_sleeper_and_goes(tmp_path: Path) -> None:
+    """It was taken for a microVM that the store does not know, and set aside."""
+    half = unpacked(tmp_path / "microvm-1")
+    make(tmp_path / "whole").rename(half)
+    kept = Snapshots(tmp_path)
+    assert (half / "snapshot-3").is_dir() and kept.held() == {}
+    kept.sweep_forgotten()
+    assert half.exists(), "it may be under way"
+    kept.forget_unpacked()
+    kept.sweep_forgotten()
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])

@@ -236,6 +236,25 @@ def test_a_repair_removes_no_sleeper_and_no_image_that_the_store_does_not_know(t
     assert [path.name for path in leftovers.strangers(settings, set(), set())] == ["microvm-1", "k-1.0"]
 
 
+def test_doctor_knows_what_a_crash_leaves_of_a_removal_a_fold_a_suspend_and_a_fetch(tmp_path: Path) -> None:
+    """None of it is a microVM that the store does not know, and a repair removes all of it."""
+    settings = Settings(root=tmp_path, run=tmp_path / "run")
+    left = {
+        ".void-1-microvm-2", ".unpacked-1-microvm-3",
+        "microvm-1/fold-1", "microvm-1/new-1", "microvm-1/snapshot.new", "microvm-1/void-1-snapshot-1",
+    }  # fmt: skip
+    for name in left | {"microvm-1/snapshot-2", "microvm-1/memory"}:
+        (tmp_path / "sessions" / name).mkdir(parents=True)
+    for name in (".void-1-microvm-2", ".unpacked-1-microvm-3"):
+        (tmp_path / "sessions" / name / "snapshot-3").mkdir()
+    assert not leftovers.strangers(settings, {"microvm-1"}, set())
+    found = list(leftovers._files(settings, {"microvm-1"}, set()))
+    assert {str(Path(one.what).relative_to(tmp_path / "sessions")) for one in found} == left
+    for one in found:
+        leftovers.mend(settings, one)
+    assert sorted(path.name for path in (tmp_path / "sessions/microvm-1").iterdir()) == ["memory", "snapshot-2"]
+
+
 @pytest.mark.parametrize(("snapshot", "age"), [(5, "a later"), (1, "an earlier")])
 async def test_a_store_of_another_time_than_its_sleepers_says_so_and_what_brings_them_back(disks: Rig, snapshot: int, age: str) -> None:
     one = disks.store.sessions["s1"]

@@ -127,6 +127,20 @@ async def test_files_that_a_later_incarnation_runs_from_are_not_cleared_away_lat
     await nothing_left(rig)
 
 
+async def test_a_clearing_away_that_comes_late_takes_nothing_of_what_runs(rig: Rig) -> None:
+    """It was to follow an eviction, and its turn comes when the session runs again."""
+    sleeps = await asleep(rig, 2)
+    await rig.settled()
+    await rig.wake(ONE, sleeps + 1)
+    await rig.settled()
+    await rig.vmm.collector.collect(ONE)
+    await rig.settled()
+    await rig.sleep(ONE, sleeps + 1)
+    await rig.settled()
+    assert rig.asleep(ONE) == rig.counted(ONE) == sleeps + 1
+    await nothing_left(rig)
+
+
 async def test_a_resume_calls_an_archive_off(rig: Rig, tmp_path: Path) -> None:
     sleeps = await asleep(rig)
     await rig.settled()

@@ -217,6 +217,20 @@ def test_a_snapshot_that_is_made_again_takes_the_place_of_the_one_that_could_not
     assert sorted(path.name for path in kept.of(SESSION).iterdir()) == ["overlay", "snapshot-1"]
 
 
+def test_a_thread_that_comes_late_makes_no_snapshot_of_what_a_later_one_writes(kept: Snapshots) -> None:
+    """A suspend's time was up while its files were being synced, and the guest ran on."""
+    late = kept.begin(SESSION)
+    kept.abandon(SESSION, 1, late)
+    later = kept.begin(SESSION)
+    (later / "devices.state").write_bytes(b"half")
+    with pytest.raises(OSError, match="No such file"):
+        kept.commit(SESSION, 1, late, [], [])
+    assert kept.held() == {} and later.exists()
+    once_more = kept.begin(SESSION)
+    kept.sweep(SESSION)
+    assert {path for path in kept.of(SESSION).iterdir() if path.is_dir()} == {once_more}, "what nobody finished goes with the next one"
+
+
 def test_what_is_void_and_not_yet_gone_is_no_snapshot_any_more(kept: Snapshots) -> None:
     """A session that sleeps again before its old files went: diffs are found in them, and the rest takes them."""
     save(kept, 1, [], [1])
