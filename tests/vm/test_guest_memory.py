@@ -56,7 +56,9 @@ class Guest:
 
     def ask(self, path: str) -> str:
         answer = self.request(path)
-        assert answer.status == 200, (path, answer.status, self.instance.describe(self.id))
+        if answer.status != 200:
+            print(self.instance.describe(self.id), self.instance.log.read_text()[-6000:])
+        assert answer.status == 200, (path, answer.status)
         return answer.body.decode()
 
     def hold(self, kind: str, percent: int) -> None:

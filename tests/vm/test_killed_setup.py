@@ -54,8 +54,9 @@ def test_assets(tmp_path: Path, host_before: dict[str, set[str]]) -> None:
         assert list(assets.missing(cache).values())[:whole] == [False] * whole, "a step that was whole is made again"
     subprocess.run([BIN / "torpor", "assets"], check=True, env=environment, timeout=300)
     assert not any(assets.missing(cache).values())
-    names = {"kernel", "guest", "initrd", "modules", "qemu-root", "base.tar", "builder"}
-    assert {path.name for path in cache.iterdir()} == names | {f"{name}.key" for name in names} | {"lock"}
+    made = {"kernel", "guest", "initrd", "modules", "qemu-root", "base.tar", "builder", (cache / "qemu-root").readlink().name}
+    remembered = {"kernel.available", "qemu-root.digest"}
+    assert {path.name for path in cache.iterdir()} == made | {f"{name}.key" for name in made} | remembered | {"lock"}
     assert not [point for point in syscalls.mount_points() if point.startswith(str(cache))]
     modules = kernel.module_files(cache / "kernel", kernel.MODULES)
     packed = gzip.decompress((cache / "initrd").read_bytes())
