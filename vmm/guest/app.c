@@ -107,6 +107,17 @@ static void limit_capabilities(void)
         if (!(DEFAULT_CAPABILITIES >> c & 1)) prctl(PR_CAPBSET_DROP, c, 0, 0, 0);
 }
 
+/* All of /etc/group's: initgroups(3) of musl fails for more than 32. */
+static void join_groups(const char *name, gid_t gid)
+{
+    int count = 0;
+    gid_t *groups = NULL;
+    getgrouplist(name, gid, groups, &count);
+    if (!(groups = malloc((size_t)count * sizeof *groups)) || getgrouplist(name, gid, groups, &count) < 0 || setgroups((size_t)count, groups))
+        tell("USER %s: its %d groups cannot be taken: %s", name, count, strerror(errno));
+    free(groups);
+}
+
 /* USER as Docker reads it: name or number, then optionally a group, by name or number. */
 static void become(void)
 {
@@ -123,7 +134,7 @@ static void become(void)
         if (*rest && !entry_) { tell("USER %s: the image's /etc/group has no group %s", user, group); _exit(126); }
         gid = entry_ ? entry_->gr_gid : (gid_t)group_number;
         setgroups(1, &gid);
-    } else if (account) initgroups(account->pw_name, gid);
+    } else if (account) join_groups(account->pw_name, gid);
     else setgroups(1, &gid);
     set_default("HOME", account ? account->pw_dir : "/");
     /* A pipe is its maker's: /dev/stdout and /proc/self/fd/1 are opened by name, with USER's rights. */

@@ -40,8 +40,6 @@ void allow_much(void)
     put("/proc/sys/vm/max_map_count", "1048576");
 }
 
-/* ---- directories ---- */
-
 /* ---- mounts ---- */
 
 static void device(const char *path, unsigned major, unsigned minor)
