@@ -33,6 +33,7 @@ _KNOWN = """
     gcc jq nginx tar git curl docker libx11-6 libxcomposite1 libxdamage1 libxext6 libxrandr2 libicu72 libicu-dev libxml2-dev libpng-dev libreadline-dev
     libcap-dev libuv1-dev libuv1 libfreetype-dev fonts-liberation fonts-roboto fonts-noto-cjk libjson-perl libdbi-perl python3-numpy python3-pip cmdtest yarn
     libgbm1 libzstd1 libzstd-dev libjpeg62 node-yarn unixodbc-dev libdrm2 libdrm-amdgpu1 libpcap0.8 libpcap0.8-dbg php8.2-gd
+    tesseract-ocr-deu libaudit1 libopenblas64-0 libgdal32
 """
 KNOWN = frozenset(_KNOWN.split())
 APT: dict[str, list[str]] = {
@@ -46,7 +47,8 @@ APT: dict[str, list[str]] = {
     "python3-numpy": ["python3-numpy"], "openssl-devel": ["libssl-dev"], "glibc-static": ["libc6-dev"], "glibc": [], "epel-release": [],
     "php8.2-mysqlnd": ["php8.2-mysql"], "php8.2-gd": ["php8.2-gd"], "postgresql15-server": ["postgresql"], "mariadb1011-server": ["mariadb-server"],
     "java-17-amazon-corretto-headless": ["openjdk-17-jre-headless"], "java-17-amazon-corretto-devel": ["openjdk-17-jdk-headless"],
-    "redis6": ["redis-server"], "glibc-langpack-de": ["locales"], "/usr/bin/git": ["git"], "awscli-2": ["awscli"],
+    "redis6": ["redis-server"], "glibc-langpack-de": ["locales"], "langpacks-en": ["locales"], "tesseract-langpack-deu": ["tesseract-ocr-deu"], "audit": ["auditd"],
+    "openblas": ["libopenblas0"], "gdal": ["gdal-bin"], "glibc-gconv-extra": [], "/usr/bin/git": ["git"], "awscli-2": ["awscli"],
 }  # fmt: skip
 REFUSED = {
     "nodejs22": None, "valkey": "write redis6", "mongodb": "in no archive", "nosuch": "no package nosuch here, where Debian 12 is the base",

@@ -195,7 +195,7 @@ def _python(version: str, part: str) -> Wanted:
 
 
 def _locale(name: str) -> Wanted | None:
-    match = re.fullmatch(r"glibc-langpack-([a-z]{2,3})", name)
+    match = re.fullmatch(r"(?:glibc-langpack|langpacks)-([a-z]{2,3})", name)
     return Wanted(["locales"], locales=[match[1]]) if match else None
 
 
@@ -220,6 +220,9 @@ def _candidates(name: str) -> Iterator[list[str]]:
         stem = lower.removesuffix("-fonts").removeprefix("google-")
         family = re.sub(r"-(?:sans|serif|mono|common|all)$", "", stem)
         yield [f"fonts-{stem}", f"fonts-{stem}-core", f"fonts-{family}", f"fonts-{family}-core"]
+        return
+    if lower.startswith("tesseract-langpack-"):
+        yield [f"tesseract-ocr-{lower.removeprefix('tesseract-langpack-')}"]
         return
     if lower.startswith("perl-"):
         yield [f"lib{lower.removeprefix('perl-')}-perl"]
