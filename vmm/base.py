@@ -28,6 +28,14 @@ EXTRA = (
     "procps", "python3-venv", "tzdata", "vim-tiny", "xz-utils",
 )  # fmt: skip
 SOURCES = "/etc/apt/sources.list.d/torpor.sources"  # builds see the host's own in its place (vmm/build_mirrors.py)
+# As Amazon Linux has them: useradd makes a home (adduser, which asks for that by itself, must still be able not to), there is a group of
+# nobody's, and one of administrators.
+ACCOUNTS = (
+    """sed -i '/^USERGROUPS_ENAB/a CREATE_HOME yes' "$1"/etc/login.defs""",
+    """sed -i 's|^SHELL=.*|SHELL=/bin/bash|' "$1"/etc/default/useradd""",
+    """sed -i "s/&systemcall(\\$useradd, '-d'/\\&systemcall(\\$useradd, '-M', '-d'/" "$1"/usr/sbin/adduser""",
+    'chroot "$1" groupadd --system wheel; chroot "$1" groupadd --non-unique --gid 65534 nobody',
+)
 _AUTHORITIES = Path("/usr/local/share/ca-certificates")
 CONFIG = Path(__file__).parents[1] / "config" / "base"
 
@@ -95,7 +103,8 @@ def make(target: Path, key: str, authorities: Path | None = None) -> None:
 
 def local_key() -> str:
     tools = sorted(path for path in (CONFIG / "dnf").iterdir() if path.is_file())
-    return key_of(make_base, _essential, guest_sources, SUITE, EXTRA, *tools, CONFIG / "update-ca-trust", *_authorities())
+    files = (*tools, CONFIG / "update-ca-trust", CONFIG / "adduser")
+    return key_of(make_base, _essential, guest_sources, SUITE, EXTRA, ACCOUNTS, *files, *_authorities())
 
 
 def make_base(target: Path) -> None:
@@ -117,6 +126,8 @@ def make_base(target: Path) -> None:
             'for name in dnf yum microdnf; do ln -s ../lib/torpor-dnf/dnf.py "$1"/usr/bin/$name; done',
             # Packages with alternatives (openjdk) fail to configure where the directory of their left-out manual pages is missing.
             'for section in 1 2 3 4 5 6 7 8; do mkdir -p "$1"/usr/share/man/man$section; done',
+            *ACCOUNTS,
+            f'install -m 755 {shlex.quote(str(CONFIG / "adduser"))} "$1"/usr/local/sbin/adduser',
             f'install -m 755 {trust} "$1"/usr/bin/update-ca-trust; ln -s update-alternatives "$1"/usr/bin/alternatives',
             'cd "$1"/etc && mkdir -p pki/tls/certs pki/ca-trust/source/anchors pki/ca-trust/extracted/pem',
             "for name in tls/certs/ca-bundle.crt ca-trust/extracted/pem/tls-ca-bundle.pem; do "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import platform
+import pwd
 import re
 import shutil
 import subprocess
@@ -26,7 +28,7 @@ _LOCALES_AT_MOST = 6
 # What a package of Debian has, by the path that Amazon Linux's has: link, and what it leads to.
 _PATHS = {
     "redis-server": [("/usr/bin/redis6-server", "redis-server"), ("/usr/bin/redis6-cli", "redis-cli"), ("/etc/redis6", "redis")],
-    "apache2": [("/etc/httpd", "apache2"), ("/var/log/httpd", "apache2")],
+    "apache2": [("/etc/apache2/conf.d", "conf-enabled"), ("/etc/httpd", "apache2"), ("/var/log/httpd", "apache2")],
     "postgresql": [("/var/lib/pgsql", "postgresql")],
     "php8.2-fpm": [
         ("/usr/sbin/php-fpm", "php-fpm8.2"), ("/etc/php-fpm.d", "php/8.2/fpm/pool.d"), ("/etc/php-fpm.conf", "php/8.2/fpm/php-fpm.conf"),
@@ -38,6 +40,12 @@ _PATHS = {
     "chromium": [("/usr/bin/chromium-browser", "chromium")],
     "cron": [("/usr/sbin/crond", "cron")],
 }  # fmt: skip
+# Whom Amazon Linux's packages run as, beside Debian's user of the same ids: settings and owners name them.
+_USERS = {
+    "nginx": ("nginx", "www-data"), "apache2": ("apache", "www-data"), "php8.2-fpm": ("apache", "www-data"),
+    "redis-server": ("redis6", "redis"),
+}  # fmt: skip
+_NGINX_SITE, _NGINX_ROOT = Path("/etc/nginx/sites-available/default"), "/usr/share/nginx/html"
 # apache2 takes its users and directories from variables, which httpd has in its settings.
 _HTTPD = """\
 #!/bin/sh
@@ -138,6 +146,10 @@ def paths(installed: list[str]) -> None:
             place = Path(link)
             if not os.path.lexists(place) and (place.parent / target).exists():
                 place.symlink_to(target)
+        if name in _USERS:
+            _name_again(*_USERS[name])
+        if name == "nginx" and _NGINX_SITE.exists():
+            _NGINX_SITE.write_text(_NGINX_SITE.read_text(encoding="utf-8").replace("/var/www/html", _NGINX_ROOT), encoding="utf-8")
         if name == "apache2":
             httpd = Path("/usr/sbin/httpd")
             httpd.write_text(_HTTPD, encoding="ascii")
@@ -147,6 +159,16 @@ def paths(installed: list[str]) -> None:
                 place = Path("/usr/bin") / os.path.basename(program)
                 if not os.path.lexists(place):
                     place.symlink_to(program)
+
+
+def _name_again(name: str, other: str) -> None:
+    """A user and a group with the ids of another's, unless they are there."""
+    with contextlib.suppress(KeyError):
+        user = pwd.getpwnam(other)
+        subprocess.run(["groupadd", "-f", "-o", "-g", str(user.pw_gid), name], check=False)
+        words = ["-r", "-o", "-u", str(user.pw_uid), "-g", str(user.pw_gid), "-M", "-d", user.pw_dir, "-s", user.pw_shell, name]
+        if name not in {one.pw_name for one in pwd.getpwall()}:
+            subprocess.run(["useradd", *words], check=False)
 
 
 def root(place: Path, packages: list[str], run: Runner) -> int:

@@ -18,12 +18,17 @@ SUBJECT = Subject(
         Image(
             "base-tools",
             "what the base has",
-            BASE + "RUN curl --version && python3 -m venv /venv && /venv/bin/pip --version && update-ca-trust\n" + SERVER,
+            BASE + "RUN curl --version && python3 -m venv /venv && /venv/bin/pip --version && update-ca-trust\n"
+            "RUN useradd app && adduser -r -s /sbin/nologin svc && adduser --disabled-password --gecos '' --home /nonexistent --no-create-home none && \\\n"
+            "    usermod -aG wheel app && install -d -o nobody -g nobody /of-nobody\n" + SERVER,
             [
                 Run("curl, gpg, xz, bzip2, less, vi, mount, ip, ps, python3 and their likes", f"for one in {_TOOLS}; do command -v $one >/dev/null || echo $one; done", ""),
                 Run("time zones", "TZ=Europe/Berlin date -d @1767225600 +%Z%H", "CET01"),
                 Run("Amazon Linux's paths of authorities, and update-ca-trust", "head -c 10 /etc/pki/tls/certs/ca-bundle.crt",
                     "-----BEGIN"),
+                Run("useradd and adduser as Amazon Linux has them", "stat -c %U /home/app; getent passwd app svc | cut -d: -f1,7; id -nG app; ls -d /home/svc /nonexistent",
+                    r"app\napp:/bin/bash\nsvc:/sbin/nologin\napp wheel(\n.*No such file.*){2}", 2),
+                Run("Debian's adduser, which its packages call, and a group of nobody's", "getent passwd none | cut -d: -f6; stat -c %g /of-nobody", "/nonexistent\n65534"),
                 Run("python3 -m venv", "/venv/bin/python -c 'import sys; print(sys.prefix)'", "/venv"),
                 Run("apt's sources are the archive's", "cat /etc/apt/sources.list.d/*.sources | grep -c ^URIs:", "[1-9]"),
             ],
@@ -60,6 +65,20 @@ SUBJECT = Subject(
             [Run("httpd, redis6-server, and PostgreSQL's programs on PATH", "httpd -v | head -1; redis6-server --version; initdb --version; postgres --version",
                  r"Server version: Apache/2.*Redis server v=7.*initdb \(PostgreSQL\) 15.*postgres \(PostgreSQL\) 15.*")],
             note="`redis6` is Redis 7.0, and says so; httpd's settings are Debian's, in /etc/apache2, to which /etc/httpd leads",
+            long=True,
+        ),
+        Image(
+            "base-services",
+            "services that packages bring",
+            BASE + "RUN dnf install -y nginx httpd redis6\n"
+            "RUN echo mine > /usr/share/nginx/html/index.html && sed -i 's/^user .*/user nginx;/' /etc/nginx/nginx.conf && nginx -t && \\\n"
+            "    echo 'Header set X-Mine yes' > /etc/httpd/conf.d/mine.conf && chown apache:apache /var/www/html && chown redis6:redis6 /etc/redis6\n" + SERVER,
+            [
+                Run("an install starts none of them", "ls /run/nginx.pid /run/redis/*.pid /var/lib/redis/*.rdb 2>/dev/null | wc -l", "0"),
+                Run("their users have Amazon Linux's names, too", "stat -c '%u %g' /var/www/html; id -u nginx apache", "33 33\n33\n33"),
+                Run("nginx serves /usr/share/nginx/html", "nginx && curl -s http://127.0.0.1/", "mine"),
+                Run("httpd reads /etc/httpd/conf.d", "a2enmod -q headers; httpd -t -D DUMP_INCLUDES 2>/dev/null | grep -c mine.conf", "1"),
+            ],
             long=True,
         ),
         Image(
