@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import tempfile
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,7 +56,10 @@ class Guest:
         return get(self.endpoint, self.instance.root / "tls/ca.crt", self.token, path, timeout=240.0)
 
     def ask(self, path: str) -> str:
-        answer = self.request(path)
+        """Again where the answer says so: gigabytes may take longer to read than a request is held (edge.hold_seconds)."""
+        deadline = time.monotonic() + 240
+        while (answer := self.request(path)).status == 502 and "retry-after" in answer.fields and time.monotonic() < deadline:
+            time.sleep(float(answer.fields["retry-after"]))
         if answer.status != 200:
             print(self.instance.describe(self.id), self.instance.log.read_text()[-6000:])
         assert answer.status == 200, (path, answer.status)
