@@ -33,11 +33,12 @@ _KNOWN = """
     gcc jq nginx tar git curl docker libx11-6 libxcomposite1 libxdamage1 libxext6 libxrandr2 libicu72 libicu-dev libxml2-dev libpng-dev libreadline-dev
     libcap-dev libuv1-dev libuv1 libfreetype-dev fonts-liberation fonts-roboto fonts-noto-cjk libjson-perl libdbi-perl python3-numpy python3-pip cmdtest yarn
     libgbm1 libzstd1 libzstd-dev libjpeg62 node-yarn unixodbc-dev libdrm2 libdrm-amdgpu1 libpcap0.8 libpcap0.8-dbg php8.2-gd
-    tesseract-ocr-deu libaudit1 libopenblas64-0 libgdal32
+    libssh-dev libssh2-1-dev libusb-dev libusb-1.0-0-dev fftw-dev libfftw3-dev libopenblas64-0 libopenblas0 liblapack64-3 liblapack3 libblas64-3
+    libblas3 bcc bpfcc-tools libaudit1 auditd libr3-dev r-base-dev libsvn1 subversion libsoup-3.0-dev libsoup2.4-dev tesseract-ocr-deu libgdal32
 """
 KNOWN = frozenset(_KNOWN.split())
 APT: dict[str, list[str]] = {
-    "gcc": ["gcc"], "gcc.x86_64": ["gcc"], "jq.aarch64": ["jq"], "jq-1.6": ["jq=1.6*"], "git-2.40.1-1.amzn2023.0.1": ["git=2.40.1*"],
+    "gcc": ["gcc"], "gcc.x86_64": ["gcc"], "jq.aarch64": ["jq"], "jq-1.6": ["jq=1.6"], "git-2.40.1-1.amzn2023.0.1": ["git=2.40.1"],
     "nginx-1.22*": ["nginx=1.22*"], "curl-minimal": ["curl"], "docker": ["docker.io"], "libX11": ["libx11-6"], "libXcomposite": ["libxcomposite1"],
     "libicu": ["libicu72"], "libicu-devel": ["libicu-dev"], "libxml2-devel": ["libxml2-dev"], "libpng-devel": ["libpng-dev"],
     "readline-devel": ["libreadline-dev"], "libcap-devel": ["libcap-dev"], "libuv-devel": ["libuv1-dev"], "libuv": ["libuv1"],
@@ -49,6 +50,12 @@ APT: dict[str, list[str]] = {
     "java-17-amazon-corretto-headless": ["openjdk-17-jre-headless"], "java-17-amazon-corretto-devel": ["openjdk-17-jdk-headless"],
     "redis6": ["redis-server"], "glibc-langpack-de": ["locales"], "langpacks-en": ["locales"], "tesseract-langpack-deu": ["tesseract-ocr-deu"], "audit": ["auditd"],
     "openblas": ["libopenblas0"], "gdal": ["gdal-bin"], "glibc-gconv-extra": [], "/usr/bin/git": ["git"], "awscli-2": ["awscli"],
+}  # fmt: skip
+# Names whose nearest namesake in Debian is another thing, or another version of it.
+APT |= {
+    "libssh2-devel": ["libssh2-1-dev"], "libusb1-devel": ["libusb-1.0-0-dev"], "fftw-devel": ["libfftw3-dev"],
+    "lapack": ["liblapack3"], "blas": ["libblas3"], "bcc": ["bpfcc-tools"], "R-devel": ["r-base-dev"], "svn": ["subversion"],
+    "libsoup-devel": ["libsoup2.4-dev"],
 }  # fmt: skip
 REFUSED = {
     "nodejs22": None, "valkey": "write redis6", "mongodb": "in no archive", "nosuch": "no package nosuch here, where Debian 12 is the base",
@@ -122,7 +129,8 @@ class Apt:
     def output(self, *command: str) -> str:
         if command[:2] == ("apt-cache", "pkgnames"):
             return "\n".join(KNOWN)
-        return "  Candidate: 1:1.6-2\n" if command[:2] == ("apt-cache", "policy") else ""
+        candidate = "1:2.39.5-0+deb12u2" if command[-1] == "git" else "1:1.6-2"
+        return f"  Candidate: {candidate}\n" if command[:2] == ("apt-cache", "policy") else ""
 
     def run(self, command: list[str]) -> int:
         self.ran.append(" ".join(command))
@@ -147,7 +155,12 @@ INSTALL = "apt-get -q -y install --no-install-recommends"
     [
         ("install -y gcc libX11", [f"{INSTALL} gcc libx11-6"]),
         ("install -y jq -x jq", []),
-        ("install jq-1.6", [f"{INSTALL} jq=1.6*"]),
+        ("install jq-1.6", [f"{INSTALL} jq=1:1.6-2"]),
+        ("install jq-1.*", [f"{INSTALL} jq=1:1.6-2"]),
+        ("install git-2.39 git-2.3*", [f"{INSTALL} git=1:2.39.5-0+deb12u2 git=1:2.39.5-0+deb12u2"]),
+        ("install --skip-broken nosuch jq jq-9", [f"{INSTALL} jq"]),
+        ("install nosuch jq --setopt=strict=0", [f"{INSTALL} jq"]),
+        ("install nosuch --skip-unavailable", []),
         ("reinstall jq", [f"{INSTALL} --reinstall jq"]),
         ("swap curl-minimal curl", [f"{INSTALL} curl"]),
         ("swap curl-minimal jq", [f"{INSTALL} curl- jq"]),
@@ -168,6 +181,7 @@ def test_what_is_run(apt: Apt, line: str, ran: list[str]) -> None:
     ("line", "text"),
     [
         ("", ""), ("install", "names no package"), ("install jq-1.7", "jq 1.7 is not here: jq is 1:1.6-2: write `dnf install jq`"),
+        ("install git-2.3", "git 2.3 is not here: git is 1:2.39.5-0+deb12u2"),
         ("module enable nodejs:20", "a version is part of a name"), ("frobnicate", "dnf --help"), ("install --frobnicate jq", "--frobnicate is not known"),
         ("--releasever", "--releasever needs a value"), ("config-manager --add-repo https://x/y.repo", "/etc/apt/sources.list.d"),
         ("builddep x", "apt-get build-dep"), ("install --assumeno jq", "aborted"), ("install --installroot=/r nodejs22", "only Debian's own"),

@@ -29,8 +29,8 @@ VERSION = "4.14.0"
 _VALUES = {  # options that take a value, by what they are called here; "" is of no consequence on this base
     "-c": "", "--config": "", "--releasever": "", "--enablerepo": "", "--disablerepo": "", "--repo": "", "--repoid": "",
     "--repofrompath": "", "-x": "exclude", "--exclude": "exclude", "--excludepkgs": "exclude", "--installroot": "installroot",
-    "--setopt": "", "--downloaddir": "into", "--destdir": "into", "-d": "", "--debuglevel": "", "-e": "", "--errorlevel": "", "-R": "",
-    "--randomwait": "", "--comment": "", "--forcearch": "", "--arch": "", "--archlist": "", "--color": "", "--advisory": "",
+    "--setopt": "options", "--downloaddir": "into", "--destdir": "into", "-d": "", "--debuglevel": "", "-e": "", "--errorlevel": "",
+    "-R": "", "--randomwait": "", "--comment": "", "--forcearch": "", "--arch": "", "--archlist": "", "--color": "", "--advisory": "",
     "--advisories": "", "--bz": "", "--bzs": "", "--cve": "", "--cves": "", "--sec-severity": "", "--secseverity": "",
     "--rpmverbosity": "", "--disableexcludes": "", "--disableplugin": "", "--enableplugin": "", "--from-repo": "", "--qf": "",
     "--queryformat": "",
@@ -53,8 +53,15 @@ class Call:
     words: list[str] = field(default_factory=list)
     flags: set[str] = field(default_factory=set)
     exclude: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
     installroot: str = ""
     into: str = ""
+
+    @property
+    def is_lenient(self) -> bool:
+        """Whether what cannot be had is passed over (dnf.conf(5), strict)."""
+        flags = {"--skip-broken", "--skip-unavailable", "--nostrict"}
+        return bool(self.flags & flags) or any(option in ("strict=0", "strict=false", "strict=no") for option in self.options)
 
 
 def parse(arguments: list[str]) -> Call:
@@ -75,6 +82,8 @@ def parse(arguments: list[str]) -> Call:
                 value = left.pop(0)
             if _VALUES[name] == "exclude":
                 call.exclude += value.replace(",", " ").split()
+            elif _VALUES[name] == "options":
+                call.options.append(value.replace(" ", "").lower())
             elif _VALUES[name]:
                 setattr(call, _VALUES[name], value)
         elif name in ("--version", "--help", "-h", "--assumeno", "--downloadonly"):
@@ -245,11 +254,20 @@ class Dnf:
     # ---- the steps of an install ----
 
     def _wanted(self, specs: list[str]) -> Wanted:
-        wanted = translate(specs, self._table, self.known())
+        known, wanted = self.known(), Wanted()
+        for spec in specs if self._call.is_lenient else ():
+            try:
+                wanted.add(self._checked(translate([spec], self._table, known)))
+            except Refusal as refusal:
+                _say(f"{refusal}; it is passed over")
+        if not self._call.is_lenient:
+            wanted = self._checked(translate(specs, self._table, known))
         excluded = {name for word in self._call.exclude for name in (word, *_names(word, self._table))}
         wanted.apt = [name for name in wanted.apt if not any(fnmatch.fnmatch(name.partition("=")[0], pattern) for pattern in excluded)]
-        for spec in wanted.apt:
-            _check_version(spec)
+        return wanted
+
+    def _checked(self, wanted: Wanted) -> Wanted:
+        wanted.apt = [_pinned(spec) for spec in wanted.apt]
         return wanted
 
     def _install(self, wanted: Wanted, *more: str) -> int:
@@ -398,12 +416,16 @@ def _candidate(name: str) -> str:
     return match[1] if match and match[1] != "(none)" else ""
 
 
-def _check_version(spec: str) -> None:
-    """Of `name=1.2*`. Raises Refusal."""
+def _pinned(spec: str) -> str:
+    """Of `name=1.2` or `name=1.2*`, the version that is there: 1.2.3 is a 1.2, and 1.22 is none but of 1.2*. Raises Refusal."""
     name, _, version = spec.partition("=")
-    there = _candidate(name) if version else ""
-    if version and not re.sub(r"^\d+:", "", there).startswith(version.rstrip("*")):
-        raise Refusal(f"{name} {version.rstrip('*')} is not here: {name} is {there or 'not there either'}: write `dnf install {name}`")
+    if not version:
+        return spec
+    there = _candidate(name)
+    end = "" if version.endswith("*") else r"(?![0-9a-z])"
+    if not re.match(rf"(?:\d+:)?{re.escape(version.rstrip('*'))}{end}", there):
+        raise Refusal(f"{name} {version} is not here: {name} is {there or 'not there either'}: write `dnf install {name}`")
+    return f"{name}={there}"
 
 
 def _chosen(name: str, words: list[str], table: Table) -> bool:

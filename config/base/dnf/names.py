@@ -99,7 +99,7 @@ class Table:
 
 @dataclass
 class Wanted:
-    """What an install comes to. `apt` are packages, each perhaps with a version as `name=1.2*`; others come from their own registries."""
+    """What an install comes to. `apt` are packages, perhaps with a version as `name=1.2` or `name=1.2*`; others are from elsewhere."""
 
     apt: list[str] = field(default_factory=list)
     node: list[str] = field(default_factory=list)  # major versions
@@ -146,8 +146,7 @@ def one(spec: str, table: Table, known: Collection[str]) -> Wanted:
         found = by_name(match["name"], table, known)
         if found is not None and found.apt:
             # The first package is the one that was named; what is there is checked against its version before anything is installed.
-            version = match["version"].rstrip("*")
-            return Wanted([f"{found.apt[0]}={version}*", *found.apt[1:]], notes=found.notes)
+            return Wanted([f"{found.apt[0]}={match['version']}", *found.apt[1:]], notes=found.notes)
     raise Refusal(unknown(name, known))
 
 
@@ -214,7 +213,7 @@ def _candidates(name: str) -> Iterator[list[str]]:
     if lower.endswith("-devel"):
         stem = lower.removesuffix("-devel")
         bare = stem.removeprefix("lib")
-        yield [f"lib{bare}-dev", f"{stem}-dev", f"{bare}-dev", f"lib{bare.rstrip('0123456789')}-dev", f"lib{bare.replace('-', '')}-dev"]
+        yield [f"lib{bare}-dev", f"{stem}-dev", f"{bare}-dev", f"lib{bare.replace('-', '')}-dev"]
         return
     if lower.endswith("-fonts"):
         stem = lower.removesuffix("-fonts").removeprefix("google-")
@@ -249,7 +248,7 @@ def _candidates(name: str) -> Iterator[list[str]]:
 def _library(name: str, ending: str, known: Collection[str]) -> str | None:
     """A library by its name without the version of its interface: libX11 is libx11-6, libicu is libicu72, libuv-devel is libuv1-dev."""
     stem = re.escape(name.lower().removeprefix("lib"))
-    pattern = re.compile(rf"lib{stem}{_SONAME}{ending}")
+    pattern = re.compile(rf"lib{stem}(?!64-){_SONAME}{ending}")  # 64-: of the same interface, with wider integers
     found = [one for one in known if one.startswith("lib") and pattern.fullmatch(one)]
     return max(found, key=lambda one: ([int(part) for part in re.findall(r"\d+", one)], one)) if found else None
 
