@@ -17,7 +17,7 @@ from vmm import diffs, manifest, mapping, memory, syscalls
 from vmm.driver import DEVICES, Process, Shape
 from vmm.errors import Damaged, DiskFull, Ended, Missing, Refused, Unavailable, VmmError, explained, not_loaded
 from vmm.network import Link
-from vmm.qemu import process
+from vmm.qemu import device_state, process
 from vmm.qemu.machine import PlaceholderDevices
 from vmm.qemu.process import QemuMachine
 from vmm.qemu.qmp import QmpError
@@ -112,7 +112,8 @@ class Qmp:
 @pytest.fixture
 async def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[QemuMachine]:
     """A process, whatever it does, with a session's files in `tmp_path`."""
-    monkeypatch.setattr(process, "_ENDING_SECONDS", 0.01)
+    for module in (process, device_state):
+        monkeypatch.setattr(module, "_ENDING_SECONDS", 0.01)
     make(tmp_path, [{1, 2, 9}])
     (tmp_path / "overlay").touch()
     (tmp_path / "process").mkdir()
@@ -125,9 +126,9 @@ async def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     made = QemuMachine(record, tmp_path / "process", Network(), remove, memory.write_only("state"), Mapper())  # type: ignore[arg-type]
     made._placeholders = PlaceholderDevices(0, 0)
     made._qmp = Qmp()  # type: ignore[assignment]
-    made._loaded = asyncio.get_running_loop().create_future()
-    made._loaded.set_result("completed")
-    monkeypatch.setattr(made, "_send_state", lambda path: path.read_bytes())
+    made.state._loaded = asyncio.get_running_loop().create_future()
+    made.state.note_loaded("completed")
+    monkeypatch.setattr(made.state, "_send", lambda path: path.read_bytes())
     yield made
     await made.kill()
     await sleeps.wait()
@@ -153,21 +154,21 @@ async def test_a_prepare_that_the_host_cannot_do_now(
 
 
 async def test_a_device_state_that_is_not_loaded_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: QemuMachine) -> None:
-    machine._loaded = asyncio.get_running_loop().create_future()
-    monkeypatch.setattr(process, "_LOAD_SECONDS", 0.01)
+    machine.state._loaded = asyncio.get_running_loop().create_future()
+    monkeypatch.setattr(device_state, "_LOAD_SECONDS", 0.01)
     assert type(await prepared(machine, tmp_path)) is Unavailable
 
 
 async def test_a_hypervisor_that_ends_while_it_loads(tmp_path: Path, machine: QemuMachine) -> None:
-    machine._loaded = asyncio.get_running_loop().create_future()
+    machine.state._loaded = asyncio.get_running_loop().create_future()
     machine.qmp.closed.set_result(None)
     assert type(await prepared(machine, tmp_path)) is Unavailable
 
 
 async def test_a_device_state_that_is_refused(tmp_path: Path, machine: QemuMachine) -> None:
     """Whole as it was written, it is for another hypervisor; else it is damaged, and that says more."""
-    machine._loaded = asyncio.get_running_loop().create_future()
-    machine._loaded.set_result("failed")
+    machine.state._loaded = asyncio.get_running_loop().create_future()
+    machine.state.note_loaded("failed")
     assert type(await prepared(machine, tmp_path)) is Refused
     (tmp_path / DEVICES).write_bytes(b"other")
     assert type(await prepared(machine, tmp_path)) is Damaged

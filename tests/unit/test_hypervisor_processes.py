@@ -21,6 +21,7 @@ from vmm.network import Link
 from vmm.provenance import Provenance
 from vmm.qemu import driver as driver_module
 from vmm.qemu import process as process_module
+from vmm.qemu.device_state import StateRefused
 from vmm.qemu.driver import QemuDriver
 from vmm.qemu.process import QemuMachine, listen
 from vmm.qemu.qmp import QmpError
@@ -202,10 +203,10 @@ async def test_a_device_state_that_is_none_is_not_stored(tmp_path: Path, qemu: Q
     """The hypervisor has the file open: an empty one would be a snapshot that nothing loads, an endless one would fill vmm's memory."""
     await qemu.start()
     machine, runs = await adopted(tmp_path, "starting")
-    assert machine is not None and machine._state is not None
-    os.ftruncate(machine._state, size)
+    assert machine is not None and machine.state._file is not None
+    os.ftruncate(machine.state._file, size)
     with pytest.raises(QmpError, match=f"a device state of {size} bytes"):
-        machine._store_state(tmp_path / "devices.state")
+        machine.state.store(tmp_path / "devices.state")
     assert not (tmp_path / "devices.state").exists()
     await machine.kill()
     await runs.wait()
@@ -267,7 +268,7 @@ async def test_a_device_state_that_is_not_taken_is_named_with_what_to_do(
         (source / diffs.MANIFEST).touch()
 
     async def refused(*_: object) -> None:
-        raise process_module._StateRefused("the hypervisor refused the device state")
+        raise StateRefused("the hypervisor refused the device state")
 
     monkeypatch.setattr(machine, "_prepare", refused)
     try:

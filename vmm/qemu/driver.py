@@ -26,9 +26,10 @@ from ..network import Link, Network
 from ..provenance import Provenance, lacking
 from ..sandboxes import STDERR, SandboxAllocator, VmSandbox, is_alive, last_words
 from ..snapshots import sync
+from . import device_state
 from . import machine as topology
 from .boot_snapshots import MEMORY, BootSnapshotCache
-from .process import STATE, QemuMachine, child_of, listen
+from .process import QemuMachine, child_of, listen
 from .qmp import QmpError
 from .roots import Root, Roots, why_refused
 
@@ -214,7 +215,7 @@ class QemuDriver:
         if not is_alive(record):
             await self._sandboxes.release(sandbox)
             return None
-        state = memory.write_only(STATE)
+        state = memory.write_only(device_state.FILE)
         try:
             machine = QemuMachine(record, sandbox.directory, self._network, lambda: self._remove(machine, sandbox), state)
         except ProcessLookupError:  # just now
@@ -225,7 +226,7 @@ class QemuDriver:
         try:
             async with asyncio.timeout(_SPAWN_SECONDS):
                 await machine.connect()
-                await machine.give_state_file()
+                await machine.state.give_file(machine.qmp)
         except (QmpError, OSError) as error:
             if record.phase not in UNSAVED:
                 await machine.kill()
@@ -321,7 +322,7 @@ class QemuDriver:
                 end, theirs = socket.socketpair()
                 mapper = ours.enter_context(contextlib.closing(Mapper(end)))
                 with theirs:
-                    state = memory.write_only(STATE)
+                    state = memory.write_only(device_state.FILE)
                     ours.callback(os.close, state)
                     async with asyncio.timeout(_SPAWN_SECONDS):
                         process = await self._execute(sandbox, shape, root, theirs.fileno(), state, compose)

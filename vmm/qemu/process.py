@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-import xxhash
 
 from gateway import executors
 from gateway.observe.steps import Steps
@@ -25,23 +24,17 @@ from ..errors import Ended, Refused, Unavailable, VmmError, explained, not_loade
 from ..network import Link, Network
 from ..watched import WatchedProcess
 from . import machine as topology
+from .device_state import DeviceState, StateRefused
 from .machine import PlaceholderDevices
 from .qmp import Qmp, QmpError
 
 log = structlog.get_logger()
 
 _ENDING_SECONDS = 1.0
-_LOAD_SECONDS = 30
-STATE = "torpor-state"  # the name of the memfd
 _STARVED = "io-error"
 _STARVED_RETRY_SECONDS = 1
 _RECONNECT_SECONDS, _RECONNECT_MOST_SECONDS = 0.1, 5.0
 _CHECK_SECONDS = 300.0
-_STATE_MOST_BYTES = 256 << 20  # some 100 KiB, as a rule; more is no state of ours
-
-
-class _StateRefused(QmpError):
-    """QEMU read a state of devices and did not take it."""
 
 
 def listen(path: Path) -> socket.socket:
@@ -66,13 +59,11 @@ class QemuMachine(WatchedProcess):
         self.restored_from: Path | None = None  # the kept boot of a machine that has yet to be given its disk
         self._network = network
         self._qmp: Qmp | None = None
-        self._state: int | None = state  # what the state of its devices is written to
+        self.state = DeviceState(state)
         self._mapper = mapper
         self._placeholders: PlaceholderDevices | None = None
-        self._incoming: socket.socket | None = None  # where the state of the devices is waited for
         self._channel: int | None = None  # the agent's, connected before it is asked for
         self._starving: asyncio.Task[None] | None = None
-        self._loaded: asyncio.Future[str] | None = None
         self._reconnecting: asyncio.Task[None] | None = None
         self._watch(record.pid)
 
@@ -100,18 +91,10 @@ class QemuMachine(WatchedProcess):
                 return
             try:
                 await self.connect()
-                await self.give_state_file()
+                await self.state.give_file(self.qmp)
                 log.warning("qmp.connected_again", vm=self.record.vm)
             except (QmpError, OSError):
                 pause = min(2 * pause, _RECONNECT_MOST_SECONDS)
-
-    async def give_state_file(self) -> None:
-        """To a process that another daemon started: QEMU forgets descriptor sets that nothing uses when a connection ends. Raises
-        QmpError, OSError."""
-        assert self._state is not None
-        with contextlib.suppress(QmpError):
-            await self.qmp.run("remove-fd", fdset_id=topology.STATE_SET)
-        await self._give("add-fd", os.dup(self._state), fdset_id=topology.STATE_SET)
 
     def _correct_phase(self, is_running: bool) -> None:
         """A daemon that died between a command and its record left a question; the hypervisor has the answer."""
@@ -150,7 +133,7 @@ class QemuMachine(WatchedProcess):
         """A standby: from now on what a session brings is put in without a word of QMP, which QEMU reads byte by byte, 5 µs each.
         Raises QmpError, Unavailable."""
         self._placeholders = placeholders
-        await self._await_state()
+        await self.state.await_load(self.qmp)
         self._channel = await self.agent()
 
     async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
@@ -163,7 +146,7 @@ class QemuMachine(WatchedProcess):
         except (QmpError, OSError, ValueError, LookupError) as error:
             why = await self.why(error)
             text = f"session {self.record.session} could not be loaded from {snapshot}: {why}"
-            if isinstance(error, _StateRefused):
+            if isinstance(error, StateRefused):
                 is_image = not (snapshot / diffs.MANIFEST).exists()
                 raise (state_refused(self.record.image, snapshot / DEVICES, why) if is_image else Refused(text)) from error
             raise not_loaded(error, text, overlay, snapshot / DEVICES) from error
@@ -179,7 +162,7 @@ class QemuMachine(WatchedProcess):
         self.steps.mark("network, disk and memory put in")
         self.record.unchecked = str(snapshot)
         try:
-            await self._load_devices(snapshot / DEVICES)
+            await self.state.load(self.qmp, snapshot / DEVICES)
         except BaseException:
             await self.checked()  # damage says more than what became of the load of it
             raise
@@ -216,32 +199,6 @@ class QemuMachine(WatchedProcess):
         if manifest is not None:
             mapping.load(self.mapping(), self._mapper, snapshot, manifest)
         self._mapper.finish()
-
-    async def _await_state(self) -> None:
-        """The state of the devices is loaded as it comes over a socket. Raises QmpError."""
-        self._loaded = asyncio.get_running_loop().create_future()
-        self._incoming, theirs = socket.socketpair()
-        self._incoming.settimeout(_LOAD_SECONDS)
-        await self._give("getfd", theirs.detach(), fdname="state")
-        await self.qmp.run("migrate-incoming", uri="fd:state")
-
-    async def _load_devices(self, path: Path) -> None:
-        """The state is loaded when its event says so: asking again and again would hold up who loads it. Raises QmpError, OSError."""
-        assert self._loaded is not None
-        sent = asyncio.ensure_future(executors.LATENCY.run(self._send_state, path))
-        sent.add_done_callback(lambda done: done.cancelled() or done.exception())  # where it was refused, that says more
-        await asyncio.wait([self._loaded, self.qmp.closed], timeout=_LOAD_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        if not self._loaded.done():
-            raise QmpError("the hypervisor has ended" if self.qmp.closed.done() else f"device state not loaded in {_LOAD_SECONDS} s")
-        if self._loaded.result() != "completed":
-            await asyncio.wait([self.qmp.closed], timeout=_ENDING_SECONDS)  # it ends when it has said why
-            raise _StateRefused("the hypervisor refused the device state")
-        await sent
-
-    def _send_state(self, path: Path) -> None:
-        assert self._incoming is not None
-        with self._incoming, path.open("rb") as file:
-            self._incoming.sendfile(file)
 
     async def resume(self, wake: bytes) -> int:
         self.steps.mark("control stored the start")
@@ -290,8 +247,7 @@ class QemuMachine(WatchedProcess):
 
     def _event(self, message: dict[str, Any]) -> None:
         if message["event"] == "MIGRATION" and message["data"]["status"] in ("completed", "failed"):
-            if self._loaded is not None and not self._loaded.done():
-                self._loaded.set_result(message["data"]["status"])
+            self.state.note_loaded(message["data"]["status"])
         elif message["event"] == "BLOCK_IO_ERROR" and message["data"].get("action") == "stop":
             self._starve()
 
@@ -320,7 +276,7 @@ class QemuMachine(WatchedProcess):
             seconds = executors.seconds_for(self.record.memory[1] - self.record.memory[0], _CHECK_SECONDS)
             written = await executors.LATENCY.run(self._save_memory, directory, seconds=seconds)
             await saved
-            devices = await executors.LATENCY.run(self._store_state, directory / DEVICES)
+            devices = await executors.LATENCY.run(self.state.store, directory / DEVICES)
             self.steps.mark("devices and changed pages written")
             return [devices, *written]
         except (QmpError, OSError, LookupError) as error:
@@ -328,13 +284,13 @@ class QemuMachine(WatchedProcess):
 
     async def load_devices(self, path: Path) -> None:
         """Raises QmpError, OSError."""
-        await self._await_state()
-        await self._load_devices(path)
+        await self.state.await_load(self.qmp)
+        await self.state.load(self.qmp, path)
 
     async def give_disk(self, base: Path, overlay: Path) -> None:
         """A booted guest, which has not looked at its disk, gets it in place of the placeholder. Raises QmpError, OSError."""
         for number, path, flags in ((1, base, os.O_RDONLY), (2, overlay, os.O_RDWR)):
-            await self._give("add-fd", os.open(path, flags | os.O_CLOEXEC), fdset_id=number)
+            await self.qmp.give("add-fd", os.open(path, flags | os.O_CLOEXEC), fdset_id=number)
         for node in topology.boot_disk():
             await self.qmp.run("blockdev-add", (), **node)
         await self.qmp.run("qom-set", path="/machine/peripheral/vd0", property="drive", value="d1")
@@ -353,39 +309,13 @@ class QemuMachine(WatchedProcess):
         """Stops the guest and writes its devices' state. Raises QmpError, OSError."""
         _, saved = self._stop_and_save()
         await saved
-        await executors.LATENCY.run(self._store_state, path)
+        await executors.LATENCY.run(self.state.store, path)
 
     def _stop_and_save(self) -> tuple[asyncio.Future[Any], asyncio.Future[Any]]:
-        """What is answered when the guest has stopped, and when its state is written. Raises OSError.
-
-        The first answer says that QEMU has been round its loop, so that what the host sent before (the ends of connections) lies in
-        the guest's ring, and with it in the snapshot. `live` off: disks stay open, and `cont` need not activate them again.
-        """
-        if self._state is None:
-            raise QmpError("the hypervisor has ended")
-        os.ftruncate(self._state, 0)
-        os.lseek(self._state, 0, os.SEEK_SET)  # QEMU goes on where it was
+        """Returns what is answered when the guest has stopped, and when its devices' state is written. Raises QmpError, OSError."""
+        self.state.empty()
         self.record.phase = "stopped"  # not written: a daemon that finds "running" asks the hypervisor
-        stopped = asyncio.ensure_future(self.qmp.run("stop"))
-        filename = f"/dev/fdset/{topology.STATE_SET}"
-        saved = asyncio.ensure_future(self.qmp.run("xen-save-devices-state", filename=filename, live=False))
-        for future in (stopped, saved):
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # whichever is waited for first
-        return stopped, saved
-
-    def _store_state(self, path: Path) -> Sum:
-        """Does not sync. Raises QmpError, OSError."""
-        if self._state is None:
-            raise QmpError("the hypervisor has ended")
-        size = os.fstat(self._state).st_size  # the hypervisor has it open: nothing of it is believed
-        if not 0 < size <= _STATE_MOST_BYTES:
-            raise QmpError(f"the hypervisor wrote a device state of {size} bytes")
-        with open(f"/proc/self/fd/{self._state}", "rb") as file:
-            state = file.read(_STATE_MOST_BYTES)
-        os.ftruncate(self._state, 0)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(state)
-        return Sum(path.name, len(state), xxhash.xxh3_64_hexdigest(state))
+        return self.state.save(self.qmp)
 
     async def unpause(self) -> None:
         try:
@@ -423,12 +353,6 @@ class QemuMachine(WatchedProcess):
         text = f"{what}: {await self.why(error)}"
         return Ended(text) if self._has_ended else explained(error, text)
 
-    async def _give(self, command: str, descriptor: int, **arguments: object) -> None:
-        try:
-            await self.qmp.run(command, [descriptor], **arguments)
-        finally:
-            os.close(descriptor)
-
     def mapping(self) -> memory.Mapping:
         """Found before anything is mapped over it, and then kept in the record."""
         if self.record.memory == (0, 0):
@@ -444,14 +368,10 @@ class QemuMachine(WatchedProcess):
 
     async def _let_go(self) -> None:
         self._close_mapper()
-        if self._incoming is not None:
-            self._incoming.close()
         if self._channel is not None:
             os.close(self._channel)
             self._channel = None
-        if self._state is not None:
-            os.close(self._state)
-            self._state = None
+        self.state.close()
         if self._qmp is not None:
             self._qmp.close()
         if self.image_memory is not None:

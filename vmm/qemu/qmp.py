@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -86,6 +87,13 @@ class Qmp:
             raise QmpError(f"{command}: no answer in {COMMAND_SECONDS:.0f} s") from error
         except QmpError as error:
             raise QmpError(f"{command}: {error}") from error
+
+    async def give(self, command: str, descriptor: int, **arguments: Any) -> None:
+        """Runs a command with a descriptor, which is closed here. Raises QmpError."""
+        try:
+            await self.run(command, [descriptor], **arguments)
+        finally:
+            os.close(descriptor)
 
     def close(self) -> None:
         self._fail(QmpError("closed"))
