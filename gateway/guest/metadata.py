@@ -79,7 +79,7 @@ def _document(made: Credentials, now: float) -> str:
     })  # fmt: skip
 
 
-class Door(asyncio.Protocol):
+class MetadataConnection(asyncio.Protocol):
     """One connection to a microVM's metadata; requests on it are answered one after another."""
 
     def __init__(self, metadata: Metadata, tasks: set[asyncio.Task[None]]) -> None:
@@ -92,6 +92,7 @@ class Door(asyncio.Protocol):
         self._fields: dict[str, str] = {}
         self._bytes = 0
         self._busy = False
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
@@ -101,6 +102,8 @@ class Door(asyncio.Protocol):
         self._transport = None
         if self._deadline is not None:
             self._deadline.cancel()
+        if not self.closed.done():
+            self.closed.set_result(None)
 
     def data_received(self, data: bytes) -> None:
         self._bytes += len(data)

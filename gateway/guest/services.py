@@ -15,7 +15,7 @@ from gateway.sessions.model import Session, Version
 from gateway.sessions.store import Store
 
 from .credentials import Issuer
-from .metadata import Door, Metadata
+from .metadata import Metadata, MetadataConnection
 from .resolver import Names, NameStreams, host_resolvers
 
 _CONNECTIONS = 16
@@ -23,7 +23,7 @@ _ACCEPT_PAUSE_SECONDS = 0.05
 
 
 class Services:
-    """What of a microVM is open; `close` lets its network go."""
+    """Keeps what of a microVM is open; `close` lets its network go."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -32,12 +32,12 @@ class Services:
 
     async def open(self, sockets: list[socket.socket], metadata: Metadata, upstream: list[str]) -> None:
         loop = asyncio.get_running_loop()
-        doors, datagrams, streams = sockets
-        self._sockets = [doors, streams]
+        credentials, datagrams, streams = sockets
+        self._sockets = [credentials, streams]
         names = NameStreams(upstream)
         transport, _ = await loop.create_datagram_endpoint(lambda: Names(upstream, self._tasks), sock=datagrams)
         self._transports.append(transport)
-        self._spawn(self._accept(doors, lambda sock: self._meet(sock, metadata)))
+        self._spawn(self._accept(credentials, lambda sock: self._serve_metadata(sock, metadata)))
         self._spawn(self._accept(streams, lambda sock: _stream(sock, names)))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -46,7 +46,7 @@ class Services:
         task.add_done_callback(self._tasks.discard)
 
     async def _accept(self, listener: socket.socket, serve: Callable[[socket.socket], Awaitable[None]]) -> None:
-        """A few connections at once: the rest wait in the guest's own network, not in ours."""
+        """Serves a few connections at once: the rest wait in the guest's own network, not in ours."""
         loop, room = asyncio.get_running_loop(), asyncio.Semaphore(_CONNECTIONS)
 
         async def serve_in_room(sock: socket.socket) -> None:
@@ -65,12 +65,11 @@ class Services:
                 continue
             self._spawn(serve_in_room(sock))
 
-    async def _meet(self, sock: socket.socket, metadata: Metadata) -> None:
-        loop = asyncio.get_running_loop()
-        left: asyncio.Future[None] = loop.create_future()
-        transport, _ = await loop.connect_accepted_socket(lambda: _Watched(metadata, self._tasks, left), sock)
+    async def _serve_metadata(self, sock: socket.socket, metadata: Metadata) -> None:
+        connection = MetadataConnection(metadata, self._tasks)
+        transport, _ = await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, sock)
         try:
-            await left
+            await connection.closed
         finally:
             transport.abort()
 
@@ -82,19 +81,6 @@ class Services:
         for sock in self._sockets:
             sock.close()
         self._sockets, self._transports = [], []
-
-
-class _Watched(Door):
-    """A door that says when it is shut."""
-
-    def __init__(self, metadata: Metadata, tasks: set[asyncio.Task[None]], left: asyncio.Future[None]) -> None:
-        super().__init__(metadata, tasks)
-        self._left = left
-
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
-        if not self._left.done():
-            self._left.set_result(None)
 
 
 async def _stream(sock: socket.socket, names: NameStreams) -> None:

@@ -1,4 +1,4 @@
-"""The edge in operation: HTTP/2 to a sleeping microVM, reloads under load, the doors, metrics, the access log."""
+"""The edge in operation: HTTP/2 to a sleeping microVM, reloads under load, listeners, metrics, the access log."""
 
 from __future__ import annotations
 
