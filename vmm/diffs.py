@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import bisect
 import contextlib
+import io
 import itertools
 import os
 from collections.abc import Callable, Iterable
@@ -119,6 +120,20 @@ def merge(chain: list[tuple[int, list[tuple[int, int]]]]) -> list[Segment]:
     return shown
 
 
+def shown(snapshot: Path, chain: list[int]) -> list[Segment]:
+    """What of a snapshot's diffs shows. Raises Damaged, Missing, Unavailable."""
+    return merge([(number, runs_of(snapshot / f"{number}.runs")) for number in chain])
+
+
+def open_pages(snapshot: Path, number: int) -> io.FileIO:
+    """The pages of one of its diffs. Raises Missing, Unavailable."""
+    path = snapshot / f"{number}.pages"
+    try:
+        return io.FileIO(path)
+    except OSError as error:
+        raise unreadable(error, path) from error
+
+
 def _over(below: list[Segment], above: list[Segment]) -> list[Segment]:
     """`below` where `above` leaves it to be seen, and `above`."""
     if not below:
@@ -201,11 +216,11 @@ def link_chain(source: Path, target: Path, chain: list[int]) -> None:
 def fold(snapshot: Path, manifest: Manifest, target: Path, check: Callable[[], None] = lambda: None) -> Manifest:
     """Writes the chain as one diff into `target`, named after the newest, with links to what else the snapshot has. Does not sync.
     `check` calls it off by raising. Raises Damaged, Missing, Unavailable, OSError."""
-    segments = merge([(number, runs_of(snapshot / f"{number}.runs")) for number in manifest.chain])
+    segments = shown(snapshot, manifest.chain)
     newest = manifest.chain[-1]
     runs: list[tuple[int, int]] = []
     with contextlib.ExitStack() as files:
-        sources = {number: files.enter_context((snapshot / f"{number}.pages").open("rb")).fileno() for number in manifest.chain}
+        sources = {number: files.enter_context(open_pages(snapshot, number)).fileno() for number in manifest.chain}
         out, at = files.enter_context((target / f"{newest}.pages").open("wb", buffering=0)), 0
         for one in segments:
             check()

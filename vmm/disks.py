@@ -10,31 +10,20 @@ descriptor and told what lies under what.
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import os
 from pathlib import Path
 
-from . import syscalls
+from . import programs, syscalls
 
 _FICLONE = 0x40049409  # ioctl_ficlonerange(2)
 _DEADLINE_SECONDS = 20
 
 
 async def create_overlay(path: Path, size_bytes: int) -> None:
-    """An empty overlay (mode 0600). Raises OSError with qemu-img's words."""
-    process = await asyncio.create_subprocess_exec(
-        "qemu-img", "create", "-q", "-f", "qcow2", str(path), str(size_bytes),
-        stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(_DEADLINE_SECONDS):
-            _, errors = await process.communicate()
-    except BaseException:
-        process.kill()
-        raise
-    if process.returncode:
-        raise OSError(f"qemu-img create {path}: {errors.decode(errors='replace').strip()}")
+    """Makes an empty overlay (mode 0600). Raises OSError with qemu-img's words."""
+    command = ("qemu-img", "create", "-q", "-f", "qcow2", str(path), str(size_bytes))
+    await programs.run(f"qemu-img create {path}", *command, seconds=_DEADLINE_SECONDS)
     path.chmod(0o600)
 
 

@@ -76,7 +76,7 @@ def clear(mapping: Mapping, mapper: Mapper, holes: list[tuple[int, int]]) -> Non
 
 def load(mapping: Mapping, mapper: Mapper, snapshot: Path, manifest: Manifest) -> None:
     """Raises Damaged for files that do not fit, Missing, Unavailable, OSError."""
-    segments = diffs.merge([(number, diffs.runs_of(snapshot / f"{number}.runs")) for number in manifest.chain])
+    segments = diffs.shown(snapshot, manifest.chain)
     if segments and segments[-1].after * PAGE > mapping.end - mapping.start:
         raise Damaged(f"{snapshot} has pages beyond the guest's memory")
     mapped = segments

@@ -5,7 +5,6 @@ Diffs are files of vmm/diffs.py. Pages of zeros are not stored in an image's fil
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import fcntl
@@ -21,7 +20,7 @@ import xxhash
 from gateway import executors
 from gateway.observe.room import disk_free_bytes
 
-from . import diffs, syscalls
+from . import diffs, programs, syscalls
 from .diffs import Sum
 
 PAGE = syscalls.PAGE
@@ -124,18 +123,11 @@ async def load_image_memory(image: str, source: Path, disk: list[Path], cgroup_f
 async def fill_apart(source: Path, descriptor: int, cgroup_files: list[Path], disk: Sequence[Path] = ()) -> None:
     """A helper process fills the memory, in a cgroup of its own: pages are charged to whoever touches them first, and clones must not
     pay for what they share. Raises OSError."""
-    helper = await asyncio.create_subprocess_exec(
-        sys.executable, "-S", "-m", "vmm.sparse", str(source), str(descriptor), *map(str, disk), "--", *map(str, cgroup_files),
-        pass_fds=[descriptor], stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[1],
+    command = (sys.executable, "-S", "-m", "vmm.sparse", str(source), str(descriptor), *map(str, disk), "--", *map(str, cgroup_files))
+    await programs.run(
+        f"memory from {source}", *command, seconds=executors.seconds_for(source.stat().st_size, _FILL_LEAST_SECONDS),
+        pass_fds=[descriptor], cwd=Path(__file__).parents[1],
     )  # fmt: skip
-    try:
-        async with asyncio.timeout(executors.seconds_for(source.stat().st_size, _FILL_LEAST_SECONDS)):
-            _, errors = await helper.communicate()
-    except BaseException:
-        helper.kill()
-        raise
-    if helper.returncode:
-        raise OSError(f"memory from {source}: {errors.decode(errors='replace').strip()[-300:]}")
 
 
 def identity(descriptor: int) -> tuple[int, int]:

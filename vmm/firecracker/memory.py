@@ -50,7 +50,7 @@ def regions(pid: int, file: Path) -> list[Region]:
 def write_in(pid: int, where: list[Region], snapshot: Path, manifest: Manifest) -> None:
     """Copies a chain's pages into a process that has not run. KVM's log of dirty pages does not see it, so that the next diff
     is of what the guest changes from here on. Raises Damaged for files that do not fit, Missing, Unavailable, OSError."""
-    segments = diffs.merge([(number, diffs.runs_of(snapshot / f"{number}.runs")) for number in manifest.chain])
+    segments = diffs.shown(snapshot, manifest.chain)
     for number in manifest.chain:
         with diffs.open_pages(snapshot, number) as file:
             for one in segments:
