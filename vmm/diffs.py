@@ -10,7 +10,6 @@ from __future__ import annotations
 import array
 import bisect
 import contextlib
-import io
 import itertools
 import os
 from collections.abc import Callable, Iterable
@@ -123,15 +122,6 @@ def merge(chain: list[tuple[int, list[tuple[int, int]]]]) -> list[Segment]:
 def shown(snapshot: Path, chain: list[int]) -> list[Segment]:
     """What of a snapshot's diffs shows. Raises Damaged, Missing, Unavailable."""
     return merge([(number, runs_of(snapshot / f"{number}.runs")) for number in chain])
-
-
-def open_pages(snapshot: Path, number: int) -> io.FileIO:
-    """The pages of one of its diffs. Raises Missing, Unavailable."""
-    path = snapshot / f"{number}.pages"
-    try:
-        return io.FileIO(path)
-    except OSError as error:
-        raise unreadable(error, path) from error
 
 
 def _over(below: list[Segment], above: list[Segment]) -> list[Segment]:
