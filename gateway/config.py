@@ -12,9 +12,11 @@ import re
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+_PREFIX = "TORPOR_"  # of environment variables
 END_SECONDS = 20.0  # of a stop: for processes that have nothing left to do but to end
 LOCAL_BASE = "public.ecr.aws/lambda/microvms:al2023-minimal"
 
@@ -23,7 +25,13 @@ class ConfigError(Exception):
     """A setting is wrong; the text names it and what it may be."""
 
 
-class Edge(BaseModel):
+class _Section(BaseModel):
+    """A name that is not known is refused, as it may be another one misspelt."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Edge(_Section):
     """The endpoint proxy."""
 
     addresses: list[str] = Field(["127.0.0.1", "::1"], description="where endpoints are served")
@@ -67,7 +75,7 @@ class Edge(BaseModel):
         return self.workers or os.cpu_count() or 1
 
 
-class Api(BaseModel):
+class Api(_Section):
     """The control plane's listener, SigV4-checked."""
 
     address: str = "127.0.0.1"
@@ -76,7 +84,7 @@ class Api(BaseModel):
     clock_skew_seconds: int = Field(900, ge=1, description="a signature older or newer is refused (SigV4: 15 minutes)")
 
 
-class ObjectStore(BaseModel):
+class ObjectStore(_Section):
     """Where artifacts are read from."""
 
     embedded: bool = Field(True, description="run moto's S3 server beside the service, for demos and tests")
@@ -87,7 +95,7 @@ class ObjectStore(BaseModel):
     addressing: str = Field("path", pattern="^(path|virtual|auto)$", description="how buckets are named to the endpoint")
 
 
-class Login(BaseModel):
+class Login(_Section):
     """A registry's login, for builds with some roles."""
 
     user: str
@@ -95,7 +103,7 @@ class Login(BaseModel):
     roles: list[str] = Field(description="build role ARNs that may use it; * matches any run of characters")
 
 
-class Images(BaseModel):
+class Images(_Section):
     """Image builds."""
 
     base_names: list[str] = Field([LOCAL_BASE], description="names after FROM that mean the base, whatever their tag and digest")
@@ -122,7 +130,7 @@ class Images(BaseModel):
     start_seconds: float = Field(120.0, gt=0, description="for all EXPOSEd TCP ports to listen, where no ready hook is enabled")
 
 
-class Limits(BaseModel):
+class Limits(_Section):
     """What accounts and the host may be asked for."""
 
     min_idle_seconds: int = Field(60, ge=1, description="smallest maxIdleDurationSeconds (the service's: 60)")
@@ -147,7 +155,7 @@ def _network(text: str, where: str = "") -> ipaddress.IPv4Network:
         raise ValueError(f"{where}{text} is no IPv4 network: {error}") from error
 
 
-class Egress(BaseModel):
+class Egress(_Section):
     """The way out of microVMs (docs/security.md)."""
 
     closed: bool = Field(False, description="no microVM gets a way out, whatever connector it names")
@@ -196,23 +204,23 @@ class Egress(BaseModel):
         return self
 
 
-class Traces(BaseModel):
+class Traces(_Section):
     endpoint: str = Field("", description="where OpenTelemetry spans go (OTLP over HTTP, …/v1/traces); empty: none are made")
 
 
-class Logs(BaseModel):
+class Logs(_Section):
     endpoint: str = Field("", description="a CloudWatch Logs endpoint to which events are sent too; empty: kept here only")
     retention_days: int = Field(30, ge=0, description="streams silent for longer go; 0: kept until there is no room")
     account_mib: int = Field(8192, ge=128, description="of an account's streams; beyond, those that are silent for longest go")
 
 
-class Records(BaseModel):
+class Records(_Section):
     """What the store keeps of the past."""
 
     events_days: float = Field(30.0, gt=0, description="transitions and builds stay in the event table for so long, and 100,000 of them")
 
 
-class Credentials(BaseModel):
+class Credentials(_Section):
     """Credentials for what runs inside microVMs."""
 
     sts_endpoint: str = Field("", description="an STS endpoint whose AssumeRole gives them; empty: our own issuer")
@@ -220,7 +228,7 @@ class Credentials(BaseModel):
     secret_key: str = Field("", description="for the STS endpoint")
 
 
-class Archive(BaseModel):
+class Archive(_Section):
     """Where sessions go that sleep for long (the object store of `object_store`)."""
 
     after_seconds: float = Field(0.0, ge=0, description="asleep for longer, a session is moved to the object store; 0: never")
@@ -228,14 +236,14 @@ class Archive(BaseModel):
     prefix: str = Field("sessions/", description="before the keys")
 
 
-class Quarantine(BaseModel):
+class Quarantine(_Section):
     """What was set aside because of an error: it goes by age and for room, the oldest first."""
 
     days: float = Field(14.0, gt=0, description="what was set aside longer ago is removed")
     mib: int = Field(20_480, ge=0, description="where all that is set aside takes more, the oldest of it is removed")
 
 
-class Sessions(BaseModel):
+class Sessions(_Section):
     streams_at_suspend: str = Field(
         "park", pattern="^(park|park-all|cut)$",
         description="silent streams on which the client can speak outlive a suspend; park-all: also those of the server alone; cut: none",
@@ -246,13 +254,13 @@ class Sessions(BaseModel):
     parked_streams: int = Field(256, ge=0, description="at most, of one session at one worker; the rest are cut")
 
 
-class Suspend(BaseModel):
+class Suspend(_Section):
     drain_seconds: float = Field(5.0, ge=0, description="SuspendMicrovm waits this long for answers under way")
     workers_seconds: float = Field(3.0, ge=0, description="how long edge workers that are reconnecting to control are waited for")
     gate_seconds: float = Field(0.25, gt=0, description="a worker that has not confirmed a closed gate by then is disconnected")
 
 
-class Standbys(BaseModel):
+class Standbys(_Section):
     per_image: int = Field(2, ge=0, le=64, description="hypervisors kept waiting for each image in use")
     most_per_image: int = Field(48, ge=0, le=256, description="… where so many were wanted at once lately, memory permitting")
     ahead: int = Field(2, ge=0, le=64, description="microVMs that ran ahead, kept for each image in use whose owner allows it")
@@ -264,7 +272,7 @@ class Standbys(BaseModel):
     warm_seconds: float = Field(300.0, gt=0, description="how long a paused hypervisor is kept")
 
 
-class Users(BaseModel):
+class Users(_Section):
     """Numeric user ids without entries in passwd; one range for all."""
 
     first: int = Field(640_000, ge=1000)
@@ -292,7 +300,7 @@ class Users(BaseModel):
         return self.first + 3 * 65_536 - 1
 
 
-class Service(BaseModel):
+class Service(_Section):
     """The service's own processes."""
 
     silent_seconds: float = Field(30.0, ge=1, description="a process whose event loop stands still for so long is replaced")
@@ -304,7 +312,7 @@ class Service(BaseModel):
 class Settings(BaseSettings):
     """One instance."""
 
-    model_config = SettingsConfigDict(env_prefix="TORPOR_", env_nested_delimiter="__", extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_nested_delimiter="__", extra="forbid")
 
     root: Path = Path("/var/lib/torpor")
     run: Path = Path("/run/torpor")
@@ -408,12 +416,24 @@ class Settings(BaseSettings):
         return self.runtime / "vmm.sock"
 
 
+def _is_unknown(variable: str) -> bool:
+    """Whether it is meant for a section that there is not: of such the library says nothing."""
+    section, separator, _ = variable.partition("__")
+    return bool(separator) and section.startswith(_PREFIX) and section.removeprefix(_PREFIX).lower() not in Settings.model_fields
+
+
+def _said(error: ErrorDetails) -> str:
+    return "there is no such setting" if error["type"] == "extra_forbidden" else error["msg"]
+
+
 def load(**overrides: Any) -> Settings:
-    """Raises ConfigError with one line for each wrong setting."""
+    """Raises ConfigError, which names each wrong setting."""
+    if unknown := [name for name in sorted(os.environ) if _is_unknown(name)]:
+        raise ConfigError("; ".join(f"{name}: there is no such setting" for name in unknown))
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
-        lines = [": ".join(filter(None, (".".join(map(str, item["loc"])), item["msg"]))) for item in error.errors()]
+        lines = [": ".join(filter(None, (".".join(map(str, item["loc"])), _said(item)))) for item in error.errors()]
         raise ConfigError("; ".join(lines)) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"torpor.toml: {error}") from error
