@@ -68,6 +68,15 @@ def not_written(error: BaseException, what: str, otherwise: str) -> VmmError:
     return explained(error, f"{otherwise}: {error}")
 
 
+def of_the_host(error: OSError) -> Exception:
+    """Returns an error number that nobody on its way has understood as an error with a kind, which says what there is no more of, at
+    which file, and what to do."""
+    if error.errno is None:
+        return error
+    text = f"{error.strerror}: {error.filename}" if error.filename is not None else str(error.strerror)
+    return explained(error, f"{text}: free some, or move --root" if error.errno in _NO_ROOM else text)
+
+
 def unreadable(error: OSError, path: Path) -> VmmError:
     """Returns why a file of a session or an image cannot be read: it is Missing only where its name is not there."""
     if isinstance(error, FileNotFoundError):

@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Iterable
+from typing import Any
 
 import structlog
 
 from gateway import executors
 from gateway.config import Settings
-from gateway.rpc import Server, Service
+from gateway.rpc import Handler, Server, Service
 
 from . import probe, upgrades
 from .cgroups import Cgroups
 from .daemon import Vmm
-from .errors import VmmError
+from .errors import VmmError, of_the_host
 
 log = structlog.get_logger()
+
+
+def service(calls: Iterable[object]) -> Service:
+    """What vmm offers; an OSError that a call raises has a kind and says what to do, as all else that goes wrong."""
+    made = Service(*calls)
+    made.methods = {name: (_explaining(handler), kind, has_descriptors) for name, (handler, kind, has_descriptors) in made.methods.items()}
+    return made
+
+
+def _explaining(handler: Handler) -> Handler:
+    async def call(*arguments: Any) -> Any:
+        try:
+            return await handler(*arguments)
+        except OSError as error:
+            raise of_the_host(error) from error
+
+    return call
 
 
 async def serve(settings: Settings, ready: object) -> None:
@@ -29,7 +48,7 @@ async def serve(settings: Settings, ready: object) -> None:
         log.warning("hypervisor.roots_not_looked_at", error=str(error))
     vmm = Vmm(settings, info, cgroups)
     await vmm.start()
-    server = Server(settings.vmm_socket, Service(*vmm.calls), {0, settings.users.control, settings.users.edge})
+    server = Server(settings.vmm_socket, service(vmm.calls), {0, settings.users.control, settings.users.edge})
     server.on_connect = vmm.connected
     log.info("vmm.ready", hypervisor=info.hypervisor, accelerator=info.accelerator, note=info.accelerator_note)
     ready()  # type: ignore[operator]

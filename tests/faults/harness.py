@@ -35,10 +35,11 @@ from gateway.api.images import Images
 from gateway.config import Settings
 from gateway.images import artifact, pipeline
 from gateway.images.readiness import Readiness
-from gateway.rpc import Connection, Server, Service
+from gateway.rpc import Connection, Server
 from gateway.sessions.model import IdlePolicy, Image, Session, Version
 from gateway.sessions.states import Event, State
 from gateway.sessions.store import Store, StoreError
+from vmm.serving import service
 
 IMAGE = "image-1"
 ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a"
@@ -136,8 +137,7 @@ class HostUnderTest:
         async def start() -> None:
             one = vmm.daemon.Vmm(self.settings, _INFO, simulation.Cgroups())  # type: ignore[arg-type]
             await one.start()
-            calls = getattr(one, "calls", (one,))
-            self._server = Server(self.settings.vmm_socket, Service(*calls), {0})
+            self._server = Server(self.settings.vmm_socket, service(one.calls), {0})
             self._server.on_connect = one.connected
             self.vmm = one
 

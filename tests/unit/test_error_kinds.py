@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from test_diffs import make
 
+from gateway.rpc import Connection, RpcError, Server, connect
 from vmm import diffs, manifest, mapping, memory, syscalls
 from vmm.driver import DEVICES, Process, Shape
 from vmm.errors import Damaged, DiskFull, Ended, Missing, Refused, Unavailable, VmmError, explained, not_loaded
@@ -21,6 +22,7 @@ from vmm.qemu import device_state, process
 from vmm.qemu.machine import PlaceholderDevices
 from vmm.qemu.process import QemuMachine
 from vmm.qemu.qmp import QmpError
+from vmm.serving import service
 
 PASSING = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.EINTR, errno.EACCES, errno.ETIMEDOUT]
 
@@ -74,6 +76,34 @@ def test_what_is_understood_keeps_its_kind() -> None:
         QmpError("no answer"),
     ):
         assert type(explained(error, "text")) is Unavailable
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/s/a"), "DiskFull", "No space left on device: /s/a: free some, or move --root"),
+        (OSError(errno.EMFILE, "Too many open files", "/s/a"), "Unavailable", "Too many open files: /s/a .this process has all .*LimitNOFILE"),
+        (OSError(errno.EIO, "Input/output error"), "Unavailable", "Input/output error$"),
+        (TimeoutError("it stands"), "TimeoutError", "it stands"),
+        (Damaged("why"), "Damaged", "why"),
+    ],
+)  # fmt: skip
+async def test_an_error_number_that_a_call_meets_has_a_kind_and_says_what_to_do(
+    tmp_path: Path, error: Exception, kind: str, text: str
+) -> None:
+    """A suspend on a full disk failed with `[Errno 28] ...: '/var/lib/torpor/sessions/...'`."""
+
+    class Calls:
+        async def rpc_suspend(self, connection: Connection, body: None) -> None:
+            raise error
+
+    server = Server(tmp_path / "s", service((Calls(),)), {os.getuid()})
+    connection = await connect(tmp_path / "s")
+    with pytest.raises(RpcError, match=text) as told:
+        await connection.call("suspend")
+    assert told.value.kind == kind
+    connection.close()
+    server.close()
 
 
 def test_a_name_of_proc_that_is_gone_is_no_missing_file(tmp_path: Path) -> None:
