@@ -109,7 +109,7 @@ test-fresh-odd: fresh-packages ## make demo and make check there, with /tmp noex
 fresh-packages:
 	@$(call install,$(FRESH_PACKAGES))
 
-check: deps ## lint, types, unit tests: under a minute
+check: deps ## lint, types, unit tests: some 75 seconds on two processors
 	@$(MAKE) --no-print-directory -j2 static unit
 
 static: lint types
