@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from service import PATIENCE
+
 
 @dataclass
 class Answer:
@@ -24,7 +26,7 @@ class Answer:
 class Endpoint:
     """One connection to a microVM's endpoint."""
 
-    def __init__(self, endpoint: str, ca: Path, timeout: float = 40.0) -> None:
+    def __init__(self, endpoint: str, ca: Path, timeout: float = 40.0 * PATIENCE) -> None:
         host, _, port = endpoint.partition(":")
         context = ssl.create_default_context(cafile=str(ca))
         raw = socket.create_connection(("127.0.0.1", int(port or 443)), timeout)
@@ -79,7 +81,7 @@ class Endpoint:
 
 def read_until(sock: socket.socket, wanted: bytes, seconds: float = 60.0) -> bytes:
     """What comes up to and with `wanted`. Raises EOFError where the connection ends before, TimeoutError where it does not come."""
-    deadline, seen = time.monotonic() + seconds, b""
+    deadline, seen = time.monotonic() + seconds * PATIENCE, b""
     while wanted not in seen:
         if time.monotonic() > deadline:
             raise TimeoutError(f"no {wanted!r} in {seen[-500:]!r}")
@@ -90,7 +92,7 @@ def read_until(sock: socket.socket, wanted: bytes, seconds: float = 60.0) -> byt
     return seen
 
 
-def get(endpoint: str, ca: Path, token: str | None, path: str = "/", timeout: float = 40.0, **fields: Any) -> Answer:
+def get(endpoint: str, ca: Path, token: str | None, path: str = "/", timeout: float = 40.0 * PATIENCE, **fields: Any) -> Answer:
     """One request on a connection of its own."""
     one = Endpoint(endpoint, ca, timeout)
     try:

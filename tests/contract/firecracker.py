@@ -86,8 +86,15 @@ ENUMS = {
 }  # fmt: skip
 
 
+SHOWN = {str: "string", int: "integer", bool: "boolean", list: "sequence", dict: "map", float: "floating point"}
+
+
 class Refused(Exception):
     """400, with the words of the real one."""
+
+
+class NoKernel(Refused):
+    """The guest's kernel is none; without an API the real one shows where in its own types that was noticed."""
 
 
 def checked(name: str, body: Any) -> dict[str, Any]:
@@ -103,7 +110,9 @@ def checked(name: str, body: Any) -> dict[str, Any]:
         if kind is None:
             raise Refused(f"An error occurred when deserializing the json body of a request: unknown field `{member}`.")
         if not isinstance(value, kind) or (kind is NUMBER and isinstance(value, bool)):
-            raise Refused(f"An error occurred when deserializing the json body of a request: invalid type for `{member}`.")
+            raise Refused(
+                f"An error occurred when deserializing the json body of a request: invalid type: {SHOWN[type(value)]} {json.dumps(value)}."
+            )
         if member in ENUMS and value not in ENUMS[member]:
             raise Refused(f"An error occurred when deserializing the json body of a request: unknown variant `{value}`.")
     return body
@@ -230,11 +239,15 @@ class Vm:
         self.configured[kind] = body
 
     def do_BootSource(self, kind: str, body: dict[str, Any]) -> None:
-        with open(body["kernel_image_path"], "rb") as kernel:
-            if kernel.read(4) != b"\x7fELF":
-                raise Refused("Boot source error: The kernel file cannot be opened.")
-        with open(body.get("initrd_path", body["kernel_image_path"]), "rb"):
-            self.configured[kind] = body
+        for member, words in (
+            ("kernel_image_path", "kernel file cannot be opened:"),
+            ("initrd_path", "initrd file cannot be opened due to"),
+        ):
+            try:
+                open(body.get(member, "/dev/null"), "rb").close()
+            except OSError as error:
+                raise Refused(f"Boot source error: The {words} {error.strerror} (os error {error.errno})") from error
+        self.configured[kind] = body
 
     def do_Drive(self, kind: str, body: dict[str, Any]) -> None:
         if "path_on_host" not in body or "is_read_only" not in body:
@@ -261,6 +274,12 @@ class Vm:
             raise Refused("The requested operation is not supported after starting the microVM.")
         if "/boot-source" not in self.configured:
             raise Refused("Start microvm error: Cannot start microvm without kernel configuration.")
+        with open(self.configured["/boot-source"]["kernel_image_path"], "rb") as kernel:
+            if kernel.read(4) != b"\x7fELF":
+                raise NoKernel(
+                    "Start microvm error: System configuration error: Cannot load kernel due to invalid memory configuration or invalid kernel "
+                    "image: Kernel Loader: failed to load ELF kernel image"
+                )
         size = self.configured.get("/machine-config", {"mem_size_mib": 128})["mem_size_mib"] << 20
         self.guest = Guest(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self.guest.boot()
@@ -279,7 +298,9 @@ class Vm:
 
     def do_SnapshotCreateParams(self, _: str, body: dict[str, Any]) -> None:
         if self.state != "Paused":
-            raise Refused("Create snapshot error: Cannot perform snapshot operations while the microVM is running.")
+            raise Refused(
+                "Create snapshot error: Cannot save the microVM state: Operation not allowed: save/restore unavailable while running"
+            )
         guest = self.guest
         assert guest is not None
         if body.get("snapshot_type") == "Diff" and RELEASE < (1, 13) and not self.tracks:
@@ -319,8 +340,13 @@ class Vm:
         self.go("Running" if body.get("resume_vm") else "Paused")
 
     def load(self, state: str, memory: str, overrides: dict[str, str]) -> None:
-        with open(state, "rb") as file:
-            data = file.read()
+        try:
+            with open(state, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise ValueError(
+                f"Failed to get snapshot state from file: Failed to open snapshot file: {error.strerror} (os error {error.errno})"
+            ) from error
         if len(data) < 8 or struct.unpack("<Q", data[-8:])[0] != zlib.crc32(data[:-8]):
             raise ValueError("Failed to get snapshot state from file: Failed to load snapshot state from file: CRC64 validation failed: 0")
         saved = json.loads(data[:-8])
@@ -328,6 +354,8 @@ class Vm:
             raise ValueError(
                 f"Failed to get snapshot state from file: Failed to load snapshot state from file: Invalid data version: {saved['format']}.0.0"
             )
+        if set(overrides) - {device["iface_id"] for kind, device in saved["devices"].items() if kind.startswith("/network-interfaces")}:
+            raise ValueError("Failed to get snapshot state from file: Unknown Network Device.")
         with open(memory, "rb") as file:
             if os.fstat(file.fileno()).st_size != saved["memory"]:
                 raise ValueError("the memory file has another size")
@@ -337,9 +365,7 @@ class Vm:
             if kind.startswith("/drives"):
                 open_disk(device)
             if kind.startswith("/network-interfaces"):
-                self.open_tap(overrides.pop(device["iface_id"], device["host_dev_name"]))
-        if overrides:
-            raise ValueError(f"unknown interface {overrides}")
+                self.open_tap(overrides.get(device["iface_id"], device["host_dev_name"]))
         self.configured, self.guest = saved["devices"], Guest(mapped)
         self.guest.losses = [*RESETTING]
 
@@ -441,6 +467,10 @@ def main() -> None:
     if "--config-file" in given:
         try:
             Handler.vm.start(given["--config-file"])
+        except NoKernel:
+            sys.exit(
+                "Error: RunWithoutApiError(BuildMicroVMFromJson(StartMicroVM(ConfigureSystem(KernelLoader(Elf(InvalidElfMagicNumber))))))"
+            )
         except (Refused, OSError, KeyError) as error:
             sys.exit(f"Error: RunWithoutApiError(BuildMicroVMFromJson(ParseFromJson({error})))")
         threading.Event().wait()

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -30,12 +31,12 @@ from gateway.messages import AGENT_PROTOCOL, Shape
 from gateway.sessions.agent import Agent, start_frames, wake_frame
 from vmm import diffs, disks, kernel, making, manifest, memory, probe
 from vmm.cgroups import Cgroups, Limits
-from vmm.driver import DEVICES, Driver, Machine
+from vmm.driver import DEVICES, VSOCK_PORT, Driver, Machine
 from vmm.errors import Damaged, Ended, Missing, Refused, Unavailable
 from vmm.firecracker.api import Api, ApiError
 from vmm.firecracker.driver import Assets as FirecrackerAssets
 from vmm.firecracker.driver import FirecrackerDriver
-from vmm.firecracker.jail import Programs
+from vmm.firecracker.jail import MEMORY, STATE, VSOCK, Programs
 from vmm.firecracker.machine import FirecrackerMachine
 from vmm.network import Network
 from vmm.qemu import boot_snapshots
@@ -448,6 +449,12 @@ async def whole_life(one: Rig) -> None:
         async with asyncio.timeout(10):
             await done
 
+    # One that ran ahead is paused, and woken later as any other.
+    await machine.pause()
+    agent.close()
+    agent = await one.woken(machine)
+    assert await agent.hello(10) == (2, 127)
+
     # A suspend that is called off loses nothing, and neither does the one after it.
     await one.saved(machine)
     one.snapshots.called_off("first", 1)
@@ -658,7 +665,7 @@ def test_firecracker_is_probed_by_its_jailer(monkeypatch: pytest.MonkeyPatch, pr
         assert probe.why_not_firecracker(settings, device) == ""
         assets.kernel.write_bytes(b"no kernel")
         why = probe.why_not_firecracker(settings, device)
-        assert re.fullmatch(r"no guest ran: Error: RunWithoutApiError\(.*The kernel file cannot be opened.*\)", why), why
+        assert re.fullmatch(r"no guest ran: Error: RunWithoutApiError\(BuildMicroVMFromJson\(StartMicroVM\(.*KernelLoader\(.*\)", why), why
         assert not list((directory / "jails").glob("*/*"))
         assert not processes(f"probe-{os.getpid()}")
 
@@ -681,32 +688,94 @@ async def refusals(one: Rig) -> None:
     machine = await one.launched("first")
     assert isinstance(machine, FirecrackerMachine)
     api: Api = machine.api
+    said = await api.call("GET", "/")
+    assert (said["app_name"], said["id"], said["state"], said["vmm_version"]) == ("Firecracker", machine.record.vm, "Paused", api.version)
     cases = [
         ("PUT", "/snapshot/create", {"snapshot_path": "/out/a", "mem_file_path": "/out/b", "kind": "Full"}, "unknown field `kind`"),
         ("PUT", "/snapshot/create", {"snapshot_path": "/out/a"}, "missing field `mem_file_path`"),
         ("PATCH", "/vm", {"state": "Stopped"}, "unknown variant `Stopped`"),
         ("PUT", "/vsock", {"guest_cid": 3, "uds_path": "/w.sock"}, "not supported after starting"),
         ("PUT", "/actions", {"action_type": "InstanceStart"}, "not supported after starting"),
+        ("PUT", "/snapshot/load", {"snapshot_path": "/a", "mem_backend": {"backend_type": "File", "backend_path": "/b"}}, "after starting"),
         ("PUT", "/vm", {"state": "Paused"}, "Invalid request method and/or path"),
-        ("PUT", "/machine-config", {"mem_size_mib": "128", "vcpu_count": 1}, "invalid type for `mem_size_mib`"),
+        ("PUT", "/machine-config", {"mem_size_mib": "128", "vcpu_count": 1}, 'invalid type: string "128"'),
     ]
     for method, path, body, words in cases:
         with pytest.raises(ApiError, match=words):
             await api.call(method, path, body)
+    await machine.pause()  # which it is
     agent = await one.woken(machine)
-    with pytest.raises(ApiError, match="while the microVM is running"):
+    with pytest.raises(ApiError, match="Cannot save the microVM state: Operation not allowed: save/restore unavailable while running"):
         await api.put("/snapshot/create", snapshot_path="/out/a", mem_file_path="/out/b")
+    await machine._let_run()  # which it does
+    with pytest.raises(ConnectionResetError, match="nobody listens"):
+        await asyncio.wait_for(connected(machine, VSOCK_PORT + 1), 20)
+    assert await agent.hello(10) == (0, 0)
     agent.close()
     await machine.kill()
-    fresh = await one.driver.standby(one.image)
-    assert isinstance(fresh, FirecrackerMachine)
-    await fresh.spawn(await one.network.take())
+
+    fresh = await spawned(one)
+    loads: list[tuple[dict[str, object], str]] = [
+        ({"mem_backend": {"backend_type": "File", "backend_path": "/y"}, "kind": 1}, "unknown field `kind`"),
+        ({"mem_backend": {"backend_type": "Disk", "backend_path": "/y"}}, "unknown variant `Disk`"),
+        ({}, "either `mem_backend` or `mem_file_path` is required"),
+    ]
+    if fresh.api.version.startswith("1.12."):
+        loads.append(
+            (
+                {"mem_backend": {"backend_type": "File", "backend_path": "/y"}, "track_dirty_pages": True},
+                "unknown field `track_dirty_pages`",
+            )
+        )
+    for body, words in loads:
+        with pytest.raises(ApiError, match=words):
+            await fresh.api.put("/snapshot/load", snapshot_path="/x", **body)
     with pytest.raises(ApiError, match="not supported before starting"):
         await fresh.api.patch("/vm", state="Paused")
+    with pytest.raises(ApiError, match="The kernel file cannot be opened: No such file"):
+        await fresh.api.put("/boot-source", kernel_image_path="/nowhere")
+    with pytest.raises(ApiError, match="Cannot start microvm without kernel configuration"):
+        await fresh.api.put("/actions", action_type="InstanceStart")
     await fresh.api.put("/vsock", guest_cid=3, uds_path="/v.sock")
     with pytest.raises(ApiError, match="not allowed after configuring"):
         await fresh.api.put("/snapshot/load", snapshot_path="/x", mem_backend={"backend_type": "File", "backend_path": "/y"})
     await fresh.kill()
+
+    for path, overrides, words in (
+        ("/x", [], "Failed to open snapshot file: No such file"),
+        (f"/{STATE}", [{"iface_id": "other", "host_dev_name": "tap0"}], "Unknown Network Device"),
+    ):
+        fresh = await spawned(one)
+        with pytest.raises(ApiError, match=words):  # and it ends
+            await fresh.api.put(
+                "/snapshot/load",
+                snapshot_path=path,
+                mem_backend={"backend_type": "File", "backend_path": f"/{MEMORY}"},
+                network_overrides=overrides,
+            )
+        async with asyncio.timeout(10):
+            await fresh.wait()
+
+
+async def spawned(one: Rig) -> FirecrackerMachine:
+    """One that was told nothing yet, and finds a state and its memory."""
+    fresh = await one.driver.standby(one.image)
+    assert isinstance(fresh, FirecrackerMachine)
+    fresh.jail.give(one.image / DEVICES, STATE)
+    await fresh.spawn(await one.network.take())
+    return fresh
+
+
+async def connected(machine: FirecrackerMachine, port: int) -> str:
+    """What is said of a connection to a port of the guest."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, f"{machine.api.path}/{VSOCK}")
+        await asyncio.get_running_loop().sock_sendall(sock, f"CONNECT {port}\n".encode())
+        said = await asyncio.get_running_loop().sock_recv(sock, 64)
+    if not said:
+        raise ConnectionResetError("nobody listens")
+    return said.decode()
 
 
 @pytest.mark.long
