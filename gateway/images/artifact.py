@@ -22,16 +22,22 @@ from gateway.accounts.directory import Credentials
 from gateway.config import Settings
 
 _URI = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([^\x00-\x1f]+?)(?:\?versionId=([^\s?&]+))?")
+_NO_TEXT = re.compile("[\ud800-\udfff]")
 _UNPACK_SECONDS = 180
 _CHUNK = 1 << 20
 _FETCH_SECONDS, _FETCH_BYTES_PER_SECOND = 120, 256 << 10  # and so many seconds more for each that came
+
+
+def as_text(words: str) -> str:
+    """What can be stored and answered of words that may quote bytes of a file: those that are no UTF-8 (PEP 383) are replaced."""
+    return _NO_TEXT.sub("\ufffd", words)
 
 
 class BuildFailed(Exception):
     """A build ends here; `code` and text are what its stateReason says."""
 
     def __init__(self, code: str, text: str) -> None:
-        super().__init__(f"{code}: {text}" if code else text)
+        super().__init__(as_text(f"{code}: {text}" if code else text))
         self.code = code
 
 

@@ -36,7 +36,7 @@ from gateway.sessions.logs import LineWriter
 from gateway.sessions.model import Build, Hooks, Image, Version
 
 from . import artifact, bases, dockerfile
-from .artifact import BuildFailed
+from .artifact import BuildFailed, as_text
 from .container import ContainerError, agent_entries, exposed_ports, parse_config, reserved_variables
 from .hints import hints
 from .readiness import Readiness
@@ -103,7 +103,7 @@ class Job:
         return f"build-{self.build.id}"
 
     def say(self, text: str) -> None:
-        self.log.feed(0, f"torpor: {text}\n".encode())
+        self.log.feed(0, f"torpor: {as_text(text)}\n".encode())
 
 
 class Serve(Protocol):

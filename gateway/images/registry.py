@@ -176,7 +176,7 @@ class Registry:
             raise
         except Exception as error:
             log.exception("build.failed", image=image.arn)
-            reason = f"INTERNAL_PLATFORM_ERROR: {error}"
+            reason = str(BuildFailed("INTERNAL_PLATFORM_ERROR", str(error)))
         job.say(reason if reason is not None else "the image is ready")
         job.log.flush()  # before anybody can see that it is over
         await self._until_stored(image, self._built(image, version, reason))
@@ -200,7 +200,7 @@ class Registry:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 return f"DISK_STORAGE_FULL: {error.strerror}: {error.filename or 'ROOT/control'}"
             log.exception("build.failed", image=job.image.arn)
-            return f"INTERNAL_PLATFORM_ERROR: {error}"
+            return str(BuildFailed("INTERNAL_PLATFORM_ERROR", str(error)))
         return None
 
     def _built(self, image: Image, version: Version, reason: str | None) -> Callable[[], None]:

@@ -59,12 +59,13 @@ def connector(name: str) -> str:
 
 class ScriptedPipeline:
     """Builds succeed at once; those of an image in `held` wait for their event, those in `failing` fail with the reason, those in
-    `refused` before they wait for their turn."""
+    `refused` before they wait for their turn; those in `broken` end with an error that nobody expects."""
 
     def __init__(self) -> None:
         self.held: dict[str, asyncio.Event] = {}
         self.failing: dict[str, str] = {}
         self.refused: dict[str, str] = {}
+        self.broken: dict[str, str] = {}
         self.deleted: list[str] = []
         self.stuck: set[str] = set()  # keys, whose images the host cannot delete
         self.order: list[str] = []
@@ -80,6 +81,8 @@ class ScriptedPipeline:
         self.order.append(f"{job.image.name} {job.version.version}")
         if job.image.name in self.held:
             await self.held[job.image.name].wait()
+        if job.image.name in self.broken:
+            raise RuntimeError(self.broken[job.image.name])
         if job.image.name in self.failing:
             raise BuildFailed("", self.failing[job.image.name])
         info = HostInfo("tcg", "", "qemu", "", 4096, 2, "x86_64", [])

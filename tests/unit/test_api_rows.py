@@ -267,6 +267,24 @@ def test_the_queue_says_how_long_it_is(api: ApiRig) -> None:
     assert said() == ["torpor: waiting for 2 builds", "torpor: waiting for 1 build", "torpor: the image is ready"]
 
 
+@row(
+    "CreateMicrovmImage",
+    "a build that fails in words that are no text (of a Dockerfile in Latin-1) ends all the same, and says them",
+    "ours",
+)
+@pytest.mark.parametrize("where", ["refused", "failing", "broken"])
+def test_a_failure_whose_words_are_no_text(api: ApiRig, where: str) -> None:
+    words = "CONTAINER_BUILD_FAILED: COPY --chmod=\udcff"
+    name = f"words-{where}"
+    getattr(api.pipeline, where)[name] = words
+    arn = api.image(name, built=False)
+    assert api.settled(arn)["state"] == "CREATE_FAILED"
+    (build,) = api.call("GET", f"{IMAGES}/{encoded(arn)}/versions/1.0/builds")[2]["items"]
+    assert build["stateReason"].endswith("CONTAINER_BUILD_FAILED: COPY --chmod=\ufffd")
+    events, _ = api.logs.read(ACCOUNT, f"/aws/lambda-microvms/{name}", f"build/1.0/{build['buildId']}")
+    assert events[-1].m == f"torpor: {build['stateReason']}"
+
+
 # ---- tags ----
 
 
