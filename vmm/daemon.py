@@ -67,7 +67,7 @@ class Vmm:
         )  # fmt: skip
         self.images = Images(settings.images_dir)
         self.snapshots = Snapshots(settings.sessions_dir)
-        self.quarantine = Quarantine(settings.sessions_dir, settings.root / "quarantine")
+        self.quarantine = Quarantine(settings.sessions_dir, settings.root / "quarantine", settings.images_dir)
         self.vms = VmRegistry(self.network, self._spawn)
         self.vms.on_end = self._ended
         self.collector = SnapshotGc(self.snapshots, self.vms, self._spawn)

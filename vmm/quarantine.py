@@ -29,9 +29,10 @@ _HALF = ".new"
 
 
 class Quarantine:
-    def __init__(self, sessions: Path, directory: Path) -> None:
+    def __init__(self, sessions: Path, directory: Path, images: Path) -> None:
         """`directory` lies on the file system of `sessions`, as a rule: then one rename sets a session aside."""
         self._sessions = sessions
+        self._images = images
         self._directory = directory
 
     def put(self, request: QuarantineRequest) -> Quarantined:
@@ -49,7 +50,7 @@ class Quarantine:
             sync([self._directory.parent])
         if target.exists():  # an earlier one of this name, which recovery did not take
             os.rename(target, target.with_name(f"{target.name}.{time.time_ns()}"))
-        _move(source, target)
+        move(source, target)
         return self._read(target)
 
     def list(self) -> list[Quarantined]:
@@ -71,9 +72,11 @@ class Quarantine:
             raise Missing(f"session {session} has no snapshot among its files: its disk is {source / OVERLAY}")
         if not (source / OVERLAY).exists():
             raise Missing(f"session {session} has no disk among its files in {source}")
+        if record.image and not (self._images / record.image).exists():
+            raise Missing(f"image {record.image}, which session {session} was loaded over, is not in {self._images}")
         snapshot = source / f"snapshot-{record.snapshot}"
         diffs.verify_all(snapshot, diffs.read_manifest(snapshot))
-        _move(source, target)
+        move(source, target)
         (target / _REASON).unlink(missing_ok=True)
         return record
 
@@ -104,7 +107,7 @@ class Quarantine:
         sync([path.parent])
 
 
-def _move(source: Path, target: Path) -> None:
+def move(source: Path, target: Path) -> None:
     """One rename; where the two lie on different file systems, a copy that is whole before the source goes. Raises OSError."""
     try:
         os.rename(source, target)

@@ -68,7 +68,7 @@ def quarantined(settings: config.Settings) -> list[m.Quarantined]:
     """Reads what is set aside, also while no service runs. Raises OSError."""
     from vmm.quarantine import Quarantine
 
-    return Quarantine(settings.sessions_dir, settings.root / "quarantine").list()
+    return Quarantine(settings.sessions_dir, settings.root / "quarantine", settings.images_dir).list()
 
 
 def rows(settings: config.Settings) -> list[tuple[str, bool, str]]:

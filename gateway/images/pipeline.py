@@ -202,6 +202,11 @@ class Pipeline:
                     return
             await asyncio.sleep(_CLEAN_PAUSE_SECONDS * attempt)
 
+    async def set_image_aside(self, key: str) -> None:
+        """Raises RpcError."""
+        reason = "Its image was deleted; a microVM that is set aside, and its disk, can be read with it only."
+        await patiently(lambda: self._host.quarantine_image(key, reason))
+
     async def delete(self, key: str) -> None:
         """Removes an image version from the host; asked again while vmm is away. Raises RpcError."""
         deadline = time.monotonic() + _DELETE_SECONDS

@@ -231,7 +231,7 @@ class Registry:
         detail = ""
         try:
             if version.build is not None:
-                await self.pipeline.clean(self._job(image, version, version.build), keep_image=False)
+                await self.pipeline.clean(self._job(image, version, version.build), keep_image=self._is_needed(version))
             await self._remove(version)
             image.versions.remove(version)
         except Exception as error:
@@ -240,9 +240,17 @@ class Registry:
         await self._until_stored(image, self._become(image, after, detail))
 
     async def _remove(self, version: Version) -> None:
-        """Idempotent."""
+        """Idempotent. Whose word deletes an image says nothing of microVMs that an error has ended: what their disks lie over is set aside
+        with them, and goes as they do."""
         await self.ahead.drop(version.key)
+        if self._is_needed(version):
+            await self.pipeline.set_image_aside(version.key)
         await self.pipeline.delete(version.key)
+
+    def _is_needed(self, version: Version) -> bool:
+        """Whether a microVM of this version is set aside, or was brought back since its deletion was begun."""
+        mine = (session for session in self._store.sessions.values() if session.image == version.key)
+        return any(session.is_aside or session.terminated_at is None for session in mine)
 
     def _job(self, image: Image, version: Version, build: Build, stream: str = "recovery") -> Job:
         is_limited = not version.has_all_capabilities

@@ -67,6 +67,7 @@ class ScriptedPipeline:
         self.refused: dict[str, str] = {}
         self.broken: dict[str, str] = {}
         self.deleted: list[str] = []
+        self.aside: list[str] = []
         self.stuck: set[str] = set()  # keys, whose images the host cannot delete
         self.order: list[str] = []
 
@@ -91,6 +92,9 @@ class ScriptedPipeline:
 
     async def clean(self, job: Job, keep_image: bool) -> None:
         pass
+
+    async def set_image_aside(self, key: str) -> None:
+        self.aside.append(key)
 
     async def delete(self, key: str) -> None:
         if key in self.stuck:

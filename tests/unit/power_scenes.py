@@ -116,8 +116,8 @@ def quarantine(root: Path) -> None:
     from vmm.quarantine import Quarantine
 
     say = sayer(root)
-    one = Quarantine(root / "sessions", root / "quarantine")
-    one.put(QuarantineRequest("microvm-1", 1, "image", "a test"))
+    one = Quarantine(root / "sessions", root / "quarantine", root / "images")
+    one.put(QuarantineRequest("microvm-1", 1, "", "a test"))
     say("set aside")
     one.recover("microvm-1")
     say("recovered")

@@ -22,7 +22,8 @@ from gateway.messages import ImageName
 from gateway.sessions import store as store_module
 from gateway.sessions.host import RpcError, RpcLost
 from gateway.sessions.logs import LineWriter, LogStore
-from gateway.sessions.model import Build, Image, Version
+from gateway.sessions.model import Build, Image, Session, Version
+from gateway.sessions.states import State
 from gateway.sessions.store import Store, StoreError
 from vmm.errors import Unavailable
 from vmm.images import Images
@@ -50,6 +51,7 @@ class FailingPipeline(ScriptedPipeline):
     def __init__(self) -> None:
         super().__init__()
         self.fail: dict[str, list[Exception]] = {}
+        self.wanted: set[str] = set()
 
     def _may_fail(self, name: str) -> None:
         if self.fail.get(name):
@@ -64,6 +66,8 @@ class FailingPipeline(ScriptedPipeline):
 
     async def clean(self, job: Job, keep_image: bool) -> None:
         self._may_fail("clean")
+        if not keep_image and job.version.key in self.wanted:
+            raise AssertionError("what is still wanted goes")
 
     async def delete(self, key: str) -> None:
         self._may_fail("delete")
@@ -204,6 +208,28 @@ async def test_a_versions_deletion_that_fails_may_be_asked_for_again(rig: Rig, w
     await rig.registry.delete_version(image, image.versions[0])
     assert await rig.stored_state() == "UPDATED"
     assert [version.version for version in rig.store.images[ARN].versions] == ["2.0"]
+
+
+@pytest.mark.parametrize("what", ["set aside", "brought back", "let go"])
+@pytest.mark.parametrize("of_version", [False, True])
+async def test_what_a_microvm_in_the_quarantine_lies_over_is_set_aside_with_it(rig: Rig, of_version: bool, what: str) -> None:
+    """Its image may be deleted, for it is TERMINATED; its disk could be read by nobody then."""
+    image = await rig.create()
+    await rig.registry.begin(image, rig.registry.update(image, REQUEST))
+    await rig.at_rest()
+    first = image.versions[0]
+    one = Session("microvm-1", "h1", ARN, "1.0", first.key, 512, 0.0, 3600, state=State.TERMINATED, terminated_at=1.0)
+    one.is_aside = what == "set aside"
+    if what == "brought back":  # since the deletion was begun
+        one.state, one.terminated_at = State.SUSPENDED, None
+    rig.store.put_session(one)
+    rig.pipeline.wanted = set() if what == "let go" else {first.key}
+    if of_version:
+        await rig.registry.delete_version(image, first)
+    else:
+        await rig.registry.delete(image)
+    assert await rig.stored_state() == ("UPDATED" if of_version else "GONE")
+    assert rig.pipeline.aside == ([] if what == "let go" else [first.key]) and first.key in rig.pipeline.deleted
 
 
 @pytest.mark.parametrize("of_version", [False, True])

@@ -147,7 +147,7 @@ def test_the_quarantine(root: Path, tmp_path: Path, asleep: Path) -> None:
     for moment, outcome, place in left(power.run("quarantine", root), tmp_path / "left", 8):
         where = {name: is_whole(place / name / SESSION) for name in ("sessions", "quarantine")}
         assert any(where.values()), (moment.number, moment.call, outcome)
-        set_aside = [one.session for one in Quarantine(place / "sessions", place / "quarantine").list()]
+        set_aside = [one.session for one in Quarantine(place / "sessions", place / "quarantine", place / "images").list()]
         assert set_aside == [SESSION] or where["sessions"], "it is listed, or where it was"
         if "recovered" in moment.said:
             assert where["sessions"], (moment.number, moment.call, outcome)

@@ -23,7 +23,8 @@ def quarantine(tmp_path: Path) -> Quarantine:
     snapshot.mkdir(parents=True)
     make(snapshot, [{1, 2, 9}])
     (tmp_path / "sessions/s1/overlay").write_bytes(b"disk")
-    return Quarantine(tmp_path / "sessions", tmp_path / "quarantine")
+    (tmp_path / "images/image-1").mkdir(parents=True)
+    return Quarantine(tmp_path / "sessions", tmp_path / "quarantine", tmp_path / "images")
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -94,6 +95,15 @@ def test_what_cannot_come_back_says_what_is_left(quarantine: Quarantine, tmp_pat
     with pytest.raises(Missing, match="quarantine/s1"):
         quarantine.recover("s1")
     assert len(quarantine.list()) == 1
+
+
+def test_one_whose_image_is_gone_is_not_given_back_to_sleep_for_ever(quarantine: Quarantine, tmp_path: Path) -> None:
+    quarantine.put(WHY)
+    (tmp_path / "images/image-1").rename(tmp_path / "quarantine/image-image-1")
+    with pytest.raises(Missing, match="image image-1, which session s1 was loaded over, is not in"):
+        quarantine.recover("s1")
+    (tmp_path / "quarantine/image-image-1").rename(tmp_path / "images/image-1")
+    assert quarantine.recover("s1").snapshot == 3
 
 
 def test_a_session_with_files_of_its_own_keeps_them(quarantine: Quarantine, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from gateway.rpc import Connection
 from .. import disks
 from ..errors import not_written
 from ..images import Images
+from ..quarantine import move
 
 _MARK = "instance-id"
 
@@ -46,10 +47,8 @@ class IdentityCalls:
         try:
             self._quarantine.mkdir(mode=0o700, exist_ok=True)
             (source / "reason.json").write_bytes(msgspec.json.encode(reason))
-            os.rename(source, target)
+            move(source, target)
             self._known.gone(body.image)
-            for path in (self._images, self._quarantine):
-                disks.sync_path(path)
         except OSError as error:
             raise not_written(error, f"image {body.image}", f"image {body.image} could not be set aside") from error
 
