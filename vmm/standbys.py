@@ -55,6 +55,7 @@ class Standbys:
             return await self._driver.standby(image)
         finally:
             self._starting[image] -= 1
+            self._starting += Counter()  # without those of which none starts
 
     def want(self, image: Path) -> None:
         """Keeps standbys of this image from now on."""
@@ -101,7 +102,7 @@ class Standbys:
                 await self._end([ready.popleft()], image)
         for image in [image for image, used in self._used.items() if now - used > self._unused_seconds]:
             await self.drop(image)
-        self._shared |= dict.fromkeys((*held, *+self._starting), now)
+        self._shared |= dict.fromkeys((*held, *self._starting), now)
         for image in list(self._shared):
             if image not in self._ready and now - self._shared[image] > self._unused_seconds:
                 del self._shared[image]

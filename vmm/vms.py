@@ -224,6 +224,7 @@ class VmRegistry:
     def rename(self, entry: VmEntry, session: str, incarnation: int) -> None:
         """A microVM that ran ahead becomes a session. The caller holds both locks."""
         del self._entries[entry.session]
+        self.forget(entry.session)
         entry.machine.record.session, entry.machine.record.incarnation = session, incarnation
         self._entries[session] = entry
 

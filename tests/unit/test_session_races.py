@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vmm_rig import Rig
+from vmm_rig import IMAGE, Rig
 
 from gateway import messages as m
 from vmm import diffs, syscalls, vms
@@ -47,6 +47,33 @@ async def nothing_left(rig: Rig) -> None:
     await rig.settled()
     assert not rig.host.alive and not rig.network.links and not len(rig.vmm.vms) and not rig.vmm.vms._locks and not rig.vmm.vms._readers
     assert not any(rig.settings.sessions_dir.iterdir())
+
+
+async def test_vmm_keeps_nothing_of_sessions_that_went(rig: Rig) -> None:
+    """Also where one ran ahead under another name, and of an image that nobody uses any more."""
+
+    def kept() -> dict[str, int]:
+        owners = (rig.vmm.vms, rig.vmm.snapshots, rig.vmm.warm, rig.vmm.collector, rig.vmm.standbys)
+        return {
+            f"{type(owner).__name__}.{name}": len(table)
+            for owner in owners for name, table in vars(owner).items() if isinstance(table, dict | set | list)
+        }  # fmt: skip
+
+    before = kept()
+    assert len(before) > 12
+    ahead = "ahead-1"
+    await rig.prepare(m.PrepareRequest(ahead, 1, IMAGE, False))
+    await rig.start(m.StartRequest(ahead, 1, b""))
+    await rig.pause(m.SessionRef(ahead, 1))
+    await rig.claim(m.ClaimRequest(ahead, ONE, 1))
+    (machine,) = rig.host.alive
+    machine._overlay = rig.vmm.snapshots.overlay(ONE)  # which a hypervisor has open
+    await rig.start(m.StartRequest(ONE, 1, b""))
+    await rig.sleep(ONE, 1, keep_warm=True)
+    await rig.wake(ONE, 2)
+    await nothing_left(rig)
+    await rig.vmm.standbys.forget(rig.settings.images_dir / IMAGE)
+    assert kept() == before
 
 
 # ---- forced orders ----
