@@ -88,11 +88,7 @@ class Vmm:
         self.settings.images_dir.mkdir(parents=True, exist_ok=True)
         self.settings.sessions_dir.mkdir(parents=True, exist_ok=True)
         self._cgroups.start()
-        for record, machine in await adopt_all(self.driver):
-            if machine is not None:
-                await self._take_over(record, machine)
-            elif record.session and record.phase in UNSAVED:
-                self.vms.note_run(record.session, record.incarnation)
+        await self.take_all_over()
         for session, name in self.snapshots.parked_links().items():
             link = Link(self.settings.runtime / "netns" / name)
             if self.vms.get(session) is None and link.path.exists():
@@ -104,6 +100,14 @@ class Vmm:
         self.collector.sweep_forgotten_later()
         self._spawn(executors.BULK.run(self.images.sweep))
         self._spawn(self._housekeeping())
+
+    async def take_all_over(self) -> None:
+        """Of what runs no more it is noted whether its guest had run. Raises OSError."""
+        for record, machine in await adopt_all(self.driver):
+            if machine is not None:
+                await self._take_over(record, machine)
+            elif record.session and record.phase in UNSAVED:
+                self.vms.note_run(record.session, record.incarnation)
 
     async def _take_over(self, record: Process, machine: Machine) -> None:
         if not record.session or record.phase == "standby":  # waiting, or half prepared

@@ -20,7 +20,7 @@ from gateway.messages import Quarantined, QuarantineRequest
 
 from . import diffs, disks
 from .errors import Missing, Unavailable
-from .snapshots import OVERLAY, snapshots_in, sync
+from .snapshots import OVERLAY, is_disk_as_saved, snapshots_in, sync
 
 log = structlog.get_logger()
 
@@ -95,7 +95,7 @@ class Quarantine:
         record.session = path.name
         record.bytes = sum(disks.stored_bytes(one) for one in path.rglob("*"))
         record.snapshot = _newest(path)
-        record.is_disk_as_saved = _is_disk_as_saved(path, record.snapshot)
+        record.is_disk_as_saved = is_disk_as_saved(path, record.snapshot)
         return record
 
     def _write(self, path: Path, record: Quarantined) -> None:
@@ -128,14 +128,6 @@ def move(source: Path, target: Path) -> None:
 def _copy(source: str, target: str) -> None:
     """A file with its holes."""
     disks.copy_overlay(Path(source), Path(target))
-
-
-def _is_disk_as_saved(directory: Path, snapshot: int) -> bool:
-    """Whether nothing was written to a session's disk since its newest snapshot, whose manifest was written when its guest had stopped."""
-    try:
-        return os.stat(directory / OVERLAY).st_mtime_ns <= os.stat(directory / f"snapshot-{snapshot}" / diffs.MANIFEST).st_mtime_ns
-    except OSError:
-        return False
 
 
 def _newest(directory: Path) -> int:

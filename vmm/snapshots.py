@@ -86,6 +86,11 @@ class Snapshots:
                 raise Missing(f"{path} is not there")
         return there[-1][1]
 
+    def is_outrun(self, session: str) -> bool:
+        """Whether a guest has written to the session's disk since its newest snapshot, so that its memory is not that disk's any more."""
+        newest = _newest_in(self.of(session))
+        return newest > 0 and not is_disk_as_saved(self.of(session), newest)
+
     # ---- a new one ----
 
     def begin(self, session: str) -> Path:
@@ -268,6 +273,14 @@ class Snapshots:
         """What was being unpacked when an earlier daemon ended is nobody's. Raises OSError."""
         for path in self._directory.glob(f"{_UNPACKED}*"):
             os.rename(path, self._directory / f"{_FORGOTTEN}{time.time_ns()}-{path.name}")
+
+
+def is_disk_as_saved(directory: Path, snapshot: int) -> bool:
+    """Whether nothing was written to a session's disk since its snapshot, whose manifest was written when its guest had stopped."""
+    try:
+        return os.stat(directory / OVERLAY).st_mtime_ns <= os.stat(directory / f"{_PREFIX}{snapshot}" / diffs.MANIFEST).st_mtime_ns
+    except OSError:
+        return False
 
 
 def unpacked(session: Path) -> Path:

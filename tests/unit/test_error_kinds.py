@@ -18,6 +18,7 @@ from vmm import diffs, manifest, mapping, memory, syscalls
 from vmm.driver import DEVICES, Process, Shape
 from vmm.errors import Damaged, DiskFull, Ended, Missing, Refused, Unavailable, VmmError, explained, not_loaded
 from vmm.network import Link
+from vmm.provenance import Provenance
 from vmm.qemu import device_state, process
 from vmm.qemu.machine import PlaceholderDevices
 from vmm.qemu.process import QemuMachine
@@ -202,6 +203,20 @@ async def test_a_device_state_that_is_refused(tmp_path: Path, machine: QemuMachi
     assert type(await prepared(machine, tmp_path)) is Refused
     (tmp_path / DEVICES).write_bytes(b"other")
     assert type(await prepared(machine, tmp_path)) is Damaged
+
+
+@pytest.mark.parametrize(("version", "machine_type"), [("8.2.0", "pc-q35-7.2"), ("7.2.9", "pc-q35-8.2")])
+async def test_what_another_version_saved_is_not_even_tried(
+    tmp_path: Path, machine: QemuMachine, monkeypatch: pytest.MonkeyPatch, version: str, machine_type: str
+) -> None:  # fmt: skip
+    """The text names the one that can load it."""
+    machine.record.made = Provenance("qemu", "7.2.9", "pc-q35-7.2", "max")
+    manifest = diffs.read_manifest(tmp_path)
+    manifest.made = Provenance("qemu", version, machine_type, "max")
+    diffs.write_manifest(tmp_path, manifest)
+    monkeypatch.setattr(mapping, "load", lambda *_: pytest.fail("it was loaded"))
+    error = await prepared(machine, tmp_path)
+    assert type(error) is Refused and version in str(error) and machine_type in str(error)
 
 
 @pytest.mark.parametrize("name", ["overlay", DEVICES, "1.pages", "1.runs"])

@@ -16,7 +16,8 @@ from vmm_rig import IMAGE, Rig
 
 from gateway import messages as m
 from vmm import diffs, syscalls, vms
-from vmm.errors import Damaged, DiskFull, Ended, Missing, Unavailable, VmmError
+from vmm.driver import Process
+from vmm.errors import Damaged, DiskFull, Ended, Missing, NeverRan, Unavailable, VmmError
 from vmm.rpc.sessions import _SAVES_AT_ONCE
 from vmm.snapshots import Folded, Snapshots
 
@@ -200,6 +201,31 @@ async def test_an_archive_of_a_sleeper_comes_back(rig: Rig, tmp_path: Path) -> N
     await rig.sleep(ONE, sleeps + 1)
     assert rig.asleep(ONE) == sleeps + 1
     await nothing_left(rig)
+
+
+@pytest.mark.parametrize(("phase", "is_written", "expected"), [
+    ("prepared", False, NeverRan), ("starting", False, Ended), ("running", False, Ended),
+    ("prepared", True, Ended),  # a daemon has died in between as well, and its successor has cleared away what said more
+])  # fmt: skip
+async def test_a_hypervisor_that_died_with_its_daemon_has_run_or_not(
+    rig: Rig, phase: str, is_written: bool, expected: type[VmmError]
+) -> None:  # fmt: skip
+    """Where its guest had not run, the snapshot before it is woken again: over a disk that a guest has written to that loses both."""
+    sleeps = await asleep(rig)
+    await rig.settled()
+    record = Process("vm-9", 2, 1, IMAGE, 1, ONE, sleeps + 1, phase=phase)
+
+    async def adopt(record: Process) -> None:
+        return None
+
+    rig.host.records, rig.host.adopt = lambda: [record], adopt  # type: ignore[method-assign,attr-defined]
+    if is_written:
+        at = (rig.vmm.snapshots.newest(ONE) / diffs.MANIFEST).stat().st_mtime_ns + 1
+        os.utime(rig.vmm.snapshots.overlay(ONE), ns=(at, at))
+    await rig.vmm.take_all_over()
+    with pytest.raises(VmmError) as raised:
+        await rig.start(m.StartRequest(ONE, sleeps + 1, b""))
+    assert type(raised.value) is expected
 
 
 @pytest.mark.parametrize("call", ["quarantine", "forget"])

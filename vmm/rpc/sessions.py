@@ -152,7 +152,7 @@ class SessionCalls:
     async def rpc_start(self, connection: Connection, body: m.StartRequest) -> Reply:
         """Lets a prepared session run. From here on its snapshot is void."""
         async with self._vms.owned(body.session, "being started"):
-            if self._vms.get(body.session) is None and not self._vms.has_run(body.session, body.incarnation):
+            if self._vms.get(body.session) is None and not self._has_run(body):
                 raise NeverRan(f"the hypervisor that was prepared for session {body.session} is gone")
             entry = self._vms.require(body.session, body.incarnation)
             record = entry.machine.record
@@ -162,6 +162,10 @@ class SessionCalls:
             channel = await entry.machine.resume(body.wake)
         self._collector.started(entry)
         return Reply(None, [channel])
+
+    def _has_run(self, body: m.StartRequest) -> bool:
+        """Also where the daemon that knew it has died, and the disk alone shows it."""
+        return self._vms.has_run(body.session, body.incarnation) or self._snapshots.is_outrun(body.session)
 
     async def rpc_pause(self, connection: Connection, body: m.SessionRef) -> None:
         async with self._vms.owned(body.session, "being paused", _SHORT_SECONDS):
