@@ -42,7 +42,7 @@ class Get:
     method: str = "GET"
     body: bytes | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
-    within: float = 30.0  # seconds in which the answer must have come; it is asked again until then
+    within: float = 30.0  # seconds in which the answer must have come; a port that has not answered a row yet is asked again until then
 
 
 @dataclass(frozen=True)
