@@ -173,7 +173,7 @@ SUBJECT = Subject(
         Image(
             "hosts-link",
             "an /etc/hosts that leads elsewhere",
-            BASE + "ADD tree.tar /\n" + SERVER,
+            BASE + "ADD tree.tar /\nRUN test -s /etc/hosts\n" + SERVER,  # a step has a file of the builder's there
             [Call("the builder writes nothing through it", _nothing_is_written)],
             files={"tree.tar": _tree()},
             long=True,

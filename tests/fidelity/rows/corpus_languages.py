@@ -1,6 +1,6 @@
 """Shapes of images in other languages."""
 
-from fidelity.table import BASE, Get, Image, Sleep, Subject
+from fidelity.table import BASE, Check, Get, Image, Sleep, Subject
 
 STAGE = "FROM public.ecr.aws/lambda/microvms:al2023-minimal AS build\n"
 MAIN = (
@@ -51,7 +51,13 @@ public class App {
     }
 }
 """
-HELLO = [Get("answers", contains="hello", within=120), Sleep(), Get("and after a sleep", contains="hello", within=60)]
+
+
+def answers(words: str, says: str = "answers") -> list[Check]:
+    return [Get(says, contains=words, within=120), Sleep(), Get("and after a sleep", contains=words, within=60)]
+
+
+HELLO = answers("hello")
 
 SUBJECT = Subject(
     "Other languages",
@@ -80,7 +86,7 @@ SUBJECT = Subject(
             "FROM public.ecr.aws/lambda/microvms:al2023-minimal AS final\nRUN dnf install -y ca-certificates tzdata shadow-utils\nARG UID=10001\n"
             'RUN useradd --system --home-dir "/nonexistent" --shell "/sbin/nologin" --no-create-home --uid "${UID}" appuser\nUSER appuser\n'
             'COPY --from=build /bin/server /bin/\nEXPOSE 8080\nENTRYPOINT [ "/bin/server" ]\n',
-            HELLO,
+            answers("hello 10001\n", "answers as its user"),
             {
                 "go.mod": "module app\n\ngo 1.19\n",
                 "main.go": 'package main\nimport ("fmt"; "net/http"; "os")\nfunc main() {\n\thttp.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { fmt.Fprintln(w, "hello", os.Getuid()) })\n'
@@ -236,8 +242,8 @@ SUBJECT = Subject(
             "php-builtin",
             "PHP's own server",
             BASE + "RUN dnf install -y php-cli\nCOPY index.php /app/\nEXPOSE 8080\nCMD php -S 0.0.0.0:8080 -t /app\n",
-            HELLO,
-            {"index.php": "<?php echo 'hello';\n"},
+            answers("hello 42"),
+            {"index.php": "<?php echo 'hello ' . (40 + 2);\n"},
             long=True,
         ),
         Image(
@@ -245,7 +251,7 @@ SUBJECT = Subject(
             "Laravel's framework in a front controller",
             BASE
             + "RUN dnf install -y php-cli php-mbstring php-xml php-laravel-framework\nCOPY index.php /app/\nEXPOSE 8080\nCMD php -S 0.0.0.0:8080 /app/index.php\n",
-            HELLO,
+            answers("hello 42"),
             {
                 "index.php": "<?php require 'Illuminate/autoload.php';\n"
                 "echo Illuminate\\Support\\Str::lower('HELLO'), ' ', Illuminate\\Support\\Collection::make([40, 2])->sum();\n"
@@ -285,12 +291,12 @@ SUBJECT = Subject(
             STAGE
             + "RUN dnf install -y gcc glibc-static\nCOPY hello.c /\nRUN gcc -static -O2 -o /hello /hello.c\nFROM scratch\nCOPY --from=build /hello /hello\nUSER 65534:65534\n"
             'EXPOSE 8080\nCMD ["/hello"]\n',
-            HELLO,
+            answers("hello 65534\n", "answers as its user"),
             {
-                "hello.c": "#include <netinet/in.h>\n#include <string.h>\n#include <sys/socket.h>\n#include <unistd.h>\nint main(void) {\n"
+                "hello.c": "#include <netinet/in.h>\n#include <stdio.h>\n#include <sys/socket.h>\n#include <unistd.h>\nint main(void) {\n"
                 "    int l = socket(AF_INET, SOCK_STREAM, 0);\n    struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons(8080)};\n"
                 "    bind(l, (void *)&a, sizeof a), listen(l, 16);\n    for (int c; (c = accept(l, 0, 0)) >= 0; close(c)) {\n        char b[4096];\n        read(c, b, sizeof b);\n"
-                '        const char *r = "HTTP/1.1 200 OK\\r\\nContent-Length: 6\\r\\nConnection: close\\r\\n\\r\\nhello\\n";\n        write(c, r, strlen(r));\n    }\n}\n'
+                '        dprintf(c, "HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\nhello %d\\n", getuid());\n    }\n}\n'
             },
             long=True,
         ),

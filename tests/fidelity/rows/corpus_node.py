@@ -8,9 +8,9 @@ SERVER = (
     "http.createServer((q, r) => r.end(`hits ${++hits}\\n`)).listen(process.env.PORT || 3000);\n"
 )
 COUNTS = [
-    Get("answers", port=3000, contains="hits 1", within=120),
+    Get("answers", port=3000, contains="hits 1\\b", within=120),
     Sleep(),
-    Get("its memory is as before the sleep", port=3000, contains="hits [2-9]", within=60),
+    Get("its memory is as before the sleep", port=3000, contains="hits 2\\b", within=60),
 ]
 
 
@@ -35,8 +35,16 @@ SUBJECT = Subject(
             "RUN dnf install -y nodejs npm shadow-utils && useradd -m node\nENV NODE_ENV production\n\nWORKDIR /usr/src/app\n\n"
             "RUN --mount=type=bind,source=package.json,target=package.json \\\n    --mount=type=cache,target=/root/.npm \\\n    npm install --omit=dev\n\n"
             "USER node\n\nCOPY . .\n\nEXPOSE 3000\n\nCMD node server.js\n",
-            COUNTS,
-            {"package.json": _package(express="4"), "server.js": EXPRESS, ".dockerignore": "**/node_modules\n"},
+            [
+                Get("answers as its user", port=3000, contains="hits 1 for node$", within=120),
+                Sleep(),
+                Get("its memory is as before the sleep", port=3000, contains="hits 2 for node$", within=60),
+            ],
+            {
+                "package.json": _package(express="4"),
+                "server.js": EXPRESS.replace("${++hits}", "${++hits} for ${require('os').userInfo().username}"),
+                ".dockerignore": "**/node_modules\n",
+            },
             long=True,
         ),
         Image(

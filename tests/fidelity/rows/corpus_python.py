@@ -3,15 +3,19 @@
 from typing import Any
 
 import grpc
+from service import until
 
 from fidelity.table import BASE, Call, Get, Image, Sleep, Subject
 
 FLASK = "from flask import Flask\napp = Flask(__name__)\nhits = [0]\n@app.get('/')\ndef root():\n    hits[0] += 1\n    return f'hits {hits[0]}\\n'\n"
-FASTAPI = "from fastapi import FastAPI\napp = FastAPI()\n@app.get('/items/{item}')\ndef item(item: int, q: str = ''):\n    return {'item': item, 'q': q}\n"
+FASTAPI = (
+    "import os\nfrom fastapi import FastAPI\napp = FastAPI()\n"
+    "@app.get('/items/{item}')\ndef item(item: int, q: str = ''):\n    return {'item': item, 'q': q, 'user': os.getuid()}\n"
+)
 COUNTS = [
-    Get("answers", contains="hits 1", within=120),
+    Get("answers", contains="hits 1\\b", within=120),
     Sleep(),
-    Get("its memory is as before the sleep", contains="hits [2-9]", within=60),
+    Get("its memory is as before the sleep", contains="hits 2\\b", within=60),
 ]
 INDEX = "from pip._internal.models.index import PyPI; print(PyPI.simple_url)"
 JUPYTER = {"Authorization": "token secret"}
@@ -27,6 +31,14 @@ def _is_healthy(running: Any) -> None:
     with grpc.secure_channel(f"127.0.0.1:{port or 443}", grpc.ssl_channel_credentials(ca), options) as channel:
         answer = channel.unary_unary("/grpc.health.v1.Health/Check")(b"", metadata=metadata, timeout=60)
     assert answer == b"\x08\x01", answer
+
+
+def _ticks(running: Any) -> None:
+    def count() -> int:
+        return int(running.ask("/").body.split()[1])
+
+    before = count()
+    until(lambda: count() > before, 30, 0.2)
 
 
 def _serve(code: str) -> str:
@@ -46,7 +58,7 @@ SUBJECT = Subject(
             "RUN --mount=type=cache,target=/root/.cache/pip \\\n    --mount=type=bind,source=requirements.txt,target=requirements.txt \\\n"
             "    python3 -m pip install -r requirements.txt\nUSER appuser\nCOPY . .\nEXPOSE 8000\nCMD uvicorn 'main:app' --host=0.0.0.0 --port=8000\n",
             [
-                Get("answers as its user", "/items/7?q=x", 8000, contains='"item":7,"q":"x"', within=120),
+                Get("answers as its user", "/items/7?q=x", 8000, contains='"item":7,"q":"x","user":10001', within=120),
                 Sleep(),
                 Get("goes on after a sleep", "/items/8", 8000, contains='"item":8', within=60),
             ],
@@ -117,10 +129,15 @@ SUBJECT = Subject(
             long=True,
         ),
         Image(
-            "aiohttp-websocket",
+            "asyncio-task",
             "an asyncio server with a background task",
             PIP + 'RUN pip install aiohttp\nWORKDIR /app\nCOPY app.py .\nEXPOSE 8080\nENTRYPOINT ["python3", "-u", "app.py"]\n',
-            [Get("the task runs", contains="ticks [1-9]", within=120), Sleep(), Get("and goes on", contains="ticks [1-9]", within=60)],
+            [
+                Get("", contains="ticks", within=120),
+                Call("the task runs", _ticks),
+                Sleep(),
+                Call("and goes on", _ticks),
+            ],
             {
                 "app.py": "import asyncio\nfrom aiohttp import web\nticks = 0\nasync def tick(app):\n    async def run():\n        global ticks\n"
                 "        while True:\n            ticks += 1\n            await asyncio.sleep(0.2)\n    asyncio.create_task(run())\n"
@@ -266,7 +283,7 @@ SUBJECT = Subject(
         ),
         Image(
             "sandbox-interpreter",
-            "an agent's sandbox: runs code that it is sent, as another user, with a limit",
+            "an agent's sandbox: runs code that it is sent, as another user",
             BASE
             + 'RUN dnf install -y python3 util-linux && useradd -m sandbox\nCOPY app.py /app.py\nEXPOSE 8080\nCMD ["python3", "-u", "/app.py"]\n',
             [
