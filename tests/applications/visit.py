@@ -11,12 +11,13 @@ import shutil
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-from service import REPO, Instance
+from service import REPO, Instance, until
 from websockets.sync.client import ClientConnection, connect
 
 from applications.tunnel import tunnel
@@ -56,15 +57,21 @@ class Visit:
         self.sleeps += 1
 
     def nod(self) -> None:
-        """SuspendMicrovm where the client speaks all the time: what it says next may wake it before anybody has seen it asleep."""
+        """SuspendMicrovm where the client speaks all the time: what it says next may wake it before anybody has seen it asleep. The trace of
+        its resume is what shows that it was."""
+        began = time.time()
         self.instance.client().suspend_microvm(microvmIdentifier=self.identifier)
-        self.instance.state(self.identifier, "SUSPENDED", "RUNNING")
+        until(lambda: any(work == "resume" and at > began for work, at in self._works()), 120, 0.5)
         self.sleeps += 1
         self.awake()
 
     def awake(self) -> None:
         """What the client did has woken it."""
         self.instance.state(self.identifier, "RUNNING")
+
+    def _works(self) -> list[tuple[str, float]]:
+        traces = json.loads(self.instance.command("torpor", "trace", self.identifier, "--json").stdout)
+        return [(trace["work"], trace["started_at"]) for trace in traces]
 
     # ---- clients ----
 

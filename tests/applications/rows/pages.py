@@ -70,7 +70,12 @@ def jupyterlab(visit: Visit) -> None:
             visit.sleep()
             shell.send(json.dumps(["stdin", "echo after-$((y + 1))\r"]))
             until(lambda: "after-42" in shell.recv(timeout=60))
-        assert "JupyterLab" in web.get("/lab").text
+    with visit.browser() as page:
+        page.goto(f"{visit.url}/lab?token=secret")
+        page.locator(".jp-Launcher").wait_for()
+        visit.nod()
+        page.locator(".jp-LauncherCard[data-category=Notebook]").first.click()
+        page.locator(".jp-NotebookPanel").wait_for()
 
 
 def streamlit(visit: Visit) -> None:
@@ -105,6 +110,9 @@ def gradio(visit: Visit) -> None:
     visit.sleep()
     with open(client.predict(handle_file(str(words)), api_name="/shout")) as file:
         assert file.read() == "HELLO"
+    with visit.http() as web:
+        assert web.get("/config").json()["root"] == f"http://{visit.host}"
+        assert web.get("/config", headers={"X-Forwarded-Proto": "https"}).json()["root"] == visit.url
     with visit.browser() as page:
         page.set_extra_http_headers(fields)
         page.goto(visit.url)
@@ -191,7 +199,7 @@ def mcp(visit: Visit) -> None:
 
 
 ROWS = [
-    Application("jupyterlab", "JupyterLab", "the kernel's and the terminal's protocol (`websockets`)", jupyterlab, 8888, "kernels and their variables, terminals, both on their sockets; a cell that was under way goes on; an open page polls, and so wakes it soon"),
+    Application("jupyterlab", "JupyterLab", "the kernel's and the terminal's protocol (`websockets`), Chromium", jupyterlab, 8888, "kernels and their variables, terminals, both on their sockets; a cell that was under way goes on; an open page polls, and so wakes it soon"),
     Application("streamlit", "Streamlit", "Chromium", streamlit, 8501, "the session's state, on the page's socket"),
     Application("gradio", "Gradio", "gradio_client, Chromium", gradio, 7860, "the session's state, files", "it makes `http://` links unless its clients send `X-Forwarded-Proto: https`"),
     Application("vite", "Vite's development server with its defaults", "Chromium", vite, 5173, "the page's socket: an edit after the sleep is shown without a reload"),

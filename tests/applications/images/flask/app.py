@@ -1,5 +1,6 @@
 import os
 import threading
+import time
 
 from flask import Flask, jsonify, request, session
 
@@ -23,6 +24,7 @@ def me():
 def scan(steps):
     for _ in range(steps):
         sum(number * number for number in range(20_000))
+        time.sleep(0.05)
         with lock:
             work["done"] += 1
 
