@@ -33,7 +33,7 @@ _UNSENT_MAX_BYTES = 2 * _FRAME_MAX_BYTES  # for a peer that does not read: a sto
 _CALLED_OFF = "CancelledError"  # the kind of error of a handler that was cancelled
 _FDS_MAX = 64
 _CUT = -1  # among descriptors that came: here some are missing
-_STANDS_SECONDS = 300.0  # a handler that takes longer is reported
+_STANDS_SECONDS = 300.0  # a handler that takes longer is reported, unless its caller waits for longer
 _PAUSE_SECONDS, _PAUSE_MOST_SECONDS = 0.01, 0.25  # between two tries to connect
 _READ_BYTES = 1 << 18
 _ACCEPT_SECONDS = 0.1
@@ -67,6 +67,7 @@ class _Frame(msgspec.Struct, array_like=True):
     method: str
     descriptors: int
     body: msgspec.Raw
+    waits: float = 0.0  # seconds for which the caller waits, where they are more than _STANDS_SECONDS
 
 
 class _Failure(msgspec.Struct, array_like=True):
@@ -144,7 +145,7 @@ class Connection:
             _fail(future, RpcLost(f"{method}: not connected"))
         else:
             self._calls[self._next] = future
-            self._send(_REQUEST, self._next, method, body, descriptors or [])
+            self._send(_REQUEST, self._next, method, body, descriptors or [], timeout if timeout > _STANDS_SECONDS else 0.0)
         return self._answer(future, self._next, method, kind, timeout)
 
     async def _answer(
@@ -186,8 +187,8 @@ class Connection:
             if not future.done():
                 _fail(future, RpcLost("the connection was closed"))
 
-    def _send(self, kind: int, number: int, method: str, body: Any, descriptors: list[int]) -> None:
-        payload = _encode([kind, number, method, len(descriptors), body])
+    def _send(self, kind: int, number: int, method: str, body: Any, descriptors: list[int], waits: float = 0.0) -> None:
+        payload = _encode([kind, number, method, len(descriptors), body, waits])
         self._out.append((memoryview(struct.pack("<I", len(payload)) + payload), descriptors))
         self._unsent += len(payload) + 4
         if len(self._out) == 1:
@@ -301,7 +302,8 @@ class Connection:
 
     async def _serve(self, frame: _Frame, fds: list[int]) -> None:
         task = asyncio.current_task()
-        stands = self._loop.call_later(_STANDS_SECONDS, _report, frame.method, task)
+        seconds = max(_STANDS_SECONDS, frame.waits)
+        stands = self._loop.call_later(seconds, _report, frame.method, seconds, task)
         try:
             await self._serve_within(frame, fds)
         finally:
@@ -343,10 +345,10 @@ class Connection:
         return await handler(self, body)
 
 
-def _report(method: str, task: asyncio.Task[None] | None) -> None:
+def _report(method: str, seconds: float, task: asyncio.Task[None] | None) -> None:
     """Says where a call stands that should have ended long ago: its caller has given up, and asks again or does not."""
     where = [f"{frame.f_code.co_qualname}:{frame.f_lineno}" for frame in _frames(task)] if task is not None else []
-    log.error("rpc.stands", method=method, seconds=_STANDS_SECONDS, where=where)
+    log.error("rpc.stands", method=method, seconds=seconds, where=where)
 
 
 def _frames(task: asyncio.Task[None]) -> Iterator[types.FrameType]:

@@ -37,6 +37,9 @@ class Target:
         self.is_slow.set()
         await asyncio.Event().wait()
 
+    async def rpc_stuck(self, connection: Connection, body: None) -> None:
+        await asyncio.Event().wait()
+
     async def rpc_refuse(self, connection: Connection, body: str) -> None:
         raise RpcError("NotFound", body)
 
@@ -419,13 +422,31 @@ async def test_a_handler_that_stands_is_reported_with_where_it_does(
     said: list[dict[str, object]] = []
     monkeypatch.setattr(rpc.log, "error", lambda event, **fields: said.append({"event": event, **fields}))
     connection = await connect(tmp_path / "s")
-    call = asyncio.ensure_future(connection.call("slow"))
+    call = asyncio.ensure_future(connection.call("slow", timeout=0.01))
     await until(lambda: said)
     assert said[0]["event"] == "rpc.stands" and said[0]["method"] == "slow"
     assert any("Target.rpc_slow" in line for line in said[0]["where"])  # type: ignore[attr-defined]
     call.cancel()
     connection.close()
     await asyncio.gather(call, return_exceptions=True)
+
+
+async def test_a_handler_whose_caller_waits_for_it_is_not_reported(
+    server: Server, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build takes as long as it takes."""
+    monkeypatch.setattr(rpc, "_STANDS_SECONDS", 0.02)
+    said: list[str] = []
+    monkeypatch.setattr(rpc.log, "error", lambda event, **fields: said.append(fields["method"]))
+    connection = await connect(tmp_path / "s")
+    waited_for = asyncio.ensure_future(connection.call("slow", timeout=60))
+    await target.is_slow.wait()
+    given_up = asyncio.ensure_future(connection.call("stuck", timeout=0.01))
+    await until(lambda: said)
+    assert said == ["stuck"], "the other one's time would have been over before"
+    waited_for.cancel()
+    connection.close()
+    await asyncio.gather(waited_for, given_up, return_exceptions=True)
 
 
 async def test_requests_and_answers_of_one_connection_keep_their_order(tmp_path: Path) -> None:
