@@ -204,6 +204,6 @@ ROWS = [
     Application("gradio", "Gradio", "gradio_client, Chromium", gradio, 7860, "the session's state, files", "it makes `http://` links unless its clients send `X-Forwarded-Proto: https`"),
     Application("vite", "Vite's development server with its defaults", "Chromium", vite, 5173, "the page's socket: an edit after the sleep is shown without a reload"),
     Application("nextjs", "Next.js' development server", "Chromium", nextjs, 3000, "the page's socket, what was compiled: an edit after the sleep is shown, and components keep their state", memory=1024),
-    Application("code-server", "code-server (VS Code in a browser)", "Chromium", code_server, 8080, "the workbench on its sockets; its own keep-alives wake it at once", memory=1024, times=900),
+    Application("code-server", "code-server (VS Code in a browser)", "Chromium", code_server, 8080, "the workbench on its sockets; its own keep-alives wake it at once", memory=1024, times=1200),
     Application("mcp", "an MCP server over streamable HTTP (FastMCP)", "the MCP library's client", mcp, 8000, "the session"),
 ]  # fmt: skip
