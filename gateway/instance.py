@@ -89,7 +89,7 @@ def write_aws_profile(settings: Settings, key: str, secret: str) -> None:
     ours = "".join(f"{name} =\n  endpoint_url = {api}\n" for name in SERVED)
     config = (
         f"[default]\nregion = {settings.region}\noutput = json\ncli_pager =\nservices = torpor\n\n[services torpor]\n{ours}"
-        f"s3 =\n  endpoint_url = {store}\n  addressing_style = path\n"
+        f"s3 =\n  endpoint_url = {store}\n  addressing_style = {settings.object_store.addressing}\n"
     )
     files.write(settings.aws_dir / "config", config.encode(), 0o600, 0)
     credentials = f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"

@@ -12,7 +12,7 @@ from botocore.config import Config
 
 from gateway import config, instance
 
-from .output import fail
+from .output import fail, no_instance
 
 
 @cache
@@ -26,7 +26,7 @@ def session() -> Any:
     if "AWS_CONFIG_FILE" not in os.environ:
         profile = instance.environment(settings())
         if not Path(profile["AWS_CONFIG_FILE"]).is_file():
-            fail(f"no instance at {settings().root}: start one with `torpor serve`, or name it with TORPOR_ROOT", 1)
+            no_instance(settings().root)
         os.environ.update({name: value for name, value in profile.items() if name.startswith("AWS_")})
     return boto3.Session()
 

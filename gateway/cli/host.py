@@ -29,7 +29,7 @@ from gateway.observe.room import (
     memory_available_bytes,
 )  # fmt: skip
 
-from .output import console, errors, fail, show_json, show_table
+from .output import console, errors, fail, no_instance, show_json, show_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,7 +99,7 @@ def serve(
 
 
 def reload(root: Root = None, name: Name = None) -> None:
-    """Replace the edge's workers one by one, without a failed request: new certificates, new code.
+    """Replace the edge's workers one by one, without a failed request: new code, new settings of theirs.
 
     Example: torpor reload
     """
@@ -137,9 +137,11 @@ def trust(root: Root = None, name: Name = None, remove: Annotated[bool, typer.Op
     if os.geteuid() != 0:
         fail("trust needs root: it changes the system's certificate authorities", 2)
     if not remove and not authority.is_file():
-        fail(f"no instance at {settings.root}: start one with `torpor serve`, or name it with --root", 1)
+        no_instance(settings.root)
+    if remove and not target.exists():
+        fail(f"{target} is not there: nothing was removed", 1)
     if remove:
-        target.unlink(missing_ok=True)
+        target.unlink()
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(authority, target)
@@ -168,12 +170,14 @@ def env(root: Root = None, name: Name = None) -> None:
     Example: eval "$(torpor env)"
     """
     settings = config.load(root=root, name=name)
+    if not (settings.aws_dir / "config").exists():
+        no_instance(settings.root)
     for variable, value in instance.environment(settings).items():
         print(f"export {variable}={value}")
 
 
 def assets() -> None:
-    """Make what the host needs once: guest kernel, initramfs, hypervisors' root, local base image.
+    """Make what the host needs once: guest kernel, initramfs, hypervisors' root, base image, builder's root.
 
     Example: torpor assets
     """

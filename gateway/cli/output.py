@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -19,6 +20,10 @@ errors = Console(stderr=True, highlight=False, markup=False)
 def fail(text: str, code: int = 1) -> NoReturn:
     errors.print(Text("torpor: ", style="bold red").append(text, style="not bold default"), soft_wrap=True)
     sys.exit(code)
+
+
+def no_instance(root: Path) -> NoReturn:
+    fail(f"no instance at {root}: start one with `torpor serve`, or name it with TORPOR_ROOT")
 
 
 def show_json(value: Any) -> None:

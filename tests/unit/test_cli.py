@@ -35,6 +35,7 @@ def test_version() -> None:
     ("words", "variables", "code", "text"),
     [
         (("ps",), {"TORPOR_ROOT": "/nonexistent"}, 1, "torpor: no instance at /nonexistent: start one with `torpor serve`"),
+        (("env",), {"TORPOR_ROOT": "/nonexistent"}, 1, "torpor: no instance at /nonexistent: start one with `torpor serve`"),
         (("env",), {"TORPOR_EDGE__WORKERS": "x"}, 1, "torpor: edge.workers: Input should be a valid integer"),
         (("env",), {"TORPOR_EDGE__WORKER": "2"}, 1, "torpor: edge.worker: there is no such setting"),
         (("env",), {"TORPOR_EGDE__WORKERS": "2"}, 1, "torpor: TORPOR_EGDE__WORKERS: there is no such setting"),
@@ -47,8 +48,8 @@ def test_errors_are_one_line(words: tuple[str, ...], variables: dict[str, str], 
 
 
 def test_env_has_the_certificates_of_every_family_of_clients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from gateway.cli import host
-
+    (tmp_path / "aws").mkdir()
+    instance.write_aws_profile(Settings(root=tmp_path), "key", "secret")
     host.env(tmp_path, None)
     lines = capsys.readouterr().out.split()
     for name in (
@@ -69,6 +70,11 @@ def test_trust_says_what_to_do_for_browsers(
     monkeypatch.setattr(host.subprocess, "run", lambda *words, **rest: subprocess.CompletedProcess(words, 0, "", ""))
     monkeypatch.setattr(host.os, "geteuid", lambda: 0)
     (tmp_path / "system").mkdir()
+    if remove:
+        with pytest.raises(SystemExit):
+            host.trust(tmp_path, "mine", remove)
+        assert "is not there" in capsys.readouterr().err
+        (tmp_path / "system/torpor-mine.crt").touch()
     host.trust(tmp_path, "mine", remove)
     said = capsys.readouterr().err
     expected = (
