@@ -63,7 +63,7 @@ serve: setup ## run the service for yourself; prints the exports for another she
 test: setup check ## every test but the long ones
 	@$(PY) -m pytest -q -m "(vm or service) and not long and not conformance" tests
 
-test-long: test test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-fresh test-fresh-odd ## every test, in parts of less than an hour each
+test-long: test test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-fresh test-fresh-odd ## every test, in parts of less than an hour each
 
 test-long-rest: setup
 	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py --ignore=tests/fidelity --ignore=tests/applications --ignore=tests/faults --ignore=tests/systemd --ignore=tests/kvm tests
@@ -94,7 +94,7 @@ test-long-faults: setup ## a fault at each call of each step of a session's life
 test-long-load: setup ## ten minutes of clients of all kinds at once against edge workers (MIXED_LOAD_SECONDS=60: shorter)
 	@$(PY) -m pytest -q -s -m long tests/unit/test_mixed_load.py
 
-test-long-systemd: setup ## the units in a Debian with systemd, in a machine of its own (not part of test-long: it has not passed yet)
+test-long-systemd: setup ## the units in a Debian with systemd, in a machine of its own
 	@$(PY) -m pytest -q -s tests/systemd
 
 test-kvm: setup ## drivers on KVM, with QEMU and the real Firecracker, in a machine of its own (KVM_PARTS=Firecracker: that alone; not part of test-long: it has not passed yet)

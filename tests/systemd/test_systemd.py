@@ -19,7 +19,7 @@ STEPS = [
     for node in ast.parse(TRIAL.read_text(encoding="utf-8")).body
     if isinstance(node, ast.FunctionDef) and [word.id for word in node.decorator_list if isinstance(word, ast.Name)] == ["step"]
 ]
-DEADLINE_SECONDS = 2700
+DEADLINE_SECONDS = 3400
 
 
 @pytest.fixture(scope="module")
