@@ -32,7 +32,7 @@ from gateway.sessions import hooks
 from gateway.sessions.agent import Agent, AgentError, start_frames, sync_frame, wake_frame
 from gateway.sessions.channels import GuestServices
 from gateway.sessions.host import Host, RpcError, RpcLost, patiently
-from gateway.sessions.logs import LineWriter
+from gateway.sessions.line_writer import LineWriter
 from gateway.sessions.model import Build, Hooks, Image, Version
 
 from . import artifact, bases, dockerfile

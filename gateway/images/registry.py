@@ -13,7 +13,8 @@ from typing import Any
 import structlog
 
 from gateway.sessions.ahead import Ahead
-from gateway.sessions.logs import LineWriter, LogStore, build_stream, default_group
+from gateway.sessions.line_writer import LineWriter
+from gateway.sessions.logs import LogStore, build_stream, default_group
 from gateway.sessions.model import Build, Image, Version
 from gateway.sessions.store import Store, StoreError
 

@@ -16,7 +16,8 @@ from gateway.tasks import Tasks
 from .agent import Agent, AgentError
 from .egress import rules_of
 from .host import Host, RpcError, patiently
-from .logs import LineWriter, LogStore
+from .line_writer import LineWriter
+from .logs import LogStore
 from .model import Session
 from .states import State
 from .store import Store

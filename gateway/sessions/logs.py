@@ -14,7 +14,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -26,14 +26,11 @@ from gateway.executors import Pool
 
 log = structlog.get_logger()
 
-_LINE_MAX_BYTES = 256 << 10  # CloudWatch's bound of one event
 _STREAM_MAX_BYTES, _SEGMENT_BYTES = 64 << 20, 8 << 20
 _WAITING_BYTES, _WAITING_IN_ALL_BYTES = 4 << 20, 64 << 20  # of a stream, of all
 _BATCH_SECONDS, _AGAIN_SECONDS = 0.1, 1.0
 _SECONDS = 300.0  # for one batch; when it stands, control is replaced
 _TAILS = 4096  # streams whose last segment is known without a look at the directory
-# CloudWatch took five batches of a MiB a second of one stream. Beyond, reading a guest's output would be all that control does.
-_RATE_BYTES, _BURST_BYTES = 5 << 20, 16 << 20
 _SEGMENT = re.compile(r"(.+)\.([0-9]{16})\.jsonl")
 _END = ord("\n")
 GROUP_PREFIX = "/aws/lambda-microvms/"
@@ -434,72 +431,3 @@ def _written_at(segments: list[_Segment]) -> float:
 
 def dropped_line(count: int, why: str) -> str:
     return f"torpor: {count} line{'s were' if count != 1 else ' was'} dropped here: {why}"
-
-
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-# What a program writes whose system call was refused for want of a capability (strerror(3), EPERM).
-_REFUSED = b"peration not permitted"
-ADVICE = (
-    'torpor: "Operation not permitted": this image has the default capabilities of a container. What needs more (mounts, network devices, '
-    "FUSE, dockerd, kernel modules) works in an image that is created with additionalOsCapabilities ALL"
-)
-
-
-class LineWriter:
-    """Cuts a byte stream into lines for one log stream.
-
-    `is_limited` where the guest has not all capabilities: the first time that its application is refused something, one line says so.
-    """
-
-    def __init__(
-        self, store: LogStore, account: str, group: str, stream: str, is_limited: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
-        self._store = store
-        self._advises = is_limited
-        self._name = (account, group, stream)
-        self._rest: dict[int, bytes] = {}
-        self._clock = clock
-        self._allowed, self._at = float(_BURST_BYTES), clock()
-        self._dropped = 0
-
-    def feed(self, channel: int, data: bytes) -> None:
-        """Cuts each channel into lines of its own; they are stored together. An application's channels are 1 and more."""
-        if not self._may_take(len(data)):
-            self._dropped += data.count(b"\n")
-            self._rest[channel] = data.rpartition(b"\n")[2] if b"\n" in data else b""
-            return
-        *lines, rest = (self._rest.get(channel, b"") + data).split(b"\n")
-        if len(rest) > _LINE_MAX_BYTES:
-            lines.append(rest)
-            rest = b""
-        self._rest[channel] = rest
-        if self._advises and channel and any(_REFUSED in line for line in lines):
-            lines.append(ADVICE.encode())
-            self._advises = False
-        if lines:
-            self._write(lines)
-
-    def _may_take(self, count: int) -> bool:
-        now = self._clock()
-        self._allowed = min(float(_BURST_BYTES), self._allowed + (now - self._at) * _RATE_BYTES)
-        self._at = now
-        if self._allowed < count:
-            return False
-        self._allowed -= count
-        return True
-
-    def flush(self) -> None:
-        rest = [data for data in self._rest.values() if data]
-        self._rest.clear()
-        if rest or self._dropped:
-            self._write(rest)
-
-    def _write(self, lines: list[bytes]) -> None:
-        texts = [_ESCAPES.sub("", line.decode("utf-8", "replace").rstrip("\r")) for line in lines]
-        if self._dropped:
-            texts.insert(0, dropped_line(self._dropped, f"more than {_RATE_BYTES >> 20} MiB a second"))
-            self._dropped = 0
-        self._store.append(*self._name, texts)

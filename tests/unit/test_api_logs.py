@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from rows import row
 
 from gateway.api.logs import InvalidParameter, pattern
-from gateway.sessions.logs import ADVICE, LineWriter, LogStore
+from gateway.sessions.line_writer import ADVICE, LineWriter
+from gateway.sessions.logs import LogStore
 
 GROUP, STREAM = "/aws/lambda-microvms/app", "2026/11/25[1.0]microvm-1"
 

@@ -22,7 +22,8 @@ from gateway.images.pipeline import Job, Pipeline
 from gateway.messages import BuildRequest, BuildResult, Shape
 from gateway.sessions import host as host_module
 from gateway.sessions.host import RpcError, RpcLost
-from gateway.sessions.logs import LineWriter, LogStore
+from gateway.sessions.line_writer import LineWriter
+from gateway.sessions.logs import LogStore
 from gateway.sessions.model import Build, Image, Version
 
 ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a"

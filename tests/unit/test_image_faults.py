@@ -21,7 +21,8 @@ from gateway.images.registry import INTERRUPTED, Registry
 from gateway.messages import ImageName
 from gateway.sessions import store as store_module
 from gateway.sessions.host import RpcError, RpcLost
-from gateway.sessions.logs import LineWriter, LogStore
+from gateway.sessions.line_writer import LineWriter
+from gateway.sessions.logs import LogStore
 from gateway.sessions.model import Build, Image, Session, Version
 from gateway.sessions.states import State
 from gateway.sessions.store import Store, StoreError

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from waiting import until
 
-from gateway.sessions import logs, shipping
-from gateway.sessions.logs import LineWriter, LogStore
+from gateway.sessions import line_writer, logs, shipping
+from gateway.sessions.line_writer import LineWriter
+from gateway.sessions.logs import LogStore
 from gateway.sessions.shipping import Cursors, Shipper
 
 NAME = ("123456789012", "/aws/lambda-microvms/a", "2026/11/25[1.0]microvm-1")
@@ -251,8 +252,8 @@ async def test_writing_goes_on_after_a_disk_that_was_full(tmp_path: Path, monkey
 
 
 def test_output_beyond_the_rate_is_counted_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_BURST_BYTES", 100)
-    monkeypatch.setattr(logs, "_RATE_BYTES", 10)
+    monkeypatch.setattr(line_writer, "_BURST_BYTES", 100)
+    monkeypatch.setattr(line_writer, "_RATE_BYTES", 10)
     now = 0.0
     store = LogStore(tmp_path / "logs")
     writer = LineWriter(store, *NAME, clock=lambda: now)
