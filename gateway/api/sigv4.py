@@ -96,8 +96,17 @@ def _from_query(query: dict[str, str]) -> Signature:
 def canonical_query(query: str) -> str:
     """Pairs encoded as RFC 3986 has it, sorted by name and then by value; the signature itself left out."""
     pairs = (pair.partition("=")[::2] for pair in query.split("&") if pair)
-    encoded = sorted((quote(unquote(name), safe=_PLAIN), quote(unquote(value), safe=_PLAIN)) for name, value in pairs)
+    encoded = sorted((_encoded(unquote(name)), _encoded(unquote(value))) for name, value in pairs)
     return "&".join(f"{name}={value}" for name, value in encoded if name != "X-Amz-Signature")
+
+
+def _encoded(text: str, more: str = "") -> str:
+    return quote(_raw(text), safe=_PLAIN + more)
+
+
+def _raw(text: str) -> bytes:
+    """The bytes of what came as text, some of which may have been none (PEP 383)."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def canonical_path(path: str) -> str:
@@ -111,7 +120,7 @@ def canonical_path(path: str) -> str:
     joined = "/" + "/".join(parts)
     if parts and path.endswith(("/", "/.", "/..")):
         joined += "/"
-    return quote(joined, safe="/-_.~")
+    return _encoded(joined, "/")
 
 
 def canonical_request(request: SignedRequest, signed: tuple[str, ...], payload_hash: str) -> str:
@@ -124,7 +133,7 @@ def digest(request: SignedRequest, claimed: Signature, secret: str, payload_hash
     key = f"AWS4{secret}".encode()
     for part in (claimed.day, claimed.region, claimed.service, "aws4_request"):
         key = hmac.new(key, part.encode(), hashlib.sha256).digest()
-    canonical = hashlib.sha256(canonical_request(request, claimed.signed, payload_hash).encode()).hexdigest()
+    canonical = hashlib.sha256(_raw(canonical_request(request, claimed.signed, payload_hash))).hexdigest()
     scope = f"{claimed.day}/{claimed.region}/{claimed.service}/aws4_request"
     return hmac.new(key, f"{_ALGORITHM}\n{claimed.stamp}\n{scope}\n{canonical}".encode(), hashlib.sha256).hexdigest()
 
@@ -150,7 +159,7 @@ def verify(
     payload_hash = hashlib.sha256(request.body).hexdigest()
     if request.headers.get("x-amz-content-sha256", payload_hash) != payload_hash:
         raise SignatureError("InvalidSignatureException", "The value of x-amz-content-sha256 is not the body's hash.")
-    if not hmac.compare_digest(digest(request, claimed, secret, payload_hash), claimed.digest):
+    if not hmac.compare_digest(digest(request, claimed, secret, payload_hash).encode(), _raw(claimed.digest)):
         raise SignatureError("InvalidSignatureException", _MISMATCH)
 
 

@@ -214,3 +214,17 @@ def test_every_amz_field_must_be_signed() -> None:
     fields = {**request.headers, "x-amz-security-token": "slipped in"}
     kind, text = refused(SignedRequest(request.method, request.path, request.query, fields, request.body), at)
     assert kind == "InvalidSignatureException" and "x-amz-security-token" in text
+
+
+def test_bytes_that_are_no_text_are_signed_as_they_came() -> None:
+    """As aiohttp gives them to us (PEP 383). They ended in a 500 and a traceback, for whoever sent them."""
+    request, at = signed()
+    for name, value in (("host", "\udcff"), ("content-type", "\udcc3\udca9")):
+        changed = SignedRequest(request.method, request.path, request.query, {**request.headers, name: value}, request.body)
+        assert refused(changed, at)[0] == "InvalidSignatureException"
+    for path, query in (("/\udcff", ""), ("/", "a=\udcff"), ("/", "\udcff=%ff")):
+        assert refused(SignedRequest(request.method, path, query, request.headers, request.body), at)[0] == "InvalidSignatureException"
+    request, at = presigned()
+    for signature in ("%C3%A9", "%ff", "\udcff"):
+        query = request.query.rpartition("X-Amz-Signature=")[0] + f"X-Amz-Signature={signature}"
+        assert refused(SignedRequest("GET", request.path, query, request.headers, b""), at)[0] == "InvalidSignatureException"
