@@ -232,6 +232,10 @@ class VmRegistry:
         """The guest of `incarnation` is told to run: the snapshot that it was loaded from is void."""
         self._ran[session] = incarnation
 
+    def take_back_run(self, session: str, incarnation: int) -> None:
+        """It could not be told: that snapshot is good."""
+        self._ran[session] = incarnation - 1
+
     def has_run(self, session: str, incarnation: int) -> bool:
         return self._ran.get(session, 0) >= incarnation
 

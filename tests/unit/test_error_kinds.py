@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from test_diffs import make
 from gateway.rpc import Connection, RpcError, Server, connect
 from vmm import diffs, manifest, mapping, memory, syscalls
 from vmm.driver import DEVICES, Process, Shape
-from vmm.errors import Damaged, DiskFull, Ended, Missing, Refused, Unavailable, VmmError, explained, not_loaded
+from vmm.errors import Damaged, DiskFull, Ended, Missing, NeverRan, Refused, Unavailable, VmmError, explained, not_loaded
 from vmm.network import Link
 from vmm.provenance import Provenance
 from vmm.qemu import device_state, process
@@ -236,3 +237,13 @@ async def test_a_running_microvm_that_does_not_answer_is_not_gone(machine: QemuM
     for call in (machine.unpause, machine.pause):
         with pytest.raises(Ended):
             await call()
+
+
+async def test_a_hypervisor_that_is_gone_before_its_guest_is_told_to_run(machine: QemuMachine) -> None:
+    """Killed a moment before the start: what was saved is good, and was taken for void."""
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    machine._channel, machine.record.phase = ours.detach(), "prepared"
+    with pytest.raises(NeverRan, match="gone before its guest was told to run"):
+        await machine.resume(bytes(64))
+    assert machine.record.phase == "prepared"

@@ -132,6 +132,25 @@ async def test_control_is_told_whether_a_guest_had_run(vmm: Vmm, tmp_path: Path,
         await calls(vmm).rpc_start(None, m.StartRequest("one", 1, b""))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("phase", "error"), [("ended", NeverRan("gone")), ("prepared", Unavailable("a full disk"))])
+async def test_a_guest_that_could_not_be_told_to_run_has_not_run(
+    vmm: Vmm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, error: Exception
+) -> None:
+    machine = Machine("one")
+    machine.record.phase = "prepared"
+    vmm.vms.add("one", machine, Link(tmp_path / "one"))  # type: ignore[arg-type]
+
+    async def resume(wake: bytes) -> int:
+        machine.record.phase = phase
+        raise error
+
+    monkeypatch.setattr(machine, "resume", resume, raising=False)
+    with pytest.raises(type(error)):
+        await calls(vmm).rpc_start(None, m.StartRequest("one", 1, b""))  # type: ignore[arg-type]
+    assert not vmm.vms.has_run("one", 1)
+    machine.ended.set()
+
+
 async def test_a_suspend_is_asked_for_twice_and_made_once(vmm: Vmm, tmp_path: Path) -> None:
     """The answer came too late: what is asked again must not write over what is there."""
     machine = Machine("one")

@@ -23,7 +23,7 @@ from .. import diffs, sandboxes, syscalls
 from ..cgroups import Cgroups
 from ..diffs import Sum
 from ..driver import DEVICES, VSOCK_PORT, WALL_CLOCK_AT, Process, hello
-from ..errors import Ended, Refused, Unavailable, VmmError, explained, not_loaded, not_written, state_refused
+from ..errors import Ended, NeverRan, Refused, Unavailable, VmmError, explained, not_loaded, not_written, state_refused
 from ..network import TAP, Link
 from ..provenance import Provenance
 from ..sandboxes import VmSandbox
@@ -183,7 +183,9 @@ class FirecrackerMachine(WatchedProcess):
             self.steps.mark("resumed")
             channel = await self._join(stamped, _WOKEN_SECONDS)
         except (ApiError, OSError) as error:
-            raise self._failed(error, f"session {self.record.session} could not be started: {await self.why(error)}") from error
+            is_prepared = self.record.phase == "prepared"
+            failed = self._failed(error, f"session {self.record.session} could not be started: {await self.why(error)}")
+            raise (NeverRan(str(failed)) if is_prepared and isinstance(failed, Ended) else failed) from error
         self.record.phase = "running"
         self.save_record()
         self.steps.mark("the guest answered")

@@ -20,7 +20,7 @@ from gateway.observe.steps import Steps
 from .. import diffs, mapping, memory
 from ..diffs import Manifest, Sum
 from ..driver import DEVICES, WALL_CLOCK_AT, Process
-from ..errors import Ended, Refused, Unavailable, VmmError, explained, not_loaded, state_refused
+from ..errors import Ended, NeverRan, Refused, Unavailable, VmmError, explained, not_loaded, state_refused
 from ..network import Link, Network
 from ..watched import WatchedProcess
 from . import machine as topology
@@ -223,12 +223,16 @@ class QemuMachine(WatchedProcess):
             self.record.phase = "running" if await self.status() == "running" else "prepared"
 
     async def _wake(self, channel: int, wake: bytes) -> None:
-        """Raises QmpError, OSError; it may be done again then."""
+        """Raises QmpError, OSError, and it may be done again then; NeverRan, at once: before anybody hears of the hypervisor's end."""
         self.record.phase = "starting"
         self.save_record()
         stamped = bytearray(wake)
         struct.pack_into("<Q", stamped, WALL_CLOCK_AT, time.time_ns())
-        os.write(channel, stamped)
+        try:
+            os.write(channel, stamped)
+        except ConnectionError as error:
+            self.record.phase = "prepared"
+            raise NeverRan("its hypervisor was gone before its guest was told to run") from error
         await self.qmp.run("cont")
         self.record.phase = "running"  # not written: who reads "starting" asks the hypervisor
         self._close_mapper()

@@ -159,7 +159,12 @@ class SessionCalls:
             if record.phase == "running" and not record.unchecked:
                 return Reply(None, [await entry.machine.agent()])
             self._vms.note_run(body.session, body.incarnation)
-            channel = await entry.machine.resume(body.wake)
+            try:
+                channel = await entry.machine.resume(body.wake)
+            except VmmError as error:
+                if isinstance(error, NeverRan) or record.phase == "prepared":
+                    self._vms.take_back_run(body.session, body.incarnation)
+                raise
         self._collector.started(entry)
         return Reply(None, [channel])
 
