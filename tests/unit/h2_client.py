@@ -179,12 +179,16 @@ def speaks_h2(rig: Rig, answer: OnHead) -> None:
     """The rig's application speaks HTTP/2 with prior knowledge."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(f.settings({}))
-        await reader.readexactly(len(f.PREFACE))
-        while True:
-            head = await reader.readexactly(9)
-            await reader.readexactly(int.from_bytes(head[:3], "big"))
-            if head[3] == f.HEADERS:
-                writer.write(answer(int.from_bytes(head[5:9], "big")))
+        await serve_h2(reader, writer, answer)
 
     rig.script = script
+
+
+async def serve_h2(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answer: OnHead) -> None:
+    writer.write(f.settings({}))
+    await reader.readexactly(len(f.PREFACE))
+    while True:
+        head = await reader.readexactly(9)
+        await reader.readexactly(int.from_bytes(head[:3], "big"))
+        if head[3] == f.HEADERS:
+            writer.write(answer(int.from_bytes(head[5:9], "big")))

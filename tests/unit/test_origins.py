@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from edge_rig import OK, Rig, response
-from h2_client import speaks_h2
+from h2_client import serve_h2, speaks_h2
 from test_parking import UPGRADED
 from waiting import until
 
@@ -378,13 +378,7 @@ async def test_many_requests_to_a_port_of_tls(
             while True:
                 await rig.head(reader)
                 writer.write(OK)
-        writer.write(f.settings({}))
-        await reader.readexactly(len(f.PREFACE))
-        while True:
-            head = await reader.readexactly(9)
-            await reader.readexactly(int.from_bytes(head[:3], "big"))
-            if head[3] == f.HEADERS:
-                writer.write(f.headers(int.from_bytes(head[5:9], "big"), f.encode_status(200), True))
+        await serve_h2(reader, writer, lambda stream: f.headers(stream, f.encode_status(200), True))
 
     rig.script = script
     rig.application.close()

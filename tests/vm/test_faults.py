@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service import Instance, app_files, until
+from service import Instance, app_files, served, until
 from wire import get
 
 pytestmark = pytest.mark.vm
@@ -137,16 +137,8 @@ def test_reload_under_load_fails_no_request(instance: Instance, vm: dict[str, An
 @pytest.fixture(scope="module")
 def second(host_before: object) -> Iterator[Instance]:
     """An instance of its own, because its whole host restarts."""
-    one = Instance("test2", 700_000 + 262_144)
-    try:
-        one.start()
+    with served(Instance("test2", 700_000 + 262_144)) as one:
         yield one
-    finally:
-        if one.process is not None:
-            one.stop()
-        log = one.log.read_text()
-        one.remove()
-    assert "Traceback" not in log, log[-3000:]
 
 
 def everything(instance: Instance) -> list[int]:
