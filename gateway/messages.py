@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 # What control and vmm say to a guest's agent, and what it answers (vmm/guest/port.h). Guests of all lower numbers are understood: an agent
@@ -432,12 +434,20 @@ class Counters(msgspec.Struct):
 
 
 class ShellRequest(msgspec.Struct):
-    """edge -> control: opens a shell in a running session; the answer is a descriptor (gateway/sessions/shells.py)."""
+    """edge -> control: opens a shell in a running session; the answer is one end of a socket pair (SOCK_SEQPACKET), on which a message is
+    a byte of kind and its payload."""
 
     session: str
     incarnation: int
     columns: int
     rows: int
+
+
+SHELL_INPUT: Final = b"i"  # edge -> control: what was typed
+SHELL_RESIZE: Final = b"r"  # edge -> control: u16 columns and rows
+SHELL_OUTPUT: Final = b"o"  # control -> edge
+SHELL_EXIT: Final = b"x"  # control -> edge: i32 exit code
+SHELL_MESSAGE_BYTES: Final = 65536
 
 
 class LookupRequest(msgspec.Struct):

@@ -1,8 +1,7 @@
 """Shells in running microVMs: between an edge's socket and the agent's channel (vmm/guest/shell.c).
 
-The edge's half is one end of a SOCK_SEQPACKET pair; a message is one byte of kind and its payload: `i` what was typed, `o`
-output, `r` u16 columns and rows, `x` i32 exit code. Both directions go by credit, so a terminal that does not read stops its
-own shell and nothing else.
+The edge's half is one end of a socket pair (gateway/messages.py has its messages). Both directions go by credit, so a terminal that
+does not read stops its own shell and nothing else.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ import struct
 from collections import deque
 from collections.abc import Callable
 
+from gateway.messages import SHELL_EXIT, SHELL_INPUT, SHELL_MESSAGE_BYTES, SHELL_OUTPUT, SHELL_RESIZE
+
 from .frame import frame
 
 SHELLS_MAX = 16  # as in vmm/guest/shell.h
-INPUT, OUTPUT, RESIZE, EXIT = b"i", b"o", b"r", b"x"
 _OPEN, _INPUT, _RESIZE, _CREDIT, _CLOSE = 0x05, 0x06, 0x07, 0x08, 0x09
 _WINDOW_BYTES = 32 << 10  # typed and not taken by the terminal
 _CREDIT_BYTES = 64 << 10  # of output under way
 _FRAME_BYTES = 4096
-_MESSAGE_BYTES = 65536
 
 
 class ShellsFull(Exception):
@@ -52,7 +51,7 @@ class Shells:
 
     def output(self, number: int, data: bytes) -> None:
         if (shell := self._shells.get(number)) is not None:
-            shell.put(OUTPUT, data)
+            shell.put(SHELL_OUTPUT, data)
 
     def taken(self, number: int, size: int) -> None:
         if (shell := self._shells.get(number)) is not None:
@@ -85,7 +84,7 @@ class Shell:
 
     def _readable(self) -> None:
         try:
-            message = self._socket.recv(_MESSAGE_BYTES)
+            message = self._socket.recv(SHELL_MESSAGE_BYTES)
         except BlockingIOError:
             return
         except OSError:
@@ -93,13 +92,13 @@ class Shell:
         kind, payload = message[:1], message[1:]
         if not message:
             self.end(hang_up=True)
-        elif kind == INPUT:
+        elif kind == SHELL_INPUT:
             for at in range(0, len(payload), _FRAME_BYTES):
                 self._send(frame(_INPUT, payload[at : at + _FRAME_BYTES], self._number))
             self._typed += len(payload)
             if self._typed >= _WINDOW_BYTES:
                 self._loop.remove_reader(self._socket.fileno())
-        elif kind == RESIZE and len(payload) == 4:
+        elif kind == SHELL_RESIZE and len(payload) == 4:
             self._send(frame(_RESIZE, payload, self._number))
 
     def taken(self, size: int) -> None:
@@ -115,7 +114,7 @@ class Shell:
     def exited(self, code: int) -> None:
         self._over = True
         self._loop.remove_reader(self._socket.fileno())
-        self.put(EXIT, struct.pack("<i", code))
+        self.put(SHELL_EXIT, struct.pack("<i", code))
 
     def _writable(self) -> None:
         while self._out:
@@ -128,7 +127,7 @@ class Shell:
                 self.end(hang_up=True)
                 return
             message = self._out.popleft()
-            if message[:1] == OUTPUT:
+            if message[:1] == SHELL_OUTPUT:
                 self._send(frame(_CREDIT, struct.pack("<I", len(message) - 1), self._number))
         self._loop.remove_writer(self._socket.fileno())
         if self._over:

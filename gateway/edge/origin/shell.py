@@ -16,6 +16,8 @@ import msgspec
 from websockets.frames import Frame, Opcode
 from websockets.protocol import Protocol, Side, State
 
+from gateway.messages import SHELL_EXIT, SHELL_INPUT, SHELL_MESSAGE_BYTES, SHELL_OUTPUT, SHELL_RESIZE
+
 from ..policy.keys import Key
 from ..reading import HELD, PEER_SLOW, UNREAD, ReadGate
 from ..sides import HELD_BYTES, ClientSide, OriginContext
@@ -23,7 +25,6 @@ from ..wire.http1_head import NO_BODY, RequestHead, ResponseHead, Trailers, spli
 from ..wire.websocket import accept_of
 
 _TYPED_MAX_BYTES = 4096
-_MESSAGE_BYTES = 65536
 _SHELL_EXITED, _GOING_AWAY = 1000, 1001
 _CLOSE_SECONDS = 5.0  # for a client to answer a Close frame; then its connection is closed all the same
 
@@ -157,7 +158,7 @@ class ShellOrigin:
     def _text(self, data: bytes) -> None:
         try:
             size = msgspec.json.decode(data, type=_Resize)
-            message = b"r" + struct.pack("<HH", min(max(size.cols, 1), 1000), min(max(size.rows, 1), 1000))
+            message = SHELL_RESIZE + struct.pack("<HH", min(max(size.cols, 1), 1000), min(max(size.rows, 1), 1000))
         except msgspec.DecodeError:
             self._type(data)
             return
@@ -177,7 +178,7 @@ class ShellOrigin:
         """Writes what was typed to the terminal, and pauses the client while the terminal takes nothing."""
         exchange = self._exchange
         while self._typed and self._socket.fileno() >= 0:
-            if not self._write(b"i" + bytes(self._typed[:_TYPED_MAX_BYTES])):
+            if not self._write(SHELL_INPUT + bytes(self._typed[:_TYPED_MAX_BYTES])):
                 self._loop.add_writer(self._socket.fileno(), self._typable)
                 if exchange is not None:
                     exchange.pause_reading(PEER_SLOW)
@@ -201,19 +202,19 @@ class ShellOrigin:
 
     def _readable(self) -> None:
         try:
-            message = self._socket.recv(_MESSAGE_BYTES)
+            message = self._socket.recv(SHELL_MESSAGE_BYTES)
         except BlockingIOError:
             return
         except OSError:
             message = b""
         kind, payload = message[:1], message[1:]
-        if kind == b"o":
+        if kind == SHELL_OUTPUT:
             exchange = self._exchange
             if exchange is not None:
                 exchange.account.count += 1
                 exchange.account.last = self._loop.time()
             self._frames.send_binary(payload)
-        elif kind == b"x":
+        elif kind == SHELL_EXIT:
             if self._tells_code:
                 self._frames.send_text(msgspec.json.encode({"type": "exit", "code": struct.unpack("<i", payload)[0]}))
             self._frames.send_close(_SHELL_EXITED, "shell exited")
