@@ -10,7 +10,10 @@ root=$1 users=$2 groups=$3 id=$4 count=$5 tools=$6 store=$7 context=$8 dockerfil
 shift 9
 out=$1 settings=$2 base=$3 scripts=$4 modules=$5
 shift 5
-while [ "$1" != -- ]; do echo $$ > "$1"; shift; done; shift
+groups_joined=
+while [ "$1" != -- ]; do echo $$ > "$1"; groups_joined="$groups_joined ${1%/*}"; shift; done; shift
+# Of open files steps have what Docker's have by systemd (systemd-system.conf(5)): vmm's own limit is another.
+prlimit --pid $$ --nofile=1024:524288 2>/dev/null || ulimit -S -n 1024
 
 mount --make-rprivate /
 mount -t tmpfs -o mode=755,size=64m torpor-build "$root"
@@ -34,6 +37,13 @@ ln -s /proc/self/fd dev/fd; ln -s pts/ptmx dev/ptmx
 mount --bind "$store" var/lib/docker
 mount --bind "$out" out
 mount --rbind /sys sys
+# What a step sees at /sys/fs/cgroup: the build's own control groups, and of no other.
+mkdir cgroup
+for group in $groups_joined; do
+    place=cgroup
+    [ -e /sys/fs/cgroup/cgroup.controllers ] || { place=${group#/sys/fs/cgroup/} && place=cgroup/${place%%/*} && mkdir -p "$place"; }
+    mount --bind "$group" "$place"
+done
 mount --bind "$settings" lent
 while read -r source target; do bind "$source" "lent/$target"; done < "$settings/mounts"
 mount -o remount,bind,ro lent
