@@ -48,6 +48,8 @@ class Prepared:
 
 def prepare(data: bytes, base_names: Sequence[str], pull: bool, architecture: str) -> Prepared:
     """Raises BuildFailed for what the builder cannot do, with the line's number."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise _refused(0, "the file is UTF-16, as Windows' shells write it: save it as UTF-8")
     text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="surrogateescape")  # BuildKit takes it away, too
     lines = text.split("\n")
     escape = _directives(lines, pull)

@@ -136,6 +136,13 @@ def test_what_cannot_be_built_is_refused_by_its_line(line: str, text: str) -> No
     assert refusal(f"FROM {BASE}\n# comment\n{line}\n") == f"Dockerfile, line 3: {text}"
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(encoding: str) -> None:
+    """PowerShell's `>` writes it: BuildKit shows what it takes for an unknown instruction, byte by byte."""
+    with pytest.raises(BuildFailed, match=r"Dockerfile, line 1: the file is UTF-16.*save it as UTF-8"):
+        prepare(f"\ufeffFROM {BASE}\n".encode(encoding), [BASE], False, "amd64")
+
+
 def test_modes_and_variables_pass() -> None:
     made(f"FROM {BASE}\nCOPY --chmod=0755 a /a\nCOPY --chmod=$MODE --chown=$USER:app a /a\nCOPY --chown=1000000:999999 a /a\n")
 
