@@ -100,6 +100,7 @@ def test_a_rotation_that_fails_at_any_step_any_number_of_times_loses_nothing(tmp
         write(trail, *range(30, 40))
         trail.close()
         assert kept(tmp_path / f"{step}") == list(range(40)), step
+        assert (tmp_path / f"{step}/audit/{ACCOUNT}/audit.jsonl").stat().st_size <= 1000, "what failed is done when it can be"
         monkeypatch.undo()
         monkeypatch.setattr(audit, "_FILE_BYTES", 1000)
         monkeypatch.setattr(audit, "_FILES", 20)
