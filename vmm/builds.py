@@ -118,7 +118,8 @@ class Builder:
         self._trimming: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Ends and removes what builds of an earlier daemon left; lends the host's settings afresh."""
+        """Ends what builds of an earlier daemon left and puts it away: `trim` removes it, because trees may be large, and microVMs wait for
+        this start. Lends the host's settings afresh."""
         for name in self._cgroups.names():
             if name.startswith("build-"):
                 self._cgroups.remove(name)
@@ -127,8 +128,11 @@ class Builder:
             destroy_namespace(path)
         for name in ("accounts", "work"):
             (self._directory / name).mkdir(parents=True, exist_ok=True)
-        for entry in (*(self._directory / "work").iterdir(), *(self._directory / name for name in _OLD)):
-            shutil.rmtree(entry, ignore_errors=True)
+        work = self._directory / "work"
+        for entry in (*work.iterdir(), *(self._directory / name for name in _OLD)):
+            if not entry.name.startswith(DROPPED):
+                with contextlib.suppress(OSError):
+                    os.rename(entry, work / f"{DROPPED}{secrets.token_hex(4)}")
         build_mirrors.prepare(self._lent)
         self._trust()
 

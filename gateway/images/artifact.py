@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
+from gateway import executors
 from gateway.accounts.directory import Credentials
 from gateway.config import Settings
 
@@ -113,7 +115,8 @@ async def unpack(settings: Settings, archive: Path, target: Path) -> None:
 
     Raises BuildFailed; the target may then hold parts, and is the caller's to remove.
     """
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():  # of a service that ended meanwhile
+        await executors.BULK.run(partial(shutil.rmtree, target, ignore_errors=True))
     target.mkdir(mode=0o755, parents=True)
     limits = settings.images
     process = await asyncio.create_subprocess_exec(

@@ -34,6 +34,7 @@ from gateway.sessions.channels import GuestServices
 from gateway.sessions.host import Host, RpcError, RpcLost, patiently
 from gateway.sessions.line_writer import LineWriter
 from gateway.sessions.model import Build, Hooks, Image, Version
+from gateway.tasks import Tasks
 
 from . import artifact, bases, dockerfile
 from .artifact import BuildFailed, as_text
@@ -129,6 +130,7 @@ class Pipeline:
         self._host = host
         self._credentials = credentials
         self._on_phase = on_phase
+        self._tasks = Tasks()
 
     async def check(self, job: Job) -> None:
         """Fetches and reads what is to be built. Raises BuildFailed for what cannot be."""
@@ -152,9 +154,13 @@ class Pipeline:
             job.say(note)
 
     def set_aside(self, job: Job) -> None:
-        """The build waits: what was fetched for it takes no room meanwhile."""
+        """The build waits: what was fetched for it takes no room meanwhile. It has another name at once, and goes by and by: a context may
+        have some 100,000 files."""
         job.prepared, job.is_again = None, True
-        shutil.rmtree(self._work(job), ignore_errors=True)
+        aside = self._work(job).with_name(f"{job.build.id}-{secrets.token_hex(4)}")  # what is left of it, `sweep` takes
+        with contextlib.suppress(OSError):
+            os.rename(self._work(job), aside)
+            self._tasks.spawn(executors.BULK.run(partial(shutil.rmtree, aside, ignore_errors=True)))
 
     async def run(self, job: Job) -> None:
         """Builds what was checked, fetched again where it was set aside. Raises BuildFailed. On return the image exists on the host and the

@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import os
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -161,15 +162,20 @@ def test_every_tag_and_digest_is_converted_and_nothing_else() -> None:
     assert [rule["action"] for rule in source_policy((), True)["rules"]] == []  # type: ignore[attr-defined]
 
 
-def test_stores_of_buildah_go_at_the_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stores_of_buildah_go_at_the_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All accounts shared them; they were a cache."""
     for name in ("store/overlay", "runroot", "tmp/buildah-cache", "work/left", "settings"):
         (tmp_path / "builds" / name).mkdir(parents=True)
     monkeypatch.setattr(build_mirrors, "prepare", lambda directory: None)
     cgroups = Cgroups("builds-unit", tmp_path)
     settings = BuildSettings(tmp_path / "base.tar", tmp_path, tmp_path, (BASE,), False, FIRST)
-    Builder(tmp_path / "builds", tmp_path / "netns", cgroups, settings).start()
-    assert sorted(path.name for path in (tmp_path / "builds").iterdir()) == ["accounts", "settings", "work"]
+    one = Builder(tmp_path / "builds", tmp_path / "netns", cgroups, settings)
+    for _ in range(2):
+        with monkeypatch.context() as patch:  # microVMs wait for a daemon that starts, and a build's context may have 100,000 files
+            patch.setattr(shutil, "rmtree", lambda *_, **__: pytest.fail("a start removes no trees"))
+            one.start()
+        assert sorted(path.name for path in (tmp_path / "builds").iterdir()) == ["accounts", "settings", "work"]
+    await one._drop_left()
     assert not list((tmp_path / "builds/work").iterdir())
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from api_rig import ScriptedPipeline
 from waiting import until
 
 from gateway.config import Settings
-from gateway.images import pipeline, registry
+from gateway.images import artifact, pipeline, registry
+from gateway.images.artifact import BuildFailed
 from gateway.images.pipeline import Job, Pipeline
 from gateway.images.registry import INTERRUPTED, Registry
 from gateway.messages import ImageName
@@ -370,6 +373,29 @@ async def test_what_a_build_has_left_goes_later_and_never_that_of_another(rig: R
         (folder / name / "context").mkdir(parents=True)
     await rig.registry.sweep()
     assert [path.name for path in folder.iterdir()] == [running.id]
+
+
+async def test_what_was_fetched_for_a_build_that_waits_goes_off_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context may have 100,000 files: launches and resumes waited for their removal."""
+    one, job = cleaning(tmp_path, Host(None, 0))
+    context = one._work(job) / "context"
+    context.mkdir(parents=True)
+    removed: list[int] = []
+    rmtree = shutil.rmtree
+
+    def remove(path: Path, *more: Any, **named: Any) -> None:
+        removed.append(threading.get_ident())
+        rmtree(path, *more, **named)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    one.set_aside(job)
+    assert not one._work(job).exists(), "it is fetched again when its turn comes, maybe at once"
+    one.set_aside(job)
+    await until(lambda: not list(context.parent.parent.iterdir()))
+    context.mkdir(parents=True)  # of an earlier service
+    with pytest.raises(BuildFailed):
+        await artifact.unpack(Settings(root=tmp_path), tmp_path / "nothing.zip", context)
+    assert len(removed) == 2 and threading.get_ident() not in removed
 
 
 async def test_an_image_is_not_deleted_by_a_host_that_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
