@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 
+from gateway import config
+from gateway import messages as m
 from gateway.config import Settings
 from gateway.observe import room
 from gateway.rpc import Connection
+from gateway.sessions import room as admission
+from gateway.tasks import Tasks
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -50,6 +54,26 @@ async def test_a_launch_is_refused_by_vmm_where_the_last_ones_are_kept(monkeypat
 
 
 @pytest.mark.parametrize(("limit", "is_enough"), [(1024, False), (65_536, True)])
+@pytest.mark.parametrize("whose", ["control's", "vmm's"])
+async def test_control_refuses_a_launch_and_no_resume_where_the_last_ones_are_kept(monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
+    kept = room.descriptors_kept()
+
+    class Host:
+        def free(self) -> tuple[int, int, int]:
+            return 1 << 40, 1 << 40, 1 << 40
+
+        async def reclaim_capacity(self) -> m.Capacity:
+            return m.Capacity(1 << 40, 1 << 40, 1 << 40, 1, descriptors_free=kept + 5 if whose == "vmm's" else 1 << 20)
+
+    if whose == "control's":
+        monkeypatch.setattr(admission, "descriptors_free", lambda: kept + 5)
+    one = admission.Room(Host(), config.Limits(), Tasks())  # type: ignore[arg-type]
+    await one._ask()
+    assert not await one.take(is_new=True)
+    assert one.lack.startswith(f"descriptors: {kept + 5} are free") and "LimitNOFILE" in one.lack
+    assert await one.take(), "what sleeps may wake"
+
+
 def test_doctor_checks_the_limit_against_the_need(monkeypatch: pytest.MonkeyPatch, limit: int, is_enough: bool) -> None:
     from gateway.cli import host
 
