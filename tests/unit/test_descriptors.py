@@ -53,7 +53,6 @@ async def test_a_launch_is_refused_by_vmm_where_the_last_ones_are_kept(monkeypat
         await calls.rpc_prepare(connection, m.PrepareRequest("s", 1, "image", False))
 
 
-@pytest.mark.parametrize(("limit", "is_enough"), [(1024, False), (65_536, True)])
 @pytest.mark.parametrize("whose", ["control's", "vmm's"])
 async def test_control_refuses_a_launch_and_no_resume_where_the_last_ones_are_kept(monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
     kept = room.descriptors_kept()
@@ -74,6 +73,7 @@ async def test_control_refuses_a_launch_and_no_resume_where_the_last_ones_are_ke
     assert await one.take(), "what sleeps may wake"
 
 
+@pytest.mark.parametrize(("limit", "is_enough"), [(1024, False), (65_536, True)])
 def test_doctor_checks_the_limit_against_the_need(monkeypatch: pytest.MonkeyPatch, limit: int, is_enough: bool) -> None:
     from gateway.cli import host
 
