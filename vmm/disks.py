@@ -45,6 +45,11 @@ def stored_bytes(path: Path) -> int:
     return os.stat(path).st_blocks * 512
 
 
+def tree_bytes(directory: Path) -> int:
+    """What all files below a directory take on the disk. Raises OSError."""
+    return sum(stored_bytes(one) for one in directory.rglob("*"))
+
+
 def sync_path(path: Path) -> None:
     """Makes a file durable, or the renames inside a directory (fsync(2)). Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -60,6 +60,10 @@ class Quarantine:
         found = [self._read(path) for path in self._directory.iterdir() if path.is_dir() and not path.name.endswith(_HALF)]
         return sorted(found, key=lambda one: one.at)
 
+    def size(self, session: str) -> int:
+        """How many bytes of a session are set aside."""
+        return disks.tree_bytes(self._directory / session)
+
     def recover(self, session: str) -> Quarantined:
         """Gives a session its files back, where its newest snapshot is whole. Raises Missing, Damaged, Unavailable, OSError."""
         target, source = self._sessions / session, self._directory / session
@@ -93,7 +97,7 @@ class Quarantine:
         except (OSError, ValueError) as error:
             record = Quarantined(path.name, 0, "", f"{path / _REASON} cannot be read: {error}", path.stat().st_mtime)
         record.session = path.name
-        record.bytes = sum(disks.stored_bytes(one) for one in path.rglob("*"))
+        record.bytes = disks.tree_bytes(path)
         record.snapshot = _newest(path)
         record.is_disk_as_saved = is_disk_as_saved(path, record.snapshot)
         return record

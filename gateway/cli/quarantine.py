@@ -11,12 +11,10 @@ import typer
 
 from gateway import config
 from gateway import messages as m
-from gateway.sessions.quarantine import leaves_at
+from gateway.sessions.quarantine import leaves_at, patience
 
 from .admin import ask
 from .output import errors, fail
-
-_RECOVER_SECONDS = 660.0
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +33,8 @@ def recover(
     if disk is not None:
         hand_out(config.load(), name, disk, image)
     else:
-        ask("recover", m.SessionName(name), seconds=_RECOVER_SECONDS)
+        size = next((one.bytes for one in quarantined(config.load()) if one.session == name), 0)
+        ask("recover", m.SessionName(name), seconds=patience(size))
         errors.print(f"torpor: {name} is SUSPENDED again", soft_wrap=True)
 
 

@@ -171,9 +171,10 @@ class Host:
     async def quarantined(self) -> list[m.Quarantined]:
         return await self._client.call("quarantined", None, list[m.Quarantined], timeout=_DELETE_SECONDS)  # type: ignore[no-any-return]
 
-    async def recover(self, session: str) -> m.Quarantined:
+    async def recover(self, session: str, size: int = 0) -> m.Quarantined:
         """Moves a session's files back, where a snapshot of it is whole."""
-        return await self._client.call("recover", m.QuarantineName(session), m.Quarantined, timeout=_ARCHIVE_SECONDS)  # type: ignore[no-any-return]
+        seconds = grown(_ARCHIVE_SECONDS, size)
+        return await self._client.call("recover", m.QuarantineName(session), m.Quarantined, timeout=seconds)  # type: ignore[no-any-return]
 
     async def release_quarantined(self, session: str) -> None:
         await self._client.call("release_quarantined", m.QuarantineName(session), timeout=_ARCHIVE_SECONDS)

@@ -15,7 +15,7 @@ import structlog
 from gateway.config import Quarantine as Settings
 from gateway.messages import Quarantined
 
-from .host import Host, RpcError, patiently
+from .host import Host, RpcError, grown, patiently
 from .lifecycle import Lifecycle
 from .model import Session
 from .states import Event, State
@@ -24,10 +24,16 @@ from .store import Store, StoreError
 log = structlog.get_logger()
 
 DAY_SECONDS = 86_400.0
+_RECOVER_SECONDS = 660.0  # more than control waits for its host
 
 
 class RecoverError(Exception):
     """A session cannot be brought back; the text says why, and what can be had."""
+
+
+def patience(size: int) -> float:
+    """How long a recovery of so many bytes may take: each is compared with its checksum."""
+    return grown(_RECOVER_SECONDS, size)
 
 
 def leaves_at(one: Quarantined, settings: Settings) -> float:
@@ -147,7 +153,8 @@ class Quarantine:
                 f"had (torpor recover {session.id} --disk FILE)"
             )
         try:
-            back = await patiently(lambda: self._host.recover(session.id))  # also where it was done, and the answer was lost
+            size = found.bytes if found is not None else session.snapshot_bytes
+            back = await patiently(lambda: self._host.recover(session.id, size))  # also where it was done, and the answer was lost
             if back.snapshot:  # that of before, where its successor had not got as far as to write
                 session.incarnation = back.snapshot
         except RpcError as error:

@@ -194,7 +194,7 @@ class ScriptedHost:
     async def quarantined(self) -> list[m.Quarantined]:
         return list(self.aside.values())
 
-    async def recover(self, session: str) -> m.Quarantined:
+    async def recover(self, session: str, size: int = 0) -> m.Quarantined:
         await self._call("recover", session)
         record = self.aside.get(session)
         if record is None and session in self.disks:  # done, and the answer was lost

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from vmm_rig import IMAGE, Rig
 
+from gateway import executors
 from gateway import messages as m
-from vmm import diffs, syscalls, vms
+from vmm import diffs, disks, syscalls, vms
 from vmm.driver import Process
 from vmm.errors import Damaged, DiskFull, Ended, Missing, NeverRan, Unavailable, VmmError
 from vmm.rpc.sessions import _SAVES_AT_ONCE
@@ -153,6 +154,27 @@ async def test_files_that_a_later_incarnation_runs_from_are_not_cleared_away_lat
     await rig.settled()
     assert rig.asleep(ONE) == rig.counted(ONE) == sleeps + 1
     await nothing_left(rig)
+
+
+async def test_deadlines_of_work_on_large_files_grow_with_their_bytes(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive, and a look at all that was set aside: a disk that is slow and works is waited for."""
+    sleeps = await asleep(rig)
+    await rig.settled()
+    given: dict[str, float | None] = {}
+
+    async def run(call: Callable[..., Any], *arguments: Any, seconds: float | None = None) -> Any:
+        given[call.__name__] = seconds
+        return call(*arguments)
+
+    monkeypatch.setattr(executors.BULK, "run", run)
+    monkeypatch.setattr(executors, "_BYTES_PER_SECOND", 1)
+    size = disks.tree_bytes(rig.vmm.snapshots.of(ONE))
+    target = os.open(tmp_path / "archive", os.O_RDWR | os.O_CREAT)
+    await rig.pack(m.PackRequest(ONE, sleeps), [target])
+    await rig.quarantine(m.QuarantineRequest(ONE, sleeps, IMAGE, "why"))
+    await rig.recover(m.QuarantineName(ONE))
+    for work in ("pack", "recover"):
+        assert (given[work] or 0) > size > 4096, work
 
 
 async def test_a_clearing_away_that_comes_late_takes_nothing_of_what_runs(rig: Rig) -> None:

@@ -11,7 +11,7 @@ from gateway import executors
 from gateway import messages as m
 from gateway.rpc import Connection
 
-from .. import archives
+from .. import archives, disks
 from ..errors import Unavailable, not_written
 from ..network import Network
 from ..quarantine import Quarantine
@@ -20,6 +20,7 @@ from ..snapshots import Snapshots
 from ..vms import VmRegistry
 from ..warm_pool import WarmPool
 
+_BULK_SECONDS = 600.0  # and more by bytes
 _UNPACKS_AT_ONCE = 2  # of the threads that resumes use too: a resume waits for its archive
 T = TypeVar("T")
 
@@ -80,8 +81,9 @@ class FileCalls:
         async with self._vms.owned(body.session, "being recovered"):
             if self._vms.get(body.session) is not None:
                 raise Unavailable(f"session {body.session} has a hypervisor")
+            seconds = executors.seconds_for(await executors.UPKEEP.run(self._quarantine.size, body.session), _BULK_SECONDS)
             try:
-                return await executors.BULK.run(self._quarantine.recover, body.session)
+                return await executors.BULK.run(self._quarantine.recover, body.session, seconds=seconds)
             finally:
                 self._snapshots.look(body.session)
 
@@ -100,7 +102,8 @@ class FileCalls:
                 if snapshot.name != f"snapshot-{body.incarnation}":
                     raise Unavailable(f"session {body.session} does not rest with snapshot {body.incarnation}")
                 files = self._snapshots.of(body.session)
-                size, digest = await executors.BULK.run(archives.pack, files, snapshot, descriptors[0], reader.check)
+                seconds = executors.seconds_for(await executors.UPKEEP.run(disks.tree_bytes, files), _BULK_SECONDS)
+                size, digest = await executors.BULK.run(archives.pack, files, snapshot, descriptors[0], reader.check, seconds=seconds)
                 reader.check()
         except OSError as error:
             what = f"the archive of session {body.session}"
