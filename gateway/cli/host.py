@@ -300,7 +300,7 @@ def _stored(settings: config.Settings, store: Known) -> Iterator[tuple[str, bool
     """What doctor says of the store against the disks."""
     from vmm.errors import VmmError
 
-    from .repair import missing_of, strangers_of, upgrades_of
+    from .repair import away_of, missing_of, strangers_of, upgrades_of
 
     try:
         yield from upgrades_of(settings, store) if settings.images_dir.is_dir() else []
@@ -308,6 +308,7 @@ def _stored(settings: config.Settings, store: Known) -> Iterator[tuple[str, bool
         yield "old images", False, f"cannot be told: {error}"
     yield from missing_of(settings, store)
     yield from strangers_of(settings, store)
+    yield from away_of(settings, store)
     for row in store.set_aside:
         yield f"set aside: {row.kind}", False, f"{row.key}: its row in the store cannot be read: {row.reason}; its files are kept"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gateway.config import ConfigError, Settings
@@ -37,6 +37,7 @@ class Known:
     set_aside: list[SetAside]
     live: list[Session]
     made: list[Image]
+    aside: list[Session] = field(default_factory=list)  # that errors have ended, and that may come back
 
     @property
     def is_whole(self) -> bool:
@@ -52,10 +53,12 @@ def known(database: Path) -> Known:
             found, set_aside = readable(connection, database)
     except sqlite3.Error as error:
         raise ConfigError(f"{database} cannot be read: {error}{advice(error)}") from error
-    live = [value for kind, _, value in found if kind == "sessions" and not value.state.is_ended]
+    stored = [value for kind, _, value in found if kind == "sessions"]
+    live = [value for value in stored if not value.state.is_ended]
+    aside = [value for value in stored if value.is_aside and value.state is State.TERMINATED]
     made = [value for kind, _, value in found if kind == "images"]
     sessions = {one.id for one in live} | {row.key for row in set_aside if row.kind == "sessions"}
-    return Known(sessions, {version.key for image in made for version in image.versions}, set_aside, live, made)
+    return Known(sessions, {version.key for image in made for version in image.versions}, set_aside, live, made, aside)
 
 
 def leftovers_of(settings: Settings, store: Known) -> list[leftovers.Leftover]:
@@ -87,6 +90,18 @@ def missing_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
         lost = [settings.sessions_dir / name for name in asleep if not (settings.sessions_dir / name).is_dir()]
         found += [("sleeper", False, f"{path}, where a sleeping microVM has its files, {text}") for path in lost]
     return found
+
+
+def away_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
+    """What doctor says of microVMs that errors have ended and of which nothing is in the quarantine: their files were not there to be set
+    aside, or are archived."""
+    rows = []
+    for one in store.aside:
+        if not (settings.root / "quarantine" / one.id).is_dir():
+            files = settings.sessions_dir / one.id
+            wants = "its archive is kept" if one.archived is not None else f"once {files} is back (a mount, a backup)"
+            rows.append(("set aside", False, f"{one.id}: {one.reason}; torpor recover {one.id} brings it back: {wants}"))
+    return rows
 
 
 def upgrades_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:

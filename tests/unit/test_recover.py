@@ -19,6 +19,7 @@ from test_no_loss import rig as rig  # noqa: PLC0414
 from gateway import config
 from gateway import messages as m
 from gateway.cli import quarantine as command
+from gateway.cli import repair
 from gateway.rpc import RpcError, RpcLost
 from gateway.sessions import host as hosting
 from gateway.sessions.model import Archived, Session
@@ -261,6 +262,22 @@ def test_doctor_lists_it_with_reason_age_bytes_and_the_day_it_goes(tmp_path: Pat
     assert total[:2] == ("quarantine", True) and "1 set aside, 2 of 20480 MiB" in total[2]
     assert not one[1] and one[2].startswith("microvm-1: checksum (") and "days ago, 2 MiB; removed on 1970-01-15)" in one[2]
     assert "torpor recover microvm-1 cannot bring it back without a snapshot" in one[2] and "--disk FILE" in one[2]
+
+
+async def test_doctor_lists_what_an_error_has_ended_and_whose_files_are_elsewhere(rig: Rig, tmp_path: Path) -> None:
+    """Whose disk was not mounted, say: nothing in the quarantine speaks of it, and its row keeps its time."""
+    settings = config.Settings(root=tmp_path)
+    for name, archived in (("away", None), ("archived", Archived("key", 1, "digest")), ("here", None), ("live", None)):
+        one = Session(name, name, "arn:aws:lambda:us-east-1:123456789012:microvm-image:a", "1.0", "k", 512, 0.0, 3600, archived=archived)
+        one.state, one.is_aside, one.reason = (State.SUSPENDED, False, None) if name == "live" else (State.TERMINATED, True, "Not there.")
+        rig.store.put_session(one)
+    await rig.store.commit()
+    quarantined(settings, "here")
+    said = repair.away_of(settings, repair.known(rig.store._path))
+    assert [(kind, is_well) for kind, is_well, _ in said] == [("set aside", False)] * 2
+    texts = sorted(text for _, _, text in said)
+    assert texts[0] == "archived: Not there.; torpor recover archived brings it back: its archive is kept"
+    assert texts[1] == f"away: Not there.; torpor recover away brings it back: once {tmp_path}/sessions/away is back (a mount, a backup)"
 
 
 @pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-utils is not installed")
