@@ -127,6 +127,23 @@ async def test_what_cannot_be_started_again_is_tried_until_it_can(rig: Rig, scri
     assert len(rig.child.processes) == 1
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread"), ValueError("whatever")], ids=repr)
+async def test_whatever_a_start_meets_it_is_tried_again(rig: Rig, error: Exception) -> None:
+    first = await started(rig)
+    fails = [error, error]
+    spawn = rig._spawn
+
+    async def failing(child: Child, ready: int) -> Process:
+        if fails:
+            raise fails.pop()
+        return await spawn(child, ready)
+
+    rig.children._spawn = failing
+    first.kill()
+    await rig.until_another_serves(first)
+    assert not fails
+
+
 async def test_one_that_ends_as_soon_as_it_serves_is_started_again(rig: Rig) -> None:
     rig.script = "printf 1 >/dev/fd/$READY; exit 3"
     await rig.children.start(rig.child)

@@ -207,6 +207,42 @@ async def test_a_resume_calls_an_archive_off(rig: Rig, tmp_path: Path) -> None:
     await nothing_left(rig)
 
 
+async def test_work_of_minutes_never_takes_a_thread_that_a_resume_waits_for(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Folds, archives, looks at all that was set aside, and removals; and of archives one at a time, which leaves the other thread."""
+    done: dict[str, set[str]] = {"LATENCY": set(), "BULK": set()}
+    for name, work in done.items():
+        pool, run = getattr(executors, name), getattr(executors, name).run
+
+        async def noted(
+            call: Callable[..., Any], *arguments: Any, seconds: float | None = None, work: set[str] = work, run: Any = run
+        ) -> Any:  # fmt: skip
+            work.add(call.__name__)
+            return await run(call, *arguments, seconds=seconds)
+
+        monkeypatch.setattr(pool, "run", noted)
+    sleeps = await asleep(rig, diffs.FOLD_AT)
+    await rig.settled()
+    rig.points.hold("pack")
+    targets = [os.open(tmp_path / str(number), os.O_RDWR | os.O_CREAT) for number in range(2)]
+    first = asyncio.ensure_future(rig.pack(m.PackRequest(ONE, sleeps), targets[:1]))
+    await rig.points.reached("pack")
+    second = asyncio.ensure_future(rig.pack(m.PackRequest(ONE, sleeps), targets[1:]))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert rig.points.passed.count("pack") == 1
+    rig.points.free("pack")
+    await asyncio.gather(first, second)
+    for _ in range(2):
+        await rig.quarantine(m.QuarantineRequest(ONE, sleeps, IMAGE, "why"))
+        await rig.recover(m.QuarantineName(ONE))
+    await nothing_left(rig)
+    await rig.release_quarantined(m.QuarantineName(ONE))
+    heavy = {"write_fold", "drop_fold", "pack", "recover", "sweep", "sweep_forgotten", "release"}
+    assert heavy <= done["BULK"] and not heavy & done["LATENCY"]
+
+
 async def test_an_archive_of_a_sleeper_comes_back(rig: Rig, tmp_path: Path) -> None:
     sleeps = await asleep(rig, 3)
     await rig.settled()
