@@ -90,7 +90,8 @@ class Children:
 
     async def start(self, child: Child, ended: Process | None = None) -> None:
         """Starts a process of the child, which serves in its predecessor's place; the predecessor is then told to end. When it does
-        not serve, StartError is raised and the predecessor goes on. `ended`: only where this one has not been replaced meanwhile."""
+        not serve, StartError is raised and the predecessor goes on. With `ended` it does so only where that process has not been
+        replaced meanwhile."""
         async with child.lock:
             if ended is not None and child.serving is not ended:
                 return

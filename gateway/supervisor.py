@@ -64,7 +64,7 @@ class Supervisor:
     # ---- start ----
 
     async def start(self) -> Settings:
-        """Everything up and serving; returns the settings with the ports that were chosen. Raises ConfigError, StartError."""
+        """Has everything up and serving; returns the settings with the ports that were chosen. Raises ConfigError, StartError."""
         self._files.start()
         self._take_lock()
         syscalls.become_subreaper()
@@ -384,7 +384,7 @@ async def _stop_old(old: list[Recorded]) -> None:
 
 
 async def serve(settings: Settings, announce: Callable[[Settings], None]) -> None:
-    """Until SIGTERM or SIGINT; SIGHUP replaces the edge workers. Raises ConfigError when something does not start."""
+    """Serves until SIGTERM or SIGINT; SIGHUP replaces the edge workers. Raises ConfigError when something does not start."""
     watch_without_threads()
     supervisor = Supervisor(settings)
     stop = asyncio.Event()

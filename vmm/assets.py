@@ -139,7 +139,7 @@ def make(cache: Path, say: Callable[[str], None], wanted: Base = LOCAL) -> None:
 
 
 def missing(cache: Path, wanted: Base = LOCAL) -> dict[str, bool]:
-    """Of each file or directory whether it has to be made. No registry is asked."""
+    """Returns of each file or directory whether it has to be made. No registry is asked."""
     return {step.name: making.key_at(cache / step.name) != step.key(cache) for step in _steps(wanted)}
 
 
@@ -159,6 +159,6 @@ def _make(cache: Path, steps: tuple[Step, ...], say: Callable[[str], None]) -> N
 
 
 def _words(error: Exception) -> str:
-    """What a program that failed wrote last, else what became of it."""
+    """Returns what a program that failed wrote last, else what became of it."""
     said = getattr(error, "stderr", None) or str(error)
     return (said.decode(errors="replace") if isinstance(said, bytes) else str(said)).strip()[-_QUOTED_CHARACTERS:]

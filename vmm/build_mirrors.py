@@ -56,7 +56,7 @@ def prepare(directory: Path) -> None:
 
 
 def _pip_settings(mounts: list[tuple[str, str]]) -> str:
-    """The host's pip configuration; indexes that are folders here are mounted there."""
+    """Writes the host's pip configuration; indexes that are folders here are mounted there."""
     listing = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], check=False, capture_output=True, text=True, timeout=60
     ).stdout
@@ -86,7 +86,7 @@ def _translate(word: str, mounts: list[tuple[str, str]]) -> str:
 
 
 def mirror_hosts(directory: Path) -> list[str]:
-    """The hosts that the lent settings name: a build may reach them even when their addresses are private ones."""
+    """Returns the hosts that the lent settings name: a build may reach them even when their addresses are private ones."""
     text = "".join((directory / name).read_text(encoding="utf-8") for name in ("apt/host.sources", "apt/apt.conf", "xdg/pip/pip.conf"))
     hosts = {urlsplit(url).hostname for url in re.findall(r"https?://[^\s\"';]+", text)}
     return sorted(host for host in hosts if host)

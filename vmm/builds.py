@@ -72,7 +72,8 @@ class _Build:
 
 
 async def _say(log: int, text: str) -> None:
-    """The pipe may be full, and its reader late: nobody else waits for it, and a log that nobody reads any more is no error."""
+    """Says it in the build's log. The pipe may be full, and its reader late: nobody else waits for it, and a log that nobody reads any more
+    is no error."""
     with contextlib.suppress(TimeoutError, BrokenPipeError):
         async with asyncio.timeout(_SAY_SECONDS):
             await descriptors.writable(log)
@@ -80,8 +81,8 @@ async def _say(log: int, text: str) -> None:
 
 
 def source_policy(base_names: tuple[str, ...], pull: bool) -> dict[str, object]:
-    """Where BuildKit takes images from (its sourcepolicy): every name, tag and digest of the local base means the one that is there;
-    others are taken from registries, or from nowhere."""
+    """Returns where BuildKit takes images from (its sourcepolicy): every name, tag and digest of the local base means the one that is
+    there; others are taken from registries, or from nowhere."""
     rules: list[dict[str, object]] = []
     if not pull:
         rules.append({"action": "DENY", "selector": {"identifier": "docker-image://*"}})
@@ -96,7 +97,7 @@ def source_policy(base_names: tuple[str, ...], pull: bool) -> dict[str, object]:
 
 
 def canonical(name: str) -> str:
-    """A reference with the registry and the tag that Docker adds (its distribution/reference)."""
+    """Returns a reference with the registry and the tag that Docker adds (its distribution/reference)."""
     first, slash, _ = name.partition("/")
     if not slash:
         name = f"docker.io/library/{name}"

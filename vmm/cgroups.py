@@ -203,11 +203,11 @@ class Cgroups:
         ]
 
     def enter(self, name: str) -> list[str]:
-        """What stands before a command that is to run as a member, with all that it starts."""
+        """Returns what stands before a command that is to run as a member, with all that it starts."""
         return _join(self.joins(name))
 
     def joins(self, name: str) -> list[Path]:
-        """The files into which a process writes its id to become a member."""
+        """Returns the files into which a process writes its id to become a member."""
         return [base / name / "cgroup.procs" for base in self._bases.values()]
 
     def relative(self, name: str) -> str:
@@ -216,7 +216,7 @@ class Cgroups:
         return str((base / name).relative_to(ROOT)) if self.unified else f"{self._name}/{name}"
 
     def memory_bytes(self, name: str) -> int:
-        """What the group's members hold in memory, 0 when unknown."""
+        """Returns what the group's members hold in memory, 0 when unknown."""
         base = self._bases.get("" if self.unified else "memory")
         file = "memory.current" if self.unified else "memory.usage_in_bytes"
         with contextlib.suppress(OSError, ValueError):
@@ -225,7 +225,7 @@ class Cgroups:
         return 0
 
     def oom_kills(self, name: str) -> int:
-        """How many of the group's processes the kernel killed for want of memory, 0 when unknown."""
+        """Returns how many of the group's processes the kernel killed for want of memory, 0 when unknown."""
         base = self._bases.get("" if self.unified else "memory")
         file = "memory.events" if self.unified else "memory.oom_control"
         with contextlib.suppress(OSError, ValueError):
@@ -235,7 +235,7 @@ class Cgroups:
         return 0
 
     def cpu_seconds(self, name: str) -> float:
-        """Processor time that the group has used."""
+        """Returns the processor time that the group has used."""
         with contextlib.suppress(OSError, ValueError):
             if self.unified:
                 lines = (self._bases[""] / name / "cpu.stat").read_text(encoding="ascii").splitlines()
@@ -245,7 +245,8 @@ class Cgroups:
         return 0.0
 
     def names(self) -> list[str]:
-        """Of version 1, a group that could not be removed everywhere is still there under some controllers."""
+        """Returns the groups of the instance. Of version 1, one that could not be removed everywhere is still there under some
+        controllers."""
         found: set[str] = set()
         for base in self._bases.values():
             with contextlib.suppress(OSError):
@@ -305,13 +306,14 @@ def _is_populated(group: Path) -> bool:
 
 
 def _own_group() -> Path:
-    """This process's in the unified hierarchy (cgroups(7), /proc/PID/cgroup)."""
+    """Returns this process's group in the unified hierarchy (cgroups(7), /proc/PID/cgroup)."""
     lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     return ROOT / next((line.removeprefix("0::").lstrip("/") for line in lines if line.startswith("0::")), "")
 
 
 def _delegated() -> Path:
-    """The nearest group around this process that somebody has marked as ours to divide; the hierarchy's root where there is none."""
+    """Returns the nearest group around this process that somebody has marked as ours to divide; the hierarchy's root where there is
+    none."""
     own = _own_group()
     for group in (own, *own.parents):
         if not group.is_relative_to(ROOT):
@@ -338,7 +340,8 @@ def _is_sealed(directory: Path) -> bool:
 
 
 def disk_number(path: Path) -> str | None:
-    """MAJOR:MINOR of the whole disk under a path, which need not be there yet; None where there is none (overlayfs, network, tmpfs)."""
+    """Returns MAJOR:MINOR of the whole disk under a path, which need not be there yet; None where there is none (overlayfs, network,
+    tmpfs)."""
     device = os.stat(existing(path)).st_dev
     entry = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
     if not entry.exists():

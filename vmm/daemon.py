@@ -174,9 +174,9 @@ class Vmm:
 
 
 async def adopt_all(driver: Driver, seconds: float = _ADOPT_SECONDS) -> list[tuple[Process, Machine | None]]:
-    """Takes over every hypervisor that answers, all at once: those that do not cost the start `seconds` together, and nobody else his
-    microVM. What is left of such a one is cleared away by the next start. Raises OSError where the host has no more of something: the
-    start is tried again then."""
+    """Takes over every hypervisor that answers, all at once: those that do not answer cost the start `seconds` in all, and keep no other
+    microVM from being taken over. What is left of one is cleared away by the next start. Raises OSError where the host has no more of
+    something: the start is tried again then."""
 
     async def adopt(record: Process) -> Machine | None:
         try:

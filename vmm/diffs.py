@@ -84,7 +84,7 @@ def write_runs(path: Path, runs: list[tuple[int, int]]) -> None:
 
 
 def filled(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The runs with their smallest gaps filled, for at most a tenth more pages: each run costs a mapping, a page 4 KiB."""
+    """Returns the runs with their smallest gaps filled, for at most a tenth more pages: each run costs a mapping, a page 4 KiB."""
     room = page_count(runs) // 10
     gaps = sorted((after[0] - before[1], at) for at, (before, after) in enumerate(itertools.pairwise(runs)))
     closed: set[int] = set()
@@ -107,7 +107,7 @@ def page_count(runs: Iterable[tuple[int, int]]) -> int:
 
 
 def merge(chain: list[tuple[int, list[tuple[int, int]]]]) -> list[Segment]:
-    """What of each diff still shows, in the guest's order. `chain`: (diff, runs), oldest first."""
+    """Returns what of each diff still shows, in the guest's order. `chain`: (diff, runs), oldest first."""
     shown: list[Segment] = []
     for diff, runs in chain:
         at = 0
@@ -120,12 +120,12 @@ def merge(chain: list[tuple[int, list[tuple[int, int]]]]) -> list[Segment]:
 
 
 def shown(snapshot: Path, chain: list[int]) -> list[Segment]:
-    """What of a snapshot's diffs shows. Raises Damaged, Missing, Unavailable."""
+    """Returns what of a snapshot's diffs shows. Raises Damaged, Missing, Unavailable."""
     return merge([(number, runs_of(snapshot / f"{number}.runs")) for number in chain])
 
 
 def _over(below: list[Segment], above: list[Segment]) -> list[Segment]:
-    """`below` where `above` leaves it to be seen, and `above`."""
+    """Returns `below` where `above` leaves it to be seen, and `above`."""
     if not below:
         return above
     starts = [one.first for one in above]

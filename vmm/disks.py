@@ -28,7 +28,7 @@ async def create_overlay(path: Path, size_bytes: int) -> None:
 
 
 def copy_overlay(template: Path, target: Path) -> None:
-    """A fresh overlay (mode 0600). Shared blocks where the file system can (FICLONE: XFS, btrfs), else a copy of what is data:
+    """Makes a fresh overlay (mode 0600): shared blocks where the file system can (FICLONE: XFS, btrfs), else a copy of what is data:
     of an empty qcow2 file some 200 KB, quicker than starting qemu-img. Raises OSError."""
     target.unlink(missing_ok=True)
     with template.open("rb") as source, os.fdopen(os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb") as copy:
@@ -41,7 +41,7 @@ def copy_overlay(template: Path, target: Path) -> None:
 
 
 def stored_bytes(path: Path) -> int:
-    """What a sparse file really takes on the disk."""
+    """Returns what a sparse file really takes on the disk."""
     return os.stat(path).st_blocks * 512
 
 

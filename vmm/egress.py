@@ -111,7 +111,7 @@ class Pairs:
         self._back: deque[tuple[int, str]] = deque()  # and whose they were; the one that was given back longest ago is first
 
     def keep(self, owner: str, pair: int) -> None:
-        """Of an owner that has it already; an empty one gives it never back."""
+        """Notes a pair that its owner has already; without an owner it never comes back."""
         self._kept.add(pair)
         if owner:
             self._given[owner] = pair
@@ -333,7 +333,7 @@ def networks_here() -> dict[str, str]:
 
 
 def _exists(device: str) -> bool:
-    """In the calling thread's namespace."""
+    """Whether a device is there, in the calling thread's namespace."""
     try:
         socket.if_nametoindex(device)
     except OSError:

@@ -30,7 +30,8 @@ _CHUNK = 1 << 20
 
 
 def make_due(memory: Path, now: float | None = None) -> int:
-    """Of a guest that is stopped, in the file of whose memory they are looked for; returns how many there were. Raises OSError."""
+    """Has the generators of a guest that is stopped seed themselves anew: in the file of its memory. Returns how many there were. Raises
+    OSError."""
     wall = int(time.time() if now is None else now)
     count = 0
     with memory.open("r+b", buffering=0) as file:
@@ -43,7 +44,7 @@ def make_due(memory: Path, now: float | None = None) -> int:
 
 
 def seeded(pages: bytes, now: int) -> list[int]:
-    """Where in these pages stands the time at which a generator was seeded.
+    """Returns where in these pages stands the time at which a generator was seeded.
 
     What follows in a process's memory need not follow in the guest's: of a state that lies across the end of a page one half is enough.
     """

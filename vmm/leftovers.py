@@ -90,7 +90,7 @@ def _groups(settings: Settings, records: list[Process], sessions: Collection[str
 
 
 def _jails(settings: Settings, records: list[Process], sessions: Collection[str]) -> Iterator[Leftover]:
-    """Firecracker's; QEMU's jails are mounts of the process itself."""
+    """Finds Firecracker's; QEMU's jails are mounts of the process itself."""
     known = {record.vm for record in records if record.session in sessions}
     for path in sorted((settings.root / "jails").glob("*/*")):
         if path.name not in known:
@@ -130,7 +130,7 @@ def _is_image(path: Path) -> bool:
 
 
 def strangers(settings: Settings, sessions: Collection[str], images: Collection[str]) -> list[Path]:
-    """Sleeping sessions and images that the store does not know. They are nobody's to remove: the store may be the wrong one."""
+    """Returns sleeping sessions and images that the store does not know. They are nobody's to remove: the store may be the wrong one."""
     asleep = [path for path in _entries(settings.sessions_dir) if path.name not in sessions and _is_saved(path)]
     return asleep + [path for path in _entries(settings.images_dir) if path.name not in images and _is_image(path)]
 

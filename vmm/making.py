@@ -25,7 +25,8 @@ _UNFINISHED = (f"{_NEW}*", "*.new", "tmp????????")
 
 
 def key_of(*made_of: object) -> str:
-    """A digest of what something is made from: of functions the source counts, of files the content, of everything else its text."""
+    """Returns a digest of what something is made from: of functions the source counts, of files the content, of everything else its
+    text."""
     state = hashlib.sha256()
     for part in made_of:
         if isinstance(part, FunctionType):
@@ -43,7 +44,7 @@ def key_path(target: Path) -> Path:
 
 
 def key_at(target: Path) -> str:
-    """The key of what is there; empty where there is none to be trusted."""
+    """Returns the key of what is there; empty where there is none to be trusted."""
     try:
         return key_path(target).read_text(encoding="ascii") if target.exists() else ""
     except OSError:
@@ -81,7 +82,7 @@ def alone_unless_busy(directory: Path) -> Iterator[bool]:
 
 
 def remembered(memory: Path, key: str, ask: Callable[[], str]) -> str:
-    """What was answered under this very key, else what is answered now."""
+    """Returns what was answered under this very key, else what is answered now."""
     with contextlib.suppress(OSError, ValueError):
         known, _, answer = memory.read_text(encoding="utf-8").partition("\n")
         if known == key:
@@ -116,7 +117,7 @@ def make(target: Path, key: str, work: Callable[[Path], None]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Whatever it is. Mounts that a command left below it go first: what is mounted there is somebody else's."""
+    """Removes it, whatever it is. Mounts that a command left below it go first: what is mounted there is somebody else's."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return

@@ -58,7 +58,7 @@ def find_mapping(pid: int, image: str) -> Mapping:
 
 
 def new_memory(image: str, size_bytes: int) -> int:
-    """An empty memfd for a guest that boots: shared, so that what the guest writes is in it."""
+    """Makes an empty memfd for a guest that boots: shared, so that what the guest writes is in it."""
     descriptor = os.memfd_create(memfd_name(image), os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     try:
         os.ftruncate(descriptor, size_bytes)
@@ -69,7 +69,7 @@ def new_memory(image: str, size_bytes: int) -> int:
 
 
 def sealed(name: str, data: bytes) -> int:
-    """A file in memory that nobody can change (memfd_create(2), F_ADD_SEALS)."""
+    """Makes a file in memory that nobody can change (memfd_create(2), F_ADD_SEALS)."""
     descriptor = os.memfd_create(name, os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     try:
         os.write(descriptor, data)
@@ -81,7 +81,7 @@ def sealed(name: str, data: bytes) -> int:
 
 
 def write_only(name: str) -> int:
-    """An empty file in memory, opened to write: QEMU takes from a descriptor set only what has the very access that it wants."""
+    """Makes an empty file in memory, opened to write: QEMU takes from a descriptor set only what has the very access that it wants."""
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
     try:
         return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_CLOEXEC)
@@ -109,7 +109,7 @@ def store_memory(descriptor: int, target: Path) -> int:
 
 
 async def load_image_memory(image: str, source: Path, disk: list[Path], cgroup_files: list[Path]) -> int:
-    """The image's memory as a sealed memfd; `disk` is read ahead with it. Raises OSError."""
+    """Returns the image's memory as a sealed memfd; `disk` is read ahead with it. Raises OSError."""
     descriptor = new_memory(image, source.stat().st_size)
     try:
         await fill_apart(source, descriptor, cgroup_files, disk)
@@ -121,7 +121,7 @@ async def load_image_memory(image: str, source: Path, disk: list[Path], cgroup_f
 
 
 async def fill_apart(source: Path, descriptor: int, cgroup_files: list[Path], disk: Sequence[Path] = ()) -> None:
-    """A helper process fills the memory, in a cgroup of its own: pages are charged to whoever touches them first, and clones must not
+    """Has a helper process fill the memory, in a cgroup of its own: pages are charged to whoever touches them first, and clones must not
     pay for what they share. Raises OSError."""
     command = (sys.executable, "-S", "-m", "vmm.sparse", str(source), str(descriptor), *map(str, disk), "--", *map(str, cgroup_files))
     await programs.run(
@@ -131,14 +131,14 @@ async def fill_apart(source: Path, descriptor: int, cgroup_files: list[Path], di
 
 
 def identity(descriptor: int) -> tuple[int, int]:
-    """Which file it is: numbers that no other has while it lives (inode(7))."""
+    """Returns which file it is: numbers that no other has while it lives (inode(7))."""
     found = os.fstat(descriptor)
     return found.st_dev, found.st_ino
 
 
 def adopt_image_memory(pid: int, which: tuple[int, int], is_shared: bool) -> int | None:
-    """The image's memory, taken from a process that has it open (a clone outlives this daemon). `which` was written down when we gave it:
-    the process may have other files of the same name by now, made by whoever has taken it over. What clones share was sealed."""
+    """Returns the image's memory, taken from a process that has it open (a clone outlives this daemon). `which` was written down when we
+    gave it: the process may have other files of the same name by now, made by whoever has taken it over. What clones share was sealed."""
     entries: list[str] = []
     with contextlib.suppress(OSError):
         entries = os.listdir(f"/proc/{pid}/fd")
@@ -156,7 +156,7 @@ def adopt_image_memory(pid: int, which: tuple[int, int], is_shared: bool) -> int
 
 
 def differing(runs: list[tuple[int, int]], process: int, start: int, image: int) -> list[tuple[int, int]]:
-    """Of the pages in `runs` those that are not as the image has them: a guest writes many with what was there (zeros above all).
+    """Returns, of the pages in `runs`, those that are not as the image has them: a guest writes many with what was there (zeros above all).
 
     `process` and `image` are descriptors; the guest's page 0 is at `start` of the one and at 0 of the other. Where hardly any of the
     first pages are equal the rest is taken unseen: a suspend must not read all of a large change twice for them.
@@ -181,7 +181,7 @@ def differing(runs: list[tuple[int, int]], process: int, start: int, image: int)
 
 
 def _add(runs: list[tuple[int, int]], first: int, after: int) -> None:
-    """To the last run where it goes on from there."""
+    """Adds to the last run where it goes on from there."""
     if runs and runs[-1][1] == first:
         runs[-1] = (runs[-1][0], after)
     else:

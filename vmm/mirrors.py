@@ -12,7 +12,7 @@ SUITE = "bookworm"
 
 
 def host_sources(suite: str = SUITE) -> str:
-    """The host's apt sources for a suite, as one deb822 text. Raises AssetError where there are none."""
+    """Returns the host's apt sources for a suite, as one deb822 text. Raises AssetError where there are none."""
     texts = []
     for file in sorted(Path("/etc/apt/sources.list.d").glob("*.sources")):
         text = file.read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def host_sources(suite: str = SUITE) -> str:
 
 
 def apt_options() -> str:
-    """The host's way to its mirror (proxies, certificates, retries), as an apt.conf."""
+    """Returns the host's way to its mirror (proxies, certificates, retries), as an apt.conf."""
     dump = subprocess.run(["apt-config", "dump"], check=True, capture_output=True, text=True, timeout=20).stdout
     kept = ("Acquire::http", "Acquire::https", "Acquire::Retries")
     return "".join(f"{line}\n" for line in dump.splitlines() if line.startswith(kept) and '""' not in line)

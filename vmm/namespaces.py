@@ -44,13 +44,13 @@ def destroy_namespace(path: Path) -> None:
 
 
 def apart(work: Callable[[], T]) -> T:
-    """What `work` returns, run by the calling thread while it is in a new namespace, which goes with what was opened in it. Raises
+    """Returns what `work` returns, run by the calling thread while it is in a new namespace, which goes with what was opened in it. Raises
     OSError."""
     return _elsewhere(lambda: syscalls.unshare(syscalls.CLONE_NEWNET), work)
 
 
 def inside(path: Path, work: Callable[[], T]) -> T:
-    """What `work` returns, run by the calling thread while it is in the namespace at `path`. Raises OSError."""
+    """Returns what `work` returns, run by the calling thread while it is in the namespace at `path`. Raises OSError."""
     target = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return _elsewhere(lambda: syscalls.setns(target, syscalls.CLONE_NEWNET), work)

@@ -172,12 +172,12 @@ class Network:
             await self.release(self._ready.popleft())
 
     async def tap(self, link: Link) -> int:
-        """A descriptor of the link's tap, which is the caller's. Raises OSError."""
+        """Returns a descriptor of the link's tap, which is the caller's. Raises OSError."""
         ready = self._taps.pop(link.path, None)
         return ready if ready is not None else await self._call(lambda: inside(link.path, lambda: syscalls.open_tap(TAP)))
 
     async def placeholder_tap(self) -> int:
-        """An open tap that is no session's, in a namespace of its own: it stands in for one in hypervisors that wait."""
+        """Returns an open tap that is no session's, in a namespace of its own: it stands in for one in hypervisors that wait."""
         if self._nowhere is None:
             self._nowhere = await self._call(open_placeholder_tap)
         return self._nowhere
@@ -201,13 +201,13 @@ class Network:
             raise VmmError(f"the way out could not be opened: {error}") from error
 
     async def services(self, link: Link) -> list[int]:
-        """Duplicates of the sockets that listen for the guest."""
+        """Returns duplicates of the sockets that listen for the guest."""
         made = link.services or await self._call(lambda: inside(link.path, _services))
         return [os.dup(service.fileno()) for service in made]
 
     async def sockets(self, link: Link, count: int) -> list[socket.socket]:
-        """Up to `count` unconnected TCP sockets that live in the session's namespace: whoever holds one can reach that guest only. The
-        first ones were made ahead: making some beside a resume would hold up its first connection."""
+        """Returns up to `count` unconnected TCP sockets that live in the session's namespace: whoever holds one can reach that guest only.
+        The first ones were made ahead: making some beside a resume would hold up its first connection."""
         stock = self._stock.get(link.path)
         if not stock:
             return await self._call(lambda: inside(link.path, lambda: _sockets(count)))
@@ -215,7 +215,7 @@ class Network:
         return stock[:count]
 
     async def restock(self, link: Link) -> None:
-        """For the next resume of a session that keeps its link. Raises OSError."""
+        """Makes sockets for the next resume of a session that keeps its link. Raises OSError."""
         if self._stock.get(link.path):
             return
         self._stock[link.path] = []

@@ -35,7 +35,7 @@ class Provenance(msgspec.Struct, frozen=True):
 
 
 def lacking(wanted: Iterable[str], found: Iterable[str]) -> list[str]:
-    """Which words of CPUID miss features that a guest has seen. A guest does not ask again, and one that uses what is not there faults;
-    what is there beyond that it never notices."""
+    """Returns which words of CPUID miss features that a guest has seen. A guest does not ask again, and one that uses what is not there
+    faults; what is there beyond that it never notices."""
     there = dict(word.split("=") for word in found)
     return [word for word in wanted for name, value in [word.split("=")] if int(value, 16) & ~int(there.get(name, "0"), 16)]

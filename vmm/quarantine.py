@@ -112,7 +112,7 @@ class Quarantine:
 
 
 def move(source: Path, target: Path) -> None:
-    """One rename; where the two lie on different file systems, a copy that is whole before the source goes. Raises OSError."""
+    """Moves by one rename; where the two lie on different file systems, a copy that is whole before the source goes. Raises OSError."""
     try:
         os.rename(source, target)
     except OSError as error:

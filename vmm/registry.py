@@ -72,7 +72,7 @@ class Registry:
         self._token = ""
 
     def manifest(self) -> tuple[str, dict[str, Any]]:
-        """The digest and the content of the manifest for this host's architecture. Raises AssetError."""
+        """Returns the digest and the content of the manifest for this host's architecture. Raises AssetError."""
         data, kind = self._document(f"manifests/{self._reference.version}", "", _ASK_SECONDS)
         found = json.loads(data)
         if kind not in _INDEXES and "manifests" not in found:
@@ -132,7 +132,7 @@ class Registry:
 
 
 def digest(name: str, authorities: Path | None = None) -> str:
-    """Of the image that a name has now, for this host. Raises AssetError where no registry answers within seconds."""
+    """Returns the digest of the image that a name has now, for this host. Raises AssetError where no registry answers within seconds."""
     return _told(lambda: Registry(Reference.parse(name), authorities).manifest()[0])
 
 
@@ -180,7 +180,8 @@ def _unpacked(path: Path) -> IO[bytes]:
 
 
 def flatten(layers: list[Path], target: Path) -> None:
-    """One archive of layers, the lowest first (OCI image-spec, layer.md): what an upper one has or whites out is not taken from below."""
+    """Writes one archive of layers, the lowest first (OCI image-spec, layer.md): what an upper one has or whites out is not taken from
+    below."""
     kept: list[set[int]] = []
     copied: list[set[int]] = []  # hard links whose other name an upper layer has taken
     hidden: set[str] = set()  # names that are there above, or whited out
@@ -222,7 +223,7 @@ def flatten(layers: list[Path], target: Path) -> None:
 
 
 def _above(name: str) -> Iterator[str]:
-    """The name, and every folder that it is in."""
+    """Returns the name, and every folder that it is in."""
     while name:
         yield name
         name = name.rpartition("/")[0]

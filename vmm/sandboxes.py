@@ -66,7 +66,7 @@ class SandboxAllocator:
         return sandbox
 
     def of(self, record: Process) -> VmSandbox:
-        """The sandbox of a process that another daemon started."""
+        """Returns the sandbox of a process that another daemon started."""
         self._uids.add(record.uid)
         return VmSandbox(record.vm, record.uid, self._directory / record.vm)
 
@@ -77,7 +77,7 @@ class SandboxAllocator:
         self._uids.discard(sandbox.uid)
 
     def records(self) -> list[Process]:
-        """Every process that a daemon of this instance recorded, alive or not. Raises OSError."""
+        """Returns every process that a daemon of this instance recorded, alive or not. Raises OSError."""
         found = []
         self._directory.mkdir(parents=True, exist_ok=True)
         for directory in sorted(self._directory.iterdir()):
@@ -137,7 +137,7 @@ def is_alive(record: Process) -> bool:
 
 
 def limits(shape: Shape) -> Limits:
-    """A microVM's share of the host: its peak as the bound, its baseline as its weight (reference, section 4)."""
+    """Returns a microVM's share of the host: its peak as the bound, its baseline as its weight (reference, section 4)."""
     return Limits(
         memory_bytes=(shape.memory_mib << 20) * (_OVERHEAD_SHARE + 1) // _OVERHEAD_SHARE + _OVERHEAD_BYTES,
         cpus=shape.vcpus,

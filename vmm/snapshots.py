@@ -67,7 +67,7 @@ class Snapshots:
         return dict(self._newest)
 
     def look(self, session: str) -> None:
-        """A session's files have come, changed or gone. Raises OSError."""
+        """Learns what a session has, of which files have come, changed or gone. Raises OSError."""
         if self._newest is None or session.startswith("."):
             return
         newest = _newest_in(self.of(session))
@@ -94,8 +94,8 @@ class Snapshots:
     # ---- a new one ----
 
     def begin(self, session: str) -> Path:
-        """An empty directory to write a snapshot into. Its name is its own: a thread that comes late, from a suspend whose time was up,
-        makes no snapshot of what a later one is writing."""
+        """Makes an empty directory to write a snapshot into. Its name is its own: a thread that comes late, from a suspend whose time was
+        up, makes no snapshot of what a later one is writing."""
         directory = self.of(session)
         self._discard(*(path for path in directory.iterdir() if path.name.startswith(_NEW) or path.name == _NEW_BEFORE))
         work = directory / f"{_NEW}{time.time_ns()}"
@@ -170,7 +170,7 @@ class Snapshots:
         self.look(session)
 
     def _discard(self, *paths: Path) -> int:
-        """Makes directories nobody's; how many there were. Raises OSError."""
+        """Makes directories nobody's; returns how many there were. Raises OSError."""
         count = 0
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
@@ -186,7 +186,7 @@ class Snapshots:
     # ---- folds ----
 
     def foldable(self, session: str) -> int:
-        """How many diffs the session's chain has, where those are too many, else 0."""
+        """Returns how many diffs the session's chain has, where those are too many, else 0."""
         with contextlib.suppress(VmmError, OSError):
             length = len(diffs.read_manifest(self.newest(session)).chain)
             return length if length >= diffs.FOLD_AT else 0

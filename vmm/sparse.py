@@ -16,8 +16,8 @@ _PIECES_MOST = 2000  # of vm.max_map_count, which is 65,530; diffs take as many 
 
 
 def pieces(descriptor: int) -> list[tuple[int, int]]:
-    """The parts of a sparse file that a clone maps, (start, end) in bytes: its data, with the holes between that are too small to be
-    worth two mappings."""
+    """Returns the parts of a sparse file that a clone maps, (start, end) in bytes: its data, with the holes between that are too small to
+    be worth two mappings."""
     smallest = _SMALLEST_HOLE_BYTES
     while True:
         found: list[tuple[int, int]] = []
@@ -32,8 +32,8 @@ def pieces(descriptor: int) -> list[tuple[int, int]]:
 
 
 def holes(descriptor: int) -> list[tuple[int, int]]:
-    """What lies between the pieces. In a clone it is memory of the process's own from the start: a page of zeros that is written in a
-    mapping of the image's file would be made twice, first in the file, for as long as the image lives, and then as the private copy."""
+    """Returns what lies between the pieces. In a clone it is memory of the process's own from the start: a page of zeros that is written in
+    a mapping of the image's file would be made twice, first in the file, for as long as the image lives, and then as the private copy."""
     ends = [(0, 0), *pieces(descriptor), (os.fstat(descriptor).st_size, 0)]
     return [(end, start) for (_, end), (start, _) in itertools.pairwise(ends) if start > end]
 

@@ -25,8 +25,8 @@ _QUIET_SECONDS = 0.6  # after a take: a refill must not compete with the resume 
 
 class Standbys:
     def __init__(self, driver: Driver, least: int, most: int, unused_seconds: float, has_room: Callable[[], bool]) -> None:
-        """`least` for each image in use, `most` where that many are taken; more than `least` only while `has_room`. An image is in use
-        for `unused_seconds` after the last take."""
+        """Keeps `least` for each image in use, up to `most` where that many are taken, and more than `least` only while `has_room`. An
+        image is in use for `unused_seconds` after the last take."""
         self._driver = driver
         self._least, self._most = least, most
         self._unused_seconds = unused_seconds
@@ -82,7 +82,7 @@ class Standbys:
             log.error("standby.not_ended", image=image.name, error=repr(error))
 
     async def forget(self, image: Path) -> None:
-        """The image is deleted."""
+        """Ends all standbys of an image that is deleted."""
         await self.drop(image)
         self._shared.pop(image, None)
         await self._driver.forget_image(image.name)

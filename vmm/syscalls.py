@@ -53,7 +53,7 @@ def umount(target: str) -> None:
 
 
 def mount_points() -> list[str]:
-    """In the order in which they were mounted (proc_pid_mountinfo(5))."""
+    """Returns mount points in the order in which they were mounted (proc_pid_mountinfo(5))."""
     text = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
     return [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in text.splitlines()]
 
@@ -68,7 +68,7 @@ def sync_file_system(path: Path) -> None:
 
 
 def pidfd_getfd(pid: int, number: int) -> int:
-    """A duplicate of descriptor `number` of process `pid` (pidfd_getfd(2))."""
+    """Returns a duplicate of descriptor `number` of process `pid` (pidfd_getfd(2))."""
     pidfd = os.pidfd_open(pid)
     try:
         return _check(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0), "pidfd_getfd")
@@ -77,7 +77,7 @@ def pidfd_getfd(pid: int, number: int) -> int:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Each takes the other's place, at one instant (renameat2(2), RENAME_EXCHANGE)."""
+    """Has each take the other's place, at one instant (renameat2(2), RENAME_EXCHANGE)."""
     arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE))
     _check(_libc.renameat2(*arguments), f"exchange {one} and {other}")
 
@@ -110,7 +110,7 @@ def signal_process(pid: int, started: int, number: int) -> bool:
 
 
 def start_time(pid: int) -> int | None:
-    """The process's start in clock ticks since boot: with the pid, it names one process for ever. None if gone."""
+    """Returns the process's start in clock ticks since boot: with the pid, it names one process for ever. None if gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
@@ -249,7 +249,7 @@ _COPY_CHUNK = 4 << 20
 
 
 def data_segments(descriptor: int) -> Iterator[tuple[int, int]]:
-    """The parts of a sparse file that hold data: (start, end) in bytes."""
+    """Returns the parts of a sparse file that hold data: (start, end) in bytes."""
     end = 0
     while True:
         try:
@@ -272,8 +272,8 @@ def copy_range(source: int, start: int, target: int, at: int, length: int) -> No
 
 
 def waited_seconds(pid: int) -> float:
-    """How long the process's threads could have run and waited for a processor (Documentation/scheduler/sched-stats.rst); 0 where the
-    kernel does not say."""
+    """Returns how long the process's threads could have run and waited for a processor (Documentation/scheduler/sched-stats.rst); 0 where
+    the kernel does not say."""
     total = 0
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -285,7 +285,7 @@ def waited_seconds(pid: int) -> float:
 
 
 def read_bytes(pid: int) -> int:
-    """What the process has had read from disks (proc_pid_io(5)); 0 where the kernel does not say."""
+    """Returns what the process has had read from disks (proc_pid_io(5)); 0 where the kernel does not say."""
     with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/io", "rb") as file:
         for line in file:
             if line.startswith(b"read_bytes:"):

@@ -24,7 +24,7 @@ _REBUILD = "`torpor images --rebuild-old` makes new versions of images"
 
 
 def _images(settings: Settings) -> dict[str, Manifest]:
-    """The manifests of images that are whole, by key."""
+    """Returns the manifests of images that are whole, by key."""
     found = {}
     for path in sorted(settings.images_dir.glob(f"[!.]*/{manifest.MANIFEST}")):
         with contextlib.suppress(OSError, ValueError):  # whoever launches it hears of it
@@ -33,7 +33,7 @@ def _images(settings: Settings) -> dict[str, Manifest]:
 
 
 def _snapshots(settings: Settings) -> Iterator[tuple[str, Provenance]]:
-    """Sessions that have one, in quarantine too, with what made it."""
+    """Returns sessions that have one, in quarantine too, with what made it."""
     for directory in (settings.sessions_dir, settings.root / "quarantine"):
         for path in directory.glob(f"*/snapshot-*/{SNAPSHOT_MANIFEST}"):
             with contextlib.suppress(VmmError, OSError):
@@ -71,7 +71,7 @@ def new(settings: Settings) -> New:
 
 
 def old_images(settings: Settings) -> dict[str, str]:
-    """Keys of images of which a build would make something newer, and what. Raises OSError, VmmError."""
+    """Returns keys of images of which a build would make something newer, and what. Raises OSError, VmmError."""
     now = new(settings)
     return {key: ", ".join(parts) for key, one in _images(settings).items() if (parts := _older(one, now))}
 
@@ -89,8 +89,8 @@ def _older(one: Manifest, now: New) -> list[str]:
 
 
 def report(settings: Settings, names: Mapping[str, str], sleepers: Mapping[str, str]) -> list[tuple[str, bool, str]]:
-    """Lines of `torpor doctor`: what is checked, whether it is well, words. `names`: of images' keys; `sleepers`: sessions that sleep, and
-    their images' keys. Raises OSError, VmmError."""
+    """Returns lines of `torpor doctor`: what is checked, whether it is well, words. `names`: of images' keys; `sleepers`: sessions that
+    sleep, and their images' keys. Raises OSError, VmmError."""
     now, there = new(settings), Roots(settings.cache)
     current = there.current()
     asleep: dict[str, list[str]] = defaultdict(list)

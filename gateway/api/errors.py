@@ -26,7 +26,7 @@ class ApiError(Exception):
 
 
 class InternalServer(ApiError):
-    """Also where an operation models ServiceException instead: `as_modelled` gives that."""
+    """Stands also for ServiceException, where an operation models that instead: `as_modelled` gives it."""
 
 
 class Validation(ApiError):

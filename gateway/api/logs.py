@@ -165,7 +165,7 @@ class Logs:
 
 
 def _one_answer(found: Iterable[T], limit: int, event_of: Callable[[T], LogEvent]) -> Iterator[T]:
-    """At most `limit` of them, and a MiB, as GetLogEvents bounds its answers; the first in any case."""
+    """Returns at most `limit` of them, and a MiB, as GetLogEvents bounds its answers; the first in any case."""
     size = 0
     for one in itertools.islice(found, limit):
         size += len(event_of(one).m.encode()) + _EVENT_BYTES
@@ -214,7 +214,7 @@ def _position(token: str) -> tuple[str, int]:
 
 
 def _page(items: list[Any], key: Callable[[Any], str], call: dict[str, Any], most: int) -> tuple[list[Any], dict[str, str]]:
-    """One page and the member that names the next: tokens are the last item's key."""
+    """Returns one page and the member that names the next: tokens are the last item's key."""
     after = _text(call, "nextToken")
     first = bisect.bisect_right([key(item) for item in items], after) if after else 0
     limit = _limit(call, most)

@@ -189,7 +189,7 @@ def _has_type(shape: Shape, value: Any) -> bool:
 
 
 def _expected(shape: Shape) -> str:
-    """Recorded for the empty structure allPorts; the others after its manner."""
+    """Returns what was expected, in words that were recorded for the empty structure allPorts; the others are made after these."""
     if isinstance(shape, StructureShape) and not shape.members:
         return "Expected null"
     return f"Expected {shape.type_name} or null"

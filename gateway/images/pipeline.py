@@ -195,7 +195,7 @@ class Pipeline:
             await executors.BULK.run(shutil.rmtree, folder / name)
 
     async def _clean_step(self, step: Callable[[], Awaitable[None]]) -> None:
-        """Is tried again while vmm is away, and a little where it fails."""
+        """Does a step of a clean-up: again while vmm is away, and a few times where it fails."""
         failures = 0
         for attempt in range(1, _CLEAN_TRIES + 1):
             try:

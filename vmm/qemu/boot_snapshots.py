@@ -37,7 +37,7 @@ class BootSnapshotCache:
         self._made_of = (Path(topology.__file__), kernel, initrd)
 
     def find(self, shape: Shape) -> Path | None:
-        """A kept boot of this shape, made with these very programs, undamaged; what is not goes."""
+        """Returns a kept boot of this shape, made with these very programs and undamaged; what is damaged goes."""
         kept = self._place(shape)
         if not kept.is_dir():
             return None
@@ -53,12 +53,13 @@ class BootSnapshotCache:
         return kept
 
     def begin(self) -> Path:
-        """An empty directory for a new one's device state. Raises OSError."""
+        """Makes an empty directory for a new one's device state. Raises OSError."""
         self._directory.mkdir(mode=0o700, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=_NEW, dir=self._directory))
 
     def keep(self, work: Path, shape: Shape, memory_file: int) -> None:
-        """Not synced: that would wait for all that builds write. Those of other programs go. Raises OSError."""
+        """Keeps a boot, and removes those of other programs. It is not synced, which would wait for all that builds write. Raises
+        OSError."""
         kept = self._place(shape)
         of_these = kept.name.rpartition("-")[2]
         for old in self._directory.iterdir():
@@ -71,7 +72,7 @@ class BootSnapshotCache:
             self._checked.add(kept)
 
     def drop(self, kept: Path) -> None:
-        """One that is of no use."""
+        """Removes one that is of no use."""
         self._checked.discard(kept)
         shutil.rmtree(kept, ignore_errors=True)
 

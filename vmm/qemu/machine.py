@@ -120,7 +120,7 @@ def _block(**node: object) -> list[str]:
 
 
 def _file(set_id: int, read_only: bool) -> dict[str, object]:
-    """Stays in the page cache when it is activated: who loads a snapshot would drop it there, of what all clones share."""
+    """Returns a node of a file that stays in the page cache when it is activated: a load would drop there what all clones share."""
     return {"driver": "file", "filename": f"/dev/fdset/{set_id}", "read-only": read_only, "drop-cache": False}
 
 

@@ -45,12 +45,12 @@ class Root(msgspec.Struct, frozen=True):
 
 
 def contents(files: Iterable[str]) -> dict[str, Path]:
-    """Of files of the host where each lies in a root."""
+    """Returns of files of the host where each lies in a root."""
     return {f"{os.path.realpath(os.path.dirname(file)).lstrip('/')}/{os.path.basename(file)}": Path(file) for file in files}
 
 
 def digest(found: Mapping[str, Path]) -> str:
-    """Of names and data: equal for equal hypervisors, whatever their files' dates."""
+    """Returns a digest of names and data: equal for equal hypervisors, whatever their files' dates."""
     state = xxhash.xxh3_128()
     for name, path in sorted(found.items()):
         data = path.read_bytes()
@@ -59,7 +59,7 @@ def digest(found: Mapping[str, Path]) -> str:
 
 
 def name_of_hosts(cache: Path) -> str:
-    """What the root of the host's QEMU is called. Its files are read again only when one has changed."""
+    """Returns what the root of the host's QEMU is called. Its files are read again only when one has changed."""
     found = contents(jail.files())
     facts = "".join(f"{name} {(stat := path.stat()).st_size} {stat.st_mtime_ns} {stat.st_ino}\n" for name, path in sorted(found.items()))
     return making.remembered(cache / f"{CURRENT}.digest", hashlib.sha256(facts.encode()).hexdigest(), lambda: _PREFIX + digest(found))
@@ -130,7 +130,7 @@ def _adopt_first(cache: Path) -> None:
 
 
 def _directories(cache: Path) -> list[Path]:
-    """Whole roots only: one without a key was being made."""
+    """Returns whole roots only: one without a key was being made."""
     return [path for path in sorted(cache.glob(f"{_PREFIX}*")) if path.is_dir() and making.key_at(path)]
 
 
@@ -148,7 +148,7 @@ class Roots:
         self._cache = cache
 
     def current(self) -> Root:
-        """The host's QEMU, which makes new images. Raises VmmError."""
+        """Returns the root of the host's QEMU, which makes new images. Raises VmmError."""
         try:
             return read(self._cache / CURRENT)
         except (OSError, ValueError, KeyError) as error:
@@ -162,14 +162,14 @@ class Roots:
         return found
 
     def first(self) -> str:
-        """The name of the root of commit 165a0cb, empty where there was none."""
+        """Returns the name of the root of commit 165a0cb, empty where there was none."""
         try:
             return (self._cache / _FIRST).read_text(encoding="ascii")
         except OSError:
             return ""
 
     def of(self, made: Provenance, current: Root) -> Root | None:
-        """Which of them loads what was made so; None where none does."""
+        """Returns which of them loads what was made so; None where none does."""
         return current if made.version == current.version else choose(made, current, self.all(), self.first())
 
 
@@ -224,7 +224,7 @@ def collect(cache: Path, instance: Path, needed: set[str], say: Callable[[str], 
 
 
 def need_of(cache: Path, instance: Path) -> Path:
-    """Where an instance writes down what it needs. Who removes the instance for good removes it too."""
+    """Returns where an instance writes down what it needs. Who removes the instance for good removes it too."""
     return cache / _NEEDS / hashlib.sha256(str(instance).encode()).hexdigest()[:_DIGITS]
 
 
@@ -234,7 +234,7 @@ class _Needs(msgspec.Struct):
 
 
 def needs_of(manifests: Iterable[Provenance], roots: Roots, current: Root) -> set[str]:
-    """Names of the roots that load what was made so, and of those that would, were they there."""
+    """Returns names of the roots that load what was made so, and of those that would, were they there."""
     there, first = roots.all(), roots.first()
     found = {current.name}
     for made in manifests:

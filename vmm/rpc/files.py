@@ -95,7 +95,7 @@ class FileCalls:
     # ---- archives ----
 
     async def rpc_pack(self, connection: Connection, body: m.PackRequest, descriptors: list[int]) -> m.Packed:
-        """Of a session at rest; one that is warm is not. Whoever wakes it calls this off."""
+        """Packs the files of a session at rest; one that is warm is not. Whoever wakes it calls this off."""
         try:
             async with self._packs, self._vms.reading(body.session) as reader:
                 snapshot = self._snapshots.newest(body.session)
