@@ -196,6 +196,8 @@ def unpack(archive: Path, target: Path, max_bytes: int, max_entries: int, max_ra
     except _BROKEN as error:
         raise ArchiveError(f"the artifact cannot be read as a zip file: {error}") from error
     except OSError as error:
+        if error.errno is None:  # bzip2's reader
+            raise ArchiveError(f"the artifact cannot be read as a zip file: {error}") from error
         if error.errno != errno.EINVAL:  # a seek to where no file can have anything
             raise
         raise ArchiveError("the artifact cannot be read as a zip file: an offset is wrong") from error
@@ -267,6 +269,10 @@ def _write_tree(source: zipfile.ZipFile, found: dict[tuple[str, ...], Entry], ta
                             raise ArchiveError(f"entry {entry.name} unpacks to more than it claims")
             except _BROKEN as error:
                 raise ArchiveError(f"entry {entry.name} cannot be read: {error}") from error
+            except OSError as error:
+                if error.errno is None:
+                    raise ArchiveError(f"entry {entry.name} cannot be read: {error}") from error
+                raise
 
 
 class _Whole:

@@ -268,6 +268,21 @@ def test_an_entry_that_is_more_than_it_claims(tmp_path: Path) -> None:
         run(source)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, 9, 93])
+@pytest.mark.parametrize("is_link", [False, True])
+def test_an_entry_of_a_method_that_its_bytes_are_not_of(tmp_path: Path, method: int, is_link: bool) -> None:
+    """bzip2's reader says an OSError of its own."""
+    entry = Put(DOCKERFILE, b"app/file" * 9, 0o120777) if is_link else Put("f", b"hello" * 9)
+    source = archive(tmp_path / "a.zip", entry, dockerfile=not is_link)
+    content = bytearray(source.read_bytes())
+    at = content.rindex(b"PK\1\2")
+    for place in (at + 10, struct.unpack_from("<I", content, at + 42)[0] + 8):
+        content[place : place + 2] = struct.pack("<H", method)
+    source.write_bytes(content)
+    with pytest.raises(ArchiveError, match="the artifact cannot be read as a zip file: " if is_link else "entry 'f' cannot be read: "):
+        run(source)
+
+
 def test_no_dockerfile(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError) as refused:
         run(archive(tmp_path / "a.zip", Put("sub/Dockerfile"), dockerfile=False))
