@@ -146,12 +146,16 @@ class Pipeline:
         if wanted and not job.is_again and ARCHITECTURES[machine] not in wanted:
             job.say(f"cpuConfigurations asks for {', '.join(wanted)}: this host builds for {ARCHITECTURES[machine]}")
         await self._fetch(job)
-        file = self._work(job) / "context" / DOCKERFILE
-        images = self._settings.images
-        job.prepared = dockerfile.prepare(file.read_bytes(), images.base_names, images.pull, _PLATFORMS[machine])
-        file.write_text(job.prepared.text, encoding="utf-8", errors="surrogateescape")
+        job.prepared = await executors.BULK.run(self._prepare, self._work(job) / "context" / DOCKERFILE, _PLATFORMS[machine])
         for note in dict.fromkeys(job.prepared.notes if not job.is_again else []):
             job.say(note)
+
+    def _prepare(self, file: Path, platform: str) -> dockerfile.Prepared:
+        """Raises BuildFailed."""
+        images = self._settings.images
+        made = dockerfile.prepare(file.read_bytes(), images.base_names, images.pull, platform)
+        file.write_text(made.text, encoding="utf-8", errors="surrogateescape")
+        return made
 
     def set_aside(self, job: Job) -> None:
         """The build waits: what was fetched for it takes no room meanwhile. It has another name at once, and goes by and by: a context may

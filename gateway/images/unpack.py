@@ -30,7 +30,7 @@ from typing import IO
 DOCKERFILE = "Dockerfile"
 CONTEXT = "context.tar"
 _FOLLOWED = (DOCKERFILE, ".dockerignore", f"{DOCKERFILE}.dockerignore")  # files that the builder itself opens
-_DOCKERFILE_BYTES = 16 << 20
+_DOCKERFILE_BYTES = 1 << 20
 _SMALL_BYTES = 1 << 16  # of an archive: below, its ratio says nothing
 _NAME_MAX, _PATH_MAX, _DEPTH_MAX = 255, 1024, 64
 _LINK_MAX, _LINKS_FOLLOWED = 4096, 40

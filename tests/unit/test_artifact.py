@@ -15,11 +15,11 @@ import pytest
 
 from gateway.accounts.directory import Credentials
 from gateway.config import Settings
-from gateway.images import artifact, pipeline
+from gateway.images import artifact, dockerfile, pipeline
 from gateway.images.artifact import BuildFailed
 from gateway.images.dockerfile import Prepared
 from gateway.images.pipeline import Job, Pipeline
-from gateway.messages import BuildRequest, BuildResult, Shape
+from gateway.messages import BuildRequest, BuildResult, Capacity, HostInfo, Shape
 from gateway.sessions import host as host_module
 from gateway.sessions.host import RpcError, RpcLost
 from gateway.sessions.line_writer import LineWriter
@@ -118,6 +118,12 @@ class Host:
         self.answers = list(answers)
         self.builds = 0
 
+    async def reclaim_capacity(self) -> Capacity:
+        return Capacity(1 << 40, 1 << 40, 1 << 30, 0)
+
+    async def info(self) -> HostInfo:
+        return HostInfo("tcg", "", "qemu", "", 4096, 2, "x86_64", [])
+
     async def build(self, request: BuildRequest) -> tuple[int, int]:
         self.builds += 1
         ends = []
@@ -172,6 +178,28 @@ async def test_a_build_that_vmm_does_not_know_any_more_is_made_again(tmp_path: P
     await one.container()
     assert host.builds == 2
     assert one.lines == ["step of build 1", "torpor: the host daemon was restarted; building again", "step of build 2"]
+
+
+async def test_a_long_dockerfile_is_not_read_on_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 16 MiB, which is a few KiB in an archive, held all of the API up for a hundred seconds."""
+    one = Building(tmp_path, Host())
+    file = tmp_path / "control/builds/b/context/Dockerfile"
+    read_by: list[threading.Thread] = []
+    prepare = dockerfile.prepare
+
+    async def fetch(job: Job) -> None:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"FROM x\nRUN caf\xe9\n")
+
+    def noted(*words: Any) -> Prepared:
+        read_by.append(threading.current_thread())
+        return prepare(*words)
+
+    monkeypatch.setattr(one.pipeline, "_fetch", fetch)
+    monkeypatch.setattr(dockerfile, "prepare", noted)
+    await one.pipeline.check(one.job)
+    assert one.job.prepared is not None and file.read_bytes() == b"FROM x\nRUN caf\xe9\n"
+    assert read_by and threading.main_thread() not in read_by
 
 
 async def test_what_was_built_and_is_not_taken_is_said(tmp_path: Path) -> None:

@@ -283,6 +283,11 @@ def test_an_entry_of_a_method_that_its_bytes_are_not_of(tmp_path: Path, method: 
         run(source)
 
 
+def test_a_dockerfile_that_is_too_long_to_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match="entry 'Dockerfile' has 1048577 bytes; 1048576 are taken"):
+        run(archive(tmp_path / "a.zip", Put(DOCKERFILE, b"#" * ((1 << 20) + 1)), dockerfile=False), max_bytes=1 << 30)
+
+
 def test_no_dockerfile(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError) as refused:
         run(archive(tmp_path / "a.zip", Put("sub/Dockerfile"), dockerfile=False))
