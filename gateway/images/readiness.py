@@ -8,7 +8,9 @@ deadlines count the time that it gets.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 from gateway.config import Images
@@ -21,6 +23,7 @@ from gateway.sessions.listeners import in_words
 _POLL_SECONDS = 0.1
 _CONNECT_SECONDS = 1.0
 _LISTENERS_SECONDS = 5.0  # an emulated guest that is starting has little time for others
+_ASKED_MOST, _NAMED_MOST = 64, 8  # of the ports that did not listen in time: an EXPOSEd range may have thousands
 _QUIET_STEP_SECONDS = 0.5
 _QUIET_SHARE = 0.15  # of one processor: an application below it has finished starting
 # Of the time: a guest that could run, and waits, for more than that is busy. One that rests wakes for a moment now and then, and waits for
@@ -62,14 +65,19 @@ class Readiness:
     async def _until_listening(self, ports: list[int]) -> None:
         seconds = self._settings.start_seconds
         self._say(f"waiting for EXPOSEd {_named(ports)} to listen, {seconds:g} s at most (images.start_seconds); {_INSTEAD}")
-        started, missing = self._clock(), ports
-        while missing := [port for port in missing if not await self._listens(port)]:
+        started, missing = self._clock(), deque(ports)
+        while missing:
+            if await self._listens(missing[0]):  # all have to: the first that does not is asked again
+                missing.popleft()
+                continue
             if self._clock() - self._looked >= _QUIET_STEP_SECONDS:
                 await self._look()
             if self._had > seconds:
                 took = self._clock() - started
                 slowly = f" (it had {seconds:g} s of {took:.0f}: the host is busy)" if took > _SLOW * self._had else ""
-                nothing = f"nothing listens on EXPOSEd {_named(missing)} after {seconds:g} s{slowly}{await self._others()}"
+                silent = [port for port in itertools.islice(missing, 1, _ASKED_MOST) if not await self._listens(port)]
+                left = [missing[0], *silent, *itertools.islice(missing, _ASKED_MOST, None)]
+                nothing = f"nothing listens on EXPOSEd {_named(left)} after {seconds:g} s{slowly}{await self._others()}"
                 self._say(f"{nothing}. The snapshot is taken all the same, and a request waits for the port edge.hold_seconds long")
                 return
             await self._sleep(_POLL_SECONDS)
@@ -113,4 +121,5 @@ class Readiness:
 
 
 def _named(ports: list[int]) -> str:
-    return f"port{'s' if len(ports) > 1 else ''} {', '.join(map(str, ports))}"
+    more = f" and {len(ports) - _NAMED_MOST} more" if len(ports) > _NAMED_MOST else ""
+    return f"port{'s' if len(ports) > 1 else ''} {', '.join(map(str, ports[:_NAMED_MOST]))}{more}"

@@ -90,6 +90,22 @@ async def test_what_does_not_listen_in_time_is_in_the_log(make: Any) -> None:
     assert said[-1].startswith(nothing) and "edge.hold_seconds" in said[-1]
 
 
+async def test_a_range_of_ports_takes_no_longer_than_one(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EXPOSE 20000-65535: each of them was asked before the time was looked at, and each was named in every line."""
+    asked: list[int] = []
+
+    async def refused(take: Any, port: int) -> socket.socket:
+        asked.append(port)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(readiness, "reach", refused)
+    one, said = make(Guest(("0.0.0.0", 80)), start_seconds=0.05)
+    await one.wait(list(range(20000, 65536)))
+    assert len(asked) < 500 and max(map(len, said)) < 500
+    named = ", ".join(map(str, range(20000, 20008)))
+    assert said[-1].startswith(f"nothing listens on EXPOSEd ports {named} and 45528 more after 0.05 s; 80 does")
+
+
 async def test_a_guest_that_does_not_say_what_listens(make: Any) -> None:
     (port,) = free_ports(1)
     one, said = make(Guest(), start_seconds=0.05)
