@@ -176,7 +176,7 @@ def _copy_tree(source: Path, target: Path) -> None:
 
 
 def _manifests(root: Path, target: Path) -> None:
-    """What the images and snapshots there were made of: for who looks into a backup that has no data."""
+    """Returns what the images and snapshots there were made of: for who looks into a backup that has no data."""
     for path in (*root.glob("images/*/manifest.json"), *root.glob("sessions/*/snapshot-*/snapshot.json")):
         with contextlib.suppress(FileNotFoundError):  # it went meanwhile
             _copy(path, target / path.relative_to(root))
@@ -231,7 +231,7 @@ def _session(settings: Settings, work: Path, known: Session, live: sqlite3.Conne
 
 
 def _state(live: sqlite3.Connection, session: str) -> tuple[Session, int] | None:
-    """A session as it is now, and the number of the last thing that happened to it."""
+    """Returns a session as it is now, and the number of the last thing that happened to it."""
     row = live.execute(
         "SELECT body, (SELECT coalesce(max(number), 0) FROM events WHERE subject = id) FROM sessions WHERE id = ?", (session,)
     ).fetchone()
@@ -299,7 +299,7 @@ def _move_aside(root: Path, present: list[str]) -> Path | None:
 
 
 def _replaced(root: Path) -> Path:
-    """A name that is free."""
+    """Returns a name that is free."""
     wanted = root / f"replaced-{time.strftime('%Y%m%dT%H%M%S')}"
     numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
     return next(path for path in itertools.chain([wanted], numbered) if not os.path.lexists(path))
@@ -333,7 +333,7 @@ def _without_files(settings: Settings, work: Path) -> list[str]:
 
 
 def _pieces(work: Path) -> Iterator[str]:
-    """What is moved as one, the store last."""
+    """Returns what is moved as one, the store last."""
     for name in _DATA:
         if (work / name).is_dir():
             yield from sorted(str(path.relative_to(work)) for path in (work / name).iterdir())

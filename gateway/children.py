@@ -105,7 +105,7 @@ class Children:
             self._start_again(child, process, f"ended with status {process.returncode}")
 
     async def _started(self, child: Child) -> Process:
-        """A process of the child that serves. Raises StartError, and leaves none then."""
+        """Returns a process of the child that serves. Raises StartError, and leaves none then."""
         try:
             reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:

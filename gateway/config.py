@@ -394,7 +394,7 @@ class Settings(BaseSettings):
 
     @property
     def aws_dir(self) -> Path:
-        """The AWS configuration that points at this instance; a user's own files are never touched."""
+        """Returns the AWS configuration that points at this instance; a user's own files are never touched."""
         return self.root / "aws"
 
     @property

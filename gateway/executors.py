@@ -47,7 +47,7 @@ class Overdue(TimeoutError):
 
 
 def seconds_for(size: int, least: float = 60.0) -> float:
-    """A deadline for work that reads or writes `size` bytes."""
+    """Returns a deadline for work that reads or writes `size` bytes."""
     return least + size / _BYTES_PER_SECOND
 
 

@@ -41,8 +41,8 @@ def write(path: Path, data: bytes, mode: int, owner: int | None = None) -> None:
 
 
 def secret(path: Path, meaning: str) -> bytes:
-    """A random key that is made once, and read by its owner only. Raises ConfigError for a file that holds no whole key: an empty one,
-    used as the key of an HMAC, would let anybody sign. `meaning`: what becomes invalid with another key."""
+    """Returns a random key that is made once, and read by its owner only. Raises ConfigError for a file that holds no whole key: an empty
+    one, used as the key of an HMAC, would let anybody sign. `meaning`: what becomes invalid with another key."""
     if not path.exists():
         write(path, secrets.token_bytes(_SECRET_BYTES), 0o600)
     key = path.read_bytes()
@@ -55,7 +55,7 @@ def secret(path: Path, meaning: str) -> bytes:
 
 
 def access_keys(path: Path) -> dict[str, str]:
-    """Access key to secret. Raises ConfigError for a file that holds none."""
+    """Returns secrets by access key. Raises ConfigError for a file that holds none."""
     try:
         keys = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
     except (OSError, ValueError) as error:

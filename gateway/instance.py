@@ -97,7 +97,7 @@ def write_aws_profile(settings: Settings, key: str, secret: str) -> None:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """The variables that make aws, boto3, curl and torpor, and clients of endpoints in any language, work with this instance."""
+    """Returns the variables that make aws, boto3, curl and torpor, and clients of endpoints in any language, work with this instance."""
     return {
         "AWS_CONFIG_FILE": str(settings.aws_dir / "config"),
         "AWS_SHARED_CREDENTIALS_FILE": str(settings.aws_dir / "credentials"),

@@ -59,7 +59,7 @@ def _listen_unix(path: Path) -> socket.socket:
 
 
 def from_systemd() -> list[socket.socket]:
-    """The sockets of socket activation (sd_listen_fds(3)). Raises ConfigError when there are none."""
+    """Returns the sockets of socket activation (sd_listen_fds(3)). Raises ConfigError when there are none."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not os.environ.get("LISTEN_FDS", "").isdigit():
         raise ConfigError("edge.addresses names systemd, but no sockets were passed: start torpor by its .socket unit")
     return [socket.socket(fileno=os.dup(number)) for number in range(_SYSTEMD_FIRST, _SYSTEMD_FIRST + int(os.environ["LISTEN_FDS"]))]
@@ -93,7 +93,7 @@ def _is_free(addresses: list[str], port: int) -> bool:
 
 
 def choose_edge_port(settings: Settings, in_use: bool) -> int:
-    """The instance's port: as set, or chosen once and kept. `in_use` says that our own workers still hold it."""
+    """Returns the instance's port: as set, or chosen once and kept. `in_use` says that our own workers still hold it."""
     kept = settings.root / "edge-port"
     addresses = [address for address in edge_addresses(settings) if is_inet(address)]
     port = settings.edge.port or kept_port(kept)

@@ -23,7 +23,7 @@ def reloading() -> None:
 
 
 def watchdog_seconds() -> float | None:
-    """How often WATCHDOG=1 has to be sent at least (sd_watchdog_enabled(3)); None where nobody waits for it."""
+    """Returns how often WATCHDOG=1 has to be sent at least (sd_watchdog_enabled(3)); None where nobody waits for it."""
     wanted, meant = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
     if not wanted.isdigit() or int(wanted) == 0 or (meant and meant != str(os.getpid())):
         return None

@@ -29,7 +29,7 @@ _SIGNS = 10  # of life, in the time after which none means that the process stan
 
 
 def inherited() -> dict[str, list[socket.socket]]:
-    """The listening sockets that the supervisor opened, by purpose."""
+    """Returns the listening sockets that the supervisor opened, by purpose."""
     numbers: dict[str, list[int]] = json.loads(os.environ.get(SOCKETS_VARIABLE, "{}"))
     return {purpose: [socket.socket(fileno=number) for number in fds] for purpose, fds in numbers.items()}
 

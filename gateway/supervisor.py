@@ -129,7 +129,7 @@ class Supervisor:
             self._children.append(Child(f"edge-{slot}", [*python, "gateway.edge", str(slot)], users.edge, mine))
 
     def _slot(self, purpose: str, sockets: dict[str, list[list[socket.socket]]], shared: list[socket.socket]) -> list[socket.socket]:
-        """One worker's listeners: adopted from an earlier supervisor, or new."""
+        """Returns one worker's listeners: adopted from an earlier supervisor, or new."""
         adopted, edge = sockets.get(purpose), self._settings.edge
         if adopted:
             return adopted.pop()

@@ -68,7 +68,7 @@ def _authorities() -> list[Path]:
 
 
 def chosen_key(base: str, name: str, there: str, ask: Callable[[str], str]) -> str:
-    """The key of the base that the settings want (images.base), where one with the key `there` is. `ask` gives a name's digest.
+    """Returns the key of the base that the settings want (images.base), where one with the key `there` is. `ask` gives a name's digest.
 
     auto takes what is there, of whichever kind; where nothing is, or a local one of other code, the registry's where it answers. Raises
     AssetError where only the registry's will do, and it does not answer.
@@ -88,7 +88,7 @@ def chosen_key(base: str, name: str, there: str, ask: Callable[[str], str]) -> s
 
 
 def described(key: str) -> str:
-    """Which base a key is of, for people."""
+    """Returns which base a key is of, for people."""
     return key.removeprefix(f"{_REGISTRY} ") if key.startswith(f"{_REGISTRY} ") else f"a local Debian ({SUITE}), whose dnf calls apt"
 
 

@@ -122,8 +122,8 @@ class Cgroups:
             time.sleep(0.01)
 
     def _holder(self, base: Path) -> list[str]:
-        """The command that holds the scope. systemd makes none beside one in which microVMs run. It ends after the service's unit, whose
-        stop suspends what is in it (systemd.scope(5), systemd-run(1))."""
+        """Returns the command that holds the scope. systemd makes none beside one in which microVMs run. It ends after the service's unit,
+        whose stop suspends what is in it (systemd.scope(5), systemd-run(1))."""
         if _is_populated(base):
             (base / _HOLDER).mkdir(exist_ok=True)
             return [*_join([base / _HOLDER / "cgroup.procs"]), "sleep", "infinity"]
@@ -211,7 +211,7 @@ class Cgroups:
         return [base / name / "cgroup.procs" for base in self._bases.values()]
 
     def relative(self, name: str) -> str:
-        """The group's path below a hierarchy's root."""
+        """Returns the group's path below a hierarchy's root."""
         base = next(iter(self._bases.values()), ROOT / self._name)
         return str((base / name).relative_to(ROOT)) if self.unified else f"{self._name}/{name}"
 

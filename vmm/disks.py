@@ -46,7 +46,7 @@ def stored_bytes(path: Path) -> int:
 
 
 def tree_bytes(directory: Path) -> int:
-    """What all files below a directory take on the disk. Raises OSError."""
+    """Returns what all files below a directory take on the disk. Raises OSError."""
     return sum(stored_bytes(one) for one in directory.rglob("*"))
 
 

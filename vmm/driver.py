@@ -79,7 +79,7 @@ class Machine(Protocol):
         Unavailable."""
 
     async def agent(self) -> int:
-        """The agent's channel of a running guest, for a control that restarted."""
+        """Returns the agent's channel of a running guest, for a control that restarted."""
 
     async def save(self, directory: Path) -> list[Sum]:
         """Stops the guest; writes device state and changed pages into `directory`, synced."""
@@ -109,7 +109,7 @@ class Driver(Protocol):
         """Whether its processes are given open taps; otherwise they open them themselves, and nobody else may have them open."""
 
     async def standby(self, image: Path) -> Machine:
-        """A process that waits for a session of this image."""
+        """Returns a process that waits for a session of this image."""
 
     async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> Machine:
         """Boots an image's machine for the first time, up to where its agent answers and waits for its disk."""

@@ -60,7 +60,7 @@ oifname {_WAN} masquerade
 
 
 def link_rules(tap: str, accepts: list[str], closed: list[str]) -> str:
-    """The table of one link: translation, and what may pass. `accepts` are nft matches."""
+    """Returns the table of one link: translation, and what may pass. `accepts` are nft matches."""
     drops = f"iifname {tap} ip daddr {{ {', '.join(closed)} }} drop\n" if closed else ""
     passes = "".join(f"iifname {tap} {match} accept\n" for match in accepts)
     return (
@@ -73,7 +73,7 @@ def link_rules(tap: str, accepts: list[str], closed: list[str]) -> str:
 
 
 def accepts_of(rules: EgressRules) -> list[str]:
-    """The matches of a connector's networks and ports (tcp:443, udp:53-60); without ports, all of TCP.
+    """Returns the matches of a connector's networks and ports (tcp:443, udp:53-60); without ports, all of TCP.
 
     Raises VmmError for what is none.
     """
@@ -241,7 +241,7 @@ class Uplink:
         self._links.give_back(link)
 
     def internet(self, tap: str) -> str:
-        """The rules of INTERNET_EGRESS: TCP, to the internet only; UDP is shut, as the service has it."""
+        """Returns the rules of INTERNET_EGRESS: TCP, to the internet only; UDP is shut, as the service has it."""
         return link_rules(tap, ["ip protocol tcp"], [*CLOSED, *self._local])
 
     def _ends_of(self, pair: int) -> Ends:
@@ -252,7 +252,7 @@ class Uplink:
         return pair if 0 <= pair < self._pairs else None
 
     def _standing(self, addresses: Mapping[str, Sequence[str]]) -> int | None:
-        """The pair of a veth that an earlier daemon made and that is whole."""
+        """Returns the pair of a veth that an earlier daemon made and that is whole."""
         try:
             own = inside(self.path, addresses_here).get(_WAN, [])
         except OSError:
@@ -316,13 +316,14 @@ def _inner_setup(device: str, ends: Ends) -> str:
 
 
 def addresses_here() -> dict[str, list[str]]:
-    """The IPv4 addresses of the devices that are up in the calling thread's namespace. Raises OSError."""
+    """Returns the IPv4 addresses of the devices that are up in the calling thread's namespace. Raises OSError."""
     devices = _read("ip", "-j", "-4", "address", "show", "up")
     return {one["ifname"]: [address["local"] for address in one["addr_info"]] for one in devices if one}
 
 
 def networks_here() -> dict[str, str]:
-    """The directly connected networks of the calling thread's namespace, with their devices (proc(5), /proc/net/route). Raises OSError."""
+    """Returns the directly connected networks of the calling thread's namespace, with their devices (proc(5), /proc/net/route). Raises
+    OSError."""
     found = {}
     for line in Path("/proc/thread-self/net/route").read_text(encoding="ascii").splitlines()[1:]:
         device, target, gateway, flags, *_, mask = line.split()[:8]
@@ -346,7 +347,7 @@ def _devices() -> set[str]:
 
 
 def _read(*command: str) -> Any:
-    """The JSON that a command prints. Raises OSError."""
+    """Returns the JSON that a command prints. Raises OSError."""
     done = subprocess.run(command, capture_output=True, timeout=_DEADLINE_SECONDS, check=False)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.decode(errors='replace').strip()}")

@@ -73,8 +73,8 @@ def meta_package() -> str:
 
 
 def available(cache: Path) -> str:
-    """The version of the kernel that apt would fetch; empty where apt knows none, its lists removed for one. It is asked again when its
-    lists are others: that takes a second."""
+    """Returns the version of the kernel that apt would fetch; empty where apt knows none, its lists removed for one. It is asked again when
+    its lists are others: that takes a second."""
     try:
         lists = sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(_LISTS))
     except OSError:
@@ -90,7 +90,7 @@ def _ask_apt() -> str:
 
 
 def kernel_package() -> str:
-    """The concrete kernel package behind the meta-package."""
+    """Returns the concrete kernel package behind the meta-package."""
     meta = meta_package()
     lines = _run("apt-cache", "depends", meta).splitlines()
     names = [line.split("Depends:")[1].strip() for line in lines if "Depends: linux-image" in line]
@@ -150,7 +150,7 @@ def make_modules(kernel: Path, target: Path, wanted: Sequence[str] = EXTRA_MODUL
 
 
 def extract_elf(packed: Path, target: Path) -> None:
-    """The ELF file inside a bzImage, which is what Firecracker boots (kernel: Documentation/arch/x86/boot.rst, payload_offset)."""
+    """Returns the ELF file inside a bzImage, which is what Firecracker boots (kernel: Documentation/arch/x86/boot.rst, payload_offset)."""
     image = packed.read_bytes()
     if image[0x202:0x206] != b"HdrS":
         raise AssetError(f"{packed} is no bzImage")
@@ -191,13 +191,13 @@ def make_initrd(kernel: Path, init: Path, target: Path, modules: Sequence[str] =
 
 
 def described(kernel: Path) -> str:
-    """A fetched kernel's release, and its package's version. Raises OSError."""
+    """Returns a fetched kernel's release, and its package's version. Raises OSError."""
     files = [kernel / name for name in ("release", "version")]  # commit 165a0cb fetched kernels without a version
     return " ".join(file.read_text(encoding="ascii").strip() for file in files if file.exists())
 
 
 def guest(cache: Path) -> tuple[str, str, int]:
-    """Which kernel boots now, which agent, and what protocol that speaks. Raises OSError."""
+    """Returns which kernel boots now, which agent, and what protocol that speaks. Raises OSError."""
     init = (cache / "guest/init").read_bytes()
     protocol = (cache / "guest/protocol").read_text(encoding="ascii")
     return described(cache / "kernel"), hashlib.sha256(init).hexdigest()[:_DIGITS], int(protocol)

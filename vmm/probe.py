@@ -161,7 +161,7 @@ def _key(device: Path, made_of: Sequence[Path], seconds: float, *others: object)
 
 
 def memory_cap_mib() -> int:
-    """What a guest may see at most: three quarters of the host's."""
+    """Returns what a guest may see at most: three quarters of the host's."""
     with open("/proc/meminfo", encoding="ascii") as file:
         return int(file.readline().split()[1]) // 1024 * 3 // 4
 
@@ -225,7 +225,7 @@ def choose_hypervisor(wanted: str, why_not: str) -> Choice:
 
 
 def choose(settings: Settings) -> tuple[Choice, Choice]:
-    """The accelerator and the hypervisor."""
+    """Returns the accelerator and the hypervisor."""
     accelerator = choose_accelerator(settings.accelerator, "" if settings.accelerator == "tcg" else why_not_kvm(settings))
     why_not = ""
     if settings.hypervisor != "qemu":

@@ -61,7 +61,7 @@ class Quarantine:
         return sorted(found, key=lambda one: one.at)
 
     def size(self, session: str) -> int:
-        """How many bytes of a session are set aside."""
+        """Returns how many bytes of a session are set aside."""
         return disks.tree_bytes(self._directory / session)
 
     def recover(self, session: str) -> Quarantined:

@@ -110,7 +110,7 @@ def save_record(directory: Path, record: Process) -> None:
 
 
 def last_words(directory: Path) -> str:
-    """The end of what the hypervisor wrote on its standard error, as one line; empty when it wrote nothing."""
+    """Returns the end of what the hypervisor wrote on its standard error, as one line; empty when it wrote nothing."""
     try:
         with (directory / STDERR).open("rb") as file:
             file.seek(-min(4 * QUOTED_CHARACTERS, file.seek(0, os.SEEK_END)), os.SEEK_END)

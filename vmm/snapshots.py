@@ -131,7 +131,7 @@ class Snapshots:
         return manifest
 
     def _base(self, session: str, chain: list[int]) -> Path:
-        """Where the diffs lie that a running hypervisor has mapped."""
+        """Returns where the diffs lie that a running hypervisor has mapped."""
         directory = self.of(session)
         places = [directory / _BASE, *(path for _, path in sorted(snapshots_in(directory), reverse=True))]
         for place in places:
@@ -284,12 +284,12 @@ def is_disk_as_saved(directory: Path, snapshot: int) -> bool:
 
 
 def unpacked(session: Path) -> Path:
-    """Where the files of a session are put together that come from elsewhere: nobody's until they are all there."""
+    """Returns where the files of a session are put together that come from elsewhere: nobody's until they are all there."""
     return session.with_name(f"{_UNPACKED}{time.time_ns()}-{session.name}")
 
 
 def _newest_in(directory: Path) -> int:
-    """The incarnation of the newest snapshot; 0: there is none. Raises OSError."""
+    """Returns the incarnation of the newest snapshot; 0: there is none. Raises OSError."""
     return max((number for number, _ in snapshots_in(directory)), default=0)
 
 

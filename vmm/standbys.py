@@ -39,7 +39,7 @@ class Standbys:
         self._refills: dict[Path, asyncio.Task[None]] = {}
 
     async def take(self, image: Path) -> Machine:
-        """A standby of the image; without one, a fresh process. Raises VmmError."""
+        """Returns a standby of the image; without one, a fresh process. Raises VmmError."""
         self.want(image)
         self._demand.setdefault(image, Demand()).note(asyncio.get_running_loop().time())
         ready = self._ready[image]

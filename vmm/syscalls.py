@@ -88,7 +88,7 @@ def become_subreaper() -> None:
 
 
 def ended_children() -> set[int]:
-    """Ids of children of this process that have ended and are still to be waited for (proc(5), /proc/PID/task/TID/children)."""
+    """Returns ids of children of this process that have ended and are still to be waited for (proc(5), /proc/PID/task/TID/children)."""
     ended = set()
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
@@ -176,7 +176,7 @@ _FRAME = 1 << 63 | (1 << 55) - 1  # of an entry: whether the page is present, an
 
 
 def _page_of_zeros() -> int:
-    """How pagemap says that a page is the kernel's page of zeros."""
+    """Returns how pagemap says that a page is the kernel's page of zeros."""
     with mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page, open("/proc/self/pagemap", "rb", buffering=0) as own:
         at = ctypes.c_char.from_buffer(page)
         try:

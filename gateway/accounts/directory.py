@@ -69,7 +69,7 @@ class Directory:
     # ---- who signs ----
 
     def secret(self, access_key: str, token: str) -> str | None:
-        """The secret that a request with this key is signed with; None where there is no such key."""
+        """Returns the secret that a request with this key is signed with; None where there is no such key."""
         if access_key in self._root_keys:
             return self._root_keys[access_key]
         if token:
@@ -83,7 +83,7 @@ class Directory:
         return sealed is not None and sealed.expires_at <= self._clock()
 
     def caller(self, access_key: str, token: str, **request: Any) -> Caller:
-        """The principal of a key whose signature was right."""
+        """Returns the principal of a key whose signature was right."""
         if access_key in self._root_keys:
             return Caller(self._home, f"arn:aws:iam::{self._home}:root", "Root", access_key, _PARSED_ALL, **request)
         if token and (sealed := self._open(token)) is not None:

@@ -57,7 +57,7 @@ class Caller:
         return self.arn.rpartition("/")[2] if "/" in self.arn else self.account
 
     def context(self) -> dict[str, list[str]]:
-        """The global condition keys that a request brings (IAM User Guide: AWS global condition context keys)."""
+        """Returns the global condition keys that a request brings (IAM User Guide: AWS global condition context keys)."""
         return {
             "aws:sourceip": [self.source],
             "aws:securetransport": ["true" if self.secure else "false"],

@@ -59,7 +59,7 @@ class Quota:
 
 
 def limited(profile: Profile, memory_mib: int) -> list[Quota]:
-    """What of an account is limited; `memory_mib` takes the place of the profile's where it is not 0."""
+    """Returns what of an account is limited; `memory_mib` takes the place of the profile's where it is not 0."""
     found = [
         Quota(MEMORY_CODE, "MicroVM memory, running and suspended", (memory_mib or profile.memory_mib) / 1024, "Gigabytes"),
         Quota(DURATION_CODE, "Maximum duration of a MicroVM", LONGEST_LIFE_SECONDS, "Seconds"),

@@ -29,12 +29,12 @@ _REQUIRED = ("NetworkProtocol", "AssociatedComputeResourceTypes")
 
 
 def iso8601(at: float) -> str:
-    """A time as lambda-core's model has all of its times."""
+    """Returns a time as lambda-core's model has all of its times."""
     return datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def version_of(identifier: str) -> int | None:
-    """The version that an ARN ends with, where it has one."""
+    """Returns the version that an ARN ends with, where it has one."""
     parts = identifier.split(":")
     return int(parts[7]) if len(parts) == 8 and _VERSION.fullmatch(parts[7]) else None
 

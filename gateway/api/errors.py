@@ -115,7 +115,7 @@ class ServiceFault(CoreError):
 
 
 def as_modelled(error: ApiError, errors: Mapping[str, StructureShape]) -> ApiError:
-    """The error that stands for `error` in an operation that models `errors`: Lambda Core and the classic tags have names of their
+    """Returns the error that stands for `error` in an operation that models `errors`: Lambda Core and the classic tags have names of their
     own for what was our fault, and for calls that come too fast."""
     if isinstance(error, InternalServer) and ServiceFault.kind in errors:
         fault = ServiceFault(str(error), error.retry_after)

@@ -150,7 +150,7 @@ class Images:
         return self._describe_version(image, version)
 
     def _request(self, caller: Caller, call: dict[str, Any]) -> dict[str, Any]:
-        """What a version is made from, with the service's defaults. Raises Validation."""
+        """Returns what a version is made from, with the service's defaults. Raises Validation."""
         request = {name: call[name] for name in _ECHO if call.get(name) is not None}
         base, version = call["baseImageArn"], call.get("baseImageVersion")
         check_image_arn(base, _ARN_TEXT)
@@ -206,7 +206,7 @@ class Images:
         }
 
     def _describe_made(self, image: Image, version: Version) -> dict[str, Any]:
-        """What both CreateMicrovmImage and UpdateMicrovmImage answer."""
+        """Returns what both CreateMicrovmImage and UpdateMicrovmImage answer."""
         return {
             **reply(_ECHO, version.request),
             **self._describe_image(image),

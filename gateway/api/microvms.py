@@ -74,7 +74,7 @@ class Microvms:
         return answer
 
     def _admissible(self, caller: Caller, call: dict[str, Any]) -> Session:
-        """The session that the call asks for, which nothing that is known speaks against. Raises ApiError."""
+        """Returns the session that the call asks for, which nothing that is known speaks against. Raises ApiError."""
         session = self._session(caller, call, self._version(call))
         self._check_quota(session)
         return session

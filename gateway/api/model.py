@@ -41,7 +41,7 @@ class Operation:
 
     @cached_property
     def errors(self) -> dict[str, StructureShape]:
-        """The exceptions that the operation models, by name."""
+        """Returns the exceptions that the operation models, by name."""
         return {str(shape.name): shape for shape in self.model.error_shapes if isinstance(shape, StructureShape)}
 
     @property
@@ -67,7 +67,7 @@ class Model:
 
     @property
     def secret_members(self) -> frozenset[str]:
-        """Names of the members, anywhere in an input or output, whose values the models mark sensitive."""
+        """Returns names of the members, anywhere in an input or output, whose values the models mark sensitive."""
         return frozenset(
             name
             for operation in self.operations
@@ -77,7 +77,7 @@ class Model:
         )
 
     def find(self, method: str, raw_path: str) -> tuple[Operation, dict[str, str]] | None:
-        """The operation of a request line and its path members, decoded."""
+        """Returns the operation of a request line and its path members, decoded."""
         for operation in self.operations:
             if operation.method == method and (match := operation.pattern.match(raw_path)):
                 return operation, {name: unquote(match[name]) for name in operation.names}
@@ -116,7 +116,7 @@ def _operation(service: str, model: OperationModel) -> Operation:
 
 
 def parse_input(operation: Operation, path: dict[str, str], query: str, body: Any) -> dict[str, Any]:
-    """The operation's input from where the model puts each member; unknown members are ignored. Raises Validation."""
+    """Returns the operation's input from where the model puts each member; unknown members are ignored. Raises Validation."""
     if operation.input is None:
         return {}
     if body is not None and not isinstance(body, dict):

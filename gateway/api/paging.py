@@ -30,13 +30,13 @@ class Pager:
         self._key = key
 
     def page(self, what: str, items: Iterable[T], key: Callable[[T], Key], call: dict[str, Any]) -> tuple[list[T], str | None]:
-        """One page of items sorted by `key`, and the token of the next. Raises Validation for a bad token."""
+        """Returns one page of items sorted by `key`, and the token of the next. Raises Validation for a bad token."""
         by_key = {key(item): item for item in items}
         page, token = self.page_of_keys(what, sorted(by_key), call)
         return [by_key[key] for key in page], token
 
     def page_of_keys(self, what: str, ordered: Sequence[Key], call: dict[str, Any]) -> tuple[list[Key], str | None]:
-        """The same for keys that are in order already: costs the page, not the list."""
+        """Returns the same for keys that are in order already: costs the page, not the list."""
         limit = call.get("maxResults") or call.get("MaxItems") or _DEFAULT_PAGE
         given = call.get("nextToken") or call.get("Marker")
         try:

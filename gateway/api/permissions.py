@@ -25,7 +25,7 @@ class Permissions:
         self._service = service
 
     def check(self, caller: Caller, operation: str, call: dict[str, Any]) -> list[str]:
-        """The resources that the call is about. Raises AccessDenied, Validation for what is no ARN."""
+        """Returns the resources that the call is about. Raises AccessDenied, Validation for what is no ARN."""
         context = caller.context() | _request_context(call)
         resources = []
         for action, resource, tags in self._asked(caller, operation, call):

@@ -136,7 +136,7 @@ class ApiServer:
     # ---- a call's way ----
 
     async def _answer(self, exchange: Exchange) -> tuple[int, Any]:
-        """The status, and what its body says: JSON, for STS a document, for 404 nothing."""
+        """Returns the status, and what its body says: JSON, for STS a document, for 404 nothing."""
         request = exchange.request
         path, _, query = request.raw_path.partition("?")
         if request.method == "POST" and path == "/" and request.content_type == _FORM:

@@ -55,7 +55,7 @@ class Service:
         return f"arn:aws:lambda:{self.settings.region}:{caller.account}:microvm-image:{name}"
 
     def connector_arn(self, caller: Caller, identifier: str) -> str:
-        """A connector's ARN from its ARN (with or without a version), id or name."""
+        """Returns a connector's ARN from its ARN (with or without a version), id or name."""
         if identifier.startswith("arn:"):
             return ":".join(identifier.split(":")[:7])
         for connector in self.store.connectors.values():
@@ -64,7 +64,7 @@ class Service:
         return f"arn:aws:lambda:{self.settings.region}:{caller.account}:network-connector:{identifier}"
 
     def session_of(self, caller: Caller, identifier: str) -> Session | None:
-        """A microVM of the caller's account: another account's is as if it were not there."""
+        """Returns a microVM of the caller's account: another account's is as if it were not there."""
         session = self.store.sessions.get(identifier)
         return session if session is not None and session.account == caller.account else None
 
@@ -77,7 +77,7 @@ class Service:
         return connector.tags if connector is not None else self.image_tags(arn)
 
     def endpoint_text(self, endpoint: str) -> str:
-        """The endpoint as clients use it: a bare host name, with the port only where it is not 443."""
+        """Returns the endpoint as clients use it: a bare host name, with the port only where it is not 443."""
         return endpoint if self.endpoint_port == 443 else f"{endpoint}:{self.endpoint_port}"
 
     def check_connectors(self, caller: Caller, given: list[str], kinds: tuple[str, ...]) -> list[str]:
@@ -102,5 +102,5 @@ def check_image_arn(identifier: str, text: str) -> str:
 
 
 def reply(members: tuple[str, ...], values: dict[str, Any], **extra: Any) -> dict[str, Any]:
-    """All modelled members, null where absent, and the unmodelled ones that recordings show."""
+    """Returns all modelled members, null where absent, and the unmodelled ones that recordings show."""
     return {name: values.get(name) for name in members} | extra

@@ -105,7 +105,7 @@ def _encoded(text: str, more: str = "") -> str:
 
 
 def _raw(text: str) -> bytes:
-    """The bytes of what came as text, some of which may have been none (PEP 383)."""
+    """Returns the bytes of what came as text, some of which may have been none (PEP 383)."""
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -129,7 +129,7 @@ def canonical_request(request: SignedRequest, signed: tuple[str, ...], payload_h
 
 
 def digest(request: SignedRequest, claimed: Signature, secret: str, payload_hash: str) -> str:
-    """The signature that `secret` gives."""
+    """Returns the signature that `secret` gives."""
     key = f"AWS4{secret}".encode()
     for part in (claimed.day, claimed.region, claimed.service, "aws4_request"):
         key = hmac.new(key, part.encode(), hashlib.sha256).digest()

@@ -16,7 +16,7 @@ _TOO_MANY = f"A resource has at most {_MOST} tags."
 
 
 def fault_of(tags: dict[str, str]) -> str:
-    """What speaks against a resource's having these tags; the empty string where nothing does."""
+    """Returns what speaks against a resource's having these tags; the empty string where nothing does."""
     if any(name.lower().startswith("aws:") for name in tags):
         return _OWN
     return _TOO_MANY if len(tags) > _MOST else ""

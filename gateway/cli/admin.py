@@ -208,7 +208,7 @@ def quota(as_json: Json = False) -> None:
 
 
 def tiers() -> dict[str, str]:
-    """Where each sleeping microVM is, and what it takes there, as text; nothing where the host cannot be asked."""
+    """Returns where each sleeping microVM is, and what it takes there, as text; nothing where the host cannot be asked."""
     if os.geteuid() != 0 or not config.load().control_socket.exists():
         return {}
     found = ask("tiers", None, dict[str, m.Tier])
@@ -216,7 +216,7 @@ def tiers() -> dict[str, str]:
 
 
 def microvm_log(identifier: str, after: int) -> m.MicrovmLog | None:
-    """The service's own lines about a microVM, from number `after` on; None where the host cannot be asked."""
+    """Returns the service's own lines about a microVM, from number `after` on; None where the host cannot be asked."""
     if os.geteuid() != 0 or not config.load().control_socket.exists():
         return None
     found: m.MicrovmLog = ask("microvm_log", m.LogRequest(identifier, after), m.MicrovmLog)

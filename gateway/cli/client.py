@@ -50,14 +50,14 @@ def role_arn(name: str) -> str:
 
 
 def bundle() -> str:
-    """The certificates that endpoints are checked with: those beside the instance's AWS profile, else CURL_CA_BUNDLE."""
+    """Returns the certificates that endpoints are checked with: those beside the instance's AWS profile, else CURL_CA_BUNDLE."""
     session()
     beside = Path(os.environ["AWS_CONFIG_FILE"]).parents[1] / "tls/bundle.crt"
     return str(beside) if beside.is_file() else os.environ.get("CURL_CA_BUNDLE", "/etc/ssl/certs/ca-certificates.crt")
 
 
 def resolve(text: str) -> str:
-    """A microVM's id from itself, or from a beginning of it that is unique."""
+    """Returns a microVM's id from itself, or from a beginning of it that is unique."""
     if len(text) >= len("microvm-") + 36:
         return text
     wanted = text if text.startswith("microvm-") else f"microvm-{text}"
@@ -87,5 +87,5 @@ def _all(operation: str) -> list[dict[str, Any]]:
 
 
 def connector_arn(name: str) -> str:
-    """A managed network connector's ARN."""
+    """Returns a managed network connector's ARN."""
     return f"arn:aws:lambda:{session().region_name}:aws:network-connector:aws-network-connector:{name}"

@@ -124,8 +124,8 @@ def ignored_of(source: Path) -> Ignored:
 
 
 def entries(source: Path, ignored: Ignored) -> Iterator[tuple[str, os.stat_result]]:
-    """Paths of what is sent, in order, each folder before what is in it. The Dockerfile and the patterns are sent in any case; an ignored
-    folder is, where something in it is."""
+    """Returns paths of what is sent, in order, each folder before what is in it. The Dockerfile and the patterns are sent in any case; an
+    ignored folder is, where something in it is."""
     yield from _entries(source, ignored, "", (), [])
 
 

@@ -154,7 +154,7 @@ def trust(root: Root = None, name: Name = None, remove: Annotated[bool, typer.Op
 
 
 def _own_lists(name: str, authority: Path, remove: bool) -> list[str]:
-    """What to do for browsers, which do not ask the system for its authorities on Linux."""
+    """Returns what to do for browsers, which do not ask the system for its authorities on Linux."""
     list_of_nss = "-d sql:$HOME/.pki/nssdb"
     words = f"-D {list_of_nss} -n torpor-{name}" if remove else f"-A {list_of_nss} -t C,, -n torpor-{name} -i {authority}"
     return [
@@ -209,7 +209,8 @@ def edge_port(kept: Path) -> tuple[str, bool, str]:
 
 
 def _descriptors(settings: config.Settings) -> tuple[bool, str]:
-    """What one process may have against what vmm keeps ready for launches, of one image that is in great demand, and for microVMs."""
+    """Returns what one process may have against what vmm keeps ready for launches, of one image that is in great demand, and for
+    microVMs."""
     from vmm.network import LINK_DESCRIPTORS, MOST_LINKS
     from vmm.standbys import STANDBY_DESCRIPTORS
 
@@ -297,7 +298,7 @@ def doctor(
 
 
 def _stored(settings: config.Settings, store: Known) -> Iterator[tuple[str, bool, str]]:
-    """What doctor says of the store against the disks."""
+    """Returns what doctor says of the store against the disks."""
     from vmm.errors import VmmError
 
     from .repair import away_of, missing_of, strangers_of, upgrades_of

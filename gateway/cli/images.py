@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
 
 
 def packed(source: Path) -> IO[bytes]:
-    """A directory as a zip file, or a zip file as it is."""
+    """Returns a directory as a zip file, or a zip file as it is."""
     if source.is_file():
         return source.open("rb")
     out = tempfile.TemporaryFile()  # noqa: SIM115 (the caller's to close)
@@ -118,7 +118,7 @@ def follow(api: Any, name: str, arn: str, version: str, quiet: bool) -> dict[str
 
 
 def find(text: str) -> dict[str, Any] | None:
-    """The image of a name or an ARN; None where the text is neither's."""
+    """Returns the image of a name or an ARN; None where the text is neither's."""
     if text.startswith("microvm-"):
         return None
     try:

@@ -58,7 +58,7 @@ def hand_out(settings: config.Settings, name: str, target: Path, image: str = ""
 
 
 def images(settings: config.Settings) -> dict[str, Path]:
-    """Where the files of each image version are, by key: strangers too, which are set aside."""
+    """Returns where the files of each image version are, by key: strangers too, which are set aside."""
     aside = {path.name.removeprefix("image-"): path for path in (settings.root / "quarantine").glob("image-*")}
     return aside | {path.name: path for path in settings.images_dir.glob("[!.]*") if path.is_dir()}
 
@@ -71,7 +71,7 @@ def quarantined(settings: config.Settings) -> list[m.Quarantined]:
 
 
 def rows(settings: config.Settings) -> list[tuple[str, bool, str]]:
-    """What doctor says of the quarantine."""
+    """Returns what doctor says of the quarantine."""
     try:
         found = quarantined(settings)
     except OSError as error:

@@ -70,14 +70,14 @@ def leftovers_of(settings: Settings, store: Known) -> list[leftovers.Leftover]:
 
 
 def strangers_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
-    """What doctor says of sleepers and images that the store does not know."""
+    """Returns what doctor says of sleepers and images that the store does not know."""
     images = store.images if store.is_whole else {path.name for path in settings.images_dir.glob("*")}
     text = "the store does not know it: the next start sets a few of them aside, and refuses to go on with many"
     return [("stranger", False, f"{path}: {text}") for path in leftovers.strangers(settings, store.sessions, images)]
 
 
 def missing_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
-    """What doctor says of directories and sleepers' files that the store knows and that are not there."""
+    """Returns what doctor says of directories and sleepers' files that the store knows and that are not there."""
     asleep = [one.id for one in store.live if one.state is State.SUSPENDED and one.archived is None]
     places = ((settings.sessions_dir, len(store.live), "microVMs"), (settings.images_dir, len(store.images), "image versions"))
     text = "is not there: its file system may not be mounted; else put it back (torpor restore)"
@@ -93,8 +93,8 @@ def missing_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
 
 
 def away_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
-    """What doctor says of microVMs that errors have ended and of which nothing is in the quarantine: their files were not there to be set
-    aside, or are archived."""
+    """Returns what doctor says of microVMs that errors have ended and of which nothing is in the quarantine: their files were not there to
+    be set aside, or are archived."""
     rows = []
     for one in store.aside:
         if not (settings.root / "quarantine" / one.id).is_dir():
@@ -105,7 +105,7 @@ def away_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
 
 
 def upgrades_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
-    """What doctor says of images and sleepers that an update of the host has left behind. Raises OSError, VmmError."""
+    """Returns what doctor says of images and sleepers that an update of the host has left behind. Raises OSError, VmmError."""
     names = {version.key: f"{image.name} {version.version}" for image in store.made for version in image.versions}
     sleepers = {session.id: session.image for session in store.live if session.state is State.SUSPENDED}
     return upgrades.report(settings, names, sleepers)

@@ -26,7 +26,7 @@ class Issuer:
         self._clock = clock
 
     def of(self, role: str, name: str) -> Kept:
-        """The credentials of `role` for the microVM `name`."""
+        """Returns the credentials of `role` for the microVM `name`."""
         return Kept(self, role, name, self._clock)
 
     async def make(self, role: str, name: str) -> Made:

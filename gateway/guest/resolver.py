@@ -27,7 +27,7 @@ Address = tuple[str, int]
 
 
 def host_resolvers(path: Path = Path("/etc/resolv.conf")) -> list[str]:
-    """The nameservers of resolv.conf(5)."""
+    """Returns the nameservers of resolv.conf(5)."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -36,7 +36,7 @@ def host_resolvers(path: Path = Path("/etc/resolv.conf")) -> list[str]:
 
 
 def without_answer(question: bytes, code: int = _REFUSED) -> bytes:
-    """The reply to a question that has a response code and no answer (RFC 1035, 4.1.1)."""
+    """Returns the reply to a question that has a response code and no answer (RFC 1035, 4.1.1)."""
     flags = bytes([0x80 | question[2] & 0x79, code])
     return question[:2] + flags + question[4:6] + bytes(6) + question[12:]
 
@@ -89,7 +89,7 @@ class Names(asyncio.DatagramProtocol):
 
 
 async def ask(upstream: list[str], question: bytes) -> bytes | None:
-    """The first answer of any server, each asked in turn and then again: a late one counts too. None where none comes."""
+    """Returns the first answer of any server, each asked in turn and then again: a late one counts too. None where none comes."""
     asked: dict[str, asyncio.Task[bytes]] = {}
     try:
         for seconds in _WAITS_SECONDS:
@@ -129,7 +129,7 @@ async def _exchange(sock: socket.socket, question: bytes) -> bytes:
 
 
 async def _first(asked: dict[str, asyncio.Task[bytes]], seconds: float) -> bytes | None:
-    """The first that ends with an answer, within these seconds; those that end without one are forgotten."""
+    """Returns the first that ends with an answer, within these seconds; those that end without one are forgotten."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
     while asked:

@@ -31,7 +31,7 @@ _FETCH_SECONDS, _FETCH_BYTES_PER_SECOND = 120, 256 << 10  # and so many seconds 
 
 
 def as_text(words: str) -> str:
-    """What can be stored and answered of words that may quote bytes of a file: those that are no UTF-8 (PEP 383) are replaced."""
+    """Returns what can be stored and answered of words that may quote bytes of a file: those that are no UTF-8 (PEP 383) are replaced."""
     return _NO_TEXT.sub("\ufffd", words)
 
 
@@ -44,7 +44,7 @@ class BuildFailed(Exception):
 
 
 def parse_uri(uri: str) -> tuple[str, str, str | None] | None:
-    """Bucket, key and, where one is named (`?versionId=`), the object's version of an S3 URI; None when it is none."""
+    """Returns bucket, key and, where one is named (`?versionId=`), the object's version of an S3 URI; None when it is none."""
     match = _URI.fullmatch(uri)
     return (match[1], match[2], match[3]) if match else None
 

@@ -26,7 +26,7 @@ _ECR = re.compile(r"\b\d{12}\.dkr\.ecr(?:-fips)?\.([a-z]{2}[a-z0-9-]+-\d)\.amazo
 def logins(
     settings: Images, region: str, role: str, credentials: Credentials | None, dockerfile: str, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """Registry host to base64 of `user:password` (containers-auth.json(5)), for a build with `role`. Blocking.
+    """Returns base64 of `user:password` by registry host (containers-auth.json(5)), for a build with `role`. Blocking.
 
     A login that cannot be had is said and left out: the pull then fails where it was needed, and only there.
     """

@@ -13,7 +13,7 @@ class ContainerError(Exception):
 
 
 def parse_config(text: str) -> dict[str, Any]:
-    """The runtime part of a container image's configuration, as Docker's `image inspect` has it under `Config`. Labels tell a guest
+    """Returns the runtime part of a container image's configuration, as Docker's `image inspect` has it under `Config`. Labels tell a guest
     nothing, and may be large."""
     config = dict(json.loads(text))
     config.pop("Labels", None)
@@ -24,7 +24,7 @@ def parse_config(text: str) -> dict[str, Any]:
 
 
 def stop_signal(config: dict[str, Any]) -> int:
-    """The number of STOPSIGNAL, which is given by name or number; SIGTERM where there is none, or none that Linux has."""
+    """Returns the number of STOPSIGNAL, which is given by name or number; SIGTERM where there is none, or none that Linux has."""
     text = str(config.get("StopSignal") or "").upper().removeprefix("SIG")
     relative = re.fullmatch(r"RT(MIN|MAX)(?:([+-])(\d+))?", text)
     if relative is not None:  # glibc's range, whatever library this process has
@@ -49,7 +49,7 @@ def exposed_ports(config: dict[str, Any]) -> list[int]:
 def agent_entries(
     config: dict[str, Any], variables: dict[str, str], reserved: dict[str, str], all_capabilities: bool
 ) -> list[tuple[str, str]]:
-    """The agent's configuration. The image's variables win over the container's, ours over both."""
+    """Returns the agent's configuration. The image's variables win over the container's, ours over both."""
     environment = dict(entry.partition("=")[::2] for entry in config["Env"])
     environment |= variables | reserved
     entries = [("arg", word) for word in [*(config.get("Entrypoint") or []), *(config.get("Cmd") or [])]]

@@ -92,7 +92,7 @@ class _Stage:
 
     @property
     def values(self) -> dict[str, str]:
-        """What a variable means: ENV goes before ARG (Dockerfile reference, "Using ARG variables")."""
+        """Returns what a variable means: ENV goes before ARG (Dockerfile reference, "Using ARG variables")."""
         return self.arguments | self.environment
 
 
@@ -172,7 +172,7 @@ def substitute(text: str, values: Mapping[str, str]) -> str:
 
 
 def repository(reference: str) -> str:
-    """An image's name without tag and digest, and without what Docker adds to short ones."""
+    """Returns an image's name without tag and digest, and without what Docker adds to short ones."""
     name = reference.partition("@")[0]
     head, colon, tag = name.rpartition(":")
     if colon and "/" not in tag:
@@ -213,7 +213,7 @@ def _ids(owner: str) -> list[int]:
 
 
 def _users(one: Instruction, user: str) -> list[int]:
-    """Ids that need to be mapped by themselves."""
+    """Returns ids that need to be mapped by themselves."""
     ids = _ids(user)
     for number in ids:
         if number > _UID_MAX:

@@ -63,7 +63,7 @@ _SEEDED = (
 
 
 def machine_shape(minimum_mib: int, info: HostInfo) -> Shape:
-    """The service's peak for a size, capped by the host (reference, section 4)."""
+    """Returns the service's peak for a size, capped by the host (reference, section 4)."""
     return Shape(
         memory_mib=min(minimum_mib * _PEAK, info.memory_cap_mib),
         vcpus=max(1, min(minimum_mib * _PEAK // 2048, info.vcpus_cap)),
@@ -74,7 +74,7 @@ def machine_shape(minimum_mib: int, info: HostInfo) -> Shape:
 
 
 def read_hooks(request: dict[str, object]) -> Hooks:
-    """The enabled hooks of a version, with their timeouts; runtime hooks default to 1 s, image hooks to 60 s."""
+    """Returns the enabled hooks of a version, with their timeouts; runtime hooks default to 1 s, image hooks to 60 s."""
     given = request.get("hooks")
     if not isinstance(given, dict):
         return Hooks()

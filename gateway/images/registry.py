@@ -115,7 +115,7 @@ class Registry:
         return version
 
     def _settled(self, image: Image, leaving: Version | None = None) -> str:
-        """The state of an image at rest without `leaving`: as its newest other version has it."""
+        """Returns the state of an image at rest without `leaving`: as its newest other version has it."""
         rest = [version for version in image.versions if version is not leaving]
         failed = rest[-1].state == "FAILED"
         first = len(rest) == 1 and rest[-1].version == "1.0"
@@ -303,7 +303,7 @@ class Registry:
         await self.pipeline.sweep(self._under_way)
 
     def _under_way(self) -> set[str]:
-        """The ids of builds that wait, run, or are called off."""
+        """Returns the ids of builds that wait, run, or are called off."""
         versions = [version for image in self._store.images.values() for version in image.versions]
         return {version.build.id for version in versions if version.build is not None and version.state in _UNDER_WAY}
 

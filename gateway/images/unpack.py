@@ -67,7 +67,7 @@ class Entry:
 
 
 def decoded_name(info: zipfile.ZipInfo) -> str:
-    """The name as its writer meant it: UTF-8 by the flag or by the extra field of Info-ZIP, else by its looks, else code page 437.
+    """Returns the name as its writer meant it: UTF-8 by the flag or by the extra field of Info-ZIP, else by its looks, else code page 437.
 
     What of it is not UTF-8 in an archive that Unix made is kept as bytes, as Python keeps them in file names.
     """
@@ -93,7 +93,7 @@ def extra_fields(extra: bytes) -> dict[int, bytes]:
 
 
 def check_name(name: str) -> tuple[str, ...]:
-    """The parts of an entry's path below the root; none for the root. Raises ArchiveError for one that would leave it."""
+    """Returns the parts of an entry's path below the root; none for the root. Raises ArchiveError for one that would leave it."""
     if "\0" in name:
         raise ArchiveError(f"entry {_shown(name)} has a NUL in its name")
     if name.startswith("/") or _DRIVE.match(name):
@@ -129,7 +129,7 @@ def separated(names: list[tuple[zipfile.ZipInfo, str]]) -> Iterator[tuple[zipfil
 
 
 def entries_of(infos: list[zipfile.ZipInfo]) -> dict[tuple[str, ...], Entry]:
-    """What the tree has, by path. Of a name that is there twice the last one counts, as for unzip. Raises ArchiveError."""
+    """Returns what the tree has, by path. Of a name that is there twice the last one counts, as for unzip. Raises ArchiveError."""
     found: dict[tuple[str, ...], Entry] = {}
     for info, name in separated([(info, decoded_name(info)) for info in infos]):
         path = check_name(name)
@@ -210,7 +210,7 @@ def _begins_as_zip(archive: Path) -> bool:
 
 
 def resolved(source: zipfile.ZipFile, found: dict[tuple[str, ...], Entry], name: str) -> Entry | None:
-    """The file that a name at the root leads to, by links of the archive alone: the builder opens it. Raises ArchiveError.
+    """Returns the file that a name at the root leads to, by links of the archive alone: the builder opens it. Raises ArchiveError.
 
     It is walked as the kernel walks a path (path_resolution(7)): ".." is what a link before it led to, and not what stands before it.
     """

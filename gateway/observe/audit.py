@@ -38,7 +38,7 @@ _LOST = "AuditRecordsLost"
 
 
 def redacted(value: Any, hidden: Set[str]) -> Any:
-    """A copy without tokens and the members that are `hidden`; what is long is cut."""
+    """Returns a copy without tokens and the members that are `hidden`; what is long is cut."""
     if isinstance(value, dict):
         return {name: _HIDDEN if (name in hidden or name in _TOKENS) and item else redacted(item, hidden) for name, item in value.items()}
     if isinstance(value, list):
@@ -62,7 +62,7 @@ def record(event: str, at: float, **parts: Any) -> dict[str, Any]:
 
 
 def _line(made: dict[str, Any]) -> bytes:
-    """A record of bounded length: what is too long is left out, as CloudTrail does it."""
+    """Returns a record of bounded length: what is too long is left out, as CloudTrail does it."""
     line = json.dumps(redacted(made, frozenset()), separators=(",", ":"), default=str).encode()
     for name in ("requestParameters", "responseElements"):
         if len(line) > _RECORD_BYTES:

@@ -31,7 +31,7 @@ def largest_burst(counts: Sequence[int]) -> int:
 
 
 def _flow(sums: Sequence[int]) -> int:
-    """What came in most of the time; nothing where less is known."""
+    """Returns what came in most of the time; nothing where less is known."""
     return median_low(sums) if len(sums) == _FLOW_SECONDS else 0
 
 
@@ -49,7 +49,7 @@ class Demand:
         self._burst = None
 
     def burst(self, now: float) -> int:
-        """How many may be wanted at once. It costs up to a millisecond: not for what somebody waits for."""
+        """Returns how many may be wanted at once. It costs up to a millisecond: not for what somebody waits for."""
         self._go_on(now)
         if self._burst is None:
             self._burst = largest_burst(self._counts)

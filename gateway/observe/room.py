@@ -19,7 +19,8 @@ _HEAD_BYTES = 256  # of /proc/meminfo: what is asked for stands in its third lin
 
 
 def memory_available_bytes() -> int:
-    """The kernel's own estimate (Documentation/filesystems/proc.rst, MemAvailable). Asked while a request waits: the file stays open."""
+    """Returns the kernel's own estimate (Documentation/filesystems/proc.rst, MemAvailable). Asked while a request waits: the file stays
+    open."""
     for line in os.pread(_meminfo(), _HEAD_BYTES, 0).splitlines():
         if line.startswith(b"MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -32,18 +33,19 @@ def _meminfo() -> int:
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest directory above it that is there: where it would be made."""
+    """Returns the path, or the nearest directory above it that is there: where it would be made."""
     return next(directory for directory in (path.absolute(), *path.absolute().parents) if directory.exists())
 
 
 def disk_free_bytes(path: Path) -> int:
-    """What may still be written where `path` lies. Raises OSError."""
+    """Returns what may still be written where `path` lies. Raises OSError."""
     there = os.statvfs(path)
     return there.f_bavail * there.f_frsize
 
 
 def inodes_free(path: Path) -> int:
-    """How many files may still be made where `path` lies; very many where the file system has no such number (btrfs). Raises OSError."""
+    """Returns how many files may still be made where `path` lies; very many where the file system has no such number (btrfs). Raises
+    OSError."""
     there = os.statvfs(path)
     return there.f_favail if there.f_files else _UNBOUNDED
 
@@ -58,7 +60,7 @@ def allow_descriptors() -> None:
 
 
 def descriptors_free() -> int:
-    """How many more this process may have, at least: the kernel gives the lowest number that is free."""
+    """Returns how many more this process may have, at least: the kernel gives the lowest number that is free."""
     try:
         lowest = os.open("/", os.O_PATH | os.O_CLOEXEC)
     except OSError:
@@ -68,5 +70,5 @@ def descriptors_free() -> int:
 
 
 def descriptors_kept() -> int:
-    """How many nothing new may take: a launch, or what only waits. Resumes may."""
+    """Returns how many nothing new may take: a launch, or what only waits. Resumes may."""
     return min(_KEPT_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)

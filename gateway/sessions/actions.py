@@ -162,7 +162,7 @@ class Actions:
         return _WORK_SECONDS + sum(session.hooks.enabled.values()) + 4 * grown(0, max(_memory_bytes(session), session.snapshot_bytes))
 
     def last_step(self, session: Session) -> str:
-        """The last step that was taken for a session."""
+        """Returns the last step that was taken for a session."""
         steps = max(self.traces(session), key=lambda trace: trace.started_at, default=None)
         return steps.steps[-1].what if steps is not None and steps.steps else "none"
 
@@ -578,7 +578,7 @@ def _held(state: HostState, session: Session) -> SessionState | None:
 
 
 def _memory_bytes(session: Session) -> int:
-    """The most that a snapshot may have to write: all memory that the guest sees, which is four times the size asked for."""
+    """Returns the most that a snapshot may have to write: all memory that the guest sees, which is four times the size asked for."""
     return 4 * session.minimum_mib << 20
 
 

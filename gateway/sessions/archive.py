@@ -62,7 +62,7 @@ class Archive:
         self._is_made = False
 
     def key(self, session: Session) -> str:
-        """A key that no archive has had: what removes one, however late, removes no other."""
+        """Returns a key that no archive has had: what removes one, however late, removes no other."""
         return f"{self._settings.prefix}{session.account}/{session.id}/{session.incarnation}-{secrets.token_hex(4)}.tar.zst"
 
     async def store(self, session: Session, key: str) -> Archived:

@@ -63,7 +63,7 @@ def is_refused(error: Exception) -> bool:
 
 
 def grown(seconds: float, size: int) -> float:
-    """A deadline for a call that has so many bytes to read or write."""
+    """Returns a deadline for a call that has so many bytes to read or write."""
     return seconds + size / _SLOW_BYTES
 
 

@@ -282,7 +282,7 @@ class LogStore:
         return self._by_stream(self._group(account, group), _quoted(stream)).get(stream, [])
 
     def _by_stream(self, directory: Path, only: str = "") -> dict[str, list[_Segment]]:
-        """The segments of a group's streams, the oldest first."""
+        """Returns the segments of a group's streams, the oldest first."""
         found: dict[str, list[_Segment]] = {}
         try:
             with os.scandir(directory) as entries:

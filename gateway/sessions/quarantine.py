@@ -32,7 +32,7 @@ class RecoverError(Exception):
 
 
 def patience(size: int) -> float:
-    """How long a recovery of so many bytes may take: each is compared with its checksum."""
+    """Returns how long a recovery of so many bytes may take: each is compared with its checksum."""
     return grown(_RECOVER_SECONDS, size)
 
 

@@ -52,7 +52,7 @@ async def recover(lifecycle: Lifecycle, state: HostState) -> None:
 
 
 def launches_of_nobody(state: HostState) -> set[str]:
-    """What was being launched when its control died, and never told to run for anybody, so that nothing of it was saved."""
+    """Returns what was being launched when its control died, and never told to run for anybody, so that nothing of it was saved."""
     waiting = {one.session for one in state.sessions if one.phase == "prepared" or one.session.startswith(PREFIX)}
     return (waiting | set(state.preparing)) - set(state.snapshots)
 

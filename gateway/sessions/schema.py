@@ -44,7 +44,7 @@ def _first(connection: sqlite3.Connection) -> None:
 
 
 def digest(parameters: bytes) -> str:
-    """What is kept of a call's parameters, to know them again."""
+    """Returns what is kept of a call's parameters, to know them again."""
     return hashlib.sha256(parameters).hexdigest()
 
 

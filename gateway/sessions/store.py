@@ -131,7 +131,7 @@ def _delete(kind: str, key: str) -> tuple[str, Sequence[Any]]:
 
 
 def readable(connection: sqlite3.Connection, path: Path) -> tuple[list[tuple[str, str, Any]], list[SetAside]]:
-    """What a store holds, as (kind, key, value), and the rows that cannot be read. Raises ConfigError, sqlite3.Error."""
+    """Returns what a store holds, as (kind, key, value), and the rows that cannot be read. Raises ConfigError, sqlite3.Error."""
     found, set_aside = [], []
     if schema.check(connection, path):
         set_aside = [SetAside(*row) for row in connection.execute("SELECT kind, key, at, reason FROM set_aside ORDER BY at, kind, key")]
@@ -319,7 +319,7 @@ class Store:
         self._add("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     async def client_token(self, token: str) -> tuple[str, str] | None:
-        """The digest of the parameters, and the reply, of the call that came with this token within the last day."""
+        """Returns the digest of the parameters, and the reply, of the call that came with this token within the last day."""
         known = self.client_tokens.get(token)
         if known is None and self._has_older_tokens:
             rows = await self.db.rows("SELECT at, parameters, reply FROM client_tokens WHERE token = ?", (token,))
@@ -349,7 +349,7 @@ class Store:
         return [EventRow(*row) for row in await self.db.rows(statement, (subject,))]
 
     async def ended(self, subject: str) -> str | None:
-        """What the event table says of the end of what was once there under this name; None where it knows of none."""
+        """Returns what the event table says of the end of what was once there under this name; None where it knows of none."""
         statement = "SELECT detail FROM events WHERE subject = ? AND event = 'deleted' ORDER BY number DESC LIMIT 1"
         rows = await self.db.rows(statement, (subject,))
         return str(rows[0][0]) if rows else None

@@ -127,7 +127,7 @@ class FirecrackerDriver:
         return Sealed(stored, disks.stored_bytes(image / DISK), int((image / "code_bytes").read_text(encoding="ascii")), seeded)
 
     def _makes(self) -> Provenance:
-        """What an image that boots now is made by; the version is what its process will say. Raises OSError."""
+        """Returns what an image that boots now is made by; the version is what its process will say. Raises OSError."""
         guest, agent, protocol = kernel.guest(self._assets.cache)
         return Provenance(NAME, processor="host", kernel=guest, agent=agent, protocol=protocol)
 

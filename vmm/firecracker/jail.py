@@ -80,7 +80,7 @@ class Jail:
         ]  # fmt: skip
 
     def probe(self, kernel: Path, initrd: Path) -> list[str]:
-        """The command of a process that shows whether guests run: its init says so on standard output (vmm/probe.py). It has no
+        """Returns the command of a process that shows whether guests run: its init says so on standard output (vmm/probe.py). It has no
         network and no control group of its own. Raises OSError."""
         for file, name in ((kernel, KERNEL), (initrd, INITRD)):
             self.give_copy(file, name)
@@ -107,7 +107,7 @@ class Jail:
         return _FILE_ROOM + (max(shape.memory_mib << 20, shape.disk_bytes) if shape is not None else 0)
 
     def pid(self) -> int | None:
-        """The process's id, once the jailer has written it (`<exec file>.pid`, in the root)."""
+        """Returns the process's id, once the jailer has written it (`<exec file>.pid`, in the root)."""
         try:
             return int((self.root / f"{self._programs.firecracker.name}.pid").read_text(encoding="ascii"))
         except (OSError, ValueError):

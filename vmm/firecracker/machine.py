@@ -334,8 +334,8 @@ class FirecrackerMachine(WatchedProcess):
 
 
 def tracking(version: str) -> dict[str, bool]:
-    """What a load is told so that KVM's log of dirty pages is kept: 1.13 has another name for it, and older ones refuse what they do not
-    know."""
+    """Returns what a load is told so that KVM's log of dirty pages is kept: 1.13 has another name for it, and older ones refuse what they
+    do not know."""
     number = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     return {"track_dirty_pages" if number >= _TRACKS else "enable_diff_snapshots": True}
 

@@ -32,7 +32,7 @@ class Region:
 
 
 def regions(pid: int, file: Path) -> list[Region]:
-    """The private mappings of the memory file (proc(5), maps), told by device and inode. Raises LookupError."""
+    """Returns the private mappings of the memory file (proc(5), maps), told by device and inode. Raises LookupError."""
     status = file.stat()
     identity = (f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino))
     found = []

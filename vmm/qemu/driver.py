@@ -286,7 +286,7 @@ class QemuDriver:
         )
 
     def _makes(self, shape: Shape) -> Provenance:
-        """What an image that boots now is made by. Raises OSError."""
+        """Returns what an image that boots now is made by. Raises OSError."""
         root, model = self._root, topology.processor(shape.accelerator)
         return Provenance(NAME, root.version, root.machine, root.name, model, [], *kernel.guest(self._assets.cache))
 

@@ -65,12 +65,12 @@ class Command:
 
 
 def processor(accelerator: str) -> str:
-    """The model that a guest sees."""
+    """Returns the model that a guest sees."""
     return "host" if accelerator == "kvm" else "max,erms=off"
 
 
 def _bare(accelerator: str, machine: str, memory_mib: int, vcpus: int, backend: str) -> list[str]:
-    """The machine without any device, of the type `machine`. `backend`: what its memory is."""
+    """Returns the machine without any device, of the type `machine`. `backend`: what its memory is."""
     accel = "kvm" if accelerator == "kvm" else "tcg,tb-size=64"
     return [
         BINARY, "-M", f"{machine},{MACHINE}", "-accel", accel, "-cpu", processor(accelerator),
@@ -84,7 +84,7 @@ def _kernel(kernel: int, initrd: int, line: str) -> list[str]:
 
 
 def probe(accelerator: str, kernel: int, initrd: int) -> Command:
-    """The machine that shows whether guests run: its init says so on standard output (vmm/probe.py)."""
+    """Returns the machine that shows whether guests run: its init says so on standard output (vmm/probe.py)."""
     bare = _bare(accelerator, "q35", PROBE_MIB, 1, "memory-backend-ram")
     return Command([*bare, "-serial", "stdio", *_kernel(kernel, initrd, f"{KERNEL_LINE} {PROBE_WORDS}")], [kernel, initrd])
 
@@ -127,8 +127,8 @@ def _file(set_id: int, read_only: bool) -> dict[str, object]:
 def boot(
     shape: Shape, machine: str, memory: int, programs: tuple[int, int] | None, tap: int, ends: Ends, console: int
 ) -> Command:  # fmt: skip
-    """A machine whose memory becomes an image: shared, a NIC from the start, and a placeholder until it is given its disk. `programs`:
-    kernel and initramfs; None where it goes on from a boot that was kept."""
+    """Returns a machine whose memory becomes an image: shared, a NIC from the start, and a placeholder until it is given its disk.
+    `programs`: kernel and initramfs; None where it goes on from a boot that was kept."""
     arguments = [
         *_common(shape, machine, memory, True, ends),
         *(_kernel(*programs, KERNEL_LINE) if programs is not None else _WAITING),
@@ -141,7 +141,7 @@ def boot(
 
 
 def boot_disk() -> list[dict[str, object]]:
-    """The nodes of a booted machine's disk: what booting writes, in descriptor set 2, over the container's files, in set 1."""
+    """Returns the nodes of a booted machine's disk: what booting writes, in descriptor set 2, over the container's files, in set 1."""
     return [
         {"driver": "raw", "node-name": "base", "read-only": True, "file": _file(1, True)},
         {"driver": "qcow2", "node-name": "d1", "file": _file(2, False), "backing": "base"},
@@ -149,7 +149,7 @@ def boot_disk() -> list[dict[str, object]]:
 
 
 def standby(shape: Shape, machine: str, memory: int, base: int, boot_layer: int, placeholders: PlaceholderDevices, ends: Ends) -> Command:
-    """The same machine, waiting for a session: all in place but what the session brings, and nothing to boot."""
+    """Returns the same machine, waiting for a session: all in place but what the session brings, and nothing to boot."""
     overlay = {**_file(3, False), "cache": NO_FLUSH}
     arguments = [
         *_common(shape, machine, memory, False, ends),

@@ -111,7 +111,7 @@ class QemuMachine(WatchedProcess):
         return self._qmp
 
     async def processor(self) -> list[str]:
-        """The words of CPUID that the guest sees. Raises QmpError."""
+        """Returns the words of CPUID that the guest sees. Raises QmpError."""
         (first, *_) = await self.qmp.run("query-cpus-fast")
         words = await self.qmp.run("qom-get", path=first["qom-path"], property="feature-words")
         return [
@@ -384,7 +384,7 @@ class QemuMachine(WatchedProcess):
 
 
 def child_of(pid: int) -> int | None:
-    """The one child of a process, None while there is none."""
+    """Returns the one child of a process, None while there is none."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()[0])
     return None

@@ -174,8 +174,8 @@ class Roots:
 
 
 def choose(made: Provenance, current: Root, there: Iterable[Root], first: str) -> Root | None:
-    """The host's QEMU where it is of the same version, with newer libraries perhaps; else the very root that made it, or another of that
-    version. Where nobody wrote the version down, the root of that time, else the host's: nothing says that it will not do."""
+    """Returns the host's QEMU where it is of the same version, with newer libraries perhaps; else the very root that made it, or another of
+    that version. Where nobody wrote the version down, the root of that time, else the host's: nothing says that it will not do."""
     if made.version == current.version:
         return current
     same = {root.name: root for root in there if root.version == made.version or (not made.version and root.name == first)}

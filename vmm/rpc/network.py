@@ -26,6 +26,6 @@ class NetworkCalls:
         return Reply(None, [sock.detach() for sock in sockets])
 
     async def rpc_services(self, connection: Connection, body: m.SessionRef) -> Reply:
-        """The sockets on which the guest asks for metadata (TCP) and names (UDP, TCP): control answers there."""
+        """Returns the sockets on which the guest asks for metadata (TCP) and names (UDP, TCP): control answers there."""
         entry = self._vms.require(body.session, body.incarnation)
         return Reply(None, await self._network.services(entry.link))
