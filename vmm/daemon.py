@@ -137,6 +137,8 @@ class Vmm:
                 self.collector.collect_later(entry.session)
             return
         log.warning("hypervisor.ended", session=entry.session, vm=entry.machine.record.vm)
+        if self.snapshots.is_saved(entry.session, entry.incarnation):  # nothing is lost: it sleeps, or is about to
+            return
         reason, has_run = "The hypervisor of the MicroVM stopped unexpectedly.", self.vms.has_run(entry.session, entry.incarnation)
         ended = m.Ended(entry.session, entry.incarnation, reason, has_run)
         for control in self._controls:

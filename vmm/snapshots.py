@@ -144,6 +144,10 @@ class Snapshots:
         path = self.of(session) / f"{_PREFIX}{incarnation}"
         return diffs.read_manifest(path) if path.exists() else None
 
+    def is_saved(self, session: str, incarnation: int) -> bool:
+        """Whether what a guest had is on the disk: its snapshot goes before it runs on."""
+        return (self.of(session) / f"{_PREFIX}{incarnation}").exists()
+
     # ---- what becomes of one ----
 
     def started(self, session: str, incarnation: int) -> None:

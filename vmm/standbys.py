@@ -61,6 +61,9 @@ class Standbys:
         """Keeps standbys of this image from now on."""
         self._ready.setdefault(image, deque())
         self._used[image] = self._shared[image] = asyncio.get_running_loop().time()
+        self._begin_refill(image)
+
+    def _begin_refill(self, image: Path) -> None:
         task = self._refills.get(image)
         if task is None or task.done():
             self._refills[image] = asyncio.get_running_loop().create_task(self._refill(image))
@@ -94,10 +97,13 @@ class Standbys:
         return max(self._least, min(self._most, demand.burst(asyncio.get_running_loop().time())))
 
     async def drop_unused(self, held: Collection[Path] = ()) -> None:
-        """Ends what nobody has wanted for long, and what there is too much of. `held`: images of which there are hypervisors that are
-        taken, running or paused."""
+        """Ends what nobody has wanted for long, and what there is too much of; replaces what has ended by itself. `held`: images of which
+        there are hypervisors that are taken, running or paused."""
         now = asyncio.get_running_loop().time()
         for image, ready in list(self._ready.items()):
+            if any(map(_has_ended, ready)):
+                self._ready[image] = ready = deque(one for one in ready if not _has_ended(one))
+                self._begin_refill(image)
             while len(ready) > self._wanted(image):
                 await self._end([ready.popleft()], image)
         for image in [image for image, used in self._used.items() if now - used > self._unused_seconds]:

@@ -198,6 +198,8 @@ class VmRegistry:
     async def _watch(self, entry: VmEntry) -> None:
         await entry.machine.wait()
         self.remove(entry)
+        if entry.saving is not None:  # which may need it no more
+            await asyncio.wait([entry.saving])
         self.on_end(entry)
 
     def remove(self, entry: VmEntry) -> asyncio.Future[None]:

@@ -73,6 +73,7 @@ class HostUnderTest:
         self._watch: asyncio.Task[None] | None = None
         self.deaths = 0
         self.wall = time.time()
+        seam.crash = self._crash
         self._prepare()
 
     def _prepare(self) -> None:
@@ -102,6 +103,12 @@ class HostUnderTest:
             connections[connection] = process.get()
 
         self._patch.setattr(Connection, "__init__", connected)
+
+    def _crash(self) -> None:
+        for entry in self.vmm.vms.entries() if self.vmm is not None else []:
+            if self.world.hypervisors[entry.machine.record.vm].is_unsaved:
+                self.world.unsaved.add(entry.session)
+        self.world.end()
 
     # ---- processes ----
 
@@ -138,7 +145,7 @@ class HostUnderTest:
             one = vmm.daemon.Vmm(self.settings, _INFO, simulation.Cgroups())  # type: ignore[arg-type]
             await one.start()
             self._server = Server(self.settings.vmm_socket, service(one.calls), {0})
-            self._server.on_connect = one.connected
+            self._server.on_connect = one._controls.add  # whose user here is everybody's
             self.vmm = one
 
         await self._as(VMM, start)

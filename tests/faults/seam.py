@@ -31,6 +31,7 @@ process: contextvars.ContextVar[str] = contextvars.ContextVar("process", default
 
 ERRORS = ("EMFILE", "ENOMEM", "ENOSPC", "EIO")
 KILL, LOST, LATE = "kill", "lost reply", "late reply"
+CRASH = "end of all hypervisors"
 
 # What a full disk and a process without free descriptors refuse.
 _NEEDS = {
@@ -51,7 +52,8 @@ class Killed(BaseException):
 
 @dataclass(frozen=True)
 class Plan:
-    """The `nth` call of `process` (from 0) fails by `fault`: an error number's name, KILL, LOST or LATE (of a call to the other process)."""
+    """The `nth` call of `process` (from 0) fails by `fault`: an error number's name, KILL, LOST or LATE (of a call to the other process).
+    With CRASH it is made when all hypervisors have just ended."""
 
     process: str
     nth: int
@@ -67,6 +69,7 @@ class Seam:
     dead: set[str] = field(default_factory=set)
     died: asyncio.Event = field(default_factory=asyncio.Event)
     has_struck: str = ""  # what the plan made fail
+    crash: Callable[[], None] = lambda: None  # ends all hypervisors
     weather: str = ""  # an error number's name: every call that needs what is short then fails, until it is not any more
 
     def kill(self, owner: str) -> None:
@@ -97,6 +100,9 @@ class Seam:
         if plan.fault == KILL:
             self.kill(owner)
             raise Killed(owner)
+        if plan.fault == CRASH:
+            self.crash()
+            return ""
         return plan.fault
 
 
@@ -242,7 +248,7 @@ def faults_of(name: str) -> tuple[str, ...]:
     if name == "after the transaction":
         return (KILL,)
     if name == "transaction":
-        return ("ENOSPC", "EIO", KILL)
+        return ("ENOSPC", "EIO", KILL, CRASH)
     if name.startswith("call "):
-        return (LOST, LATE, KILL)
-    return (*ERRORS, KILL)
+        return (LOST, LATE, KILL, CRASH)
+    return (*ERRORS, KILL, CRASH)

@@ -19,7 +19,7 @@ from gateway import messages as m
 from gateway.observe.steps import Steps
 from vmm import builds, diffs, disks, manifest, sandboxes
 from vmm.driver import DEVICES, Process, Shape
-from vmm.errors import Damaged, Ended, Unavailable, not_loaded, not_written
+from vmm.errors import Damaged, Ended, NeverRan, Unavailable, not_loaded, not_written
 from vmm.network import Link
 
 SHAPE = Shape(512, 1, 1 << 20, "tcg", 512)
@@ -95,6 +95,10 @@ class Machine:
             os.write(channel, wake)
             self._alive().go_on()
             self.record.phase = "running"
+        except ConnectionError as error:
+            os.close(channel)
+            self.record.phase = "prepared"
+            raise NeverRan(f"session {self.record.session} could not be started: {error}") from error
         except OSError as error:
             os.close(channel)
             self.record.phase = "prepared"  # its guest has not run
@@ -123,6 +127,7 @@ class Machine:
             diffs.write_runs(directory / f"{number}.runs", [(page, page + 1) for page in pages])
             (directory / f"{number}.pages").write_bytes(b"".join(inside.pages[page] for page in pages))
             (directory / DEVICES).write_bytes(b"devices %d" % inside.counter)
+            inside.is_unsaved = False
             return [diffs.checksum(directory / name) for name in (DEVICES, f"{number}.runs", f"{number}.pages")]
         except OSError as error:
             raise Unavailable(f"session {self.record.session} could not be saved: {error}") from error

@@ -275,7 +275,7 @@ async def _look(case: Case, step: Step, outcome: Outcome) -> None:
     one, lost = case.host, outcome.losses
     for name, count in case.ledger.items():
         session = one.session(name)
-        if name in step.ends and (session is None or session.state is State.TERMINATED):
+        if name in (*step.ends, *one.world.unsaved) and (session is None or session.state is State.TERMINATED):
             continue
         if session is None or session.state.is_ended:
             lost.append(f"{name} is gone: {None if session is None else session.reason}")
@@ -346,7 +346,8 @@ async def _end_all(case: Case, step: Step) -> None:
 
 def _nothing_left(one: HostUnderTest, lost: list[str]) -> None:
     for folder, names in one.files().items():
-        if left := [name for name in names if not name.startswith(".") or not folder.endswith("sessions")]:
+        aside = one.world.unsaved if folder.endswith("quarantine") else ()  # with what there is of them
+        if left := [name for name in names if name not in aside and not (name.startswith(".") and folder.endswith("sessions"))]:
             lost.append(f"left in {folder}/: {left}")
     assert one.vmm is not None
     waiting = sum(one.vmm.standbys.statistics().values())

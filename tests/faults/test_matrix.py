@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from seam import ERRORS, KILL, LATE, LOST, Plan
+from seam import CRASH, ERRORS, KILL, LATE, LOST, Plan
 from steps import STEPS, plans, run
 from timewarp import in_turn
 
@@ -51,7 +51,7 @@ def test_some_faults_of(directory: Path, name: str) -> None:
     """A fixed sample: one of some, and the first of each kind."""
     everything = cases(directory, name)
     stride = next((one for one in _STRIDES if len(everything) <= one * _SAMPLE), _STRIDES[-1])
-    kinds = (*ERRORS, KILL, LOST, LATE)
+    kinds = (*ERRORS, KILL, LOST, LATE, CRASH)
     first = [next((plan for plan in everything if plan.fault == kind), None) for kind in kinds]
     play(directory, name, [*everything[::stride], *(plan for plan in first if plan is not None)])
 

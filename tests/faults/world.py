@@ -36,6 +36,7 @@ class Hypervisor:
     dirty: set[int] = field(default_factory=set)
     disk: int | None = None  # an open file, as a hypervisor has it: it stays through renames
     runs: bool = False
+    is_unsaved: bool = False  # its guest has run since it was loaded, or saved
     is_gone: bool = False
     guests: list[socket.socket] = field(default_factory=list)
     ended: list[asyncio.Future[None]] = field(default_factory=list)  # who waits for its end
@@ -123,7 +124,7 @@ class Hypervisor:
 
     def go_on(self) -> None:
         assert not self.is_gone
-        self.runs = True
+        self.runs = self.is_unsaved = True
         for guest in self.guests:
             asyncio.get_running_loop().add_reader(guest, self._heard, guest)
 
@@ -207,6 +208,7 @@ class World:
     links: set[str] = field(default_factory=set)
     objects: dict[str, bytes] = field(default_factory=dict)  # of an object store
     wrong: list[str] = field(default_factory=list)  # what no session may see
+    unsaved: set[str] = field(default_factory=set)  # sessions whose hypervisor has ended with what was nowhere else
 
     def hypervisor(self, vm: str) -> Hypervisor:
         made = self.hypervisors[vm] = Hypervisor(vm)

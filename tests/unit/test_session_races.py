@@ -355,6 +355,58 @@ async def test_a_second_suspend_is_answered_by_the_first(rig: Rig) -> None:
     await nothing_left(rig)
 
 
+def dies(rig: Rig) -> None:
+    entry = rig.vmm.vms.get(ONE)
+    assert entry is not None
+    entry.machine.die()  # type: ignore[attr-defined]
+
+
+class Control:
+    """Hears of hypervisors that have ended with what was nowhere else."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.told: list[str] = []
+        rig.vmm._controls.add(self)  # type: ignore[arg-type]
+
+    def notify(self, method: str, ended: m.Ended) -> None:
+        self.told.append(ended.session)
+
+
+@pytest.mark.parametrize("point", ["commit", "commit done"])
+async def test_a_hypervisor_that_dies_once_its_guest_is_saved_takes_nothing_with_it(rig: Rig, point: str) -> None:
+    """The session was ended, and its files set aside, although its snapshot was whole, or about to be."""
+    control = Control(rig)
+    await rig.launch(ONE)
+    rig.points.hold(point)
+    suspends = asyncio.ensure_future(rig.suspend(m.SessionRef(ONE, 1)))
+    await rig.points.reached(point)
+    dies(rig)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    rig.points.free(point)
+    await suspends
+    await rig.settled()
+    assert not control.told and rig.vmm.snapshots.held() == {ONE: 1}
+    await rig.wake(ONE, 2)
+    await nothing_left(rig)
+
+
+async def test_a_hypervisor_that_dies_before_its_guest_is_saved_is_told_of(rig: Rig) -> None:
+    control = Control(rig)
+    await rig.launch(ONE)
+    rig.host.failing["save"] = 1
+    rig.points.hold("save")
+    suspends = asyncio.ensure_future(rig.suspend(m.SessionRef(ONE, 1)))
+    await rig.points.reached("save")
+    dies(rig)
+    rig.points.free("save")
+    with pytest.raises(VmmError):
+        await suspends
+    await rig.settled()
+    assert control.told == [ONE] and not rig.vmm.snapshots.held()
+    await nothing_left(rig)
+
+
 async def test_a_suspend_that_waits_for_its_turn_is_told_and_not_run_after_it_was_called_off(rig: Rig) -> None:
     """Who saw a guest that runs took the suspend for one that had ended, and the guest stood still soon after for a session that ran."""
     await rig.launch(ONE)

@@ -82,6 +82,18 @@ async def test_too_many_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     await one.close()
 
 
+async def test_one_that_has_ended_by_itself_is_replaced() -> None:
+    """It was counted as one that waits, until the next launch found that there was none."""
+    driver = Driver()
+    one = pool(driver)
+    await one.take(IMAGE)
+    await settled(one)
+    driver.made[-1].record.phase = "ended"
+    await one.drop_unused()
+    assert await settled(one) == 2 and len(driver.made) == 4
+    await one.close()
+
+
 async def test_an_image_that_nobody_uses_leaves_the_hosts_memory() -> None:
     """Its hypervisors that wait end, then what its clones share is let go, once, until somebody wants it again."""
     driver = Driver()
