@@ -208,8 +208,13 @@ async def test_the_end_does_not_wait_for_a_disk_that_stands_still(tmp_path: Path
     disk.moves.clear()
     log.add(record())
     log.flush()
-    log.close()
+    ends = threading.Thread(target=log.close)
+    ends.start()
+    ends.join(5)
+    is_over = not ends.is_alive()
     disk.moves.set()
+    ends.join()
+    assert is_over
 
 
 # ---- counters ----

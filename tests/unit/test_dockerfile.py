@@ -144,7 +144,8 @@ def test_utf_16_is_named(encoding: str) -> None:
 
 
 def test_modes_and_variables_pass() -> None:
-    made(f"FROM {BASE}\nCOPY --chmod=0755 a /a\nCOPY --chmod=$MODE --chown=$USER:app a /a\nCOPY --chown=1000000:999999 a /a\n")
+    text = f"FROM {BASE}\nCOPY --chmod=0755 a /a\nCOPY --chmod=$MODE --chown=$USER:app a /a\nCOPY --chown=1000000:999999 a /a\n"
+    assert made(text).text == text and made(text).users == []
 
 
 def test_what_stands_in_a_here_document_is_no_instruction() -> None:
