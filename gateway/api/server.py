@@ -194,8 +194,9 @@ class ApiServer:
         if not wait:
             return
         after = max(1, round(wait + 0.5))
-        code = RUN_CODE if operation.name == "RunMicrovm" else ""
-        raise Throttling("Rate exceeded", after, serviceCode="lambda", quotaCode=code)
+        if operation.name == "RunMicrovm":  # of the others' rates no code is public
+            raise Throttling("Rate exceeded", after, serviceCode="lambda", quotaCode=RUN_CODE)
+        raise Throttling("Rate exceeded", after, serviceCode="lambda")
 
     # ---- audit ----
 

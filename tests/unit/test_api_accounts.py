@@ -334,6 +334,8 @@ def test_quotas(tmp_path: Any) -> None:
         assert codes[0] == 200 and codes[-1] == 429
         assert headers["x-amzn-errortype"] == "ThrottlingException" and int(headers["retry-after"]) >= 1
         assert json.loads(data) == {"message": "Rate exceeded", "serviceCode": "lambda", "quotaCode": "L-91B95582"}
+        answers = [api.call("DELETE", f"{VMS}/microvm-no") for _ in range(3)]
+        assert answers[-1] == (429, "ThrottlingException", {"message": "Rate exceeded", "serviceCode": "lambda", "quotaCode": None})
     finally:
         api.close()
 
