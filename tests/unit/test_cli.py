@@ -18,7 +18,7 @@ import typer
 from commands import TORPOR, run
 
 from gateway import instance
-from gateway.cli import host, output, repair
+from gateway.cli import app, host, output, repair
 from gateway.config import ConfigError, Settings
 from gateway.messages import LogLine, MicrovmLog
 from gateway.sessions import schema
@@ -29,6 +29,15 @@ REPO = Path(__file__).resolve().parents[2]
 def test_version() -> None:
     assert subprocess.run([TORPOR, "version"], capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     assert run("version", "--json").stdout.startswith("{")
+
+
+def test_the_readme_names_every_command() -> None:
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert [name for name in commands if f"`{name}`" not in text] == []
+    for command in commands.values():
+        for one in getattr(command, "commands", {"": command}).values():
+            assert "Example:" in one.help, one.name
 
 
 @pytest.mark.parametrize(
