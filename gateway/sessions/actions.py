@@ -29,7 +29,7 @@ from gateway.observe.steps import Steps
 from gateway.tasks import Tasks
 
 from . import hooks
-from .agent import AgentError, wake_frame
+from .agent import EXITED, AgentError, wake_frame
 from .ahead import Ahead
 from .archive import Archive, ArchiveDamaged, ArchiveError
 from .archiving import Archiving, Moved
@@ -538,7 +538,7 @@ class Actions:
                     await self._host.unpause(session.id, session.incarnation)
                 agent = self._channels.attach(session, await self._host.agent(session.id, session.incarnation))
                 state, code = await agent.hello(_WOKEN_SECONDS)
-                if state == 2:
+                if state == EXITED:
                     return Fired(Event.EXITED, exit_reason(code))
                 self._channels.serve_guest(session)
             if session.state is State.PENDING:

@@ -17,6 +17,7 @@ from .shells import Shells
 _HELLO, _WAKE, _CONFIG, _START, _SYNC, _STOP, _LISTENERS = 0x01, 0x02, 0x03, 0x04, 0x0A, 0x0B, 0x0C
 _IS_HELLO, _WOKEN, _OUTPUT, _EXIT = 0x81, 0x82, 0x83, 0x84
 _SHELL_OUTPUT, _SHELL_TAKEN, _SHELL_EXIT, _KILLED, _LISTENING = 0x85, 0x86, 0x87, 0x88, 0x89
+EXITED = 2  # of an application's states
 _HELLO_BYTES = 20  # from protocol 2 on; a later one may say more
 _FRAME_MAX_IN = 4096
 _FRAME_MAX_OUT = 16384
@@ -52,15 +53,17 @@ class Agent:
 
     def __init__(
         self, descriptor: int, on_output: Callable[[int, bytes], None], on_exit: Callable[[int], None],
-        on_killed: Callable[[str], None] = lambda line: None,
+        on_killed: Callable[[str], None] = lambda line: None, on_lost: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
-        """`on_killed` is called with a line that says which process the guest's kernel killed for want of memory."""
+        """`on_killed` is called with a line that says which process the guest's kernel killed for want of memory. `on_lost` is called when
+        the channel has ended, and says whether another one will be attached."""
         os.set_blocking(descriptor, False)
         self._descriptor = descriptor
         self._loop = asyncio.get_running_loop()
         self._on_output = on_output
         self._on_exit = on_exit
         self._on_killed = on_killed
+        self._on_lost = on_lost
         self._buffer = bytearray()
         self._nonces: dict[int, asyncio.Future[bytes]] = {}
         self._out = bytearray()
@@ -195,10 +198,25 @@ class Agent:
         self.closed.set_result(None)
         self._exited.set()  # nobody waits for what cannot come any more
         self.shells.close()
+        self._answer_nobody()
+
+    def _answer_nobody(self) -> None:
+        """What was asked over a channel that has ended is not answered any more."""
         for future in self._nonces.values():
             if not future.done():
                 future.set_exception(AgentError("the agent's channel closed"))
                 future.exception()
+        self._nonces.clear()
+
+    def _lost(self) -> None:
+        """The channel's end says nothing about the guest. From `quiet` on the next channel goes on: a snapshot may end one (Firecracker's
+        vsock), and the guest runs on, or sleeps."""
+        if self._holds or self._on_lost():
+            self._holds = True
+            self._drop()
+            self._answer_nobody()
+        else:
+            self.close()
 
     def _writable(self) -> None:
         if self._descriptor < 0 or self._holds:
@@ -210,17 +228,13 @@ class Agent:
             self._loop.add_writer(self._descriptor, self._writable)
             return
         except OSError:
-            self.close()
+            self._lost()
             return
         self._loop.remove_writer(self._descriptor)
 
     def _readable(self) -> None:
-        if self._read() is not None:
-            return
-        if self._holds:  # a snapshot may end the channel, and its guest runs on, or sleeps: the next channel goes on with its shells
-            self._drop()
-        else:
-            self.close()
+        if self._read() is None:
+            self._lost()
 
     def _read(self) -> int | None:
         """Reads what is there; returns how many bytes, None at the channel's end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -13,7 +14,7 @@ from gateway.config import Egress
 from gateway.messages import EgressRules
 from gateway.tasks import Tasks
 
-from .agent import Agent, AgentError
+from .agent import EXITED, Agent, AgentError
 from .egress import rules_of
 from .host import Host, RpcError, patiently
 from .line_writer import LineWriter
@@ -25,6 +26,8 @@ from .store import Store
 log = structlog.get_logger()
 
 _SERVE_SECONDS = 0.01  # after a guest has woken
+_AGAIN_SECONDS = 0.05
+_HELLO_SECONDS = 30.0
 
 
 class GuestServices(Protocol):
@@ -84,12 +87,37 @@ class Channels:
             writer = LineWriter(self._logs, session.account, session.log_group, session.log_stream, is_limited)
         agent = Agent(
             descriptor, writer.feed if writer is not None else lambda channel, data: None, lambda code: self._exited(session, code),
-            lambda line: self._killed(session, line),
+            lambda line: self._killed(session, line), lambda: self._lost(session),
         )  # fmt: skip
         if writer is not None:
             agent.closed.add_done_callback(lambda _: writer.flush())
         self._agents[session.id] = agent
         return agent
+
+    def _lost(self, session: Session) -> bool:
+        """Connects again to a guest that runs: a connection of a vsock may end by itself. Returns whether it will."""
+        agent = self._agents.get(session.id)
+        if agent is None or session.state is not State.RUNNING:
+            return False
+        self._tasks.spawn(self._connect_again(session, agent, session.incarnation))
+        return True
+
+    async def _connect_again(self, session: Session, agent: Agent, incarnation: int) -> None:
+        """What the guest said last may have gone with the channel: its application's end is asked for."""
+        await asyncio.sleep(_AGAIN_SECONDS)
+        try:
+            descriptor = await patiently(lambda: self._host.agent(session.id, incarnation))
+            if self._agents.get(session.id) is not agent or not agent.is_detached or session.incarnation != incarnation:
+                os.close(descriptor)
+                return
+            agent.attach(descriptor)
+            state, code = await agent.hello(_HELLO_SECONDS)
+            if state == EXITED:
+                self._exited(session, code)
+        except (RpcError, AgentError) as error:
+            log.warning("agent.not_connected", session=session.id, error=str(error))
+            if self._agents.get(session.id) is agent and agent.is_detached:
+                agent.close()
 
     def serve_guest(self, session: Session) -> None:
         """Answers a guest's questions for metadata and names once its first requests are on their way; until then they wait in the

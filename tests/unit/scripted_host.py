@@ -42,6 +42,7 @@ class ScriptedHost:
         self.reached: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by call: it was made
         self.lose: dict[str, int] = {}  # by call: how many answers are lost, after what was asked for has been done
         self.looks = 0  # at the room that there is
+        self.application = (1, 0)  # as an agent that is connected to again has it
         self.memory_available = 64 << 30
 
     async def _call(self, name: str, session: str) -> None:
@@ -122,7 +123,7 @@ class ScriptedHost:
         def answer() -> None:
             data = guest.recv(1 << 16)
             if len(data) >= 8:
-                guest.sendall(frame(_IS_HELLO, data[-8:] + struct.pack("<Ii", 1, 0)))
+                guest.sendall(frame(_IS_HELLO, data[-8:] + struct.pack("<Ii", *self.application)))
             else:
                 asyncio.get_running_loop().remove_reader(guest)
 

@@ -139,6 +139,36 @@ async def test_a_guest_is_served_until_its_channel_goes(rig: Rig) -> None:
     assert rig.opened[0].is_closed and not rig.channels.is_attached(one)
 
 
+async def test_a_running_guest_whose_channel_ends_is_connected_to_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vsock may reset a connection that was just made; its shells go on, and the news of an application's end is asked for."""
+    monkeypatch.setattr(module, "_AGAIN_SECONDS", 0.0)
+    one = session_of()
+    agent = rig.channels.attach(one, rig.guest())
+    edge = agent.shells.open(80, 24)
+    asked = asyncio.ensure_future(agent.hello(10))
+    await turns()
+    rig.host.application = (2, 7)
+    rig.guests[0].close()
+    with pytest.raises(AgentError, match="channel closed"):
+        await asked
+    await until(lambda: rig.exited == [7])
+    assert rig.channels.agent(one) is agent and not agent.closed.done() and agent.shells.count == 1
+    rig.channels.close(one)
+    edge.close()
+
+
+@pytest.mark.parametrize("state", [State.RUNNING, State.SUSPENDING])
+async def test_a_channel_that_nobody_makes_again_is_over(rig: Rig, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its hypervisor has ended, or who suspends its session looks after it."""
+    monkeypatch.setattr(module, "_AGAIN_SECONDS", 0.0)
+    one = session_of(state=state)
+    agent = rig.channels.attach(one, rig.guest())
+    rig.host.fail["agent"] = [RpcError("Ended", "gone")]
+    rig.guests[0].close()
+    await until(agent.closed.done)
+    assert rig.host.calls == (["agent -"] if state is State.RUNNING else [])
+
+
 async def test_services_that_open_late_are_closed(rig: Rig) -> None:
     one = session_of()
     rig.channels.attach(one, rig.guest())

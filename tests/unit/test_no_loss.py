@@ -258,11 +258,14 @@ async def test_a_guest_whose_channel_a_failed_suspend_has_ended_is_connected_to_
     """A snapshot resets Firecracker's vsock; the guest runs on, whoever let it."""
     one = await rig.launched()
     before = rig.lifecycle.channels.agent(one)
+    rig.host.fail["suspend"] = [RpcError("Unavailable", "EIO")]
+    rig.host.block["suspend"] = asyncio.Event()
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    await rig.host.reached["suspend"].wait()
     rig.host.guests[-1].shutdown(socket.SHUT_RDWR)
     await until(before.closed.done)
-    rig.host.fail["suspend"] = [RpcError("Unavailable", "EIO")]
     rig.host.held["s1"].phase = phase
-    await rig.lifecycle.fire(one, Event.SUSPEND)
+    rig.host.block["suspend"].set()
     await rig.reach(one, State.RUNNING)
     assert rig.host.held["s1"].phase == "running"
     agent = rig.lifecycle.channels.agent(one)
