@@ -267,7 +267,11 @@ class Supervisor:
         await self._processes.end(control, signal.SIGUSR1, self._settings.suspend_seconds + END_SECONDS / 2)
         await self._processes.end(self._edges(), signal.SIGTERM, deadline - END_SECONDS / 2 - time.monotonic())
         await self._processes.end(self._children, signal.SIGTERM, deadline - time.monotonic())  # vmm and store
-        await self._files.run(self._clear_runtime)
+        try:
+            async with asyncio.timeout(END_SECONDS / 2):  # also where the pool's thread stands, in front of a file server that is away
+                await self._files.run(self._clear_runtime)
+        except OSError as error:
+            log.error("stop.not_cleared", where=str(self._settings.runtime), error=repr(error))
 
     async def stop_started(self) -> None:
         """After a start that failed: what was started ends."""

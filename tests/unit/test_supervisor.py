@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import structlog
 from waiting import until
 
 from gateway import instance, supervisor
@@ -98,6 +99,28 @@ async def test_a_state_that_cannot_be_saved_keeps_nothing_from_being_started_aga
     path.rmdir()
     one._save_state()
     assert {entry.pid for entry in read_state(path).processes if entry.serves and entry.name != "vmm"} == set(one.serving())
+
+
+async def test_a_stop_ends_though_the_certificates_file_server_stands_still(one: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that looks at them also removes the sockets and directories: those are the next start's then."""
+    stands, is_over = threading.Event(), threading.Event()
+
+    def look(settings: Settings) -> None:
+        stands.set()
+        assert is_over.wait(30)
+
+    monkeypatch.setattr(instance, "update_certificates", look)
+    monkeypatch.setattr(supervisor, "END_SECONDS", 0.4)
+    one._files.start()
+    one.want_reload()
+    try:
+        await until(stands.is_set, 5)
+        with structlog.testing.capture_logs() as said:
+            await asyncio.wait_for(one.stop(), 10)
+        assert [line["event"] for line in said if line["log_level"] == "error"] == ["stop.not_cleared"]
+    finally:
+        is_over.set()
+        one._files.close()
 
 
 async def test_certificates_are_looked_at_again_whatever_went_wrong_once(one: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
