@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from typing import Any
 import pytest
 from waiting import until
 
+from gateway import executors
 from gateway import messages as m
 from gateway.config import Egress, Settings
-from vmm import daemon, diffs, drivers, network, standbys
+from vmm import daemon, diffs, drivers, network, sparse, standbys
 from vmm.daemon import Vmm
 from vmm.diffs import Manifest, Sum
 from vmm.driver import Process
@@ -220,6 +223,27 @@ async def test_an_image_that_could_not_be_loaded_once_is_loaded_by_who_asks_next
     with pytest.raises(RuntimeError):
         await driver._share(Path("a"))
     assert [await driver._share(Path("a")) for _ in range(2)] == ["loaded", "loaded"] and tries == ["a", "a"]
+
+
+async def test_an_image_that_could_not_be_loaded_leaves_nothing_of_it_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some hundred MiB for each try, for as long as the daemon lived."""
+    driver = QemuDriver.__new__(QemuDriver)
+    driver._shared = {}
+    (tmp_path / "overlay.qcow2").write_bytes(b"disk")
+
+    async def load(image: Path) -> int:
+        return os.memfd_create("image")
+
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(driver, "_load_memory", load)
+    monkeypatch.setattr(sparse, "holes", fails)
+    executors.start()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Unavailable):
+        await driver._share(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 async def test_standbys_of_an_image_all_end_though_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,11 +267,13 @@ class QemuDriver:
 
     async def _load(self, image: Path) -> _Shared:
         disk = memory.sealed(f"torpor-disk-{image.name}", (image / self.disk_template).read_bytes())
+        made = [disk]
         try:
-            loaded = await self._load_memory(image)
-            return _Shared(loaded, await executors.LATENCY.run(sparse.holes, loaded), disk)
+            made.append(await self._load_memory(image))
+            return _Shared(made[1], await executors.LATENCY.run(sparse.holes, made[1]), disk)
         except BaseException:
-            os.close(disk)
+            for descriptor in made:
+                os.close(descriptor)
             raise
 
     async def _load_memory(self, image: Path) -> int:
