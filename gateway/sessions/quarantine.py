@@ -158,7 +158,7 @@ class Quarantine:
             if back.snapshot:  # that of before, where its successor had not got as far as to write
                 session.incarnation = back.snapshot
         except RpcError as error:
-            if error.kind == "Missing":
+            if error.kind in ("Missing", "Damaged"):
                 raise RecoverError(f"{error} (torpor recover {session.id} --disk FILE hands out the disk, where there is one)") from error
             raise
 

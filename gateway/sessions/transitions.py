@@ -102,6 +102,7 @@ class Transitions:
             session.terminated_at = self._clock()
         elif event is Event.NOT_RESUMED:
             session.reason = detail or session.reason
+            self.drop(session, Event.SUSPEND)  # it sleeps, as was asked meanwhile: no later resume is undone by it
         elif event in (Event.STARTED, Event.RESUMED):
             session.reason, session.refusal = None, ""
         elif event in (Event.SAVED, Event.CALLED_OFF, Event.NOT_SAVED):  # what was said meanwhile (_UNDER_WAY) is over
@@ -231,8 +232,11 @@ class Transitions:
 
     def drop_wakes(self, session: Session) -> None:
         """Drops events that would wake a session, because it goes on running."""
+        self.drop(session, Event.REQUEST, Event.RESUME)
+
+    def drop(self, session: Session, *events: Event) -> None:
         moves = self._of(session)
-        moves.deferred = [event for event in moves.deferred if event not in (Event.REQUEST, Event.RESUME)]
+        moves.deferred = [event for event in moves.deferred if event not in events]
 
     def take_deferred(self, session: Session) -> list[Event]:
         moves = self._of(session)

@@ -88,6 +88,19 @@ async def test_a_resume_that_cannot_be_made_now_leaves_it_asleep_and_is_made_lat
     assert await resumes(rig, one)
 
 
+async def test_a_suspend_that_was_asked_for_during_a_resume_that_failed_undoes_no_later_one(rig: Rig) -> None:
+    one = await asleep(rig)
+    rig.host.block["prepare"] = asyncio.Event()
+    rig.host.fail["prepare"] = [RpcError("Unavailable", "Too many open files")]
+    await rig.lifecycle.fire(one, Event.RESUME)
+    await rig.host.reached["prepare"].wait()
+    await rig.lifecycle.fire(one, Event.SUSPEND)
+    rig.host.block.pop("prepare").set()
+    await rig.reach(one, State.SUSPENDED)
+    await rig.lifecycle.quiet()
+    assert await resumes(rig, one)
+
+
 async def test_who_waits_for_a_resume_that_cannot_be_made_now_has_it_tried_again(rig: Rig) -> None:
     one = await asleep(rig)
     rig.host.fail["prepare"] = [*PASSING]
