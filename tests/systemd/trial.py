@@ -31,7 +31,7 @@ SCOPE = "system.slice/torpor-default-microvms.scope"
 SETTINGS = "probe_seconds = 120\n[standbys]\nper_image = 0\nahead = 0\nwarm = 0\n"
 SOCKET = '[edge]\naddresses = ["systemd"]\n'
 POLICY = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
-START_SECONDS, BUILD_SECONDS, STATE_SECONDS = 300, 900, 240
+START_SECONDS, BUILD_SECONDS, STATE_SECONDS = 600, 900, 240
 
 
 class Installed(Instance):
@@ -115,7 +115,7 @@ def sleep(name: str) -> None:
 def machine_restarts(step: str, how: Callable[[], object]) -> None:
     """Returns after the restart, in the process that goes on with this step then."""
     if past.get("step") != step:
-        STATE.write_text(json.dumps({"step": step, "vms": vms, "counts": counts}))
+        STATE.write_text(json.dumps({"step": step, "vms": vms, "counts": counts}, default=str))
         os.sync()
         how()
         signal.pause()
@@ -270,7 +270,7 @@ def is_answered() -> None:
     """Whoever asks for an endpoint that is nobody's is told so, by the edge."""
     endpoint = wildcard(Settings()).replace("*", "nobody")
     said = one.command(
-        "curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "--max-time", "280", "--cacert", str(one.root / "tls/bundle.crt"),
+        "curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "--max-time", str(START_SECONDS - 20), "--cacert", str(one.root / "tls/bundle.crt"),
         f"https://{endpoint}/", deadline=START_SECONDS,
     )  # fmt: skip
     assert said.stdout[:1] == "4", said.stdout
