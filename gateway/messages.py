@@ -32,11 +32,9 @@ class HostInfo(msgspec.Struct):
     accelerator: str
     accelerator_note: str
     hypervisor: str
-    hypervisor_note: str
     memory_cap_mib: int
     vcpus_cap: int
     architecture: str
-    controllers_missing: list[str]
 
 
 class Capacity(msgspec.Struct):

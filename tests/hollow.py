@@ -55,7 +55,7 @@ class Host:
         self.prepared = 0
 
     async def rpc_host_info(self, connection: Connection, body: None) -> m.HostInfo:
-        return m.HostInfo("tcg", "", "qemu", "", 4096, 2, "x86_64", [])
+        return m.HostInfo("tcg", "", "qemu", 4096, 2, "x86_64")
 
     async def rpc_reclaim_and_report_capacity(self, connection: Connection, body: None) -> m.Capacity:
         return m.Capacity(1 << 40, 1 << 40, 1 << 40, 1 << 20)

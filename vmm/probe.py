@@ -20,7 +20,6 @@ from gateway.config import Settings
 from gateway.messages import HostInfo
 
 from . import jail
-from .cgroups import Cgroups
 from .errors import VmmError
 from .firecracker.jail import Jail, Programs
 from .kernel import PROBED
@@ -233,7 +232,7 @@ def choose(settings: Settings) -> tuple[Choice, Choice]:
     return accelerator, choose_hypervisor(settings.hypervisor, why_not)
 
 
-def host_info(settings: Settings, cgroups: Cgroups) -> HostInfo:
+def host_info(settings: Settings) -> HostInfo:
     """Raises VmmError for what the settings want and this host cannot do."""
     accelerator, hypervisor = choose(settings)
     for name, choice in (("accelerator", accelerator), ("hypervisor", hypervisor)):
@@ -243,9 +242,7 @@ def host_info(settings: Settings, cgroups: Cgroups) -> HostInfo:
         accelerator=accelerator.what,
         accelerator_note=accelerator.why,
         hypervisor=hypervisor.what,
-        hypervisor_note=hypervisor.why,
         memory_cap_mib=settings.limits.guest_mib or memory_cap_mib(),
         vcpus_cap=os.cpu_count() or 1,
         architecture=os.uname().machine,
-        controllers_missing=cgroups.missing,
     )

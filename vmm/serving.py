@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import structlog
@@ -38,10 +38,10 @@ def _explaining(handler: Handler) -> Handler:
     return call
 
 
-async def serve(settings: Settings, ready: object) -> None:
+async def serve(settings: Settings, ready: Callable[[], object]) -> None:
     """Runs until SIGTERM. `ready` is called once the socket answers."""
     cgroups = Cgroups(settings.name, settings.root)
-    info = await executors.LATENCY.run(probe.host_info, settings, cgroups)
+    info = await executors.LATENCY.run(probe.host_info, settings)
     try:
         await executors.BULK.run(upgrades.tidy, settings, lambda text: log.info("hypervisor.root_removed", text=text))
     except (OSError, VmmError) as error:  # nothing was removed, and who needs a root has it
@@ -51,7 +51,7 @@ async def serve(settings: Settings, ready: object) -> None:
     server = Server(settings.vmm_socket, service(vmm.calls), {0, settings.users.control, settings.users.edge})
     server.on_connect = vmm.connected
     log.info("vmm.ready", hypervisor=info.hypervisor, accelerator=info.accelerator, note=info.accelerator_note)
-    ready()  # type: ignore[operator]
+    ready()
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     await stop.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Iterable
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -68,12 +68,12 @@ def _edge_sums() -> dict[str, int]:
     return sums
 
 
-def application(states: object, tiers: Callable[[], Awaitable[dict[str, Tier]]]) -> web.Application:
+def application(states: Callable[[], Iterable[State]], tiers: Callable[[], Awaitable[dict[str, Tier]]]) -> web.Application:
     """`states` is called for the sessions' current states, `tiers` for where those that sleep are."""
 
     async def serve(request: web.Request) -> web.Response:
         counts = dict.fromkeys(State, 0)
-        for state in states():  # type: ignore[operator]
+        for state in states():
             counts[state] += 1
         for state, count in counts.items():
             sessions.labels(state.value).set(count)

@@ -43,7 +43,7 @@ from vmm.serving import service
 
 IMAGE = "image-1"
 ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a"
-_INFO = m.HostInfo("tcg", "", "qemu", "", 4096, 2, "x86_64", [])
+_INFO = m.HostInfo("tcg", "", "qemu", 4096, 2, "x86_64")
 _BOUND_SECONDS = 3600.0  # of the loop's clock: whatever hangs longer hangs
 _CALLER = Caller("123456789012", "arn:aws:iam::123456789012:root", "Root", "AKIASIMULATION", Policy())
 _UNDER_WAY = ("PENDING", "IN_PROGRESS", "CREATING", "UPDATING", "DELETING")

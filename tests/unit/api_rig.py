@@ -86,7 +86,7 @@ class ScriptedPipeline:
             raise RuntimeError(self.broken[job.image.name])
         if job.image.name in self.failing:
             raise BuildFailed("", self.failing[job.image.name])
-        info = HostInfo("tcg", "", "qemu", "", 4096, 2, "x86_64", [])
+        info = HostInfo("tcg", "", "qemu", 4096, 2, "x86_64")
         job.version.shape = machine_shape(int(job.version.request["resources"][0]["minimumMemoryInMiB"]), info)
         job.build.memory_bytes, job.build.disk_bytes, job.build.code_bytes = 1 << 20, 2 << 20, 3 << 20
 

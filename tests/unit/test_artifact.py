@@ -122,7 +122,7 @@ class Host:
         return Capacity(1 << 40, 1 << 40, 1 << 30, 0)
 
     async def info(self) -> HostInfo:
-        return HostInfo("tcg", "", "qemu", "", 4096, 2, "x86_64", [])
+        return HostInfo("tcg", "", "qemu", 4096, 2, "x86_64")
 
     async def build(self, request: BuildRequest) -> tuple[int, int]:
         self.builds += 1

@@ -77,7 +77,7 @@ async def vmm(tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch) -> As
     monkeypatch.setattr(daemon, "_HOUSEKEEPING_SECONDS", 0.001)
     settings = Settings(root=tmp_path / "root", run=tmp_path / "run", standbys={"warm_seconds": 1.0})  # type: ignore[arg-type]
     settings.sessions_dir.mkdir(parents=True)
-    made = Vmm(settings, m.HostInfo("kvm", "", "qemu", "", 1, 1, "x86_64", []), None)  # type: ignore[arg-type]
+    made = Vmm(settings, m.HostInfo("kvm", "", "qemu", 1, 1, "x86_64"), None)  # type: ignore[arg-type]
     monkeypatch.setattr(made.standbys, "drop_unused", host.step("standbys"))
     monkeypatch.setattr(made.network, "trim", host.step("links"))
     monkeypatch.setattr(made.network, "release", host.step("release"))

@@ -14,7 +14,6 @@ import pytest
 from gateway.config import Settings
 from gateway.process import SETTINGS_VARIABLE, passed
 from vmm import probe
-from vmm.cgroups import Cgroups
 from vmm.errors import VmmError
 
 
@@ -49,7 +48,7 @@ def test_the_settings_have_their_way(choose: Callable[[str, str], probe.Choice],
 def test_what_is_wanted_and_does_not_work_is_no_instance(wanted: dict[str, str], tmp_path: Path) -> None:
     settings = Settings(root=tmp_path, cache=tmp_path / "nothing", **wanted)
     with pytest.raises(VmmError, match="chosen by the settings, but"):
-        probe.host_info(settings, Cgroups("none", tmp_path))
+        probe.host_info(settings)
 
 
 def test_the_daemon_says_in_one_line_what_cannot_be(tmp_path: Path) -> None:

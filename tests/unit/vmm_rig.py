@@ -285,7 +285,7 @@ class Rig:
         (self.settings.images_dir / IMAGE).mkdir(parents=True)
         (self.settings.images_dir / IMAGE / "overlay").write_bytes(b"0")
         self.settings.sessions_dir.mkdir(parents=True)
-        self.vmm = Vmm(self.settings, m.HostInfo("kvm", "", "qemu", "", 1, 1, "x86_64", []), NoCgroups())  # type: ignore[arg-type]
+        self.vmm = Vmm(self.settings, m.HostInfo("kvm", "", "qemu", 1, 1, "x86_64"), NoCgroups())  # type: ignore[arg-type]
         self.network: Network = self.vmm.network  # type: ignore[assignment]
         self.network.points = self.points
         spawn = self.vmm._tasks.spawn
