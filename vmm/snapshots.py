@@ -169,7 +169,7 @@ class Snapshots:
     def rest(self, session: str) -> None:
         """Nothing is mapped any more: what the newest snapshot was made over, whose files it shares, goes. Raises OSError."""
         directory = self.of(session)
-        half = [path for path in directory.iterdir() if is_half_made(path) and path not in self._folding]
+        half = [path for path in directory.glob("*") if is_half_made(path) and path not in self._folding]
         self._discard(directory / _BASE, *half, *(path for _, path in sorted(snapshots_in(directory))[:-1]))
         self.look(session)
 

@@ -231,6 +231,13 @@ def test_a_thread_that_comes_late_makes_no_snapshot_of_what_a_later_one_writes(k
     assert {path for path in kept.of(SESSION).iterdir() if path.is_dir()} == {once_more}, "what nobody finished goes with the next one"
 
 
+def test_a_session_that_went_meanwhile_has_nothing_to_clear_away(kept: Snapshots) -> None:
+    kept.forget(SESSION)
+    kept.rest(SESSION)
+    kept.sweep(SESSION)
+    assert not kept.foldable(SESSION)
+
+
 def test_what_is_void_and_not_yet_gone_is_no_snapshot_any_more(kept: Snapshots) -> None:
     """A session that sleeps again before its old files went: diffs are found in them, and the rest takes them."""
     save(kept, 1, [], [1])
