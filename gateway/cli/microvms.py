@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from .output import fail, show_json, show_table
 _POLL_SECONDS = 0.05
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Id = Annotated[str, typer.Argument(help="The microVM's id, or the beginning of it.")]
+_PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 Port = Annotated[int, typer.Option("--port", "-p", help="The application's port.")]
 
 
@@ -95,16 +97,24 @@ def ps(all_states: Annotated[bool, typer.Option("--all", "-a", help="Terminated 
     )  # fmt: skip
 
 
-def _mint(identifier: str, ports: list[str], minutes: int) -> dict[str, str]:
+def allowed_ports(words: list[str]) -> list[dict[str, Any]]:
+    """What CreateMicrovmAuthToken takes for them."""
     allowed: list[dict[str, Any]] = []
-    for entry in ports:
-        if entry == "all":
+    for word in words:
+        match = _PORTS.fullmatch(word)
+        if word == "all":
             allowed.append({"allPorts": {}})
-        elif "-" in entry:
-            first, _, last = entry.partition("-")
-            allowed.append({"range": {"startPort": int(first), "endPort": int(last)}})
+        elif match is None:
+            fail(f"{word} is no port: write 8080, 3000-3010 or all", 2)
+        elif match[2]:
+            allowed.append({"range": {"startPort": int(match[1]), "endPort": int(match[2])}})
         else:
-            allowed.append({"port": int(entry)})
+            allowed.append({"port": int(match[1])})
+    return allowed
+
+
+def _mint(identifier: str, ports: list[str], minutes: int) -> dict[str, str]:
+    allowed = allowed_ports(ports)
     answer = client().create_microvm_auth_token(microvmIdentifier=identifier, expirationInMinutes=minutes, allowedPorts=allowed)
     return dict(answer["authToken"])
 

@@ -18,7 +18,7 @@ import typer
 from commands import TORPOR, run
 
 from gateway import instance
-from gateway.cli import app, host, output, repair
+from gateway.cli import app, host, microvms, output, repair
 from gateway.config import ConfigError, Settings
 from gateway.messages import LogLine, MicrovmLog
 from gateway.sessions import schema
@@ -164,6 +164,15 @@ def test_doctor_names_what_the_store_cannot_read_and_takes_nothing_of_it_for_lef
     )
     rows = {row["check"]: (row["ok"], row["text"]) for row in json.loads(done.stdout)}
     assert not rows["store"][0] and "file is not a database" in rows["store"][1] and not any("left over" in check for check in rows)
+
+
+def test_ports_of_a_token(capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = [{"port": 80}, {"range": {"startPort": 3000, "endPort": 3010}}, {"allPorts": {}}]
+    assert microvms.allowed_ports(["80", "3000-3010", "all"]) == wanted
+    for word in ("x", "1_0", "80-", "-80", "+80", "80-81-82", "", "\u0663"):
+        with pytest.raises(SystemExit) as ended:
+            microvms.allowed_ports([word])
+        assert ended.value.code == 2 and "is no port: write 8080, 3000-3010 or all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [("token",), ("nonsense",), ("run", "--nonsense")])
