@@ -257,8 +257,10 @@ def doctor(
         found = shutil.which(program)
         rows.append((program, found is not None, found or f"missing: apt-get install {package}"))
     place = existing(settings.root)  # there may be no instance yet
-    for check, choice in zip(("acceleration", "hypervisor"), probe.choose(settings), strict=True):
+    accelerator, hypervisor = probe.choose(settings)
+    for check, choice in (("acceleration", accelerator), ("hypervisor", hypervisor)):
         rows.append((check, choice.works, f"{choice.what}: {choice.why}"))
+    rows += _kvm_host(settings, hypervisor.what) if accelerator.what == "kvm" else []
     memory, vcpus = settings.limits.guest_mib or probe.memory_cap_mib(), os.cpu_count()
     rows.append(("guest peak", True, f"capped at {memory} MiB and {vcpus} virtual CPUs by this host"))
     rows.append(("control groups", *_groups(settings, place)))
@@ -295,6 +297,17 @@ def doctor(
         show_table(("", "check", ""), [(Text("ok", "green") if ok else Text("no", "red"), check, text) for check, ok, text in rows])
     if not all(ok for _, ok, _ in rows):
         raise typer.Exit(1)
+
+
+def _kvm_host(settings: config.Settings, hypervisor: str) -> Iterator[tuple[str, bool, str]]:
+    """Returns what doctor says of a host whose guests run under KVM; recommendations fail no check."""
+    from vmm import host_setup, probe
+
+    yield from ((f"host: {what}", True, text) for what, text in host_setup.recommendations())
+    programs = probe.firecracker_programs()
+    if hypervisor == "firecracker" and programs is not None:
+        for path in host_setup.replaceable([programs.firecracker, programs.jailer, settings.root]):
+            yield "host: jailer", False, f"others than root may write {path}, which Firecracker's jailer trusts: chown root, chmod go-w"
 
 
 def _stored(settings: config.Settings, store: Known) -> Iterator[tuple[str, bool, str]]:
