@@ -108,18 +108,24 @@ def _assigned(text: str, values: Mapping[str, str]) -> dict[str, str]:
 def _directives(lines: list[str], pull: bool) -> str:
     """Takes a `# syntax=` line of the stock front end out of BuildKit's sight; returns the escape character.
 
-    Directives end at the first line that is none, so an `# escape=` behind it takes its place.
+    Directives end at the first line that is none, so an `# escape=` behind it takes its place. `# check=` is one for later
+    BuildKits; a first line that begins with `#!` is none, and ends nothing.
     """
-    escape, syntax = "\\", None
+    escape, first = "\\", None
     for number, line in enumerate(lines):
+        if number == 0 and line.startswith("#!"):
+            continue
         match = _DIRECTIVE.match(line.rstrip("\r"))
         name = match[1].lower() if match else ""
-        if match is None or name not in ("syntax", "escape"):
+        if match is None or name not in ("syntax", "check", "escape"):
             break
         if name == "escape":
             escape = match[2]
-            if syntax is not None:
-                lines[syntax], lines[number] = line, lines[syntax]
+            if first is not None:
+                lines[first], lines[number] = line, lines[first]
+            continue
+        if name == "check":
+            first = number if first is None else first
             continue
         stock = _STOCK.fullmatch(match[2].split()[0])
         if pull and (stock is None or "labs" in (stock["tag"] or "")):
@@ -127,7 +133,7 @@ def _directives(lines: list[str], pull: bool) -> str:
         if stock is None:
             raise _refused(number, f"# syntax= names the front end {match[2].split()[0]}, which is not pulled here: images.pull is off")
         lines[number] = line.replace("=", " ", 1)
-        syntax = number
+        first = number if first is None else first
     return escape
 
 

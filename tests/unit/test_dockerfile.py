@@ -82,6 +82,9 @@ def test_an_escape_directive_behind_it_is_still_one() -> None:
     """Directives end at the first comment that is none (BuildKit, parser/directives.go)."""
     text = made(f"#syntax = docker/dockerfile:1\n# escape=`\nFROM {BASE}\nRUN a `\n  b\n").text
     assert text.split("\n")[:3] == ["# escape=`", "#syntax   docker/dockerfile:1", f"FROM {BASE}"]
+    text = made(f"#!/usr/bin/env docker\n# check=skip=all\n# syntax=docker/dockerfile:1\n# escape=`\nFROM {BASE}\nRUN a `\n  b\n").text
+    directives = ["#!/usr/bin/env docker", "# escape=`", "# syntax docker/dockerfile:1", "# check=skip=all", f"FROM {BASE}"]
+    assert text.split("\n")[:5] == directives
 
 
 def test_another_front_end_is_pulled_or_refused() -> None:
@@ -91,6 +94,7 @@ def test_another_front_end_is_pulled_or_refused() -> None:
         == "Dockerfile, line 1: # syntax= names the front end example.com/front:1, which is not pulled here: images.pull is off"
     )
     assert made(text, pull=True).text == text
+    assert made(f"# check=skip=all\n{text}", pull=True).text == f"# check=skip=all\n{text}"
     labs = f"# syntax=docker/dockerfile:1-labs\nFROM {BASE}\n"
     assert made(labs, pull=True).text == labs
 
