@@ -21,10 +21,10 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; dpkg --configure -a && apt-get -q update >/dev/null && \
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
-.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-kvm test-fresh test-fresh-odd fresh-packages check static lint types unit conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-kvm test-fresh test-fresh-odd fresh-packages check static lint types unit applications-packages conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
 
 setup: deps ## install packages and Python libraries, make kernel, initramfs and base image, compile the edge
 	@$(MAKE) --no-print-directory -j2 assets compiled
@@ -65,7 +65,7 @@ test: setup check ## every test but the long ones
 
 test-long: test test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-fresh test-fresh-odd ## every test, in parts of less than an hour each
 
-test-long-rest: setup
+test-long-rest: setup ## those of the long tests that have no part of their own
 	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py --ignore=tests/fidelity --ignore=tests/applications --ignore=tests/faults --ignore=tests/systemd --ignore=tests/kvm tests
 
 test-long-images: setup ## rows of the table of images that are too slow for make test (tests/fidelity)
