@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import os
 import resource
@@ -301,11 +302,14 @@ def doctor(
 
 def _kvm_host(settings: config.Settings, hypervisor: str) -> Iterator[tuple[str, bool, str]]:
     """Returns what doctor says of a host whose guests run under KVM; recommendations fail no check."""
-    from vmm import host_setup, probe
+    from vmm import disks, host_setup, probe
 
     yield from ((f"host: {what}", True, text) for what, text in host_setup.recommendations())
     programs = probe.firecracker_programs()
     if hypervisor == "firecracker" and programs is not None:
+        with contextlib.suppress(OSError):  # there is no room, or no right, of which other lines tell
+            if not disks.shares_blocks(existing(settings.root)):
+                yield "host: disks", True, f"{settings.root}: {disks.COPIED}"
         for path in host_setup.replaceable([programs.firecracker, programs.jailer, settings.root]):
             yield "host: jailer", False, f"others than root may write {path}, which Firecracker's jailer trusts: chown root, chmod go-w"
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from vmm import host_setup
+from vmm import disks, host_setup
 
 AS_RECOMMENDED = {
     "sys/devices/system/cpu/smt/active": "0\n",
@@ -64,3 +65,14 @@ def test_a_program_that_others_may_replace_is_found_also_by_its_directory(tmp_pa
     place.chmod(0o755)
     os.chown(program, 1000, 0)
     assert program in host_setup.replaceable([program])
+
+
+def test_a_file_system_that_shares_blocks_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*words: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr("fcntl.ioctl", lambda *words: 0)
+    assert disks.shares_blocks(tmp_path)
+    monkeypatch.setattr("fcntl.ioctl", refused)
+    assert not disks.shares_blocks(tmp_path)
+    assert list(tmp_path.iterdir()) == []
