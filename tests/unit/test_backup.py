@@ -76,7 +76,11 @@ class Instance:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sync waits for all that the machine writes."""
+    without_syncs(monkeypatch)
+
+
+def without_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync waits for all that the machine writes, and what is looked at need not outlive anything."""
     run = module._run
     monkeypatch.setattr(module, "_run", lambda *command: run(*command) if command[0] != "sync" else None)
     monkeypatch.setattr(storing, "_ROOM_BYTES", 4096)

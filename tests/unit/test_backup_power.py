@@ -12,13 +12,11 @@ from pathlib import Path
 
 import power
 import pytest
-from test_backup import ARN, Instance
+from test_backup import ARN, Instance, without_syncs
 from test_power import left
 
-from gateway import backup as module
 from gateway.backup import BackupError, backup, restore
 from gateway.config import ConfigError, Settings
-from gateway.sessions import store as storing
 from gateway.sessions.model import Session
 from vmm import diffs
 
@@ -28,10 +26,7 @@ NAMES = ("monday", "monday.tar")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is looked at need not outlive anything."""
-    run = module._run
-    monkeypatch.setattr(module, "_run", lambda *command: run(*command) if command[0] != "sync" else None)
-    monkeypatch.setattr(storing, "_ROOM_BYTES", 4096)
+    without_syncs(monkeypatch)
 
 
 @pytest.fixture

@@ -51,6 +51,15 @@ async def nothing_left(rig: Rig) -> None:
     assert not any(rig.settings.sessions_dir.iterdir())
 
 
+async def runs_and_sleeps_again(rig: Rig, incarnation: int) -> None:
+    """Nothing of it is lost, and nothing of it left."""
+    await rig.settled()
+    await rig.sleep(ONE, incarnation)
+    await rig.settled()
+    assert rig.asleep(ONE) == rig.counted(ONE) == incarnation
+    await nothing_left(rig)
+
+
 async def test_vmm_keeps_nothing_of_sessions_that_went(rig: Rig) -> None:
     """Also where one ran ahead under another name, and of an image that nobody uses any more."""
 
@@ -93,11 +102,7 @@ async def test_a_resume_in_the_middle_of_a_fold(rig: Rig, point: str) -> None:
     assert wakes.done() is (not point.startswith("put_fold")), "only the exchange holds it up"
     rig.points.free(point)
     await wakes
-    await rig.settled()
-    await rig.sleep(ONE, sleeps + 1)
-    await rig.settled()
-    assert rig.asleep(ONE) == rig.counted(ONE) == sleeps + 1
-    await nothing_left(rig)
+    await runs_and_sleeps_again(rig, sleeps + 1)
 
 
 async def test_a_fold_that_waits_for_a_resume_exchanges_nothing(rig: Rig) -> None:
@@ -113,11 +118,7 @@ async def test_a_fold_that_waits_for_a_resume_exchanges_nothing(rig: Rig) -> Non
         await asyncio.sleep(0)
     rig.points.free("loaded")
     await wakes
-    await rig.settled()
-    await rig.sleep(ONE, sleeps + 1)
-    await rig.settled()
-    assert rig.asleep(ONE) == rig.counted(ONE) == sleeps + 1
-    await nothing_left(rig)
+    await runs_and_sleeps_again(rig, sleeps + 1)
 
 
 @pytest.mark.parametrize("point", ["rest", "rest done", "foldable done", "sweep", "kill", "release link"])
@@ -132,11 +133,7 @@ async def test_a_resume_in_the_middle_of_an_eviction(rig: Rig, point: str) -> No
         await asyncio.sleep(0)
     rig.points.free(point)
     await asyncio.gather(cools, wakes)
-    await rig.settled()
-    await rig.sleep(ONE, sleeps + 1)
-    await rig.settled()
-    assert rig.asleep(ONE) == rig.counted(ONE) == sleeps + 1
-    await nothing_left(rig)
+    await runs_and_sleeps_again(rig, sleeps + 1)
 
 
 async def test_files_that_a_later_incarnation_runs_from_are_not_cleared_away_late(rig: Rig) -> None:
@@ -184,11 +181,7 @@ async def test_a_clearing_away_that_comes_late_takes_nothing_of_what_runs(rig: R
     await rig.wake(ONE, sleeps + 1)
     await rig.settled()
     await rig.vmm.collector.collect(ONE)
-    await rig.settled()
-    await rig.sleep(ONE, sleeps + 1)
-    await rig.settled()
-    assert rig.asleep(ONE) == rig.counted(ONE) == sleeps + 1
-    await nothing_left(rig)
+    await runs_and_sleeps_again(rig, sleeps + 1)
 
 
 async def test_a_resume_calls_an_archive_off(rig: Rig, tmp_path: Path) -> None:
