@@ -16,7 +16,7 @@ from gateway.tasks import Tasks
 
 from .agent import EXITED, Agent, AgentError
 from .egress import rules_of
-from .host import Host, RpcError, patiently
+from .host import Host, RpcError, ends_session, patiently
 from .line_writer import LineWriter
 from .logs import LogStore
 from .model import Session
@@ -26,7 +26,7 @@ from .store import Store
 log = structlog.get_logger()
 
 _SERVE_SECONDS = 0.01  # after a guest has woken
-_AGAIN_SECONDS = 0.05
+_AGAIN_SECONDS, _AGAIN_MOST_SECONDS = 0.05, 15.0
 _HELLO_SECONDS = 30.0
 
 
@@ -41,11 +41,11 @@ OpenServices = Callable[[Session, list[socket.socket], EgressRules | None], Awai
 
 class Channels:
     """`exited(session, code)` is called when a guest's application has ended, `killed(session, line)` when its kernel has killed a
-    process for want of memory."""
+    process for want of memory, `gone(session)` when the hypervisor of one that runs is no more."""
 
     def __init__(
         self, host: Host, store: Store, egress: Egress, logs: LogStore, tasks: Tasks, open_services: OpenServices,
-        exited: Callable[[Session, int], None], killed: Callable[[Session, str], None],
+        exited: Callable[[Session, int], None], killed: Callable[[Session, str], None], gone: Callable[[Session], None],
     ) -> None:  # fmt: skip
         self._host = host
         self._store = store
@@ -55,6 +55,7 @@ class Channels:
         self._open_services = open_services
         self._exited = exited
         self._killed = killed
+        self._gone = gone
         self._agents: dict[str, Agent] = {}
         self._services: dict[str, GuestServices] = {}
 
@@ -103,21 +104,41 @@ class Channels:
         return True
 
     async def _connect_again(self, session: Session, agent: Agent, incarnation: int) -> None:
-        """What the guest said last may have gone with the channel: its application's end is asked for."""
-        await asyncio.sleep(_AGAIN_SECONDS)
-        try:
-            descriptor = await patiently(lambda: self._host.agent(session.id, incarnation))
-            if self._agents.get(session.id) is not agent or not agent.is_detached or session.incarnation != incarnation:
-                os.close(descriptor)
+        """Until it is there again, or the host says that its hypervisor is gone: that it ended is told once, and to who was there then."""
+        pause = _AGAIN_SECONDS
+        while True:
+            await asyncio.sleep(pause)
+            if not self._is_waited_for(session, agent, incarnation):
                 return
-            agent.attach(descriptor)
-            state, code = await agent.hello(_HELLO_SECONDS)
-            if state == EXITED:
-                self._exited(session, code)
-        except (RpcError, AgentError) as error:
-            log.warning("agent.not_connected", session=session.id, error=str(error))
-            if self._agents.get(session.id) is agent and agent.is_detached:
-                agent.close()
+            try:
+                await self._attach_again(session, agent, incarnation)
+                return
+            except (RpcError, AgentError) as error:
+                log.warning("agent.not_connected", session=session.id, error=str(error))
+                if not self._is_waited_for(session, agent, incarnation):
+                    return
+                if isinstance(error, AgentError) or ends_session(error):
+                    agent.close()
+                    if isinstance(error, RpcError):
+                        self._gone(session)
+                    return
+            pause = min(2 * pause, _AGAIN_MOST_SECONDS)
+
+    def _is_waited_for(self, session: Session, agent: Agent, incarnation: int) -> bool:
+        """Whether it is this agent's channel still that is missing. Who suspends or ends its session looks after it himself."""
+        is_current = self._agents.get(session.id) is agent and session.incarnation == incarnation
+        return is_current and agent.is_detached and session.state is State.RUNNING
+
+    async def _attach_again(self, session: Session, agent: Agent, incarnation: int) -> None:
+        """What the guest said last may have gone with the channel: its application's end is asked for. Raises RpcError, AgentError."""
+        descriptor = await patiently(lambda: self._host.agent(session.id, incarnation))
+        if not self._is_waited_for(session, agent, incarnation):
+            os.close(descriptor)
+            return
+        agent.attach(descriptor)
+        state, code = await agent.hello(_HELLO_SECONDS)
+        if state == EXITED:
+            self._exited(session, code)
 
     def serve_guest(self, session: Session) -> None:
         """Answers a guest's questions for metadata and names once its first requests are on their way; until then they wait in the

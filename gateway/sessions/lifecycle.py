@@ -66,7 +66,9 @@ class Lifecycle:
         self.ahead = Ahead(host, store, settings, self.tasks.spawn)
         self.timers = Timers(loop, self._due, settings.archive.after_seconds, clock)
         self.liveness = Liveness(loop.time)
-        self.channels = Channels(host, store, settings.egress, logs, self.tasks, open_services, self.exited, observer.out_of_memory)
+        self.channels = Channels(
+            host, store, settings.egress, logs, self.tasks, open_services, self.exited, observer.out_of_memory, self.gone
+        )
         gate_seconds = settings.suspend.gate_seconds
         self.transitions = Transitions(store, routes, self.tasks, gate_seconds, self._entered, observer, clock)
         self.actions = Actions(
@@ -306,6 +308,10 @@ class Lifecycle:
     def exited(self, session: Session, code: int) -> None:
         """Ends the session of a guest whose application has ended."""
         self.post(session, Event.EXITED, exit_reason(code))
+
+    def gone(self, session: Session) -> None:
+        """Ends a session whose hypervisor ended while nobody watched it: with its vmm, say."""
+        self.post(session, Event.LOST, "The hypervisor of the MicroVM stopped unexpectedly.")
 
     # ---- what others ask ----
 

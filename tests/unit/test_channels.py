@@ -19,8 +19,9 @@ from waiting import turns, until
 
 from gateway import messages as m
 from gateway.config import Egress, Limits, Settings
-from gateway.rpc import RpcError
+from gateway.rpc import RpcError, RpcLost
 from gateway.sessions import channels as module
+from gateway.sessions import host as hosting
 from gateway.sessions import room as rooms
 from gateway.sessions.agent import AgentError
 from gateway.sessions.archive import Archive, ArchiveError
@@ -58,10 +59,12 @@ class Rig:
         self.tasks = Tasks()
         self.exited: list[int] = []
         self.killed: list[str] = []
+        self.gone: list[str] = []
         self.opened: list[Services] = []
         self.channels = Channels(
             self.host, Store(directory / "state.db"), Egress(), self.logs, self.tasks, self._open,  # type: ignore[arg-type]
             lambda session, code: self.exited.append(code), lambda session, line: self.killed.append(line),
+            lambda session: self.gone.append(session.id),
         )  # fmt: skip
         self.guests: list[socket.socket] = []
 
@@ -167,6 +170,21 @@ async def test_a_channel_that_nobody_makes_again_is_over(rig: Rig, state: State,
     rig.guests[0].close()
     await until(agent.closed.done)
     assert rig.host.calls == (["agent -"] if state is State.RUNNING else [])
+    assert rig.gone == (["s1"] if state is State.RUNNING else [])
+
+
+async def test_a_channel_is_made_again_however_long_the_host_is_away(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest went on without its log, its shells and the news of its end, where vmm took longer than some seconds to be back."""
+    monkeypatch.setattr(module, "_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(hosting, "_AWAY_SECONDS", -1.0)
+    monkeypatch.setattr(hosting, "_AWAY_RETRY_SECONDS", 0.0)
+    one = session_of()
+    agent = rig.channels.attach(one, rig.guest())
+    rig.host.fail["agent"] = [RpcLost("away")] * 7 + [RpcError("Unavailable", "Too many open files")]
+    rig.host.application = (2, 7)
+    rig.guests[0].close()
+    await until(lambda: rig.exited == [7])
+    assert not agent.closed.done() and not rig.gone
 
 
 async def test_services_that_open_late_are_closed(rig: Rig) -> None:

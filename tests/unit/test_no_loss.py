@@ -173,6 +173,16 @@ async def test_a_hypervisor_that_dies_leaves_its_disk(rig: Rig) -> None:
     assert one.reason == "it died" and "s1" in rig.host.aside and not deleted(rig)
 
 
+async def test_a_hypervisor_that_dies_with_its_vmm_is_missed(rig: Rig) -> None:
+    """Its successor finds nothing to tell of: the microVM was RUNNING for as long as nobody asked for it."""
+    one = await rig.launched(idle_policy=POLICY)
+    rig.host.held.clear()
+    rig.host.fail["agent"] = [RpcError("Ended", "session s1 has no hypervisor of incarnation 1")]
+    rig.host.guests[-1].shutdown(socket.SHUT_RDWR)
+    await rig.reach(one, State.TERMINATED)
+    assert one.is_aside and "stopped unexpectedly" in (one.reason or "") and not deleted(rig)
+
+
 async def test_a_hypervisor_that_dies_before_its_guest_ran_costs_nothing(rig: Rig) -> None:
     one = await asleep(rig)
     rig.host.block["start"] = asyncio.Event()
