@@ -30,6 +30,7 @@ _STREAM_MAX_BYTES, _SEGMENT_BYTES = 64 << 20, 8 << 20
 _WAITING_BYTES, _WAITING_IN_ALL_BYTES = 4 << 20, 64 << 20  # of a stream, of all
 _BATCH_SECONDS, _AGAIN_SECONDS = 0.1, 1.0
 _SECONDS = 300.0  # for one batch; when it stands, control is replaced
+_NAME_MAX = 255  # bytes of a file's name (limits.h)
 _TAILS = 4096  # streams whose last segment is known without a look at the directory
 _SEGMENT = re.compile(r"(.+)\.([0-9]{16})\.jsonl")
 _END = ord("\n")
@@ -190,9 +191,10 @@ class LogStore:
                 try:
                     self._write(name, data)
                 except OSError as error:
-                    trouble = str(error)
-                    if error.errno == errno.ENAMETOOLONG:  # it never will
+                    if error.errno == errno.ENAMETOOLONG:  # it never will, and others it does: `has_place` is asked before
                         data.clear()
+                    else:
+                        trouble = str(error)
                 except Exception as error:  # of this stream alone
                     log.exception("logs.lost", group=name[1], stream=name[2])
                     trouble = repr(error)
@@ -414,6 +416,11 @@ class LogStore:
 
 def _suffix(start: int) -> str:
     return f".{start:016d}.jsonl"
+
+
+def has_place(name: str) -> bool:
+    """Whether a group or a stream of this name can be a file's."""
+    return len(_quoted(name)) + len(_suffix(0)) <= _NAME_MAX
 
 
 def _quoted(name: str) -> str:

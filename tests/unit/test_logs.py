@@ -17,7 +17,7 @@ from waiting import until
 
 from gateway.sessions import line_writer, logs, shipping
 from gateway.sessions.line_writer import LineWriter
-from gateway.sessions.logs import LogStore
+from gateway.sessions.logs import LogStore, has_place
 from gateway.sessions.shipping import Cursors, Shipper
 
 NAME = ("123456789012", "/aws/lambda-microvms/a", "2026/11/25[1.0]microvm-1")
@@ -371,3 +371,14 @@ async def test_what_goes_wrong_with_one_stream_ends_no_writing(tmp_path: Path, m
     keeping.cancel()
     await store.close()
     assert [event.m for event in store.read("1", "g", "good")[0]] == ["x", "y"]
+
+
+def test_a_name_that_no_file_can_have_is_no_trouble_of_others(tmp_path: Path) -> None:
+    """It made every stream's lines wait, and `torpor logs` say that the disk is full, as long as one microVM wrote to it."""
+    store = LogStore(tmp_path)
+    longest = "s" * 232
+    for stream in ("s" * 233, "é" * 100, longest, "other"):
+        store.append("1", "g", stream, ["line"])
+    store.flush()
+    assert not store.trouble and sorted(store.streams("1", "g")) == ["other", longest]
+    assert has_place(longest) and not has_place(longest + "s") and not has_place("é" * 100)
