@@ -160,6 +160,7 @@ def pack(source: Path, out: IO[bytes]) -> list[str]:
     path = ""
     try:
         with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(_info(".", source.stat()), b"")  # says that slashes separate: a backslash is part of a name then
             for path, status in entries(source, ignored_of(source)):
                 kind = stat.S_IFMT(status.st_mode)
                 if kind not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):

@@ -128,6 +128,15 @@ def test_what_cannot_be_sent_is_one_line(tree: Path) -> None:
         pack(tree, io.BytesIO())
 
 
+def test_a_backslash_is_part_of_a_name_here(tmp_path: Path) -> None:
+    """Where no other name has a slash, an archive's reader takes it for one of Windows."""
+    tree = tmp_path / "flat"
+    tree.mkdir()
+    for name in ("Dockerfile", r"a\b", r"\x", "c\\"):
+        (tree / name).write_text("FROM x")
+    assert set(sent(tree)) == {"Dockerfile", r"a\b", r"\x", "c\\"}
+
+
 def test_modes_are_kept(tree: Path) -> None:
     (tree / "src").chmod(0o555)
     (tree / "src/a").chmod(0o4755)
