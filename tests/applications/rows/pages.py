@@ -139,7 +139,7 @@ def vite(visit: Visit) -> None:
 
 
 def nextjs(visit: Visit) -> None:
-    compiled = 420  # seconds: it compiles a page when it is asked for first, which takes minutes where processors are emulated
+    compiled = 900  # seconds: it compiles a page when it is asked for first, which takes minutes where processors are emulated and shared
     with visit.http(timeout=compiled) as editor, visit.browser() as page:
         page.goto(visit.url, timeout=1000 * compiled)
         page.get_by_text("first").wait_for()

@@ -53,8 +53,8 @@ public class App {
 """
 
 
-def answers(words: str, says: str = "answers") -> list[Check]:
-    return [Get(says, contains=words, within=120), Sleep(), Get("and after a sleep", contains=words, within=60)]
+def answers(words: str, says: str = "answers", within: float = 120) -> list[Check]:
+    return [Get(says, contains=words, within=within), Sleep(), Get("and after a sleep", contains=words, within=60)]
 
 
 HELLO = answers("hello")
@@ -157,7 +157,7 @@ SUBJECT = Subject(
             + BASE
             + "RUN dnf install -y java-17-amazon-corretto-headless\nCOPY --from=build /lib-of /app/lib\nCOPY --from=build /out /app/classes\nWORKDIR /app\nEXPOSE 8080\n"
             'ENTRYPOINT ["java", "-cp", "classes:lib/*", "App"]\n',
-            HELLO,
+            answers("hello", within=300),
             {"App.java": SPRING},
             note="Spring's libraries come from Debian's packages where Maven's repository cannot be reached",
             long=True,
