@@ -32,7 +32,7 @@ class Application:
     memory: int = 512
     launch: Mapping[str, Any] = field(default_factory=dict)
     files: Callable[[], Mapping[str, bytes]] = dict
-    times: float = 400.0
+    times: float = 600.0
 
 
 def applications() -> list[Application]:

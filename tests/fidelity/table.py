@@ -92,7 +92,7 @@ class Image:
     long: bool = False
     request: Mapping[str, Any] = field(default_factory=dict)
     launch: Mapping[str, Any] = field(default_factory=dict)
-    times: float = 240.0
+    times: float = 600.0
 
 
 def archive(files: Mapping[str, str | bytes]) -> bytes:

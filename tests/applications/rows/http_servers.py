@@ -200,7 +200,7 @@ ROWS = [
     Application("fastapi", "FastAPI under uvicorn, with server-sent events", "httpx; npm's `eventsource`; curl -N", fastapi, 8000, "counters; the generator of events", "the event stream ends at the suspend (`error`, then `open`); `Last-Event-ID` brings what came since: none is lost, none comes twice"),
     Application("flask", "Flask under gunicorn, with work in a thread", "httpx, with the idle policy", flask, 8080, "sessions (also those signed by a key of this process), threads", "work that no request waits for stands still while it sleeps, and ends after it", launch=SHORT),
     Application("django", "Django's admin under gunicorn, SQLite", "httpx, as a browser goes through its forms", django, 8000, "logins, forms' tokens, rows"),
-    Application("duckdb", "DuckDB, 2 million rows", "httpx", duckdb, 8080, "tables, temporary tables; an upload and a download wake as any request does", times=300),
+    Application("duckdb", "DuckDB, 2 million rows", "httpx", duckdb, 8080, "tables, temporary tables; an upload and a download wake as any request does"),
     Application("nginx", "nginx", "curl", nginx, 8080, "validators (ETag), logs", "a download that is under way at the suspend is cut; `curl -C -` goes on where it was, which wakes"),
     Application("php", "php-fpm behind nginx", "curl with cookies", php, 8080, "sessions, the pool's processes"),
     Application("java", "Java's own HTTP server, with a scheduled executor", "httpx", java, 8080, "maps, threads", "scheduled tasks do not make up for the sleep"),

@@ -110,7 +110,6 @@ SUBJECT = Subject(
                 '        let _ = s.write_all(b"HTTP/1.1 200 OK\\r\\nContent-Length: 6\\r\\nConnection: close\\r\\n\\r\\nhello\\n");\n    }\n}\n',
             },
             long=True,
-            times=400,
         ),
         Image(
             "java-single",
@@ -122,7 +121,6 @@ SUBJECT = Subject(
             HELLO,
             {"Main.java": MAIN},
             long=True,
-            times=400,
         ),
         Image(
             "docker-init-java",
@@ -147,7 +145,6 @@ SUBJECT = Subject(
             },
             note="Maven's plugins come from Debian's packages where Maven's repository cannot be reached",
             long=True,
-            times=500,
         ),
         Image(
             "spring",
@@ -161,7 +158,6 @@ SUBJECT = Subject(
             {"App.java": SPRING},
             note="Spring's libraries come from Debian's packages where Maven's repository cannot be reached",
             long=True,
-            times=500,
         ),
         Image(
             "aspnet",
@@ -185,7 +181,6 @@ SUBJECT = Subject(
             ],
             note="AL2023 has no tomcat10 package; the local base has Debian's, whose start page (ROOT/index.html) comes before an index.jsp until it is removed",
             long=True,
-            times=400,
         ),
         Image(
             "ruby-sinatra",
@@ -220,7 +215,6 @@ SUBJECT = Subject(
             note="gems come from Debian's packages where no gem registry can be reached; development mode answers to the names in `config.hosts` "
             "only, and the endpoint's is none of them",
             long=True,
-            times=500,
         ),
         Image(
             "php-fpm-nginx",
@@ -283,7 +277,6 @@ SUBJECT = Subject(
                 '  :gen_tcp.send(s, "HTTP/1.1 200 OK\\r\\nContent-Length: 6\\r\\nConnection: close\\r\\n\\r\\nhello\\n"); :gen_tcp.close(s); serve.(serve) end\nserve.(serve)\n'
             },
             long=True,
-            times=400,
         ),
         Image(
             "c-static",
@@ -310,7 +303,6 @@ SUBJECT = Subject(
                 "  writeBin(charToRaw('HTTP/1.1 200 OK\\r\\nContent-Length: 6\\r\\nConnection: close\\r\\n\\r\\nhello\\n'), c)\n  close(c)\n}\n"
             },
             long=True,
-            times=400,
         ),
     ],
     corpus=True,

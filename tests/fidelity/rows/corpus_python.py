@@ -189,7 +189,6 @@ SUBJECT = Subject(
             ],
             {"app.py": "import gradio as gr\ngr.Interface(lambda name: 'hello ' + name, 'text', 'text').launch()\n"},
             long=True,
-            times=400,
         ),
         Image(
             "jupyterlab",
@@ -203,7 +202,6 @@ SUBJECT = Subject(
                 Get("the kernel is there after a sleep", "/api/kernels", 8888, contains='"execution_state"', fields=JUPYTER, within=60),
             ],
             long=True,
-            times=400,
         ),
         Image(
             "celery-redis",
@@ -230,7 +228,6 @@ SUBJECT = Subject(
                 ),
             },
             long=True,
-            times=300,
         ),
         Image(
             "grpc-python",

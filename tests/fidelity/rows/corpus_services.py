@@ -228,7 +228,6 @@ SUBJECT = Subject(
             note="as root give --no-sandbox, as everywhere",
             long=True,
             request={"resources": [{"minimumMemoryInMiB": 1024}]},
-            times=400,
         ),
         Image(
             "xvfb",
@@ -281,7 +280,6 @@ SUBJECT = Subject(
             ],
             note="AL2023 has no LibreOffice; the local base has Debian's",
             long=True,
-            times=400,
         ),
         Image(
             "caddy",

@@ -125,7 +125,6 @@ SUBJECT = Subject(
             note="`dockerd` is started by the image; registries are reached as the microVM's egress allows",
             request=ALL,
             long=True,
-            times=600,
         ),
         Image(
             "systemd",
@@ -147,7 +146,6 @@ SUBJECT = Subject(
             files={"server.service": UNIT},
             request=ALL,
             long=True,
-            times=600,
         ),
         Image(
             "systemd-without",
@@ -162,7 +160,6 @@ SUBJECT = Subject(
             ],
             files={"server.service": UNIT},
             long=True,
-            times=600,
         ),
         Image(
             "fuse",
