@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -46,7 +47,7 @@ def qemu(pid: int, directory: Path) -> QemuMachine:
     return QemuMachine(Process("vm", pid, 1, "a", 1), directory, None, removed, os.open("/dev/null", os.O_WRONLY))  # type: ignore[arg-type]
 
 
-def firecracker(pid: int, directory: Path) -> FirecrackerMachine:
+def prepared(pid: int, directory: Path) -> FirecrackerMachine:
     class Place:
         pass
 
@@ -55,7 +56,11 @@ def firecracker(pid: int, directory: Path) -> FirecrackerMachine:
 
     place = Place()
     place.directory = directory  # type: ignore[attr-defined]
-    made = FirecrackerMachine(Process("vm", pid, 1, "a", 1), place, Jail(), None, removed)  # type: ignore[arg-type]
+    return FirecrackerMachine(Process("vm", pid, 1, "a", 1), place, Jail(), None, removed)  # type: ignore[arg-type]
+
+
+def firecracker(pid: int, directory: Path) -> FirecrackerMachine:
+    made = prepared(pid, directory)
     made.attach(pid)
     return made
 
@@ -80,6 +85,23 @@ async def test_a_hypervisor_has_ended_though_something_of_it_stays(make: type, l
     machine._remove = not_removed
     await asyncio.wait_for(machine.kill(), 5)
     assert living.wait() == -signal.SIGKILL
+
+
+async def test_a_hypervisor_whose_record_cannot_be_written_is_ended_all_the_same(
+    living: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken for one that had not been started, and ran on for nobody."""
+    machine = prepared(living.pid, tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(machine, "save_record", not_saved)
+        with pytest.raises(OSError, match="No space left"):
+            machine.attach(living.pid)
+    await asyncio.wait_for(machine.kill(), 5)
+    assert living.poll() == -signal.SIGKILL and machine.record.phase == "ended"
+
+
+def not_saved() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_an_earlier_supervisors_process_is_signalled_and_no_later_one(living: subprocess.Popen[bytes]) -> None:
