@@ -4,6 +4,7 @@ run one way. Every import counts: also those under TYPE_CHECKING and inside func
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -176,3 +177,9 @@ def test_the_edge_holds_nothing_that_signs() -> None:
     assert "gateway.edge.worker" in files, "there is something to look at"
     for file in files.values():
         assert "Minter" not in file.read_text(encoding="utf-8"), file
+
+
+def test_the_project_names_all_its_packages() -> None:
+    named = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    there = {".".join(path.relative_to(REPO).parts[:-1]) for top in ("gateway", "vmm") for path in (REPO / top).glob("**/__init__.py")}
+    assert set(named) == there
