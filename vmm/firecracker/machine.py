@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from gateway import executors
+from gateway import descriptors, executors
 from gateway.observe.steps import Steps
 
 from .. import diffs, sandboxes, syscalls
@@ -254,7 +254,7 @@ class FirecrackerMachine(WatchedProcess):
             if not answer.startswith(b"OK "):
                 raise ConnectionError(answer.decode(errors="replace"))
             await loop.sock_sendall(sock, message)
-            await _readable(sock)
+            await descriptors.readable(sock.fileno())
             if not sock.recv(1, socket.MSG_PEEK):
                 raise ConnectionResetError(errno.ECONNRESET, "the guest reset the connection")
         except BaseException:
@@ -338,19 +338,3 @@ def tracking(version: str) -> dict[str, bool]:
     do not know."""
     number = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     return {"track_dirty_pages" if number >= _TRACKS else "enable_diff_snapshots": True}
-
-
-async def _readable(sock: socket.socket) -> None:
-    """Returns when there is something to read, or the other side has closed."""
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
-
-    def told() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    loop.add_reader(sock.fileno(), told)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(sock.fileno())
