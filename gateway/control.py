@@ -75,7 +75,8 @@ class Control:
         self._explaining: set[str] = set()  # sessions whose guest is asked what listens
         self.audit = AuditTrail(directory / "audit")
         self.audit.adopt(settings.account)
-        self.vmm = Client(settings.vmm_socket, Service(self))
+        self._is_recovered = False
+        self.vmm = Client(settings.vmm_socket, Service(self), self._vmm_came)
         self.host = Host(self.vmm, settings.root)
         self.spans = Spans(settings.traces.endpoint, "control")
         root_keys = self._access_keys()
@@ -125,6 +126,12 @@ class Control:
         await Identity(self.settings, self.store, self.host).check(state)
         await recover(self.lifecycle, state)
         await self.registry.recover()
+        self._is_recovered = True
+
+    async def _vmm_came(self, connection: Connection) -> None:
+        """Once more: the first time, `recover` compares all."""
+        if self._is_recovered:
+            self.lifecycle.tasks.spawn(self.lifecycle.find_lost())
 
     async def suspend_all(self) -> None:
         """Before the service stops: every running session is suspended, and resumed at the next start. No request wakes one from now on:

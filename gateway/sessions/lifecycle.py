@@ -22,7 +22,7 @@ from .agent import Agent
 from .ahead import Ahead
 from .archive import Archive
 from .channels import Channels, OpenServices
-from .host import Host, RpcError
+from .host import Host, RpcError, patiently
 from .liveness import Liveness
 from .logs import LogStore
 from .model import Session
@@ -304,6 +304,18 @@ class Lifecycle:
         session = self.store.sessions.get(ended.session)
         if session is not None and session.incarnation == ended.incarnation and ended.has_run:
             self.post(session, Event.LOST, ended.reason)
+
+    async def find_lost(self) -> None:
+        """Ends sessions whose hypervisor has ended while vmm was away, which nobody else tells: they would count as running, and refuse
+        every request. One that has moved meanwhile is its action's affair. Raises RpcError."""
+        running = {one.id: one.incarnation for one in self.store.sessions.values() if one.state is State.RUNNING}
+        held = {one.session: one.incarnation for one in (await patiently(self.host.state)).sessions}
+        for identifier, incarnation in running.items():
+            session = self.store.sessions.get(identifier)
+            if session is None or session.state is not State.RUNNING or session.incarnation != incarnation:
+                continue
+            if held.get(identifier) != incarnation:
+                self.post(session, Event.LOST, "The hypervisor of the MicroVM stopped while its host was restarted.")
 
     def exited(self, session: Session, code: int) -> None:
         """Ends the session of a guest whose application has ended."""

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import seam as seams
 import simulation
@@ -39,6 +40,7 @@ from gateway.rpc import Connection, Server
 from gateway.sessions.model import IdlePolicy, Image, Session, Version
 from gateway.sessions.states import Event, State
 from gateway.sessions.store import Store, StoreError
+from vmm.driver import Process
 from vmm.serving import service
 
 IMAGE = "image-1"
@@ -105,9 +107,10 @@ class HostUnderTest:
         self._patch.setattr(Connection, "__init__", connected)
 
     def _crash(self) -> None:
-        for entry in self.vmm.vms.entries() if self.vmm is not None else []:
-            if self.world.hypervisors[entry.machine.record.vm].is_unsaved:
-                self.world.unsaved.add(entry.session)
+        for record in (self.settings.runtime / "vms").glob("*/process.json"):
+            known = msgspec.json.decode(record.read_bytes(), type=Process)
+            if self.world.hypervisors[known.vm].is_unsaved:
+                self.world.unsaved.add(known.session)
         self.world.end()
 
     # ---- processes ----

@@ -63,6 +63,7 @@ class Rig:
             "services",
             "claim",
             "agent",
+            "quarantine",
             "marks",
             "mark",
         ):
@@ -322,6 +323,26 @@ async def test_what_background_work_raises_keeps_it_from_no_later_time() -> None
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
+
+
+async def test_what_ended_while_vmm_was_away_is_known_when_it_is_back(rig: Rig) -> None:
+    """Nobody told of it: the session counted as running, and refused every request, until somebody put it to sleep."""
+    lost, kept, moved = [await rig.running(name) for name in ("s1", "s2", "s3")]
+    del rig.host.held["s1"], rig.host.held["s3"]
+    state, waits = rig.control.lifecycle.host.state, asyncio.Event()
+
+    async def slow() -> m.HostState:
+        await waits.wait()
+        return await state()
+
+    rig.control.lifecycle.host.state = slow  # type: ignore[method-assign]
+    await rig.control._vmm_came(None)  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    moved.incarnation += 1  # it has slept, and is awake again
+    waits.set()
+    await rig.control.lifecycle.quiet()
+    assert lost.state is State.TERMINATED and lost.reason == "The hypervisor of the MicroVM stopped while its host was restarted."
+    assert kept.state is State.RUNNING and moved.state is State.RUNNING
 
 
 async def test_control_prunes_its_records_and_syncs_its_trail(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
