@@ -46,8 +46,6 @@ def test_the_readme_names_every_command() -> None:
         (("ps",), {"TORPOR_ROOT": "/nonexistent"}, 1, "torpor: no instance at /nonexistent: start one with `torpor serve`"),
         (("env",), {"TORPOR_ROOT": "/nonexistent"}, 1, "torpor: no instance at /nonexistent: start one with `torpor serve`"),
         (("env",), {"TORPOR_EDGE__WORKERS": "x"}, 1, "torpor: edge.workers: Input should be a valid integer"),
-        (("env",), {"TORPOR_EDGE__WORKER": "2"}, 1, "torpor: edge.worker: there is no such setting"),
-        (("env",), {"TORPOR_EGDE__WORKERS": "2"}, 1, "torpor: TORPOR_EGDE__WORKERS: there is no such setting"),
         (("env",), {"TORPOR_NAME": "Not A Name"}, 1, "torpor: name: String should match pattern"),
     ],
 )
