@@ -23,7 +23,7 @@ from gateway.config import ConfigError
 from gateway.sessions import schema
 from gateway.sessions import store as storing
 from gateway.sessions.database import Connection
-from gateway.sessions.model import Archived, Image, Session
+from gateway.sessions.model import Archived, Image, Session, Version
 from gateway.sessions.states import State
 from gateway.sessions.store import Store, StoreError
 
@@ -473,6 +473,18 @@ async def test_any_row_may_be_unreadable(store: Store, tmp_path: Path, kind: str
     again = Store(tmp_path / "state.db")
     await again.open()
     assert [(one.kind, one.key) for one in again.set_aside] == [(kind, "arn")] and not again.images and not again.connectors
+    await again.close()
+
+
+async def test_a_row_that_is_nested_without_end_stops_its_image_and_not_the_start(store: Store, tmp_path: Path) -> None:
+    """What a damaged page may look like to who decodes it, and no error of the decoder's own."""
+    image = Image("i", "arn", "name", 0.0, 0.0, versions=[Version("arn", "1.0", {"a": 1}, 0.0, 0.0, "PENDING")])
+    body = msgspec.msgpack.encode(image)
+    at = body.index(b"\xa1a\x01") + 2
+    await store.db.rows("INSERT INTO images VALUES ('arn', ?)", (body[:at] + b"\x91" * 100_000 + b"\xc0" + body[at + 1 :],))
+    again = Store(tmp_path / "state.db")
+    await again.open()
+    assert [(one.key, "recursion" in one.reason) for one in again.set_aside] == [("arn", True)] and not again.images
     await again.close()
 
 
