@@ -17,12 +17,14 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVarTuple, Unpack
 
 import structlog
 
 from . import descriptors
 
 log = structlog.get_logger()
+_Ts = TypeVarTuple("_Ts")
 
 Process = asyncio.subprocess.Process
 STOP_SECONDS = 90.0
@@ -33,12 +35,25 @@ _KILLED_SECONDS = 10.0
 _LOOKS = 10  # in the time after which silence counts
 
 
+if sys.version_info < (3, 12):
+
+    class _Watcher(asyncio.PidfdChildWatcher):
+        def add_child_handler(self, pid: int, callback: Callable[[int, int, Unpack[_Ts]], object], *args: *_Ts) -> None:
+            """What cannot be watched does not live on: nobody would know of it. Raises OSError."""
+            try:
+                super().add_child_handler(pid, callback, *args)
+            except OSError:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise
+
+
 def watch_without_threads() -> None:
     """Has this loop told of its children's ends by their pidfds (pidfd_open(2)). By itself CPython 3.11 starts a thread for each child, to
     wait in, and `Thread.start()` waits for ever for one that dies of a moment without memory: whoever starts again what such a moment has
     ended must not stand still by it."""
     if sys.version_info < (3, 12):  # from there on it is asyncio's own way
-        watcher = asyncio.PidfdChildWatcher()
+        watcher = _Watcher()
         watcher.attach_loop(asyncio.get_running_loop())
         asyncio.set_child_watcher(watcher)
 

@@ -318,3 +318,28 @@ def test_a_signal_takes_the_status_of_a_child_from_nobody(caplog: pytest.LogCapt
     with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
         assert runner.run(ended()) == 3
     assert "exit status already read" not in caplog.text
+
+
+def test_a_child_that_cannot_be_watched_does_not_live_on(monkeypatch: pytest.MonkeyPatch, own_watcher: None) -> None:
+    """A second vmm, say, of which nobody knew."""
+    begun: list[int] = []
+    opened = os.pidfd_open
+
+    def short(pid: int, flags: int = 0) -> int:
+        begun.append(pid)
+        if len(begun) == 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opened(pid, flags)
+
+    async def tried() -> None:
+        module.watch_without_threads()
+        rig = Rig()
+        with pytest.raises(StartError, match="Too many open files"):
+            await rig.children.start(rig.child)
+        assert not os.path.exists(f"/proc/{begun[0]}") and not rig.child.processes
+        await rig.children.start(rig.child)
+        await rig.stop()
+
+    monkeypatch.setattr(os, "pidfd_open", short)
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        runner.run(tried())
