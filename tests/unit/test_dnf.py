@@ -215,6 +215,11 @@ def test_repositories_of_an_image_that_are_of_no_use_are_said_in_one_line(
     assert not says or "this base is Debian: write an apt source to /etc/apt/sources.list.d/NAME.list" in said
 
 
+def test_names_and_versions_that_are_not_there_are_said_at_once(apt: Apt, capsys: pytest.CaptureFixture[str]) -> None:
+    assert apt("install nosuch jq-9 git") == 1
+    assert [line.split(":")[1].split(" here")[0] for line in capsys.readouterr().err.splitlines()] == [" no package nosuch", " jq 9 is not"]
+
+
 def test_lists_that_are_old_are_fetched_and_it_is_tried_again(apt: Apt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "x_Packages.lz4").touch()
     monkeypatch.setattr(dnf, "LISTS", tmp_path)

@@ -255,13 +255,16 @@ class Dnf:
 
     def _wanted(self, specs: list[str]) -> Wanted:
         known, wanted = self.known(), Wanted()
-        for spec in specs if self._call.is_lenient else ():
+        refused: list[str] = []
+        for spec in specs:
             try:
                 wanted.add(self._checked(translate([spec], self._table, known)))
             except Refusal as refusal:
-                _say(f"{refusal}; it is passed over")
-        if not self._call.is_lenient:
-            wanted = self._checked(translate(specs, self._table, known))
+                refused.append(str(refusal))
+        if refused and not self._call.is_lenient:
+            raise Refusal("\n".join(refused))
+        for text in refused:
+            _say(f"{text}; it is passed over")
         excluded = {name for word in self._call.exclude for name in (word, *_names(word, self._table))}
         wanted.apt = [name for name in wanted.apt if not any(fnmatch.fnmatch(name.partition("=")[0], pattern) for pattern in excluded)]
         return wanted
