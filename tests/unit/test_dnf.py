@@ -157,7 +157,7 @@ INSTALL = "apt-get -q -y install --no-install-recommends"
         ("install -y jq -x jq", []),
         ("install jq-1.6", [f"{INSTALL} jq=1:1.6-2"]),
         ("install jq-1.*", [f"{INSTALL} jq=1:1.6-2"]),
-        ("install git-2.39 git-2.3*", [f"{INSTALL} git=1:2.39.5-0+deb12u2 git=1:2.39.5-0+deb12u2"]),
+        ("install git-2.39 git-2.3*", [f"{INSTALL} git=1:2.39.5-0+deb12u2"]),
         ("install --skip-broken nosuch jq jq-9", [f"{INSTALL} jq"]),
         ("install nosuch jq --setopt=strict=0", [f"{INSTALL} jq"]),
         ("install nosuch --skip-unavailable", []),
