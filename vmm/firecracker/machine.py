@@ -38,8 +38,9 @@ _ENDING_SECONDS = 1.0
 _READY_SECONDS = 5.0
 # To hear of a guest, within the deadlines of the calls that ask for it (gateway/sessions/host.py, gateway/rpc.py).
 _BOOTED_SECONDS, _WOKEN_SECONDS, _AGENT_SECONDS = 50.0, 20.0, 8.0
-# A try waits for so long, and the next one for twice as long, up to the second number; what was refused is tried again at once.
-_PATIENCE_SECONDS, _PATIENCE_MOST_SECONDS = 0.1, 2.0
+# A try waits for so long, and the next one for twice as long: a guest on a busy host has time in the later ones. One that boots may lose
+# any of them, so that none waits for more than the second number. What was refused is tried again at once.
+_PATIENCE_SECONDS, _PATIENCE_BOOTING_SECONDS = 0.1, 2.0
 _RETRY_SECONDS, _RETRY_MOST_SECONDS = 0.002, 0.05
 _TRACKS = (1, 13)  # from which release on a load knows `track_dirty_pages`
 _MEMORY_SECONDS = 300.0
@@ -226,11 +227,11 @@ class FirecrackerMachine(WatchedProcess):
         deadline, patience, pause = loop.time() + seconds, _PATIENCE_SECONDS, _RETRY_SECONDS
         while True:
             try:
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(min(patience, max(deadline - loop.time(), 0))):
                     return await self._try_to_join(message())
             except TimeoutError:
                 error: OSError = TimeoutError(f"the guest did not answer in {seconds:g} s")
-                patience = min(2 * patience, _PATIENCE_MOST_SECONDS)
+                patience = min(2 * patience, _PATIENCE_BOOTING_SECONDS if self.boots else seconds)
             except OSError as refused:
                 error = refused
                 await asyncio.sleep(pause)
