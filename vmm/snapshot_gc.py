@@ -14,6 +14,7 @@ import structlog
 
 from gateway import executors
 
+from . import disks
 from .errors import Unavailable, VmmError
 from .snapshots import Snapshots
 from .vms import Reader, VmEntry, VmRegistry
@@ -21,6 +22,7 @@ from .vms import Reader, VmEntry, VmRegistry
 log = structlog.get_logger()
 
 _QUIET_SECONDS = 0.6  # after a start: removing files competes with its first requests
+_FOLD_SECONDS = 600.0  # and more by bytes, which are read and written
 _LONGEST_CHAIN = 24  # a resume costs by it; from there on one waits for the fold
 
 
@@ -82,7 +84,8 @@ class SnapshotGc:
                         log.warning("fold.failed", session=session, error=str(error))
 
     async def _fold(self, session: str, reader: Reader) -> None:
-        folded = await executors.BULK.run(self._snapshots.write_fold, session, reader.check)
+        seconds = executors.seconds_for(2 * await executors.UPKEEP.run(disks.tree_bytes, self._snapshots.of(session)), _FOLD_SECONDS)
+        folded = await executors.BULK.run(self._snapshots.write_fold, session, reader.check, seconds=seconds)
         try:
             async with self._vms.owned(session, "exchanging its chain for a folded one"):
                 reader.check()

@@ -132,6 +132,7 @@ class VmRegistry:
         try:
             yield reader
         finally:
+            reader.is_called_off = True  # also for a thread whose time was up, and that nobody waits for any more
             left = self._readers[session]
             left.discard(reader)
             if not left:

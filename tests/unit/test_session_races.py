@@ -168,10 +168,30 @@ async def test_deadlines_of_work_on_large_files_grow_with_their_bytes(rig: Rig, 
     size = disks.tree_bytes(rig.vmm.snapshots.of(ONE))
     target = os.open(tmp_path / "archive", os.O_RDWR | os.O_CREAT)
     await rig.pack(m.PackRequest(ONE, sleeps), [target])
+    await rig.vmm.collector.fold(ONE, diffs.FOLD_AT)
     await rig.quarantine(m.QuarantineRequest(ONE, sleeps, IMAGE, "why"))
     await rig.recover(m.QuarantineName(ONE))
-    for work in ("pack", "recover"):
+    for work in ("pack", "recover", "write_fold"):
         assert (given[work] or 0) > size > 4096, work
+
+
+async def test_a_fold_whose_time_is_up_leaves_nothing_when_it_ends_after_all(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread goes on until it looks whether anybody waits: what it had written was nobody's until the daemon's end."""
+    sleeps = await asleep(rig, 2)
+    await rig.settled()
+    late: list[Callable[[], Any]] = []
+
+    async def run(call: Callable[..., Any], *arguments: Any, seconds: float | None = None) -> Any:
+        if call.__name__ != "write_fold":
+            return call(*arguments)
+        late.append(lambda: call(*arguments))
+        raise executors.Overdue("write_fold has not ended")
+
+    monkeypatch.setattr(executors.BULK, "run", run)
+    await rig.vmm.collector.fold(ONE, sleeps)
+    with pytest.raises(Unavailable):
+        late[0]()
+    assert not list(rig.vmm.snapshots.of(ONE).glob("fold-*")) and not rig.vmm.snapshots._folding
 
 
 async def test_a_clearing_away_that_comes_late_takes_nothing_of_what_runs(rig: Rig) -> None:
