@@ -10,6 +10,7 @@ descriptor and told what lies under what.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import tempfile
