@@ -14,6 +14,8 @@ groups_joined=
 while [ "$1" != -- ]; do echo $$ > "$1"; groups_joined="$groups_joined ${1%/*}"; shift; done; shift
 # Of open files steps have what Docker's have by systemd (systemd-system.conf(5)): vmm's own limit is another.
 prlimit --pid $$ --nofile=1024:524288 2>/dev/null || ulimit -S -n 1024
+# A step binds any port, as Docker's do (`nginx -t`): its root has no rights over this network, which the host's root made.
+echo 0 > /proc/sys/net/ipv4/ip_unprivileged_port_start
 
 mount --make-rprivate /
 mount -t tmpfs -o mode=755,size=64m torpor-build "$root"
