@@ -97,7 +97,7 @@ test-long-load: setup ## ten minutes of clients of all kinds at once against edg
 test-long-systemd: setup ## the units in a Debian with systemd, in a machine of its own
 	@$(PY) -m pytest -q -s tests/systemd
 
-test-kvm: setup ## drivers on KVM, with QEMU and the real Firecracker, in a machine of its own (KVM_PARTS=Firecracker: that alone; not part of test-long: it has not passed yet)
+test-kvm: setup ## drivers and service on KVM, with QEMU and the real Firecracker, in a machine of its own (KVM_PARTS=drivers: those alone; not part of test-long: not all of it has been seen to pass)
 	@$(PY) -m pytest -q -s tests/kvm
 
 test-fresh: fresh-packages ## both commands of the README on a machine that has seen nothing (RELEASE=trixie: of another Debian)
