@@ -221,6 +221,9 @@ def test_microvm_ctl_builds_runs_calls_and_scales(instance: Instance, app: str, 
         check=False,
     )
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
+    drained = instance.client().list_microvms(imageIdentifier=image_arn("ctl"))["items"]
+    for vm in drained:  # which drain() does not wait for
+        instance.state(vm["microvmId"], "TERMINATED")
     instance.client().delete_microvm_image(imageIdentifier=image_arn("ctl"))
 
 
