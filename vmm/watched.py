@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ log = structlog.get_logger()
 _KILL_SECONDS = 10
 
 
-class WatchedProcess:
+class WatchedProcess(ABC):
     """Knows its process by a descriptor (pidfd_open(2)): once it has ended, its number may be another's.
 
     `directory` holds its record and its last words; `remove` undoes what was made for it (control group, directory).
@@ -74,6 +75,6 @@ class WatchedProcess:
         finally:
             self._ended.set_result(None)
 
+    @abstractmethod
     async def _let_go(self) -> None:
-        """Closes what this daemon has of the process."""
-        raise NotImplementedError
+        """Closes what this daemon has of the process: each driver knows what that is."""
