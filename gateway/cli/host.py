@@ -35,6 +35,8 @@ from .output import console, errors, fail, no_instance, show_json, show_table
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vmm.probe import Choice
+
     from .repair import Known
 
 Root = Annotated[Path | None, typer.Option("--root", help="The instance's directory.")]
@@ -261,7 +263,7 @@ def doctor(
     accelerator, hypervisor = probe.choose(settings)
     for check, choice in (("acceleration", accelerator), ("hypervisor", hypervisor)):
         rows.append((check, choice.works, f"{choice.what}: {choice.why}"))
-    rows += _kvm_host(settings, hypervisor.what) if accelerator.what == "kvm" else []
+    rows += _kvm(settings, accelerator, hypervisor)
     memory, vcpus = settings.limits.guest_mib or probe.memory_cap_mib(), os.cpu_count()
     rows.append(("guest peak", True, f"capped at {memory} MiB and {vcpus} virtual CPUs by this host"))
     rows.append(("control groups", *_groups(settings, place)))
@@ -300,18 +302,39 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _kvm_host(settings: config.Settings, hypervisor: str) -> Iterator[tuple[str, bool, str]]:
-    """Returns what doctor says of a host whose guests run under KVM; recommendations fail no check."""
-    from vmm import disks, host_setup, probe
+def _kvm(settings: config.Settings, accelerator: Choice, hypervisor: Choice) -> Iterator[tuple[str, bool, str]]:
+    """Returns what doctor says of KVM: what is done where it does not work, and of a host where it does, whether that is as recommended. A
+    recommendation fails no check."""
+    from vmm import host_setup, kvm_device, probe
 
-    yield from ((f"host: {what}", True, text) for what, text in host_setup.recommendations())
-    programs = probe.firecracker_programs()
-    if hypervisor == "firecracker" and programs is not None:
-        with contextlib.suppress(OSError):  # there is no room, or no right, of which other lines tell
-            if not disks.shares_blocks(existing(settings.root)):
-                yield "host: disks", True, f"{settings.root}: {disks.COPIED}"
-        for path in host_setup.replaceable([programs.firecracker, programs.jailer, settings.root]):
-            yield "host: jailer", False, f"others than root may write {path}, which Firecracker's jailer trusts: chown root, chmod go-w"
+    works = accelerator.what == "kvm" and accelerator.works
+    if not works:
+        if settings.accelerator != "tcg":
+            yield "host: kvm", accelerator.works, kvm_device.cure(probe.KVM)
+        return
+    for one in host_setup.findings():
+        yield f"host: {one.what}", True, f"as recommended: {one.text}" if one.is_well else f"recommended otherwise: {one.text}"
+    if settings.hypervisor != "qemu" and (programs := probe.firecracker_programs()) is not None:
+        yield from _jailer(settings, [programs.firecracker, programs.jailer], hypervisor.what == "firecracker")
+
+
+def _jailer(settings: config.Settings, programs: list[Path], is_used: bool) -> Iterator[tuple[str, bool, str]]:
+    """Returns what doctor says of a host that has Firecracker's programs and KVM."""
+    from vmm import disks, host_setup
+
+    place = existing(settings.root)
+    if os.statvfs(place).f_flag & os.ST_NODEV:
+        yield "host: jailer", not is_used, f"its device nodes are none below {place}, which is mounted nodev: move ROOT, or mount it dev"
+    if not is_used:
+        return
+    with contextlib.suppress(OSError):  # there is no room, or no right, of which other lines tell
+        if not disks.shares_blocks(place):
+            yield "host: disks", True, f"{settings.root}: {disks.COPIED}"
+    replaceable = host_setup.replaceable([*programs, settings.root])
+    for path in replaceable:
+        yield "host: jailer", False, f"others than root may write {path}, which Firecracker's jailer trusts: chown root, chmod go-w"
+    if not replaceable:
+        yield "host: jailer", True, "as recommended: root alone may write the programs and directories that it trusts"
 
 
 def _stored(settings: config.Settings, store: Known) -> Iterator[tuple[str, bool, str]]:

@@ -119,14 +119,16 @@ def test_doctor_before_there_is_an_instance(tmp_path: Path, there: bool) -> None
         f"it can be probed once `torpor assets` has made {tmp_path}/cache/qemu-root",
     )
     assert rows["hypervisor"] == (True, "qemu: not Firecracker: it needs KVM")
+    assert rows["host: kvm"][0] and rows["host: kvm"][1].startswith("/dev/kvm ")
     assert rows["asset kernel"][0] is False and "torpor assets" in rows["asset kernel"][1]
     assert rows["disk"][1].endswith(f"free below {root if there else tmp_path}")
     assert sorted(path for path in tmp_path.rglob("*")) == ([root.parent, root] if there else [])
     wanted = run(
         "doctor", "--json", TORPOR_ROOT=str(root), TORPOR_CACHE=str(tmp_path / "cache"), TORPOR_NAME="bare", TORPOR_ACCELERATOR="kvm"
     )
-    row = next(row for row in json.loads(wanted.stdout) if row["check"] == "acceleration")
-    assert not row["ok"] and row["text"].startswith("kvm: chosen by the settings, but ")
+    checks = {row["check"]: row for row in json.loads(wanted.stdout)}
+    assert not checks["acceleration"]["ok"] and checks["acceleration"]["text"].startswith("kvm: chosen by the settings, but ")
+    assert not checks["host: kvm"]["ok"]
 
 
 def test_doctor_goes_on_where_the_kept_port_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
