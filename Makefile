@@ -21,7 +21,10 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 	if [ -n "$$missing" ]; then echo "setup: apt-get install$$missing"; dpkg --configure -a && apt-get -q update >/dev/null && \
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
-.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-kvm test-fresh test-fresh-odd fresh-packages check static lint types unit applications-packages conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
+# The parts of test-kvm: each in a machine of its own, in less than an hour (tests/kvm/inner.py).
+KVM = drivers-firecracker drivers-qemu service-firecracker clients-firecracker archive-firecracker service-qemu
+
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-kvm $(KVM:%=test-kvm-%) test-fresh test-fresh-odd fresh-packages check static lint types unit applications-packages conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -97,8 +100,10 @@ test-long-load: setup ## ten minutes of clients of all kinds at once against edg
 test-long-systemd: setup ## the units in a Debian with systemd, in a machine of its own
 	@$(PY) -m pytest -q -s tests/systemd
 
-test-kvm: setup ## drivers and service on KVM, with QEMU and the real Firecracker, in a machine of its own (KVM_PARTS=drivers: those alone; not part of test-long: not all of it has been seen to pass)
-	@$(PY) -m pytest -q -s tests/kvm
+test-kvm: $(KVM:%=test-kvm-%) ## drivers and service on KVM, with QEMU and the real Firecracker, in machines of their own (not part of test-long: not all of it has been seen to pass)
+
+$(KVM:%=test-kvm-%): test-kvm-%: setup
+	@KVM_PARTS=$* $(PY) -m pytest -q -s tests/kvm
 
 test-fresh: fresh-packages ## both commands of the README on a machine that has seen nothing (RELEASE=trixie: of another Debian)
 	@/usr/bin/python3 tests/fresh.py $(if $(RELEASE),--release $(RELEASE),--record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import threading
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,8 @@ from scratch import scratch
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
 BOOT_SECONDS, SECONDS_EXTRA = 180, 120
-WANTED = [name for name in PARTS if os.environ.get("KVM_PARTS", "") in name]  # KVM_PARTS=Firecracker: those alone
+WANTED = [name for name in PARTS if os.environ.get("KVM_PARTS", "") in name]  # KVM_PARTS=firecracker: those alone
+WORDS = shlex.split(os.environ.get("KVM_WORDS", ""))  # for pytest(1) inside: KVM_WORDS="-k race"
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,9 @@ def told() -> dict[str, list[dict[str, Any]]]:
     """What was told of each part; they run one after the other, in one machine."""
     cache = Path(os.environ.get("TORPOR_CACHE", "/var/cache/torpor"))
     job = Job(
-        ".venv/bin/python tests/kvm/inner.py", 7168, programs(cache), first=True, room_mib=24_576, files={"parts": json.dumps(WANTED)}
-    )
+        ".venv/bin/python tests/kvm/inner.py", max(PARTS[name].memory_mib for name in WANTED), programs(cache), first=True, room_mib=40_960,
+        files={"job": json.dumps({"parts": WANTED, "words": WORDS})},
+    )  # fmt: skip
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in WANTED}
     with scratch(".torpor-kvm-") as directory:
         log = directory / "console.log"

@@ -99,9 +99,9 @@ class Rig:
         return self.snapshots.newest(session)
 
 
-def disk(path: Path) -> None:
+def disk(path: Path, size: int = SHAPE.disk_bytes) -> None:
     with path.open("wb") as file:
-        file.truncate(SHAPE.disk_bytes)
+        file.truncate(size)
     subprocess.run(["mkfs.ext4", "-q", str(path)], check=True)
 
 
@@ -176,7 +176,7 @@ async def rig(kind: str, shape: Shape, programs: Programs, protocol: int) -> Asy
 
 
 async def booted(one: Rig) -> None:
-    disk(one.image / "disk.raw")
+    disk(one.image / "disk.raw", one.shape.disk_bytes)
     (one.image / "code_bytes").write_text("1")
     console = os.open(one.image / "console.log", os.O_WRONLY | os.O_CREAT)
     machine = await one.driver.boot(one.image, one.shape, await one.network.take(), console)
@@ -188,7 +188,7 @@ async def booted(one: Rig) -> None:
     await one.driver.give_disk(machine, one.image)
     sealed = await one.driver.seal(machine, one.image)
     agent.close()
-    assert 0 < sealed.memory_bytes < SHAPE.memory_mib << 20
+    assert 0 < sealed.memory_bytes < one.shape.memory_mib << 20
     assert not [record for record in one.driver.records() if record.session == "booting"]
 
 
@@ -243,6 +243,48 @@ def test_a_life_with_an_older_agent(kind: str, protocol: int, life: Life) -> Non
     if kind == "firecracker" and life.programs is CONTRACTS:
         pytest.skip("its guest is no agent of ours")
     dataclasses.replace(life, protocol=protocol)(whole_life, kind)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["qemu", "firecracker"])
+def test_a_life_of_a_large_guest(kind: str, life: Life) -> None:
+    """8 GiB, in two pieces around the hole for devices, and several processors."""
+    if kind == "firecracker" and life.programs is CONTRACTS:
+        pytest.skip("its guest has no memory above the hole")
+    if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 10 << 30:
+        pytest.skip("the host is too small")
+    dataclasses.replace(life, shape=msgspec.structs.replace(life.shape, memory_mib=8192, baseline_mib=8192, vcpus=2))(whole_life, kind)
+
+
+DATA = 64 << 20
+
+
+@pytest.mark.parametrize("kind", ["qemu", "firecracker"])
+def test_a_launch_from_a_disk_of_32_gb_copies_none_of_it_where_blocks_are_shared(kind: str, life: Life) -> None:
+    dataclasses.replace(life, shape=msgspec.structs.replace(life.shape, disk_bytes=32 << 30))(launch_from_a_large_disk, kind)
+
+
+async def launch_from_a_large_disk(one: Rig) -> None:
+    template = one.image / one.driver.disk_template
+    if isinstance(one.driver, FirecrackerDriver):
+        with template.open("r+b") as file:  # a container's files; where the guest has nothing, so that it does not matter
+            file.seek(16 << 30)
+            file.write(secrets.token_bytes(DATA))
+    os.sync()
+    before = os.statvfs(one.directory)
+    machine = await one.launched("first")
+    os.sync()
+    after = os.statvfs(one.directory)
+    overlay = one.snapshots.overlay("first")
+    assert overlay.stat().st_size >= (32 << 30 if isinstance(one.driver, FirecrackerDriver) else 1)
+    if not isinstance(one.driver, FirecrackerDriver):
+        assert disks.stored_bytes(overlay) < 1 << 20, "its disk is a layer over the image's, on every file system"
+    elif disks.shares_blocks(one.directory):
+        assert (before.f_bfree - after.f_bfree) * before.f_frsize < DATA // 4
+    else:  # of which `torpor doctor` and the log have a line
+        assert disks.stored_bytes(overlay) >= DATA
+    (await one.woken(machine)).close()
+    await machine.kill()
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -486,6 +528,8 @@ async def whole_life(one: Rig) -> None:
         assert await agent.hello(10) == (2, 127)
         one.snapshots.started("first", incarnation)
         snapshot = await one.saved(machine)
+        changed = (snapshot / f"{incarnation}.pages").stat().st_size  # by the hypervisor's log of dirty pages
+        assert 0 < changed < one.shape.memory_mib << 20 >> 2, "what a guest that did nothing has changed"
         agent.close()
         await machine.kill()
         one.snapshots.rest("first")

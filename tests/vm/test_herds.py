@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
-from service import Instance
+from service import PATIENCE, Instance
 from test_sleep import events
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
@@ -26,7 +27,8 @@ async def ask(instance: Instance, wanted: list[tuple[dict[str, Any], str]], conn
     """All at once, over this many connections of HTTP/2."""
     context = ssl.create_default_context(cafile=str(instance.root / "tls/ca.crt"))
     clients = [
-        httpx.AsyncClient(verify=context, http2=True, timeout=60, limits=httpx.Limits(max_connections=1)) for _ in range(connections)
+        httpx.AsyncClient(verify=context, http2=True, timeout=60 * PATIENCE, limits=httpx.Limits(max_connections=1))
+        for _ in range(connections)
     ]
     try:
         return await asyncio.gather(
@@ -56,5 +58,20 @@ async def test_two_dozen_microvms_are_woken_at_once(instance: Instance, app: str
         asleep(instance, *vms)
         answers = await ask(instance, [(vm, "/") for vm in vms], 24)
         assert [(answer.status_code, answer.json()["counter"]) for answer in answers] == [(200, 1)] * 24
+    finally:
+        instance.terminate(*(vm["microvmId"] for vm in vms))
+
+
+async def test_ten_microvms_are_launched_at_once(instance: Instance, app: str) -> None:
+    """And asked at once, as each is: by HTTP/2."""
+    with ThreadPoolExecutor(10) as pool:
+        vms = list(pool.map(lambda _: dict(instance.client().run_microvm(imageIdentifier=app)), range(10)))
+    try:
+        for vm in vms:
+            instance.state(vm["microvmId"], "RUNNING")
+            vm["token"] = instance.token(vm["microvmId"])
+        answers = await ask(instance, [(vm, "/") for vm in vms], 10)
+        assert [(answer.status_code, answer.http_version, answer.json()["counter"]) for answer in answers] == [(200, "HTTP/2", 1)] * 10
+        assert len({answer.json()["random"] for answer in answers}) == 10
     finally:
         instance.terminate(*(vm["microvmId"] for vm in vms))

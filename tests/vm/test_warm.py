@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import botocore.exceptions
 import pytest
 from durable import DurableStore
 from service import Instance, app_files, served, until
@@ -131,6 +133,33 @@ def test_a_stop_of_the_service_ends_what_is_paused(warm: tuple[Instance, str]) -
     until(lambda: is_warm(one))
     instance.stop()
     assert not instance.hypervisors()
+    instance.start()
+    one.visit()
+    instance.terminate(one.id)
+
+
+def test_what_the_other_hypervisor_made_is_refused_and_not_lost(warm: tuple[Instance, str]) -> None:
+    """An image and a sleeper of Firecracker's, on a service that was started again with QEMU, and then with Firecracker."""
+    instance, arn = warm
+    if instance.environment.get("TORPOR_HYPERVISOR") != "firecracker":
+        pytest.skip("of a host that has both")
+    one = Sleeper(instance, arn)
+    one.visit()
+    one.suspend()
+    instance.stop()
+    instance.environment["TORPOR_HYPERVISOR"] = "qemu"
+    instance.start()
+    api, says = instance.client(), "was made with firecracker, and this host runs qemu"
+    with contextlib.suppress(botocore.exceptions.ClientError):
+        api.resume_microvm(microvmIdentifier=one.id)
+    until(lambda: says in (instance.describe(one.id).get("stateReason") or ""))
+    assert instance.describe(one.id)["state"] == "SUSPENDED"
+    with pytest.raises(botocore.exceptions.ClientError, match=says):
+        api.resume_microvm(microvmIdentifier=one.id)
+    refused = api.run_microvm(imageIdentifier=arn)["microvmId"]
+    assert says in instance.state(refused, "TERMINATED")["stateReason"]
+    instance.stop()
+    instance.environment["TORPOR_HYPERVISOR"] = "firecracker"
     instance.start()
     one.visit()
     instance.terminate(one.id)
