@@ -24,7 +24,7 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 # The parts of test-kvm: each in a machine of its own, in less than an hour (tests/kvm/inner.py).
 KVM = drivers-firecracker drivers-qemu service-firecracker clients-firecracker archive-firecracker service-qemu
 
-.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-kvm $(KVM:%=test-kvm-%) test-fresh test-fresh-odd fresh-packages check static lint types unit applications-packages conformance conformance-packages bench-api bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-kvm $(KVM:%=test-kvm-%) test-fresh test-fresh-odd fresh-packages check static lint types unit applications-packages conformance conformance-packages bench-api bench-drivers bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -135,6 +135,9 @@ conformance-packages:
 	@$(call install,$(CONFORMANCE_PACKAGES))
 	@command -v npm >/dev/null || { $(call install,npm); }
 	@test -e $(AUTOCANNON)/node_modules || npm install --silent --no-audit --no-fund --ignore-scripts --cache $(AUTOCANNON)/cache --prefix $(AUTOCANNON) autocannon@8.0.0
+
+bench-drivers: setup ## QEMU and Firecracker under KVM, beside Firecracker by hand, in a machine of its own (ROUNDS=3: fewer)
+	@$(PY) benchmarks/drivers.py
 
 bench-lifecycle: setup ## launch, suspend, resume, beside the bare hypervisor
 	@$(PY) benchmarks/lifecycle.py

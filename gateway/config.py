@@ -272,6 +272,15 @@ class Standbys(_Section):
     warm_seconds: float = Field(300.0, gt=0, description="how long a paused hypervisor is kept")
 
 
+class Devices(_Section):
+    """What each microVM's devices do in a second at most; 0: as much as its control group and the host give."""
+
+    disk_mib_per_second: int = Field(0, ge=0, description="read and written, together")
+    disk_operations_per_second: int = Field(0, ge=0, description="reads and writes, together")
+    network_mib_per_second: int = Field(0, ge=0, description="in each direction; Firecracker's alone")
+    network_packets_per_second: int = Field(0, ge=0, description="in each direction; Firecracker's alone")
+
+
 class Users(_Section):
     """Numeric user ids without entries in passwd; one range for all."""
 
@@ -346,6 +355,7 @@ class Settings(BaseSettings):
     sessions: Sessions = Sessions()
     suspend: Suspend = Suspend()
     standbys: Standbys = Standbys()
+    devices: Devices = Devices()
     users: Users = Users()
     service: Service = Service()
 

@@ -316,7 +316,9 @@ async def main(settings: Settings) -> None:
     info = await control.host.info()
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # what is no HTTP is its sender's affair, answered 400
     runners = []
-    watched = metrics.application(lambda: [session.state for session in control.store.sessions.values()], control.tiers)
+    watched = metrics.application(
+        lambda: [session.state for session in control.store.sessions.values()], control.tiers, control.host.counts
+    )
     health.application(watched, lambda: status.checks(status.state_file(settings), time.time()), control.readiness)
     for purpose, served in (
         ("api", application.make(control.api(), control.directory, control.logs, control.audit, info.architecture)),

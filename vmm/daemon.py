@@ -73,7 +73,7 @@ class Vmm:
         self.collector = SnapshotGc(self.snapshots, self.vms, self._spawn)
         self.warm = WarmPool(kept.warm, self.network, self.vms, self.collector, self._spawn)
         self.calls = (
-            HostCalls(settings, info, cgroups, self.network, self.vms, self.warm, self.snapshots, self.images, self.builder),
+            HostCalls(settings, info, cgroups, self.network, self.vms, self.warm, self.snapshots, self.images, self.builder, self.driver),
             SessionCalls(
                 settings.images_dir, self.driver, self.network, self.standbys, self.snapshots, self.vms, self.warm, self.collector
             ),

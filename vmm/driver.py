@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -128,3 +129,6 @@ class Driver(Protocol):
 
     async def forget_image(self, image: str) -> None:
         """Lets go of what is kept for an image's clones; those that still run keep theirs."""
+
+    def counts(self) -> Mapping[str, int]:
+        """What its hypervisors have counted since this daemon started, by name; these only grow."""

@@ -26,10 +26,10 @@ def choose(settings: Settings, hypervisor: str, cgroups: Cgroups, network: Netwo
     cache = settings.cache
     sandboxes = SandboxAllocator(settings.runtime / "vms", cgroups, settings.users.machines)
     if hypervisor != "firecracker":
-        return QemuDriver(QemuAssets(cache), settings.root / "boots", sandboxes, cgroups, network)
+        return QemuDriver(QemuAssets(cache), settings.root / "boots", sandboxes, cgroups, network, settings.devices)
     programs = probe.firecracker_programs()
     assert programs is not None
     with contextlib.suppress(OSError):  # a full disk is told of by others
         if not disks.shares_blocks(settings.root):
             log.warning("disks.copied", root=str(settings.root), text=disks.COPIED)
-    return FirecrackerDriver(programs, FirecrackerAssets(cache), settings.root / "jails", sandboxes, cgroups)
+    return FirecrackerDriver(programs, FirecrackerAssets(cache), settings.root / "jails", sandboxes, cgroups, settings.devices)

@@ -20,9 +20,9 @@ MODULES = (
     *("virtio_pci", "virtio_net", "virtio_blk", "virtio_console"),
     *("crc32c-intel", "libcrc32c", "nfnetlink", "nf_tables", "tcp_diag"),
 )
-# Firecracker's machine: virtio over MMIO, announced by ACPI; the agent's channel is a vsock.
+# Firecracker's machine: virtio over MMIO, announced by ACPI; the agent's channel is a vsock; randomness comes from the host.
 FIRECRACKER_MODULES = (
-    *("virtio_mmio", "virtio_net", "virtio_blk", "vmw_vsock_virtio_transport"),
+    *("virtio_mmio", "virtio_net", "virtio_blk", "vmw_vsock_virtio_transport", "virtio_rng"),
     *MODULES[MODULES.index("crc32c-intel") :],
 )
 # What images with all capabilities have in /lib/modules: these, and what these need. Left out are drivers of hardware that no guest has.

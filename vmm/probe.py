@@ -232,12 +232,25 @@ def choose(settings: Settings) -> tuple[Choice, Choice]:
     return accelerator, choose_hypervisor(settings.hypervisor, why_not)
 
 
+def why_not_limited(settings: Settings, hypervisor: str) -> str:
+    """Empty where the hypervisor keeps devices within the limits of the settings, else what to do."""
+    limits = settings.devices
+    if hypervisor == "firecracker" or not (limits.network_mib_per_second or limits.network_packets_per_second):
+        return ""
+    return (
+        f"devices.network_mib_per_second and devices.network_packets_per_second are Firecracker's, and this host runs {hypervisor}, which "
+        "limits no link: set them to 0"
+    )
+
+
 def host_info(settings: Settings) -> HostInfo:
     """Raises VmmError for what the settings want and this host cannot do."""
     accelerator, hypervisor = choose(settings)
     for name, choice in (("accelerator", accelerator), ("hypervisor", hypervisor)):
         if not choice.works:
             raise VmmError(f"{name} {choice.what}: {choice.why}")
+    if why_not := why_not_limited(settings, hypervisor.what):
+        raise VmmError(why_not)
     return HostInfo(
         accelerator=accelerator.what,
         accelerator_note=accelerator.why,

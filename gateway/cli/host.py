@@ -263,6 +263,7 @@ def doctor(
     accelerator, hypervisor = probe.choose(settings)
     for check, choice in (("acceleration", accelerator), ("hypervisor", hypervisor)):
         rows.append((check, choice.works, f"{choice.what}: {choice.why}"))
+    rows += [("limits of links", False, text)] if (text := probe.why_not_limited(settings, hypervisor.what)) else []
     rows += _kvm(settings, accelerator, hypervisor)
     memory, vcpus = settings.limits.guest_mib or probe.memory_cap_mib(), os.cpu_count()
     rows.append(("guest peak", True, f"capped at {memory} MiB and {vcpus} virtual CPUs by this host"))

@@ -28,6 +28,8 @@ ran_ahead = Gauge("torpor_ran_ahead", "MicroVMs that ran ahead and wait for laun
 out_of_memory = Counter(
     "torpor_out_of_memory", "Processes that the kernels of running microVMs killed for want of memory.", registry=registry
 )
+hypervisors = Counter("torpor_hypervisors", "What Firecracker counted, of all microVMs together.", ["what"], registry=registry)
+_hypervisors: dict[str, int] = {}  # as vmm last said; one that was started anew begins with nothing
 _counted: dict[Hashable, Counters] = {}  # by worker, as last reported: a worker's own counts only grow
 
 
@@ -68,8 +70,19 @@ def _edge_sums() -> dict[str, int]:
     return sums
 
 
-def application(states: Callable[[], Iterable[State]], tiers: Callable[[], Awaitable[dict[str, Tier]]]) -> web.Application:
-    """`states` is called for the sessions' current states, `tiers` for where those that sleep are."""
+def hypervisors_counted(now: dict[str, int]) -> None:
+    """`now`: sums of one vmm, by names of vmm's, which are few."""
+    is_new = any(now.get(what, 0) < count for what, count in _hypervisors.items())
+    for what, count in now.items():
+        hypervisors.labels(what).inc(count if is_new else count - _hypervisors.get(what, 0))
+    _hypervisors.clear()
+    _hypervisors.update(now)
+
+
+def application(
+    states: Callable[[], Iterable[State]], tiers: Callable[[], Awaitable[dict[str, Tier]]], counted: Callable[[], Awaitable[dict[str, int]]]
+) -> web.Application:  # fmt: skip
+    """`states` is called for the sessions' current states, `tiers` for where those that sleep are, `counted` for what hypervisors count."""
 
     async def serve(request: web.Request) -> web.Response:
         counts = dict.fromkeys(State, 0)
@@ -79,6 +92,7 @@ def application(states: Callable[[], Iterable[State]], tiers: Callable[[], Await
             sessions.labels(state.value).set(count)
         try:
             sleeping = (await tiers()).values()
+            hypervisors_counted(await counted())
         except RpcError:  # the host is away: the figures stay as they were
             sleeping = None
         for tier in ("warm", "cold", "archived") if sleeping is not None else ():

@@ -95,6 +95,10 @@ class Host:
         """Returns the sessions whose paused hypervisors are kept."""
         return await self._client.call("warm", None, list[m.SessionState])  # type: ignore[no-any-return]
 
+    async def counts(self) -> dict[str, int]:
+        """Returns what hypervisors have counted since vmm started."""
+        return await self._client.call("counts", None, dict[str, int])  # type: ignore[no-any-return]
+
     async def effort(self, session: str, incarnation: int) -> m.Effort:
         """Returns what a running guest has used, without a look at all the others."""
         return await self._client.call("effort", m.SessionRef(session, incarnation), m.Effort)  # type: ignore[no-any-return]

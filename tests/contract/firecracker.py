@@ -60,6 +60,11 @@ DEFINITIONS: dict[str, tuple[dict[str, type], dict[str, type]]] = {
     ),
     "MemoryBackend": ({"backend_type": STRING, "backend_path": STRING}, {}),
     "NetworkOverride": ({"iface_id": STRING, "host_dev_name": STRING}, {}),
+    "EntropyDevice": ({}, {"rate_limiter": OBJECT}),
+    "Metrics": ({"metrics_path": STRING}, {}),
+    "PartialDrive": ({"drive_id": STRING}, {"path_on_host": STRING, "rate_limiter": OBJECT}),
+    "PartialNetworkInterface": ({"iface_id": STRING}, {"rx_rate_limiter": OBJECT, "tx_rate_limiter": OBJECT}),
+    "RateLimiter": ({}, {"bandwidth": OBJECT, "ops": OBJECT}),
     "Logger": ({}, {"level": STRING, "log_path": STRING, "show_level": FLAG, "show_log_origin": FLAG, "module": STRING}),
 }  # fmt: skip
 SINCE = {"track_dirty_pages": (1, 13), "vsock_override": (1, 16), "clock_realtime": (1, 16), "huge_pages": (1, 17)}
@@ -75,10 +80,14 @@ CALLS: dict[tuple[str, str], tuple[str, str]] = {
     ("PUT", "/network-interfaces/{id}"): ("NetworkInterface", PRE_BOOT),
     ("PUT", "/vsock"): ("Vsock", PRE_BOOT),
     ("PUT", "/logger"): ("Logger", PRE_BOOT),
+    ("PUT", "/entropy"): ("EntropyDevice", PRE_BOOT),
+    ("PUT", "/metrics"): ("Metrics", PRE_BOOT),
     ("PUT", "/snapshot/load"): ("SnapshotLoadParams", PRE_BOOT),
     ("PUT", "/actions"): ("InstanceActionInfo", ""),
     ("PUT", "/snapshot/create"): ("SnapshotCreateParams", POST_BOOT),
     ("PATCH", "/vm"): ("Vm", POST_BOOT),
+    ("PATCH", "/drives/{id}"): ("PartialDrive", POST_BOOT),
+    ("PATCH", "/network-interfaces/{id}"): ("PartialNetworkInterface", POST_BOOT),
 }
 ENUMS = {
     "state": ("Paused", "Resumed"), "snapshot_type": ("Full", "Diff"), "backend_type": ("File", "Uffd"), "cache_type": ("Unsafe", "Writeback"),
@@ -113,6 +122,10 @@ def checked(name: str, body: Any) -> dict[str, Any]:
             raise Refused(
                 f"An error occurred when deserializing the json body of a request: invalid type: {SHOWN[type(value)]} {json.dumps(value)}."
             )
+        if member.endswith("rate_limiter"):
+            for bucket in checked("RateLimiter", value).values():
+                if missing := [name for name in ("size", "refill_time") if name not in bucket]:
+                    raise Refused(f"An error occurred when deserializing the json body of a request: missing field `{missing[0]}`.")
         if member in ENUMS and value not in ENUMS[member]:
             raise Refused(f"An error occurred when deserializing the json body of a request: unknown variant `{value}`.")
     return body
@@ -137,6 +150,7 @@ class Guest:
         self.dirty: set[int] = set()
         self.running = threading.Event()
         self.connections: list[socket.socket] = []
+        self.received = self.sent = 0  # by its vsock
         self.losses: list[str] = []  # of the next connections
 
     def write(self, page: int, data: bytes) -> None:
@@ -164,6 +178,7 @@ class Guest:
         while data := sock.recv(65536):
             self.running.wait()
             pending += data
+            self.received += len(data)
             while len(pending) >= HEAD.size:
                 magic, kind, _, _, length = HEAD.unpack_from(pending)
                 if magic != MAGIC:
@@ -174,6 +189,7 @@ class Guest:
                 payload, pending = pending[HEAD.size : HEAD.size + length], pending[HEAD.size + length :]
                 for kind_out, out in self.answer(kind, payload):
                     if not is_mute:
+                        self.sent += HEAD.size + len(out)
                         sock.sendall(HEAD.pack(MAGIC, kind_out, 0, 0, len(out)) + out)
 
     def answer(self, kind: int, payload: bytes) -> list[tuple[int, bytes]]:
@@ -204,21 +220,25 @@ class Vm:
         self.guest: Guest | None = None
         self.tracks = False
         self.tap: int | None = None
+        self.metrics: int | None = None
+        self.entropy_bytes = 0  # that the guest took since the last line
 
     def call(self, method: str, path: str, body: Any) -> Any:
         kind = re.sub(r"^/(drives|network-interfaces)/[A-Za-z0-9_]+$", r"/\1/{id}", path)
         if method == "GET" and path == "/":
             return {"app_name": "Firecracker", "id": self.id, "state": self.state, "vmm_version": VERSION}
+        if method == "GET" and path == "/vm/config":
+            return self.configuration()
         if (method, kind) not in CALLS:
             raise Refused(f"Invalid request method and/or path: {method} {path}.")
         name, when = CALLS[method, kind]
         body = checked(name, body)
+        if kind.endswith("{id}") and body["drive_id" if "Drive" in name else "iface_id"] != path.rpartition("/")[2]:
+            raise Refused("The id from the path does not match the id from the body!")
         if when == PRE_BOOT and self.state != "Not started":
             raise Refused("The requested operation is not supported after starting the microVM.")
         if when == POST_BOOT and self.state == "Not started":
             raise Refused("The requested operation is not supported before starting the microVM.")
-        if kind.endswith("{id}") and body[{"D": "drive_id", "N": "iface_id"}[name[0]]] != path.rpartition("/")[2]:
-            raise Refused("The id from the path does not match the id from the body!")
         return getattr(self, "do_" + name)(kind, body)
 
     def start(self, path: str) -> None:
@@ -264,10 +284,76 @@ class Vm:
             raise Refused("Vsock config error: cid")
         self.configured[kind] = body
 
+    def configuration(self) -> dict[str, Any]:
+        """What of a device is not limited has no limiter here, as none that was given buckets without tokens."""
+        shown: dict[str, Any] = {"entropy": None, "mmds-config": None, "drives": [], "network-interfaces": []}
+        for kind, body in self.configured.items():
+            one = {name: value for name, value in body.items() if not name.endswith("rate_limiter")}
+            for name in ("rate_limiter", "rx_rate_limiter", "tx_rate_limiter"):
+                buckets = {bucket: values for bucket, values in (body.get(name) or {}).items() if values["size"] and values["refill_time"]}
+                if buckets:
+                    one[name] = {
+                        bucket: {"one_time_burst": None, **buckets[bucket]} if bucket in buckets else None
+                        for bucket in ("bandwidth", "ops")
+                    }
+            group = kind.removeprefix("/").removesuffix("/{id}")
+            if isinstance(shown.get(group), list):
+                shown[group].append(one)
+            else:
+                shown[group] = one
+        return shown
+
+    def do_EntropyDevice(self, kind: str, body: dict[str, Any]) -> None:
+        self.configured[kind] = body
+
+    def do_Metrics(self, kind: str, body: dict[str, Any]) -> None:
+        """No part of the machine: no snapshot has it, and it is no hindrance to a load."""
+        if self.metrics is not None:
+            raise Refused(
+                "Metrics error: Cannot initialize the metrics system due to bad user input: Reinitialization of metrics not allowed."
+            )
+        flags = os.O_RDWR | os.O_NONBLOCK | (os.O_CREAT if RELEASE >= (1, 14) else 0)
+        try:
+            self.metrics = os.open(body["metrics_path"], flags, 0o600)
+        except OSError as error:
+            raise Refused(
+                f"Metrics error: Cannot initialize the metrics system due to bad user input: {error.strerror} (os error {error.errno})"
+            ) from error
+
+    def flush(self) -> None:
+        """A line of what was counted since the one before."""
+        if self.metrics is None:
+            return
+        guest = self.guest
+        assert guest is not None
+        channel = {"rx_bytes_count": guest.received, "tx_bytes_count": guest.sent}
+        line = {"utc_timestamp_ms": 0, "entropy": {"entropy_bytes": self.entropy_bytes}, "vsock": channel, "mmds": {"rx_accepted": 0}}
+        os.write(self.metrics, json.dumps(line).encode() + b"\n")
+        self.entropy_bytes = guest.received = guest.sent = 0
+
+    def do_PartialDrive(self, kind: str, body: dict[str, Any]) -> None:
+        self.update(kind, "drive_id", body)
+
+    def do_PartialNetworkInterface(self, kind: str, body: dict[str, Any]) -> None:
+        self.update(kind, "iface_id", body)
+
+    def update(self, kind: str, member: str, body: dict[str, Any]) -> None:
+        """Of a limiter a bucket that is left out stays as it was."""
+        known = self.configured.get(kind)
+        if known is None or known[member] != body[member]:
+            raise Refused("unknown device")
+        for name, buckets in body.items():
+            known[name] = {**known.get(name, {}), **buckets} if name.endswith("rate_limiter") else buckets
+
     def do_Logger(self, kind: str, body: dict[str, Any]) -> None:
         pass
 
     def do_InstanceActionInfo(self, _: str, body: dict[str, Any]) -> None:
+        if body["action_type"] == "FlushMetrics":
+            if self.state == "Not started":
+                raise Refused("The requested operation is not supported before starting the microVM.")
+            self.flush()
+            return
         if body["action_type"] != "InstanceStart":
             raise Refused("not here")
         if self.state != "Not started":
@@ -283,6 +369,7 @@ class Vm:
         size = self.configured.get("/machine-config", {"mem_size_mib": 128})["mem_size_mib"] << 20
         self.guest = Guest(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self.guest.boot()
+        self.entropy_bytes += 64 if "/entropy" in self.configured else 0  # its kernel's first question
         self.guest.losses = [*BOOTING]
         if "/vsock" in self.configured:
             self.listen()

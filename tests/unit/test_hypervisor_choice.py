@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.config import Settings
+from gateway.config import Devices, Settings
 from gateway.process import SETTINGS_VARIABLE, passed
 from vmm import probe
 from vmm.errors import VmmError
@@ -49,6 +49,16 @@ def test_what_is_wanted_and_does_not_work_is_no_instance(wanted: dict[str, str],
     settings = Settings(root=tmp_path, cache=tmp_path / "nothing", **wanted)
     with pytest.raises(VmmError, match="chosen by the settings, but"):
         probe.host_info(settings)
+
+
+def test_limits_that_a_hypervisor_does_not_keep_are_refused(tmp_path: Path) -> None:
+    """A limit that is set and not kept would be believed."""
+    settings = Settings(root=tmp_path, accelerator="tcg", hypervisor="qemu", devices={"network_packets_per_second": 5})
+    with pytest.raises(VmmError, match="limits no link: set them to 0"):
+        probe.host_info(settings)
+    assert probe.why_not_limited(settings, "firecracker") == ""
+    disk = settings.model_copy(update={"devices": Devices(disk_mib_per_second=5, disk_operations_per_second=5)})
+    assert probe.host_info(disk).hypervisor == "qemu"
 
 
 def test_the_daemon_says_in_one_line_what_cannot_be(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import errno
 import os
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from gateway import supervisor
+from gateway.config import Devices
 from gateway.status import Recorded
 from vmm import syscalls
 from vmm.driver import Process
@@ -56,7 +58,7 @@ def prepared(pid: int, directory: Path) -> FirecrackerMachine:
 
     place = Place()
     place.directory = directory  # type: ignore[attr-defined]
-    return FirecrackerMachine(Process("vm", pid, 1, "a", 1), place, Jail(), None, removed)  # type: ignore[arg-type]
+    return FirecrackerMachine(Process("vm", pid, 1, "a", 1), place, Jail(), None, removed, Devices(), Counter())  # type: ignore[arg-type]
 
 
 def firecracker(pid: int, directory: Path) -> FirecrackerMachine:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
 from gateway import executors
+from gateway.config import Devices
 
 from .. import disks, generators, kernel, manifest, memory, syscalls
 from ..cgroups import Cgroups
@@ -23,16 +26,16 @@ from ..errors import Missing, explained, not_loaded, not_written
 from ..manifest import Manifest
 from ..network import GUEST_MAC, TAP, Link
 from ..provenance import Provenance
-from ..sandboxes import SandboxAllocator, is_alive
+from ..sandboxes import SandboxAllocator, VmSandbox, is_alive
 from ..snapshots import sync
+from . import limits
 from .api import ApiError
 from .jail import DISK, INITRD, KERNEL, KERNEL_LINE, MEMORY, VSOCK, Jail, Programs, remove_others
-from .machine import NETWORK, FirecrackerMachine
+from .machine import DRIVE, NETWORK, FirecrackerMachine
 
 log = structlog.get_logger()
 
 NAME = "firecracker"
-DRIVE = "disk"
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,13 @@ class FirecrackerDriver:
     disk_template = DISK
     takes_taps = False
 
-    def __init__(self, programs: Programs, assets: Assets, jails: Path, sandboxes: SandboxAllocator, cgroups: Cgroups) -> None:
+    def __init__(
+        self, programs: Programs, assets: Assets, jails: Path, sandboxes: SandboxAllocator, cgroups: Cgroups, devices: Devices | None = None
+    ) -> None:  # fmt: skip
         self._programs, self._assets, self._jails, self._sandboxes, self._cgroups = programs, assets, jails, sandboxes, cgroups
+        self._devices = devices or Devices()
         self._warmed: set[str] = set()
+        self._counts: Counter[str] = Counter()
 
     async def standby(self, image: Path) -> FirecrackerMachine:
         known = manifest.read(image, NAME)
@@ -98,7 +105,8 @@ class FirecrackerDriver:
         """It was there from the start: a drive cannot be given to a machine that runs."""
 
     async def _configure(self, machine: FirecrackerMachine, shape: Shape) -> None:
-        """Everything before InstanceStart; none of it is possible after. Raises ApiError."""
+        """Everything before InstanceStart; none of it is possible after. There is no metadata service (MMDS) unless it is asked for: what
+        guests ask is answered by gateway/guest/metadata.py. Raises ApiError."""
         api = machine.api
         await api.put("/machine-config", vcpu_count=shape.vcpus, mem_size_mib=shape.memory_mib)
         await api.put("/boot-source", kernel_image_path=f"/{KERNEL}", initrd_path=f"/{INITRD}", boot_args=KERNEL_LINE)
@@ -106,6 +114,7 @@ class FirecrackerDriver:
             f"/drives/{DRIVE}", drive_id=DRIVE, path_on_host=f"/{DISK}", is_root_device=False, is_read_only=False, cache_type="Unsafe"
         )
         await api.put(f"/network-interfaces/{NETWORK}", iface_id=NETWORK, host_dev_name=TAP, guest_mac=GUEST_MAC)
+        await api.put("/entropy", rate_limiter=limits.entropy())
         await api.put("/vsock", guest_cid=GUEST_CID, uds_path=f"/{VSOCK}")
         await api.put("/actions", action_type="InstanceStart")
 
@@ -138,7 +147,7 @@ class FirecrackerDriver:
             await self._sandboxes.release(sandbox)
             jail.remove()
             return None
-        machine = FirecrackerMachine(record, sandbox, jail, self._cgroups, lambda: self._remove(machine))
+        machine = self._made(record, sandbox, jail)
         try:
             await machine.connect()
         except (ApiError, OSError) as error:
@@ -163,13 +172,20 @@ class FirecrackerDriver:
         try:
             jail.make()
             record = Process(sandbox.vm, 0, 0, image.name, sandbox.uid, shape=shape)
-            machine = FirecrackerMachine(record, sandbox, jail, self._cgroups, lambda: self._remove(machine))
+            machine = self._made(record, sandbox, jail)
             machine.save_record()
         except OSError as error:
             jail.remove()
             await self._sandboxes.release(sandbox)
             raise explained(error, f"the jail of image {image.name} could not be made: {error}") from error
         return machine
+
+    def _made(self, record: Process, sandbox: VmSandbox, jail: Jail) -> FirecrackerMachine:
+        machine = FirecrackerMachine(record, sandbox, jail, self._cgroups, lambda: self._remove(machine), self._devices, self._counts)
+        return machine
+
+    def counts(self) -> Mapping[str, int]:
+        return self._counts
 
     async def _remove(self, machine: FirecrackerMachine) -> None:
         await self._sandboxes.release(machine.sandbox)

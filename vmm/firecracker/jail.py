@@ -17,6 +17,7 @@ from gateway.messages import Shape
 from ..cgroups import Cgroups
 from ..kernel import PROBE_MIB, PROBE_WORDS, WORDS
 from ..sandboxes import VmSandbox
+from .counts import PIPE
 
 DISK, MEMORY, STATE, OUT, VSOCK = "disk.raw", "memory.raw", "devices.state", "out", "v.sock"
 KERNEL, INITRD, CONFIGURATION = "vmlinux", "initrd", "configuration.json"
@@ -47,7 +48,9 @@ class Jail:
         self.root.parent.chmod(0o711)
         out = self.root / OUT
         out.mkdir(mode=0o700)
-        os.chown(out, self._sandbox.uid, self._sandbox.uid)
+        os.mkfifo(self.root / PIPE, 0o600)
+        for path in (out, self.root / PIPE):
+            os.chown(path, self._sandbox.uid, self._sandbox.uid)
 
     def give(self, file: Path, name: str, writable: bool = False) -> None:
         """Links a file into the root; only one that the guest writes becomes the process's own. Raises OSError."""

@@ -7,16 +7,19 @@ known only when a session comes. What can be made ahead is: root, user, control 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
 
 from gateway import descriptors, executors
+from gateway.config import Devices
 from gateway.observe.steps import Steps
 
 from .. import diffs, sandboxes, syscalls
@@ -28,11 +31,12 @@ from ..network import TAP, Link
 from ..provenance import Provenance
 from ..sandboxes import VmSandbox
 from ..watched import WatchedProcess
-from . import memory
+from . import limits, memory
 from .api import Api, ApiError, Unanswered
+from .counts import PIPE, CountsPipe
 from .jail import DISK, MEMORY, OUT, STATE, VSOCK, Jail
 
-NETWORK = "net0"
+NETWORK, DRIVE = "net0", "disk"
 _START_SECONDS = 20.0
 _ENDING_SECONDS = 1.0
 _READY_SECONDS = 5.0
@@ -44,6 +48,7 @@ _PATIENCE_SECONDS, _PATIENCE_BOOTING_SECONDS = 0.1, 2.0
 _RETRY_SECONDS, _RETRY_MOST_SECONDS = 0.002, 0.05
 _TRACKS = (1, 13)  # from which release on a load knows `track_dirty_pages`
 _MEMORY_SECONDS = 300.0
+_FLUSH_SECONDS = 1.0
 
 
 class FirecrackerMachine(WatchedProcess):
@@ -51,12 +56,16 @@ class FirecrackerMachine(WatchedProcess):
 
     def __init__(
         self, record: Process, sandbox: VmSandbox, jail: Jail, cgroups: Cgroups, remove: Callable[[], Awaitable[None]],
+        devices: Devices, counts: Counter[str],
     ) -> None:  # fmt: skip
         super().__init__(record, sandbox.directory, remove)
         self.steps = Steps("vmm", "")
         self.jail = jail
         self.sandbox = sandbox
         self._cgroups = cgroups
+        self._devices = devices
+        self._counts = counts
+        self._pipe: CountsPipe | None = None
         self._api: Api | None = None
         self.boots = False  # and has not been heard of yet
         self._image_made: Provenance | None = None
@@ -95,6 +104,7 @@ class FirecrackerMachine(WatchedProcess):
                     raise ApiError("the jailer left no process id")
                 self.attach(pid)
                 await self.api.ready(_START_SECONDS)
+                await self.api.put("/metrics", metrics_path=f"/{PIPE}")
                 if self.record.made is not None:  # what this process writes, it writes as itself
                     self._image_made = self.record.made
                     self.record.made = msgspec.structs.replace(self.record.made, version=self.api.version)
@@ -108,6 +118,8 @@ class FirecrackerMachine(WatchedProcess):
         self.record.pid, self.record.started = pid, syscalls.start_time(pid) or 0
         self.save_record()
         self._api = Api(self.jail.root)
+        with contextlib.suppress(OSError):  # one that an earlier version of this daemon started has none
+            self._pipe = CountsPipe(self.jail.root / PIPE, self._counts)
 
     async def connect(self) -> None:
         """To a process that another daemon started: its phase is what it says. Raises ApiError, OSError."""
@@ -135,6 +147,7 @@ class FirecrackerMachine(WatchedProcess):
             if (snapshot / diffs.MANIFEST).exists():
                 await self._load_memory(snapshot)
                 self.steps.mark("memory written and checked")
+            await self._limit()
         except (ApiError, OSError, LookupError) as error:
             why = await self.why(error)
             text = f"session {self.record.session} could not be loaded from {snapshot}: {why}"
@@ -143,6 +156,12 @@ class FirecrackerMachine(WatchedProcess):
             raise not_loaded(error, text, overlay, snapshot / DEVICES) from error
         self.record.phase = "prepared"
         self.save_record()
+
+    async def _limit(self) -> None:
+        """The state brought the limits that its devices had when it was saved. Raises ApiError."""
+        disk, link = limits.disk(self._devices), limits.link(self._devices)
+        await self.api.patch(f"/drives/{DRIVE}", drive_id=DRIVE, rate_limiter=disk)
+        await self.api.patch(f"/network-interfaces/{NETWORK}", iface_id=NETWORK, rx_rate_limiter=link, tx_rate_limiter=link)
 
     async def _refused(self, snapshot: Path, text: str, why: str) -> VmmError:
         """What a state is that Firecracker did not take: another release's, as a rule, for a format is loaded by those releases alone that
@@ -285,6 +304,8 @@ class FirecrackerMachine(WatchedProcess):
                 pages = await executors.LATENCY.run(memory.pack, written, directory, number, seconds=self._seconds)
             written.unlink()
             self.steps.mark("devices and changed pages written")
+            with contextlib.suppress(ApiError):  # it may be ended at any time from now on
+                await self.api.put("/actions", _FLUSH_SECONDS, action_type="FlushMetrics")
             return [summed, *pages]
         except (ApiError, OSError, LookupError) as error:
             if self._ended.done():
@@ -330,6 +351,9 @@ class FirecrackerMachine(WatchedProcess):
         return Ended(text) if self._ended.done() else explained(error, text)
 
     async def _let_go(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
         if self._api is not None:
             await self._api.close()
 

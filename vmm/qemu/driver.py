@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from gateway import executors
+from gateway.config import Devices
 
 from .. import disks, generators, jail, kernel, manifest, memory, sparse, syscalls
 from ..cgroups import Cgroups
@@ -69,8 +70,11 @@ class QemuDriver:
     disk_template = "overlay.qcow2"
     takes_taps = True
 
-    def __init__(self, assets: Assets, boots: Path, sandboxes: SandboxAllocator, cgroups: Cgroups, network: Network) -> None:
+    def __init__(
+        self, assets: Assets, boots: Path, sandboxes: SandboxAllocator, cgroups: Cgroups, network: Network, devices: Devices | None = None
+    ) -> None:  # fmt: skip
         """`boots`: where boots are kept."""
+        self._disk_limits = topology.disk_limits(devices or Devices())
         roots = Roots(assets.cache)
         self._assets = assets
         self._sandboxes = sandboxes
@@ -97,7 +101,9 @@ class QemuDriver:
             boot = files.enter_context((image / "boot.qcow2").open("rb")).fileno()
             machine = await self._spawn(
                 image.name, shape, root.path, made,
-                lambda ends: topology.standby(shape, made.machine, shared.memory, base, boot, placeholders, ends),
+                lambda ends: topology.standby(
+                    shape, made.machine, shared.memory, base, boot, placeholders, ends, self._disk_limits
+                ),
             )  # fmt: skip
         machine.record.image_memory = memory.identity(shared.memory)
         try:
@@ -247,6 +253,10 @@ class QemuDriver:
                 os.close(shared.memory)
                 os.close(shared.disk)
         self._cgroups.remove(f"image-{image}")
+
+    def counts(self) -> Mapping[str, int]:
+        """QEMU counts nothing by itself."""
+        return {}
 
     async def _share(self, image: Path) -> _Shared:
         task = self._shared.get(image.name)

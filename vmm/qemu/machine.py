@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from gateway.config import Devices
+
 from ..driver import Shape
 from ..kernel import PROBE_MIB, PROBE_WORDS, WORDS
 from ..network import GUEST_MAC
@@ -28,6 +30,7 @@ NIC = {
     "guest_announce": False,
 }  # fmt: skip
 
+THROTTLE = "t1"
 STATE_SET = 4  # the descriptor set of Ends.state
 
 _WAITING = ["-S", "-incoming", "defer"]
@@ -148,15 +151,35 @@ def boot_disk() -> list[dict[str, object]]:
     ]
 
 
-def standby(shape: Shape, machine: str, memory: int, base: int, boot_layer: int, placeholders: PlaceholderDevices, ends: Ends) -> Command:
-    """Returns the same machine, waiting for a session: all in place but what the session brings, and nothing to boot."""
+def disk_limits(devices: Devices) -> dict[str, int]:
+    """Returns what of a disk's throttling is not without a bound (ThrottleLimits of QEMU's qapi/block-core.json)."""
+    limits = {"bps-total": devices.disk_mib_per_second << 20, "iops-total": devices.disk_operations_per_second}
+    return {name: value for name, value in limits.items() if value}
+
+
+def _limited(node: dict[str, object], limits: dict[str, int]) -> list[str]:
+    """Returns a session's disk, `d1`: the node itself, or a filter over it that keeps it within limits."""
+    if not limits:
+        return _block(node_name="d1", **node)
+    group = {"qom-type": "throttle-group", "id": THROTTLE, "limits": limits}
+    return [
+        "-object", json.dumps(group), *_block(node_name="q1", **node),
+        *_block(driver="throttle", node_name="d1", throttle_group=THROTTLE, file="q1", cache=NO_FLUSH),
+    ]  # fmt: skip
+
+
+def standby(
+    shape: Shape, machine: str, memory: int, base: int, boot_layer: int, placeholders: PlaceholderDevices, ends: Ends,
+    limits: dict[str, int] | None = None,
+) -> Command:  # fmt: skip
+    """Returns the same machine, waiting for a session: all in place but what the session brings. `limits`: of its disk."""
     overlay = {**_file(3, False), "cache": NO_FLUSH}
     arguments = [
         *_common(shape, machine, memory, False, ends),
         "-add-fd", f"fd={base},set=1", "-add-fd", f"fd={boot_layer},set=2", "-add-fd", f"fd={placeholders.disk},set=3",
         *_block(driver="raw", node_name="base", read_only=True, file=_file(1, True)),
         *_block(driver="qcow2", node_name="img", read_only=True, file=_file(2, True), backing="base"),
-        *_block(driver="qcow2", node_name="d1", cache=NO_FLUSH, file=overlay, backing="img"),
+        *_limited({"driver": "qcow2", "cache": NO_FLUSH, "file": overlay, "backing": "img"}, limits or {}),
         *_disk("d1"),
         *ROOT_PORT,
         *_network(placeholders.tap),

@@ -11,6 +11,7 @@ from gateway.rpc import Connection
 from .. import syscalls
 from ..builds import Builder
 from ..cgroups import Cgroups
+from ..driver import Driver
 from ..images import Images
 from ..network import Network
 from ..snapshots import Snapshots
@@ -21,10 +22,11 @@ from ..warm_pool import WarmPool
 class HostCalls:
     def __init__(
         self, settings: Settings, info: m.HostInfo, cgroups: Cgroups, network: Network, vms: VmRegistry, warm: WarmPool,
-        snapshots: Snapshots, images: Images, builder: Builder,
+        snapshots: Snapshots, images: Images, builder: Builder, driver: Driver,
     ) -> None:  # fmt: skip
         self._settings, self._info, self._cgroups, self._network = settings, info, cgroups, network
         self._vms, self._warm, self._snapshots, self._images, self._builder = vms, warm, snapshots, images, builder
+        self._driver = driver
 
     async def rpc_host_info(self, connection: Connection, body: None) -> m.HostInfo:
         return self._info
@@ -56,6 +58,10 @@ class HostCalls:
     async def rpc_warm(self, connection: Connection, body: None) -> list[m.SessionState]:
         """Sessions whose paused hypervisors are kept: a few, told without a look at everybody's files."""
         return [self._state(entry) for entry in self._vms.entries() if entry.session in self._warm]
+
+    async def rpc_counts(self, connection: Connection, body: None) -> dict[str, int]:
+        """What hypervisors have counted since this daemon started."""
+        return dict(self._driver.counts())
 
     async def rpc_effort(self, connection: Connection, body: m.SessionRef) -> m.Effort:
         record = self._vms.require(body.session, body.incarnation).machine.record
