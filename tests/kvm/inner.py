@@ -93,6 +93,7 @@ PARTS = {
         memory_mib=_LARGE_MIB,
     ),
     "drivers-qemu": Part((DRIVERS, "--accelerator=kvm", "-k", "not firecracker"), 1800, memory_mib=_LARGE_MIB),
+    "devices": Part(("tests/vm/test_devices.py", "--accelerator=kvm", "--firecracker=real"), 1800),
     "service-firecracker": Part((*_LIFE, *_FIRECRACKER), 2700, 1200),
     "clients-firecracker": Part((*_CLIENTS, *_FIRECRACKER), 2700, 1200),
     "archive-firecracker": Part((*_ASLEEP, *_FIRECRACKER), 2400, 1200),
