@@ -129,7 +129,8 @@ def run(name: str, part: Part, words: list[str]) -> None:
             process.kill()
             code = -1
     os.close(told_to)
-    tell(part=name, ended=code, seconds=round(time.monotonic() - started, 1))
+    kernel = subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout[-3000:] if code < 0 else ""  # memory ran out?
+    tell(part=name, ended=code, seconds=round(time.monotonic() - started, 1), error=kernel)
 
 
 def main() -> None:

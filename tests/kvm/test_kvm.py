@@ -41,7 +41,7 @@ def told() -> dict[str, list[dict[str, Any]]]:
                 what = line.get("test") or f"ended with status {line['ended']}"
                 print(
                     f"{line['part']}: {line.get('outcome', '')} {what} ({line['seconds']} s)",
-                    line["error"] if line.get("outcome") == "failed" else "",
+                    line["error"] if line.get("outcome") != "skipped" else "",
                     flush=True,
                 )
             timer.cancel()

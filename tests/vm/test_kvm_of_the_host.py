@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gateway.config import Settings
-from vmm import disks, probe
+from vmm import disks, kvm_device, probe
 
 pytestmark = pytest.mark.vm
 PROBES = {"qemu": probe.why_not_kvm, "firecracker": probe.why_not_firecracker}
@@ -61,9 +61,11 @@ def test_a_kvm_of_the_host_that_cannot_be_used_is_quoted(settings: Settings, hyp
     subprocess.run(["rmmod", module], check=True)
     try:
         assert PROBES[hypervisor](settings) == "/dev/kvm is not there"
+        assert kvm_device.cure(probe.KVM).startswith(f"/dev/kvm is not there, and the processor could have it: modprobe {module}; ")
         os.mknod(probe.KVM, stat.S_IFCHR | 0o600, os.makedev(10, 232))
         why = PROBES[hypervisor](settings)
         assert why.startswith("no guest ran: ") and says in why, why
+        assert kvm_device.cure(probe.KVM).startswith(f"/dev/kvm is a node without a driver (No such device): modprobe {module}; ")
     finally:
         probe.KVM.unlink(missing_ok=True)
         subprocess.run(["modprobe", module], check=True)
@@ -74,6 +76,7 @@ def test_a_kvm_of_the_host_that_cannot_be_used_is_quoted(settings: Settings, hyp
 def test_a_kvm_of_the_host_that_opens_and_runs_no_guest_is_given_up(settings: Settings, hypervisor: str) -> None:
     """By its deadline: guests that are let run for so short a time are as those that hang."""
     assert PROBES[hypervisor](settings.model_copy(update={"probe_seconds": 0.3})).startswith("no guest's init ran within 0.3 s")
+    assert kvm_device.cure(probe.KVM).startswith("/dev/kvm opens and makes machines, and no guest of ours ran in one: ")
 
 
 def doctor(root: Path, **settings: str) -> dict[str, str]:
