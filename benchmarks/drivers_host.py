@@ -44,6 +44,7 @@ from vmm.sandboxes import SandboxAllocator  # noqa: E402
 from vmm.snapshots import Snapshots  # noqa: E402
 
 ROUNDS, CLONES, PORT = int(os.environ.get("ROUNDS", "7")), 10, 8080
+ROUNDS_SECONDS = 600.0  # no further one is begun after that
 SHAPE = Shape(memory_mib=512, vcpus=1, disk_bytes=64 << 20, accelerator="kvm", baseline_mib=512)
 FIRST_USER = 700_000 + 6 * 262_144
 _SECONDS = 120.0
@@ -247,9 +248,13 @@ async def main() -> None:
                 note(f"{side.name}: making the image")
                 await side.make_image(disk)
             hand = ByHand(directory / "hand", firecracker.network, firecracker.socket, first_byte)
+            began = time.monotonic()
             for number in range(ROUNDS):
-                note(f"round {number + 1} of {ROUNDS}")
+                note(f"round {number + 1} of {ROUNDS}, {time.monotonic() - began:.0f} s after the first")
                 await one_round(qemu, firecracker, hand, number)
+                if time.monotonic() - began > ROUNDS_SECONDS:
+                    break
+            figure("rounds", number + 1, "rounds")
             report(qemu, firecracker, hand)
             for side in (qemu, firecracker):
                 note(f"{side.name}: {CLONES} clones")

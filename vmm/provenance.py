@@ -25,6 +25,7 @@ class Provenance(msgspec.Struct, frozen=True):
     root: str = ""
     processor: str = ""  # the model, as its command line names it
     features: list[str] = []
+    model: str = ""  # of the host's processor, where KVM lends it
     kernel: str = ""  # the guest's: release, and its package's version
     agent: str = ""  # of the guest's init, the SHA-256's first digits
     protocol: int = 1  # which the agent speaks

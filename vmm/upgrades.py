@@ -11,7 +11,7 @@ import msgspec
 from gateway.config import Settings
 from gateway.messages import AGENT_PROTOCOL
 
-from . import diffs, kernel, manifest
+from . import diffs, kernel, manifest, processor
 from .diffs import MANIFEST as SNAPSHOT_MANIFEST
 from .errors import VmmError
 from .manifest import Manifest
@@ -116,6 +116,8 @@ def _lines(one: Manifest, now: New, current: Root, there: Roots) -> Iterator[tup
         yield "refused", False, why_refused("each", made, there.all())
     elif chosen.version != current.version:
         yield "old hypervisor", True, f"QEMU {chosen.version} in {chosen.path} stays for them, and alone loads what it wrote; {_REBUILD}"
+    if made.model and made.model != (here := processor.model()):
+        yield "refused", False, f"they were made on {made.model}, and this host's processor is {here}: load them on a host of that model"
     if made.protocol > AGENT_PROTOCOL:
         yield "refused", False, f"the agent speaks protocol {made.protocol}, and this version of Torpor knows those up to {AGENT_PROTOCOL}"
     if made.kernel != now.kernel:

@@ -1,18 +1,22 @@
-"""What a hypervisor gives a microVM beside memory and processors: limits of its devices, randomness, figures. By the rig of
+"""What a hypervisor gives a microVM beside memory: limits of its devices, randomness, figures; and which processor. By the rig of
 test_drivers.py: QEMU for real, Firecracker by its contract, or for real too."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from test_drivers import Life, Rig, life, programs, spawned
 
 from gateway.config import Devices
+from vmm import manifest, processor
+from vmm.errors import Refused
 from vmm.firecracker import limits
 from vmm.firecracker.api import Api, ApiError
 from vmm.firecracker.driver import FirecrackerDriver
@@ -136,6 +140,38 @@ async def refuses(api: Api, calls: list[tuple[str, str, dict[str, Any], str]]) -
     for method, path, body, words in calls:
         with pytest.raises(ApiError, match=words):
             await api.call(method, path, body)
+
+
+@pytest.mark.parametrize("kind", ["qemu", "firecracker"])
+def test_what_was_made_on_another_processor_is_refused_and_not_lost(kind: str, life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "qemu" and life.shape.accelerator != "kvm":
+        pytest.skip("emulated guests see no processor of the host's")
+    monkeypatch.setattr("vmm.processor.lent", lambda: ["1.0.ECX=7"])  # of Firecracker's; the stand-in's host may have no KVM
+
+    async def moved(one: Rig) -> None:
+        """An image and a sleeper, on a host of another model, on one that lacks a feature, and on their own again."""
+        machine = await one.launched("first")
+        (await one.woken(machine)).close()
+        snapshot = await one.saved(machine)
+        await machine.kill()
+        made, ours = manifest.read(one.image, kind).made, one.driver
+        assert made.model == processor.model() != "" and made.features
+        monkeypatch.setattr("vmm.processor.model", lambda root=Path("/"): "GenuineIntel family 6 model 85")
+        one.driver = one.make()
+        with pytest.raises(Refused, match=f"another model .{made.model}; this host's is GenuineIntel family 6 model 85"):
+            await one.prepared("first", 2, snapshot)
+        monkeypatch.undo()
+        if kind == "firecracker":
+            monkeypatch.setattr("vmm.processor.lent", lambda: ["1.0.ECX=3"])
+            one.driver = one.make()
+            with pytest.raises(Refused, match=r"features that this one has not .CPUID 1\.0\.ECX=7"):
+                await one.prepared("first", 2, snapshot)
+        one.driver = ours
+        again = await one.prepared("first", 2, snapshot)
+        (await one.woken(again)).close()
+        await again.kill()
+
+    dataclasses.replace(life, shape=msgspec.structs.replace(life.shape, accelerator="kvm"))(moved, kind)
 
 
 @pytest.fixture

@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from gateway import executors
 from gateway.config import Devices
 
-from .. import disks, generators, kernel, manifest, memory, syscalls
+from .. import disks, generators, kernel, manifest, memory, processor, syscalls
 from ..cgroups import Cgroups
 from ..driver import DEVICES, GUEST_CID, UNSAVED, Machine, Process, Sealed, Shape
 from ..errors import Missing, explained, not_loaded, not_written
@@ -66,14 +67,19 @@ class FirecrackerDriver:
         self._devices = devices or Devices()
         self._warmed: set[str] = set()
         self._counts: Counter[str] = Counter()
+        self._lent: list[str] = []
 
     async def standby(self, image: Path) -> FirecrackerMachine:
         known = manifest.read(image, NAME)
+        try:
+            await executors.LATENCY.run(self._check_processor, image.name, known)
+        except OSError as error:
+            raise explained(error, f"image {image.name} cannot be loaded: {processor.KVM}: {error}") from error
         if image.name not in self._warmed:
             self._warmed.add(image.name)
             await executors.LATENCY.run(_read_ahead, [image / MEMORY, image / DISK])
         machine = await self._machine(image, known.shape)
-        machine.record.made = known.made
+        machine.record.made = msgspec.structs.replace(known.made, features=[])
         try:
             machine.jail.give(image / MEMORY, MEMORY)
         except OSError as error:
@@ -84,7 +90,7 @@ class FirecrackerDriver:
     async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> FirecrackerMachine:
         machine = await self._machine(image, shape)
         try:
-            machine.record.made = await executors.LATENCY.run(self._makes)
+            machine.record.made = await executors.LATENCY.run(self._makes, shape)
             for file, name in ((self._assets.kernel, KERNEL), (self._assets.initrd, INITRD)):
                 machine.jail.give_copy(file, name)
             machine.jail.give(image / DISK, DISK, writable=True)
@@ -126,19 +132,34 @@ class FirecrackerDriver:
                 raise Missing(f"image {image.name} was not booted by this service")
             written = await machine.seal(image / DEVICES)
             stored, seeded = await executors.BULK.run(_store, written, image / MEMORY)
+            features = await executors.LATENCY.run(self._features, shape)
+            made = msgspec.structs.replace(machine.record.made or Provenance(NAME), features=features)
         except (ApiError, OSError) as error:
             raise not_written(error, f"image {image.name}", f"image {image.name} could not be stored") from error
         finally:
             await machine.kill()
         os.chown(image / DISK, 0, 0)
         await executors.LATENCY.run(sync, [image / DEVICES, image / MEMORY, image / DISK])
-        await executors.LATENCY.run(manifest.write, image, Manifest(shape, stored, 0, NAME, machine.record.made or Provenance(NAME)))
+        await executors.LATENCY.run(manifest.write, image, Manifest(shape, stored, 0, NAME, made))
         return Sealed(stored, disks.stored_bytes(image / DISK), int((image / "code_bytes").read_text(encoding="ascii")), seeded)
 
-    def _makes(self) -> Provenance:
-        """Returns what an image that boots now is made by; the version is what its process will say. Raises OSError."""
+    def _makes(self, shape: Shape) -> Provenance:
+        """Returns what an image that boots now is made by; the version is what its process will say, and the features are in its manifest
+        alone. Raises OSError."""
         guest, agent, protocol = kernel.guest(self._assets.cache)
-        return Provenance(NAME, processor="host", kernel=guest, agent=agent, protocol=protocol)
+        model = processor.model() if shape.accelerator == "kvm" else ""
+        return Provenance(NAME, processor="host", model=model, kernel=guest, agent=agent, protocol=protocol)
+
+    def _features(self, shape: Shape) -> list[str]:
+        """What KVM lends here; it stays so while it is loaded. Raises OSError."""
+        if not self._lent and shape.accelerator == "kvm":  # everything else is no processor of the host's (tests/contract)
+            self._lent = processor.lent()
+        return self._lent
+
+    def _check_processor(self, image: str, known: Manifest) -> None:
+        """Firecracker loads a state on any processor that takes it. Raises Refused, OSError."""
+        if known.shape.accelerator == "kvm":
+            processor.check(f"image {image}", known.made, processor.model(), self._features(known.shape))
 
     async def adopt(self, record: Process) -> FirecrackerMachine | None:
         sandbox = self._sandboxes.of(record)

@@ -17,14 +17,14 @@ import structlog
 from gateway import executors
 from gateway.config import Devices
 
-from .. import disks, generators, jail, kernel, manifest, memory, sparse, syscalls
+from .. import disks, generators, jail, kernel, manifest, memory, processor, sparse, syscalls
 from ..cgroups import Cgroups
 from ..driver import DEVICES, UNSAVED, Machine, Process, Sealed, Shape
 from ..errors import Missing, Refused, Unavailable, VmmError, explained, not_loaded, not_written
 from ..manifest import Manifest
 from ..mapping import Mapper
 from ..network import Link, Network
-from ..provenance import Provenance, lacking
+from ..provenance import Provenance
 from ..sandboxes import STDERR, SandboxAllocator, VmSandbox, is_alive, last_words
 from ..snapshots import sync
 from . import device_state
@@ -299,8 +299,11 @@ class QemuDriver:
 
     def _makes(self, shape: Shape) -> Provenance:
         """Returns what an image that boots now is made by. Raises OSError."""
-        root, model = self._root, topology.processor(shape.accelerator)
-        return Provenance(NAME, root.version, root.machine, root.name, model, [], *kernel.guest(self._assets.cache))
+        root, (guest, agent, protocol) = self._root, kernel.guest(self._assets.cache)
+        return Provenance(
+            NAME, root.version, root.machine, root.name, topology.processor(shape.accelerator), model=_model(shape), kernel=guest,
+            agent=agent, protocol=protocol,
+        )  # fmt: skip
 
     def _root_of(self, made: Provenance, what: str) -> Root:
         """Raises Refused."""
@@ -315,11 +318,7 @@ class QemuDriver:
         kind = (machine.record.made.root, shape.accelerator)
         if kind not in self._processors:
             self._processors[kind] = await machine.processor()
-        if missing := lacking(made.features, self._processors[kind]):
-            raise Refused(
-                f"{what} was made on a processor with features that this one has not (CPUID {', '.join(missing)}): "
-                f"it can be loaded on a host that has them"
-            )
+        processor.check(what, made, _model(shape), self._processors[kind])
 
     async def _spawn(
         self, image: str, shape: Shape, root: Path, made: Provenance, compose: Callable[[topology.Ends], topology.Command]
@@ -413,3 +412,8 @@ class QemuDriver:
             if machine.restored_from is not None:
                 await executors.UPKEEP.run(self._boots.drop, machine.restored_from)
         await self._sandboxes.release(sandbox)
+
+
+def _model(shape: Shape) -> str:
+    """Of the processor that a guest sees, where that is the host's."""
+    return processor.model() if shape.accelerator == "kvm" else ""
