@@ -92,7 +92,7 @@ PARTS = {
         1800,
         memory_mib=_LARGE_MIB,
     ),
-    "drivers-qemu": Part((DRIVERS, "--accelerator=kvm", "-k", "not firecracker"), 1800, memory_mib=_LARGE_MIB),
+    "drivers-qemu": Part((DRIVERS, "--accelerator=kvm", "-k", "not firecracker"), 2700, memory_mib=_LARGE_MIB),
     "devices": Part(("tests/vm/test_devices.py", "--accelerator=kvm", "--firecracker=real"), 1800),
     "service-firecracker": Part((*_LIFE, *_FIRECRACKER), 2700, 1200),
     "clients-firecracker": Part((*_CLIENTS, *_FIRECRACKER), 2700, 1200),
