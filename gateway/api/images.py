@@ -14,7 +14,7 @@ from gateway.sessions.model import Build, Image, Session, Version
 
 from .client_tokens import Remember, TokenMismatch
 from .errors import Conflict, NotFound, QuotaExceeded, Validation
-from .service import EGRESS, Service, check_image_arn, check_logging, reply
+from .service import EGRESS, Service, check_image_arn, reply
 from .tags import fault_of
 
 _RESERVED = ("AWS_REGION", "AWS_LAMBDA_MICROVM_IMAGE_ARN", "AWS_LAMBDA_MICROVM_IMAGE_NAME", "AWS_LAMBDA_MICROVM_IMAGE_VERSION")
@@ -162,7 +162,6 @@ class Images:
         request["baseImageVersion"] = f"{version}.0"
         if parse_uri(call["codeArtifact"].get("uri", "")) is None:
             raise Validation("CodeArtifact URI must be a valid S3 URI in the format: s3://<bucket>/<key>")
-        check_logging(call.get("logging") or {})
         request["resources"] = [{"minimumMemoryInMiB": self._size(call, base)}]
         request["egressNetworkConnectors"] = self._service.check_connectors(
             caller, call.get("egressNetworkConnectors") or [self._service.managed_connector("INTERNET_EGRESS")], EGRESS

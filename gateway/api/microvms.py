@@ -22,7 +22,7 @@ from gateway.tokens import ALL_PORTS, LONGEST_SECONDS, SHELL, TOKEN_MAX_BYTES, T
 
 from .client_tokens import Remember, TokenMismatch
 from .errors import Conflict, InsufficientCapacity, InternalServer, NotFound, QuotaExceeded, Throttling, Validation
-from .service import EGRESS, INGRESS, Service, check_logging, reply
+from .service import EGRESS, INGRESS, Service, reply
 
 _AWAY_SECONDS = 0.005
 _RESUMED_SECONDS = 5.0
@@ -98,7 +98,7 @@ class Microvms:
         logging = call.get("logging") or {}
         if "cloudWatch" in logging and call.get("executionRoleArn") is None:
             raise Validation("Logging cannot be enabled without providing executionRoleArn")
-        target = check_logging(logging)
+        target = logging.get("cloudWatch") or {}
         policy = call.get("idlePolicy")
         if policy is not None and policy["maxIdleDurationSeconds"] > LONGEST_LIFE_SECONDS:
             raise Validation(f"maxIdleDurationSeconds must be at most {LONGEST_LIFE_SECONDS}")

@@ -11,7 +11,6 @@ from gateway.config import Settings
 from gateway.images.registry import Registry
 from gateway.sessions.host import Host
 from gateway.sessions.lifecycle import Lifecycle
-from gateway.sessions.logs import has_place
 from gateway.sessions.model import Session
 from gateway.sessions.quarantine import Quarantine
 from gateway.sessions.store import Store
@@ -94,17 +93,6 @@ class Service:
             elif known.get(arn) not in kinds:
                 raise Validation(f"Unrecognized managed network connector ARN: {arn}")
         return given
-
-
-def check_logging(logging: dict[str, Any]) -> dict[str, Any]:
-    """Where lines go. Raises Validation for names that no file here can have, though the model takes 512 characters."""
-    target: dict[str, Any] = logging.get("cloudWatch") or {}
-    for member, name in target.items():
-        if not has_place(name):
-            raise Validation(
-                f"{member} is too long for this host: 232 bytes are taken, and three for each that is no letter, digit or _.-~"
-            )
-    return target
 
 
 def check_image_arn(identifier: str, text: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import itertools
 import math
 import os
@@ -17,12 +16,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 import msgspec
 import structlog
 
 from gateway.executors import Pool
+
+from . import log_names
 
 log = structlog.get_logger()
 
@@ -30,7 +31,6 @@ _STREAM_MAX_BYTES, _SEGMENT_BYTES = 64 << 20, 8 << 20
 _WAITING_BYTES, _WAITING_IN_ALL_BYTES = 4 << 20, 64 << 20  # of a stream, of all
 _BATCH_SECONDS, _AGAIN_SECONDS = 0.1, 1.0
 _SECONDS = 300.0  # for one batch; when it stands, control is replaced
-_NAME_MAX = 255  # bytes of a file's name (limits.h)
 _TAILS = 4096  # streams whose last segment is known without a look at the directory
 _SEGMENT = re.compile(r"(.+)\.([0-9]{16})\.jsonl")
 _END = ord("\n")
@@ -95,8 +95,8 @@ class _Waiting:
 class LogStore:
     """Lines are taken into memory, and written in a thread by `flush`: every so often while `keep` runs, and before anything is read.
 
-    A stream is a row of segments, each named by its stream and its first offset. A stream's offsets only go up, so that a reader finds its
-    place also when the oldest segments went meanwhile.
+    A stream is a row of segments, each named by its stream (log_names.py) and its first offset. A stream's offsets only go up, so that a
+    reader finds its place also when the oldest segments went meanwhile.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -120,13 +120,15 @@ class LogStore:
         """A stream was one file once: that is its first segment."""
         for path in self._directory.glob("*/*/*.jsonl"):
             if _SEGMENT.fullmatch(path.name) is None:
+                group, stream = unquote(path.parent.name), unquote(path.name.removesuffix(".jsonl"))
                 try:
-                    os.rename(path, path.with_name(f"{path.name.removesuffix('.jsonl')}{_suffix(0)}"))
-                except OSError as error:  # its name is too long by this; it stays as it is
+                    log_names.write_down(path.parent, group, stream)
+                    os.rename(path, path.with_name(f"{log_names.stream_file(stream)}{log_names.suffix(0)}"))
+                except (OSError, ValueError) as error:  # it stays as it is
                     log.error("logs.not_renamed", path=str(path), error=str(error))
 
     def _group(self, account: str, group: str) -> Path:
-        return self._directory / account / _quoted(group)
+        return self._directory / account / log_names.group_file(group)
 
     # ---- writing ----
 
@@ -191,10 +193,7 @@ class LogStore:
                 try:
                     self._write(name, data)
                 except OSError as error:
-                    if error.errno == errno.ENAMETOOLONG:  # it never will, and others it does: `has_place` is asked before
-                        data.clear()
-                    else:
-                        trouble = str(error)
+                    trouble = str(error)
                 except Exception as error:  # of this stream alone
                     log.exception("logs.lost", group=name[1], stream=name[2])
                     trouble = repr(error)
@@ -219,6 +218,7 @@ class LogStore:
             tail = _Segment(tail.end, 0, self._path(name, tail.end))
             self._truncate(name)
         tail.path.parent.mkdir(parents=True, exist_ok=True)
+        log_names.write_down(tail.path.parent, name[1], name[2])
         file = os.open(tail.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         size = tail.size
         try:
@@ -251,7 +251,7 @@ class LogStore:
 
     def _path(self, name: Name, start: int) -> Path:
         account, group, stream = name
-        return self._group(account, group) / f"{_quoted(stream)}{_suffix(start)}"
+        return self._group(account, group) / f"{log_names.stream_file(stream)}{log_names.suffix(start)}"
 
     def _truncate(self, name: Name) -> None:
         """The oldest segments of a stream that is too long go: a guest must not fill the disk."""
@@ -281,10 +281,16 @@ class LogStore:
 
     def _segments(self, name: Name) -> list[_Segment]:
         account, group, stream = name
-        return self._by_stream(self._group(account, group), _quoted(stream)).get(stream, [])
+        file = log_names.stream_file(stream)
+        return self._by_file(self._group(account, group), file).get(file, [])
 
-    def _by_stream(self, directory: Path, only: str = "") -> dict[str, list[_Segment]]:
+    def _by_stream(self, directory: Path) -> dict[str, list[_Segment]]:
         """Returns the segments of a group's streams, the oldest first."""
+        found = ((log_names.stream_of(directory, file), segments) for file, segments in self._by_file(directory).items())
+        return {stream: segments for stream, segments in found if stream is not None}
+
+    def _by_file(self, directory: Path, only: str = "") -> dict[str, list[_Segment]]:
+        """The same by their file names, of one stream or of all."""
         found: dict[str, list[_Segment]] = {}
         try:
             with os.scandir(directory) as entries:
@@ -294,10 +300,8 @@ class LogStore:
                         continue
                     with contextlib.suppress(FileNotFoundError):
                         size = entry.stat().st_size
-                        found.setdefault(unquote(match[1]), []).append(_Segment(int(match[2]), size, Path(entry.path)))
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-                raise
+                        found.setdefault(match[1], []).append(_Segment(int(match[2]), size, Path(entry.path)))
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         for segments in found.values():
             segments.sort(key=lambda segment: segment.start)
@@ -373,7 +377,8 @@ class LogStore:
     def groups(self, account: str) -> list[str]:
         self.flush()
         directory = self._directory / account
-        return sorted(unquote(path.name) for path in directory.iterdir()) if directory.is_dir() else []
+        found = [log_names.group_of(path) for path in directory.iterdir()] if directory.is_dir() else []
+        return sorted(group for group in found if group is not None)
 
     def streams(self, account: str, group: str) -> list[str]:
         """Those written to last are last."""
@@ -409,24 +414,10 @@ class LogStore:
             self._torn.discard(name)
             for segment in self._segments(name):
                 segment.path.unlink(missing_ok=True)
+            directory = self._group(name[0], name[1])
             with contextlib.suppress(OSError):  # others are left in it
-                self._group(name[0], name[1]).rmdir()
-                self._named.discard(self._group(name[0], name[1]))
-
-
-def _suffix(start: int) -> str:
-    return f".{start:016d}.jsonl"
-
-
-def has_place(name: str) -> bool:
-    """Whether a group or a stream of this name can be a file's."""
-    return len(_quoted(name)) + len(_suffix(0)) <= _NAME_MAX
-
-
-def _quoted(name: str) -> str:
-    """A file's name: `.` and `..` would be others."""
-    quoted = quote(name, safe="")
-    return quoted if quoted.strip(".") else quoted.replace(".", "%2E")
+                log_names.forget_stream(directory, name[2])
+                self._named.discard(directory)
 
 
 def _written_at(segments: list[_Segment]) -> float:

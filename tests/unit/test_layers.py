@@ -30,7 +30,7 @@ ALLOWED = {
 ROOMS: dict[str, list[str | tuple[str, ...]]] = {
     "gateway.edge": [("", "native"), "reading", "wire", "policy", ("failures", "sides"), "records", "origin", "client", "link", "worker", "__main__"],
     "gateway.sessions": [
-        ("frame", "states", "deadlines", "logs", "hooks", "listeners", "out_of_memory", "database"), ("model", "schema"), "store", ("egress", "faults", "host", "line_writer", "shells", "shipping"),
+        ("frame", "states", "deadlines", "hooks", "listeners", "out_of_memory", "database", "log_names"), "logs", ("model", "schema"), "store", ("egress", "faults", "host", "line_writer", "shells", "shipping"),
         ("room", "agent", "routes", "archive"), ("timers", "liveness", "channels", "transitions", "ahead", "archiving"), "actions", "lifecycle", ("recovery", "quarantine"), "identity",
     ],
     "vmm": [

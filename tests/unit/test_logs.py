@@ -17,7 +17,7 @@ from waiting import until
 
 from gateway.sessions import line_writer, logs, shipping
 from gateway.sessions.line_writer import LineWriter
-from gateway.sessions.logs import LogStore, has_place
+from gateway.sessions.logs import LogStore
 from gateway.sessions.shipping import Cursors, Shipper
 
 NAME = ("123456789012", "/aws/lambda-microvms/a", "2026/11/25[1.0]microvm-1")
@@ -141,10 +141,8 @@ def test_a_groups_name_leads_nowhere_else(tmp_path: Path, name: str) -> None:
     store.append("123456789012", name, name, ["x"])
     store.append("123456789012", "g", "s", ["y"])
     store.flush()
-    kept = [name] if len(name) < 255 else []
-    assert set(store.groups("123456789012")) == {*kept, "g"} and store.streams("123456789012", name) == kept
+    assert set(store.groups("123456789012")) == {name, "g"} and store.streams("123456789012", name) == [name]
     assert all(path.parent.parent == tmp_path / "logs/123456789012" for path in tmp_path.rglob("*.jsonl"))
-    assert not store._waiting, "what can never be written does not wait for ever"
 
 
 def test_an_accounts_room_is_for_the_streams_that_were_written_to_last(tmp_path: Path) -> None:
@@ -343,12 +341,23 @@ async def test_a_disk_that_is_full_when_shipping_begins_costs_no_cursor(tmp_path
     assert endpoint.sent == ["line 2"]
 
 
-def test_a_stream_whose_name_is_too_long_for_a_segment_keeps_nothing_from_starting(tmp_path: Path) -> None:
+def test_a_stream_of_before_whose_name_leaves_no_room_for_a_segments_has_its_lines(tmp_path: Path) -> None:
     directory = tmp_path / "logs/1/g"
     directory.mkdir(parents=True)
-    (directory / f"{'x' * 245}.jsonl").write_text("")
-    (directory / "short.jsonl").write_text("")
-    assert LogStore(tmp_path / "logs").streams("1", "g") == ["short"]
+    (directory / f"{'x' * 245}.jsonl").write_text('{"t":1,"m":"of before"}\n')
+    store = LogStore(tmp_path / "logs")
+    store.append("1", "g", "x" * 245, ["of now"])
+    assert store.streams("1", "g") == ["x" * 245]
+    assert [event.m for event in store.read("1", "g", "x" * 245)[0]] == ["of before", "of now"]
+
+
+def test_a_group_of_before_is_where_it_was(tmp_path: Path) -> None:
+    """A directory has no suffix: its name has more room than a segment's."""
+    directory = tmp_path / "logs/1" / ("g" * 250)
+    directory.mkdir(parents=True)
+    (directory / "s.0000000000000000.jsonl").write_text('{"t":1,"m":"x"}\n')
+    store = LogStore(tmp_path / "logs")
+    assert store.groups("1") == ["g" * 250] and [event.m for event in store.read("1", "g" * 250, "s")[0]] == ["x"]
 
 
 async def test_what_goes_wrong_with_one_stream_ends_no_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,12 +382,52 @@ async def test_what_goes_wrong_with_one_stream_ends_no_writing(tmp_path: Path, m
     assert [event.m for event in store.read("1", "g", "good")[0]] == ["x", "y"]
 
 
-def test_a_name_that_no_file_can_have_is_no_trouble_of_others(tmp_path: Path) -> None:
-    """It made every stream's lines wait, and `torpor logs` say that the disk is full, as long as one microVM wrote to it."""
+LONG = ["s" * 232, "s" * 233, "s" * 512, "s" * 511 + "t", "/" * 512, "é" * 512, "%~" + "0" * 64, "%~", "s.name"]
+
+
+def test_each_name_that_the_model_takes_has_a_place_of_its_own(tmp_path: Path) -> None:
+    """Those that no file can have were refused, and before that, held up everybody's."""
     store = LogStore(tmp_path)
-    longest = "s" * 232
-    for stream in ("s" * 233, "é" * 100, longest, "other"):
-        store.append("1", "g", stream, ["line"])
+    for group in LONG:
+        for stream in LONG:
+            store.append("1", group, stream, [f"{LONG.index(group)} {LONG.index(stream)}"])
     store.flush()
-    assert not store.trouble and sorted(store.streams("1", "g")) == ["other", longest]
-    assert has_place(longest) and not has_place(longest + "s") and not has_place("é" * 100)
+    assert not store.trouble
+    for known in (store, LogStore(tmp_path)):
+        assert known.groups("1") == sorted(LONG)
+        assert sorted(known.names()) == sorted(("1", group, stream) for group in LONG for stream in LONG)
+        for group in LONG:
+            assert sorted(known.streams("1", group)) == sorted(LONG)
+            for stream in LONG:
+                assert [event.m for event in known.read("1", group, stream)[0]] == [f"{LONG.index(group)} {LONG.index(stream)}"]
+
+
+def test_a_long_name_goes_with_its_stream_and_with_the_groups_last(tmp_path: Path) -> None:
+    store = LogStore(tmp_path)
+    for group in ("short", "g" * 512):
+        for stream in ("a" * 512, "b"):
+            store.append("1", group, stream, ["line"])
+    store.flush()
+    for path in tmp_path.rglob("*.jsonl"):
+        if path.name.startswith("b."):
+            os.utime(path, (1, 1))
+    assert sorted(store.drop_old(3600)) == [("1", "g" * 512, "b"), ("1", "short", "b")]
+    assert store.groups("1") == ["g" * 512, "short"] and store.streams("1", "g" * 512) == ["a" * 512]
+    store.drop_old(-1)
+    assert store.groups("1") == [] and list((tmp_path / "1").iterdir()) == []
+    store.append("1", "g" * 512, "a" * 512, ["again"])
+    assert store.streams("1", "g" * 512) == ["a" * 512]
+
+
+@pytest.mark.parametrize("content", [None, b"another", b"\xff"], ids=["gone", "of another", "no text"])
+def test_a_long_name_that_is_damaged_is_not_listed_till_it_is_written_again(tmp_path: Path, content: bytes | None) -> None:
+    store = LogStore(tmp_path)
+    store.append("1", "g" * 512, "s" * 512, ["one"])
+    store.flush()
+    for path in (next(tmp_path.rglob("*.name")), next(tmp_path.glob("1/*/%~"))):
+        path.unlink() if content is None else path.write_bytes(content)
+    again = LogStore(tmp_path)
+    assert again.groups("1") == [] and again.streams("1", "g" * 512) == []
+    assert [event.m for event in again.read("1", "g" * 512, "s" * 512)[0]] == ["one"]
+    again.append("1", "g" * 512, "s" * 512, ["two"])
+    assert again.groups("1") == ["g" * 512] and again.streams("1", "g" * 512) == ["s" * 512]
