@@ -142,14 +142,14 @@ class ByHand:
     async def _run(self, what: str, memory_file: Path, state: Path, disk: Path, is_woken: bool) -> None:
         root, link = self.root(memory_file, state, disk), await self.network.take()
         with await self.socket_of(link) as ready:
-            started = time.perf_counter()
+            name, started = f"{what}_woken" if is_woken else what, time.perf_counter()
             one = self.start(root, link)
-            await asyncio.to_thread(one.connect)
-            await asyncio.to_thread(one.load)
-            if is_woken:
-                await asyncio.to_thread(one.wake)
+            for step, work in (("process started", one.connect), ("loaded and let run", one.load), ("the guest answered", one.wake)):
+                if step != "the guest answered" or is_woken:
+                    await asyncio.to_thread(work)
+                    self.record(f"{name}: until {step}", time.perf_counter() - started)
             await self.first_byte(ready)
-            self.record(f"{what}_woken" if is_woken else what, time.perf_counter() - started)
+            self.record(name, time.perf_counter() - started)
         if what == "launch" and is_woken:
             self.record("suspend", await asyncio.to_thread(self._suspend, one))
         await self.end(one, link)

@@ -30,6 +30,7 @@ from touched import touched  # noqa: E402
 
 from gateway.config import Egress, Settings  # noqa: E402
 from gateway.messages import Shape  # noqa: E402
+from gateway.observe.steps import Steps  # noqa: E402
 from gateway.sessions.agent import Agent, start_frames, sync_frame, wake_frame  # noqa: E402
 from vmm import disks, probe  # noqa: E402
 from vmm.cgroups import Cgroups  # noqa: E402
@@ -122,12 +123,15 @@ class Side:
         machine.record.session, machine.record.incarnation = session, incarnation
         nonce = secrets.randbits(63)
         with await self.socket(link) as ready:
+            machine.steps = Steps("vmm", what)
             started = time.perf_counter()
             await machine.prepare(source, self.snapshots.overlay(session), link)
             agent = Agent(await machine.resume(wake_frame(nonce, reset_tcp=False)), lambda channel, data: None, lambda code: None)
             await asyncio.wait_for(agent.expect(nonce), _SECONDS)
             await first_byte(ready)
             self.record(what, time.perf_counter() - started)
+        for step in machine.steps.steps:
+            self.seen.setdefault(f"{what}: {step.what}", []).append(step.took_ms)
         await machine.checked()
         agent.close()
         return machine, link
@@ -237,6 +241,10 @@ def report(qemu: Side, firecracker: Side, hand: ByHand) -> None:
             woken = hand.seen[f"{what}_woken"]
             percentiles(f"firecracker_{what}", ours, "ms", "hand_woken", woken)
             figure(f"hand_{what}_woken", percentile(woken, 0.5), "ms", "hand", percentile(hand.seen[what], 0.5))
+    for name, seen in (("qemu", qemu.seen), ("firecracker", firecracker.seen), ("hand", hand.seen)):
+        for what, values in seen.items():
+            if ": " in what:
+                figure(f"{name}_{what}", percentile(values, 0.5), "ms")
 
 
 async def main() -> None:

@@ -103,6 +103,7 @@ class FirecrackerMachine(WatchedProcess):
                 if pid is None:
                     raise ApiError("the jailer left no process id")
                 self.attach(pid)
+                self.steps.mark("jailed")
                 await self.api.ready(_START_SECONDS)
                 await self.api.put("/metrics", metrics_path=f"/{PIPE}")
                 if self.record.made is not None:  # what this process writes, it writes as itself
