@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from service import BIN, Instance, until
+from service import BIN, PATIENCE, Instance, until
 from wire import Endpoint, get, read_until
 
 pytestmark = pytest.mark.vm
@@ -38,7 +38,9 @@ def ca(instance: Instance) -> Path:
 def client(instance: Instance, guest: dict[str, Any], http2: bool) -> httpx.Client:
     context = ssl.create_default_context(cafile=str(ca(instance)))
     headers = {"X-aws-proxy-auth": guest["token"]}
-    return httpx.Client(verify=context, http1=not http2, http2=http2, headers=headers, timeout=40, base_url=f"https://{guest['endpoint']}")
+    return httpx.Client(
+        verify=context, http1=not http2, http2=http2, headers=headers, timeout=40 * PATIENCE, base_url=f"https://{guest['endpoint']}"
+    )
 
 
 def test_http2_wakes_a_sleeping_microvm_once(instance: Instance, guest: dict[str, Any]) -> None:

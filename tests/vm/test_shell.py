@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from service import BIN, Instance
+from service import BIN, PATIENCE, Instance
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from wire import get
@@ -41,13 +41,14 @@ def shell_token(instance: Instance, vm: dict[str, Any]) -> str:
 def open_shell(instance: Instance, vm: dict[str, Any], **options: Any) -> ClientConnection:
     context = ssl.create_default_context(cafile=str(instance.root / "tls/ca.crt"))
     offered = ["lambda-microvms", f"lambda-microvms.authentication.{shell_token(instance, vm)}"]
+    options = {"open_timeout": 10 * PATIENCE} | options
     return connect(f"wss://{vm['endpoint']}/shell", ssl=context, subprotocols=offered, compression=None, **options)  # type: ignore[arg-type]
 
 
 def read_until(socket: ClientConnection, wanted: bytes) -> bytes:
-    data, deadline = b"", time.monotonic() + 60
+    data, deadline = b"", time.monotonic() + 60 * PATIENCE
     while wanted not in data:
-        message = socket.recv(timeout=min(20, deadline - time.monotonic()))
+        message = socket.recv(timeout=min(20 * PATIENCE, deadline - time.monotonic()))
         assert isinstance(message, bytes), message
         data += message
     return data
@@ -55,9 +56,9 @@ def read_until(socket: ClientConnection, wanted: bytes) -> bytes:
 
 def read_on(socket: ClientConnection, said: list[str | bytes] | None = None) -> None:
     """Reads until the connection is closed, which raises ConnectionClosed, and is within a minute."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 60 * PATIENCE
     while True:
-        message = socket.recv(timeout=min(20, deadline - time.monotonic()))
+        message = socket.recv(timeout=min(20 * PATIENCE, deadline - time.monotonic()))
         if said is not None:
             said.append(message)
 
@@ -65,7 +66,7 @@ def read_on(socket: ClientConnection, said: list[str | bytes] | None = None) -> 
 def test_frames_of_the_recorded_shell(instance: Instance, vm: dict[str, Any]) -> None:
     with open_shell(instance, vm) as socket:
         assert socket.subprotocol == "lambda-microvms"
-        first = json.loads(socket.recv(timeout=20))
+        first = json.loads(socket.recv(timeout=20 * PATIENCE))
         assert first["type"] == "session_init" and len(first["session_id"]) == 36
         read_until(socket, "λ $ ".encode())
         socket.send(json.dumps({"type": "resize", "cols": 133, "rows": 41}))
@@ -88,14 +89,14 @@ def test_frames_of_the_recorded_shell(instance: Instance, vm: dict[str, Any]) ->
 def test_a_silent_shell_sleeps_with_its_microvm(instance: Instance, vm: dict[str, Any]) -> None:
     """Same terminal, same processes, its variables too; a resize wakes nobody, a key does. Twice, and the exit code is told."""
     with open_shell(instance, vm, additional_headers={"X-torpor-exit-code": "1"}) as socket:
-        socket.recv(timeout=20)
+        socket.recv(timeout=20 * PATIENCE)
         socket.send(b"stty -echo; mine=kept; sleep 1000 & job=$!; echo re''ady\n")
         read_until(socket, b"ready\r\n")
         for cols in (101, 102):
             instance.client().suspend_microvm(microvmIdentifier=vm["microvmId"])
             instance.state(vm["microvmId"], "SUSPENDED")
             socket.send(json.dumps({"type": "resize", "cols": cols, "rows": 33}))
-            assert socket.ping().wait(10), "the edge answers"
+            assert socket.ping().wait(10 * PATIENCE), "the edge answers"
             assert instance.describe(vm["microvmId"])["state"] == "SUSPENDED"
             socket.send(b"stty size; kill -0 $job && echo $mine\n")
             assert b"33 %d\r\nkept\r\n" % cols in read_until(socket, b"kept\r\n")
@@ -121,7 +122,7 @@ def test_who_gets_none(instance: Instance, vm: dict[str, Any], app: str) -> None
 def test_much_output_and_a_slow_reader(instance: Instance, vm: dict[str, Any]) -> None:
     with open_shell(instance, vm) as fast, open_shell(instance, vm) as slow:
         for socket in (slow, fast):
-            socket.recv(timeout=20)
+            socket.recv(timeout=20 * PATIENCE)
         slow.send(b"yes\n")  # never read: it must stop itself, and nobody else
         fast.send(b"stty -echo; seq 1 20000 | sha256sum; seq 1 20000; echo en''d\n")
         data = read_until(fast, b"end\r\n").replace(b"\r\n", b"\n")
@@ -134,7 +135,7 @@ def test_much_output_and_a_slow_reader(instance: Instance, vm: dict[str, Any]) -
 def test_a_suspend_ends_it_where_no_key_may_wake(instance: Instance, app: str) -> None:
     made = instance.launch(app, ingressNetworkConnectors=[CONNECTOR + "HTTP_INGRESS", CONNECTOR + "SHELL_INGRESS"])
     with open_shell(instance, made) as socket:
-        read_until_first = socket.recv(timeout=20)
+        read_until_first = socket.recv(timeout=20 * PATIENCE)
         assert "session_init" in str(read_until_first)
         read_until(socket, b"$ ")
         instance.client().suspend_microvm(microvmIdentifier=made["microvmId"])
@@ -148,8 +149,8 @@ def test_a_suspend_ends_it_where_no_key_may_wake(instance: Instance, app: str) -
 def test_a_new_shell_wakes_its_microvm(instance: Instance, vm: dict[str, Any]) -> None:
     instance.client().suspend_microvm(microvmIdentifier=vm["microvmId"])
     instance.state(vm["microvmId"], "SUSPENDED")
-    with open_shell(instance, vm, open_timeout=30) as socket:
-        socket.recv(timeout=20)
+    with open_shell(instance, vm, open_timeout=30 * PATIENCE) as socket:
+        socket.recv(timeout=20 * PATIENCE)
         socket.send(b"echo a''wake\n")
         read_until(socket, b"awake")
 
@@ -167,7 +168,7 @@ class Terminal:
         os.close(other)
         self.seen = b""
 
-    def wait_for(self, wanted: bytes, seconds: float = 30) -> None:
+    def wait_for(self, wanted: bytes, seconds: float = 30 * PATIENCE) -> None:
         import select
 
         deadline = time.monotonic() + seconds
@@ -197,12 +198,12 @@ def test_torpor_shell_is_a_terminal(instance: Instance, vm: dict[str, Any]) -> N
         terminal.type(b"echo $((6*7))\n")
         terminal.wait_for(b"42")
         terminal.type(b"exit 7\n")
-        assert terminal.process.wait(20) == 7
+        assert terminal.process.wait(20 * PATIENCE) == 7
     finally:
         terminal.process.kill()
         os.close(terminal.master)
     done = subprocess.run(
-        [str(BIN / "torpor"), "shell", vm["microvmId"]], input="echo from a pipe; exit 4\n", capture_output=True, text=True, timeout=60,
+        [str(BIN / "torpor"), "shell", vm["microvmId"]], input="echo from a pipe; exit 4\n", capture_output=True, text=True, timeout=60 * PATIENCE,
         env=instance.environment, check=False,
     )  # fmt: skip
     assert done.returncode == 4 and re.search(r"^from a pipe", done.stdout, re.M)

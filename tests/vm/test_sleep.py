@@ -163,8 +163,9 @@ def test_without_auto_resume_a_sleeping_microvm_stays_asleep(instance: Instance,
 
 
 def test_suspended_window_and_lifetime_end_it(instance: Instance, app: str) -> None:
-    short = instance.launch(app, maximumDurationInSeconds=4)
-    window = instance.launch(app, idlePolicy=SHORT_IDLE | {"maxIdleDurationSeconds": 1, "suspendedDurationSeconds": 1})
+    api = instance.client()  # whose answer is not waited for any further: where a launch takes long, a lifetime may be over by then
+    short = api.run_microvm(imageIdentifier=app, maximumDurationInSeconds=4)
+    window = api.run_microvm(imageIdentifier=app, idlePolicy=SHORT_IDLE | {"maxIdleDurationSeconds": 1, "suspendedDurationSeconds": 1})
     for vm in (short, window):
         ended = instance.state(vm["microvmId"], "TERMINATED", seconds=20)
         assert ended["stateReason"] == "MicroVM exceeded maximum lifetime."
