@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 from aiohttp import web
 
-from . import executors, files, process, status
+from . import executors, files, peers, process, status
 from . import messages as m
 from .accounts.admin import Admin
 from .accounts.directory import Credentials, Directory
@@ -76,7 +76,7 @@ class Control:
         self.audit = AuditTrail(directory / "audit")
         self.audit.adopt(settings.account)
         self._is_recovered = False
-        self.vmm = Client(settings.vmm_socket, Service(self), self._vmm_came)
+        self.vmm = Client(settings.vmm_socket, Service(self).only(peers.VMM_ASKS_CONTROL), self._vmm_came)
         self.host = Host(self.vmm, settings.root)
         self.spans = Spans(settings.traces.endpoint, "control")
         root_keys = self._access_keys()
@@ -309,6 +309,14 @@ def _minter(path: Path) -> Minter:
         raise ConfigError(f"{path}: {error}: restore it from a backup, or remove it (access tokens become invalid)") from error
 
 
+def listen(control: Control) -> Server:
+    """Serves edge workers, and the host's root: each what is theirs to call."""
+    settings = control.settings
+    service = Service(control, Admin(settings, control.directory, control.store))
+    theirs = {settings.users.edge: service.only(peers.EDGE_ASKS_CONTROL), 0: service.only(peers.ROOT_ASKS_CONTROL)}
+    return Server(settings.control_socket, service, theirs, theirs)
+
+
 async def main(settings: Settings) -> None:
     control = Control(settings)
     await control.recover()
@@ -329,7 +337,7 @@ async def main(settings: Settings) -> None:
         for sock in sockets.get(purpose, []):
             await web.SockSite(runner, sock, backlog=1024).start()
         runners.append(runner)
-    edges = Server(settings.control_socket, Service(control, Admin(settings, control.directory, control.store)), {0, settings.users.edge})
+    edges = listen(control)
     work = [
         every(_HOUR_SECONDS, control.rotate_keys), every(_LOGS_SECONDS, control.drop_old_logs), every(_HOUR_SECONDS, control.prune),
         every(_AUDIT_SECONDS, control.sync_audit), every(_EMPTY_SECONDS, control.quarantine.empty),

@@ -1,14 +1,50 @@
-"""What Torpor's processes say to each other (gateway/rpc.py carries it). One struct per request, reply or notification."""
+"""What Torpor's processes say to each other (gateway/rpc.py carries it). One struct per request, reply or notification.
+
+Who decodes a request takes nothing that its types do not allow: names that become files' are one plain component, numbers and texts have
+bounds. The sender may be a process that was taken over.
+"""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 
 # What control and vmm say to a guest's agent, and what it answers (vmm/guest/port.h). Guests of all lower numbers are understood: an agent
 # lies in the memory of its image, and is as old as that.
 AGENT_PROTOCOL = 3
+
+# ---- what a field may be ----
+
+# Of names below directories where root works: no separator, no dot at the beginning, which is our own files', and not the mark's name
+# (vmm/rpc/identity.py).
+_FILE = r"\A(?!instance-id\Z)[A-Za-z0-9]"
+SessionId = Annotated[str, Meta(pattern=_FILE + r"[A-Za-z0-9_-]{0,127}\Z")]
+ImageKey = Annotated[str, Meta(pattern=_FILE + r"[A-Za-z0-9._-]{0,127}\Z")]
+BuildId = Annotated[str, Meta(pattern=_FILE + r"[A-Za-z0-9_-]{0,63}\Z")]
+MaybeImageKey = Annotated[str, Meta(pattern=rf"\A(?:{_FILE[2:]}[A-Za-z0-9._-]{{0,127}})?\Z")]
+AsideName = Annotated[str, Meta(pattern=_FILE + r"[A-Za-z0-9._-]{0,191}\Z")]  # in the quarantine
+AccountId = Annotated[str, Meta(pattern=r"\A[0-9A-Za-z_-]{1,64}\Z")]
+InstanceId = Annotated[str, Meta(pattern=r"\A[0-9a-zA-Z-]{1,64}\Z")]
+Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]  # SHA-256
+RegistryHost = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,253}(:[0-9]{1,5})?\Z")]
+Secret = Annotated[str, Meta(max_length=65536)]
+Reason = Annotated[str, Meta(max_length=65536)]
+Network = Annotated[str, Meta(pattern=r"\A[0-9./]{1,18}\Z")]
+PortRange = Annotated[str, Meta(pattern=r"\A(tcp|udp):[0-9]{1,5}(-[0-9]{1,5})?\Z")]
+Accelerator = Annotated[str, Meta(pattern=r"\A(kvm|tcg)\Z")]
+Incarnation = Annotated[int, Meta(ge=0, le=1 << 53)]
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+Mib = Annotated[int, Meta(ge=1, le=1 << 26)]
+Processors = Annotated[int, Meta(ge=1, le=4096)]
+DiskBytes = Annotated[int, Meta(ge=0, le=1 << 50)]
+UserId = Annotated[int, Meta(ge=0, le=(1 << 32) - 2)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Endpoint = Annotated[str, Meta(max_length=512)]
+HttpVersion = Annotated[str, Meta(pattern=r"\AHTTP/(1\.1|2)\Z")]
+CounterName = Annotated[str, Meta(pattern=r"\A[a-z_]{1,32}\Z")]
+WakeFrame = Annotated[bytes, Meta(max_length=4096)]
 
 # ---- control -> vmm ----
 
@@ -19,11 +55,11 @@ class Shape(msgspec.Struct, frozen=True):
     `baseline_mib` is the size that was asked for; `memory_mib` and `vcpus` are the peak that the guest sees.
     """
 
-    memory_mib: int
-    vcpus: int
-    disk_bytes: int
-    accelerator: str
-    baseline_mib: int
+    memory_mib: Mib
+    vcpus: Processors
+    disk_bytes: DiskBytes
+    accelerator: Accelerator
+    baseline_mib: Mib
 
 
 class HostInfo(msgspec.Struct):
@@ -51,26 +87,25 @@ class EgressRules(msgspec.Struct, frozen=True):
     """What a microVM may reach: the internet over TCP, or only `networks` at `ports` (tcp:443, udp:53-60; none: all TCP)."""
 
     internet: bool = True
-    networks: list[str] = []
-    ports: list[str] = []
+    networks: Annotated[list[Network], Meta(max_length=1024)] = []
+    ports: Annotated[list[PortRange], Meta(max_length=1024)] = []
 
 
 class BuildRequest(msgspec.Struct):
-    """Builds the container image and the disk of `image` from the tar archive `context`, as the file `dockerfile` says.
+    """Builds the container image and the disk of `image`. Two descriptors come along, of a tar archive and of the Dockerfile, both plain
+    files that the sender may read: vmm opens no path of another process's.
 
     `account`: whose layer store and cache mounts are used. `users`: ids beyond vmm's range that the image's files may belong to.
     `logins`: registry hosts to base64 of `user:password`; they are reached even where their addresses are private. `modules`: whether the
     disk gets the kernel's modules, which then load on demand.
     """
 
-    build: str
-    image: str
-    account: str
-    context: str
-    dockerfile: str
-    users: list[int]
-    disk_bytes: int
-    logins: dict[str, str]
+    build: BuildId
+    image: ImageKey
+    account: AccountId
+    users: Annotated[list[UserId], Meta(max_length=65536)]
+    disk_bytes: DiskBytes
+    logins: Annotated[dict[RegistryHost, Secret], Meta(max_length=256)]
     modules: bool = False
 
 
@@ -88,8 +123,8 @@ class BuildResult(msgspec.Struct):
 class BootRequest(msgspec.Struct):
     """Boots the machine of an image that is being made; it is called by `session` until it is sealed."""
 
-    session: str
-    image: str
+    session: SessionId
+    image: ImageKey
     shape: Shape
     egress: EgressRules | None = None
 
@@ -97,8 +132,8 @@ class BootRequest(msgspec.Struct):
 class BootedRequest(msgspec.Struct):
     """Names the machine that boots for an image."""
 
-    session: str
-    image: str
+    session: SessionId
+    image: ImageKey
 
 
 class Sealed(msgspec.Struct):
@@ -111,15 +146,15 @@ class Sealed(msgspec.Struct):
 
 
 class ImageName(msgspec.Struct):
-    image: str
+    image: ImageKey
 
 
 class PrepareRequest(msgspec.Struct):
     """Brings a session's state into a hypervisor, short of running: from its snapshot, or for a launch the image's."""
 
-    session: str
-    incarnation: int
-    image: str
+    session: SessionId
+    incarnation: Incarnation
+    image: ImageKey
     from_snapshot: bool
     egress: EgressRules | None = None
 
@@ -127,31 +162,31 @@ class PrepareRequest(msgspec.Struct):
 class ClaimRequest(msgspec.Struct):
     """Makes a prepared session another one: a microVM that ran ahead becomes the session it was made for."""
 
-    ahead: str
-    session: str
-    incarnation: int
+    ahead: SessionId
+    session: SessionId
+    incarnation: Incarnation
     egress: EgressRules | None = None
 
 
 class StartRequest(msgspec.Struct):
     """Runs what was prepared. `wake` is a frame for the agent; its first field takes the wall clock."""
 
-    session: str
-    incarnation: int
-    wake: bytes
+    session: SessionId
+    incarnation: Incarnation
+    wake: WakeFrame
 
 
 class SessionRef(msgspec.Struct):
-    session: str
-    incarnation: int
+    session: SessionId
+    incarnation: Incarnation
 
 
 class ReleaseVmRequest(msgspec.Struct):
     """A session is SUSPENDED, its snapshot durable: its hypervisor ends, or stays paused where `keep_warm` and the host allow it.
     `parked`: edges hold connections into its network, which stays then."""
 
-    session: str
-    incarnation: int
+    session: SessionId
+    incarnation: Incarnation
     keep_warm: bool
     parked: bool = False
 
@@ -159,8 +194,8 @@ class ReleaseVmRequest(msgspec.Struct):
 class PackRequest(msgspec.Struct):
     """Writes a sleeping session's files, compressed, to the descriptor that comes along."""
 
-    session: str
-    incarnation: int
+    session: SessionId
+    incarnation: Incarnation
 
 
 class Packed(msgspec.Struct):
@@ -171,21 +206,21 @@ class Packed(msgspec.Struct):
 class UnpackRequest(msgspec.Struct):
     """Puts a session's files back from the descriptor that comes along, where its SHA-256 is this."""
 
-    session: str
-    digest: str
+    session: SessionId
+    digest: Digest
 
 
 class QuarantineRequest(msgspec.Struct):
     """Sets a session's files aside: `reason` says why, to whoever looks at them. `incarnation` and `image` are what control knows."""
 
-    session: str
-    incarnation: int
-    image: str
-    reason: str
+    session: SessionId
+    incarnation: Incarnation
+    image: MaybeImageKey
+    reason: Reason
 
 
 class QuarantineName(msgspec.Struct):
-    session: str
+    session: AsideName
 
 
 class Quarantined(msgspec.Struct):
@@ -210,14 +245,14 @@ class Marks(msgspec.Struct):
 
 
 class MarkRequest(msgspec.Struct):
-    instance: str
+    instance: InstanceId
 
 
 class ImageQuarantineRequest(msgspec.Struct):
     """Sets an image's files aside."""
 
-    image: str
-    reason: str
+    image: ImageKey
+    reason: Reason
 
 
 class Suspended(msgspec.Struct):
@@ -261,9 +296,9 @@ class HostState(msgspec.Struct):
 class Ended(msgspec.Struct):
     """vmm -> control: a session's hypervisor ended by itself. `has_run`: its guest had been told to run."""
 
-    session: str
-    incarnation: int
-    reason: str
+    session: SessionId
+    incarnation: Incarnation
+    reason: Reason
     has_run: bool = True
 
 
@@ -308,7 +343,7 @@ class MicrovmLog(msgspec.Struct):
 
 
 class BuildName(msgspec.Struct):
-    build: str
+    build: BuildId
 
 
 # ---- edge -> vmm ----
@@ -317,9 +352,9 @@ class BuildName(msgspec.Struct):
 class SocketsRequest(msgspec.Struct):
     """Asks for `count` unconnected TCP sockets inside the session's namespace."""
 
-    session: str
-    incarnation: int
-    count: int
+    session: SessionId
+    incarnation: Incarnation
+    count: Annotated[int, Meta(ge=1, le=1024)]
 
 
 # ---- control <-> edge ----
@@ -351,7 +386,7 @@ class Verifier(msgspec.Struct):
 class Hello(msgspec.Struct):
     """edge -> control, first thing: the name of the worker's slot, which its successor has too."""
 
-    worker: str
+    worker: Annotated[str, Meta(pattern=r"\A[a-z0-9-]{1,32}\Z")]
 
 
 class Table(msgspec.Struct):
@@ -399,13 +434,13 @@ class Drained(msgspec.Struct):
 class Activity(msgspec.Struct):
     """edge -> control, in batches: session to (count, seconds since its last activity, waiting requests)."""
 
-    sessions: dict[str, tuple[int, float, int]]
+    sessions: dict[SessionId, tuple[Count, float, Count]]
 
 
 class Listened(msgspec.Struct):
     """edge -> control -> the other workers, in batches: session, incarnation and port of applications that have been connected to."""
 
-    ports: list[tuple[str, int, int]]
+    ports: list[tuple[SessionId, Incarnation, Port]]
 
 
 # Ends a line about an application that refuses connections: control adds what does listen, which it asks the guest.
@@ -415,20 +450,20 @@ NOTHING_LISTENS = "nothing listens"
 class Faults(msgspec.Struct):
     """edge -> control: what was wrong with applications; by session, lines for the microVM's log."""
 
-    lines: dict[str, list[str]]
+    lines: Annotated[dict[SessionId, list[str]], Meta(max_length=2048)]
 
 
 class Counters(msgspec.Struct):
     """edge -> control: what a worker counted since it started, for the metrics. `answers`: by protocol, then by the status's
     first digit."""
 
-    answers: dict[str, list[int]]
-    clients: int
-    held: int
-    origins: dict[str, int]
-    parked: int = 0
-    lost_lines: int = 0  # of the access log, which could not be written
-    not_reopened: int = 0  # how often the access log's file could not be opened again after a rotation
+    answers: dict[HttpVersion, Annotated[list[Count], Meta(max_length=10)]]
+    clients: Count
+    held: Count
+    origins: Annotated[dict[CounterName, Count], Meta(max_length=64)]
+    parked: Count = 0
+    lost_lines: Count = 0  # of the access log, which could not be written
+    not_reopened: Count = 0  # how often the access log's file could not be opened again after a rotation
 
 
 class ShellRequest(msgspec.Struct):
@@ -449,14 +484,14 @@ SHELL_MESSAGE_BYTES: Final = 65536
 
 
 class LookupRequest(msgspec.Struct):
-    endpoint: str
+    endpoint: Endpoint
 
 
 class ResumeRequest(msgspec.Struct):
     """edge -> control: a request is held for this session, whose incarnation it last knew."""
 
-    session: str
-    incarnation: int
+    session: SessionId
+    incarnation: Incarnation
 
 
 # ---- root -> control: accounts (gateway/accounts/admin.py) ----

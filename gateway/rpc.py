@@ -18,7 +18,7 @@ import socket
 import struct
 import types
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -38,6 +38,7 @@ _PAUSE_SECONDS, _PAUSE_MOST_SECONDS = 0.01, 0.25  # between two tries to connect
 _READ_BYTES = 1 << 18
 _ACCEPT_SECONDS = 0.1
 _CREDENTIALS = struct.Struct("3i")
+_NAME_SHOWN = 40  # of a method's name that somebody made up
 _FD = struct.Struct("i")
 T = TypeVar("T")
 
@@ -55,6 +56,13 @@ class RpcLost(RpcError):
 
     def __init__(self, text: str) -> None:
         super().__init__("RpcLost", text)
+
+
+class NotOffered(RpcError):
+    """This peer has no such call here."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("NotOffered", text)
 
 
 class _Malformed(Exception):
@@ -97,8 +105,14 @@ class Service:
             for name in dir(target):
                 if name.startswith("rpc_"):
                     handler = getattr(target, name)
-                    hints = get_type_hints(handler)
+                    hints = get_type_hints(handler, include_extras=True)
                     self.methods[name[4:]] = (handler, hints.get("body", Any), "descriptors" in hints)
+
+    def only(self, names: Collection[str]) -> Service:
+        """Returns what a peer gets that may call these methods and no others."""
+        narrower = Service()
+        narrower.methods = {name: self.methods[name] for name in names}
+        return narrower
 
 
 class Connection:
@@ -115,8 +129,9 @@ class Connection:
         self._fds: deque[int] = deque()
         self._out: deque[tuple[memoryview, list[int]]] = deque()
         self._unsent = 0  # bytes in `_out`
+        self._has_strayed = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self.uid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[1]
+        self.uid = peer_of(sock)
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self._loop.add_reader(sock.fileno(), self._readable)
 
@@ -317,7 +332,9 @@ class Connection:
                 self._send(_ERROR, frame.id, "", _Failure(_CALLED_OFF, f"{frame.method} was called off"), [])
             raise
         except Exception as error:
-            if frame.kind == _NOTIFY or isinstance(error, KeyError | TypeError | AttributeError | AssertionError):
+            if isinstance(error, NotOffered):
+                self._not_offered(error)
+            elif frame.kind == _NOTIFY or isinstance(error, KeyError | TypeError | AttributeError | AssertionError):
                 log.exception("rpc.failed", method=frame.method)
             if frame.kind == _REQUEST and not self.closed.done():
                 kind = error.kind if isinstance(error, RpcError) else type(error).__name__
@@ -329,12 +346,18 @@ class Connection:
         else:
             _close_all(reply.descriptors)
 
+    def _not_offered(self, error: NotOffered) -> None:
+        """Once a connection: who makes calls up can make up many."""
+        if not self._has_strayed:
+            self._has_strayed = True
+            log.warning("rpc.not_offered", uid=self.uid, error=str(error))
+
     async def _handle(self, frame: _Frame, fds: list[int]) -> Any:
         """Calls the handler; descriptors are its own only where it takes some."""
         try:
-            handler, kind, wants_fds = self._service.methods[frame.method] if self._service else (None, None, False)
-            if handler is None:
-                raise KeyError(frame.method)
+            if self._service is None or frame.method not in self._service.methods:
+                raise NotOffered(f"{frame.method[:_NAME_SHOWN]}: user {self.uid} is offered no such call")
+            handler, kind, wants_fds = self._service.methods[frame.method]
             body = msgspec.msgpack.decode(frame.body, type=kind)
         except BaseException:
             _close_all(fds)
@@ -371,15 +394,20 @@ def _close_all(descriptors: Collection[int]) -> None:
             os.close(descriptor)
 
 
-class Server:
-    """Listens on a Unix socket (mode 0666, the directory guards it) and serves peers of the given users only."""
+def peer_of(sock: socket.socket) -> int:
+    """Returns the user who has connected (unix(7), SO_PEERCRED)."""
+    return int(_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[1])
 
-    def __init__(self, path: Path, service: Service, users: Collection[int]) -> None:
+
+class Server:
+    """Listens on a Unix socket (mode 0666, the directory guards it) and serves peers of the given users only: those in `narrower` what
+    is theirs there, the others all of `service`."""
+
+    def __init__(self, path: Path, service: Service, users: Collection[int], narrower: Mapping[int, Service] | None = None) -> None:
         self.connections: set[Connection] = set()
         self.on_connect: Callable[[Connection], None] = lambda connection: None
         self.on_close: Callable[[Connection], None] = lambda connection: None
-        self._service = service
-        self._users = set(users)
+        self._services = {user: (narrower or {}).get(user, service) for user in users}
         path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._socket.bind(str(path))
@@ -400,14 +428,15 @@ class Server:
             self._again = self._loop.call_later(_ACCEPT_SECONDS, self._loop.add_reader, self._socket.fileno(), self._accept)
             return
         try:
-            connection = Connection(sock, self._service)
+            service = self._services.get(uid := peer_of(sock))
+            connection = Connection(sock, service) if service is not None else None
         except OSError as error:
             log.warning("rpc.not_accepted", error=str(error))
             sock.close()
             return
-        if connection.uid not in self._users:
-            log.warning("rpc.refused", uid=connection.uid)
-            connection.close()
+        if connection is None:
+            log.warning("rpc.refused", uid=uid)
+            sock.close()
             return
         self.connections.add(connection)
         connection.closed.add_done_callback(lambda _: self._gone(connection))

@@ -1,12 +1,12 @@
 # Makes the build's jail and enters it. $1 its root (an empty directory), $2 and $3 the ids that are mapped (arguments of unshare(1) for
-# users, and for groups), $4 the first id, $5 how many, $6 the root with BuildKit, $7 the account's store, $8 the context's tar archive,
-# $9 the Dockerfile, then the output directory, the host's settings for RUN steps, the base archive, the directory of these scripts, and
-# the kernel's modules for the image, or nothing; then files of cgroups up to "--"; the rest are arguments of build.sh. Standard input is the pipe that takes the phases' names, one a line:
-# dash knows descriptors of one digit only, so it becomes 3.
+# users, and for groups), $4 the first id, $5 how many, $6 the root with BuildKit, $7 the account's store, $8 the pipe that takes the phases'
+# names, one a line, $9 the Dockerfile, then the output directory, the host's settings for RUN steps, the base archive, the directory of
+# these scripts, and the kernel's modules for the image, or nothing; then files of cgroups up to "--"; the rest are arguments of build.sh.
+# Standard input is the context's tar archive: dash knows descriptors of one digit only, so that becomes 4, and the pipe 3.
 set -eu
-exec 3>&0 < /dev/null
+exec 4<&0 3> "$8" < /dev/null
 umask 022
-root=$1 users=$2 groups=$3 id=$4 count=$5 tools=$6 store=$7 context=$8 dockerfile=$9
+root=$1 users=$2 groups=$3 id=$4 count=$5 tools=$6 store=$7 dockerfile=$9
 shift 9
 out=$1 settings=$2 base=$3 scripts=$4 modules=$5
 shift 5
@@ -50,7 +50,6 @@ mount --bind "$settings" lent
 while read -r source target; do bind "$source" "lent/$target"; done < "$settings/mounts"
 mount -o remount,bind,ro lent
 if [ -n "$modules" ]; then mkdir modules; bind "$modules" modules; fi
-bind_file "$context" context.tar
 bind_file "$dockerfile" Dockerfile
 bind_file "$base" base.tar
 bind_file "$scripts/build.sh" build.sh

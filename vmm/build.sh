@@ -1,6 +1,6 @@
 # Runs inside the build's jail as root of its user namespace, first process of its PID namespace: what it starts ends with it. $1 the
 # local base's name (empty: none), $2 what the base archive was made from, $3 the disk's bytes, $4 the MiB of cache that stay. Descriptor 3
-# takes the phases' names. Ends with 75 when the store is of no use: it is made afresh then.
+# takes the phases' names, 4 is the context's tar archive. Ends with 75 when the store is of no use: it is made afresh then.
 set -eu
 umask 022
 name=$1 key=$2 bytes=$3 cache=$4
@@ -34,15 +34,16 @@ store_fails() { sed 's/^/torpor: /' /run/dockerd.log; exit 75; }
 
 phase BASE
 containerd --root /run/containerd/root --state /run/containerd/state --address /run/containerd/socket --log-level error \
-    > /run/containerd.log 2>&1 3>&- &
+    > /run/containerd.log 2>&1 3>&- 4<&- &
 # A build's log is kept whole.
 BUILDKIT_STEP_LOG_MAX_SIZE=-1 BUILDKIT_STEP_LOG_MAX_SPEED=-1 dockerd --rootless --containerd /run/containerd/socket --bridge=none \
     --iptables=false --ip6tables=false --ip-forward=false --userland-proxy=false --storage-driver=overlay2 --exec-opt native.cgroupdriver=cgroupfs \
-    --exec-root=/run/docker -H "$DOCKER_HOST" --log-level warn > /run/dockerd.log 2>&1 3>&- &
+    --exec-root=/run/docker -H "$DOCKER_HOST" --log-level warn > /run/dockerd.log 2>&1 3>&- 4<&- &
 daemon=$!
 # Here root owns what root is to own, links lead nowhere but below this root, and every mode may be as the archive has it.
 mkdir /out/context /out/dockerfile
-tar -C /out/context --warning=no-timestamp --delay-directory-restore -xpf /context.tar
+tar -C /out/context --warning=no-timestamp --delay-directory-restore -xpf - <&4
+exec 4<&-
 cp /Dockerfile /out/dockerfile/Dockerfile
 cp /out/context/Dockerfile.dockerignore /out/dockerfile/ 2>/dev/null || :
 tries=0

@@ -25,7 +25,7 @@ from gateway import descriptors, executors
 from gateway.messages import BuildRequest, BuildResult
 from gateway.observe.room import disk_free_bytes
 
-from . import build_mirrors, build_network
+from . import beneath, build_mirrors, build_network
 from .build_network import BuildNetwork, Child
 from .build_stores import DROPPED, RANGE, Stores, id_maps, remove_dropped
 from .cgroups import Cgroups, Limits
@@ -41,6 +41,7 @@ _STOP_SECONDS = 10
 _SAY_SECONDS = 30
 _STORE_FAILS = 75
 _NUMBER_BYTES = 32
+_DOCKERFILE_BYTES = 8 << 20  # as it is rewritten: an artifact's has a MiB (gateway/images/unpack.py)
 _FULL_BYTES = 64 << 20  # of free disk, at which a build has failed for want of it
 _CONFIG_BYTES = 4 << 20  # of an image's configuration: variables and commands, of which the kernel takes 2 MiB, and labels
 _ENDED_KEPT = 64  # whose results nobody has collected
@@ -66,6 +67,10 @@ class BuildSettings:
 
 @dataclass
 class _Build:
+    """`context` is the tar archive's descriptor, `dockerfile` what is in the other one."""
+
+    context: int
+    dockerfile: bytes
     task: asyncio.Task[BuildResult]
     network: BuildNetwork | None = None
     jail: Child | None = None
@@ -147,9 +152,24 @@ class Builder:
         """The names of builds under way."""
         return [name for name, build in self._builds.items() if not build.task.done()]
 
-    async def begin(self, request: BuildRequest, image: Path) -> tuple[int, int]:
+    async def begin(self, request: BuildRequest, image: Path, context: int, dockerfile: int) -> tuple[int, int]:
         """Starts a build; returns the reading ends of its log and of its phases' names. One that is under way by that name has lost whoever
-        read them, and is ended first."""
+        read them, and is ended first. Both descriptors are its own. Raises VmmError."""
+        try:
+            try:
+                text = await executors.UPKEEP.run(os.pread, dockerfile, _DOCKERFILE_BYTES + 1, 0)
+            finally:
+                os.close(dockerfile)
+            if len(text) > _DOCKERFILE_BYTES:
+                raise VmmError(f"the Dockerfile has more than {_DOCKERFILE_BYTES} bytes")
+            return await self._begin(request, image, context, text)
+        except BaseException as error:
+            os.close(context)
+            if isinstance(error, OSError):
+                raise not_written(error, "a build", "the build could not begin") from error
+            raise
+
+    async def _begin(self, request: BuildRequest, image: Path, context: int, dockerfile: bytes) -> tuple[int, int]:
         await self.cancel(request.build)
         for name in [name for name, build in self._builds.items() if build.task.done()][:-_ENDED_KEPT]:
             del self._builds[name]
@@ -157,12 +177,14 @@ class Builder:
         try:
             ends += os.pipe2(os.O_CLOEXEC)
             ends += os.pipe2(os.O_CLOEXEC)
-        except OSError as error:
+        except OSError:
             for end in ends:
                 os.close(end)
-            raise not_written(error, "a build", "the build could not begin") from error
+            raise
         log_out, log_in, phase_out, phase_in = ends
-        build = _Build(asyncio.get_running_loop().create_task(self._run(request, image, log_in, phase_in)))
+        task = asyncio.get_running_loop().create_task(self._run(request, image, log_in, phase_in))
+        task.add_done_callback(lambda _: os.close(context))
+        build = _Build(context, dockerfile, task)
         build.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # which nobody may ever ask for
         self._builds[request.build] = build
         return log_out, phase_out
@@ -253,8 +275,8 @@ class Builder:
 
     async def _jailed(self, request: BuildRequest, image: Path, log: int, phases: int) -> BuildResult:
         group = f"build-{request.build}"
-        work = self._directory / "work" / request.build
-        namespace = self._namespaces / request.build
+        work = beneath.child(self._directory / "work", request.build)
+        namespace = beneath.child(self._namespaces, request.build)
         build = self._builds[request.build]
         settings = self._settings
         try:
@@ -263,6 +285,8 @@ class Builder:
             (work / "root").mkdir(parents=True)
             (work / "out").mkdir()
             os.chown(work / "out", first, first)
+            (work / "Dockerfile").write_bytes(build.dockerfile)
+            os.lseek(build.context, 0, os.SEEK_SET)
             self._log_in(work / "out/login", first, request.logins)
             self._cgroups.create(group, Limits(settings.memory_mib << 20, os.cpu_count() or 1, 50, 4096, 1 << 30))
             await executors.LATENCY.run(make_namespace, namespace, lambda: run_batch("link set lo up\n"))
@@ -273,11 +297,12 @@ class Builder:
             process = await asyncio.create_subprocess_exec(
                 "nsenter", f"--net={namespace}", "unshare", "--mount", "--fork", "--kill-child", "/bin/sh", str(_HERE / "build-jail.sh"),
                 str(work / "root"), id_maps("map-users", first, single), id_maps("map-groups", first, single), str(first), str(RANGE),
-                str(settings.tools), str(store), request.context, request.dockerfile, str(work / "out"), str(self._lent),
+                str(settings.tools), str(store), f"/proc/{os.getpid()}/fd/{phases}", str(work / "Dockerfile"), str(work / "out"),
+                str(self._lent),
                 str(settings.base_archive), str(_HERE), str(settings.modules / "lib/modules") if request.modules else "",
                 *map(str, self._cgroups.joins(group)), "--",
                 canonical(settings.base_names[0]) if settings.base_names else "", key_at(settings.base_archive),
-                str(request.disk_bytes), str(settings.cache_mib), stdin=phases, stdout=log, stderr=log, start_new_session=True,
+                str(request.disk_bytes), str(settings.cache_mib), stdin=build.context, stdout=log, stderr=log, start_new_session=True,
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
             )  # fmt: skip
             build.jail = Child(process)
@@ -291,20 +316,26 @@ class Builder:
     def _collect(self, out: Path, image: Path) -> BuildResult:
         """Takes the disk over from the builder: plain files only, whatever the jail may have put there."""
         image.mkdir(parents=True, exist_ok=True)
-        for name in ("disk.raw", "config.json", "code_bytes"):
-            if (out / name).is_symlink() or not (out / name).is_file():
-                raise VmmError(f"the build of {image.name} left no {name}")
-        with (out / "config.json").open("rb") as file:
-            config = file.read(_CONFIG_BYTES + 1)
-        if len(config) > _CONFIG_BYTES:
-            size = (out / "config.json").stat().st_size
-            return BuildResult(
-                1, "", False, False, f"the image's configuration (ENV, LABEL, ...) has {size} bytes: {_CONFIG_BYTES} are taken"
-            )
-        (image / "code_bytes").write_bytes((out / "code_bytes").open("rb").read(_NUMBER_BYTES))
-        os.rename(out / "disk.raw", image / "disk.raw")
-        os.chown(image / "disk.raw", 0, 0)
-        (image / "disk.raw").chmod(0o600)
+        with contextlib.ExitStack() as files:
+            try:
+                disk, config_file, number = [
+                    files.enter_context(os.fdopen(beneath.opened(out, name), "rb")) for name in ("disk.raw", "config.json", "code_bytes")
+                ]
+            except (OSError, beneath.Stray) as error:
+                raise VmmError(f"the build of {image.name} has not left what it should: {error}") from error
+            config = config_file.read(_CONFIG_BYTES + 1)
+            if len(config) > _CONFIG_BYTES:
+                size = os.fstat(config_file.fileno()).st_size
+                return BuildResult(
+                    1, "", False, False, f"the image's configuration (ENV, LABEL, ...) has {size} bytes: {_CONFIG_BYTES} are taken"
+                )
+            (image / "code_bytes").write_bytes(number.read(_NUMBER_BYTES))
+            os.rename(out / "disk.raw", image / "disk.raw")
+            if not os.path.samestat(os.lstat(image / "disk.raw"), os.fstat(disk.fileno())):
+                (image / "disk.raw").unlink()
+                raise VmmError(f"the build of {image.name} has exchanged its disk")
+            os.fchown(disk.fileno(), 0, 0)
+            os.fchmod(disk.fileno(), 0o600)
         return BuildResult(0, config.decode("utf-8", errors="replace"), False, False)
 
     def _log_in(self, directory: Path, owner: int, logins: dict[str, str]) -> None:

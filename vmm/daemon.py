@@ -75,7 +75,7 @@ class Vmm:
         self.calls = (
             HostCalls(settings, info, cgroups, self.network, self.vms, self.warm, self.snapshots, self.images, self.builder, self.driver),
             SessionCalls(
-                settings.images_dir, self.driver, self.network, self.standbys, self.snapshots, self.vms, self.warm, self.collector
+                self.images, self.driver, self.network, self.standbys, self.snapshots, self.vms, self.warm, self.collector
             ),
             FileCalls(self.network, self.snapshots, self.quarantine, self.vms, self.warm, self.collector),
             NetworkCalls(self.network, self.vms),

@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from . import disks, sandboxes
+from . import beneath, disks, sandboxes
 from .manifest import MANIFEST
 
 _MAKING, _VOID = ".", ".void-"
@@ -30,10 +30,10 @@ class Images:
             self._names.discard(image)
 
     def path(self, image: str) -> Path:
-        return self.directory / image
+        return beneath.child(self.directory, image)
 
     def making(self, image: str) -> Path:
-        return self.directory / f"{_MAKING}{image}"
+        return beneath.child(self.directory, f"{_MAKING}{image}")
 
     def publish(self, image: str) -> Path:
         """Makes what was made the image, durably. Raises OSError."""

@@ -18,7 +18,7 @@ import structlog
 
 from gateway.messages import Quarantined, QuarantineRequest
 
-from . import diffs, disks
+from . import beneath, diffs, disks
 from .errors import Missing, Unavailable
 from .snapshots import OVERLAY, is_disk_as_saved, snapshots_in, sync
 
@@ -35,9 +35,13 @@ class Quarantine:
         self._images = images
         self._directory = directory
 
+    def _places(self, session: str) -> tuple[Path, Path]:
+        """Returns where a session's files are, and where they are set aside. Raises VmmError."""
+        return beneath.child(self._sessions, session), beneath.child(self._directory, session)
+
     def put(self, request: QuarantineRequest) -> Quarantined:
         """Sets a session's files aside, where that was not done yet. Nobody has any of them open. Raises OSError, Missing."""
-        source, target = self._sessions / request.session, self._directory / request.session
+        source, target = self._places(request.session)
         if not source.exists():
             return self._read(target)
         record = Quarantined(request.session, request.incarnation, request.image, request.reason, time.time())
@@ -62,11 +66,11 @@ class Quarantine:
 
     def size(self, session: str) -> int:
         """Returns how many bytes of a session are set aside."""
-        return disks.tree_bytes(self._directory / session)
+        return disks.tree_bytes(self._places(session)[1])
 
     def recover(self, session: str) -> Quarantined:
         """Gives a session its files back, where its newest snapshot is whole. Raises Missing, Damaged, Unavailable, OSError."""
-        target, source = self._sessions / session, self._directory / session
+        target, source = self._places(session)
         if not source.exists() and target.exists():  # done, and the answer was lost
             return Quarantined(session, 0, "", "", 0.0, 0, _newest(target))
         record = self._read(source)
@@ -76,7 +80,7 @@ class Quarantine:
             raise Missing(f"session {session} has no snapshot among its files: its disk is {source / OVERLAY}")
         if not (source / OVERLAY).exists():
             raise Missing(f"session {session} has no disk among its files in {source}")
-        if record.image and not (self._images / record.image).exists():
+        if record.image and not beneath.child(self._images, record.image).exists():
             raise Missing(f"image {record.image}, which session {session} was loaded over, is not in {self._images}")
         snapshot = source / f"snapshot-{record.snapshot}"
         diffs.verify_all(snapshot, diffs.read_manifest(snapshot))
@@ -86,7 +90,7 @@ class Quarantine:
 
     def release(self, session: str) -> None:
         """Removes what was set aside."""
-        shutil.rmtree(self._directory / session, ignore_errors=True)
+        shutil.rmtree(self._places(session)[1], ignore_errors=True)
 
     def _read(self, path: Path) -> Quarantined:
         """What cannot be read is listed all the same. Raises Missing, OSError."""

@@ -11,6 +11,7 @@ import structlog
 
 from gateway import executors
 from gateway.config import Settings
+from gateway.peers import EDGE_ASKS_VMM
 from gateway.rpc import Handler, Server, Service
 
 from . import probe, upgrades
@@ -38,6 +39,12 @@ def _explaining(handler: Handler) -> Handler:
     return call
 
 
+def listen(settings: Settings, calls: Iterable[object]) -> Server:
+    """Serves control, and edges what is theirs to call."""
+    offered, users = service(calls), settings.users
+    return Server(settings.vmm_socket, offered, {0, users.control, users.edge}, {users.edge: offered.only(EDGE_ASKS_VMM)})
+
+
 async def serve(settings: Settings, ready: Callable[[], object]) -> None:
     """Runs until SIGTERM. `ready` is called once the socket answers."""
     cgroups = Cgroups(settings.name, settings.root)
@@ -48,7 +55,7 @@ async def serve(settings: Settings, ready: Callable[[], object]) -> None:
         log.warning("hypervisor.roots_not_looked_at", error=str(error))
     vmm = Vmm(settings, info, cgroups)
     await vmm.start()
-    server = Server(settings.vmm_socket, service(vmm.calls), {0, settings.users.control, settings.users.edge})
+    server = listen(settings, vmm.calls)
     server.on_connect = vmm.connected
     log.info("vmm.ready", hypervisor=info.hypervisor, accelerator=info.accelerator, note=info.accelerator_note)
     ready()

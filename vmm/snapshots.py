@@ -24,7 +24,7 @@ from pathlib import Path
 
 from gateway import executors
 
-from . import diffs, disks, syscalls
+from . import beneath, diffs, disks, syscalls
 from .diffs import Manifest, Sum
 from .errors import Missing, Unavailable, VmmError
 from .provenance import Provenance
@@ -53,7 +53,7 @@ class Snapshots:
         self._folding: set[Path] = set()
 
     def of(self, session: str) -> Path:
-        return self._directory / session
+        return beneath.child(self._directory, session)
 
     def overlay(self, session: str) -> Path:
         return self.of(session) / OVERLAY

@@ -22,6 +22,9 @@ MS_PRIVATE = 1 << 18
 MS_REC = 16384
 MNT_DETACH = 2
 _SYS_PIDFD_GETFD = 438
+_SYS_OPENAT2 = 437
+_RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x02, 0x04, 0x08
+_OPEN_HOW = struct.Struct("3Q")  # flags, mode, resolve
 _PR_SET_CHILD_SUBREAPER = 36
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -74,6 +77,13 @@ def pidfd_getfd(pid: int, number: int) -> int:
         return _check(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0), "pidfd_getfd")
     finally:
         os.close(pidfd)
+
+
+def open_beneath(directory: int, name: str, flags: int) -> int:
+    """Opens what a name means below a directory, and nothing beyond it or through a link (openat2(2)). Raises OSError: ELOOP at a link,
+    EXDEV where it would lead out."""
+    how = _OPEN_HOW.pack(flags, 0, _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH)
+    return _check(_libc.syscall(_SYS_OPENAT2, directory, os.fsencode(name), how, ctypes.c_size_t(len(how))), f"open {name}")
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -282,13 +282,13 @@ class Pipeline:
         if self._settings.images.pull:
             logins = await executors.LATENCY.run(self._logins, job, work / DOCKERFILE, await self._role(job))
         request = BuildRequest(
-            job.build.id, job.version.key, job.image.account, str(work / CONTEXT), str(work / DOCKERFILE), job.prepared.users,
-            shape.disk_bytes, logins, job.version.has_all_capabilities,
+            job.build.id, job.version.key, job.image.account, job.prepared.users, shape.disk_bytes, logins,
+            job.version.has_all_capabilities,
         )  # fmt: skip
         said = _Said()
         for attempt in range(1, _CONTAINER_TRIES + 1):
             try:
-                output, phases = await self._host.build(request)
+                output, phases = await self._host.build(request, work / CONTEXT, work / DOCKERFILE)
                 try:
                     result = await self._watch(job, output, phases, said)
                     break

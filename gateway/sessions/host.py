@@ -193,9 +193,10 @@ class Host:
     async def mark(self, instance: str) -> None:
         await self._client.call("mark", m.MarkRequest(instance), timeout=_DELETE_SECONDS)
 
-    async def build(self, request: m.BuildRequest) -> tuple[int, int]:
+    async def build(self, request: m.BuildRequest, context: Path, dockerfile: Path) -> tuple[int, int]:
         """Starts a container build; returns the log and the phases to read."""
-        log, phases = await self._descriptors("build", request, 2, _BOOT_SECONDS)
+        sources = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (context, dockerfile)]
+        log, phases = await self._descriptors("build", request, 2, _BOOT_SECONDS, sources)
         return log, phases
 
     async def build_result(self, build: str) -> m.BuildResult:
@@ -222,8 +223,8 @@ class Host:
         (descriptor,) = await self._descriptors(method, body, 1, timeout)
         return descriptor
 
-    async def _descriptors(self, method: str, body: object, count: int, timeout: float) -> list[int]:
-        _, descriptors = await self._client.call_with_descriptors(method, body, timeout=timeout)
+    async def _descriptors(self, method: str, body: object, count: int, timeout: float, given: list[int] | None = None) -> list[int]:
+        _, descriptors = await self._client.call_with_descriptors(method, body, timeout=timeout, descriptors=given)
         if len(descriptors) != count:
             for descriptor in descriptors:
                 os.close(descriptor)

@@ -124,7 +124,7 @@ class Host:
     async def info(self) -> HostInfo:
         return HostInfo("tcg", "", "qemu", 4096, 2, "x86_64")
 
-    async def build(self, request: BuildRequest) -> tuple[int, int]:
+    async def build(self, request: BuildRequest, *sources: Path) -> tuple[int, int]:
         self.builds += 1
         ends = []
         for text in (f"step of build {self.builds}\n", "BASE\nCONTAINER\n"):
@@ -214,7 +214,7 @@ async def test_a_log_that_a_steps_leftover_keeps_open_holds_up_no_build(tmp_path
     out, into = os.pipe()
     phases, into_phases = os.pipe()
 
-    async def build(request: BuildRequest) -> tuple[int, int]:
+    async def build(request: BuildRequest, *sources: Path) -> tuple[int, int]:
         return out, phases
 
     host.build = build  # type: ignore[method-assign]

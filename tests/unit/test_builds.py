@@ -110,7 +110,7 @@ async def test_a_log_that_is_full_holds_up_its_own_build_only(tmp_path: Path, mo
         raise TimeoutError
 
     monkeypatch.setattr(builder, "_jailed", ends)
-    request = BuildRequest("b", "image", "111111111111", "", "", [], 0, {})
+    request = BuildRequest("b", "image", "111111111111", [], 0, {})
     rescue = threading.Timer(1, os.read, (out, 1 << 20))  # of a loop that stands still
     rescue.start()
     begun = time.monotonic()
@@ -181,7 +181,7 @@ async def test_stores_of_buildah_go_at_the_first_start(tmp_path: Path, monkeypat
 
 # ---- builds that nobody waits for any more, that leave too much, that the host cannot carry out ----
 
-REQUEST = BuildRequest("b", "image", "111111111111", "", "", [], 0, {})
+REQUEST = BuildRequest("b", "image", "111111111111", [], 0, {})
 
 
 class Jail:
@@ -220,7 +220,7 @@ def jail(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> Jail:
 
 
 async def begun(builder: Builder, request: BuildRequest = REQUEST) -> list[int]:
-    ends = list(await builder.begin(request, Path("/nowhere")))
+    ends = list(await builder.begin(request, Path("/nowhere"), *(os.memfd_create("source") for _ in range(2))))
     await asyncio.sleep(0)
     return ends
 
@@ -277,7 +277,7 @@ async def test_a_build_that_is_called_off_twice_is_cleared_away_once(builder: Bu
 async def test_results_that_nobody_collects_do_not_pile_up(builder: Builder, jail: Jail) -> None:
     jail.end.set()
     for number in range(80):
-        for end in await begun(builder, BuildRequest(f"b{number}", "image", "1", "", "", [], 0, {})):
+        for end in await begun(builder, BuildRequest(f"b{number}", "image", "1", [], 0, {})):
             os.close(end)
         await asyncio.wait([builder._builds[f"b{number}"].task])
     assert len(builder._builds) <= 65

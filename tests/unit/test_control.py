@@ -209,7 +209,7 @@ async def test_two_processes_of_one_slot_are_two_workers(rig: Rig) -> None:
     counts = metrics.edge_answers.labels("http/1.1", "2xx")
     before = counts._value.get()
     for connection, answered, count in ((old, 100, 7), (new, 1, 2), (old, 101, 8)):
-        await connection.call("counters", m.Counters({"http/1.1": [0, 0, answered]}, 0, 0, {}))
+        await connection.call("counters", m.Counters({"HTTP/1.1": [0, 0, answered]}, 0, 0, {}))
         await connection.call("activity", m.Activity({one.id: (count, 0.0, 0), "unknown": (1, 0.0, 0)}))
     assert counts._value.get() - before == 102
     assert sorted(rig.control.lifecycle.liveness.counts(one.id).values()) == [2, 8]

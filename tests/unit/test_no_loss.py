@@ -229,7 +229,7 @@ async def test_deadlines_grow_with_bytes() -> None:
         async def call(self, method: str, body: Any = None, kind: Any = None, timeout: float = 10.0, descriptors: Any = None) -> Any:
             seen[method] = timeout
 
-        async def call_with_descriptors(self, method: str, body: Any = None, timeout: float = 10.0) -> Any:
+        async def call_with_descriptors(self, method: str, body: Any = None, timeout: float = 10.0, descriptors: Any = None) -> Any:
             seen[method] = timeout
             return None, [0]
 

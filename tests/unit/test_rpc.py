@@ -16,8 +16,12 @@ import pytest
 from waiting import turns, until
 
 from gateway import rpc
-from gateway.messages import SessionRef
 from gateway.rpc import Client, Connection, Reply, RpcError, RpcLost, Server, Service, connect
+
+
+class Ref(msgspec.Struct):
+    session: str
+    incarnation: int
 
 
 class Trouble(Exception):
@@ -30,8 +34,8 @@ class Target:
         self.taken = 0
         self.is_slow = asyncio.Event()
 
-    async def rpc_echo(self, connection: Connection, body: SessionRef) -> SessionRef:
-        return SessionRef(body.session * 2, body.incarnation)
+    async def rpc_echo(self, connection: Connection, body: Ref) -> Ref:
+        return Ref(body.session * 2, body.incarnation)
 
     async def rpc_slow(self, connection: Connection, body: None) -> None:
         self.is_slow.set()
@@ -78,7 +82,7 @@ async def server(target: Target, tmp_path: Path):  # type: ignore[no-untyped-def
 
 async def test_call_and_error(server: Server, tmp_path: Path) -> None:
     connection = await connect(tmp_path / "s")
-    assert await connection.call("echo", SessionRef("ab", 3), SessionRef) == SessionRef("abab", 3)
+    assert await connection.call("echo", Ref("ab", 3), Ref) == Ref("abab", 3)
     with pytest.raises(RpcError, match="what") as failed:
         await connection.call("fail", "what")
     assert failed.value.kind == "Trouble"
@@ -94,7 +98,7 @@ async def test_call_and_error(server: Server, tmp_path: Path) -> None:
 async def test_large_frames_and_many_at_once(server: Server, tmp_path: Path) -> None:
     connection = await connect(tmp_path / "s")
     names = [f"{number}" * 50_000 for number in range(30)]
-    answers = await asyncio.gather(*(connection.call("echo", SessionRef(name, 1), SessionRef) for name in names))
+    answers = await asyncio.gather(*(connection.call("echo", Ref(name, 1), Ref) for name in names))
     assert [answer.session for answer in answers] == [name * 2 for name in names]
     connection.close()
 
@@ -123,7 +127,7 @@ async def test_silence_and_loss(server: Server, target: Target, tmp_path: Path) 
     with pytest.raises(RpcLost):
         await waiting
     with pytest.raises(RpcLost):
-        await connection.call("echo", SessionRef("a", 1))
+        await connection.call("echo", Ref("a", 1))
     server._socket, server._loop = socket.socket(), asyncio.get_running_loop()
 
 
@@ -138,7 +142,7 @@ async def test_the_caller_of_a_handler_that_is_cancelled_is_told_at_once(server:
     async with asyncio.timeout(5):
         with pytest.raises(RpcLost, match="slow was called off"):
             await waiting
-        assert await connection.call("echo", SessionRef("a", 1), SessionRef) == SessionRef("aa", 1)
+        assert await connection.call("echo", Ref("a", 1), Ref) == Ref("aa", 1)
     connection.close()
 
 
@@ -160,7 +164,7 @@ async def test_what_was_sent_counts_no_longer(server: Server, tmp_path: Path, mo
     monkeypatch.setattr(rpc, "_UNSENT_MAX_BYTES", 4 << 20)
     connection = await connect(tmp_path / "s")
     for number in range(200):
-        assert (await connection.call("echo", SessionRef("x" * 100_000, number), SessionRef)).incarnation == number
+        assert (await connection.call("echo", Ref("x" * 100_000, number), Ref)).incarnation == number
     assert connection._unsent == 0
     connection.close()
 
@@ -169,7 +173,7 @@ async def test_other_users_are_refused(target: Target, tmp_path: Path) -> None:
     server = Server(tmp_path / "t", Service(target), {os.getuid() + 1})
     connection = await connect(tmp_path / "t")
     with pytest.raises(RpcLost):
-        await connection.call("echo", SessionRef("a", 1))
+        await connection.call("echo", Ref("a", 1))
     server.close()
 
 
@@ -177,19 +181,19 @@ async def test_client_connects_again_and_says_hello_first(target: Target, tmp_pa
     hellos = []
 
     async def hello(connection: Connection) -> None:
-        hellos.append(await connection.call("echo", SessionRef("x", 0), SessionRef))
+        hellos.append(await connection.call("echo", Ref("x", 0), Ref))
 
     server = Server(tmp_path / "u", Service(target), {os.getuid()})
     client = Client(tmp_path / "u", on_connect=hello)
-    await client.call("echo", SessionRef("a", 1), SessionRef)
+    await client.call("echo", Ref("a", 1), Ref)
     assert client.connection is not None
     server.close()
     await asyncio.wait([client.connection.closed])
     server = Server(tmp_path / "u", Service(target), {os.getuid()})
-    assert (await client.call("echo", SessionRef("b", 1), SessionRef)).session == "bb"
+    assert (await client.call("echo", Ref("b", 1), Ref)).session == "bb"
     assert len(hellos) == 2
     client.notify("note", "n")
-    await client.call("echo", SessionRef("a", 1))
+    await client.call("echo", Ref("a", 1))
     assert target.heard == ["n"]
     client.close()
     server.close()
@@ -225,7 +229,7 @@ async def test_a_connection_whose_greeting_failed_is_closed(target: Target, tmp_
     client = Client(tmp_path / "u", on_connect=hello)
     async with asyncio.timeout(5):
         await third.wait()
-    assert await client.call("echo", SessionRef("a", 1), SessionRef) == SessionRef("aa", 1)
+    assert await client.call("echo", Ref("a", 1), Ref) == Ref("aa", 1)
     assert len(server.connections) == 1
     client.close()
     server.close()
@@ -263,7 +267,7 @@ async def test_a_refusal_keeps_the_kind_that_its_handler_gave_it(server: Server,
 async def test_an_answer_of_another_type_is_an_rpc_error(server: Server, tmp_path: Path) -> None:
     connection = await connect(tmp_path / "s")
     with pytest.raises(RpcError) as failed:
-        await connection.call("echo", SessionRef("a", 1), int)
+        await connection.call("echo", Ref("a", 1), int)
     assert failed.value.kind == "ValidationError"
     connection.close()
 
@@ -281,7 +285,7 @@ async def test_a_call_waits_for_its_connection_and_its_answer_within_one_timeout
     monkeypatch.setattr(Connection, "start_call", noted)
     loop = asyncio.get_running_loop()
     client = Client(tmp_path / "late")
-    call = asyncio.create_task(client.call("echo", SessionRef("a", 1), SessionRef, timeout=5.0))
+    call = asyncio.create_task(client.call("echo", Ref("a", 1), Ref, timeout=5.0))
     await turns()
     began = loop.time()
     await asyncio.sleep(0.02)  # the server comes late
@@ -295,7 +299,7 @@ async def test_a_call_waits_for_its_connection_and_its_answer_within_one_timeout
 
 async def test_descriptors_that_go_with_a_call_are_closed_once_sent(server: Server, target: Target, tmp_path: Path) -> None:
     connection = await connect(tmp_path / "s")
-    await connection.call("echo", SessionRef("a", 1))
+    await connection.call("echo", Ref("a", 1))
     before = descriptors_open()
     for _ in range(5):
         reading, writing = os.pipe()
@@ -307,11 +311,11 @@ async def test_descriptors_that_go_with_a_call_are_closed_once_sent(server: Serv
 @pytest.mark.parametrize("method", ["echo", "none"])
 async def test_descriptors_that_nobody_asked_for_are_closed(server: Server, tmp_path: Path, method: str) -> None:
     connection = await connect(tmp_path / "s")
-    await connection.call("echo", SessionRef("a", 1))
+    await connection.call("echo", Ref("a", 1))
     before = descriptors_open()
     for _ in range(5):
         with contextlib.suppress(RpcError):
-            await connection.call(method, SessionRef("a", 1), descriptors=[os.dup(0)])
+            await connection.call(method, Ref("a", 1), descriptors=[os.dup(0)])
         await connection.call("pipe")
     assert descriptors_open() == before
     connection.close()
@@ -410,7 +414,7 @@ async def test_who_cannot_be_accepted_is_tried_again_without_a_spin(
     real = server._socket
     server._socket = Short()  # type: ignore[assignment]
     connection = await connect(tmp_path / "s")
-    assert (await connection.call("echo", SessionRef("a", 1), SessionRef)).session == "aa"
+    assert (await connection.call("echo", Ref("a", 1), Ref)).session == "aa"
     assert len(tries) == 4
     connection.close()
 
@@ -476,9 +480,9 @@ async def test_requests_and_answers_of_one_connection_keep_their_order(tmp_path:
 
 async def test_a_call_is_sent_when_it_is_made_not_when_it_is_waited_for(server: Server, target: Target, tmp_path: Path) -> None:
     connection = await connect(tmp_path / "s")
-    answer = connection.start_call("echo", SessionRef("a", 1), SessionRef)
+    answer = connection.start_call("echo", Ref("a", 1), Ref)
     connection.notify("note", "after")
-    assert await answer == (SessionRef("aa", 1), [])
+    assert await answer == (Ref("aa", 1), [])
     connection.close()
     with pytest.raises(RpcLost):
-        await connection.start_call("echo", SessionRef("a", 1), SessionRef)
+        await connection.start_call("echo", Ref("a", 1), Ref)

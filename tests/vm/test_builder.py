@@ -39,9 +39,9 @@ class Rig:
         (self.directory / f"{name}.Dockerfile").write_text(dockerfile)
         with tarfile.open(self.directory / f"{name}.tar", "w") as archive:
             archive.add(self.directory / f"{name}.Dockerfile", "Dockerfile")
-        files = str(self.directory / f"{name}.tar"), str(self.directory / f"{name}.Dockerfile")
-        request = BuildRequest(name, "image", account, *files, [], 256 << 20, {})
-        log, phases = await self.builder.begin(request, self.directory / "image")
+        files = (os.open(self.directory / f"{name}.{kind}", os.O_RDONLY) for kind in ("tar", "Dockerfile"))
+        request = BuildRequest(name, "image", account, [], 256 << 20, {})
+        log, phases = await self.builder.begin(request, self.directory / "image", *files)
 
         async def read() -> str:
             with os.fdopen(log, errors="replace") as lines, os.fdopen(phases):

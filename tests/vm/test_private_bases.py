@@ -57,8 +57,11 @@ def asked(directory: Path, dockerfile: str, logins: dict[str, str]) -> BuildRequ
     (directory / "Dockerfile").write_text(dockerfile)
     with tarfile.open(directory / "context.tar", "w") as archive:
         archive.add(directory / "Dockerfile", "Dockerfile")
-    context, file = str(directory / "context.tar"), str(directory / "Dockerfile")
-    return BuildRequest(uuid.uuid4().hex, "image", "123456789012", context, file, [], 64 << 20, logins)
+    return BuildRequest(uuid.uuid4().hex, "image", "123456789012", [], 64 << 20, logins)
+
+
+def sources(directory: Path) -> list[int]:
+    return [os.open(directory / name, os.O_RDONLY) for name in ("context.tar", "Dockerfile")]
 
 
 async def test_a_login_is_one_builds_and_stays_outside_of_it(registry: tuple[Registry, Path], tmp_path: Path) -> None:
@@ -74,7 +77,7 @@ async def test_a_login_is_one_builds_and_stays_outside_of_it(registry: tuple[Reg
 
     async def build(logins: dict[str, str]) -> tuple[BuildResult, str]:
         request = asked(directory, dockerfile, logins)
-        log, phases = await builder.begin(request, directory / "image")
+        log, phases = await builder.begin(request, directory / "image", *sources(directory))
         with os.fdopen(log) as lines, os.fdopen(phases):
             text = await asyncio.to_thread(lines.read)
         return await builder.result(request.build), text
@@ -114,7 +117,7 @@ async def test_another_local_base_takes_the_place_of_the_one_in_the_store(tmp_pa
             archive.addfile(member, io.BytesIO(release.encode()))
         key_path(base).write_text(release)
         request = asked(directory, 'FROM local:base\nCOPY Dockerfile /copied\nCMD ["/release"]\n', {})
-        log, phases = await builder.begin(request, directory / "image")
+        log, phases = await builder.begin(request, directory / "image", *sources(directory))
         with os.fdopen(log) as lines, os.fdopen(phases):
             said = await asyncio.to_thread(lines.read)
         done = await builder.result(request.build)

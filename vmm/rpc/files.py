@@ -11,7 +11,7 @@ from gateway import executors
 from gateway import messages as m
 from gateway.rpc import Connection
 
-from .. import archives, disks
+from .. import archives, beneath, disks
 from ..errors import Unavailable, not_written
 from ..network import Network
 from ..quarantine import Quarantine
@@ -97,6 +97,7 @@ class FileCalls:
     async def rpc_pack(self, connection: Connection, body: m.PackRequest, descriptors: list[int]) -> m.Packed:
         """Packs the files of a session at rest; one that is warm is not. Whoever wakes it calls this off."""
         try:
+            beneath.given(descriptors, 1, os.O_WRONLY)
             async with self._packs, self._vms.reading(body.session) as reader:
                 snapshot = self._snapshots.newest(body.session)
                 if snapshot.name != f"snapshot-{body.incarnation}":
@@ -116,6 +117,7 @@ class FileCalls:
     async def rpc_unpack(self, connection: Connection, body: m.UnpackRequest, descriptors: list[int]) -> None:
         """A resume waits for it, so it is no bulk work."""
         try:
+            beneath.given(descriptors, 1, os.O_RDONLY)
             async with self._unpacks, self._vms.owned(body.session, "being unpacked"):
                 if self._vms.get(body.session) is not None:
                     raise Unavailable(f"session {body.session} has a hypervisor")

@@ -13,7 +13,7 @@ from gateway.config import Settings
 from gateway.executors import BULK
 from gateway.rpc import Connection
 
-from .. import disks
+from .. import beneath, disks
 from ..errors import not_written
 from ..images import Images
 from ..quarantine import move
@@ -40,7 +40,7 @@ class IdentityCalls:
 
     def _set_aside(self, body: m.ImageQuarantineRequest) -> None:
         """Idempotent. Raises VmmError."""
-        source, target = self._images / body.image, self._quarantine / f"image-{body.image}"
+        source, target = self._known.path(body.image), beneath.child(self._quarantine, f"image-{body.image}")
         if not source.exists():
             return
         reason = m.Quarantined(target.name, 0, body.image, body.reason, time.time())

@@ -9,6 +9,7 @@ from gateway import executors
 from gateway import messages as m
 from gateway.rpc import Connection, Reply
 
+from .. import beneath
 from ..builds import Builder
 from ..driver import Driver, Machine
 from ..errors import explained
@@ -25,9 +26,16 @@ class ImageCalls:
         self._images, self._driver, self._network = images, driver, network
         self._standbys, self._builder, self._vms = standbys, builder, vms
 
-    async def rpc_build(self, connection: Connection, body: m.BuildRequest) -> Reply:
+    async def rpc_build(self, connection: Connection, body: m.BuildRequest, descriptors: list[int]) -> Reply:
         """Answers at once, with the log and the phases to read."""
-        return Reply(None, list(await self._builder.begin(body, self._images.making(body.image))))
+        try:
+            beneath.given(descriptors, 2, os.O_RDONLY)
+            made = self._images.making(body.image)
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+        return Reply(None, list(await self._builder.begin(body, made, *descriptors)))
 
     async def rpc_build_result(self, connection: Connection, body: m.BuildName) -> m.BuildResult:
         return await self._builder.result(body.build)

@@ -18,6 +18,7 @@ from .. import disks
 from ..diffs import Manifest
 from ..driver import Driver, Machine
 from ..errors import Damaged, DiskFull, Ended, Missing, NeverRan, Refused, Unavailable, VmmError, not_written, unreadable
+from ..images import Images
 from ..network import Network
 from ..snapshot_gc import SnapshotGc
 from ..snapshots import Snapshots
@@ -34,7 +35,7 @@ _SAVES_AT_ONCE = 6  # of the threads that resumes use too (gateway/executors.py)
 
 class SessionCalls:
     def __init__(
-        self, images: Path, driver: Driver, network: Network, standbys: Standbys, snapshots: Snapshots, vms: VmRegistry, warm: WarmPool,
+        self, images: Images, driver: Driver, network: Network, standbys: Standbys, snapshots: Snapshots, vms: VmRegistry, warm: WarmPool,
         collector: SnapshotGc,
     ) -> None:  # fmt: skip
         self._images, self._driver, self._network, self._standbys = images, driver, network, standbys
@@ -62,7 +63,7 @@ class SessionCalls:
                 raise Unavailable(f"{free} descriptors are free, {kept} are kept for resumes: raise LimitNOFILE")
             self._vms.call_off_readers(body.session)
             with self._vms.preparing(body.session):
-                image = self._images / body.image
+                image = self._images.path(body.image)
                 snapshot = self._snapshots.newest(body.session) if body.from_snapshot else await self._new_disk(body.session, image)
                 await self._prepare(body, image, snapshot)
 
