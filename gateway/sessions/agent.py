@@ -8,11 +8,16 @@ import secrets
 import struct
 from collections.abc import Callable, Iterable
 
+import structlog
+
 from gateway.messages import AGENT_PROTOCOL
 
 from . import listeners, out_of_memory
+from .allowance import Allowance
 from .frame import HEADER, MAGIC, MAGIC_BYTES, frame
 from .shells import Shells
+
+log = structlog.get_logger()
 
 _HELLO, _WAKE, _CONFIG, _START, _SYNC, _STOP, _LISTENERS = 0x01, 0x02, 0x03, 0x04, 0x0A, 0x0B, 0x0C
 _IS_HELLO, _WOKEN, _OUTPUT, _EXIT = 0x81, 0x82, 0x83, 0x84
@@ -22,6 +27,10 @@ _HELLO_BYTES = 20  # from protocol 2 on; a later one may say more
 _FRAME_MAX_IN = 4096
 _FRAME_MAX_OUT = 16384
 _BUDGET_BYTES = 65536  # read per session and loop turn, so that a chatty guest starves nobody
+_CHANNELS = (1, 2, 3)  # of an application's output (vmm/guest/port.h)
+_FRAMES_AT_ONCE, _FRAMES_A_SECOND = 40_000, 20_000  # of one guest; beyond, it is heard later, as one that writes faster than we read
+_KILLED_AT_ONCE, _KILLED_A_SECOND = 32, 1.0  # lines about processes that a guest's kernel has killed
+_UNREAD_BYTES = 8 << 20  # sent to a guest that does not read: it is not heard until it has
 _STOP_ANSWER_SECONDS = 1.0  # guests of older images know no such order, and do not answer
 _RESYNC = b"\0" * (_FRAME_MAX_IN + HEADER.size)
 
@@ -68,6 +77,11 @@ class Agent:
         self._nonces: dict[int, asyncio.Future[bytes]] = {}
         self._out = bytearray()
         self._holds = False
+        self._is_deaf = False  # the guest is not read until it has read
+        self._later: asyncio.TimerHandle | None = None  # when it is read again, which has said too much
+        self._frames = Allowance(_FRAMES_AT_ONCE, _FRAMES_A_SECOND, self._loop.time)
+        self._kills = Allowance(_KILLED_AT_ONCE, _KILLED_A_SECOND, self._loop.time)
+        self._has_failed = False
         self.shells = Shells(self.send)
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self._exited = asyncio.Event()
@@ -169,6 +183,7 @@ class Agent:
     def detach(self) -> None:
         """Closes the channel of a guest that sleeps, once all of it is read; what is sent meanwhile waits."""
         self._holds = True
+        self._frames = Allowance(_FRAMES_AT_ONCE, _FRAMES_A_SECOND, self._loop.time)  # it is stopped: what is left ends
         while self._descriptor >= 0 and self._read():
             pass
         self._drop()
@@ -181,6 +196,10 @@ class Agent:
         self.release()
 
     def _drop(self) -> None:
+        self._is_deaf = False
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
         if self._descriptor >= 0:
             self._loop.remove_reader(self._descriptor)
             self._loop.remove_writer(self._descriptor)
@@ -190,6 +209,10 @@ class Agent:
     def send(self, data: bytes) -> None:
         self._out += data
         self._writable()
+        if len(self._out) > _UNREAD_BYTES and not self._is_deaf and self._descriptor >= 0:
+            self._is_deaf = True
+            log.warning("agent.does_not_read", bytes=len(self._out))
+            self._loop.remove_reader(self._descriptor)
 
     def close(self) -> None:
         if self.closed.done():
@@ -231,10 +254,22 @@ class Agent:
             self._lost()
             return
         self._loop.remove_writer(self._descriptor)
+        if self._is_deaf:
+            self._is_deaf = False
+            self._listen()
+
+    def _listen(self) -> None:
+        """Reads the guest again, where nothing else keeps it from being read."""
+        self._later = None
+        if self._descriptor >= 0 and not self._is_deaf:
+            self._loop.add_reader(self._descriptor, self._readable)
 
     def _readable(self) -> None:
         if self._read() is None:
             self._lost()
+        elif self._descriptor >= 0 and self._later is None and (seconds := self._frames.spend(0)):
+            self._loop.remove_reader(self._descriptor)
+            self._later = self._loop.call_later(seconds, self._listen)
 
     def _read(self) -> int | None:
         """Reads what is there; returns how many bytes, None at the channel's end."""
@@ -266,9 +301,19 @@ class Agent:
                     break
                 payload = bytes(self._buffer[at + HEADER.size : at + HEADER.size + length])
                 at += HEADER.size + length
-                self._frame(kind, channel, payload)
+                self._frames.spend(1)
+                self._frame_safely(kind, channel, payload)
         finally:  # also of what a callback raised: a frame is taken once
             del self._buffer[:at]
+
+    def _frame_safely(self, kind: int, channel: int, payload: bytes) -> None:
+        """What a frame makes of us is that frame's affair: those after it are heard. It is logged once: a guest can say it for ever."""
+        try:
+            self._frame(kind, channel, payload)
+        except Exception:
+            if not self._has_failed:
+                self._has_failed = True
+                log.exception("agent.frame_failed", kind=kind)
 
     def _frame(self, kind: int, channel: int, payload: bytes) -> None:
         if (kind in (_IS_HELLO, _WOKEN) and (len(payload) in (8, 16) or len(payload) >= _HELLO_BYTES)) or (
@@ -278,11 +323,13 @@ class Agent:
             if future is not None and not future.done():
                 future.set_result(payload)
         elif kind == _OUTPUT:
-            self._on_output(channel, payload)
+            if channel in _CHANNELS:
+                self._on_output(channel, payload)
         elif kind == _EXIT and len(payload) == 4:
-            self._exited.set()
-            self._on_exit(struct.unpack("<i", payload)[0])
-        elif kind == _KILLED:
+            if not self._exited.is_set():
+                self._exited.set()
+                self._on_exit(struct.unpack("<i", payload)[0])
+        elif kind == _KILLED and self._kills.take():
             self._on_killed(out_of_memory.line_of(payload))
         elif kind == _SHELL_OUTPUT:
             self.shells.output(channel, payload)

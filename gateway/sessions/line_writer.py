@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 
+from .allowance import Allowance
 from .logs import LogStore, dropped_line
 
 _LINE_MAX_BYTES = 256 << 10  # CloudWatch's bound of one event
@@ -34,13 +35,12 @@ class LineWriter:
         self._advises = is_limited
         self._name = (account, group, stream)
         self._rest: dict[int, bytes] = {}
-        self._clock = clock
-        self._allowed, self._at = float(_BURST_BYTES), clock()
+        self._bytes = Allowance(_BURST_BYTES, _RATE_BYTES, clock)
         self._dropped = 0
 
     def feed(self, channel: int, data: bytes) -> None:
         """Cuts each channel into lines of its own; they are stored together. An application's channels are 1 and more."""
-        if not self._may_take(len(data)):
+        if not self._bytes.take(len(data)):
             self._dropped += data.count(b"\n")
             self._rest[channel] = data.rpartition(b"\n")[2] if b"\n" in data else b""
             return
@@ -54,15 +54,6 @@ class LineWriter:
             self._advises = False
         if lines:
             self._write(lines)
-
-    def _may_take(self, count: int) -> bool:
-        now = self._clock()
-        self._allowed = min(float(_BURST_BYTES), self._allowed + (now - self._at) * _RATE_BYTES)
-        self._at = now
-        if self._allowed < count:
-            return False
-        self._allowed -= count
-        return True
 
     def flush(self) -> None:
         rest = [data for data in self._rest.values() if data]

@@ -12,9 +12,13 @@ import struct
 from collections import deque
 from collections.abc import Callable
 
+import structlog
+
 from gateway.messages import SHELL_EXIT, SHELL_INPUT, SHELL_MESSAGE_BYTES, SHELL_OUTPUT, SHELL_RESIZE
 
 from .frame import frame
+
+log = structlog.get_logger()
 
 SHELLS_MAX = 16  # as in vmm/guest/shell.h
 _OPEN, _INPUT, _RESIZE, _CREDIT, _CLOSE = 0x05, 0x06, 0x07, 0x08, 0x09
@@ -51,7 +55,7 @@ class Shells:
 
     def output(self, number: int, data: bytes) -> None:
         if (shell := self._shells.get(number)) is not None:
-            shell.put(SHELL_OUTPUT, data)
+            shell.output(data)
 
     def taken(self, number: int, size: int) -> None:
         if (shell := self._shells.get(number)) is not None:
@@ -72,12 +76,14 @@ class Shells:
 
 
 class Shell:
-    """One shell. What waits to be written to the edge is bounded by the credit that the guest was given."""
+    """One shell. What waits to be written to the edge is bounded by the credit that the guest was given; one that writes beyond it is
+    hung up."""
 
     def __init__(self, number: int, sock: socket.socket, send: Callable[[bytes], None], forget: Callable[[], object]) -> None:
         self._number, self._socket, self._send, self._forget = number, sock, send, forget
         self._loop = asyncio.get_running_loop()
         self._typed = 0
+        self._credit = _CREDIT_BYTES  # what the guest may yet write
         self._out: deque[bytes] = deque()
         self._over = False
         self._loop.add_reader(sock.fileno(), self._readable)
@@ -107,14 +113,27 @@ class Shell:
         if full and self._typed < _WINDOW_BYTES and not self._over:
             self._loop.add_reader(self._socket.fileno(), self._readable)
 
-    def put(self, kind: bytes, data: bytes) -> None:
+    def output(self, data: bytes) -> None:
+        """Takes what the guest has credit for; an empty message says nothing."""
+        self._credit -= len(data)
+        if self._over or not data:
+            return
+        if self._credit < 0:
+            log.warning("shell.beyond_credit", number=self._number)
+            self.end(hang_up=True)
+            return
+        self._put(SHELL_OUTPUT, data)
+
+    def _put(self, kind: bytes, data: bytes) -> None:
         self._out.append(kind + data)
         self._writable()
 
     def exited(self, code: int) -> None:
+        if self._over:
+            return
         self._over = True
         self._loop.remove_reader(self._socket.fileno())
-        self.put(SHELL_EXIT, struct.pack("<i", code))
+        self._put(SHELL_EXIT, struct.pack("<i", code))
 
     def _writable(self) -> None:
         while self._out:
@@ -128,6 +147,7 @@ class Shell:
                 return
             message = self._out.popleft()
             if message[:1] == SHELL_OUTPUT:
+                self._credit += len(message) - 1
                 self._send(frame(_CREDIT, struct.pack("<I", len(message) - 1), self._number))
         self._loop.remove_writer(self._socket.fileno())
         if self._over:

@@ -30,11 +30,11 @@ ALLOWED = {
 ROOMS: dict[str, list[str | tuple[str, ...]]] = {
     "gateway.edge": [("", "native"), "reading", "wire", "policy", ("failures", "sides"), "records", "origin", "client", "link", "worker", "__main__"],
     "gateway.sessions": [
-        ("frame", "states", "deadlines", "hooks", "listeners", "out_of_memory", "database", "log_names"), "logs", ("model", "schema"), "store", ("egress", "faults", "host", "line_writer", "shells", "shipping"),
+        ("allowance", "frame", "states", "deadlines", "hooks", "listeners", "out_of_memory", "database", "log_names"), "logs", ("model", "schema"), "store", ("egress", "faults", "host", "line_writer", "shells", "shipping"),
         ("room", "agent", "routes", "archive"), ("timers", "liveness", "channels", "transitions", "ahead", "archiving"), "actions", "lifecycle", ("recovery", "quarantine"), "identity",
     ],
     "vmm": [
-        ("", "errors", "jail", "programs", "provenance", "syscalls"), ("cgroups", "processor", "diffs", "disks", "generators", "making", "namespaces", "sparse"),
+        ("", "errors", "jail", "programs", "provenance", "syscalls"), ("beneath", "cgroups", "processor", "diffs", "disks", "generators", "making", "namespaces", "sparse"),
         ("egress", "kernel", "memory", "snapshots"), ("archives", "mapping", "mirrors", "network", "quarantine", "registry"),
         ("base", "build_mirrors", "build_stores", "builder_root", "driver"), ("leftovers", "manifest", "sandboxes", "standbys", "vms"),
         ("build_network", "watched"), ("builds", "firecracker", "handout", "images", "qemu", "snapshot_gc"), ("host_setup", "kvm_device", "probe", "upgrades", "warm_pool"),
