@@ -47,6 +47,7 @@ class _Sealed(msgspec.Struct, array_like=True):
     role: str
     name: str
     expires_at: float
+    issued_at: float = 0.0  # 0: an older version did not say
 
 
 def role_account(arn: str) -> str:
@@ -90,7 +91,7 @@ class Directory:
             role = self._store.roles.get(sealed.role)
             arn = f"arn:aws:sts::{sealed.account}:assumed-role/{sealed.role.rpartition('/')[2]}/{sealed.name}"
             allowed = self._policy(sealed.role, role.policy if role is not None else None)
-            return Caller(sealed.account, arn, "AssumedRole", access_key, allowed, **request)
+            return Caller(sealed.account, arn, "AssumedRole", access_key, allowed, issued_at=sealed.issued_at, **request)
         key = self._store.keys[access_key]
         arn = f"arn:aws:iam::{key.account}:user/{key.user}"
         return Caller(key.account, arn, "IAMUser", access_key, self._policy(key.id, key.policy), **request)
@@ -107,7 +108,7 @@ class Directory:
         """Credentials of a role for one microVM (STS AssumeRole's form)."""
         key = "ASIA" + "".join(secrets.choice(_LETTERS) for _ in range(16))
         expires = self._clock() + seconds
-        text = msgspec.msgpack.encode(_Sealed(key, role_account(role), role, name, expires))
+        text = msgspec.msgpack.encode(_Sealed(key, role_account(role), role, name, expires, self._clock()))
         token = base64.b64encode(self._tag(b"token", text) + text).decode()
         return Credentials(key, self._secret_of(key), token, expires)
 
@@ -170,7 +171,7 @@ class Directory:
         if not self.has(account):
             raise DirectoryError(f"account {account} does not exist")
         if document is not None:
-            policy.parse(document)
+            policy.check(document)
         identifier = "AKIA" + "".join(secrets.choice(_LETTERS) for _ in range(16))
         key = AccessKey(identifier, secrets.token_urlsafe(30), account, user, self._clock(), document)
         self._store.put("keys", identifier, key)
@@ -188,7 +189,7 @@ class Directory:
         parts = arn.split(":", 5)
         if len(parts) != 6 or parts[2] != "iam" or not parts[5].startswith("role/") or not self.has(parts[4]):
             raise DirectoryError(f"{arn} is not of the form arn:aws:iam::<account>:role/<name>, or its account does not exist")
-        policy.parse(document)
+        policy.check(document)
         self._store.put("roles", arn, Role(arn, document))
         await self._store.commit()
 

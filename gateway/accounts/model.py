@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -50,7 +51,9 @@ class Caller:
     source: str = ""
     user_agent: str = ""
     secure: bool = False
-    extra: dict[str, str] = field(default_factory=dict)
+    region: str = ""
+    at: float = 0.0  # of the request
+    issued_at: float = 0.0  # of temporary credentials
 
     @property
     def name(self) -> str:
@@ -66,4 +69,14 @@ class Caller:
             "aws:principaltype": [{"Root": "Account", "IAMUser": "User"}.get(self.kind, self.kind)],
             "aws:username": [self.name] if self.kind == "IAMUser" else [],
             "aws:useragent": [self.user_agent],
+            "aws:userid": [{"Root": self.account, "AssumedRole": f"{self.access_key}:{self.name}"}.get(self.kind, self.access_key)],
+            "aws:requestedregion": [self.region] if self.region else [],
+            "aws:currenttime": [_stamp(self.at)],
+            "aws:epochtime": [str(int(self.at))],
+            "aws:tokenissuetime": [_stamp(self.issued_at)] if self.issued_at else [],
+            "aws:viaawsservice": ["false"],
         }
+
+
+def _stamp(at: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))

@@ -27,20 +27,67 @@ class Decision(enum.Enum):
     EXPLICIT_DENY = "explicit"
 
 
+# A policy's text with its variables replaced: pieces, and whether each stands for itself. What came with the request always does: a star
+# in a caller's tag is a star.
+Pieces = tuple[tuple[str, bool], ...]
+_ARN_COLONS = 5
+
+
 @functools.lru_cache(4096)
-def _pattern(text: str, fold: bool = False) -> re.Pattern[str]:
-    escaped = "".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in text)
-    return re.compile(escaped, re.S | (re.I if fold else 0))
+def _pattern(pieces: Pieces, fold: bool = False) -> re.Pattern[str]:
+    return re.compile("".join(re.escape(text) if is_itself else _glob(text) for text, is_itself in pieces), re.S | (re.I if fold else 0))
 
 
-def _like(want: str, have: str) -> bool:
+def _glob(text: str, anything: str = ".") -> str:
+    return "".join(f"{anything}*" if c == "*" else anything if c == "?" else re.escape(c) for c in text)
+
+
+def _like(want: Pieces, have: str) -> bool:
     return _pattern(want).fullmatch(have) is not None
 
 
-def _arn_like(want: str, have: str) -> bool:
+@functools.lru_cache(4096)
+def _resource_pattern(pieces: Pieces) -> re.Pattern[str]:
+    """A wildcard stays in its segment of an ARN, but for a star at a segment's end (IAM User Guide: JSON policy elements: Resource)."""
+    made, colons = "", 0
+    for number, (text, is_itself) in enumerate(pieces):
+        if is_itself:
+            made += re.escape(text)
+            continue
+        for at, segment in enumerate(text.split(":")):
+            made += ":" if at else ""
+            colons += bool(at)
+            is_end = at < text.count(":") or number == len(pieces) - 1
+            if colons >= _ARN_COLONS:
+                made += _glob(segment)
+            elif segment.endswith("*") and is_end:
+                made += _glob(segment[:-1], "[^:]") + ".*"
+            else:
+                made += _glob(segment, "[^:]")
+    return re.compile(made, re.S)
+
+
+def _arn_like(want: Pieces, have: str) -> bool:
     """Each of the six parts by itself: a star does not pass a colon before the last."""
-    wanted, had = want.split(":", 5), have.split(":", 5)
-    return len(wanted) == len(had) == 6 and all(_like(w, h) for w, h in zip(wanted, had, strict=True))
+    wanted: list[list[tuple[str, bool]]] = [[]]
+    for text, is_itself in want:
+        if is_itself:
+            wanted[-1].append((text, True))
+            continue
+        first, *rest = text.split(":", _ARN_COLONS + 1 - len(wanted))
+        wanted[-1].append((first, False))
+        wanted += [[(one, False)] for one in rest]
+    had = have.split(":", _ARN_COLONS)
+    return len(wanted) == len(had) == _ARN_COLONS + 1 and all(_like(tuple(w), h) for w, h in zip(wanted, had, strict=True))
+
+
+def _text(want: Pieces) -> str:
+    return "".join(text for text, _ in want)
+
+
+def _plain(test: Callable[[str, str], bool]) -> Callable[[Pieces, str], bool]:
+    """A test that knows no wildcards."""
+    return lambda want, have: test(_text(want), have)
 
 
 def _in_network(want: str, have: str) -> bool:
@@ -77,24 +124,24 @@ def _date(compare: Callable[[float, float], bool]) -> Callable[[str, str], bool]
     return check
 
 
-_OPERATORS: dict[str, Callable[[str, str], bool]] = {
-    "StringEquals": str.__eq__,
-    "StringEqualsIgnoreCase": lambda want, have: want.casefold() == have.casefold(),
+_OPERATORS: dict[str, Callable[[Pieces, str], bool]] = {
+    "StringEquals": _plain(str.__eq__),
+    "StringEqualsIgnoreCase": _plain(lambda want, have: want.casefold() == have.casefold()),
     "StringLike": _like,
     "ArnEquals": _arn_like,
     "ArnLike": _arn_like,
-    "Bool": lambda want, have: want.lower() == have.lower(),
-    "IpAddress": _in_network,
-    "NumericEquals": _number(lambda have, want: have == want),
-    "NumericLessThan": _number(lambda have, want: have < want),
-    "NumericLessThanEquals": _number(lambda have, want: have <= want),
-    "NumericGreaterThan": _number(lambda have, want: have > want),
-    "NumericGreaterThanEquals": _number(lambda have, want: have >= want),
-    "DateEquals": _date(lambda have, want: have == want),
-    "DateLessThan": _date(lambda have, want: have < want),
-    "DateLessThanEquals": _date(lambda have, want: have <= want),
-    "DateGreaterThan": _date(lambda have, want: have > want),
-    "DateGreaterThanEquals": _date(lambda have, want: have >= want),
+    "Bool": _plain(lambda want, have: want.lower() == have.lower()),
+    "IpAddress": _plain(_in_network),
+    "NumericEquals": _plain(_number(lambda have, want: have == want)),
+    "NumericLessThan": _plain(_number(lambda have, want: have < want)),
+    "NumericLessThanEquals": _plain(_number(lambda have, want: have <= want)),
+    "NumericGreaterThan": _plain(_number(lambda have, want: have > want)),
+    "NumericGreaterThanEquals": _plain(_number(lambda have, want: have >= want)),
+    "DateEquals": _plain(_date(lambda have, want: have == want)),
+    "DateLessThan": _plain(_date(lambda have, want: have < want)),
+    "DateLessThanEquals": _plain(_date(lambda have, want: have <= want)),
+    "DateGreaterThan": _plain(_date(lambda have, want: have > want)),
+    "DateGreaterThanEquals": _plain(_date(lambda have, want: have >= want)),
 }
 _NEGATED = {
     "StringNotEquals": "StringEquals", "StringNotEqualsIgnoreCase": "StringEqualsIgnoreCase", "StringNotLike": "StringLike",
@@ -126,17 +173,27 @@ class Condition:
         return any(matches) if self.quantifier == "ForAnyValue" else all(matches)
 
 
-def _expanded(text: str, context: Context) -> str:
-    """Policy variables: ${aws:username}, ${aws:ResourceTag/owner}; ${*}, ${?} and ${$} stand for themselves."""
+_VARIABLE = re.compile(r"\$\{([^},]+?)\s*(?:,\s*'([^']*)'\s*)?\}")
 
-    def value(match: re.Match[str]) -> str:
-        name = match[1]
+
+def _expanded(text: str, context: Context) -> Pieces:
+    """Policy variables: ${aws:username}, ${aws:ResourceTag/owner}, with a default ${aws:username, 'nobody'}; ${*}, ${?} and ${$} stand for
+    themselves. One without a value stays as it is written, which nothing is called."""
+    if "${" not in text:
+        return ((text, False),)
+    pieces: list[tuple[str, bool]] = []
+    at = 0
+    for match in _VARIABLE.finditer(text):
+        pieces.append((text[at : match.start()], False))
+        at = match.end()
+        name, given = match[1], context.get(_key(match[1]), [])
         if name in ("*", "?", "$"):
-            return name
-        given = context.get(_key(name), [])
-        return given[0] if given else match[0]
-
-    return re.sub(r"\$\{([^}]+)\}", value, text) if "${" in text else text
+            pieces.append((name, True))
+        elif len(given) == 1:  # one of several values is nobody's in particular
+            pieces.append((given[0], True))
+        else:
+            pieces.append((match[0] if match[2] is None else match[2], True))
+    return (*pieces, (text[at:], False))
 
 
 def _key(text: str) -> str:
@@ -155,9 +212,9 @@ class Statement:
     conditions: tuple[Condition, ...]
 
     def applies(self, action: str, resource: str, context: Context) -> bool:
-        if any(_pattern(want, True).fullmatch(action) for want in self.actions) == self.but_actions:
+        if any(_pattern(((want, False),), True).fullmatch(action) for want in self.actions) == self.but_actions:
             return False
-        if any(_like(_expanded(want, context), resource) for want in self.resources) == self.but_resources:
+        if any(_resource_pattern(_expanded(want, context)).fullmatch(resource) for want in self.resources) == self.but_resources:
             return False
         return all(condition.holds(context) for condition in self.conditions)
 
@@ -183,6 +240,46 @@ def parse(document: Any) -> Policy:
     statements = document.get("Statement", [])
     statements = statements if isinstance(statements, list) else [statements]
     return Policy(tuple(_statement(statement, f"Statement {at}") for at, statement in enumerate(statements, 1)))
+
+
+# What a request brings (Caller.context, gateway/api/permissions.py), or would bring if there were such a thing here: no service calls on
+# somebody's behalf, and nobody has a second factor, which policies ask about by its absence.
+_KEYS = frozenset(
+    {
+        "aws:sourceip", "aws:securetransport", "aws:principalarn", "aws:principalaccount", "aws:principaltype", "aws:username",
+        "aws:userid", "aws:useragent", "aws:currenttime", "aws:epochtime", "aws:tokenissuetime", "aws:requestedregion", "aws:tagkeys",
+        "aws:multifactorauthpresent", "aws:multifactorauthage", "aws:viaawsservice", "iam:passedtoservice",
+    }
+)  # fmt: skip
+_TAGS = ("aws:resourcetag/", "aws:requesttag/")
+
+
+def check(document: Any) -> None:
+    """For a policy that somebody gives us: also its conditions are such as can be judged. Raises PolicyError: a Deny by a key that no
+    request has, or by a value that is none, would never deny."""
+    for at, statement in enumerate(parse(document).statements, 1):
+        for condition in statement.conditions:
+            where = f"Statement {at}: Condition"
+            if condition.key not in _KEYS and not condition.key.startswith(_TAGS):
+                raise PolicyError(f"{where}: the key {condition.key} is not evaluated here")
+            for value in condition.values:
+                if "${" not in value and not _is_value(_NEGATED.get(condition.operator, condition.operator), value):
+                    raise PolicyError(f"{where}: {value} is no value for {condition.operator}")
+
+
+def _is_value(operator: str, value: str) -> bool:
+    try:
+        if operator == "IpAddress":
+            ipaddress.ip_network(value, strict=False)
+        elif operator.startswith("Numeric"):
+            float(value)
+        elif operator.startswith("Date"):
+            _moment(value)
+        elif operator in ("Bool", "Null"):
+            return value.lower() in ("true", "false")
+    except ValueError:
+        return False
+    return True
 
 
 def _only(given: dict[str, Any], known: set[str], where: str) -> None:

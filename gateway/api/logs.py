@@ -27,6 +27,14 @@ _READS = Pool("log reads", 2, 300.0)  # a stream has 64 MiB
 T = TypeVar("T")
 
 
+def _spellings(group: str) -> set[str]:
+    """Returns the names of one group: a policy that denies either denies it, and one that allows either allows it."""
+    real, announced = GROUP_PREFIX, _ANNOUNCED_PREFIX
+    if group.startswith(announced):
+        return {group, real + group.removeprefix(announced)}
+    return {group, announced + group.removeprefix(real)} if group.startswith(real) else {group}
+
+
 class LogsNotFound(ApiError):
     kind, status = "ResourceNotFoundException", 400
 
@@ -58,8 +66,10 @@ class Logs:
         if handler is None:
             raise UnknownOperation(f"{name} is not served here: only {', '.join(self._handlers)}")
         group = "*" if name == "DescribeLogGroups" else _text(call, "logGroupName") or _text(call, "logGroupIdentifier")
-        arn = self._arn(caller.account, group.rpartition("log-group:")[2])
-        if caller.policy.decide(f"logs:{name}", arn, caller.context()) is not Decision.ALLOW:
+        asked = group.rpartition("log-group:")[2].removesuffix(":*")
+        arn = self._arn(caller.account, asked)
+        judged = {caller.policy.decide(f"logs:{name}", self._arn(caller.account, one), caller.context()) for one in _spellings(asked)}
+        if Decision.EXPLICIT_DENY in judged or Decision.ALLOW not in judged:
             raise AccessDenied(f"User: {caller.arn} is not authorized to perform: logs:{name} on resource: {arn}")
         return await _READS.run(handler, caller.account, call)
 

@@ -4,6 +4,7 @@ reply, audit."""
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -177,16 +178,17 @@ class ApiServer:
 
     def _authenticate(self, exchange: Exchange, path: str, query: str, body: bytes) -> Caller:
         request = exchange.request
-        headers = {name.lower(): ",".join(request.headers.getall(name)) for name in request.headers}
+        headers = {name.lower(): ",".join(" ".join(value.split()) for value in request.headers.getall(name)) for name in request.headers}
         signed = sigv4.SignedRequest(request.method, path, query, headers, body)
         claimed = sigv4.parse(signed)
         exchange.access_key = claimed.key
+        sigv4.check_service(claimed, exchange.source.partition(".")[0])
         sigv4.verify(signed, claimed, self._directory.secret(claimed.key, claimed.token), self._region, self._skew_seconds)
         if self._directory.is_expired(claimed.token):
             raise SignatureError("ExpiredTokenException", "The security token included in the request is expired")
         return self._directory.caller(
             claimed.key, claimed.token, source=request.remote or "", user_agent=request.headers.get("User-Agent", ""),
-            secure=request.secure,
+            secure=request.secure, region=self._region, at=time.time(),
         )  # fmt: skip
 
     def _throttle(self, caller: Caller, operation: Operation) -> None:

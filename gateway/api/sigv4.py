@@ -14,7 +14,8 @@ from urllib.parse import parse_qsl, quote, unquote
 from .errors import SignatureError
 
 _ALGORITHM = "AWS4-HMAC-SHA256"
-_AUTHORIZATION = re.compile(r"AWS4-HMAC-SHA256\s+Credential=([^,\s]+)\s*,\s*SignedHeaders=([^,\s]+)\s*,\s*Signature=([0-9a-f]{64})\s*\Z")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_PARTS = {"Credential", "SignedHeaders", "Signature"}
 _SCOPE = re.compile(r"([^/]+)/(\d{8})/([^/]+)/([^/]+)/aws4_request\Z")
 SERVICES = ("lambda", "logs", "sts", "servicequotas")
 _SECONDS = re.compile(r"[0-9]{1,7}")
@@ -57,15 +58,31 @@ def parse(request: SignedRequest) -> Signature:
     """Raises SignatureError where there is no signature, or half of one."""
     authorization = request.headers.get("authorization", "")
     if authorization:
-        match = _AUTHORIZATION.match(authorization)
-        if match is None:
-            raise SignatureError("IncompleteSignatureException", "The Authorization header is not a complete AWS4-HMAC-SHA256 signature.")
+        parts = _authorization(authorization)
         stamp, token = request.headers.get("x-amz-date", ""), request.headers.get("x-amz-security-token", "")
-        return Signature(*_scope(match[1]), tuple(match[2].split(";")), match[3], stamp, token)
+        return Signature(*_scope(parts["Credential"]), tuple(parts["SignedHeaders"].split(";")), parts["Signature"], stamp, token)
     query = dict(parse_qsl(request.query, keep_blank_values=True))
     if "X-Amz-Signature" not in query and "X-Amz-Algorithm" not in query:
         raise SignatureError("MissingAuthenticationTokenException", "Missing Authentication Token")
     return _from_query(query)
+
+
+def _authorization(text: str) -> dict[str, str]:
+    """Returns the parts, which may come in any order, each once. Raises SignatureError."""
+    algorithm, _, rest = text.strip().partition(" ")
+    pairs = [part.strip().partition("=")[::2] for part in rest.split(",")]
+    parts = dict(pairs)
+    is_whole = parts.keys() == _PARTS and len(pairs) == len(parts) and _DIGEST.fullmatch(parts["Signature"])
+    if algorithm != _ALGORITHM or not is_whole:
+        raise SignatureError("IncompleteSignatureException", "The Authorization header is not a complete AWS4-HMAC-SHA256 signature.")
+    return parts
+
+
+def check_service(claimed: Signature, service: str) -> None:
+    """A signature is for one service: a URL that was signed for somebody to ask STS who its signer is says nothing to the others. Raises
+    SignatureError."""
+    if claimed.service != service:
+        raise SignatureError("InvalidSignatureException", f"Credential should be scoped to correct service: '{service}'.")
 
 
 def _scope(credential: str) -> tuple[str, str, str, str]:
@@ -124,7 +141,7 @@ def canonical_path(path: str) -> str:
 
 
 def canonical_request(request: SignedRequest, signed: tuple[str, ...], payload_hash: str) -> str:
-    fields = "".join(f"{name}:{','.join(' '.join(v.split()) for v in request.headers.get(name, '').split(','))}\n" for name in signed)
+    fields = "".join(f"{name}:{' '.join(request.headers.get(name, '').split())}\n" for name in signed)
     return "\n".join([request.method, canonical_path(request.path), canonical_query(request.query), fields, ";".join(signed), payload_hash])
 
 
@@ -154,7 +171,7 @@ def verify(
     if "host" not in claimed.signed or list(claimed.signed) != sorted(claimed.signed):
         raise SignatureError("InvalidSignatureException", "'Host' must be a 'SignedHeader' in the AWS Authorization.")
     unsigned = sorted(name for name in request.headers if name.startswith("x-amz-") and name not in claimed.signed)
-    if unsigned and claimed.lives_seconds is None and unsigned != ["x-amz-content-sha256"]:
+    if unsigned and unsigned != ["x-amz-content-sha256"]:
         raise SignatureError("InvalidSignatureException", f"'{unsigned[0]}' must be a 'SignedHeader' in the AWS Authorization.")
     payload_hash = hashlib.sha256(request.body).hexdigest()
     if request.headers.get("x-amz-content-sha256", payload_hash) != payload_hash:
