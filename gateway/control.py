@@ -49,7 +49,7 @@ from .sessions.shipping import Shipper, default_client
 from .sessions.states import Event, State
 from .sessions.store import Store, StoreError
 from .sessions.transitions import Observer
-from .tokens import Minter
+from .tokens import SHELL, Checker, Minter, TokenError
 
 log = structlog.get_logger()
 
@@ -70,6 +70,7 @@ class Control:
         self.minter = _minter(directory / "keys.json")
         self.routes = Routes(settings.edge.worker_count, settings.suspend.workers_seconds)
         self.routes.keys = self.minter.verifiers()
+        self._checker = Checker(self.routes.keys)
         self.logs = LogStore(directory / "logs")
         self.faults = FaultLog(self.logs)
         self._explaining: set[str] = set()  # sessions whose guest is asked what listens
@@ -217,11 +218,21 @@ class Control:
         return self.faults.read(session, body.after)
 
     async def rpc_shell(self, connection: Connection, body: m.ShellRequest) -> Reply:
-        """Raises ShellsFull, AgentError."""
+        """Raises RpcError, ShellsFull, AgentError."""
+        self._check_shell(body)
         session = self.store.sessions.get(body.session)
         if session is None or session.incarnation != body.incarnation:
             raise AgentError("the MicroVM is not running")
         return Reply(None, [self.lifecycle.agent(session).shells.open(body.columns, body.rows).detach()])
+
+    def _check_shell(self, body: m.ShellRequest) -> None:
+        """An edge alone opens none: a shell is root's. The token may have expired while its request was held. Raises RpcError."""
+        try:
+            grant = self._checker.verify(body.token, time.time() - self.settings.edge.hold_seconds)
+        except TokenError as error:
+            raise RpcError("NotAllowed", f"a shell needs its token: {error}") from error
+        if grant.kind != SHELL or grant.session != body.session:
+            raise RpcError("NotAllowed", "the token is not for this microVM's shell")
 
     async def rpc_traces(self, connection: Connection, body: m.SessionName) -> list[m.Trace]:
         """Returns the steps of a session's last launch or resume, and of its last suspend."""
@@ -288,6 +299,7 @@ class Control:
     async def rotate_keys(self) -> None:
         """Makes a new key for tokens when the newest is old, and sends the workers what checks them."""
         if await executors.LATENCY.run(self.minter.rotate_if_due):
+            self._checker = Checker(self.minter.verifiers())
             self.routes.publish_keys(self.minter.verifiers())
 
 

@@ -467,13 +467,14 @@ class Counters(msgspec.Struct):
 
 
 class ShellRequest(msgspec.Struct):
-    """edge -> control: opens a shell in a running session; the answer is one end of a socket pair (SOCK_SEQPACKET), on which a message is
-    a byte of kind and its payload."""
+    """edge -> control: opens a shell in a running session for whoever sent `token`; the answer is one end of a socket pair
+    (SOCK_SEQPACKET), on which a message is a byte of kind and its payload."""
 
-    session: str
-    incarnation: int
-    columns: int
-    rows: int
+    session: SessionId
+    incarnation: Incarnation
+    columns: Annotated[int, Meta(ge=0, le=65535)]
+    rows: Annotated[int, Meta(ge=0, le=65535)]
+    token: Secret
 
 
 SHELL_INPUT: Final = b"i"  # edge -> control: what was typed

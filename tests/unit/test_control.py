@@ -26,6 +26,7 @@ from gateway.rpc import Connection, RpcError, Server, Service, connect
 from gateway.sessions.agent import frame
 from gateway.sessions.model import Archived, IdlePolicy, Session
 from gateway.sessions.states import State
+from gateway.tokens import SHELL
 
 ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a"
 
@@ -206,7 +207,7 @@ async def test_two_processes_of_one_slot_are_two_workers(rig: Rig) -> None:
     one = await rig.running("s1")
     old, _ = await joined(rig)
     new, _ = await joined(rig)
-    counts = metrics.edge_answers.labels("http/1.1", "2xx")
+    counts = metrics.edge_answers.labels("HTTP/1.1", "2xx")
     before = counts._value.get()
     for connection, answered, count in ((old, 100, 7), (new, 1, 2), (old, 101, 8)):
         await connection.call("counters", m.Counters({"HTTP/1.1": [0, 0, answered]}, 0, 0, {}))
@@ -223,7 +224,7 @@ async def test_refusals_say_what_they_are(rig: Rig) -> None:
     connection, _ = await joined(rig)
     for method, body, kind in (
         ("traces", m.SessionName("unknown"), "NotFound"), ("microvm_log", m.LogRequest("unknown", 0), "NotFound"),
-        ("shell", m.ShellRequest("unknown", 1, 80, 24), "AgentError"),
+        ("shell", m.ShellRequest("unknown", 1, 80, 24, rig.control.minter.mint("unknown", [], 60, SHELL)), "AgentError"),
     ):  # fmt: skip
         with pytest.raises(RpcError) as refused:
             await connection.call(method, body)

@@ -417,7 +417,7 @@ class Exchange(ClientSide):
         gone: SessionGone | None = None
         try:
             if port == SHELL_PORT:
-                origin: OriginSide = await worker.upstream.shell(route)
+                origin: OriginSide = await worker.upstream.shell(route, head.token or "")
             else:
                 origin = await worker.upstream.connect(route, port, entry.opened_at, head, self._tried_again, deadline, self)
         except SessionGone as error:

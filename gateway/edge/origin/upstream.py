@@ -393,10 +393,10 @@ class Upstream:
 
     # ---- shells ----
 
-    async def shell(self, route: Route) -> ShellOrigin:
-        """Opens a new shell in the session. Raises ConnectFailed."""
+    async def shell(self, route: Route, token: str) -> ShellOrigin:
+        """Opens a new shell in the session for whoever has this token, which control checks again. Raises ConnectFailed."""
         try:
-            descriptor = await self._worker.open_shell(ShellRequest(route.session, route.incarnation, _COLUMNS, _ROWS))
+            descriptor = await self._worker.open_shell(ShellRequest(route.session, route.incarnation, _COLUMNS, _ROWS, token))
         except RpcError as error:
             raise ConnectFailed(str(error)) from error
         origin = ShellOrigin(self._context, (route.session, route.incarnation, SHELL_PORT), socket.socket(fileno=descriptor))

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from typing import Final
 
 from .access_log import AccessLog
 from .record import PROTOCOLS
 
-_LOW: Final = 4096
-_ENDS = [b"%03x" % number for number in range(_LOW)]
+_READY: Final = 256  # ids that are made at once
+_ID_BYTES: Final = 8
 
 
 class Counters:
     """Numbers the requests of one worker and counts their answers; `access` is its access log, where one is kept."""
 
-    __slots__ = ("_next", "_prefix", "_start", "access", "answers")
+    __slots__ = ("_prefix", "_ready", "access", "answers")
 
     def __init__(self, access: AccessLog | None) -> None:
         self.access = access
         self.answers = [[0] * 10 for _ in PROTOCOLS]  # by protocol and first digit of the status
-        self._prefix = f"{uuid.uuid4()}"[:24].encode("ascii")
-        self._next = 0
-        self._start = b""
+        self._prefix = f"{uuid.uuid4()}"[:20].encode("ascii")
+        self._ready: list[bytes] = []
 
     def request_id(self) -> bytes:
-        """Returns an id in the form of a UUID: 24 characters are random for each worker, the other 12 count its requests."""
-        low = self._next % _LOW
-        if not low:
-            self._start = b"%b%09x" % (self._prefix, self._next // _LOW)
-        self._next += 1
-        return self._start + _ENDS[low]
+        """Returns an id in the form of a UUID: 20 characters are random for each worker, 60 bits for each request. Who gets two of them
+        learns nothing of how many others came between."""
+        if not self._ready:
+            self._make()
+        return self._ready.pop()
+
+    def _make(self) -> None:
+        digits, each = os.urandom(_READY * _ID_BYTES).hex().encode("ascii"), 2 * _ID_BYTES
+        self._ready = [b"%b%b-%b" % (self._prefix, digits[at : at + 3], digits[at + 4 : at + each]) for at in range(0, len(digits), each)]
 
     def count(self, protocol: int, status: int) -> None:
         """Counts a request that has ended."""
