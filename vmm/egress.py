@@ -29,10 +29,10 @@ from .namespaces import destroy_namespace, inside, make_namespace, run_batch, ru
 
 DEVICE = "up0"
 METADATA_ADDRESS = "169.254.169.254"
-# RFC 6890: what is not the internet.
+# What is not the internet: RFC 6890, and Azure's own address for its virtual machines (its WireServer), which is a public one.
 CLOSED = (
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.168.0.0/16",
-    "198.18.0.0/15", "224.0.0.0/3",
+    "198.18.0.0/15", "224.0.0.0/3", "168.63.129.16/32",
 )  # fmt: skip
 _DEADLINE_SECONDS = 20
 _WAN = "wan0"
@@ -48,6 +48,7 @@ type filter hook input priority 0; policy drop;
 }}
 chain forward {{
 type filter hook forward priority 0; policy drop;
+ct state invalid drop
 ct state established,related accept
 iifname != {_WAN} oifname {_WAN} ct state new accept
 }}
@@ -59,14 +60,20 @@ oifname {_WAN} masquerade
 """
 
 
-def link_rules(tap: str, accepts: list[str], closed: list[str]) -> str:
-    """Returns the table of one link: translation, and what may pass. `accepts` are nft matches."""
-    drops = f"iifname {tap} ip daddr {{ {', '.join(closed)} }} drop\n" if closed else ""
+NOT_OURS = "ct state invalid drop\niifname {tap} ip saddr != {guest} drop\n"
+
+
+def link_rules(tap: str, guest: str, accepts: list[str], closed: list[str]) -> str:
+    """Returns the table of one link: translation, and what may pass. `accepts` are nft matches. What belongs to no connection is not
+    translated, and would leave with whatever source a guest gave it; a guest has one address."""
+    merged = ipaddress.collapse_addresses(map(ipaddress.IPv4Network, closed))  # an nft set takes no ranges that overlap
+    drops = f"iifname {tap} ip daddr {{ {', '.join(map(str, merged))} }} drop\n" if closed else ""
     passes = "".join(f"iifname {tap} {match} accept\n" for match in accepts)
     return (
         "table ip egress\ndelete table ip egress\n"
         "table ip egress {\n"
-        "chain forward {\ntype filter hook forward priority 0; policy drop;\nct state established,related accept\n"
+        "chain forward {\ntype filter hook forward priority 0; policy drop;\n"
+        f"{NOT_OURS.format(tap=tap, guest=guest)}ct state established,related accept\n"
         f"{drops}{passes}}}\n"
         f"chain translate {{\ntype nat hook postrouting priority srcnat;\noifname {DEVICE} masquerade\n}}\n}}\n"
     )
@@ -240,9 +247,9 @@ class Uplink:
         """The link is gone: its addresses are another one's some day. The veth went with its namespace."""
         self._links.give_back(link)
 
-    def internet(self, tap: str) -> str:
+    def internet(self, tap: str, guest: str) -> str:
         """Returns the rules of INTERNET_EGRESS: TCP, to the internet only; UDP is shut, as the service has it."""
-        return link_rules(tap, ["ip protocol tcp"], [*CLOSED, *self._local])
+        return link_rules(tap, guest, ["ip protocol tcp"], [*CLOSED, *self._local])
 
     def _ends_of(self, pair: int) -> Ends:
         return Ends(str(self._pool[2 * pair]), str(self._pool[2 * pair + 1]))

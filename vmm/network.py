@@ -189,9 +189,9 @@ class Network:
 
         def work() -> None:
             if not rules.internet:
-                run_nft(link_rules(TAP, accepts_of(rules), []))
+                run_nft(link_rules(TAP, GUEST_ADDRESS, accepts_of(rules), []))
             elif link.path not in self._current:
-                run_nft(self._uplink.internet(TAP))
+                run_nft(self._uplink.internet(TAP, GUEST_ADDRESS))
                 self._current.add(link.path)
             Path("/proc/sys/net/ipv4/ip_forward").write_text("1", encoding="ascii")
 
@@ -265,7 +265,7 @@ class Network:
             commands = SETUP + (SETUP6 if _has_ipv6() else "")
             if self._uplink.is_open:
                 commands += self._uplink.attach(path.name, path)
-                run_nft(self._uplink.internet(TAP))
+                run_nft(self._uplink.internet(TAP, GUEST_ADDRESS))
                 self._current.add(path)
             run_batch(commands)
             Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(PORTS, encoding="ascii")
