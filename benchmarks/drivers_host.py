@@ -119,7 +119,8 @@ class Side:
 
     async def load(self, what: str, session: str, incarnation: int, source: Path) -> tuple[Machine, Link]:
         """Until the first byte of an answer; what the service makes ahead is there before."""
-        machine, link = await self.driver.standby(self.image), await self.network.take()
+        machine = await self.driver.standby(self.image)
+        link = machine.take_link() or await self.network.take()
         machine.record.session, machine.record.incarnation = session, incarnation
         nonce = secrets.randbits(63)
         with await self.socket(link) as ready:
@@ -202,7 +203,7 @@ async def sides(directory: Path) -> AsyncIterator[tuple[Side, Side]]:
             driver = QemuDriver(QemuAssets(cache), place / "boots", sandboxes, cgroups, network)
         else:
             (place / "jails").mkdir()
-            driver = FirecrackerDriver(programs, FirecrackerAssets(cache), place / "jails", sandboxes, cgroups)
+            driver = FirecrackerDriver(programs, FirecrackerAssets(cache), place / "jails", sandboxes, cgroups, network=network)
         network.start(set(), 2, driver.takes_taps)
         made.append((Side(name, driver, network, directory), cgroups))
     try:

@@ -66,6 +66,10 @@ class Machine(Protocol):
     def save_record(self) -> None:
         """Writes the record where a restarted daemon finds it."""
 
+    def take_link(self) -> Link | None:
+        """Returns the link in which a standby's process waits already: it is the caller's from then on, and its session's. None where the
+        session's own will do."""
+
     async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
         """Gives a standby the session's disk, network, changed pages and device state (an image has no changed pages). It does
         not run yet. Raises VmmError: Unavailable for all that says nothing about the snapshot, and leaves that as it was."""
@@ -109,8 +113,8 @@ class Driver(Protocol):
     def takes_taps(self) -> bool:
         """Whether its processes are given open taps; otherwise they open them themselves, and nobody else may have them open."""
 
-    async def standby(self, image: Path) -> Machine:
-        """Returns a process that waits for a session of this image."""
+    async def standby(self, image: Path, link: Link | None = None) -> Machine:
+        """Returns a process that waits for a session of this image; `link` is that session's, where it is known."""
 
     async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> Machine:
         """Boots an image's machine for the first time, up to where its agent answers and waits for its disk."""

@@ -32,4 +32,4 @@ def choose(settings: Settings, hypervisor: str, cgroups: Cgroups, network: Netwo
     with contextlib.suppress(OSError):  # a full disk is told of by others
         if not disks.shares_blocks(settings.root):
             log.warning("disks.copied", root=str(settings.root), text=disks.COPIED)
-    return FirecrackerDriver(programs, FirecrackerAssets(cache), settings.root / "jails", sandboxes, cgroups, settings.devices)
+    return FirecrackerDriver(programs, FirecrackerAssets(cache), settings.root / "jails", sandboxes, cgroups, settings.devices, network)

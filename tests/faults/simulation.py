@@ -46,6 +46,9 @@ class Machine:
     def save_record(self) -> None:
         sandboxes.save_record(self._directory, self.record)
 
+    def take_link(self) -> Link | None:
+        return None
+
     async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
         self.record.link = link.name
         try:
@@ -164,7 +167,10 @@ class Driver:
         self._directory = directory
         self.started = 0
 
-    async def standby(self, image: Path) -> Machine:
+    def counts(self) -> dict[str, int]:
+        return {}
+
+    async def standby(self, image: Path, link: Link | None = None) -> Machine:
         return await self._spawn(image, manifest.read(image, "qemu").shape)
 
     async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> Machine:

@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,7 +198,8 @@ async def test_a_prepare_that_fails_in_whatever_way_keeps_neither_link_nor_hyper
     async def take(*arguments: object) -> Any:
         return machine if arguments else link
 
-    machine.prepare = prepare  # type: ignore[attr-defined]
+    machine.prepare, machine.take_link = prepare, lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setattr(calls(vmm), "_driver", SimpleNamespace(takes_taps=True))
     monkeypatch.setattr(vmm.standbys, "take", take)
     monkeypatch.setattr(vmm.network, "take", take)
     if parked:

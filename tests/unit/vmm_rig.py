@@ -134,8 +134,14 @@ class Machine:
         self._dirty: set[int] = set()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._overlay = Path()
+        self.own_link: Link | None = None
+        self.waits_in: Link | None = None
 
     def save_record(self) -> None: ...
+
+    def take_link(self) -> Link | None:
+        link, self.own_link = self.own_link, None
+        return link
 
     async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
         await self.host.points.point("load")
@@ -196,6 +202,8 @@ class Machine:
             asyncio.get_running_loop().call_soon(self.die)
             raise TimeoutError
         self.die()
+        if (link := self.take_link()) is not None and self.host.network is not None:
+            await self.host.network.release(link)
         await self.wait()
 
     def die(self) -> None:
@@ -232,6 +240,7 @@ class Host:
         self.failing: dict[str, int] = {}
         self.counted: dict[str, int] = {}  # by session, what its guest has counted to last
         self._made = 0
+        self.network: Network | None = None  # where standbys wait
 
     def fail(self, step: str) -> None:
         if self.failing.get(step):
@@ -241,12 +250,18 @@ class Host:
     def descriptor(self) -> int:
         return 0
 
-    async def standby(self, image: Path) -> Machine:
+    async def standby(self, image: Path, link: Link | None = None) -> Machine:
         await self.points.point("standby")
         self._made += 1
         made = Machine(self, f"vm-{self._made}")
         self.alive.add(made)
+        if self.network is not None and link is None:
+            made.own_link = link = await self.network.take()
+        made.waits_in = link
         return made
+
+    def counts(self) -> dict[str, int]:
+        return {}
 
     def records(self) -> list[Process]:
         return []

@@ -15,7 +15,8 @@ import pytest
 from test_drivers import Life, Rig, life, programs, spawned
 
 from gateway.config import Devices
-from vmm import manifest, processor
+from vmm import disks, manifest, processor
+from vmm.driver import Machine
 from vmm.errors import Refused
 from vmm.firecracker import limits
 from vmm.firecracker.api import Api, ApiError
@@ -103,6 +104,48 @@ def test_what_firecracker_counts_is_read_when_it_is_saved(life: Life) -> None:
         await second.wait()
 
     life(counted, "firecracker")
+
+
+def test_a_standby_of_firecracker_waits_in_the_link_that_becomes_its_sessions(life: Life) -> None:
+    async def waits(one: Rig) -> None:
+        """And it is loaded there. One that nobody takes gives its link back, and a session that kept its own has a process in that."""
+        one.driver = one.make()
+        assert isinstance(one.driver, FirecrackerDriver)
+        one.driver._network = one.network
+        machine = await one.driver.standby(one.image)
+        link = machine.take_link()
+        assert link is not None and machine.take_link() is None and namespace_of(machine) == link.path.stat().st_ino
+        pid = machine.record.pid
+        overlay = one.snapshots.overlay("first")
+        overlay.parent.mkdir(parents=True)
+        disks.copy_overlay(one.image / one.driver.disk_template, overlay)
+        machine.record.session, machine.record.incarnation = "first", 1
+        await machine.prepare(one.image, overlay, link)
+        (await one.woken(machine)).close()
+        assert machine.record.pid == pid and machine.record.link == link.name
+        snapshot = await one.saved(machine)
+        await machine.kill()
+        assert link.path.exists(), "its session may have kept it"
+
+        unused = await one.driver.standby(one.image)
+        assert unused.own_link is not None
+        path = unused.own_link.path
+        await unused.kill()
+        assert not path.exists()
+
+        again = await one.driver.standby(one.image, link)
+        assert again.take_link() is None and namespace_of(again) == link.path.stat().st_ino
+        again.record.session, again.record.incarnation = "first", 2
+        await again.prepare(snapshot, overlay, link)
+        (await one.woken(again)).close()
+        await again.kill()
+        await one.network.release(link)
+
+    life(waits, "firecracker")
+
+
+def namespace_of(machine: Machine) -> int:
+    return Path(f"/proc/{machine.record.pid}/ns/net").stat().st_ino
 
 
 def test_devices_are_configured_before_the_guest_and_by_what_firecracker_knows(life: Life) -> None:

@@ -25,7 +25,7 @@ from ..cgroups import Cgroups
 from ..driver import DEVICES, GUEST_CID, UNSAVED, Machine, Process, Sealed, Shape
 from ..errors import Missing, explained, not_loaded, not_written
 from ..manifest import Manifest
-from ..network import GUEST_MAC, TAP, Link
+from ..network import GUEST_MAC, TAP, Link, Network
 from ..provenance import Provenance
 from ..sandboxes import SandboxAllocator, VmSandbox, is_alive
 from ..snapshots import sync
@@ -61,15 +61,18 @@ class FirecrackerDriver:
     takes_taps = False
 
     def __init__(
-        self, programs: Programs, assets: Assets, jails: Path, sandboxes: SandboxAllocator, cgroups: Cgroups, devices: Devices | None = None
+        self, programs: Programs, assets: Assets, jails: Path, sandboxes: SandboxAllocator, cgroups: Cgroups,
+        devices: Devices | None = None, network: Network | None = None,
     ) -> None:  # fmt: skip
+        """`network`: where standbys wait; without one they are started when their sessions come."""
         self._programs, self._assets, self._jails, self._sandboxes, self._cgroups = programs, assets, jails, sandboxes, cgroups
         self._devices = devices or Devices()
+        self._network = network
         self._warmed: set[str] = set()
         self._counts: Counter[str] = Counter()
         self._lent: list[str] = []
 
-    async def standby(self, image: Path) -> FirecrackerMachine:
+    async def standby(self, image: Path, link: Link | None = None) -> FirecrackerMachine:
         known = manifest.read(image, NAME)
         try:
             await executors.LATENCY.run(self._check_processor, image.name, known)
@@ -85,6 +88,14 @@ class FirecrackerDriver:
         except OSError as error:
             await machine.kill()
             raise not_loaded(error, f"image {image.name} could not be put into a jail: {error}", image / MEMORY) from error
+        try:
+            if link is None and self._network is not None:
+                link = machine.own_link = await self._network.take()
+            if link is not None:
+                await machine.spawn(link)
+        except BaseException:
+            await asyncio.shield(machine.kill())
+            raise
         return machine
 
     async def boot(self, image: Path, shape: Shape, link: Link, console: int) -> FirecrackerMachine:
@@ -209,6 +220,8 @@ class FirecrackerDriver:
         return self._counts
 
     async def _remove(self, machine: FirecrackerMachine) -> None:
+        if self._network is not None and (link := machine.take_link()) is not None:
+            await self._network.release(link)
         await self._sandboxes.release(machine.sandbox)
         machine.jail.remove()
 

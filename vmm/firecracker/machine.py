@@ -1,7 +1,7 @@
 """One jailed Firecracker process, and what a session's life asks of it.
 
-Unlike QEMU's, a standby is no process yet: the jailer enters a network namespace before it starts Firecracker, and which one is
-known only when a session comes. What can be made ahead is: root, user, control group, links to the image's files.
+The jailer enters a network namespace before it starts Firecracker, and no other one after. So a standby waits in a link of its own, which
+becomes its session's; a session that sleeps with streams has kept its own, and gets a process that is started there.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class FirecrackerMachine(WatchedProcess):
         self._counts = counts
         self._pipe: CountsPipe | None = None
         self._api: Api | None = None
+        self.own_link: Link | None = None  # in which a standby waits for its session
         self.boots = False  # and has not been heard of yet
         self._image_made: Provenance | None = None
 
@@ -133,22 +134,29 @@ class FirecrackerMachine(WatchedProcess):
 
     # ---- what a session's life asks ----
 
+    def take_link(self) -> Link | None:
+        link, self.own_link = self.own_link, None
+        return link
+
     async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
         try:
             self.jail.give(overlay, DISK, writable=True)
             self.jail.give(snapshot / DEVICES, STATE)
-            await self.spawn(link)
-            self.steps.mark("process started")
+            if self._api is None:
+                await self.spawn(link)
+                self.steps.mark("process started")
             await self.api.put(
                 "/snapshot/load", self._seconds, snapshot_path=f"/{STATE}",
                 mem_backend={"backend_type": "File", "backend_path": f"/{MEMORY}"}, resume_vm=False,
                 network_overrides=[{"iface_id": NETWORK, "host_dev_name": TAP}], **tracking(self.api.version),
             )  # fmt: skip
             self.steps.mark("device state loaded")
-            if (snapshot / diffs.MANIFEST).exists():
+            is_image = not (snapshot / diffs.MANIFEST).exists()
+            if not is_image:
                 await self._load_memory(snapshot)
                 self.steps.mark("memory written and checked")
-            await self._limit()
+            if not is_image or self._devices != Devices():  # an image's devices have no limits
+                await self._limit()
         except (ApiError, OSError, LookupError) as error:
             why = await self.why(error)
             text = f"session {self.record.session} could not be loaded from {snapshot}: {why}"
@@ -293,6 +301,7 @@ class FirecrackerMachine(WatchedProcess):
             self.save_record()
             self.steps.mark("stop")
             await self._create_snapshot("Diff")
+            flushed = asyncio.get_running_loop().create_task(self._flush())  # beside what follows
             self.jail.take(STATE, directory / DEVICES)
             summed = await executors.LATENCY.run(diffs.checksum, directory / DEVICES)
             written = self.jail.root / OUT / MEMORY
@@ -305,13 +314,17 @@ class FirecrackerMachine(WatchedProcess):
                 pages = await executors.LATENCY.run(memory.pack, written, directory, number, seconds=self._seconds)
             written.unlink()
             self.steps.mark("devices and changed pages written")
-            with contextlib.suppress(ApiError):  # it may be ended at any time from now on
-                await self.api.put("/actions", _FLUSH_SECONDS, action_type="FlushMetrics")
+            await flushed
             return [summed, *pages]
         except (ApiError, OSError, LookupError) as error:
             if self._ended.done():
                 raise self._failed(error, f"session {self.record.session} could not be saved: {await self.why(error)}") from error
             raise not_written(error, f"the snapshot in {directory}", f"session {self.record.session} could not be saved") from error
+
+    async def _flush(self) -> None:
+        """It may be ended at any time from now on: what it has counted since the last minute is written."""
+        with contextlib.suppress(ApiError):
+            await self.api.put("/actions", _FLUSH_SECONDS, action_type="FlushMetrics")
 
     async def seal(self, state: Path) -> Path:
         """Stops a booted guest and writes all of its memory; returns where that is. Raises ApiError, OSError."""

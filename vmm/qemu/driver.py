@@ -88,7 +88,7 @@ class QemuDriver:
         self._shared: dict[str, asyncio.Task[_Shared]] = {}
         self._machines: set[QemuMachine] = set()
 
-    async def standby(self, image: Path) -> QemuMachine:
+    async def standby(self, image: Path, link: Link | None = None) -> QemuMachine:
         known = manifest.read(image, NAME)
         shape, root = known.shape, self._root_of(known.made, f"image {image.name}")
         made = msgspec.structs.replace(

@@ -136,6 +136,10 @@ class QemuMachine(WatchedProcess):
         await self.state.await_load(self.qmp)
         self._channel = await self.agent()
 
+    def take_link(self) -> Link | None:
+        """It is given a tap, whatever namespace that is from."""
+        return None
+
     async def prepare(self, snapshot: Path, overlay: Path, link: Link) -> None:
         self.record.link = link.name
         try:

@@ -19,7 +19,7 @@ from ..diffs import Manifest
 from ..driver import Driver, Machine
 from ..errors import Damaged, DiskFull, Ended, Missing, NeverRan, Refused, Unavailable, VmmError, not_written, unreadable
 from ..images import Images
-from ..network import Network
+from ..network import Link, Network
 from ..snapshot_gc import SnapshotGc
 from ..snapshots import Snapshots
 from ..standbys import Standbys
@@ -94,11 +94,11 @@ class SessionCalls:
     async def _try(self, body: m.PrepareRequest, image: Path, snapshot: Path) -> None:
         """Whatever it raises, nothing of it is left: neither the link nor the hypervisor."""
         steps = self._vms.trace(body.session, "resume" if body.from_snapshot else "launch")
-        parked = self._vms.kept_links.pop(body.session, None)
-        link = parked or await self._network.take()
+        link = parked = self._vms.kept_links.pop(body.session, None)
         machine: Machine | None = None
         try:
-            machine = await self._standby(image, body.from_snapshot)
+            machine = await self._standby(image, body.from_snapshot, parked)
+            link = link or machine.take_link() or await self._network.take()
             machine.steps = steps
             steps.mark("standby and link taken")
             machine.record.session, machine.record.incarnation = body.session, body.incarnation
@@ -115,15 +115,18 @@ class SessionCalls:
             finally:
                 if parked is not None:
                     self._vms.kept_links[body.session] = parked
-                else:
+                elif link is not None:
                     await self._network.release(link)
             if isinstance(error, Ended):  # a hypervisor that had not run yet: the session has lost nothing
                 raise Unavailable(str(error)) from error
             raise
 
-    async def _standby(self, image: Path, is_resume: bool) -> Machine:
+    async def _standby(self, image: Path, is_resume: bool, parked: Link | None) -> Machine:
         """What is wrong with an image says nothing about the sleeper that needs it: that stays as it is."""
         try:
+            if parked is not None and not self._driver.takes_taps:  # one that waits elsewhere cannot come to it
+                self._standbys.want(image)
+                return await self._driver.standby(image, parked)
             return await self._standbys.take(image)
         except (Damaged, Missing) as error:
             if not is_resume:
