@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -15,18 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import structlog
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
-from gateway import executors
+from gateway import confine, executors
 from gateway.accounts.directory import Credentials
 from gateway.config import Settings
+
+log = structlog.get_logger()
 
 _URI = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([^\x00-\x1f]+?)(?:\?versionId=([^\s?&]+))?")
 _NO_TEXT = re.compile("[\ud800-\udfff]")
 _UNPACK_SECONDS = 180
 _CHUNK = 1 << 20
+_ENVIRONMENT = ("PATH", "LANG", "TZ", "HOME", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")  # without credentials
 _FETCH_SECONDS, _FETCH_BYTES_PER_SECOND = 120, 256 << 10  # and so many seconds more for each that came
 
 
@@ -123,6 +128,7 @@ async def unpack(settings: Settings, archive: Path, target: Path) -> None:
         sys.executable, "-m", "gateway.images.unpack", str(archive), str(target),
         str(limits.unpacked_bytes), str(limits.unpacked_entries), str(limits.ratio),
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     )  # fmt: skip
     try:
         async with asyncio.timeout(_UNPACK_SECONDS):
@@ -137,5 +143,7 @@ async def unpack(settings: Settings, archive: Path, target: Path) -> None:
         answer = json.loads(out)
     except ValueError as error:
         raise BuildFailed("ARCHIVE_INVALID", f"the artifact could not be unpacked: {errors.decode(errors='replace')[-200:]}") from error
+    if missing := {confine.LANDLOCK, confine.FILTER} - set(answer["walls"]):
+        log.warning("unpacker.less_confined", missing=sorted(missing))
     if answer["code"]:
         raise BuildFailed(answer["code"], answer["text"])

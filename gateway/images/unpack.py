@@ -1,10 +1,11 @@
 """Makes a build's context of an artifact. Run as a process of its own, without privileges: `python -m gateway.images.unpack ZIP TARGET …`.
+It has control's user, and before it looks at the artifact gives up all but that and the target (gateway/confine.py).
 
 A zip file is an untrusted program for its reader. What is safe comes out as it went in, whichever tool wrote it; what could leave
 the tree, exhaust the host or be more than a file is refused, and the text says which entry it was. The context is written as a tar
 archive, in which owners, modes, times and links are data: the builder unpacks it in its jail, and nothing here ever follows a link. Bytes
-are counted while they are written, because a header's sizes are only claims. Prints one JSON object, {"code", "text"}; the code is empty on
-success.
+are counted while they are written, because a header's sizes are only claims. Prints one JSON object, {"code", "text", "walls"}; the code
+is empty on success, and `walls` are those that stood.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+from gateway.confine import confine
 
 DOCKERFILE = "Dockerfile"
 CONTEXT = "context.tar"
@@ -322,7 +325,10 @@ def _main() -> None:
     # Of the context: its files, and what tar writes of each.
     most = int(max_bytes) + int(max_entries) * 8192
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    print(json.dumps(answer(Path(archive), Path(target), int(max_bytes), int(max_entries), int(max_ratio))))
+    # Python's own files are read while it runs, too: of a zip's names' encoding, say.
+    walls = confine([Path(archive), *(Path(one) for one in (*sys.path, "/usr", "/lib", "/lib64") if one)], [Path(target)])
+    told = answer(Path(archive), Path(target), int(max_bytes), int(max_entries), int(max_ratio))
+    print(json.dumps({**told, "walls": walls}))
 
 
 if __name__ == "__main__":

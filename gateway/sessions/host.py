@@ -195,7 +195,7 @@ class Host:
 
     async def build(self, request: m.BuildRequest, context: Path, dockerfile: Path) -> tuple[int, int]:
         """Starts a container build; returns the log and the phases to read."""
-        sources = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (context, dockerfile)]
+        sources = [os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC) for path in (context, dockerfile)]
         log, phases = await self._descriptors("build", request, 2, _BOOT_SECONDS, sources)
         return log, phases
 
