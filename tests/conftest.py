@@ -87,11 +87,13 @@ def instance(outside_world: Outside) -> Iterator[Instance]:
 
 
 @pytest.fixture(scope="session")
-def builds(instance: Instance) -> dict[str, str]:
-    """Both shared images' builds, under way together."""
-    plain = instance.create("app", instance.upload(app_files()))
-    hooked = instance.create("hooked", instance.upload(app_files(), "hooked.zip"), hooks=HOOKS, environmentVariables={"COLOUR": "blue"})
-    return {"app": plain, "hooked": hooked}
+def builds(request: pytest.FixtureRequest, instance: Instance) -> dict[str, str]:
+    """The builds of those shared images that the run's tests want, under way together."""
+    made = {"app": instance.create("app", instance.upload(app_files()))}
+    if any("hooked" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        uri = instance.upload(app_files(), "hooked.zip")
+        made["hooked"] = instance.create("hooked", uri, hooks=HOOKS, environmentVariables={"COLOUR": "blue"})
+    return made
 
 
 @pytest.fixture(scope="session")
