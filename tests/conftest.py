@@ -16,7 +16,7 @@ import pytest
 import uvloop
 from outside import NAME_SERVER, PORT, PRIVATE, Outside, outside
 from scratch import scratch
-from service import HOOKS, Instance, app_files, everywhere, free_port, served
+from service import HOOKS, PATIENCE, Instance, app_files, everywhere, free_port, served
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore looks for new ones.
 _QUIET = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
@@ -72,7 +72,7 @@ def outside_world(host_before: dict[str, set[str]]) -> Iterator[Outside]:
 @pytest.fixture(scope="session")
 def instance(outside_world: Outside) -> Iterator[Instance]:
     one = Instance(
-        "test", 700_000, IMAGES__START_SECONDS="20", EDGE__HOLD_SECONDS="30", EGRESS__CLOSED="false", EGRESS__UPLINK=outside_world.path,
+        "test", 700_000, IMAGES__START_SECONDS="20", EDGE__HOLD_SECONDS=str(30 * PATIENCE), EGRESS__CLOSED="false", EGRESS__UPLINK=outside_world.path,
         EGRESS__RESOLVERS=json.dumps([NAME_SERVER]), EGRESS__SUBNETS=json.dumps({"subnet-1": [f"{PRIVATE}/32"], "subnet-all": ["0.0.0.0/0"]}),
         EGRESS__SECURITY_GROUPS=json.dumps({"sg-1": [f"tcp:{PORT}"]}),
     )  # fmt: skip
