@@ -9,11 +9,13 @@ its manifest says. A session that is awake has no files that could be copied: it
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import os
 import shutil
 import sqlite3
+import stat
 import subprocess
 import tempfile
 import time
@@ -161,11 +163,22 @@ def _run(*command: str) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """With its owner and mode."""
+    """With its owner and mode. A link is followed by nobody: what it leads to would be control's after a restore. Raises BackupError."""
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    shutil.copy2(source, target)
-    status = source.stat()
-    os.chown(target, status.st_uid, status.st_gid)
+    try:
+        descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise BackupError(f"{source} is a link: put the file itself there") from error
+        raise
+    with os.fdopen(descriptor, "rb") as file, target.open("wb") as copy:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BackupError(f"{source} is no plain file")
+        shutil.copyfileobj(file, copy)
+        os.fchown(copy.fileno(), status.st_uid, status.st_gid)
+        os.fchmod(copy.fileno(), stat.S_IMODE(status.st_mode))
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def _copy_tree(source: Path, target: Path) -> None:

@@ -83,6 +83,7 @@ class Control:
         root_keys = self._access_keys()
         sealing = files.secret(directory / "sessions.key", "temporary credentials under way")
         self.directory = Directory(self.store, settings.account, root_keys, sealing)
+        self.directory.remains = lambda account: bool(self.logs.groups(account))
         store = settings.object_store
         artifacts = (store.access_key, store.secret_key) if store.access_key else next(iter(root_keys.items()))
         archive = Archive(settings, self.host, lambda: default_store(settings, artifacts))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+import stat
 from pathlib import Path
 
 import msgspec
@@ -40,12 +42,22 @@ def write(path: Path, data: bytes, mode: int, owner: int | None = None) -> None:
         os.close(directory)
 
 
+def read(path: Path) -> bytes:
+    """Reads a plain file and follows no link that stands in its place: root reads here what lies in another user's directory. Raises
+    OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "no plain file", str(path))
+        return file.read()
+
+
 def secret(path: Path, meaning: str) -> bytes:
     """Returns a random key that is made once, and read by its owner only. Raises ConfigError for a file that holds no whole key: an empty
     one, used as the key of an HMAC, would let anybody sign. `meaning`: what becomes invalid with another key."""
     if not path.exists():
         write(path, secrets.token_bytes(_SECRET_BYTES), 0o600)
-    key = path.read_bytes()
+    key = read(path)
     if len(key) != _SECRET_BYTES:
         raise ConfigError(
             f"{path} has {len(key)} bytes, a key has {_SECRET_BYTES}: restore it from a backup, or remove it ({meaning} become invalid)"
@@ -57,7 +69,7 @@ def secret(path: Path, meaning: str) -> bytes:
 def access_keys(path: Path) -> dict[str, str]:
     """Returns secrets by access key. Raises ConfigError for a file that holds none."""
     try:
-        keys = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+        keys = msgspec.json.decode(read(path), type=dict[str, str])
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}: restore it from a backup, or remove it (new access keys are made)") from error
     if not keys or not all(key and secret for key, secret in keys.items()):

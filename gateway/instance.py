@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from cryptography import x509
@@ -26,12 +27,15 @@ _CA_VARIABLES = (
     "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", "GIT_SSL_CAINFO",
     "CURL_CA_BUNDLE",
 )  # fmt: skip
+IDS = 3 * 65_536  # of the service's processes and hypervisors, from users.first on (gateway/config.py, Users)
+BUILD_RANGE = 1 << 20  # of the first account's builds (vmm/build_stores.py)
 _CA_DAYS, _LEAF_DAYS, _RENEW_DAYS = 3650, 397, 30
 
 
 def prepare(settings: Settings) -> None:
-    """Makes what is missing. Raises ConfigError when the unprivileged processes could not reach their files."""
+    """Makes what is missing. Raises ConfigError when the unprivileged processes could not reach their files, or are somebody else's too."""
     users = settings.users
+    check_ids(settings)
     for path in (settings.root, settings.runtime):
         path.mkdir(parents=True, exist_ok=True)
         check_reachable(path)
@@ -56,6 +60,42 @@ def prepare(settings: Settings) -> None:
     update_certificates(settings)
     keys = make_access_keys(settings)
     write_aws_profile(settings, *next(iter(keys.items())))
+
+
+def check_ids(settings: Settings, etc: Path = Path("/etc")) -> None:
+    """The service's processes are known to each other by their numeric ids. Whoever else has one of these, by name or as an id that he may
+    take in a user namespace (subuid(5)), would be that process. Raises ConfigError."""
+    users = settings.users
+    ours = {"users.first": (users.first, users.first + IDS), "users.builders": (users.builders, users.builders + BUILD_RANGE)}
+    for setting, (first, after) in ours.items():
+        for name, low, high in _others(etc):
+            if low < after and first < high:
+                raise ConfigError(
+                    f"{setting}: the ids {first} to {after - 1} are not the service's alone: {name} has {low} to {high - 1}; "
+                    f"set {setting} to the first of as many that nobody has, or take them out there"
+                )
+
+
+def _others(etc: Path) -> Iterator[tuple[str, int, int]]:
+    """Who has ids on this host: (name and file, first, after the last)."""
+    for file in ("passwd", "group"):
+        for fields in _fields(etc / file, 3):
+            if fields[2].isdigit():
+                yield f"{fields[0]} (/etc/{file})", int(fields[2]), int(fields[2]) + 1
+    for file in ("subuid", "subgid"):
+        for fields in _fields(etc / file, 3):
+            if fields[1].isdigit() and fields[2].isdigit():
+                yield f"{fields[0]} (/etc/{file})", int(fields[1]), int(fields[1]) + int(fields[2])
+
+
+def _fields(path: Path, count: int) -> Iterator[list[str]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        if len(fields := line.split(":")) >= count:
+            yield fields
 
 
 def check_reachable(path: Path) -> None:

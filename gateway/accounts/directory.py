@@ -66,6 +66,7 @@ class Directory:
         self._seal = seal
         self._clock = clock
         self._parsed: dict[str, tuple[object, policy.Policy]] = {}
+        self.remains: Callable[[str], bool] = lambda account: False  # whether something is kept of an account that is no more
 
     # ---- who signs ----
 
@@ -144,6 +145,8 @@ class Directory:
             raise DirectoryError(f"an account's number has 12 digits: {identifier}")
         if self.has(identifier):
             raise DirectoryError(f"account {identifier} exists already")
+        if self.remains(identifier):  # which whoever gets the number would read
+            raise DirectoryError(f"account {identifier} was here before, and its logs are kept: choose another number")
         account = Account(identifier, name, self._clock())
         self._store.put("accounts", identifier, account)
         await self._store.commit()

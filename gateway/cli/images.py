@@ -16,7 +16,7 @@ from gateway.sessions.logs import build_stream, default_group
 
 from . import context
 from .client import all_images, client, image_arn, role_arn, session, settings
-from .output import console, errors, fail, mib, show_json, show_table
+from .output import console, errors, fail, line_of, mib, show_json, show_table
 
 _BUCKET = "torpor-artifacts"
 _POLL_SECONDS = 0.3
@@ -160,7 +160,7 @@ def _print_new(
             return token
         if not quiet:
             for event in page["events"]:
-                print(event["message"], flush=True)
+                print(line_of(event["message"]), flush=True)
         before, token = token, str(page["nextForwardToken"])
         if token == before or not page["events"]:
             return token
@@ -170,7 +170,7 @@ def _print_last(name: str, version: str, build_id: str) -> None:
     """The end of a build's log, on standard error."""
     of = {"logGroupName": default_group(name), "logStreamName": build_stream(version, build_id)}
     for event in session().client("logs").get_log_events(**of, startFromHead=False, limit=_LAST_LINES)["events"]:
-        print(event["message"], file=sys.stderr, flush=True)
+        print(line_of(event["message"]), file=sys.stderr, flush=True)
 
 
 def images(

@@ -16,7 +16,7 @@ from gateway.sessions.logs import default_group, default_stream
 from .admin import microvm_log, tiers
 from .client import all_microvms, bundle, client, connector_arn, image_arn, resolve, role_arn, session
 from .images import find, print_build_log
-from .output import fail, show_json, show_table
+from .output import fail, line_of, show_json, show_table
 
 _POLL_SECONDS = 0.05
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -155,8 +155,21 @@ def curl(
         path = "/"
     endpoint = client().get_microvm(microvmIdentifier=identifier)["endpoint"]
     parts = _mint(identifier, [str(port)], 5)
-    headers = [word for name, value in parts.items() for word in ("-H", f"{name}: {value}")]
-    command = ["curl", "-sS", "--cacert", bundle(), *headers, "-H", f"X-aws-proxy-port: {port}", *context.args, f"https://{endpoint}{path}"]
+    secret = os.memfd_create("headers", 0)  # curl inherits it: what stands in a command is everybody's to read (ps)
+    os.write(secret, "".join(f"{name}: {value}\n" for name, value in parts.items()).encode())
+    os.lseek(secret, 0, os.SEEK_SET)
+    command = [
+        "curl",
+        "-sS",
+        "--cacert",
+        bundle(),
+        "-H",
+        f"@/proc/self/fd/{secret}",
+        "-H",
+        f"X-aws-proxy-port: {port}",
+        *context.args,
+        f"https://{endpoint}{path}",
+    ]
     os.execvp("curl", command)
 
 
@@ -189,7 +202,7 @@ def logs(
             page = {"events": [], "nextForwardToken": arguments.get("nextToken", "f/0")}
         kept = own.lines if own is not None else []
         for text in [event["message"] for event in page["events"]] + [line.text for line in kept]:
-            print(text, flush=True)
+            print(line_of(text), flush=True)
         arguments = {"nextToken": page["nextForwardToken"]}
         after = kept[-1].number if kept else after
         if not page["events"]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 # Without markup: an address, an ARN or an error's text may have square brackets.
+_CONTROL = {chr(number): f"^{chr(number ^ 0x40)}" for number in (*range(32), 127)}
 console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 errors = Console(stderr=True, highlight=False, markup=False)
 
@@ -24,6 +25,12 @@ def fail(text: str, code: int = 1) -> NoReturn:
 
 def no_instance(root: Path) -> NoReturn:
     fail(f"no instance at {root}: start one with `torpor serve`, or name it with TORPOR_ROOT")
+
+
+def line_of(text: str) -> str:
+    """Returns what a stranger's program wrote as one line for a terminal: control characters are shown and not obeyed, which could write to
+    the clipboard, set titles or overwrite other lines."""
+    return "".join(one if one.isprintable() or one == "\t" else _CONTROL.get(one, f"\\x{ord(one):02x}") for one in text)
 
 
 def show_json(value: Any) -> None:
