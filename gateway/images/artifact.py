@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import msgspec
 import structlog
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
@@ -115,6 +115,14 @@ def fetch(settings: Settings, credentials: Credentials, uri: str, target: Path) 
     return size
 
 
+class _Told(msgspec.Struct):
+    """What the process says at its end (gateway/images/unpack.py)."""
+
+    code: str
+    text: str
+    walls: list[str] = []
+
+
 async def unpack(settings: Settings, archive: Path, target: Path) -> None:
     """Writes the build's context and its Dockerfile (gateway.images.unpack) below `target`.
 
@@ -140,10 +148,10 @@ async def unpack(settings: Settings, archive: Path, target: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
     try:
-        answer = json.loads(out)
+        told = msgspec.json.decode(out, type=_Told)
     except ValueError as error:
         raise BuildFailed("ARCHIVE_INVALID", f"the artifact could not be unpacked: {errors.decode(errors='replace')[-200:]}") from error
-    if missing := {confine.LANDLOCK, confine.FILTER} - set(answer["walls"]):
+    if missing := {confine.LANDLOCK, confine.FILTER} - set(told.walls):
         log.warning("unpacker.less_confined", missing=sorted(missing))
-    if answer["code"]:
-        raise BuildFailed(answer["code"], answer["text"])
+    if told.code:
+        raise BuildFailed(told.code, told.text)
