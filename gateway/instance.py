@@ -19,7 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from . import files
 from .config import ConfigError, Settings
 
-_TICKETS_SECONDS = 12 * 3600
+_TICKETS_SECONDS, _TICKETS_BYTES = 12 * 3600, 80
 # What clients are pointed at us for: each answers here, what is not served of it with an error that says so.
 SERVED = ("lambda_microvms", "lambda_core", "cloudwatch_logs", "sts", "service_quotas")
 # Each family of clients has its own: OpenSSL (Python, Ruby) and Go, requests, aws and boto3, Node, gRPC, git, curl.
@@ -224,8 +224,9 @@ def update_certificates(settings: Settings) -> None:
     if edge.ocsp and not _is_same(directory / "edge.ocsp", answer := Path(edge.ocsp).read_bytes()):
         files.write(directory / "edge.ocsp", answer, 0o644, settings.users.edge)
     tickets = directory / "tickets.key"
-    if not tickets.exists() or time.time() - tickets.stat().st_mtime > _TICKETS_SECONDS:
-        files.write(tickets, secrets.token_bytes(80), 0o600, settings.users.edge)
+    known = tickets.stat() if tickets.exists() else None
+    if known is None or known.st_size != _TICKETS_BYTES or time.time() - known.st_mtime > _TICKETS_SECONDS:
+        files.write(tickets, secrets.token_bytes(_TICKETS_BYTES), 0o600, settings.users.edge)
 
 
 def _is_same(path: Path, data: bytes) -> bool:

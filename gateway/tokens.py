@@ -31,6 +31,7 @@ LONGEST_SECONDS = 3600
 ROTATE_SECONDS = 30 * 86_400
 _ALGORITHM, _ENCRYPTION = "dir", "A256GCM"
 TOKEN_MAX_BYTES = 8000
+_KEY_BYTES = 32
 _REMEMBERED = 4096  # tokens
 ALL_PORTS = [(1, 65535)]
 
@@ -69,6 +70,14 @@ class _Key(msgspec.Struct):
     private_key: bytes
 
 
+def _whole(keys: list[_Key]) -> list[_Key]:
+    """Raises ValueError for a key that is cut short: with an empty one anybody could read and make tokens."""
+    for key in keys:
+        if (len(key.encryption_key), len(key.private_key)) != (_KEY_BYTES, _KEY_BYTES):
+            raise ValueError(f"key {key.kid} has {len(key.encryption_key)} and {len(key.private_key)} bytes, not {_KEY_BYTES} each")
+    return keys
+
+
 _signer = lru_cache(8)(Ed25519PrivateKey.from_private_bytes)  # a tenth of a token's making
 
 
@@ -96,11 +105,13 @@ class Minter:
     token's life after they were replaced."""
 
     def __init__(self, path: Path, clock: object = time.time) -> None:
+        """Raises ValueError for keys that are none."""
         self._path = path
         self._clock = clock
         self._keys: list[_Key] = []
         if path.exists():
-            self._keys = msgspec.json.decode(path.read_bytes(), type=list[_Key])
+            self._keys = _whole(msgspec.json.decode(files.read(path), type=list[_Key]))
+            path.chmod(0o600)
         self.rotate_if_due()
 
     def _now(self) -> float:
