@@ -51,15 +51,15 @@ _LIFE = (
         "suspended_window_and_lifetime_end_it",
         "five_asleep_wake_at_once",
     ),
-    *_of(
-        "faults",
-        "killed_process_is_replaced_and_running_microvms_go_on",
-        "request_to_a_sleeper_while_its_waker_is_dead_is_answered",
-        "killed_in_the_middle_of_suspend_and_resume",
-        "killed_hypervisor_ends_its_session_alone",
-        "container_exit_ends_the_session_with_its_code",
-    ),
     *_of("herds", "ten_microvms_are_launched_at_once"),
+)
+_KILLS = _of(
+    "faults",
+    "killed_process_is_replaced_and_running_microvms_go_on",
+    "request_to_a_sleeper_while_its_waker_is_dead_is_answered",
+    "killed_in_the_middle_of_suspend_and_resume",
+    "killed_hypervisor_ends_its_session_alone",
+    "container_exit_ends_the_session_with_its_code",
 )
 _CLIENTS = (
     *_of("edge_operation", "http2_wakes_a_sleeping_microvm_once"),
@@ -89,15 +89,17 @@ _HOST = "tests/vm/test_kvm_of_the_host.py"
 PARTS = {
     "drivers-firecracker": Part(
         (DRIVERS, _HOST, "--accelerator=kvm", "--firecracker=real", "-k", "(firecracker or of_the_host) and not boots"),
-        1800,
+        2700,
         memory_mib=_LARGE_MIB,
     ),
     "drivers-qemu": Part((DRIVERS, "--accelerator=kvm", "-k", "not firecracker"), 2700, memory_mib=_LARGE_MIB),
     "devices": Part(("tests/vm/test_devices.py", "--accelerator=kvm", "--firecracker=real"), 1800),
     "service-firecracker": Part((*_LIFE, *_FIRECRACKER), 2700, 1200),
+    "kills-firecracker": Part((*_KILLS, *_FIRECRACKER), 2700, 1200),
     "clients-firecracker": Part((*_CLIENTS, *_FIRECRACKER), 2700, 1200),
     "archive-firecracker": Part((*_ASLEEP, *_FIRECRACKER), 2400, 1200),
     "service-qemu": Part((*_LIFE, *_QEMU), 2700, 1200),
+    "kills-qemu": Part((*_KILLS, *_QEMU), 2700, 1200),
 }
 
 
