@@ -12,10 +12,12 @@ out=$1 settings=$2 base=$3 scripts=$4 modules=$5
 shift 5
 groups_joined=
 while [ "$1" != -- ]; do echo $$ > "$1"; groups_joined="$groups_joined ${1%/*}"; shift; done; shift
-# Of open files steps have what Docker's have by systemd (systemd-system.conf(5)): vmm's own limit is another.
-prlimit --pid $$ --nofile=1024:524288 2>/dev/null || ulimit -S -n 1024
-# A step binds any port, as Docker's do (`nginx -t`): its root has no rights over this network, which the host's root made.
+# Steps have the limits of Docker's, by its unit and by systemd (systemd-system.conf(5)): vmm's own are others. None may be raised where
+# the host's root may not.
+for limit in --nofile=1024:524288 --nofile=1024: --nproc=unlimited --core=unlimited; do prlimit --pid $$ $limit 2>/dev/null || :; done
+# A step binds any port, as Docker's do (`nginx -t`), and pings: its root has no rights over this network, which the host's root made.
 echo 0 > /proc/sys/net/ipv4/ip_unprivileged_port_start
+echo '0 2147483647' > /proc/sys/net/ipv4/ping_group_range
 
 mount --make-rprivate /
 mount -t tmpfs -o mode=755,size=64m torpor-build "$root"
@@ -38,14 +40,20 @@ for node in null zero full random urandom tty; do : > dev/$node; mount --bind /d
 ln -s /proc/self/fd dev/fd; ln -s pts/ptmx dev/ptmx
 mount --bind "$store" var/lib/docker
 mount --bind "$out" out
-mount --rbind /sys sys
-# What a step sees at /sys/fs/cgroup: the build's own control groups, and of no other.
-mkdir cgroup
+# Mounted here, it shows the build's network, and not the host's. dockerd finds the host's control groups there, a step (/step-sys) the
+# build's own, and of no other.
+mkdir step-sys
+for place in sys step-sys; do mount -t sysfs -o ro,nosuid,nodev,noexec sysfs $place; done
+mount --rbind /sys/fs/cgroup sys/fs/cgroup
+own=step-sys/fs/cgroup
+[ -e /sys/fs/cgroup/cgroup.controllers ] || mount -t tmpfs -o mode=755 torpor-build $own
 for group in $groups_joined; do
-    place=cgroup
-    [ -e /sys/fs/cgroup/cgroup.controllers ] || { place=${group#/sys/fs/cgroup/} && place=cgroup/${place%%/*} && mkdir -p "$place"; }
+    place=$own
+    [ -e /sys/fs/cgroup/cgroup.controllers ] || { place=${group#/sys/fs/cgroup/} && place=$own/${place%%/*} && mkdir -p "$place"; }
     mount --bind "$group" "$place"
+    mount -o remount,bind,ro,nosuid,nodev,noexec "$place"
 done
+mount -o remount,bind,ro,nosuid,nodev,noexec $own
 mount --bind "$settings" lent
 while read -r source target; do bind "$source" "lent/$target"; done < "$settings/mounts"
 mount -o remount,bind,ro lent
@@ -60,4 +68,4 @@ pivot_root . old
 umount -l /old
 cd /
 # $users and $groups are lists of words.
-exec unshare --user --mount --pid --ipc --uts --fork --kill-child $users $groups --setuid 0 --setgid 0 --mount-proc /bin/sh /build.sh "$@"
+exec unshare --user --mount --pid --ipc --uts --cgroup --fork --kill-child $users $groups --setuid 0 --setgid 0 --mount-proc /bin/sh /build.sh "$@"

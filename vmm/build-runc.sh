@@ -11,8 +11,7 @@ done
 if [ -n "$bundle" ]; then
     read -r environment < /lent/environment || :
     lent='{"destination":"/dev/.lent","type":"bind","source":"/lent","options":["rbind","ro","nosuid","nodev"]}'
-    lent="$lent,"'{"destination":"/sys","type":"bind","source":"/sys","options":["rbind","ro","nosuid","nodev","noexec"]}'
-    lent="$lent,"'{"destination":"/sys/fs/cgroup","type":"bind","source":"/cgroup","options":["rbind","ro","nosuid","nodev","noexec"]}'
+    lent="$lent,"'{"destination":"/sys","type":"bind","source":"/step-sys","options":["rbind","ro","nosuid","nodev","noexec"]}'
     # The local base's own sources name Debian's mirrors; the host may reach others only.
     own=/etc/apt/sources.list.d/torpor.sources
     if [ -f "$bundle/rootfs$own" ] && [ -s /lent/apt/host.sources ]; then

@@ -25,6 +25,7 @@ from .sandboxes import QUOTED_CHARACTERS
 
 _START_SECONDS = 10
 _DNS = "10.0.2.3"  # slirp4netns's own
+_DEVICE = "eth0"  # as steps have it under Docker
 
 
 class Child:
@@ -72,7 +73,7 @@ class BuildNetwork:
             process = await asyncio.create_subprocess_exec(
                 "unshare", "--mount", "--propagation=private",
                 "slirp4netns", "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox", "--enable-seccomp",
-                "--netns-type=path", f"--ready-fd={ready_in.fileno()}", f"--exit-fd={tethered}", str(self._namespace), "tap0",
+                "--netns-type=path", f"--ready-fd={ready_in.fileno()}", f"--exit-fd={tethered}", str(self._namespace), _DEVICE,
                 pass_fds=[ready_in.fileno(), tethered], stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
                 stderr=words, start_new_session=True,
             )  # fmt: skip

@@ -222,3 +222,21 @@ CONTEXTS = [
         {"app/__init__.py": "", "app/main.py": "print('hello')\n"},
     ),
 ]  # fmt: skip
+
+# Steps that write down what they find (probe.py), each in /found/NAME.json: not a tree that is compared.
+_PROBE = (Path(__file__).parent / "probe.py").read_text()
+STEPS = Context(
+    "steps",
+    "what a RUN step finds: as root, as a user with groups, as a number that stands in no file, without a shell, with mounts, without a network",
+    BASE
+    + "COPY probe.py /probe.py\nRUN mkdir -m 1777 /found && useradd -m -u 1001 -G audio,video app\nRUN python3 /probe.py /found/root.json\n"
+    "ENV HOME=/elsewhere GREETING=hello\nARG VERSION=1\nWORKDIR /srv/app\nUSER app\nRUN python3 /probe.py /found/user.json\n"
+    'USER 12345:54321\nRUN python3 /probe.py /found/number.json\nUSER root\nRUN ["python3", "/probe.py", "/found/exec.json"]\n'
+    'SHELL ["/bin/bash", "-euo", "pipefail", "-c"]\nRUN python3 /probe.py /found/shell.json; true\n'
+    "RUN --mount=type=cache,target=/cache,uid=5,mode=0700 --mount=type=tmpfs,target=/fast --mount=type=bind,target=/context "
+    "--mount=type=bind,target=rw,rw --mount=type=secret,id=none python3 /probe.py /found/mounts.json\n"
+    "RUN --network=none python3 /probe.py /found/alone.json\n" + SERVER,
+    {"probe.py": _PROBE},
+    probed=False,
+)
+STEP_NAMES = ("root", "user", "number", "exec", "shell", "mounts", "alone")

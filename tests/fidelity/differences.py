@@ -72,3 +72,38 @@ PROCESS = [
     ),
     Difference("/.dockerenv", "there", "not there", "this is no Docker", r"files /\.dockerenv", ".*", "'No such file or directory'"),
 ]  # fmt: skip
+STEP = [
+    Difference(
+        "a RUN step's user namespace", "none", "a range of ids of the account's; what the kernel and the host give (/dev/null and its likes, /proc, "
+        "/sys) is nobody's, 65534, there", "root in a build is not the host's root", r"id maps [ug]id_map|(devices|files) /(dev/\w+|proc|sys)",
+        r"\['0', '0', .*\]|'.* 0 0( \d+:\d+)?'", r"\['0', .*\]|'.* 65534 65534( \d+:\d+)?'",
+    ),
+    Difference(
+        "a RUN step's devices", "are made in its /dev, which `mknod` may, too", "are mounts; mknod of a device is refused", "nothing in a build may make devices",
+        r"mounts /(dev/\w+|proc/(keys|timer_list))|what it may a device", "None|'tmpfs rw,nosuid'|'done'", "'devtmpfs rw,relatime'|'Operation not permitted'",
+    ),
+    Difference(
+        "what the host lends to a RUN step", "nothing", "variables and /dev/.lent, by which apt, pip and TLS reach what the host reaches; the local base's own sources "
+        "of apt are hidden by the host's", "a step installs packages where only the host knows the mirror; none of it is in the image",
+        r"environment (APT_CONFIG|XDG_CONFIG_DIRS|\w+_(BUNDLE|CERT|CERTS|FILE|CAINFO))|(devices|mounts) /dev/\.lent|mounts /etc/apt/sources\.list\.d/torpor\.sources", "None",
+    ),
+    Difference(
+        "a RUN step's control groups", "those of the host, version 1 or 2", "of the same version, those with the build's limits", "a build sees no other's",
+        r"(mounts|files) /sys/fs/cgroup.*",
+    ),
+    Difference(
+        "a RUN step's ports and pings", "root's capabilities bind ports below 1024 and open raw sockets",
+        "every user binds every port and pings by an ICMP socket, as in `docker run`; raw sockets and sockets of packets are refused",
+        "the build's network is the host's root's, so that no step changes its packet filter; with `--network=none` it is the step's, as under Docker",
+        r"sysctl net/ipv4/(ip_unprivileged_port_start|ping_group_range)|what it may (a port below 1024|a ping|a raw socket|a socket of packets)",
+        r"'1024'|'1\\t0'|'done'|'Permission denied'", r"'0'|'65534\\t65534'|'done'|'Operation not permitted'",
+    ),
+    Difference(
+        "what is read-only for a RUN step below /proc/sys and /proc/irq", "is so by its mount", "belongs to another user, besides", "the user namespace",
+        r"read-only /proc/.*", "'Read-only file system'", "'Permission denied'",
+    ),
+    Difference(
+        "/sys of a RUN step with `--network=none`", "shows its own network, `lo`", "shows the build's, `lo` and `eth0`, to which it has no way",
+        "a user namespace may not mount /sys afresh", "interfaces", r"\['lo'\]", r"\['eth0', 'lo'\]",
+    ),
+]  # fmt: skip

@@ -17,13 +17,14 @@ asked in `make test` or `make test-long`. Whatever Docker builds and runs is mea
 COMPARED = """## Beside Docker itself
 
 The same Dockerfiles are built and run by Debian's dockerd (BuildKit and runc, as root, outside the service), and every path with its type,
-mode, owner, time, content and attributes is compared, and what a process finds (`test_reference.py`, in `make test-long-images`):
+mode, owner, time, content and attributes is compared, and what a process finds, in a container and in a RUN step (`test_reference.py`, in
+`make test-long-images`):
 """
 
 
 def document() -> str:
-    from fidelity.contexts import CONTEXTS
-    from fidelity.differences import FILES, PROCESS
+    from fidelity.contexts import CONTEXTS, STEPS
+    from fidelity.differences import FILES, PROCESS, STEP
     from fidelity.table import subjects
 
     lines = [HEAD]
@@ -38,9 +39,9 @@ def document() -> str:
                 says = ["builds and starts"]
             lines.append(f"| {image.title} | {'; '.join(says)} | {image.note} |".replace("  |", " |"))
         lines.append("")
-    lines += [COMPARED, *(f"- {context.about}" for context in CONTEXTS), "", "All is the same, but:", ""]
+    lines += [COMPARED, *(f"- {context.about}" for context in [*CONTEXTS, STEPS]), "", "All is the same, but:", ""]
     lines += ["| about | Docker | here | why |", "|---|---|---|---|"]
-    lines += [f"| {one.about} | {one.docker_has} | {one.ours_has} | {one.why} |" for one in [*FILES, *PROCESS]]
+    lines += [f"| {one.about} | {one.docker_has} | {one.ours_has} | {one.why} |" for one in [*FILES, *PROCESS, *STEP]]
     return "\n".join(lines) + "\n"
 
 

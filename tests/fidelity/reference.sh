@@ -1,6 +1,7 @@
 # The reference: Debian 13's dockerd as it is, with BuildKit, containerd and runc, as root and outside our pipeline.
 # $1 the root with its programs, $2 the local base's archive, $3 its name, $4 the work directory: contexts/NAME, with a Dockerfile, is built;
-# the shell command `probe` runs in a container of each image that `names` lists. Answers are in out/: images.tar, NAME.log, NAME.json.
+# the shell command `probe` runs in a container of each image that `names` lists; of `steps`, a context too, the directory /found of its image
+# is taken. Answers are in out/: images.tar, NAME.log, NAME.json, found/.
 set -eu
 tools=$1 base=$2 name=$3 work=$4
 mount --make-rprivate /
@@ -27,7 +28,9 @@ pivot_root . old
 umount -l /old
 cd /
 export PATH=/usr/sbin:/usr/bin HOME=/run DOCKER_HOST=unix:///run/docker.sock
-dockerd --bridge=none --userland-proxy=false --iptables=false --ip6tables=false --ip-forward=false --storage-driver=overlay2 --cgroup-parent=/torpor-reference \
+# As Debian's unit starts it (docker.service; systemd-system.conf(5) for files).
+for limit in --nofile=1024:524288 --nofile=1024: --nproc=unlimited --core=unlimited; do prlimit --pid $$ $limit 2> /dev/null || :; done
+dockerd --userland-proxy=false --iptables=false --ip6tables=false --ip-forward=false --storage-driver=overlay2 --cgroup-parent=/torpor-reference \
     --exec-opt native.cgroupdriver=cgroupfs --data-root=/var/lib/docker -H "$DOCKER_HOST" > /work/out/dockerd.log 2>&1 &
 daemon=$!
 tries=0
@@ -43,6 +46,9 @@ for context in /work/contexts/*/; do
     docker build --progress=plain --network=none --tag "reference/$image" "$context" > "/work/out/$image.log" 2>&1 || { cat "/work/out/$image.log" >&2; exit 1; }
     made="$made reference/$image"
 done
+docker build --progress=plain --tag reference/steps /work/steps > /work/out/steps.log 2>&1 || { cat /work/out/steps.log >&2; exit 1; }
+docker create --name steps reference/steps > /dev/null
+docker cp --quiet steps:/found /work/out/found
 docker save -o /work/out/images.tar $made
 for image in $(cat /work/names); do
     docker run --detach --network=none --name "reference-$image" "reference/$image" > /dev/null

@@ -22,8 +22,8 @@ from service import ROLE, Instance
 from wire import get
 
 from fidelity import trees
-from fidelity.contexts import CONTEXTS
-from fidelity.differences import FILES, PROCESS, Difference
+from fidelity.contexts import CONTEXTS, STEP_NAMES, STEPS, Context
+from fidelity.differences import FILES, PROCESS, STEP, Difference
 from vmm import builder_root
 
 pytestmark = [pytest.mark.vm, pytest.mark.long]
@@ -42,6 +42,7 @@ class Reference:
 
     archive: tarfile.TarFile
     answers: Mapping[str, dict[str, Any]]
+    steps: Mapping[str, dict[str, Any]]
     since: float
 
 
@@ -55,6 +56,7 @@ def reference(instance: Instance, server: bytes) -> Iterator[Reference]:
         since = time.time()
         for context in CONTEXTS:
             context.lay_out(work / "contexts" / context.name, server)
+        STEPS.lay_out(work / "steps", server)
         (work / "probe").write_text(_PROBE)
         (work / "names").write_text(" ".join(PROBED))
         cache = Path(instance.environment["TORPOR_CACHE"])
@@ -71,7 +73,12 @@ def reference(instance: Instance, server: bytes) -> Iterator[Reference]:
         assert done.returncode == 0, done.stdout + done.stderr
         answers = {name: json.loads((work / f"out/{name}.json").read_text()) for name in PROBED}
         with tarfile.open(work / "out/images.tar") as archive:
-            yield Reference(archive, answers, since)
+            yield Reference(archive, answers, _found(work / "out/found"), since)
+
+
+def _found(directory: Path) -> dict[str, dict[str, Any]]:
+    """What steps wrote down."""
+    return {path.stem: json.loads(path.read_text()) for path in directory.glob("*.json")}
 
 
 def _remove_groups() -> None:
@@ -87,29 +94,41 @@ class Made:
 
     arn: str
     disk: Path
-    vm: dict[str, Any] | None = None
 
 
 @pytest.fixture(scope="session")
 def images(instance: Instance, server: bytes, reference: Reference) -> dict[str, Made]:
     """The same contexts' images, built by the service, one after another: the new directory is the image's."""
-    made = {}
-    for context in CONTEXTS:
-        before = set(instance.root.glob("images/*"))
-        arn = instance.create(f"reference-{context.name}", instance.upload(context.packed(server), f"reference-{context.name}.zip"))
-        build = instance.built(arn, seconds=240)
-        assert build["buildState"] == "SUCCESSFUL", build
-        (directory,) = set(instance.root.glob("images/*")) - before
-        made[context.name] = Made(arn, directory / "disk.raw")
-    return made
+    return {context.name: _made(instance, context, server) for context in CONTEXTS}
+
+
+def _made(instance: Instance, context: Context, server: bytes) -> Made:
+    before = set(instance.root.glob("images/*"))
+    arn = instance.create(f"reference-{context.name}", instance.upload(context.packed(server), f"reference-{context.name}.zip"))
+    build = instance.built(arn, seconds=240)
+    assert build["buildState"] == "SUCCESSFUL", build
+    (directory,) = set(instance.root.glob("images/*")) - before
+    return Made(arn, directory / "disk.raw")
+
+
+@pytest.fixture(scope="session")
+def steps(instance: Instance, server: bytes) -> dict[str, dict[str, Any]]:
+    """What steps found in a build of the service's."""
+    with scratch(".torpor-steps-") as work:
+        _in_disk(_made(instance, STEPS, server).disk, f'cp /mnt/found/*.json "{work}"')
+        return _found(work)
+
+
+def _in_disk(disk: Path, command: str) -> str:
+    """A command's output, with the disk at /mnt, in a mount namespace of its own."""
+    command = f'mount -o ro,loop,noload "{disk}" /mnt && {command}'
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _disk_tree(disk: Path, since: float) -> trees.Tree:
-    """What is on a disk. It is mounted in a mount namespace of its own."""
-    command = f'mount -o ro,loop,noload "{disk}" /mnt && exec "{sys.executable}" "{trees.__file__}" /mnt {since}'
-    done = subprocess.run(["unshare", "--mount", "sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
+    return dict(json.loads(_in_disk(disk, f'exec "{sys.executable}" "{trees.__file__}" /mnt {since}')))
 
 
 def _differences(reference: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -165,7 +184,13 @@ def test_a_process_finds_what_it_finds_under_docker(
     assert not unexpected, unexpected
 
 
+@pytest.mark.parametrize("name", STEP_NAMES)
+def test_a_step_finds_what_it_finds_under_buildkit(reference: Reference, steps: dict[str, dict[str, Any]], seen: Seen, name: str) -> None:
+    unexpected = seen.unexpected(_differences(reference.steps[name], steps[name]), STEP)
+    assert not unexpected, unexpected
+
+
 def test_what_is_listed_as_different_is_different(seen: Seen) -> None:
-    if seen.tests < len(CONTEXTS) + len(PROBED):
+    if seen.tests < len(CONTEXTS) + len(PROBED) + len(STEP_NAMES):
         pytest.skip("the other tests of this module are not all selected")
-    assert set(FILES + PROCESS) == seen.known
+    assert set(FILES + PROCESS + STEP) == seen.known

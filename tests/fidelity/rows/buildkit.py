@@ -41,7 +41,7 @@ ENV TOOL=${{ARCHIVE%.gz}} TYPE=${{ARCHIVE##*.}}
 COPY --link --chmod=0640 --chown=100000:999999 one.txt /linked
 COPY --from={_NAME}{_DIGEST} /etc/os-release /release
 RUN useradd -m -u 700000 far
-RUN find /sys/fs/cgroup -mindepth 1 > /groups; ulimit -Sn > /open-files
+RUN (find /sys/fs/cgroup -mindepth 1; cat /proc/self/cgroup) > /groups; (ulimit -Sn; ulimit -c) > /limits; ls /sys/class/net > /interfaces
 VOLUME /volume
 RUN mkdir -p /volume && echo seed > /volume/seed
 VOLUME ["/made/by volume", "/volume"]
@@ -95,7 +95,8 @@ SUBJECT = Subject(
                 Run("VOLUME keeps what RUN wrote there", "cat /volume/seed", "seed"),
                 Run("VOLUME and WORKDIR make their directories", "ls -d '/made/by volume'; pwd", "/made/by volume\n/not/there/yet"),
                 Run("a step sees its own control groups, and of no other", "grep -c memory /groups; grep -cE '/(torpor|image|build|pool)-' /groups", r"[1-9]\d*\n0", 1),
-                Run("and 1024 open files", "cat /open-files", "1024"),
+                Run("and its build's network", "cat /interfaces", "eth0\nlo"),
+                Run("1024 open files are allowed, and core files", "cat /limits", "1024\nunlimited"),
                 Run("nothing lent to steps is left", "ls -d /dev/.lent; env | grep -c lent", ".*No such file or directory\n0", 1),
                 Logs("the log is BuildKit's plain progress", r"(?m)^#\d+ \[build 2/2\] RUN echo joined", build=True),
                 Logs("the platform that is taken is said", "line 3: --platform=linux/arm64: this base is there for linux/", build=True),
