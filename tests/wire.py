@@ -20,6 +20,7 @@ class Answer:
     body: bytes
 
     def json(self) -> Any:
+        assert self.body, self
         return json.loads(self.body)
 
 
