@@ -58,7 +58,7 @@ def test_sleep_and_wake_keep_memory_disk_clock_and_threads(instance: Instance, v
         instance.state(vm["microvmId"], "SUSPENDED")
         until(lambda: vm["microvmId"] not in instance.hypervisors())
         fell_asleep = time.time()
-        until(lambda fell_asleep=fell_asleep: time.time() > fell_asleep + 0.3)
+        until(lambda fell_asleep=fell_asleep: time.time() > fell_asleep + 1.5)
         asked = time.time()
         answer = get(vm["endpoint"], bundle(instance), vm["token"])
         after = answer.json()
@@ -66,8 +66,8 @@ def test_sleep_and_wake_keep_memory_disk_clock_and_threads(instance: Instance, v
         assert after["counter"] == before["counter"] + 1 == round_ + 2
         assert after["lines"] == before["lines"] + 1
         assert before["ticks"] <= after["ticks"] < before["ticks"] + 50 * PATIENCE
-        assert asked - 0.5 < after["time"] < time.time() + 0.5
-        assert after["mono"] - before["mono"] < after["time"] - before["time"] - (asked - fell_asleep) + 0.1, (
+        assert asked - 0.5 * PATIENCE < after["time"] < time.time() + 0.5
+        assert after["mono"] - before["mono"] < after["time"] - before["time"] - (asked - fell_asleep) + 1, (
             "the pause happened to its clock"
         )
         assert after["random"] != before["random"]
