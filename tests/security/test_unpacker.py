@@ -10,9 +10,9 @@ import asyncio
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +31,7 @@ from gateway.sessions.host import Host
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="control has a user of its own")
 UID = 640_001
 ATTACK = Path(__file__).with_name("attack.py")
+PYTHON = "/usr/bin/python3"  # which every user may start, as not a checkout below a home that is closed
 FILES = {
     "read a key",
     "list the folder",
@@ -63,14 +64,20 @@ def control(tmp_path: Path) -> Iterator[SimpleNamespace]:
         vmm.listen()
         api.bind(("127.0.0.1", 0))
         api.listen()
-        yield SimpleNamespace(folder=folder, work=work, socket=tmp_path / "vmm.sock", port=api.getsockname()[1])
+        code = tmp_path / "code"
+        (code / "gateway").mkdir(parents=True)
+        shutil.copy(ATTACK, code)
+        shutil.copy(confine.__file__, code / "gateway")
+        for path in (code, *code.rglob("*")):
+            path.chmod(0o755)
+        yield SimpleNamespace(folder=folder, work=work, socket=tmp_path / "vmm.sock", port=api.getsockname()[1], code=code)
 
 
 def attacked(control: SimpleNamespace, layers: str) -> set[str]:
-    words = [str(ATTACK), layers, str(control.folder), str(control.work), str(control.socket), str(control.port)]
-    command = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups", "--no-new-privs", "--", sys.executable, "-c"]
+    words = [str(control.code / ATTACK.name), layers, str(control.folder), str(control.work), str(control.socket), str(control.port)]
+    command = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups", "--no-new-privs", "--", PYTHON, "-c"]
     parent = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)"
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ATTACK.parents[2]), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(control.code), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([*command, parent, *words], capture_output=True, text=True, timeout=60, check=False, env=environment, cwd="/")
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout))
