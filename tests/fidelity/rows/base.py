@@ -70,11 +70,11 @@ SUBJECT = Subject(
         Image(
             "base-services",
             "services that packages bring",
-            BASE + "RUN dnf install -y nginx httpd redis6\n"
+            BASE + "RUN dnf install -y nginx httpd redis6\nRUN ls /run/nginx.pid /run/redis/*.pid /var/lib/redis/*.rdb > /started || :\n"
             "RUN echo mine > /usr/share/nginx/html/index.html && sed -i 's/^user .*/user nginx;/' /etc/nginx/nginx.conf && nginx -t && \\\n"
             "    echo 'Header set X-Mine yes' > /etc/httpd/conf.d/mine.conf && chown apache:apache /var/www/html && chown redis6:redis6 /etc/redis6\n" + SERVER,
             [
-                Run("an install starts none of them", "ls /run/nginx.pid /run/redis/*.pid /var/lib/redis/*.rdb 2>/dev/null | wc -l", "0"),
+                Run("an install starts none of them", "wc -l < /started", "0"),
                 Run("their users have Amazon Linux's names, too", "stat -c '%u %g' /var/www/html; id -u nginx apache", "33 33\n33\n33"),
                 Run("nginx serves /usr/share/nginx/html", "nginx && curl -s http://127.0.0.1/", "mine"),
                 Run("httpd reads /etc/httpd/conf.d", "a2enmod -q headers; httpd -t -D DUMP_INCLUDES 2>/dev/null | grep -c mine.conf", "1"),
