@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Without markup: an address, an ARN or an error's text may have square brackets.
 _CONTROL = {chr(number): f"^{chr(number ^ 0x40)}" for number in (*range(32), 127)}
+# Without markup: an address, an ARN or an error's text may have square brackets.
 console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 errors = Console(stderr=True, highlight=False, markup=False)
 
