@@ -211,15 +211,21 @@ def edge_port(kept: Path) -> tuple[str, bool, str]:
     return "edge port", True, f"{port}, held by {holder}" if holder else f"{port}, free"
 
 
-def _descriptors(settings: config.Settings) -> tuple[bool, str]:
-    """Returns what one process may have against what vmm keeps ready for launches, of one image that is in great demand, and for
-    microVMs."""
+def kept_ready(standbys: config.Standbys, hypervisor: str) -> int:
+    """Returns the descriptors of what vmm may keep ready for launches of one image that is in great demand. A hypervisor of Firecracker's
+    waits in a link of its own; QEMU's take theirs when they are needed."""
     from vmm.network import LINK_DESCRIPTORS, MOST_LINKS
     from vmm.standbys import STANDBY_DESCRIPTORS
 
+    each = STANDBY_DESCRIPTORS + (LINK_DESCRIPTORS if hypervisor == "firecracker" else 0)
+    return max(standbys.links, MOST_LINKS) * LINK_DESCRIPTORS + standbys.most_per_image * each
+
+
+def _descriptors(settings: config.Settings, hypervisor: str) -> tuple[bool, str]:
+    """Returns what one process may have against what vmm keeps ready for launches, and for microVMs."""
     allow_descriptors()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    ready = max(settings.standbys.links, MOST_LINKS) * LINK_DESCRIPTORS + settings.standbys.most_per_image * STANDBY_DESCRIPTORS
+    ready = kept_ready(settings.standbys, hypervisor)
     microvms = (limit - ready - descriptors_kept()) // SESSION_DESCRIPTORS
     if microvms < _FEW:
         return False, f"{limit} for a process: {ready} may be kept ready for launches, and few microVMs can run beside: raise LimitNOFILE"
@@ -274,7 +280,7 @@ def doctor(
             text = f"{base.described(making.key_at(settings.cache / what))}, in {settings.cache}"
         rows.append((f"asset {what}", not is_missing, text))
     rows += _free(settings, place)
-    rows.append(("descriptors", *_descriptors(settings)))
+    rows.append(("descriptors", *_descriptors(settings, hypervisor.what)))
     kept = settings.root / "edge-port"
     if kept.exists():
         rows.append(edge_port(kept))

@@ -22,6 +22,7 @@ from gateway.cli import app, host, microvms, output, repair
 from gateway.config import ConfigError, Settings
 from gateway.messages import LogLine, MicrovmLog
 from gateway.sessions import schema
+from vmm import network
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -304,6 +305,13 @@ def test_a_service_may_have_more_descriptors_than_a_login() -> None:
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
     assert said in ([f"{hard} {hard}" for _, hard in limits], ["524288 524288"] * 3)
+
+
+def test_doctor_counts_the_links_in_which_firecrackers_standbys_wait() -> None:
+    """Each of 48 has a namespace, eight sockets in it, services and a tap: some 600 descriptors that QEMU's do not have."""
+    kept = Settings().standbys
+    more = host.kept_ready(kept, "firecracker") - host.kept_ready(kept, "qemu")
+    assert more == kept.most_per_image * network.LINK_DESCRIPTORS
 
 
 def test_a_packages_own_script_runs_where_the_path_has_a_space(tmp_path: Path) -> None:
