@@ -94,7 +94,7 @@ class Control:
         self.lifecycle = Lifecycle(settings, self.store, self.host, self.routes, self.logs, guests.for_session, archive, observer)
         self.quarantine = Quarantine(settings.quarantine, self.store, self.host, self.lifecycle)
         self.lifecycle.ahead.on_count = metrics.ran_ahead.set
-        self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds)
+        self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds, settings.images.account_builds)
         self.registry.ahead = self.lifecycle.ahead
         self.registry.pipeline = Pipeline(settings, self.host, Credentials(*artifacts, "", math.inf), self._phase, guests)
 

@@ -31,12 +31,15 @@ INTERRUPTED = "INTERNAL_PLATFORM_ERROR: The build was interrupted by a restart o
 
 
 class Registry:
-    def __init__(self, store: Store, logs: LogStore, concurrent: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, store: Store, logs: LogStore, concurrent: int, of_account: int, clock: Callable[[], float] = time.time
+    ) -> None:  # fmt: skip
+        """So many builds at once, and of one account."""
         self._store = store
         self._logs = logs
         self._clock = clock
-        self._checks = asyncio.Semaphore(concurrent)
-        self._turns = Turns(concurrent)
+        self._checks = Turns(concurrent, of_account)  # artifacts that are slow to come hold up nobody else's
+        self._turns = Turns(concurrent, of_account)
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by image version's key, or by ARN for what is about all of it
         self._state_before: dict[str, str] = {}
         self.pipeline: Pipeline
@@ -162,10 +165,10 @@ class Registry:
         assert version.build is not None
         job = self._job(image, version, version.build, build_stream(version.version, version.build.id))
         try:
-            async with self._checks:
+            async with self._checks.turn(image.account, lambda before: None):
                 reason = await self._run(job, self.pipeline.check)  # what cannot succeed does not wait for its turn
             if reason is None:
-                async with self._turns.turn(lambda before: self._waits(job, before)):
+                async with self._turns.turn(image.account, lambda before: self._waits(job, before)):
                     version.state = job.build.state = "IN_PROGRESS"
                     await self._until_stored(image, lambda: self._store.put_image(image))
                     reason = await self._run(job, self.pipeline.run)

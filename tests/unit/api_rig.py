@@ -125,7 +125,7 @@ class ApiRig:
         await self.store.open()
         self.logs = LogStore(self.directory / "logs")
         self.lifecycle = Lifecycle(self.settings, self.store, self.host, Routes(0, 0.1), self.logs, no_services)  # type: ignore[arg-type]
-        self.registry = Registry(self.store, self.logs, 2)
+        self.registry = Registry(self.store, self.logs, 2, 2)
         self.registry.pipeline = self.pipeline  # type: ignore[assignment]
         self.accounts = Directory(self.store, ACCOUNT, {KEY: SECRET}, b"seal")
         self.audit = AuditTrail(self.directory / "audit")

@@ -218,7 +218,12 @@ def test_failed_update(api: ApiRig) -> None:
     assert run(api, arn)[2]["imageVersion"] == "1.0"
 
 
-@row("CreateMicrovmImage", "at most `images.concurrent_builds` at once; the rest wait in order, PENDING, and go on after a restart", "ours")
+@row(
+    "CreateMicrovmImage",
+    "at most `images.concurrent_builds` at once, `images.account_builds` of an account; the rest wait in order, PENDING, accounts take turns, "
+    "and they go on after a restart",
+    "ours",
+)
 def test_build_queue(api: ApiRig) -> None:
     names = ["queue1", "queue2", "queue3", "queue4"]
     for name in names:

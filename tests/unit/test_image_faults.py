@@ -99,7 +99,7 @@ class Rig:
             transaction(*arguments)
 
         self.store._transaction = counted  # type: ignore[method-assign]
-        self.registry = Registry(self.store, self.logs, 2)
+        self.registry = Registry(self.store, self.logs, 2, 2)
         self.registry.pipeline, self.registry.ahead = self.pipeline, self.ahead  # type: ignore[assignment]
 
     async def stop(self) -> None:
