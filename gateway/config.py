@@ -103,6 +103,9 @@ class Login(_Section):
     roles: list[str] = Field(description="build role ARNs that may use it; * matches any run of characters")
 
 
+_STORE_LEAST_MIB = 1024  # for the local base, and the layers of a build
+
+
 class Images(_Section):
     """Image builds."""
 
@@ -118,7 +121,11 @@ class Images(_Section):
     concurrent_builds: int = Field(3, ge=1, description="on this host; accounts that wait take turns")
     account_builds: int = Field(2, ge=1, description="of one account, which leaves the rest to others")
     build_memory_mib: int = Field(3072, ge=512, description="of one container build, its daemon included")
+    build_log_mib: int = Field(64, ge=1, description="that a container build may say; beyond, it is ended")
     cache_mib: int = Field(10_240, ge=0, description="of layers and cache mounts that stay for an account's next builds")
+    store_mib: int = Field(
+        32_768, ge=0, description="of an account's layers, those of a build under way included; an inode for each 16 KiB; 0: no bound"
+    )
     cache_days: float = Field(30.0, ge=0, description="an account that has built nothing for so long begins afresh")
     archive_bytes: int = Field(512 << 20, ge=1024, description="of an artifact")
     unpacked_bytes: int = Field(2 << 30, ge=1024, description="of an artifact's files in all")
@@ -129,6 +136,15 @@ class Images(_Section):
         {}, description="image names whose launches may come from microVMs that ran ahead, and what to ask of them: /path, or :port/path"
     )
     start_seconds: float = Field(120.0, gt=0, description="for all EXPOSEd TCP ports to listen, where no ready hook is enabled")
+
+    @model_validator(mode="after")
+    def _check_store(self) -> Images:
+        """What stays must leave room for a build."""
+        if self.store_mib and self.store_mib < self.cache_mib + _STORE_LEAST_MIB:
+            raise ValueError(
+                f"images.store_mib = {self.store_mib} leaves a build no {_STORE_LEAST_MIB} MiB beside images.cache_mib = {self.cache_mib}"
+            )
+        return self
 
 
 class Limits(_Section):

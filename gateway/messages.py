@@ -111,13 +111,14 @@ class BuildRequest(msgspec.Struct):
 
 class BuildResult(msgspec.Struct):
     """`status` 0 is success; `config` is the container image's configuration (OCI image-spec, config.md) as JSON. `reason`: why what was
-    built is not taken."""
+    built is not taken. `room_bytes`: what the build could add to its account's layers; 0: no bound."""
 
     status: int
     config: str
     disk_full: bool
     out_of_memory: bool
     reason: str = ""
+    room_bytes: int = 0
 
 
 class BootRequest(msgspec.Struct):

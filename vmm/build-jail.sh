@@ -1,15 +1,16 @@
 # Makes the build's jail and enters it. $1 its root (an empty directory), $2 and $3 the ids that are mapped (arguments of unshare(1) for
 # users, and for groups), $4 the first id, $5 how many, $6 the root with BuildKit, $7 the account's store, $8 the pipe that takes the phases'
 # names, one a line, $9 the Dockerfile, then the output directory, the host's settings for RUN steps, the base archive, the directory of
-# these scripts, and the kernel's modules for the image, or nothing; then files of cgroups up to "--"; the rest are arguments of build.sh.
+# these scripts, the kernel's modules for the image, or nothing, and how many blocks of 4 KiB the build may add to the store; then files of
+# cgroups up to "--"; the rest are arguments of build.sh. Ends with 75 when the store is of no use, as that does.
 # Standard input is the context's tar archive: dash knows descriptors of one digit only, so that becomes 4, and the pipe 3.
 set -eu
 exec 4<&0 3> "$8" < /dev/null
 umask 022
 root=$1 users=$2 groups=$3 id=$4 count=$5 tools=$6 store=$7 dockerfile=$9
 shift 9
-out=$1 settings=$2 base=$3 scripts=$4 modules=$5
-shift 5
+out=$1 settings=$2 base=$3 scripts=$4 modules=$5 room=$6
+shift 6
 groups_joined=
 while [ "$1" != -- ]; do echo $$ > "$1"; groups_joined="$groups_joined ${1%/*}"; shift; done; shift
 # Steps have the limits of Docker's, by its unit and by systemd (systemd-system.conf(5)): vmm's own are others. None may be raised where
@@ -38,7 +39,17 @@ bind_file() { : > "$2"; bind "$1" "$2"; }
 bind "$tools/usr" usr
 for node in null zero full random urandom tty; do : > dev/$node; mount --bind /dev/$node dev/$node; done
 ln -s /proc/self/fd dev/fd; ln -s pts/ptmx dev/ptmx
-mount --bind "$store" var/lib/docker
+# A store with a bound is a file system in a file. What the host's disk has no room for is kept back in it (Linux's
+# Documentation/ABI/testing/sysfs-fs-ext4), so that a step is told so, and no write that it was promised fails later.
+if [ -d "$store" ]; then mount --bind "$store" var/lib/docker; else
+    mount -t ext4 -o loop,discard,noinit_itable "$store" var/lib/docker || {
+        echo "torpor: the account's layer store cannot be mounted; where this host has no loop device, images.store_mib = 0 does without"
+        exit 75
+    }
+    device=$(findmnt -n -o SOURCE var/lib/docker)
+    free=$(stat -f -c %f var/lib/docker)
+    [ "$free" -le "$room" ] || echo $((free - room)) > "/sys/fs/ext4/${device##*/}/reserved_clusters"
+fi
 mount --bind "$out" out
 # Mounted here, it shows the build's network, and not the host's. dockerd finds the host's control groups there, a step (/step-sys) the
 # build's own, and of no other.

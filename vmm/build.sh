@@ -1,9 +1,10 @@
 # Runs inside the build's jail as root of its user namespace, first process of its PID namespace: what it starts ends with it. $1 the
-# local base's name (empty: none), $2 what the base archive was made from, $3 the disk's bytes, $4 the MiB of cache that stay. Descriptor 3
-# takes the phases' names, 4 is the context's tar archive. Ends with 75 when the store is of no use: it is made afresh then.
+# local base's name (empty: none), $2 what the base archive was made from, $3 the disk's bytes, $4 the MiB of cache that stay, $5 the KiB
+# of the host's disk that are kept free. Descriptor 3 takes the phases' names, 4 is the context's tar archive. Ends with 75 when the store
+# is of no use: it is made afresh then.
 set -eu
 umask 022
-name=$1 key=$2 bytes=$3 cache=$4
+name=$1 key=$2 bytes=$3 cache=$4 kept=$5
 export PATH=/bound:/usr/sbin:/usr/bin HOME=/run XDG_RUNTIME_DIR=/run DOCKER_HOST=unix:///run/docker.sock DOCKER_CONFIG=/out/login
 export LIBMOUNT_FORCE_MOUNT2=always # fsconfig(2) takes 256 bytes, a list of layers may be 4096
 store=/var/lib/docker made=localhost/torpor/build
@@ -80,6 +81,14 @@ mount -t overlay -o "userxattr,lowerdir=$lower,upperdir=/out/upper,workdir=/out/
 cd /
 du -sb -x /run/root | cut -f1 > /out/code_bytes
 if [ -d /modules ]; then add_modules /run/root; fi
+size=$(du -skx /run/root | cut -f1)
+free=$(df -k --output=avail /out | tail -n 1)
+if [ $((size + kept)) -gt "$free" ]; then
+    echo "torpor: No space left on device: the image has $size KiB, the host $free KiB, of which $kept are kept (limits.disk_reserve_mib)"
+    umount /run/root
+    trim
+    exit 1
+fi
 truncate -s "$bytes" /out/disk.raw
 mkfs.ext4 -q -F -d /run/root -E lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0 /out/disk.raw
 umount /run/root

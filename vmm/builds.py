@@ -44,13 +44,16 @@ _NUMBER_BYTES = 32
 _DOCKERFILE_BYTES = 8 << 20  # as it is rewritten: an artifact's has a MiB (gateway/images/unpack.py)
 _FULL_BYTES = 64 << 20  # of free disk, at which a build has failed for want of it
 _CONFIG_BYTES = 4 << 20  # of an image's configuration: variables and commands, of which the kernel takes 2 MiB, and labels
+_LEAST_ROOM_BYTES = 256 << 20  # for the local base and some layers
+_BLOCK_BYTES = 4096  # of a store's file system
 _ENDED_KEPT = 64  # whose results nobody has collected
 _OLD = ("store", "runroot", "tmp")  # of buildah, which all accounts shared
 
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """`first_uid`: of the ranges that accounts get. `cache_mib` and `cache_days` bound each account's layer store."""
+    """`first_uid`: of the ranges that accounts get. `store_mib` bounds each account's layer store, `cache_mib` and `cache_days` what stays
+    in it."""
 
     base_archive: Path
     tools: Path
@@ -63,6 +66,8 @@ class BuildSettings:
     cache_mib: int = 10_240
     cache_days: float = 30.0
     room_bytes: int = 0  # below so much free disk, stores are given up
+    store_mib: int = 0  # 0: no bound
+    kept_bytes: int = 0  # of free disk, which no build may take
 
 
 @dataclass
@@ -111,6 +116,10 @@ def canonical(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
+class _NoRoom(Exception):
+    """The host's disk cannot give a build what it needs at least."""
+
+
 class Builder:
     def __init__(self, directory: Path, namespaces: Path, cgroups: Cgroups, settings: BuildSettings) -> None:
         self._directory = directory
@@ -118,7 +127,8 @@ class Builder:
         self._cgroups = cgroups
         self._settings = settings
         self._builds: dict[str, _Build] = {}
-        self._stores = Stores(directory / "accounts", settings.first_uid)
+        self._stores = Stores(directory / "accounts", settings.first_uid, settings.store_mib << 20)
+        self._room: dict[str, int] = {}  # that builds under way may take in their stores, in bytes
         self._one_at_a_time: dict[str, asyncio.Lock] = {}  # a store has one daemon
         self._lent = directory / "settings"
         self._trimming: asyncio.Task[None] | None = None
@@ -262,6 +272,8 @@ class Builder:
                     await executors.BULK.run(self._stores.drop, request.account)
                     result = await self._jailed(request, image, log, phases)
                 return result
+        except _NoRoom as error:
+            return BuildResult(1, "", True, False, str(error))
         except TimeoutError as error:
             if isinstance(error, executors.Overdue):
                 raise Unavailable(f"the host is too slow for a build: {error}") from error
@@ -280,6 +292,7 @@ class Builder:
         build = self._builds[request.build]
         settings = self._settings
         try:
+            room = self._take_room(request.build)
             store, first, single = await executors.LATENCY.run(self._stores.open, request.account, request.users)
             self._put_away(request.build)
             (work / "root").mkdir(parents=True)
@@ -300,18 +313,33 @@ class Builder:
                 str(settings.tools), str(store), f"/proc/{os.getpid()}/fd/{phases}", str(work / "Dockerfile"), str(work / "out"),
                 str(self._lent),
                 str(settings.base_archive), str(_HERE), str(settings.modules / "lib/modules") if request.modules else "",
+                str(room // _BLOCK_BYTES),
                 *map(str, self._cgroups.joins(group)), "--",
                 canonical(settings.base_names[0]) if settings.base_names else "", key_at(settings.base_archive),
-                str(request.disk_bytes), str(settings.cache_mib), stdin=build.context, stdout=log, stderr=log, start_new_session=True,
+                str(request.disk_bytes), str(settings.cache_mib), str(settings.kept_bytes >> 10),
+                stdin=build.context, stdout=log, stderr=log, start_new_session=True,
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
             )  # fmt: skip
             build.jail = Child(process)
             status = await build.jail.wait()
             if status:
-                return BuildResult(status, "", disk_free_bytes(work) < _FULL_BYTES, self._cgroups.oom_kills(group) > 0)
+                full = disk_free_bytes(work) < _FULL_BYTES
+                return BuildResult(status, "", full, self._cgroups.oom_kills(group) > 0, room_bytes=room if settings.store_mib else 0)
             return self._collect(work / "out", image)
         finally:
+            self._room.pop(request.build, None)
             await asyncio.shield(self._clean(build, group, namespace, work))
+
+    def _take_room(self, build: str) -> int:
+        """Returns how many bytes the build may add to its account's store: all that it has, or half of what the host's disk can give, since
+        the image's disk takes as much again. What other builds were given is theirs. Raises _NoRoom."""
+        free = disk_free_bytes(self._directory) - self._settings.kept_bytes - 2 * sum(self._room.values())
+        room = min(free // 2, self._settings.store_mib << 20 or free)
+        if room < _LEAST_ROOM_BYTES:
+            left = max(0, free) >> 20
+            raise _NoRoom(f"the host's disk has no room for a build: {left} MiB beside limits.disk_reserve_mib and other builds")
+        self._room[build] = room
+        return room
 
     def _collect(self, out: Path, image: Path) -> BuildResult:
         """Takes the disk over from the builder: plain files only, whatever the jail may have put there."""

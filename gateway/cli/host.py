@@ -203,6 +203,12 @@ def _free(settings: config.Settings, place: Path) -> list[tuple[str, bool, str]]
     ]
 
 
+def _layers(mib: int) -> tuple[str, bool, str]:
+    if mib and not Path("/dev/loop-control").exists():
+        return "layers of builds", False, "no loop device: builds fail. modprobe loop, or images.store_mib = 0: no bound"
+    return "layers of builds", True, f"{mib} MiB of each account at most" if mib else "without a bound (images.store_mib)"
+
+
 def edge_port(kept: Path) -> tuple[str, bool, str]:
     port = listeners.kept_port(kept)
     if not port:
@@ -279,7 +285,7 @@ def doctor(
         if what == "base.tar" and not is_missing:
             text = f"{base.described(making.key_at(settings.cache / what))}, in {settings.cache}"
         rows.append((f"asset {what}", not is_missing, text))
-    rows += _free(settings, place)
+    rows += [*_free(settings, place), _layers(settings.images.store_mib)]
     rows.append(("descriptors", *_descriptors(settings, hypervisor.what)))
     kept = settings.root / "edge-port"
     if kept.exists():

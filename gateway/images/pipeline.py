@@ -55,6 +55,12 @@ _CONTAINER_TRIES = 2  # vmm may be restarted under a build
 _CLEAN_TRIES, _CLEAN_FAILURES, _CLEAN_PAUSE_SECONDS = 20, 3, 0.25
 _DELETE_SECONDS = 600.0  # then the image is DELETE_FAILED, and may be deleted again
 _TAIL_BYTES = 16 << 10  # of a build's log, in which its failure is looked for
+_LAYERS_FULL = (
+    "the container build wrote more than it may: {mib} MiB beside what its account's layers have (images.store_mib; less where the host's "
+    "disk has less), a file for each 16 KiB of them, or a tmpfs was full"
+)
+_PHASES = ("BASE", "CONTAINER", "DISK")  # that build.sh says
+_PHASES_BYTES = 4096
 _PLATFORMS = {"x86_64": "amd64", "aarch64": "arm64"}  # of OCI (image-spec, image-index.md)
 _SEEDED = (
     "{count} random generators of OpenSSL were seeded before the snapshot: each microVM seeds them anew; it does not know of a language's "
@@ -306,7 +312,9 @@ class Pipeline:
             for hint in hints(said.tail.decode("utf-8", errors="replace")):
                 job.say(hint)
             if result.reason:
-                raise BuildFailed("CONTAINER_BUILD_FAILED", result.reason)
+                raise BuildFailed("DISK_STORAGE_FULL" if result.disk_full else "CONTAINER_BUILD_FAILED", result.reason)
+            if said.disk_full and result.room_bytes and not result.disk_full:
+                raise BuildFailed("DISK_STORAGE_FULL", _LAYERS_FULL.format(mib=result.room_bytes >> 20))
             if result.disk_full or said.disk_full:
                 raise BuildFailed("DISK_STORAGE_FULL", "the disk was full during the container build")
             if result.out_of_memory:
@@ -318,21 +326,30 @@ class Pipeline:
             raise BuildFailed("CONTAINER_BUILD_FAILED", str(error)) from error
 
     async def _watch(self, job: Job, output: int, phases: int, said: _Said) -> BuildResult:
-        """Follows a build to its end. Raises RpcError: Missing where vmm knows of none any more."""
+        """Follows a build to its end. Raises RpcError: Missing where vmm knows of none any more; BuildFailed for one that says too much."""
+        most = self._settings.images.build_log_mib << 20
         readers = [
-            asyncio.ensure_future(_read(output, _both(lambda data: job.log.feed(0, data), said.feed))),
-            asyncio.ensure_future(_read(phases, lambda data: self._phase(job, data.decode("ascii", "replace").split()[-1]))),
+            asyncio.ensure_future(_read(output, _both(lambda data: job.log.feed(0, data), said.feed), most)),
+            asyncio.ensure_future(_read(phases, lambda data: self._enter(job, data), _PHASES_BYTES)),
         ]
+        ending = asyncio.ensure_future(patiently(lambda: self._host.build_result(job.build.id)))
         try:
-            ended = await asyncio.gather(patiently(lambda: self._host.build_result(job.build.id)), return_exceptions=True)
+            await asyncio.wait([ending, readers[0]], return_when=asyncio.FIRST_COMPLETED)
+            if readers[0].done() and readers[0].exception() is None and readers[0].result():  # whoever called `run` has the build ended
+                raise BuildFailed("CONTAINER_BUILD_FAILED", f"the container build said more than {most >> 20} MiB (images.build_log_mib)")
+            await asyncio.wait([ending])
             await asyncio.wait(readers, timeout=_REST_SECONDS)  # what a step has left behind may keep the pipe open
-            if isinstance(ended[0], BaseException):
-                raise ended[0]
-            return ended[0]
+            return ending.result()
         finally:
-            for reader in readers:
+            for reader in (ending, *readers):
                 reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
+            await asyncio.gather(ending, *readers, return_exceptions=True)
+
+    def _enter(self, job: Job, said: bytes) -> None:
+        """The builder has said where it is: in its own words, each of which stands for a row."""
+        for word in said.decode("ascii", "replace").split():
+            if word in _PHASES:
+                self._phase(job, word)
 
     def _logins(self, job: Job, dockerfile: Path, role: Credentials) -> dict[str, str]:
         real = self._settings.credentials.sts_endpoint or self._settings.images.ecr_endpoint
@@ -447,13 +464,17 @@ def _both(*takers: Callable[[bytes], None]) -> Callable[[bytes], None]:
     return take
 
 
-async def _read(descriptor: int, take: Callable[[bytes], None]) -> None:
-    """Reads a pipe to its end."""
+async def _read(descriptor: int, take: Callable[[bytes], None], most: int) -> bool:
+    """Reads a pipe to its end, or until it has brought more than so many bytes: True."""
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb"))
     try:
         while data := await reader.read(65536):
             take(data)
+            most -= len(data)
+            if most < 0:
+                return True
+        return False
     finally:
         transport.close()

@@ -64,7 +64,7 @@ class HostUnderTest:
         self.settings = Settings(
             root=directory / "root", run=directory / "run", name="sim", account="123456789012",
             standbys=_standbys(settings.pop("warm", 0), settings.pop("warm_seconds", 300.0)), edge={"workers": 1},
-            images={"settle_seconds": 0.5}, **settings,
+            images={"settle_seconds": 0.5, "store_mib": 0}, **settings,
         )  # fmt: skip
         self.vmm: vmm.daemon.Vmm | None = None
         self.control: control_module.Control | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -117,6 +118,7 @@ class Host:
     def __init__(self, *answers: BuildResult | Exception) -> None:
         self.answers = list(answers)
         self.builds = 0
+        self.said = "step of build {}\n"
 
     async def reclaim_capacity(self) -> Capacity:
         return Capacity(1 << 40, 1 << 40, 1 << 30, 0)
@@ -127,7 +129,7 @@ class Host:
     async def build(self, request: BuildRequest, *sources: Path) -> tuple[int, int]:
         self.builds += 1
         ends = []
-        for text in (f"step of build {self.builds}\n", "BASE\nCONTAINER\n"):
+        for text in (self.said.format(self.builds), "BASE\nCONTAINER\n"):
             out, into = os.pipe()
             os.write(into, text.encode())
             os.close(into)
@@ -206,6 +208,66 @@ async def test_what_was_built_and_is_not_taken_is_said(tmp_path: Path) -> None:
     one = Building(tmp_path, Host(BuildResult(1, "", False, False, "the image's configuration (ENV, LABEL, ...) has 5 bytes: 4 are taken")))
     with pytest.raises(BuildFailed, match=r"^CONTAINER_BUILD_FAILED: the image's configuration"):
         await one.container()
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        (BuildResult(1, "", False, False, room_bytes=300 << 20), "DISK_STORAGE_FULL: the container build wrote more than it may: 300 MiB"),
+        (BuildResult(1, "", True, False, room_bytes=300 << 20), "DISK_STORAGE_FULL: the disk was full during the container build"),
+        (
+            BuildResult(1, "", True, False, "the host's disk has no room for a build: 1 MiB"),
+            "DISK_STORAGE_FULL: the host's disk has no room",
+        ),
+    ],
+)
+async def test_whose_room_was_full_is_said(tmp_path: Path, result: BuildResult, reason: str) -> None:
+    host = Host(result)
+    host.said = "fallocate: /x: No space left on device\n"
+    with pytest.raises(BuildFailed, match=f"^{reason}"):
+        await Building(tmp_path, host).container()
+
+
+async def test_a_build_that_says_too_much_is_ended(tmp_path: Path) -> None:
+    """It said what it liked for half an hour, and control read all of it."""
+    host = Host()
+    out, into = os.pipe()
+    phases, into_phases = os.pipe()
+    os.close(into_phases)
+    ended = asyncio.Event()
+
+    async def build(request: BuildRequest, *sources: Path) -> tuple[int, int]:
+        return out, phases
+
+    async def result(build: str) -> BuildResult:
+        await ended.wait()
+        raise AssertionError("it is not waited for")
+
+    host.build, host.build_result = build, result  # type: ignore[method-assign]
+    one = Building(tmp_path, host)
+    one.pipeline._settings.images.build_log_mib = 1
+    flood = threading.Thread(target=_flood, args=(into,))
+    flood.start()
+    with pytest.raises(BuildFailed, match=r"^CONTAINER_BUILD_FAILED: the container build said more than 1 MiB \(images.build_log_mib\)"):
+        await one.container()
+    flood.join(10)
+    assert not flood.is_alive(), "nobody reads it any more"
+
+
+def _flood(into: int) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        while True:
+            os.write(into, b"y\n" * 2048)
+    os.close(into)
+
+
+async def test_a_phase_is_one_that_there_is(tmp_path: Path) -> None:
+    """Each word becomes a row in the store; an empty one was an error of control's."""
+    one, entered = Building(tmp_path, Host(DONE)), []
+    one.pipeline._on_phase = lambda job: entered.append(job.build.phase)
+    for said in (b"\n", b"BASE\nCONTAINER\n", b"x" * 999, b"DISK \xff DONE\n"):
+        one.pipeline._enter(one.job, said)
+    assert entered == ["BASE", "CONTAINER", "DISK"]
 
 
 async def test_a_log_that_a_steps_leftover_keeps_open_holds_up_no_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

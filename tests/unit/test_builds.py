@@ -123,6 +123,49 @@ async def test_a_log_that_is_full_holds_up_its_own_build_only(tmp_path: Path, mo
     os.close(out)
 
 
+def test_a_store_with_a_bound_is_a_file_system_of_that_size(tmp_path: Path) -> None:
+    """Of another size, or without one, it is made afresh: it is a cache. Its account keeps its ids."""
+    (tmp_path / "a/store/overlay2").mkdir(parents=True)  # of a service of before
+    share = 256 << 20
+    store, first, _ = Stores(tmp_path, FIRST, share).open("a", [])
+    assert store == tmp_path / "a/store.ext4" and store.stat().st_size == share and store.stat().st_blocks * 512 < share // 32
+    assert (store.stat().st_uid, store.stat().st_mode & 0o777, first) == (0, 0o600, FIRST) and not list((tmp_path / "a/store").iterdir())
+    told = subprocess.run(["dumpe2fs", "-h", store], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"Inode count: +16384\n", told) and re.search(r"Reserved block count: +0\n", told)
+    made = store.stat().st_ino
+    assert Stores(tmp_path, FIRST, share).open("a", [])[0].stat().st_ino == made
+    assert Stores(tmp_path, FIRST, 2 * share).open("a", [])[0].stat().st_size == 2 * share
+    assert Stores(tmp_path, FIRST).open("a", [])[0].is_dir() and not store.exists()
+
+
+def test_a_build_is_given_what_the_host_has_and_no_other_build(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what is left: its disk takes as much again. One that the disk has no room for is refused before it begins."""
+    gib = 1 << 30
+    builder._directory.mkdir()
+    builder._settings = dataclasses.replace(builder._settings, store_mib=32 << 10, kept_bytes=gib)
+    monkeypatch.setattr(builds, "disk_free_bytes", lambda path: 101 * gib)
+    assert builder._take_room("one") == 32 * gib
+    assert builder._take_room("other") == 18 * gib
+    with pytest.raises(builds._NoRoom, match="the host's disk has no room for a build: 0 MiB beside"):
+        builder._take_room("third")
+    del builder._room["one"]
+    assert builder._take_room("third") == 32 * gib
+    builder._settings, builder._room = dataclasses.replace(builder._settings, store_mib=0), {}
+    assert builder._take_room("without a bound") == 50 * gib
+
+
+async def test_a_build_that_the_disk_has_no_room_for_fails_in_one_line(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("accounts", "work"):
+        (builder._directory / name).mkdir(parents=True)
+    monkeypatch.setattr(builds, "disk_free_bytes", lambda path: 1 << 20)
+    ends = await begun(builder)
+    result = await builder.result("b")
+    assert (result.status, result.disk_full) == (1, True) and result.reason.startswith("the host's disk has no room for a build: 1 MiB")
+    assert not builder._room and not list((builder._directory / "work").iterdir())
+    for end in ends:
+        os.close(end)
+
+
 def test_an_account_is_no_path(tmp_path: Path) -> None:
     with pytest.raises(VmmError, match="no layer store"):
         Stores(tmp_path, FIRST).open("../x", [])

@@ -5,81 +5,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-import subprocess
-import tarfile
-import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from build_rig import FROM, Rig, builder, builder_in
 from small_disk import small_disk
 
-from gateway.config import Settings
-from gateway.messages import BuildRequest, BuildResult
-from vmm.builds import Builder, BuildSettings
-from vmm.cgroups import Cgroups
-
 pytestmark = pytest.mark.vm
-NAME = "public.ecr.aws/lambda/microvms:al2023-minimal"
-FROM = f"FROM {NAME}\nCMD true\n"
-FIRST_UID = (1 << 30) + (1 << 29)
-
-
-class Rig:
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.cgroups = Cgroups("builder", directory)
-        cache = Settings().cache
-        made = BuildSettings(cache / "base.tar", cache / "builder", cache / "modules", (NAME,), False, FIRST_UID, memory_mib=512)
-        self.builder = Builder(directory, directory / "netns", self.cgroups, made)
-
-    async def begin(self, dockerfile: str, account: str = "111111111111") -> tuple[str, asyncio.Task[str]]:
-        """The build's name, and its log when it is over."""
-        name = uuid.uuid4().hex
-        (self.directory / f"{name}.Dockerfile").write_text(dockerfile)
-        with tarfile.open(self.directory / f"{name}.tar", "w") as archive:
-            archive.add(self.directory / f"{name}.Dockerfile", "Dockerfile")
-        files = (os.open(self.directory / f"{name}.{kind}", os.O_RDONLY) for kind in ("tar", "Dockerfile"))
-        request = BuildRequest(name, "image", account, [], 256 << 20, {})
-        log, phases = await self.builder.begin(request, self.directory / "image", *files)
-
-        async def read() -> str:
-            with os.fdopen(log, errors="replace") as lines, os.fdopen(phases):
-                return await asyncio.to_thread(lines.read)
-
-        return name, asyncio.get_running_loop().create_task(read())
-
-    async def build(self, dockerfile: str, account: str = "111111111111") -> tuple[BuildResult, str]:
-        name, log = await self.begin(dockerfile, account)
-        said = await log
-        return await self.builder.result(name), said
-
-    def left(self) -> list[str]:
-        """Processes of the builder's users, and what builds have while they are under way."""
-        found = [entry.name for place in ("work", "netns") for entry in (self.directory / place).iterdir()]
-        for status in Path("/proc").glob("[0-9]*/status"):
-            try:
-                fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
-            except OSError:
-                continue
-            is_over = fields["State"][0] in "ZX"
-            if not is_over and FIRST_UID <= int(fields["Uid"].split()[0]) < FIRST_UID + (1 << 28):
-                found.append(f"process {status.parent.name} {fields['Name']}")
-        return found + self.cgroups.names()
 
 
 @pytest.fixture
 async def rig(host_before: object) -> AsyncIterator[Rig]:
-    directory = Path(f"/var/tmp/torpor-builder-{os.getpid()}")
-    directory.mkdir()
-    one = Rig(directory)
-    try:
-        one.cgroups.start()
-        one.builder.start()
+    async with builder() as one:
         yield one
-    finally:
-        one.cgroups.close()
-        subprocess.run(["rm", "-rf", directory], check=True)
 
 
 async def test_an_account_finds_nothing_of_anothers(rig: Rig) -> None:
@@ -92,9 +31,10 @@ async def test_an_account_finds_nothing_of_anothers(rig: Rig) -> None:
     owners = {name: store.stat().st_uid for name, store in stores.items()}
     assert len(set(owners.values())) == 2
     for name, word in (("111111111111", "secret-of-other"), ("222222222222", "secret-of-one")):
-        assert subprocess.run(["grep", "-rlF", word, stores[name]], capture_output=True, check=False).returncode == 1
-        strangers = ["find", str(stores[name]), "!", "-uid", f"+{owners[name] - 1}", "-o", "-uid", f"+{owners[name] + (1 << 20) - 1}"]
-        assert not subprocess.run(strangers, capture_output=True, check=True, text=True).stdout
+        mine = {"secret-of-other": "secret-of-one", "secret-of-one": "secret-of-other"}[word]
+        assert not rig.in_store(name, f"grep -rlF {word} .") and rig.in_store(name, f"grep -rlF {mine} .")
+        strangers = f"find . ! -path './lost+found' '(' ! -uid +{owners[name] - 1} -o -uid +{owners[name] + (1 << 20) - 1} ')'"
+        assert not rig.in_store(name, strangers)
     again, said = await rig.build(f"{FROM}ENV WHO=one\n{step}# the same account\n")
     assert again.status == 0 and "CACHED" in said, said
 
@@ -102,8 +42,7 @@ async def test_an_account_finds_nothing_of_anothers(rig: Rig) -> None:
 async def test_what_is_out_of_memory_is_said_and_a_broken_store_is_made_afresh(rig: Rig) -> None:
     done, said = await rig.build(f"{FROM}RUN head -c 900m /dev/zero | tail -n 1 > /dev/null\n")
     assert done.status and done.out_of_memory, said
-    (database,) = (rig.directory / "accounts").glob("*/store/buildkit/cache.db")
-    database.write_bytes(b"no database" * 1000)
+    rig.in_store("111111111111", "ls buildkit/cache.db && yes 'no database' | head -n 1000 > buildkit/cache.db")
     done, said = await rig.build(FROM)
     assert done.status == 0 and "the layer store is broken: building again with a new one" in said, said
     assert not rig.left()
@@ -118,10 +57,7 @@ def disk() -> Iterator[Path]:
 
 async def test_a_full_disk_ends_one_build_and_is_given_back(disk: Path, host_before: object) -> None:
     """What the build wrote goes with it, also where it failed; the layers themselves go where their room is wanted."""
-    rig = Rig(disk)
-    rig.cgroups.start()
-    rig.builder.start()
-    try:
+    async with builder_in(disk) as rig:
         done, said = await rig.build(FROM)
         assert done.status == 0, said
         free = os.statvfs(disk).f_bavail
@@ -136,8 +72,6 @@ async def test_a_full_disk_ends_one_build_and_is_given_back(disk: Path, host_bef
         await rig.builder._trimming
         assert not list((rig.directory / "accounts").iterdir()) and os.statvfs(disk).f_bavail > free
         assert (await rig.build(FROM))[0].status == 0
-    finally:
-        rig.cgroups.close()
 
 
 @pytest.mark.long
