@@ -153,10 +153,16 @@ class Limits(_Section):
     min_idle_seconds: int = Field(60, ge=1, description="smallest maxIdleDurationSeconds (the service's: 60)")
     profile: str = Field("none", pattern="^(none|small|aws)$", description="an account's quotas: the service's, a new account's, or none")
     memory_mib: int = Field(0, ge=0, description="an account's sum of minimum sizes, RUNNING and SUSPENDED; 0: the profile's")
+    microvms: int = Field(2048, ge=0, description="of an account, RUNNING and SUSPENDED; 0: no bound")
+    disk_gib: int = Field(0, ge=0, description="an account's sum of disks, RUNNING and SUSPENDED; 0: no bound")
+    builds: int = Field(100, ge=0, description="of an account, those that wait included, where the profile has no number; 0: no bound")
     reserve_mib: int = Field(1024, ge=0, description="of the host's memory, never given to microVMs")
     guest_mib: int = Field(0, ge=0, description="of memory that a guest sees at most; 0: three quarters of the host's")
     growth_mib: int = Field(96, ge=1, description="private memory that a launched or resumed microVM is expected to need")
     disk_reserve_mib: int = Field(1024, ge=0, description="free disk below which nothing is launched")
+    disk_percent: int = Field(
+        2, ge=0, le=100, description="of each microVM's disk that a launch must leave room for; 100: no guest can take another's"
+    )
 
 
 _POOL_LEAST = 4  # the veth to the outside, and one link
@@ -229,6 +235,7 @@ class Logs(_Section):
     endpoint: str = Field("", description="a CloudWatch Logs endpoint to which events are sent too; empty: kept here only")
     retention_days: int = Field(30, ge=0, description="streams silent for longer go; 0: kept until there is no room")
     account_mib: int = Field(8192, ge=128, description="of an account's streams; beyond, those that are silent for longest go")
+    account_streams: int = Field(20_000, ge=100, description="of an account; beyond, those that are silent for longest go")
 
 
 class Records(_Section):

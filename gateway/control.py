@@ -285,10 +285,10 @@ class Control:
     # ---- every hour ----
 
     async def drop_old_logs(self) -> None:
-        """Removes streams that nobody has written to for longer than the retention, and those beyond an account's room."""
+        """Removes streams that nobody has written to for longer than the retention, and those beyond an account's room and number."""
         logs = self.settings.logs
         seconds = logs.retention_days * 86_400.0 if logs.retention_days else math.inf
-        await executors.BULK.run(self.logs.drop_old, seconds, float(logs.account_mib << 20))
+        await executors.BULK.run(self.logs.drop_old, seconds, float(logs.account_mib << 20), logs.account_streams)
 
     async def prune(self) -> None:
         """Removes client tokens of before yesterday and old events."""

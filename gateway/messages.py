@@ -74,13 +74,15 @@ class HostInfo(msgspec.Struct):
 
 
 class Capacity(msgspec.Struct):
-    """What the host has free for admission, in bytes, and how much one more microVM is expected to take. Descriptors are those of vmm."""
+    """What the host has free for admission, in bytes, and how much one more microVM is expected to take. `disk_owed`: what the disks of
+    all microVMs are to have beside (limits.disk_percent). Descriptors are those of vmm."""
 
     memory_available: int
     disk_free: int
     inodes_free: int
     expected_growth: int
     descriptors_free: int = 1 << 30
+    disk_owed: int = 0
 
 
 class EgressRules(msgspec.Struct, frozen=True):

@@ -25,6 +25,7 @@ from .cgroups import Cgroups
 from .driver import UNSAVED, Driver, Machine, Process
 from .images import Images
 from .network import Link, Network
+from .owed import OwedDisk
 from .quarantine import Quarantine
 from .rpc.files import FileCalls
 from .rpc.host import HostCalls
@@ -68,13 +69,17 @@ class Vmm:
         )  # fmt: skip
         self.images = Images(settings.images_dir)
         self.snapshots = Snapshots(settings.sessions_dir)
+        self.owed = OwedDisk(settings.sessions_dir, settings.limits.disk_percent)
         self.quarantine = Quarantine(settings.sessions_dir, settings.root / "quarantine", settings.images_dir)
         self.vms = VmRegistry(self.network, self._spawn)
         self.vms.on_end = self._ended
         self.collector = SnapshotGc(self.snapshots, self.vms, self._spawn)
         self.warm = WarmPool(kept.warm, self.network, self.vms, self.collector, self._spawn)
         self.calls = (
-            HostCalls(settings, info, cgroups, self.network, self.vms, self.warm, self.snapshots, self.images, self.builder, self.driver),
+            HostCalls(
+                settings, info, cgroups, self.network, self.vms, self.warm, self.snapshots, self.images, self.builder, self.driver,
+                self.owed,
+            ),
             SessionCalls(
                 self.images, self.driver, self.network, self.standbys, self.snapshots, self.vms, self.warm, self.collector
             ),
@@ -147,6 +152,7 @@ class Vmm:
 
     async def _housekeeping(self) -> None:
         while True:
+            await self._step("disks", self.owed.weigh())
             await asyncio.sleep(_HOUSEKEEPING_SECONDS)
             records = [entry.machine.record for entry in self.vms.entries()]
             booting = 0  # the incarnation of what will be an image

@@ -12,8 +12,8 @@ from gateway.config import Settings
 from gateway.rpc import Connection
 from gateway.sessions.store import Store
 
+from . import quotas
 from .directory import Directory, DirectoryError
-from .quotas import PROFILES
 
 
 class Admin:
@@ -70,19 +70,19 @@ class Admin:
     async def rpc_quota(self, connection: Connection, body: None) -> list[m.QuotaUse]:
         """Use and limit of each account's quotas; a limit of 0 is none."""
         self._check(connection)
-        profile = PROFILES[self._settings.limits.profile]
+        profile = quotas.of(self._settings.limits)
         rows = []
         for account in self._directory.accounts:
             images = [image for image in self._store.images.values() if image.account == account.id]
-            memory = sum(s.minimum_mib for s in self._store.sessions_of(account.id) if not s.state.is_ended)
+            live = [s.minimum_mib for s in self._store.sessions_of(account.id) if not s.state.is_ended]
             building = sum(image.state in ("CREATING", "UPDATING") for image in images)
             rows += [
-                m.QuotaUse(
-                    account.id, "memory, MiB, running and suspended", memory, self._settings.limits.memory_mib or profile.memory_mib
-                ),
+                m.QuotaUse(account.id, "microVMs, running and suspended", len(live), profile.microvms),
+                m.QuotaUse(account.id, "memory, MiB, running and suspended", sum(live), profile.memory_mib),
+                m.QuotaUse(account.id, "disk, GiB, running and suspended", sum(map(quotas.disk_gib, live)), profile.disk_gib),
                 m.QuotaUse(account.id, "images", len(images), profile.images),
                 m.QuotaUse(account.id, "versions of one image", max((len(i.versions) for i in images), default=0), profile.versions),
-                m.QuotaUse(account.id, "builds at once", building, profile.builds),
+                m.QuotaUse(account.id, "builds that wait or run", building, profile.builds),
             ]
         return rows
 

@@ -24,7 +24,7 @@ from .tags import Tags
 def make(service: Service, directory: Directory, logs: LogStore, audit: AuditTrail, architecture: str) -> web.Application:
     settings = service.settings
     targets: list[object] = [Microvms(service), Images(service, architecture), Connectors(service), Tags(service)]
-    quotas = ServiceQuotas(limited(service.quotas, settings.limits.memory_mib), service.pager, settings.region)
+    quotas = ServiceQuotas(limited(service.quotas), service.pager, settings.region)
     server = ApiServer(
         Model(settings.limits.min_idle_seconds), targets, [Logs(logs, settings.region), quotas], directory, Permissions(service),
         Buckets(service.quotas), audit, settings.region, settings.api.clock_skew_seconds,

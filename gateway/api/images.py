@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from gateway.accounts.model import Caller
+from gateway.accounts.quotas import DISK_GIB
 from gateway.images.artifact import parse_uri
-from gateway.images.pipeline import DISK_GIB, read_hooks
+from gateway.images.pipeline import read_hooks
 from gateway.sessions.model import Build, Image, Session, Version
 
 from .client_tokens import Remember, TokenMismatch

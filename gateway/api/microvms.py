@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gateway.accounts.model import Caller
-from gateway.accounts.quotas import LONGEST_LIFE_SECONDS
+from gateway.accounts.quotas import LONGEST_LIFE_SECONDS, disk_gib
 from gateway.images.pipeline import read_hooks
 from gateway.sessions.actions import Arrival
 from gateway.sessions.host import RpcError
@@ -51,8 +51,7 @@ class Microvms:
             raise Conflict("The client token was used before with other parameters.") from None
 
     async def _run(self, caller: Caller, call: dict[str, Any], remember: Remember) -> dict[str, Any]:
-        self._admissible(caller, call)
-        await self._admit()
+        await self._admit(self._admissible(caller, call))
         session = self._admissible(caller, call)  # again, because others came, and images and connectors went, while this waited
         store, lifecycle = self._store, self._service.lifecycle
         store.put_session(session)
@@ -128,16 +127,22 @@ class Microvms:
         return session
 
     def _check_quota(self, session: Session) -> None:
-        limit = self._service.settings.limits.memory_mib or self._service.quotas.memory_mib
-        if not limit:
+        quotas = self._service.quotas
+        # Those that ended lately are among them.
+        has_number = bool(quotas.microvms) and len(self._store.order(session.account)) >= quotas.microvms
+        if not (quotas.memory_mib or quotas.disk_gib or has_number):
             return
-        live = (s for s in self._store.sessions_of(session.account) if not s.state.is_ended)
-        if sum(s.minimum_mib for s in live) + session.minimum_mib > limit:
+        live = [s.minimum_mib for s in self._store.sessions_of(session.account) if not s.state.is_ended]
+        if quotas.memory_mib and sum(live) + session.minimum_mib > quotas.memory_mib:
             raise QuotaExceeded("The base maximum allocated memory limit has been reached for this account.")
+        if has_number and len(live) >= quotas.microvms:
+            raise QuotaExceeded(f"The maximum number of MicroVMs has been reached for this account: {quotas.microvms}.")
+        if quotas.disk_gib and sum(map(disk_gib, live)) + disk_gib(session.minimum_mib) > quotas.disk_gib:
+            raise QuotaExceeded(f"The maximum disk of all MicroVMs has been reached for this account: {quotas.disk_gib} GiB.")
 
-    async def _admit(self) -> None:
+    async def _admit(self, session: Session) -> None:
         try:
-            has_room = await self._service.lifecycle.room.take(is_new=True)
+            has_room = await self._service.lifecycle.room.take(is_new=True, disk=disk_gib(session.minimum_mib) << 30)
         except RpcError as error:
             raise InsufficientCapacity(f"The host cannot launch MicroVMs now: {error}") from error
         if not has_room:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway.accounts import quotas
 from gateway.accounts.model import Caller
-from gateway.accounts.quotas import PROFILES, Profile
+from gateway.accounts.quotas import Profile
 from gateway.config import Settings
 from gateway.images.registry import Registry
 from gateway.sessions.host import Host
@@ -36,13 +37,11 @@ class Service:
     pager: Pager
     endpoint_port: int
     client_tokens: ClientTokens = field(init=False)
+    quotas: Profile = field(init=False)
 
     def __post_init__(self) -> None:
         self.client_tokens = ClientTokens(self.store)
-
-    @property
-    def quotas(self) -> Profile:
-        return PROFILES[self.settings.limits.profile]
+        self.quotas = quotas.of(self.settings.limits)
 
     @property
     def managed_base(self) -> str:

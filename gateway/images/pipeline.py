@@ -25,6 +25,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from gateway import executors
 from gateway.accounts.directory import Credentials
+from gateway.accounts.quotas import DISK_GIB
 from gateway.config import Settings
 from gateway.messages import BuildRequest, BuildResult, EgressRules, HostInfo, Shape
 from gateway.observe.room import BUILD_INODES, BUILD_ROOM_BYTES
@@ -45,7 +46,6 @@ from .unpack import CONTEXT, DOCKERFILE
 
 log = structlog.get_logger()
 
-DISK_GIB = {512: 8, 1024: 8, 2048: 8, 4096: 16, 8192: 32}  # reference, section 4
 ARCHITECTURES = {"x86_64": "X86_64", "aarch64": "ARM_64"}  # the host's name for it, and the API's
 _PEAK = 4  # the guest sees four times the size that was asked for
 _BOOT_SECONDS = 60.0

@@ -388,9 +388,9 @@ class LogStore:
 
     # ---- what goes ----
 
-    def drop_old(self, seconds: float, account_bytes: float = math.inf) -> list[Name]:
-        """Removes streams that nobody has written to for so long, then those of an account beyond so many bytes, the one that is silent for
-        longest first; returns their names. Blocking."""
+    def drop_old(self, seconds: float, account_bytes: float = math.inf, account_streams: float = math.inf) -> list[Name]:
+        """Removes streams that nobody has written to for so long, then those of an account beyond so many bytes and so many streams, the
+        one that is silent for longest first; returns their names. Blocking."""
         gone: list[Name] = []
         now = time.time()
         for account in sorted(path.name for path in self._directory.iterdir()) if self._directory.is_dir() else []:
@@ -400,8 +400,8 @@ class LogStore:
                 for stream, segments in self._by_stream(self._group(account, group)).items()
             ]
             left = sum(segment.size for _, _, segments in found for segment in segments)
-            for at, name, segments in sorted(found, key=lambda one: one[:2]):
-                if at >= now - seconds and left <= account_bytes:
+            for number, (at, name, segments) in enumerate(sorted(found, key=lambda one: one[:2])):
+                if at >= now - seconds and left <= account_bytes and len(found) - number <= account_streams:
                     break
                 left -= sum(segment.size for segment in segments)
                 self._drop(name)

@@ -1,9 +1,11 @@
-"""Whether the host has room for one more microVM: by what is really used, never by adding sizes up."""
+"""Whether the host has room for one more microVM: memory by what is really used, never by adding sizes up; disk by that, and by a part
+of what each microVM that there is may still write (`limits.disk_percent`)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 
 from gateway.config import Limits
 from gateway.messages import Capacity
@@ -16,6 +18,7 @@ _SHOWS_SECONDS = 2.0  # until what an admitted microVM uses shows in the host's 
 _KNOWN_SECONDS = 0.1  # a herd asks once
 _PLENTY = 8  # microVMs for which there is room: one more is admitted by a look at the host's memory
 _PLENTY_SECONDS = 10.0  # then the host is asked behind the answer
+_OWED_SECONDS = 2 * _PLENTY_SECONDS + _SHOWS_SECONDS  # until a new disk is surely among those that the host has told of (vmm/owed.py)
 
 
 class Room:
@@ -30,11 +33,12 @@ class Room:
         self._capacity = Capacity(0, 0, 0, limits.growth_mib << 20)
         self._asked = -_PLENTY_SECONDS
         self._is_asking = False
+        self._new_disks: deque[tuple[float, int]] = deque()  # until when, and how many bytes they are owed
 
-    async def take(self, is_new: bool = False) -> bool:
-        """Takes room for one more, and returns False when there is none: `lack` says of what. Raises RpcError. One that is new, and wakes
-        nobody, is refused first where descriptors are short."""
-        if not await self._find() or (is_new and not self._has_descriptors()):
+    async def take(self, is_new: bool = False, disk: int = 0) -> bool:
+        """Takes room for one more, and returns False when there is none: `lack` says of what. Raises RpcError. One that is new, with a disk
+        of so many bytes, and wakes nobody, is refused first where descriptors or disk are short."""
+        if not await self._find() or (is_new and not (self._has_descriptors() and self._has_disk(disk))):
             return False
         self._promised += 1
         asyncio.get_running_loop().call_later(_SHOWS_SECONDS, self._shown)
@@ -64,6 +68,19 @@ class Room:
         else:
             return True
         return False
+
+    def _has_disk(self, size: int) -> bool:
+        """Whether there is room for a part of what each microVM's disk may grow by, that of a new one included."""
+        now = asyncio.get_running_loop().time()
+        while self._new_disks and self._new_disks[0][0] < now:
+            self._new_disks.popleft()
+        free, share = self._host.free()[1], size * self._limits.disk_percent // 100
+        owed = self._capacity.disk_owed + sum(bytes_owed for _, bytes_owed in self._new_disks)
+        if free - (self._limits.disk_reserve_mib << 20) < owed + share:
+            self.lack = f"disk: {free >> 20} MiB are free, of which {owed >> 20} are kept for disks that grow (limits.disk_percent)"
+            return False
+        self._new_disks.append((now + _OWED_SECONDS, share))
+        return True
 
     def _has_descriptors(self) -> bool:
         """Control's own, and vmm's as last told."""

@@ -130,7 +130,7 @@ class ApiRig:
         self.accounts = Directory(self.store, ACCOUNT, {KEY: SECRET}, b"seal")
         self.audit = AuditTrail(self.directory / "audit")
         self.registry.ahead = self.lifecycle.ahead
-        service = Service(
+        self.service = service = Service(
             self.settings, self.store, self.lifecycle, self.registry, self.host,  # type: ignore[arg-type]
             Quarantine(self.settings.quarantine, self.store, self.host, self.lifecycle),  # type: ignore[arg-type]
             Minter(self.directory / "keys.json"), Pager(b"pages"), 443,

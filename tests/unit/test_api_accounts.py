@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,8 @@ def test_quotas_are_readable(api: ApiRig, tmp_path: Any) -> None:
     client = api.client("service-quotas")
     assert [one["ServiceCode"] for one in client.list_services()["Services"]] == ["lambda"]
     own = {one["QuotaCode"]: one["Value"] for one in client.list_service_quotas(ServiceCode="lambda")["Quotas"]}
-    assert own == {"L-B430C318": 28_800.0, "network-connectors": 100.0}, "nothing else is limited"
+    limits = {"L-B430C318": 28_800.0, "network-connectors": 100.0, "microvms": 2048.0, "microvm-image-builds": 100.0}
+    assert own == limits, "nothing else is limited"
     for ask in ({"ServiceCode": "lambda", "QuotaCode": "L-CD1C0CC4"}, {"ServiceCode": "ec2", "QuotaCode": "L-1"}):
         with pytest.raises(client.exceptions.NoSuchResourceException):
             client.get_service_quota(**ask)
@@ -237,7 +239,7 @@ def test_quotas_are_readable(api: ApiRig, tmp_path: Any) -> None:
         assert client.get_service_quota(ServiceCode="lambda", QuotaCode="L-CD1C0CC4")["Quota"] == found["L-CD1C0CC4"]
         default = client.get_aws_default_service_quota(ServiceCode="lambda", QuotaCode="microvm-images")["Quota"]
         assert default["Value"] == 100.0 and default["QuotaArn"] == "arn:aws:servicequotas:us-east-1::lambda/microvm-images"
-        assert len(client.list_aws_default_service_quotas(ServiceCode="lambda")["Quotas"]) == len(found) == 13
+        assert len(client.list_aws_default_service_quotas(ServiceCode="lambda")["Quotas"]) == len(found) == 14
     finally:
         small.close()
 
@@ -363,3 +365,32 @@ def test_memory_and_build_quotas(tmp_path: Any) -> None:
         assert (code, kind) == (402, "ServiceQuotaExceededException") and "maximum number of concurrent builds" in answer["message"]
     finally:
         small.close()
+
+
+@row("quotas", "microVMs, their disks and builds, as settings bound them: 402 with the number; what has ended counts no more", "ours")
+def test_numbers_and_disks_are_bounded(tmp_path: Any) -> None:
+    api = ApiRig(tmp_path, limits={"microvms": 2, "disk_gib": 24, "builds": 1})
+
+    def said(answer: tuple[int, str, dict[str, Any]]) -> str:
+        assert answer[:2] == (402, "ServiceQuotaExceededException"), answer
+        return str(answer[2]["message"])
+
+    try:
+        small, large = api.image("small"), api.image("large", resources=[{"minimumMemoryInMiB": 4096}])
+        one, _ = api.run(small), api.run(small)
+        text = "The maximum number of MicroVMs has been reached for this account: 2."
+        assert said(api.call("POST", VMS, {"imageIdentifier": small})) == text
+        api.call("DELETE", f"{VMS}/{one}")
+        api.reach(one, "TERMINATED")
+        last = api.run(large)
+        api.call("POST", f"{VMS}/{last}/suspend")
+        api.reach(last, "SUSPENDED")
+        api.service.quotas = replace(api.service.quotas, microvms=0)
+        text = "The maximum disk of all MicroVMs has been reached for this account: 24 GiB."
+        assert said(api.call("POST", VMS, {"imageIdentifier": small})) == text, "16 and 8 are taken"
+        api.pipeline.held["held"] = asyncio.Event()
+        api.image("held", built=False)
+        body = {"baseImageArn": BASE, "buildRoleArn": ROLE, "codeArtifact": {"uri": "s3://bucket/app.zip"}, "name": "two"}
+        assert "maximum number of concurrent builds" in said(api.call("POST", IMAGES, body))
+    finally:
+        api.close()

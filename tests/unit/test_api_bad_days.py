@@ -76,7 +76,7 @@ def test_calls_that_wait_for_room_share_one_quota(api: ApiRig, monkeypatch: pyte
     """Four fit into none but three of what the account may have: each has looked before any of them was counted."""
     may_go, waiting = asyncio.Event(), threading.Semaphore(0)
 
-    async def take(is_new: bool = False) -> bool:
+    async def take(is_new: bool = False, disk: int = 0) -> bool:
         waiting.release()
         await may_go.wait()
         return True
@@ -91,7 +91,7 @@ def test_calls_that_wait_for_room_share_one_quota(api: ApiRig, monkeypatch: pyte
 
 
 def test_an_image_that_goes_while_a_launch_waits_for_room_launches_nothing(api: ApiRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def take(is_new: bool = False) -> bool:
+    async def take(is_new: bool = False, disk: int = 0) -> bool:
         api.store.images[PLAIN].state = "DELETING"
         return True
 
@@ -112,7 +112,7 @@ def test_a_token_that_no_edge_would_take_is_refused(api: ApiRig) -> None:
 def test_a_host_that_is_away_is_no_mistake_of_ours(api: ApiRig, monkeypatch: pytest.MonkeyPatch) -> None:
     one = asleep(api)
 
-    async def take(is_new: bool = False) -> bool:
+    async def take(is_new: bool = False, disk: int = 0) -> bool:
         raise RpcError("Unavailable", "vmm is away")
 
     monkeypatch.setattr(api.lifecycle.room, "take", take)

@@ -291,6 +291,26 @@ async def test_memory_disk_and_inodes_decide(memory: int, disk: int, inodes: int
     assert await room.take() is (not lack) and room.lack.startswith(lack)
 
 
+async def test_a_launch_leaves_others_what_their_disks_may_grow_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sleeps may still wake. What was admitted lately is not yet among the disks that vmm has looked at."""
+    host, gib = ScriptedHost(), 1 << 30
+    host.free = lambda: (64 * gib, 20 * gib, 1 << 20)  # type: ignore[method-assign]
+
+    async def capacity() -> m.Capacity:
+        return m.Capacity(64 * gib, 20 * gib, 1 << 20, 96 << 20, disk_owed=8 * gib)
+
+    host.reclaim_capacity = capacity  # type: ignore[method-assign]
+    room = Room(host, Limits(disk_percent=50), Tasks())  # type: ignore[arg-type]
+    await room._ask()
+    assert await room.take(is_new=True, disk=8 * gib) and await room.take(is_new=True, disk=8 * gib)
+    assert not await room.take(is_new=True, disk=8 * gib) and await room.take(), "19 are free, 8 and twice 4 are owed"
+    assert room.lack == "disk: 20480 MiB are free, of which 16384 are kept for disks that grow (limits.disk_percent)"
+    room._new_disks[0] = (0.0, room._new_disks[0][1])  # it is among vmm's now
+    assert await room.take(is_new=True, disk=8 * gib)
+    free = Room(host, Limits(disk_percent=0), Tasks())  # type: ignore[arg-type]
+    assert all([await free.take(is_new=True, disk=8 * gib) for _ in range(9)])
+
+
 async def test_who_is_new_is_refused_first_where_descriptors_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """What sleeps may still wake with the last ones."""
     host = ScriptedHost()

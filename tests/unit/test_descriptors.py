@@ -79,7 +79,7 @@ def test_doctor_checks_the_limit_against_the_need(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(host, "allow_descriptors", lambda: None)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
-    ok, text = host._descriptors(Settings())
+    ok, text = host._descriptors(Settings(), "qemu")
     assert ok is is_enough and str(limit) in text
 
 

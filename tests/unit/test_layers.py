@@ -18,7 +18,7 @@ ALLOWED = {
     "gateway.edge": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.reach", "gateway.rpc", "gateway.tasks", "gateway.tokens", "gateway.listeners"},
     "gateway.sessions": {"gateway.config", "gateway.executors", "gateway.files", "gateway.messages", "gateway.reach", "gateway.rpc", "gateway.tasks", "gateway.accounts.model", "gateway.observe.room", "gateway.observe.steps", "gateway.observe.demand"},
     "gateway.accounts": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.store"},
-    "gateway.images": {"gateway.observe.room", "gateway.accounts.directory", "gateway.confine", "gateway.config", "gateway.executors", "gateway.messages", "gateway.reach", "gateway.rpc", "gateway.sessions", "gateway.tasks"},
+    "gateway.images": {"gateway.observe.room", "gateway.accounts.directory", "gateway.accounts.quotas", "gateway.confine", "gateway.config", "gateway.executors", "gateway.messages", "gateway.reach", "gateway.rpc", "gateway.sessions", "gateway.tasks"},
     "gateway.guest": {"gateway.config", "gateway.executors", "gateway.messages", "gateway.accounts.directory", "gateway.sessions.egress", "gateway.sessions.model", "gateway.sessions.store"},
     "gateway.observe": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.states"},
     "vmm": {"gateway.config", "gateway.descriptors", "gateway.executors", "gateway.messages", "gateway.observe", "gateway.peers", "gateway.process", "gateway.rpc", "gateway.tasks"},
@@ -35,7 +35,7 @@ ROOMS: dict[str, list[str | tuple[str, ...]]] = {
     ],
     "vmm": [
         ("", "errors", "jail", "programs", "provenance", "syscalls"), ("beneath", "cgroups", "processor", "diffs", "disks", "generators", "making", "namespaces", "sparse"),
-        ("egress", "kernel", "memory", "snapshots"), ("archives", "mapping", "mirrors", "network", "quarantine", "registry"),
+        ("egress", "kernel", "memory", "snapshots"), ("archives", "mapping", "mirrors", "network", "owed", "quarantine", "registry"),
         ("base", "build_mirrors", "build_stores", "builder_root", "driver"), ("leftovers", "manifest", "sandboxes", "standbys", "vms"),
         ("build_network", "watched"), ("builds", "firecracker", "handout", "images", "qemu", "snapshot_gc"), ("host_setup", "kvm_device", "probe", "upgrades", "warm_pool"),
         ("assets", "drivers", "rpc"), "daemon", "serving", "__main__",

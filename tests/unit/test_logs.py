@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import math
 import os
 import re
 import sqlite3
@@ -380,6 +381,19 @@ async def test_what_goes_wrong_with_one_stream_ends_no_writing(tmp_path: Path, m
     keeping.cancel()
     await store.close()
     assert [event.m for event in store.read("1", "g", "good")[0]] == ["x", "y"]
+
+
+def test_an_account_has_so_many_streams(tmp_path: Path) -> None:
+    """Whoever names a stream a launch made files without end."""
+    store = LogStore(tmp_path)
+    for account, count in (("1", 5), ("2", 2)):
+        for number in range(count):
+            store.append(account, f"group {number % 2}", f"stream {number}", ["line"])
+    store.flush()
+    for path in tmp_path.rglob("*.jsonl"):
+        os.utime(path, (int(path.name.split("%20")[1][0]) + 1, 1 + int(path.name.split("%20")[1][0])))
+    assert store.drop_old(1e12, math.inf, 3) == [("1", "group 0", "stream 0"), ("1", "group 1", "stream 1")]
+    assert sorted(name[2] for name in store.names() if name[0] == "1") == ["stream 2", "stream 3", "stream 4"]
 
 
 LONG = ["s" * 232, "s" * 233, "s" * 512, "s" * 511 + "t", "/" * 512, "é" * 512, "%~" + "0" * 64, "%~", "s.name"]

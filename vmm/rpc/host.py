@@ -14,6 +14,7 @@ from ..cgroups import Cgroups
 from ..driver import Driver
 from ..images import Images
 from ..network import Network
+from ..owed import OwedDisk
 from ..snapshots import Snapshots
 from ..vms import VmEntry, VmRegistry
 from ..warm_pool import WarmPool
@@ -22,11 +23,11 @@ from ..warm_pool import WarmPool
 class HostCalls:
     def __init__(
         self, settings: Settings, info: m.HostInfo, cgroups: Cgroups, network: Network, vms: VmRegistry, warm: WarmPool,
-        snapshots: Snapshots, images: Images, builder: Builder, driver: Driver,
+        snapshots: Snapshots, images: Images, builder: Builder, driver: Driver, owed: OwedDisk,
     ) -> None:  # fmt: skip
         self._settings, self._info, self._cgroups, self._network = settings, info, cgroups, network
         self._vms, self._warm, self._snapshots, self._images, self._builder = vms, warm, snapshots, images, builder
-        self._driver = driver
+        self._driver, self._owed = driver, owed
 
     async def rpc_host_info(self, connection: Connection, body: None) -> m.HostInfo:
         return self._info
@@ -44,6 +45,7 @@ class HostCalls:
             inodes_free=inodes_free(self._settings.root),
             expected_growth=max(expected, sum(running) // len(running)) if running else expected,
             descriptors_free=descriptors_free(),
+            disk_owed=self._owed.bytes,
         )
 
     async def rpc_state(self, connection: Connection, body: None) -> m.HostState:
