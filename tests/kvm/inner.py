@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 REPO = Path(__file__).resolve().parents[2]
 DRIVERS = "tests/vm/test_drivers.py"
 _TELLING_SECONDS = 30
@@ -116,11 +118,14 @@ def tell(**what: object) -> None:
     print(json.dumps(what), flush=True)
 
 
-def run(name: str, part: Part, words: list[str]) -> None:
+def run(name: str, part: Part, words: list[str], told: list[str]) -> None:
+    """All of a part but those that were told of before."""
     started = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.kvm.told", "-p", "no:cacheprovider", "-m", "vm", *part.words, *words]
     told_to = os.dup(sys.stdout.fileno())
-    environment = os.environ | {"TOLD": name, "TOLD_TO": str(told_to), "TOLD_SECONDS": str(part.each), "TESTS_PATIENCE": "20"}
+    environment = os.environ | {
+        "TOLD": name, "TOLD_TO": str(told_to), "TOLD_SECONDS": str(part.each), "TOLD_BEFORE": json.dumps(told), "TESTS_PATIENCE": "20",
+    }  # fmt: skip
     with subprocess.Popen(command, cwd=REPO, env=environment, stdout=sys.stderr, pass_fds=[told_to]) as process:
         try:
             code = process.wait(part.seconds)
@@ -131,6 +136,8 @@ def run(name: str, part: Part, words: list[str]) -> None:
             process.kill()
             code = -1
     os.close(told_to)
+    if told and code == pytest.ExitCode.NO_TESTS_COLLECTED:
+        code = 0
     kernel = subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout[-3000:] if code < 0 else ""  # memory ran out?
     tell(part=name, ended=code, seconds=round(time.monotonic() - started, 1), error=kernel)
 
@@ -139,7 +146,7 @@ def main() -> None:
     prepare()
     job = json.loads(Path("/lent/job").read_text(encoding="utf-8"))
     for name in job["parts"]:
-        run(name, PARTS[name], job["words"])
+        run(name, PARTS[name], job["words"], job["told"][name])
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-_LOG_BYTES, _LOG_SECONDS = 5000, 1.0
+_LOG_BYTES, _LOG_SECONDS = 8000, 1.0
 
 
 def all_of_them() -> str:
     """The longest first, of which a reader may miss something."""
-    return "\n\n".join(["\n".join(_processes()), *_logs(), *_threads(), *_tasks()])
+    return "\n\n".join(["\n".join(_processes()), *_with_stacks(), *_threads(), *_tasks()])
 
 
 def _threads() -> Iterator[str]:
@@ -45,11 +45,14 @@ def _frames(awaited: Any) -> Iterator[FrameType]:
         awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
 
 
-def _logs() -> Iterator[str]:
-    """Of the services' instances, whose processes write their stacks there at SIGUSR2 (gateway/process.py)."""
-    logs = list(Path("/var/tmp").glob("torpor-*/serve.log"))
-    if not logs:
-        return
+def logs() -> Iterator[str]:
+    """The ends of those of the services' instances."""
+    for log in Path("/var/tmp").glob("torpor-*/serve.log"):
+        yield f"{log}\n{log.read_bytes()[-_LOG_BYTES:].decode(errors='replace')}"
+
+
+def _with_stacks() -> Iterator[str]:
+    """The services' processes write their stacks into their logs at SIGUSR2 (gateway/process.py)."""
     for status in Path("/proc").glob("[0-9]*/status"):
         with contextlib.suppress(OSError, KeyError, ValueError):
             fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
@@ -61,8 +64,7 @@ def _logs() -> Iterator[str]:
             ):
                 os.kill(pid, signal.SIGUSR2)
     time.sleep(_LOG_SECONDS)
-    for log in logs:
-        yield f"{log}\n{log.read_bytes()[-_LOG_BYTES:].decode(errors='replace')}"
+    yield from logs()
 
 
 def _processes() -> Iterator[str]:

@@ -27,6 +27,12 @@ def _interrupt(*_: object) -> None:
     raise Stuck(f"not done after {SECONDS:g} s; where everything stood:\n{stacks.all_of_them()}")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    told = set(json.loads(os.environ["TOLD_BEFORE"]))
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in told])
+    items[:] = [item for item in items if item.nodeid not in told]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Iterator[None]:
     signal.signal(signal.SIGALRM, _interrupt)
@@ -42,7 +48,7 @@ def pytest_runtest_protocol() -> Iterator[None]:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """A test counts once: by its call, or by whatever kept it from that, or came after it and failed."""
     if report.when == "call" or not report.passed:
-        error = "" if report.passed else str(report.longrepr)[-_MOST:]
+        error = "" if not report.failed else "\n".join([str(report.longrepr), *stacks.logs()])[-_MOST:]
         line = {
             "part": os.environ["TOLD"],
             "test": report.nodeid,
