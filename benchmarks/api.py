@@ -275,7 +275,9 @@ def signature_microseconds() -> float:
     count = 5000
     started = time.perf_counter()
     for _ in range(count):
-        sigv4.verify(signed, sigv4.parse(signed), SECRET, REGION, 900)
+        parsed = sigv4.parse(signed)
+        sigv4.check_head(signed, parsed, SECRET, REGION, 900)
+        sigv4.check_body(signed, parsed, SECRET)
     return (time.perf_counter() - started) / count * 1e6
 
 

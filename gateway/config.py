@@ -31,6 +31,13 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def is_loopback(address: str) -> bool:
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
 class Edge(_Section):
     """The endpoint proxy."""
 
@@ -80,8 +87,31 @@ class Api(_Section):
 
     address: str = "127.0.0.1"
     port: int = Field(4700, ge=0, le=65535)
+    tls: bool = Field(False, description="HTTPS; beyond loopback the service does not start without")
+    certificate: str = Field("", description="a PEM chain, with `key`; empty: one of the instance's own authority; kept up with")
+    key: str = Field("", description="the certificate's private key, PEM; root only: control gets a copy")
+    names: list[str] = Field([], description="names and addresses of the API that its own certificate has, beside address and localhost")
+    metrics_address: str = Field("127.0.0.1", description="where metrics and health are served; beyond loopback by HTTPS, for a token")
     metrics_port: int = Field(4701, ge=0, le=65535)
+    metrics_token_file: str = Field("", description="its only line is the bearer token of who may read metrics; root's alone to read")
+    connections: int = Field(1024, ge=16, description="at once, metrics' included; beyond, one that has shown nothing yet makes room")
+    connections_per_peer: int = Field(512, ge=8, description="at once from one address")
+    head_seconds: float = Field(10.0, gt=0, description="for a connection's first whole head, TLS included; then it is closed")
+    body_seconds: float = Field(20.0, gt=0, description="for a request's body; then 408")
     clock_skew_seconds: int = Field(900, ge=1, description="a signature older or newer is refused (SigV4: 15 minutes)")
+
+    @model_validator(mode="after")
+    def _check_wire(self) -> Api:
+        """Session tokens and STS's secrets would be anybody's on the way."""
+        if bool(self.certificate) != bool(self.key):
+            raise ValueError("api.certificate and api.key go together: set both, or neither")
+        if self.certificate and not self.tls:
+            raise ValueError("api.certificate is for api.tls: set that too")
+        if not is_loopback(self.address) and not self.tls:
+            raise ValueError(f"api.address {self.address} is beyond loopback, where credentials may be read on their way: set api.tls")
+        if not is_loopback(self.metrics_address) and not (self.tls and self.metrics_token_file):
+            raise ValueError(f"api.metrics_address {self.metrics_address} is beyond loopback: set api.tls and api.metrics_token_file")
+        return self
 
 
 class ObjectStore(_Section):
@@ -425,6 +455,11 @@ class Settings(BaseSettings):
     @property
     def tls_dir(self) -> Path:
         return self.root / "tls"
+
+    @property
+    def metrics_token(self) -> Path:
+        """Control's copy of what `api.metrics_token_file` says."""
+        return self.control_dir / "metrics.token"
 
     @property
     def aws_dir(self) -> Path:

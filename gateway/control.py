@@ -21,9 +21,10 @@ from . import messages as m
 from .accounts.admin import Admin
 from .accounts.directory import Credentials, Directory
 from .api import application
+from .api.connections import KEPT_SECONDS, Certificate, Connections, Listener, Scrapers
 from .api.paging import Pager
 from .api.service import Service as ApiService
-from .config import ConfigError, Settings
+from .config import ConfigError, Settings, is_loopback
 from .guest.credentials import Issuer
 from .guest.services import Guests
 from .images.pipeline import Job, Pipeline
@@ -57,6 +58,7 @@ _HOUR_SECONDS = 3600.0
 _LOGS_SECONDS = 300.0
 _AUDIT_SECONDS = 1.0  # what a power cut may take of the audit trail
 _EMPTY_SECONDS = 600.0
+_CERTIFICATE_SECONDS = 30.0
 _LISTENERS_SECONDS = 2.0  # for a guest to say what listens in it
 
 
@@ -336,19 +338,24 @@ async def main(settings: Settings) -> None:
     sockets = process.inherited()
     info = await control.host.info()
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # what is no HTTP is its sender's affair, answered 400
-    runners = []
+    connections = Connections(settings.api.connections, settings.api.connections_per_peer, settings.api.head_seconds)
+    scrapers = Scrapers(settings.metrics_token if settings.api.metrics_token_file else None)
     watched = metrics.application(
-        lambda: [session.state for session in control.store.sessions.values()], control.tiers, control.host.counts
+        lambda: [session.state for session in control.store.sessions.values()], control.tiers, control.host.counts, scrapers.may_read
     )
-    health.application(watched, lambda: status.checks(status.state_file(settings), time.time()), control.readiness)
-    for purpose, served in (
-        ("api", application.make(control.api(), control.directory, control.logs, control.audit, info.architecture)),
-        ("metrics", watched),
-    ):
-        runner = web.AppRunner(served, access_log=None, keepalive_timeout=75)
+    health.application(watched, lambda: status.checks(status.state_file(settings), time.time()), control.readiness, scrapers.may_read)
+    watched.middlewares.append(connections.watch)
+    certificate = Certificate(settings.tls_dir / "api.crt", settings.tls_dir / "api.key") if settings.api.tls else None
+    tls = certificate.context if certificate is not None else None
+    served = application.make(control.api(), control.directory, control.logs, control.audit, info.architecture, connections)
+    runners, accepting = [], []
+    for purpose, one, context in (
+        ("api", served, tls), ("metrics", watched, None if is_loopback(settings.api.metrics_address) else tls)
+    ):  # fmt: skip
+        runner = web.AppRunner(one, access_log=None, keepalive_timeout=KEPT_SECONDS)
         await runner.setup()
-        for sock in sockets.get(purpose, []):
-            await web.SockSite(runner, sock, backlog=1024).start()
+        assert runner.server is not None
+        accepting += [Listener(sock, runner.server, connections, context) for sock in sockets.get(purpose, [])]
         runners.append(runner)
     edges = listen(control)
     work = [
@@ -356,6 +363,8 @@ async def main(settings: Settings) -> None:
         every(_AUDIT_SECONDS, control.sync_audit), every(_EMPTY_SECONDS, control.quarantine.empty),
         every(_EMPTY_SECONDS, control.registry.sweep), control.logs.keep(),
     ]  # fmt: skip
+    if certificate is not None:
+        work.append(every(_CERTIFICATE_SECONDS, certificate.renew))
     if settings.logs.endpoint:
         shipper = Shipper(control.logs, settings.control_dir / "logs-sent.db", lambda: default_client(settings))
         work.append(shipper.run())
@@ -372,6 +381,8 @@ async def main(settings: Settings) -> None:
 
     loop.add_signal_handler(signal.SIGUSR1, suspend_and_stop)
     await stop.wait()
+    for listener in accepting:
+        listener.close()
     for runner in runners:
         await runner.cleanup()
     if suspend.is_set():

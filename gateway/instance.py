@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import json
 import os
+import re
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +22,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from . import files
 from .config import ConfigError, Settings
 
+_TOKEN_LEAST_BYTES = 16
 _TICKETS_SECONDS, _TICKETS_BYTES = 12 * 3600, 80
 # What clients are pointed at us for: each answers here, what is not served of it with an error that says so.
 SERVED = ("lambda_microvms", "lambda_core", "cloudwatch_logs", "sts", "service_quotas")
@@ -122,13 +126,22 @@ def make_access_keys(settings: Settings) -> dict[str, str]:
     return files.access_keys(path)
 
 
+def api_url(settings: Settings) -> str:
+    """Returns where clients on this host, and those that `api.names` are for, find the API."""
+    api = settings.api
+    is_any = api.address in ("", "0.0.0.0", "::")
+    host = api.names[0] if api.names else "localhost" if is_any and api.tls else "127.0.0.1" if is_any else api.address
+    return f"{'https' if api.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{api.port}"
+
+
 def write_aws_profile(settings: Settings, key: str, secret: str) -> None:
     """`AWS_CONFIG_FILE` and `AWS_SHARED_CREDENTIALS_FILE` of this instance; nobody's own files are touched."""
-    api = f"http://{settings.api.address}:{settings.api.port}"
+    api = api_url(settings)
     store = settings.object_store.endpoint or f"http://127.0.0.1:{settings.object_store.port}"
+    bundle = f"ca_bundle = {settings.tls_dir / 'bundle.crt'}\n" if settings.api.tls else ""
     ours = "".join(f"{name} =\n  endpoint_url = {api}\n" for name in SERVED)
     config = (
-        f"[default]\nregion = {settings.region}\noutput = json\ncli_pager =\nservices = torpor\n\n[services torpor]\n{ours}"
+        f"[default]\nregion = {settings.region}\noutput = json\ncli_pager =\n{bundle}services = torpor\n\n[services torpor]\n{ours}"
         f"s3 =\n  endpoint_url = {store}\n  addressing_style = {settings.object_store.addressing}\n"
     )
     files.write(settings.aws_dir / "config", config.encode(), 0o600, 0)
@@ -168,33 +181,52 @@ def make_certificates(settings: Settings) -> None:
         ).sign(key, hashes.SHA256())  # fmt: skip
         files.write(ca_key_path, _private(key), 0o600, 0)
         files.write(ca_path, certificate.public_bytes(serialization.Encoding.PEM), 0o644, 0)
+    ca = x509.load_pem_x509_certificate(ca_path.read_bytes())
     if not settings.edge.certificate:
-        _make_leaf(settings, x509.load_pem_x509_certificate(ca_path.read_bytes()), ca_key_path)
+        _make_leaf(directory / "edge", [wildcard(settings)], ca, ca_key_path, settings.users.edge)
+    if settings.api.tls and not settings.api.certificate:
+        _make_leaf(directory / "api", api_names(settings), ca, ca_key_path, settings.users.control)
     # For clients that take one bundle only: the system's authorities and ours.
     system = Path("/etc/ssl/certs/ca-certificates.crt")
     files.write(directory / "bundle.crt", (system.read_bytes() if system.exists() else b"") + ca_path.read_bytes(), 0o644, 0)
 
 
-def _make_leaf(settings: Settings, ca: x509.Certificate, ca_key_path: Path) -> None:
-    path, key_path, names = settings.tls_dir / "edge.crt", settings.tls_dir / "edge.key", [wildcard(settings)]
+def api_names(settings: Settings) -> list[str]:
+    """Returns what the API's own certificate is for."""
+    api = settings.api
+    named = [*api.names, *([socket.gethostname()] if api.address in ("", "0.0.0.0", "::") else [api.address])]
+    return list(dict.fromkeys([*named, "localhost", "127.0.0.1", "::1"]))
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _make_leaf(place: Path, names: list[str], ca: x509.Certificate, ca_key_path: Path, owner: int) -> None:
+    """Makes `place`.crt and .key where they are not there, old, or for other names."""
+    path, key_path = place.with_suffix(".crt"), place.with_suffix(".key")
+    wanted = [_general_name(name) for name in names]
     if path.exists() and key_path.exists():
         known = x509.load_pem_x509_certificate(path.read_bytes())
         left = known.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
         alternatives = known.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        if left.days > _RENEW_DAYS and alternatives.get_values_for_type(x509.DNSName) == names:
+        if left.days > _RENEW_DAYS and list(alternatives) == wanted:
             return
     ca_key = serialization.load_pem_private_key(ca_key_path.read_bytes(), None)
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
     certificate = _builder(subject, ca.subject, key.public_key(), _LEAF_DAYS).add_extension(
-        x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=False
+        x509.SubjectAlternativeName(wanted), critical=False
     ).add_extension(
         x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
     ).add_extension(
         x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
     ).sign(ca_key, hashes.SHA256())  # fmt: skip
-    files.write(key_path, _private(key), 0o600, settings.users.edge)
+    files.write(key_path, _private(key), 0o600, owner)
     files.write(path, certificate.public_bytes(serialization.Encoding.PEM), 0o644, 0)
 
 
@@ -212,15 +244,18 @@ def update_certificates(settings: Settings) -> None:
 
     Raises ConfigError for a certificate and key that do not belong together.
     """
-    directory, edge = settings.tls_dir, settings.edge
+    directory, edge, api = settings.tls_dir, settings.edge, settings.api
     if bool(edge.certificate) != bool(edge.key):
         raise ConfigError("edge.certificate and edge.key go together: set both, or neither")
-    if edge.certificate:
-        chain, key = Path(edge.certificate).read_bytes(), Path(edge.key).read_bytes()
-        if not _is_same(directory / "edge.crt", chain) or not _is_same(directory / "edge.key", key):
-            _check_pair(edge.certificate, chain, key)
-            files.write(directory / "edge.key", key, 0o600, settings.users.edge)
-            files.write(directory / "edge.crt", chain, 0o644, settings.users.edge)
+    for name, one, owner in (("edge", edge, settings.users.edge), ("api", api, settings.users.control)):
+        if one.certificate:
+            _copy_pair(name, one.certificate, one.key, directory, owner)
+    if api.metrics_token_file:
+        token = metrics_token(Path(api.metrics_token_file))
+        if not _is_same(settings.metrics_token, token):
+            files.write(settings.metrics_token, token, 0o600, settings.users.control)
+    else:
+        settings.metrics_token.unlink(missing_ok=True)
     if edge.ocsp and not _is_same(directory / "edge.ocsp", answer := Path(edge.ocsp).read_bytes()):
         files.write(directory / "edge.ocsp", answer, 0o644, settings.users.edge)
     tickets = directory / "tickets.key"
@@ -229,18 +264,46 @@ def update_certificates(settings: Settings) -> None:
         files.write(tickets, secrets.token_bytes(_TICKETS_BYTES), 0o600, settings.users.edge)
 
 
+def _copy_pair(name: str, certificate: str, private: str, directory: Path, owner: int) -> None:
+    chain, key = Path(certificate).read_bytes(), Path(private).read_bytes()
+    if not _is_same(directory / f"{name}.crt", chain) or not _is_same(directory / f"{name}.key", key):
+        _check_pair(name, certificate, chain, key)
+        files.write(directory / f"{name}.key", key, 0o600, owner)
+        files.write(directory / f"{name}.crt", chain, 0o644, owner)
+
+
+def metrics_token(path: Path) -> bytes:
+    """Raises ConfigError for a file that others may read, or that holds no token."""
+    token = _secret_of(path, "api.metrics_token_file")
+    if len(token) < _TOKEN_LEAST_BYTES or not re.fullmatch(rb"[A-Za-z0-9._~+/=-]+", token):
+        raise ConfigError(f"api.metrics_token_file {path}: a token is one line of {_TOKEN_LEAST_BYTES} letters and digits at least")
+    return token
+
+
+def _secret_of(path: Path, setting: str) -> bytes:
+    """Returns what a file's only line says, which its owner alone may read. Raises ConfigError."""
+    try:
+        mode = path.stat().st_mode
+        text = path.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"{setting} {path}: {error.strerror}") from error
+    if mode & 0o077:
+        raise ConfigError(f"{setting} {path} may be read by others (mode {mode & 0o777:o}): chmod 600 {path}")
+    return text
+
+
 def _is_same(path: Path, data: bytes) -> bool:
     return path.exists() and path.read_bytes() == data
 
 
-def _check_pair(name: str, chain: bytes, key: bytes) -> None:
+def _check_pair(section: str, name: str, chain: bytes, key: bytes) -> None:
     try:
         certificate = x509.load_pem_x509_certificates(chain)[0]
         private = serialization.load_pem_private_key(key, None)
     except (ValueError, IndexError, TypeError) as error:
-        raise ConfigError(f"edge.certificate {name}: not a PEM certificate with an unencrypted PEM key: {error}") from error
+        raise ConfigError(f"{section}.certificate {name}: not a PEM certificate with an unencrypted PEM key: {error}") from error
     if certificate.public_key() != private.public_key():
-        raise ConfigError(f"edge.certificate {name} is not the certificate of edge.key")
+        raise ConfigError(f"{section}.certificate {name} is not the certificate of {section}.key")
 
 
 def _private(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -118,7 +118,7 @@ class Supervisor:
         self._children.append(Child("vmm", [*python, "vmm"], 0))
         control = {
             "api": listening("api", settings.api.address, settings.api.port),
-            "metrics": listening("metrics", settings.api.address, settings.api.metrics_port),
+            "metrics": listening("metrics", settings.api.metrics_address, settings.api.metrics_port),
         }
         self._children.append(Child("control", [*python, "gateway.control"], users.control, control))
         shared: list[socket.socket] = []  # sockets of which there is only one, whatever the number of workers

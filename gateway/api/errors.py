@@ -77,6 +77,10 @@ class SignatureError(ApiError):
         self.kind = kind
 
 
+class RequestTimeout(ApiError):
+    kind, status = "RequestTimeoutException", 408
+
+
 # ---- Lambda Core and tags: `Type` says whose fault it was, absent members are left out ----
 
 

@@ -3,11 +3,13 @@ reply, audit."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import msgspec
@@ -23,7 +25,17 @@ from gateway.sessions.states import IllegalTransition
 from gateway.sessions.store import StoreError
 
 from . import sigv4, sts
-from .errors import AccessDenied, ApiError, InternalServer, SignatureError, Throttling, Unserializable, Validation, as_modelled
+from .errors import (
+    AccessDenied,
+    ApiError,
+    InternalServer,
+    RequestTimeout,
+    SignatureError,
+    Throttling,
+    Unserializable,
+    Validation,
+    as_modelled,
+)
 from .model import Model, Operation, parse_input
 from .permissions import Permissions
 
@@ -32,6 +44,8 @@ log = structlog.get_logger()
 STS = "sts.amazonaws.com"
 _FORM = "application/x-www-form-urlencoded"
 _BODY_MAX_BYTES = 1 << 20
+_SMALL_BYTES = 64 << 10
+_LARGE_BODIES = 64  # under way at once, of callers whose signature waits for them
 _NOT_FOUND = (
     b"<html>\r\n<head><title>404 Not Found</title></head>\r\n<body>\r\n<center><h1>404 Not Found</h1></center>\r\n</body>\r\n</html>\r\n"
 )
@@ -75,7 +89,7 @@ class ApiServer:
 
     def __init__(
         self, model: Model, targets: list[object], beside: list[JsonService], directory: Directory, permissions: Permissions,
-        buckets: Buckets, audit: AuditTrail, region: str, skew_seconds: int,
+        buckets: Buckets, audit: AuditTrail, region: str, skew_seconds: int, body_seconds: float,
     ) -> None:  # fmt: skip
         self._model = model
         self._hidden = model.secret_members
@@ -87,6 +101,9 @@ class ApiServer:
         self._audit = audit
         self._region = region
         self._skew_seconds = skew_seconds
+        self._body_seconds = body_seconds
+        self._large_bodies = 0
+        self.verified: Callable[[web.Request], None] = lambda request: None
         self._handlers: dict[str, Handler] = {}
         for operation in model.operations:
             name = xform_name(operation.name)
@@ -150,8 +167,7 @@ class ApiServer:
             return 404, None
         operation, members = found
         exchange.operation, exchange.event = operation, operation.name
-        body = await request.read()
-        caller = exchange.caller = self._authenticate(exchange, path, query, body)
+        caller, body = await self._authenticate(exchange, path, query)
         if not operation.is_offered:
             raise Unoffered("")
         self._throttle(caller, operation)
@@ -161,8 +177,7 @@ class ApiServer:
 
     async def _answer_beside(self, service: JsonService, exchange: Exchange, path: str, query: str, name: str) -> dict[str, Any]:
         exchange.event, exchange.source = name, service.source
-        body = await exchange.request.read()
-        caller = exchange.caller = self._authenticate(exchange, path, query, body)
+        caller, body = await self._authenticate(exchange, path, query)
         call = exchange.call = _parse(body) or {}
         if not isinstance(call, dict):
             raise Unserializable("Expected a JSON object")
@@ -170,26 +185,55 @@ class ApiServer:
 
     async def _answer_sts(self, exchange: Exchange, query: str) -> str:
         exchange.event, exchange.source = "Sts", STS
-        body = await exchange.request.read()
-        caller = exchange.caller = self._authenticate(exchange, "/", query, body)
+        caller, body = await self._authenticate(exchange, "/", query)
         answer = self._sts.answer(caller, body)
         exchange.event = answer.action
         return sts.document(answer, exchange.id)
 
-    def _authenticate(self, exchange: Exchange, path: str, query: str, body: bytes) -> Caller:
-        request = exchange.request
+    async def _authenticate(self, exchange: Exchange, path: str, query: str) -> tuple[Caller, bytes]:
+        """Returns who calls, and the body, which is not read for somebody whom nobody knows."""
+        request, keys = exchange.request, self._directory
         headers = {name.lower(): ",".join(" ".join(value.split()) for value in request.headers.getall(name)) for name in request.headers}
-        signed = sigv4.SignedRequest(request.method, path, query, headers, body)
+        signed = sigv4.SignedRequest(request.method, path, query, headers)
         claimed = sigv4.parse(signed)
         exchange.access_key = claimed.key
         sigv4.check_service(claimed, exchange.source.partition(".")[0])
-        sigv4.verify(signed, claimed, self._directory.secret(claimed.key, claimed.token), self._region, self._skew_seconds)
-        if self._directory.is_expired(claimed.token):
+        secret = keys.secret(claimed.key, claimed.token)
+        sigv4.check_head(signed, claimed, secret, self._region, self._skew_seconds)
+        body = await self._body(request)
+        sigv4.check_body(replace(signed, body=body), claimed, secret or "")
+        if keys.is_expired(claimed.token):
             raise SignatureError("ExpiredTokenException", "The security token included in the request is expired")
-        return self._directory.caller(
+        exchange.caller = keys.caller(
             claimed.key, claimed.token, source=request.remote or "", user_agent=request.headers.get("User-Agent", ""),
             secure=request.secure, region=self._region, at=time.time(),
         )  # fmt: skip
+        self.verified(request)
+        return exchange.caller, body
+
+    async def _body(self, request: web.Request) -> bytes:
+        """Raises ApiError for one that comes too slowly, or where too many large ones are under way."""
+        if not request.body_exists:
+            return b""
+        with self._room(request.content_length or _BODY_MAX_BYTES):
+            try:
+                async with asyncio.timeout(self._body_seconds):
+                    return await request.read()
+            except TimeoutError:
+                raise RequestTimeout(f"The request body did not arrive within {self._body_seconds:g} seconds.") from None
+
+    @contextlib.contextmanager
+    def _room(self, size: int) -> Iterator[None]:
+        if size <= _SMALL_BYTES:
+            yield
+            return
+        if self._large_bodies >= _LARGE_BODIES:
+            raise Throttling("Too many large requests are under way", 1, serviceCode="lambda")
+        self._large_bodies += 1
+        try:
+            yield
+        finally:
+            self._large_bodies -= 1
 
     def _throttle(self, caller: Caller, operation: Operation) -> None:
         wait = self._buckets.wait_seconds(caller.account, operation.name)

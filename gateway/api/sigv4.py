@@ -21,6 +21,7 @@ SERVICES = ("lambda", "logs", "sts", "servicequotas")
 _SECONDS = re.compile(r"[0-9]{1,7}")
 _LONGEST_SECONDS = 604_800
 _PLAIN = "-_.~"
+_BODY_HASH = "x-amz-content-sha256"
 _MISMATCH = (
     "The request signature we calculated does not match the signature you provided. Check your AWS Secret Access Key and "
     "signing method. Consult the service documentation for details."
@@ -30,13 +31,13 @@ _BAD_TOKEN = "The security token included in the request is invalid."
 
 @dataclass(frozen=True)
 class SignedRequest:
-    """What is signed: `path` and `query` as they stood on the request line; field names in lower case."""
+    """What is signed: `path` and `query` as they stood on the request line; field names in lower case; the body once it is there."""
 
     method: str
     path: str
     query: str
     headers: Mapping[str, str]
-    body: bytes
+    body: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,11 @@ def digest(request: SignedRequest, claimed: Signature, secret: str, payload_hash
     return hmac.new(key, f"{_ALGORITHM}\n{claimed.stamp}\n{scope}\n{canonical}".encode(), hashlib.sha256).hexdigest()
 
 
-def verify(
+def check_head(
     request: SignedRequest, claimed: Signature, secret: str | None, region: str, skew_seconds: int,
     clock: Callable[[], float] = time.time,
 ) -> None:  # fmt: skip
-    """Raises SignatureError. `secret` is None where the key is not known. No operation here takes an unsigned payload, or
-    one signed in chunks: no input of the model is a stream."""
+    """Everything that can be said before the body is there. Raises SignatureError. `secret` is None where the key is not known."""
     if secret is None:
         raise SignatureError("UnrecognizedClientException", _BAD_TOKEN)
     _check_time(claimed, skew_seconds, clock())
@@ -170,12 +170,31 @@ def verify(
         )
     if "host" not in claimed.signed or list(claimed.signed) != sorted(claimed.signed):
         raise SignatureError("InvalidSignatureException", "'Host' must be a 'SignedHeader' in the AWS Authorization.")
+    check_signed(request, claimed)
+    said = request.headers.get(_BODY_HASH)
+    if said is not None:
+        _check_digest(request, claimed, secret, said)
+
+
+def check_signed(request: SignedRequest, claimed: Signature) -> None:
+    """What such a field says decides what is done. Raises SignatureError."""
     unsigned = sorted(name for name in request.headers if name.startswith("x-amz-") and name not in claimed.signed)
-    if unsigned and unsigned != ["x-amz-content-sha256"]:
+    if unsigned and unsigned != [_BODY_HASH]:
         raise SignatureError("InvalidSignatureException", f"'{unsigned[0]}' must be a 'SignedHeader' in the AWS Authorization.")
+
+
+def check_body(request: SignedRequest, claimed: Signature, secret: str) -> None:
+    """The rest, of a request whose head was checked. Raises SignatureError. No operation here takes an unsigned payload, or one signed in
+    chunks: no input of the model is a stream."""
     payload_hash = hashlib.sha256(request.body).hexdigest()
-    if request.headers.get("x-amz-content-sha256", payload_hash) != payload_hash:
+    said = request.headers.get(_BODY_HASH)
+    if said is None:
+        _check_digest(request, claimed, secret, payload_hash)
+    elif said != payload_hash:
         raise SignatureError("InvalidSignatureException", "The value of x-amz-content-sha256 is not the body's hash.")
+
+
+def _check_digest(request: SignedRequest, claimed: Signature, secret: str, payload_hash: str) -> None:
     if not hmac.compare_digest(digest(request, claimed, secret, payload_hash).encode(), _raw(claimed.digest)):
         raise SignatureError("InvalidSignatureException", _MISMATCH)
 

@@ -94,7 +94,7 @@ def serve(
         fail(str(error))
 
     def announce(started: config.Settings) -> None:
-        console.print(f"torpor: serving API http://{started.api.address}:{started.api.port}, endpoints on port {started.edge.port}")
+        console.print(f"torpor: serving API {instance.api_url(started)}, endpoints on port {started.edge.port}")
         for variable, value in instance.environment(started).items():
             console.print(f"export {variable}={value}", soft_wrap=True)
 

@@ -39,24 +39,27 @@ def of_disk(free: Callable[[], int], reserve_mib: int) -> Check:
     return left >= reserve_mib, f"{left} MiB free, {reserve_mib} MiB kept back"
 
 
-def application(made: web.Application, processes: Callable[[], dict[str, Check]], work: Callable[[], Awaitable[dict[str, Check]]]) -> None:
-    """Adds both to an application. `processes` are what /healthz is about; /readyz is about these and what `work` says."""
+def application(
+    made: web.Application, processes: Callable[[], dict[str, Check]], work: Callable[[], Awaitable[dict[str, Check]]],
+    may_read: Callable[[web.Request], bool] = lambda request: True,
+) -> None:  # fmt: skip
+    """Adds both to an application. `processes` are what /healthz is about; /readyz is about these and what `work` says. Who may not read
+    metrics is told yes or no alone."""
 
-    def answer(checks: dict[str, Check]) -> web.Response:
-        body = {
-            "ok": all(ok for ok, _ in checks.values()),
-            "checks": {name: {"ok": ok, "text": text} for name, (ok, text) in checks.items()},
-        }
+    def answer(request: web.Request, checks: dict[str, Check]) -> web.Response:
+        body: dict[str, object] = {"ok": all(ok for ok, _ in checks.values())}
+        if may_read(request):
+            body["checks"] = {name: {"ok": ok, "text": text} for name, (ok, text) in checks.items()}
         return web.Response(
             status=200 if body["ok"] else 503, body=json.dumps(body).encode() + b"\n", content_type="application/json",
             headers={"cache-control": "no-store"},
         )  # fmt: skip
 
     async def health(request: web.Request) -> web.Response:
-        return answer(processes())
+        return answer(request, processes())
 
     async def readiness(request: web.Request) -> web.Response:
-        return answer(processes() | await work())
+        return answer(request, processes() | await work())
 
     made.router.add_get("/healthz", health)
     made.router.add_get("/readyz", readiness)

@@ -80,11 +80,14 @@ def hypervisors_counted(now: dict[str, int]) -> None:
 
 
 def application(
-    states: Callable[[], Iterable[State]], tiers: Callable[[], Awaitable[dict[str, Tier]]], counted: Callable[[], Awaitable[dict[str, int]]]
+    states: Callable[[], Iterable[State]], tiers: Callable[[], Awaitable[dict[str, Tier]]],
+    counted: Callable[[], Awaitable[dict[str, int]]], may_read: Callable[[web.Request], bool] = lambda request: True,
 ) -> web.Application:  # fmt: skip
     """`states` is called for the sessions' current states, `tiers` for where those that sleep are, `counted` for what hypervisors count."""
 
     async def serve(request: web.Request) -> web.Response:
+        if not may_read(request):
+            return web.Response(status=401, text="a bearer token is needed\n", headers={"WWW-Authenticate": "Bearer"})
         counts = dict.fromkeys(State, 0)
         for state in states():
             counts[state] += 1

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import logging
+import ssl
 import threading
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 import boto3
+import uvloop
 from aiohttp import web
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
@@ -23,8 +25,10 @@ from output_shapes import faults
 from scripted_host import ScriptedHost, no_services
 from waiting import until
 
+from gateway import listeners
 from gateway.accounts.directory import Directory
 from gateway.api import application
+from gateway.api.connections import Connections, Listener
 from gateway.api.paging import Pager
 from gateway.api.service import Service
 from gateway.config import Settings
@@ -103,13 +107,14 @@ class ScriptedPipeline:
 
 
 class ApiRig:
-    def __init__(self, directory: Path, **settings: Any) -> None:
+    def __init__(self, directory: Path, tls: ssl.SSLContext | None = None, **settings: Any) -> None:
         self.directory = directory
+        self.tls = tls
         directory.mkdir(exist_ok=True)
         self.settings = Settings(root=directory, limits={"min_idle_seconds": 1, **settings.pop("limits", {})}, **settings)
         self.wall = 0.0
         self.answered: set[str] = set()  # operations
-        self.loop = asyncio.new_event_loop()
+        self.loop = uvloop.new_event_loop()  # as the service has
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
         self.host = ScriptedHost()
@@ -135,20 +140,25 @@ class ApiRig:
             Quarantine(self.settings.quarantine, self.store, self.host, self.lifecycle),  # type: ignore[arg-type]
             Minter(self.directory / "keys.json"), Pager(b"pages"), 443,
         )  # fmt: skip
-        served = application.make(service, self.accounts, self.logs, self.audit, "x86_64")
+        api = self.settings.api
+        self.connections = Connections(api.connections, api.connections_per_peer, api.head_seconds)
+        served = application.make(service, self.accounts, self.logs, self.audit, "x86_64", self.connections)
         logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
         self._runner = web.AppRunner(served, access_log=None)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        self.port = int(self._runner.addresses[0][1])
+        sock = listeners.listen("127.0.0.1", 0, "api")
+        self.port = int(sock.getsockname()[1])
+        assert self._runner.server is not None
+        self._listener = Listener(sock, self._runner.server, self.connections, self.tls)
 
     async def _stop(self) -> None:
+        self._listener.close()
         await self._runner.cleanup()
         await self.registry.close()
         await self.lifecycle.close()
         await self.store.close()
         self.audit.close()
+        await asyncio.sleep(0)  # connections that were closed have tasks that end
         for guest in self.host.guests:
             guest.close()
 

@@ -14,7 +14,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
 from gateway.api.errors import SignatureError
-from gateway.api.sigv4 import Signature, SignedRequest, digest, parse, verify
+from gateway.api.sigv4 import Signature, SignedRequest, check_body, check_head, digest, parse
 
 KEYS = {"AKIDEXAMPLE": "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"}
 ARN = "arn:aws:lambda:us-east-1:123456789012:microvm-image:a b/ü"
@@ -36,7 +36,8 @@ def signed(
 
 def check(request: SignedRequest, now: float) -> str:
     claimed = parse(request)
-    verify(request, claimed, KEYS.get(claimed.key), "us-east-1", 900, lambda: now)
+    check_head(request, claimed, KEYS.get(claimed.key), "us-east-1", 900, lambda: now)
+    check_body(request, claimed, KEYS[claimed.key])
     return claimed.key
 
 
