@@ -122,7 +122,19 @@ class ObjectStore(_Section):
     endpoint: str = Field("", description="another S3 endpoint; empty: the embedded one, or AWS itself")
     access_key: str = Field("", description="for another endpoint than the embedded one")
     secret_key: str = Field("", description="for another endpoint than the embedded one")
+    buckets: dict[str, list[str]] = Field(
+        {}, description="account numbers to names of buckets whose artifacts are theirs to build from; the rest are the first account's"
+    )
     addressing: str = Field("path", pattern="^(path|virtual|auto)$", description="how buckets are named to the endpoint")
+
+    @property
+    def is_embedded(self) -> bool:
+        return self.embedded and not self.endpoint
+
+    def may_read(self, account: str, home: str, bucket: str) -> bool:
+        """Whether a bucket is an account's, for a store that we ask with the operator's login; `home` is the first account."""
+        owners = [number for number, buckets in self.buckets.items() if bucket in buckets]
+        return account in owners if owners else account == home
 
 
 class Login(_Section):
@@ -415,7 +427,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _archives_are_kept(self) -> Self:
-        if self.archive.after_seconds and self.object_store.embedded and not self.object_store.endpoint:
+        if self.archive.after_seconds and self.object_store.is_embedded:
             raise ValueError(
                 "archive.after_seconds: the embedded object store forgets what it has when it ends, and with it every archived microVM: "
                 "set object_store.endpoint to a store that keeps it"

@@ -20,6 +20,7 @@ from . import executors, files, peers, process, status
 from . import messages as m
 from .accounts.admin import Admin
 from .accounts.directory import Credentials, Directory
+from .accounts.store_keys import StoreKeys
 from .api import application
 from .api.connections import KEPT_SECONDS, Certificate, Connections, Listener, Scrapers
 from .api.paging import Pager
@@ -86,9 +87,8 @@ class Control:
         sealing = files.secret(directory / "sessions.key", "temporary credentials under way")
         self.directory = Directory(self.store, settings.account, root_keys, sealing)
         self.directory.remains = lambda account: bool(self.logs.groups(account))
-        store = settings.object_store
-        artifacts = (store.access_key, store.secret_key) if store.access_key else next(iter(root_keys.items()))
-        archive = Archive(settings, self.host, lambda: default_store(settings, artifacts))
+        self.store_keys = StoreKeys(self.directory)
+        archive = Archive(settings, self.host, lambda: default_store(settings, self._operators()))
         guests = Guests(settings, Issuer(settings.credentials, settings.region, self.directory), self.store)
         observer = Observer(
             metrics.transition, lambda session, steps: self.spans.steps(steps, session.id), metrics.action_took, self._out_of_memory
@@ -98,7 +98,21 @@ class Control:
         self.lifecycle.ahead.on_count = metrics.ran_ahead.set
         self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds, settings.images.account_builds)
         self.registry.ahead = self.lifecycle.ahead
-        self.registry.pipeline = Pipeline(settings, self.host, Credentials(*artifacts, "", math.inf), self._phase, guests)
+        self.registry.pipeline = Pipeline(settings, self.host, self._reads, self._phase, guests)
+
+    def _operators(self) -> tuple[str, str]:
+        """Of the object store that the settings name."""
+        store = self.settings.object_store
+        return (store.access_key, store.secret_key) if store.access_key else next(iter(self._access_keys().items()))
+
+    def _reads(self, account: str) -> Credentials:
+        """What an account's artifacts are read with, where no STS gives its build role some."""
+        if self.settings.object_store.is_embedded:
+            return self.store_keys.own(account)
+        return Credentials(*self._operators(), "", math.inf)
+
+    async def rpc_store_key(self, connection: Connection, body: m.StoreKeyRequest) -> m.StoreKey | None:
+        return self.store_keys.find(body)
 
     def _access_keys(self) -> dict[str, str]:
         """Access key to secret, as the supervisor wrote them."""
@@ -328,7 +342,10 @@ def listen(control: Control) -> Server:
     """Serves edge workers, and the host's root: each what is theirs to call."""
     settings = control.settings
     service = Service(control, Admin(settings, control.directory, control.store))
-    theirs = {settings.users.edge: service.only(peers.EDGE_ASKS_CONTROL), 0: service.only(peers.ROOT_ASKS_CONTROL)}
+    theirs = {
+        settings.users.edge: service.only(peers.EDGE_ASKS_CONTROL), settings.users.store: service.only(peers.STORE_ASKS_CONTROL),
+        0: service.only(peers.ROOT_ASKS_CONTROL),
+    }  # fmt: skip
     return Server(settings.control_socket, service, theirs, theirs)
 
 

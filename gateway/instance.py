@@ -141,8 +141,8 @@ def write_aws_profile(settings: Settings, key: str, secret: str) -> None:
     bundle = f"ca_bundle = {settings.tls_dir / 'bundle.crt'}\n" if settings.api.tls else ""
     ours = "".join(f"{name} =\n  endpoint_url = {api}\n" for name in SERVED)
     config = (
-        f"[default]\nregion = {settings.region}\noutput = json\ncli_pager =\n{bundle}services = torpor\n\n[services torpor]\n{ours}"
-        f"s3 =\n  endpoint_url = {store}\n  addressing_style = {settings.object_store.addressing}\n"
+        f"[default]\nregion = {settings.region}\noutput = json\ncli_pager =\n{bundle}s3 =\n  signature_version = s3v4\nservices = torpor\n\n"
+        f"[services torpor]\n{ours}s3 =\n  endpoint_url = {store}\n  addressing_style = {settings.object_store.addressing}\n"
     )
     files.write(settings.aws_dir / "config", config.encode(), 0o600, 0)
     credentials = f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"

@@ -487,6 +487,22 @@ SHELL_EXIT: Final = b"x"  # control -> edge: i32 exit code
 SHELL_MESSAGE_BYTES: Final = 65536
 
 
+class StoreKeyRequest(msgspec.Struct):
+    """Of the embedded object store: who a request's key is, and what its signature is checked with."""
+
+    key: Annotated[str, Meta(max_length=128)]
+    token: Annotated[str, Meta(max_length=8192)]
+    day: Annotated[str, Meta(pattern=r"\A[0-9]{8}\Z")]
+    region: Annotated[str, Meta(pattern=r"\A[a-z0-9-]{1,64}\Z")]
+
+
+class StoreKey(msgspec.Struct):
+    """`signing` signs for S3 on that day and in that region, and for nothing else."""
+
+    account: str
+    signing: bytes
+
+
 class LookupRequest(msgspec.Struct):
     endpoint: Endpoint
 

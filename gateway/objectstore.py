@@ -1,20 +1,149 @@
-"""The embedded object store for demos and tests: moto's S3 server on an inherited socket. Its objects live in memory."""
+"""The embedded object store for demos and tests: moto's S3 server on an inherited socket. Its objects live in memory.
+
+Every request is signed with a key that control knows, and a bucket belongs to the account that made it: others may neither read nor write
+there, whatever they call it.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import hmac
 import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final
+from xml.sax.saxutils import escape
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
+from werkzeug.serving import WSGIRequestHandler, make_server
 
+from . import messages as m
 from . import process
+from .api import sigv4
+from .api.errors import SignatureError
+from .rpc import Client, RpcError
+
+Find = Callable[[m.StoreKeyRequest], m.StoreKey | None]
+Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+SKEW_SECONDS = 900
+_ASK_SECONDS = 10.0
+_KNOWN_SECONDS, _KNOWN = 30.0, 256  # how long a key that was taken back is still good for, and how many are remembered
+_SILENT_SECONDS = 60
+_UNSIGNED: Final = "UNSIGNED-PAYLOAD"
+_STATUS = {403: "403 Forbidden", 503: "503 Service Unavailable"}
+
+
+class Guard:
+    """A WSGI application before another one, which is asked on behalf of the account whose key has signed."""
+
+    def __init__(self, inner: Wsgi, find: Find, clock: Callable[[], float] = time.time) -> None:
+        self._inner = inner
+        self._find = find
+        self._clock = clock
+        self._known: OrderedDict[tuple[str, ...], tuple[m.StoreKey, float]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        try:
+            account = self._account(environ)
+        except SignatureError as error:
+            return _refused(start, 403, error.kind, str(error))
+        except (RpcError, concurrent.futures.TimeoutError):
+            return _refused(start, 503, "ServiceUnavailable", "Who this is cannot be looked up now.")
+        for name in [name for name in environ if name.startswith("HTTP_X_MOTO_") or name == "HTTP_X_AMZ_TARGET"]:
+            del environ[name]
+        environ["HTTP_X_MOTO_ACCOUNT_ID"] = account
+        environ["HTTP_HOST"] = "localhost"  # moto takes a bucket from another name, and not from the path
+        return self._inner(environ, start)
+
+    def _account(self, environ: dict[str, Any]) -> str:
+        """Raises SignatureError, RpcError."""
+        path, _, query = str(environ["RAW_URI"]).partition("?")
+        headers = {
+            name[5:].replace("_", "-").lower(): " ".join(str(value).split()) for name, value in environ.items() if name.startswith("HTTP_")
+        }
+        headers |= {name.replace("_", "-").lower(): str(environ[name]) for name in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(name)}
+        request = sigv4.SignedRequest(str(environ["REQUEST_METHOD"]), path, query, headers)
+        claimed = sigv4.parse(request)
+        sigv4.check_service(claimed, "s3")
+        sigv4.check_time(claimed, SKEW_SECONDS, self._clock())
+        sigv4.check_signed(request, claimed)
+        known = self._key(claimed)
+        payload_hash = headers.get(sigv4.BODY_HASH, _UNSIGNED)
+        # S3 signs the path as it is on the wire, and encodes it no second time.
+        if not hmac.compare_digest(sigv4.signature(request, claimed, known.signing, payload_hash, path), claimed.digest):
+            raise SignatureError("SignatureDoesNotMatch", "The request signature we calculated does not match the signature you provided.")
+        return known.account
+
+    def _key(self, claimed: sigv4.Signature) -> m.StoreKey:
+        at = (claimed.key, claimed.token, claimed.day, claimed.region)
+        with self._lock:
+            found, until = self._known.get(at, (None, 0.0))
+        if found is not None and until > self._clock():
+            return found
+        found = self._find(m.StoreKeyRequest(*at))
+        if found is None:
+            raise SignatureError("InvalidAccessKeyId", "The AWS Access Key Id you provided does not exist in our records.")
+        with self._lock:
+            self._known[at] = (found, self._clock() + _KNOWN_SECONDS)
+            while len(self._known) > _KNOWN:
+                self._known.popitem(last=False)
+        return found
+
+
+def _fields(environ: dict[str, Any]) -> dict[str, str]:
+    names = {name: name.removeprefix("HTTP_") for name in environ if name.startswith("HTTP_")}
+    names |= {name: name for name in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(name)}
+    return {name.replace("_", "-").lower(): str(environ[key]) for key, name in names.items()}
+
+
+def _refused(start: Callable[..., Any], status: int, code: str, text: str) -> Iterable[bytes]:
+    body = f"<Error><Code>{escape(code)}</Code><Message>{escape(text)}</Message></Error>".encode()
+    start(_STATUS[status], [("Content-Type", "application/xml"), ("Content-Length", str(len(body))), ("Connection", "close")])
+    return [body]
+
+
+class Asked:
+    """Control, for threads that wait for its answer."""
+
+    def __init__(self, path: Path) -> None:
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="control", daemon=True).start()
+        self._client = asyncio.run_coroutine_threadsafe(self._connect(path), self._loop).result(_ASK_SECONDS)
+
+    async def _connect(self, path: Path) -> Client:
+        return Client(path)
+
+    def find(self, asked: m.StoreKeyRequest) -> m.StoreKey | None:
+        """Raises RpcError, TimeoutError."""
+        call = self._client.call("store_key", asked, m.StoreKey | None, timeout=_ASK_SECONDS)
+        found = asyncio.run_coroutine_threadsafe(call, self._loop).result(2 * _ASK_SECONDS)
+        return found if isinstance(found, m.StoreKey) else None
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = _SILENT_SECONDS  # of a thread that waits for its client (socketserver.StreamRequestHandler)
+
+
+def s3() -> Wsgi:
+    """S3 alone of all that moto simulates, and no bucket but one's own."""
+    os.environ["MOTO_S3_ALLOW_CROSSACCOUNT_ACCESS"] = "false"
+    from moto.moto_server.werkzeug_app import create_backend_app
+
+    return create_backend_app("s3")
 
 
 def main() -> None:
+    settings = process.settings()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     (sock,) = process.inherited()["store"]
     address = sock.getsockname()
-    server = make_server(address[0], address[1], DomainDispatcherApplication(create_backend_app), threaded=True, fd=sock.fileno())
+    served = Guard(s3(), Asked(settings.control_socket).find)
+    server = make_server(address[0], address[1], served, threaded=True, request_handler=_Handler, fd=sock.fileno())
     setattr(server, "service_actions", process.live)  # noqa: B010 - called twice a second by the loop that accepts (socketserver)
     process.ready()
     server.serve_forever()

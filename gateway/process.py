@@ -73,18 +73,19 @@ _life = _Life()
 
 
 @contextlib.contextmanager
-def passed(settings: Settings) -> Iterator[int]:
+def passed(known: Settings) -> Iterator[int]:
     """A descriptor through which a child gets its settings, which hold secrets: an environment can be read in /proc for a whole life."""
     descriptor = os.memfd_create("settings")
     try:
         with os.fdopen(os.dup(descriptor), "wb") as file:
-            file.write(settings.model_dump_json().encode())
+            file.write(known.model_dump_json().encode())
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _settings() -> Settings:
+def settings() -> Settings:
+    """Returns what `passed` gave. Once."""
     number = int(os.environ.pop(SETTINGS_VARIABLE))
     with os.fdopen(number, "rb") as file:
         file.seek(0)
@@ -102,9 +103,9 @@ def run(name: str, main: Callable[[Settings], Coroutine[Any, Any, None]], has_th
     """`has_threads`: the process does blocking work in the pools of gateway/executors.py, which are there before anything else is."""
     log.configure(name)
     show_stacks()
-    settings = _settings()
+    given = settings()
     room.allow_descriptors()
-    _life.seconds = settings.service.silent_seconds / _SIGNS
+    _life.seconds = given.service.silent_seconds / _SIGNS
     os.umask(0o022)
     # What is loaded stays: the collector need not look at it again, and looks less often at the rest.
     gc.freeze()
@@ -115,7 +116,7 @@ def run(name: str, main: Callable[[Settings], Coroutine[Any, Any, None]], has_th
         try:
             if has_threads:
                 executors.start()
-            runner.run(main(settings))
+            runner.run(main(given))
         except (ConfigError, executors.NotStarted) as error:  # what is to be done is in its line, not in a traceback
             structlog.get_logger().error("process.not_started", error=str(error))
             raise SystemExit(1) from None

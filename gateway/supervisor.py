@@ -112,7 +112,7 @@ class Supervisor:
             adopted = sockets.get(purpose)
             return adopted.pop() if adopted else [listeners.listen(address, port, purpose)]
 
-        if settings.object_store.embedded and not settings.object_store.endpoint:
+        if settings.object_store.is_embedded:
             store = listening("store", "127.0.0.1", settings.object_store.port)
             self._children.append(Child("store", [*python, "gateway.objectstore"], users.store, {"store": store}))
         self._children.append(Child("vmm", [*python, "vmm"], 0))

@@ -21,7 +21,7 @@ SERVICES = ("lambda", "logs", "sts", "servicequotas")
 _SECONDS = re.compile(r"[0-9]{1,7}")
 _LONGEST_SECONDS = 604_800
 _PLAIN = "-_.~"
-_BODY_HASH = "x-amz-content-sha256"
+BODY_HASH = "x-amz-content-sha256"
 _MISMATCH = (
     "The request signature we calculated does not match the signature you provided. Check your AWS Secret Access Key and "
     "signing method. Consult the service documentation for details."
@@ -141,17 +141,28 @@ def canonical_path(path: str) -> str:
     return _encoded(joined, "/")
 
 
-def canonical_request(request: SignedRequest, signed: tuple[str, ...], payload_hash: str) -> str:
+def canonical_request(request: SignedRequest, signed: tuple[str, ...], payload_hash: str, path: str = "") -> str:
+    """`path`: as it is signed, where that is another one than the request's made canonical."""
+    path = path or canonical_path(request.path)
     fields = "".join(f"{name}:{' '.join(request.headers.get(name, '').split())}\n" for name in signed)
-    return "\n".join([request.method, canonical_path(request.path), canonical_query(request.query), fields, ";".join(signed), payload_hash])
+    return "\n".join([request.method, path, canonical_query(request.query), fields, ";".join(signed), payload_hash])
+
+
+def signing_key(secret: str, day: str, region: str, service: str) -> bytes:
+    """Returns what signs for one service, in one region, on one day: its holder knows no more of the secret."""
+    key = f"AWS4{secret}".encode()
+    for part in (day, region, service, "aws4_request"):
+        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
+    return key
 
 
 def digest(request: SignedRequest, claimed: Signature, secret: str, payload_hash: str) -> str:
     """Returns the signature that `secret` gives."""
-    key = f"AWS4{secret}".encode()
-    for part in (claimed.day, claimed.region, claimed.service, "aws4_request"):
-        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
-    canonical = hashlib.sha256(_raw(canonical_request(request, claimed.signed, payload_hash))).hexdigest()
+    return signature(request, claimed, signing_key(secret, claimed.day, claimed.region, claimed.service), payload_hash)
+
+
+def signature(request: SignedRequest, claimed: Signature, key: bytes, payload_hash: str, path: str = "") -> str:
+    canonical = hashlib.sha256(_raw(canonical_request(request, claimed.signed, payload_hash, path))).hexdigest()
     scope = f"{claimed.day}/{claimed.region}/{claimed.service}/aws4_request"
     return hmac.new(key, f"{_ALGORITHM}\n{claimed.stamp}\n{scope}\n{canonical}".encode(), hashlib.sha256).hexdigest()
 
@@ -163,23 +174,23 @@ def check_head(
     """Everything that can be said before the body is there. Raises SignatureError. `secret` is None where the key is not known."""
     if secret is None:
         raise SignatureError("UnrecognizedClientException", _BAD_TOKEN)
-    _check_time(claimed, skew_seconds, clock())
+    check_time(claimed, skew_seconds, clock())
     if claimed.region != region or claimed.service not in SERVICES:
         raise SignatureError(
             "InvalidSignatureException", f"Credential should be scoped to a valid region and service: {region}, {' or '.join(SERVICES)}."
         )
-    if "host" not in claimed.signed or list(claimed.signed) != sorted(claimed.signed):
-        raise SignatureError("InvalidSignatureException", "'Host' must be a 'SignedHeader' in the AWS Authorization.")
     check_signed(request, claimed)
-    said = request.headers.get(_BODY_HASH)
+    said = request.headers.get(BODY_HASH)
     if said is not None:
         _check_digest(request, claimed, secret, said)
 
 
 def check_signed(request: SignedRequest, claimed: Signature) -> None:
-    """What such a field says decides what is done. Raises SignatureError."""
+    """What these fields say decides what is done. Raises SignatureError."""
+    if "host" not in claimed.signed or list(claimed.signed) != sorted(claimed.signed):
+        raise SignatureError("InvalidSignatureException", "'Host' must be a 'SignedHeader' in the AWS Authorization.")
     unsigned = sorted(name for name in request.headers if name.startswith("x-amz-") and name not in claimed.signed)
-    if unsigned and unsigned != [_BODY_HASH]:
+    if unsigned and unsigned != [BODY_HASH]:
         raise SignatureError("InvalidSignatureException", f"'{unsigned[0]}' must be a 'SignedHeader' in the AWS Authorization.")
 
 
@@ -187,7 +198,7 @@ def check_body(request: SignedRequest, claimed: Signature, secret: str) -> None:
     """The rest, of a request whose head was checked. Raises SignatureError. No operation here takes an unsigned payload, or one signed in
     chunks: no input of the model is a stream."""
     payload_hash = hashlib.sha256(request.body).hexdigest()
-    said = request.headers.get(_BODY_HASH)
+    said = request.headers.get(BODY_HASH)
     if said is None:
         _check_digest(request, claimed, secret, payload_hash)
     elif said != payload_hash:
@@ -199,7 +210,7 @@ def _check_digest(request: SignedRequest, claimed: Signature, secret: str, paylo
         raise SignatureError("InvalidSignatureException", _MISMATCH)
 
 
-def _check_time(claimed: Signature, skew_seconds: int, now: float) -> None:
+def check_time(claimed: Signature, skew_seconds: int, now: float) -> None:
     stamp = claimed.stamp
     try:
         at = timegm(time.strptime(stamp, "%Y%m%dT%H%M%SZ"))

@@ -125,16 +125,16 @@ class Serve(Protocol):
 
 class Pipeline:
     def __init__(
-        self, settings: Settings, host: Host, credentials: Credentials, on_phase: Callable[[Job], None], serve: Serve,
+        self, settings: Settings, host: Host, reads: Callable[[str], Credentials], on_phase: Callable[[Job], None], serve: Serve,
     ) -> None:  # fmt: skip
         """`serve` answers what a build's microVM asks its host: names, and credentials of the build role.
 
-        `credentials` are the object store's, used where no STS gives the build role credentials that it would take.
+        `reads` gives what an account's artifacts are read with, where no STS gives the build role credentials that the object store takes.
         """
         self._serve = serve
         self._settings = settings
         self._host = host
-        self._credentials = credentials
+        self._reads = reads
         self._on_phase = on_phase
         self._tasks = Tasks()
 
@@ -276,12 +276,19 @@ class Pipeline:
         work = self._work(job)
         work.mkdir(parents=True, exist_ok=True)
         uri = str(job.version.request["codeArtifact"]["uri"])
-        credentials = role if self._settings.credentials.sts_endpoint else self._credentials
+        credentials = role if self._settings.credentials.sts_endpoint else self._account_reads(job.image.account, uri)
         size = await executors.BULK.run(artifact.fetch, self._settings, credentials, uri, work / "artifact.zip")
         if not job.is_again:
             job.say(f"fetched {uri}, {size} bytes")
         await artifact.unpack(self._settings, work / "artifact.zip", work / "context")
         (work / "artifact.zip").unlink()
+
+    def _account_reads(self, account: str, uri: str) -> Credentials:
+        """Raises BuildFailed for a bucket of somebody else's: nobody is asked what is in it, or whether it is there."""
+        store, named = self._settings.object_store, artifact.parse_uri(uri)
+        if not store.is_embedded and named is not None and not store.may_read(account, self._settings.account, named[0]):
+            raise BuildFailed("S3_ACCESS_DENIED", f"s3://{named[0]}/{named[1]} may not be read by account {account} (object_store.buckets)")
+        return self._reads(account)
 
     async def _container(self, job: Job, shape: Shape) -> dict[str, object]:
         assert job.prepared is not None

@@ -108,7 +108,7 @@ async def test_other_users_are_not_even_listened_to(rig: Rig) -> None:
 
 def test_every_call_of_control_is_somebodys_and_of_one_peer_only() -> None:
     offered = {name[4:] for target in (Control, Admin) for name in dir(target) if name.startswith("rpc_")}
-    tables = [peers.EDGE_ASKS_CONTROL, peers.VMM_ASKS_CONTROL, peers.ROOT_ASKS_CONTROL]
+    tables = [peers.EDGE_ASKS_CONTROL, peers.VMM_ASKS_CONTROL, peers.ROOT_ASKS_CONTROL, peers.STORE_ASKS_CONTROL]
     assert sorted(name for table in tables for name in table) == sorted(offered)
 
 
@@ -120,7 +120,7 @@ async def test_an_edge_can_neither_end_a_session_nor_administer(tmp_path: Path) 
         async def rpc_ended(self, connection: Connection, body: Any) -> None:
             heard.append("ended")
 
-    for name in peers.EDGE_ASKS_CONTROL | peers.ROOT_ASKS_CONTROL:
+    for name in peers.EDGE_ASKS_CONTROL | peers.ROOT_ASKS_CONTROL | peers.STORE_ASKS_CONTROL:
 
         async def call(self: object, connection: Connection, body: Any, name: str = name) -> None:
             heard.append(name)
@@ -152,13 +152,18 @@ def test_controls_socket_is_served_by_these_tables(tmp_path: Path, monkeypatch: 
     made: list[Any] = []
     monkeypatch.setattr("gateway.control.Server", lambda *given: made.extend(given))
     control = object.__new__(Control)
-    control.settings, control.directory, control.store = SimpleNamespace(users=SimpleNamespace(edge=5), control_socket=tmp_path), None, None  # type: ignore[assignment]
+    control.settings, control.directory, control.store = (
+        SimpleNamespace(users=SimpleNamespace(edge=5, store=6), control_socket=tmp_path),
+        None,
+        None,
+    )  # type: ignore[assignment]
     listen(control)
     assert {user: frozenset(service.methods) for user, service in made[3].items()} == {
         0: peers.ROOT_ASKS_CONTROL,
         5: peers.EDGE_ASKS_CONTROL,
+        6: peers.STORE_ASKS_CONTROL,
     }
-    assert set(made[2]) == {0, 5}
+    assert set(made[2]) == {0, 5, 6}
 
 
 # ---- names ----

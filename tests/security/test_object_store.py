@@ -1,0 +1,308 @@
+"""The wall around artifacts: a bucket is its account's, and the embedded store serves nobody who has not signed.
+
+Taken away by name: the `Guard` before moto (gateway/objectstore.py), moto's own look at a bucket's owner, `object_store.buckets`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import boto3
+import pytest
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.config import Config
+from botocore.credentials import Credentials
+from botocore.exceptions import ClientError
+from werkzeug.serving import make_server
+
+from gateway import listeners, objectstore
+from gateway import messages as m
+from gateway.accounts.directory import Directory
+from gateway.accounts.store_keys import StoreKeys
+from gateway.api.sigv4 import signing_key
+from gateway.config import Settings
+from gateway.images.artifact import BuildFailed, fetch
+from gateway.images.pipeline import Pipeline
+from gateway.sessions.store import Store
+
+A, B = "111111111111", "222222222222"
+KEYS = {"AKIAALICE": (A, "secret-a"), "AKIABOB": (B, "secret-b")}
+
+
+def find(asked: m.StoreKeyRequest) -> m.StoreKey | None:
+    if asked.key not in KEYS:
+        return None
+    account, secret = KEYS[asked.key]
+    return m.StoreKey(account, signing_key(secret, asked.day, asked.region, "s3"))
+
+
+class Rig:
+    """`guard` may be taken away."""
+
+    def __init__(self, guard: bool = True, known: Any = find) -> None:
+        inner = objectstore.s3()
+        served = objectstore.Guard(inner, known) if guard else inner
+        sock = listeners.listen("127.0.0.1", 0, "store")
+        self.port = int(sock.getsockname()[1])
+        self._server = make_server("127.0.0.1", self.port, served, threaded=True, request_handler=objectstore._Handler, fd=sock.fileno())
+        sock.detach()
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def client(self, key: str, secret: str = "", style: str = "path") -> Any:
+        return boto3.client(
+            "s3", region_name="us-east-1", endpoint_url=f"http://127.0.0.1:{self.port}", aws_access_key_id=key,
+            aws_secret_access_key=secret or KEYS.get(key, ("", "x"))[1],
+            config=Config(retries={"max_attempts": 0}, s3={"addressing_style": style}, signature_version="s3v4"),
+        )  # fmt: skip
+
+    def raw(self, method: str, path: str, headers: dict[str, str] | None = None, body: bytes = b"") -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+
+@pytest.fixture
+def bucket() -> str:
+    return f"apps-{time.monotonic_ns()}"
+
+
+@pytest.fixture
+def store(bucket: str) -> Iterator[Rig]:
+    """With a bucket of account A's, and an artifact in it."""
+    one = Rig()
+    alice = one.client("AKIAALICE")
+    alice.create_bucket(Bucket=bucket)
+    alice.put_object(Bucket=bucket, Key="app one+ü.zip", Body=b"alice's")
+    yield one
+    one.close()
+
+
+def code(work: Any) -> str:
+    try:
+        work()
+    except ClientError as error:
+        found = error.response["Error"]["Code"]
+        return {"403": "AccessDenied"}.get(found, found)  # a HEAD's answer has a number alone
+    return ""
+
+
+# ---- who has not signed ----
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_nobody_is_served_who_has_not_signed(bucket: str, guard: bool) -> None:
+    """A local user reads and replaces an artifact without a key, or with one that he has made up: moto takes any, and before, so did we."""
+    one = Rig(guard)
+    made_up = {
+        "Authorization": f"AWS4-HMAC-SHA256 Credential=me/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature={'0' * 64}"
+    }
+    try:
+        made = one.raw("PUT", f"/{bucket}")[0], one.raw("PUT", f"/{bucket}/app.zip", body=b"evil")[0]
+        assert made == ((403, 403) if guard else (200, 200))
+        status, said = one.raw("GET", f"/{bucket}/app.zip", made_up)
+        assert (status == 200 and said == b"evil") is not guard
+    finally:
+        one.close()
+
+
+@pytest.mark.parametrize("path", ["/moto-api/reset", "/moto-api/state-manager/set-transition", "/", "/latest/meta-data"])
+def test_what_steers_moto_is_nobodys(store: Rig, bucket: str, path: str) -> None:
+    assert store.raw("POST", path)[0] == 403
+    request = AWSRequest("POST", f"http://127.0.0.1:{store.port}{path}", headers={"X-Amz-Content-SHA256": "UNSIGNED-PAYLOAD"})
+    SigV4Auth(Credentials("AKIABOB", "secret-b"), "s3", "us-east-1").add_auth(request)
+    store.raw("POST", path, dict(request.prepare().headers))
+    assert store.client("AKIAALICE").list_buckets()["Buckets"], "nothing was reset, whoever signed"
+
+
+def test_a_wrong_or_unknown_key_is_none(store: Rig) -> None:
+    assert code(store.client("AKIAALICE", "guessed").list_buckets) == "SignatureDoesNotMatch"
+    assert code(store.client("AKIANOBODY").list_buckets) == "InvalidAccessKeyId"
+
+
+def test_a_signature_is_for_s3_its_time_and_its_request(store: Rig, bucket: str) -> None:
+    for service, stamp, path in (("sts", "", "/"), ("s3", "20200101T000000Z", "/"), ("s3", "", f"/{bucket}/other")):
+        request = AWSRequest("GET", f"http://127.0.0.1:{store.port}/", headers={"X-Amz-Content-SHA256": "UNSIGNED-PAYLOAD"})
+        SigV4Auth(Credentials("AKIAALICE", "secret-a"), service, "us-east-1").add_auth(request)
+        headers = dict(request.prepare().headers) | ({"X-Amz-Date": stamp} if stamp else {})
+        assert store.raw("GET", path, headers)[0] == 403, (service, stamp, path)
+
+
+def test_who_has_signed_is_served(store: Rig, bucket: str) -> None:
+    """The control, with what SDKs sign in ways of their own: odd names, presigned URLs, uploads in parts, chunks with checksums."""
+    alice = store.client("AKIAALICE")
+    assert alice.get_object(Bucket=bucket, Key="app one+ü.zip")["Body"].read() == b"alice's"
+    url = alice.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "app one+ü.zip"}, ExpiresIn=60)
+    path = url.partition(f":{store.port}")[2]
+    assert store.raw("GET", path) == (200, b"alice's")
+    assert store.raw("GET", path.replace("X-Amz-Expires=60", "X-Amz-Expires=3600"))[0] == 403
+    assert store.raw("DELETE", path)[0] == 403, "it was signed to read"
+    for length in (0, 1, 9 << 20):  # the last one in parts
+        with contextlib.closing(__import__("io").BytesIO(b"x" * length)) as body:
+            alice.upload_fileobj(body, bucket, "large")
+        assert alice.head_object(Bucket=bucket, Key="large")["ContentLength"] == length
+    assert alice.list_objects_v2(Bucket=bucket)["KeyCount"] == 2
+    alice.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": "large"}, {"Key": "app one+ü.zip"}]})
+    alice.delete_bucket(Bucket=bucket)
+
+
+# ---- another account ----
+
+
+def attempts(one: Rig, bucket: str) -> dict[str, str]:
+    bob = one.client("AKIABOB")
+    bob.create_bucket(Bucket=(mine := f"{bucket}-b"))
+    key = "app one+ü.zip"
+    return {
+        "read": code(lambda: bob.get_object(Bucket=bucket, Key=key)),
+        "read what is not there": code(lambda: bob.get_object(Bucket=bucket, Key="none")),
+        "look": code(lambda: bob.head_object(Bucket=bucket, Key=key)),
+        "list": code(lambda: bob.list_objects_v2(Bucket=bucket)),
+        "copy out": code(lambda: bob.copy_object(Bucket=mine, Key="x", CopySource={"Bucket": bucket, "Key": key})),
+        "write": code(lambda: bob.put_object(Bucket=bucket, Key=key, Body=b"evil")),
+        "remove": code(lambda: bob.delete_object(Bucket=bucket, Key=key)),
+        "open": code(lambda: bob.put_bucket_policy(Bucket=bucket, Policy='{"Statement": []}')),
+        "remove the bucket": code(lambda: bob.delete_bucket(Bucket=bucket)),
+    }
+
+
+def test_a_bucket_is_its_accounts(store: Rig, bucket: str) -> None:
+    """Also what is not there is refused: whether it is, is not said. Bob's list has his own buckets."""
+    found = attempts(store, bucket)
+    assert set(found.values()) == {"AccessDenied"}, found
+    names = [one["Name"] for one in store.client("AKIABOB").list_buckets()["Buckets"]]
+    assert f"{bucket}-b" in names and bucket not in names
+    assert store.client("AKIAALICE").get_object(Bucket=bucket, Key="app one+ü.zip")["Body"].read() == b"alice's"
+
+
+def test_without_the_look_at_its_owner_it_is_anybodys(store: Rig, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOTO_S3_ALLOW_CROSSACCOUNT_ACCESS", "true")
+    found = attempts(store, bucket)
+    assert found["read"] == found["list"] == found["copy out"] == found["write"] == ""
+
+
+@pytest.mark.parametrize("field", [{"X-Moto-Account-Id": A}, {"Host": "{bucket}.s3.amazonaws.com"}])
+def test_who_one_is_and_what_one_means_is_not_the_callers_to_say(store: Rig, bucket: str, field: dict[str, str]) -> None:
+    """Fields by which moto takes another account, or another bucket than the path has. Bob signs them."""
+    path = f"/{bucket}/app%20one%2B%C3%BC.zip" if "Host" not in field else "/app%20one%2B%C3%BC.zip"
+    fields = {name: value.format(bucket=bucket) for name, value in field.items()}
+    request = AWSRequest(
+        "GET",
+        f"http://{fields.get('Host', f'127.0.0.1:{store.port}')}{path}",
+        headers=fields | {"X-Amz-Content-SHA256": "UNSIGNED-PAYLOAD"},
+    )
+    SigV4Auth(Credentials("AKIABOB", "secret-b"), "s3", "us-east-1").add_auth(request)
+    status, said = store.raw("GET", path, dict(request.prepare().headers) | fields)
+    assert status in (403, 404) and said != b"alice's", said
+
+
+def test_a_key_that_was_taken_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    known = dict(KEYS)
+    guard = objectstore.Guard(lambda environ, start: [], lambda asked: find(asked) if asked.key in known else None, lambda: now)
+    claimed: Any = SimpleNamespace(key="AKIABOB", token="", day="20260101", region="us-east-1")
+    assert guard._key(claimed).account == B
+    del known["AKIABOB"]
+    now += objectstore._KNOWN_SECONDS + 1
+    with pytest.raises(Exception, match="does not exist"):
+        guard._key(claimed)
+
+
+# ---- control's side ----
+
+
+@pytest.fixture
+async def directory(tmp_path: Path) -> Any:
+    store = Store(tmp_path / "torpor.db")
+    await store.open()
+    made = Directory(store, A, {"AKIAROOT": "root-secret"}, b"s" * 32)
+    yield made
+    await store.close()
+
+
+def request(key: str, token: str = "") -> m.StoreKeyRequest:
+    return m.StoreKeyRequest(key, token, "20260101", "us-east-1")
+
+
+async def test_control_says_who_a_key_is_and_gives_no_secret(directory: Directory) -> None:
+    keys = StoreKeys(directory)
+    await directory.create_account("other", B)
+    bobs = await directory.create_key(B, "bob", None)
+    role = directory.issue(f"arn:aws:iam::{B}:role/r", "vm", 900)
+    assert keys.find(request("AKIAROOT")) == m.StoreKey(A, signing_key("root-secret", "20260101", "us-east-1", "s3"))
+    found = keys.find(request(bobs.id))
+    assert found is not None and found.account == B and bobs.secret.encode() not in found.signing
+    found = keys.find(request(role.access_key, role.token))
+    assert found is not None and found.account == B
+    assert keys.find(request(role.access_key)) is None and keys.find(request("AKIANOBODY")) is None
+    assert keys.find(request(role.access_key, directory.issue(f"arn:aws:iam::{A}:role/r", "vm", -1).token)) is None, "another's, and over"
+    await directory.delete_key(bobs.id)
+    assert keys.find(request(bobs.id)) is None
+
+
+async def test_what_control_reads_with_is_no_key_of_the_api(directory: Directory) -> None:
+    keys = StoreKeys(directory)
+    own = keys.own(B)
+    found = keys.find(request(own.access_key))
+    assert found is not None and found.account == B and found.signing == signing_key(own.secret, "20260101", "us-east-1", "s3")
+    assert directory.secret(own.access_key, "") is None
+    assert StoreKeys(directory).own(B).secret != own.secret, "nor of another process's"
+
+
+async def test_builds_read_their_accounts_buckets(directory: Directory, bucket: str, tmp_path: Path) -> None:
+    """Account B names A's artifact in a build, from a store that knows both; A's own build is the control."""
+    keys = StoreKeys(directory)
+    one = Rig(known=lambda asked: keys.find(asked) or find(asked))
+    try:
+        one.client("AKIAALICE").create_bucket(Bucket=bucket)
+        one.client("AKIAALICE").put_object(Bucket=bucket, Key="app.zip", Body=b"alice's")
+        settings = Settings(root=tmp_path, object_store={"port": one.port}, account=A)  # type: ignore[arg-type]
+        pipeline = Pipeline(settings, None, keys.own, lambda job: None, None)  # type: ignore[arg-type]
+        for key in ("app.zip", "none.zip"):
+            with pytest.raises(BuildFailed) as refused:
+                fetch(settings, pipeline._account_reads(B, f"s3://{bucket}/{key}"), f"s3://{bucket}/{key}", tmp_path / "got")
+            assert refused.value.code == "S3_ACCESS_DENIED", "there or not"
+        assert fetch(settings, pipeline._account_reads(A, f"s3://{bucket}/app.zip"), f"s3://{bucket}/app.zip", tmp_path / "got") == 7
+    finally:
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("account", "name", "reads"),
+    [
+        (A, "anything", True),
+        (A, "bobs", False),
+        (B, "bobs", True),
+        (B, "anything", False),
+        (B, "both", True),
+        (A, "both", True),
+        (B, "bobs2", False),
+    ],
+)
+async def test_another_store_is_asked_for_an_accounts_own_buckets_alone(tmp_path: Path, account: str, name: str, reads: bool) -> None:
+    """It knows the operator's login alone, and would give it everything."""
+    store = {"embedded": False, "endpoint": "http://store", "buckets": {B: ["bobs", "both"], A: ["both"]}}
+    settings = Settings(root=tmp_path, object_store=store, account=A)  # type: ignore[arg-type]
+    pipeline = Pipeline(settings, None, lambda account: account, lambda job: None, None)  # type: ignore[arg-type,return-value]
+    if reads:
+        assert pipeline._account_reads(account, f"s3://{name}/k") == account
+    else:
+        with pytest.raises(BuildFailed, match=f"S3_ACCESS_DENIED: s3://{name}/k may not be read by account {account}"):
+            pipeline._account_reads(account, f"s3://{name}/k")
