@@ -122,6 +122,7 @@ class ObjectStore(_Section):
     endpoint: str = Field("", description="another S3 endpoint; empty: the embedded one, or AWS itself")
     access_key: str = Field("", description="for another endpoint than the embedded one")
     secret_key: str = Field("", description="for another endpoint than the embedded one")
+    secret_key_file: str = Field("", description="its only line is that secret; root's alone to read")
     buckets: dict[str, list[str]] = Field(
         {}, description="account numbers to names of buckets whose artifacts are theirs to build from; the rest are the first account's"
     )
@@ -292,6 +293,7 @@ class Credentials(_Section):
     sts_endpoint: str = Field("", description="an STS endpoint whose AssumeRole gives them; empty: our own issuer")
     access_key: str = Field("", description="for the STS endpoint")
     secret_key: str = Field("", description="for the STS endpoint")
+    secret_key_file: str = Field("", description="its only line is that secret; root's alone to read")
 
 
 class Archive(_Section):

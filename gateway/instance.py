@@ -11,6 +11,7 @@ import secrets
 import socket
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from . import files
 from .config import ConfigError, Settings
 
 _TOKEN_LEAST_BYTES = 16
+_WITH_SECRETS = ("object_store", "credentials")  # sections
 _TICKETS_SECONDS, _TICKETS_BYTES = 12 * 3600, 80
 # What clients are pointed at us for: each answers here, what is not served of it with an error that says so.
 SERVED = ("lambda_microvms", "lambda_core", "cloudwatch_logs", "sts", "service_quotas")
@@ -36,8 +38,11 @@ BUILD_RANGE = 1 << 20  # of the first account's builds (vmm/build_stores.py)
 _CA_DAYS, _LEAF_DAYS, _RENEW_DAYS = 3650, 397, 30
 
 
-def prepare(settings: Settings) -> None:
-    """Makes what is missing. Raises ConfigError when the unprivileged processes could not reach their files, or are somebody else's too."""
+def prepare(settings: Settings) -> Settings:
+    """Makes what is missing; returns the settings with what their files of secrets say. Raises ConfigError when the unprivileged processes
+    could not reach their files, or are somebody else's too, and for secrets that others may read."""
+    check_secrets(settings.root / "torpor.toml")
+    settings = with_secrets(settings)
     users = settings.users
     check_ids(settings)
     for path in (settings.root, settings.runtime):
@@ -64,6 +69,39 @@ def prepare(settings: Settings) -> None:
     update_certificates(settings)
     keys = make_access_keys(settings)
     write_aws_profile(settings, *next(iter(keys.items())))
+    return settings
+
+
+def check_secrets(path: Path) -> None:
+    """Raises ConfigError for settings with a secret among them that others than their owner may read."""
+    try:
+        mode = path.stat().st_mode
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"torpor.toml: {error}") from error
+    found = [f"{section}.secret_key" for section in _WITH_SECRETS if given.get(section, {}).get("secret_key")]
+    if found and mode & 0o077:
+        raise ConfigError(
+            f"{path} may be read by others (mode {mode & 0o777:o}) and has {' and '.join(found)} in it: chmod 600 {path}, "
+            f"or put the secret into a file of its own ({found[0]}_file)"
+        )
+
+
+def with_secrets(settings: Settings) -> Settings:
+    """Returns the settings with the secrets that have files of their own. Raises ConfigError."""
+    for name in _WITH_SECRETS:
+        section = getattr(settings, name)
+        if not section.secret_key_file:
+            continue
+        if section.secret_key:
+            raise ConfigError(f"{name}.secret_key and {name}.secret_key_file: set one of them")
+        secret = _secret_of(Path(section.secret_key_file), f"{name}.secret_key_file").decode("utf-8", "replace")
+        if not secret:
+            raise ConfigError(f"{name}.secret_key_file {section.secret_key_file} is empty")
+        settings = settings.model_copy(update={name: section.model_copy(update={"secret_key": secret})})
+    return settings
 
 
 def check_ids(settings: Settings, etc: Path = Path("/etc")) -> None:
@@ -141,8 +179,9 @@ def write_aws_profile(settings: Settings, key: str, secret: str) -> None:
     bundle = f"ca_bundle = {settings.tls_dir / 'bundle.crt'}\n" if settings.api.tls else ""
     ours = "".join(f"{name} =\n  endpoint_url = {api}\n" for name in SERVED)
     config = (
-        f"[default]\nregion = {settings.region}\noutput = json\ncli_pager =\n{bundle}s3 =\n  signature_version = s3v4\nservices = torpor\n\n"
-        f"[services torpor]\n{ours}s3 =\n  endpoint_url = {store}\n  addressing_style = {settings.object_store.addressing}\n"
+        f"[default]\nregion = {settings.region}\noutput = json\ncli_pager =\n{bundle}s3 =\n  signature_version = s3v4\n"
+        f"services = torpor\n\n[services torpor]\n{ours}s3 =\n  endpoint_url = {store}\n"
+        f"  addressing_style = {settings.object_store.addressing}\n"
     )
     files.write(settings.aws_dir / "config", config.encode(), 0o600, 0)
     credentials = f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"

@@ -72,7 +72,7 @@ class Supervisor:
         sockets = _adopt_sockets(old)
         port = listeners.choose_edge_port(self._settings, in_use=bool(sockets.get("edge")))
         self._settings = self._settings.model_copy(update={"edge": self._settings.edge.model_copy(update={"port": port})})
-        instance.prepare(self._settings)
+        self._settings = instance.prepare(self._settings)
         self._make_children(sockets)
         edges = self._edges()
         for child in self._children:
@@ -321,8 +321,8 @@ def _signal(process: Recorded, number: signal.Signals) -> None:
 
 
 def settings_for(child: str, settings: Settings) -> Settings:
-    """Those that a child has to know: no secrets of other endpoints for who speaks with strangers."""
-    if child in ("vmm", "control"):
+    """Those that a child has to know: control alone asks other endpoints, with their secrets."""
+    if child == "control":
         return settings
     secrets = {"access_key": "", "secret_key": ""}
     return settings.model_copy(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
 import sys
 import time
@@ -37,6 +39,16 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
+def _connect(path: Path) -> sqlite3.Connection:
+    """The file has secrets in it, and is its owner's alone; SQLite makes those beside it (-wal, -shm) under its mode."""
+    with contextlib.suppress(OSError):  # another user's, say: SQLite tells what it cannot open
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    for one in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+        with contextlib.suppress(OSError):
+            one.chmod(0o600)
+    return sqlite3.connect(path, isolation_level=None)
+
+
 class _Call:
     __slots__ = ("is_unwanted", "name", "seconds", "since")
 
@@ -52,7 +64,7 @@ class Connection(aiosqlite.Connection):
     ever. So the watchdog of the pools looks here as well, from a thread of its own."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(lambda: self._done(sqlite3.connect, path, isolation_level=None), _ROWS_AT_ONCE)
+        super().__init__(lambda: self._done(_connect, path), _ROWS_AT_ONCE)
         self._thread.daemon = True  # what stands in it keeps no process from ending
         self._calls: deque[_Call] = deque()  # in the order of their turns
         self._clock = clock

@@ -130,7 +130,7 @@ def test_who_speaks_with_strangers_knows_no_secrets() -> None:
     settings = Settings.model_validate({"object_store": {"secret_key": "s3cret"}, "credentials": {"secret_key": "s3cret"}})
     assert "s3cret" in settings_for("control", settings).model_dump_json()
     assert "s3cret" not in settings_for("edge-0", settings).model_dump_json()
-    assert "s3cret" not in settings_for("store", settings).model_dump_json()
+    assert "s3cret" not in settings_for("store", settings).model_dump_json() + settings_for("vmm", settings).model_dump_json()
 
 
 def test_the_parts_of_a_stop_fit_into_its_time() -> None:

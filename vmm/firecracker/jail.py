@@ -44,8 +44,12 @@ class Jail:
         self.root = self._top / "root"
 
     def make(self) -> None:
+        """What is linked into the root is everybody's to read, as one inode may be in many: so the root is its own process's alone."""
         self.root.mkdir(parents=True)
-        self.root.parent.chmod(0o711)
+        for above in (self._base, self._base / self._programs.firecracker.name, self._top):
+            above.chmod(0o711)
+        os.chown(self.root, 0, self._sandbox.uid)
+        self.root.chmod(0o710)
         out = self.root / OUT
         out.mkdir(mode=0o700)
         os.mkfifo(self.root / PIPE, 0o600)
