@@ -20,11 +20,11 @@ from . import executors, files, peers, process, status
 from . import messages as m
 from .accounts.admin import Admin
 from .accounts.directory import Credentials, Directory
-from .accounts.store_keys import StoreKeys
 from .api import application
 from .api.connections import KEPT_SECONDS, Certificate, Connections, Listener, Scrapers
 from .api.paging import Pager
 from .api.service import Service as ApiService
+from .api.store_keys import StoreKeys
 from .config import ConfigError, Settings, is_loopback
 from .guest.credentials import Issuer
 from .guest.services import Guests

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import hmac
 import secrets
@@ -20,7 +21,7 @@ import msgspec
 from gateway.sessions.store import Store
 
 from . import policy
-from .model import ALL, AccessKey, Account, Caller, Role
+from .model import ALL, CONDITION_KEYS, AccessKey, Account, Caller, Role
 
 SESSION_SECONDS = 3300  # reference, 6: 55 minutes
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
@@ -48,6 +49,20 @@ class _Sealed(msgspec.Struct, array_like=True):
     name: str
     expires_at: float
     issued_at: float = 0.0  # 0: an older version did not say
+    policy: str = ""  # the session's own
+
+
+def _decoded(text: str) -> Any:
+    """Raises PolicyError."""
+    try:
+        return msgspec.json.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise policy.PolicyError(f"the policy is not JSON: {error}") from error
+
+
+@functools.lru_cache(256)
+def _session_policy(text: str) -> policy.Policy:
+    return policy.parse(_decoded(text))
 
 
 def role_account(arn: str) -> str:
@@ -92,7 +107,9 @@ class Directory:
             role = self._store.roles.get(sealed.role)
             arn = f"arn:aws:sts::{sealed.account}:assumed-role/{sealed.role.rpartition('/')[2]}/{sealed.name}"
             allowed = self._policy(sealed.role, role.policy if role is not None else None)
-            return Caller(sealed.account, arn, "AssumedRole", access_key, allowed, issued_at=sealed.issued_at, **request)
+            if sealed.policy:
+                allowed = policy.Policy(allowed.statements, within=_session_policy(sealed.policy))
+            return Caller(sealed.account, arn, "AssumedRole", access_key, allowed, issued_at=sealed.issued_at, role=sealed.role, **request)
         key = self._store.keys[access_key]
         arn = f"arn:aws:iam::{key.account}:user/{key.user}"
         return Caller(key.account, arn, "IAMUser", access_key, self._policy(key.id, key.policy), **request)
@@ -105,11 +122,13 @@ class Directory:
 
     # ---- temporary credentials ----
 
-    def issue(self, role: str, name: str, seconds: float = SESSION_SECONDS) -> Credentials:
-        """Credentials of a role for one microVM (STS AssumeRole's form)."""
+    def issue(self, role: str, name: str, seconds: float = SESSION_SECONDS, session_policy: str = "") -> Credentials:
+        """Credentials of a role for one microVM (STS AssumeRole's form). Raises PolicyError for a session's policy that is none."""
+        if session_policy:
+            policy.check(_decoded(session_policy), CONDITION_KEYS)
         key = "ASIA" + "".join(secrets.choice(_LETTERS) for _ in range(16))
         expires = self._clock() + seconds
-        text = msgspec.msgpack.encode(_Sealed(key, role_account(role), role, name, expires, self._clock()))
+        text = msgspec.msgpack.encode(_Sealed(key, role_account(role), role, name, expires, self._clock(), session_policy))
         token = base64.b64encode(self._tag(b"token", text) + text).decode()
         return Credentials(key, self._secret_of(key), token, expires)
 
@@ -174,7 +193,7 @@ class Directory:
         if not self.has(account):
             raise DirectoryError(f"account {account} does not exist")
         if document is not None:
-            policy.check(document)
+            policy.check(document, CONDITION_KEYS)
         identifier = "AKIA" + "".join(secrets.choice(_LETTERS) for _ in range(16))
         key = AccessKey(identifier, secrets.token_urlsafe(30), account, user, self._clock(), document)
         self._store.put("keys", identifier, key)
@@ -192,7 +211,7 @@ class Directory:
         parts = arn.split(":", 5)
         if len(parts) != 6 or parts[2] != "iam" or not parts[5].startswith("role/") or not self.has(parts[4]):
             raise DirectoryError(f"{arn} is not of the form arn:aws:iam::<account>:role/<name>, or its account does not exist")
-        policy.check(document)
+        policy.check(document, CONDITION_KEYS)
         self._store.put("roles", arn, Role(arn, document))
         await self._store.commit()
 

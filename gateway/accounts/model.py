@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
-from .policy import Policy
+from .policy import TAG_KEYS, Policy
 
+PASSED_TO = "iam:passedtoservice"
 ALL = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
 
 
@@ -54,6 +55,7 @@ class Caller:
     region: str = ""
     at: float = 0.0  # of the request
     issued_at: float = 0.0  # of temporary credentials
+    role: str = ""  # whose they are
 
     @property
     def name(self) -> str:
@@ -62,13 +64,13 @@ class Caller:
     def context(self) -> dict[str, list[str]]:
         """Returns the global condition keys that a request brings (IAM User Guide: AWS global condition context keys)."""
         return {
-            "aws:sourceip": [self.source],
+            "aws:sourceip": [self.source] if self.source else [],
             "aws:securetransport": ["true" if self.secure else "false"],
-            "aws:principalarn": [self.arn],
+            "aws:principalarn": [self.role or self.arn],  # of a session its role's
             "aws:principalaccount": [self.account],
             "aws:principaltype": [{"Root": "Account", "IAMUser": "User"}.get(self.kind, self.kind)],
             "aws:username": [self.name] if self.kind == "IAMUser" else [],
-            "aws:useragent": [self.user_agent],
+            "aws:useragent": [self.user_agent] if self.user_agent else [],
             "aws:userid": [{"Root": self.account, "AssumedRole": f"{self.access_key}:{self.name}"}.get(self.kind, self.access_key)],
             "aws:requestedregion": [self.region] if self.region else [],
             "aws:currenttime": [_stamp(self.at)],
@@ -80,3 +82,10 @@ class Caller:
 
 def _stamp(at: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+
+
+# What a policy may ask about, beside tags: what a request brings (above, gateway/api/permissions.py), or would bring if there were such a
+# thing here: nobody has a second factor, which policies ask about by its absence.
+CONDITION_KEYS = frozenset(Caller("", "", "", "", Policy()).context()) | {
+    TAG_KEYS, PASSED_TO, "aws:multifactorauthpresent", "aws:multifactorauthage",
+}  # fmt: skip

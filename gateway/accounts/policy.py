@@ -31,6 +31,7 @@ class Decision(enum.Enum):
 # in a caller's tag is a star.
 Pieces = tuple[tuple[str, bool], ...]
 _ARN_COLONS = 5
+_DECIMAL = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{1,18})?")
 
 
 @functools.lru_cache(4096)
@@ -97,10 +98,17 @@ def _in_network(want: str, have: str) -> bool:
         return False
 
 
+def _decimal(text: str) -> float:
+    """Raises ValueError: Python's own reading takes more than IAM's, "nan" among it."""
+    if not _DECIMAL.fullmatch(text):
+        raise ValueError(text)
+    return float(text)
+
+
 def _number(compare: Callable[[float, float], bool]) -> Callable[[str, str], bool]:
     def check(want: str, have: str) -> bool:
         try:
-            return compare(float(have), float(want))
+            return compare(_decimal(have), _decimal(want))
         except ValueError:
             return False
 
@@ -150,6 +158,13 @@ _NEGATED = {
 }  # fmt: skip
 
 
+_WITH_VARIABLES = ("String", "Arn")  # operators, by what they begin with, negated ones too
+
+
+class _NoValue(Exception):
+    """A variable of an Allow has no value in the request: the statement allows nothing."""
+
+
 @dataclass(frozen=True)
 class Condition:
     """One line of a Condition block: `quantifier` is "", ForAnyValue or ForAllValues."""
@@ -159,26 +174,33 @@ class Condition:
     values: tuple[str, ...]
     quantifier: str = ""
     if_exists: bool = False
+    expands: bool = False
 
-    def holds(self, context: Context) -> bool:
+    def holds(self, context: Context, allows: bool) -> bool:
+        """Raises _NoValue. A key with several values, asked about without a quantifier, is what restricts: for an Allow all of them must
+        match, for a Deny one of them."""
         given = context.get(self.key, [])
+        if self.quantifier:
+            given = [value for value in given if value]  # an empty text is an empty set
         if self.operator == "Null":
-            return (not given) == (self.values[0].lower() == "true")
+            return any((not given) == (value.lower() == "true") for value in self.values)
         if not given:
-            return self.if_exists or self.quantifier == "ForAllValues" or self.operator in _NEGATED
+            return self.if_exists or self.quantifier == "ForAllValues" or (not self.quantifier and self.operator in _NEGATED)
         negated = self.operator in _NEGATED
         test = _OPERATORS[_NEGATED.get(self.operator, self.operator)]
-        wanted = [_expanded(value, context) for value in self.values]
+        wanted = [_expanded(value, context, allows) if self.expands else ((value, False),) for value in self.values]
         matches = [any(test(want, have) for want in wanted) != negated for have in given]
-        return any(matches) if self.quantifier == "ForAnyValue" else all(matches)
+        is_any = self.quantifier == "ForAnyValue" or (not self.quantifier and not allows)
+        return any(matches) if is_any else all(matches)
 
 
 _VARIABLE = re.compile(r"\$\{([^},]+?)\s*(?:,\s*'([^']*)'\s*)?\}")
+_THEMSELVES = ("*", "?", "$")
 
 
-def _expanded(text: str, context: Context) -> Pieces:
+def _expanded(text: str, context: Context, allows: bool) -> Pieces:
     """Policy variables: ${aws:username}, ${aws:ResourceTag/owner}, with a default ${aws:username, 'nobody'}; ${*}, ${?} and ${$} stand for
-    themselves. One without a value stays as it is written, which nothing is called."""
+    themselves. Raises _NoValue for one without a value in an Allow; in a Deny it stays as it is written, which nothing is called."""
     if "${" not in text:
         return ((text, False),)
     pieces: list[tuple[str, bool]] = []
@@ -186,20 +208,18 @@ def _expanded(text: str, context: Context) -> Pieces:
     for match in _VARIABLE.finditer(text):
         pieces.append((text[at : match.start()], False))
         at = match.end()
-        name, given = match[1], context.get(_key(match[1]), [])
-        if name in ("*", "?", "$"):
+        name, given = match[1], context.get(match[1].lower(), [])
+        if name in _THEMSELVES:
             pieces.append((name, True))
         elif len(given) == 1:  # one of several values is nobody's in particular
             pieces.append((given[0], True))
+        elif match[2] is not None:
+            pieces.append((match[2], True))
+        elif allows:
+            raise _NoValue
         else:
-            pieces.append((match[0] if match[2] is None else match[2], True))
+            pieces.append((match[0], True))
     return (*pieces, (text[at:], False))
-
-
-def _key(text: str) -> str:
-    """Condition keys do not tell upper from lower case; the tag's name in one does."""
-    head, slash, tag = text.partition("/")
-    return head.lower() + slash + tag
 
 
 @dataclass(frozen=True)
@@ -210,24 +230,36 @@ class Statement:
     resources: tuple[str, ...]
     but_resources: bool
     conditions: tuple[Condition, ...]
+    expands: bool = False
 
     def applies(self, action: str, resource: str, context: Context) -> bool:
         if any(_pattern(((want, False),), True).fullmatch(action) for want in self.actions) == self.but_actions:
             return False
-        if any(_resource_pattern(_expanded(want, context)).fullmatch(resource) for want in self.resources) == self.but_resources:
+        try:
+            wanted = [_expanded(want, context, self.allows) if self.expands else ((want, False),) for want in self.resources]
+            if any(_resource_pattern(want).fullmatch(resource) for want in wanted) == self.but_resources:
+                return False
+            return all([condition.holds(context, self.allows) for condition in self.conditions])
+        except _NoValue:
             return False
-        return all(condition.holds(context) for condition in self.conditions)
 
 
 @dataclass(frozen=True)
 class Policy:
+    """`within`: a session's policy, which allows nothing by itself, and beyond which nothing is allowed."""
+
     statements: tuple[Statement, ...] = ()
+    within: Policy | None = None
 
     def decide(self, action: str, resource: str, context: Context) -> Decision:
         applying = [statement.allows for statement in self.statements if statement.applies(action, resource, context)]
-        if False in applying:
+        narrower = self.within.decide(action, resource, context) if self.within is not None else Decision.ALLOW
+        if False in applying or narrower is Decision.EXPLICIT_DENY:
             return Decision.EXPLICIT_DENY
-        return Decision.ALLOW if applying else Decision.IMPLICIT_DENY
+        return Decision.ALLOW if applying and narrower is Decision.ALLOW else Decision.IMPLICIT_DENY
+
+
+VERSIONS = ("2012-10-17", "2008-10-17")
 
 
 def parse(document: Any) -> Policy:
@@ -235,36 +267,63 @@ def parse(document: Any) -> Policy:
     if not isinstance(document, dict):
         raise PolicyError("a policy is a JSON object with Version and Statement")
     _only(document, {"Version", "Id", "Statement"}, "the policy")
-    if document.get("Version", "2012-10-17") not in ("2012-10-17", "2008-10-17"):
+    version = document.get("Version", VERSIONS[1])
+    if version not in VERSIONS:
         raise PolicyError("Version must be 2012-10-17")
     statements = document.get("Statement", [])
     statements = statements if isinstance(statements, list) else [statements]
-    return Policy(tuple(_statement(statement, f"Statement {at}") for at, statement in enumerate(statements, 1)))
+    expands = version == VERSIONS[0]  # before, a variable was text
+    return Policy(tuple(_statement(statement, expands, f"Statement {at}") for at, statement in enumerate(statements, 1)))
 
 
-# What a request brings (Caller.context, gateway/api/permissions.py), or would bring if there were such a thing here: no service calls on
-# somebody's behalf, and nobody has a second factor, which policies ask about by its absence.
-_KEYS = frozenset(
-    {
-        "aws:sourceip", "aws:securetransport", "aws:principalarn", "aws:principalaccount", "aws:principaltype", "aws:username",
-        "aws:userid", "aws:useragent", "aws:currenttime", "aws:epochtime", "aws:tokenissuetime", "aws:requestedregion", "aws:tagkeys",
-        "aws:multifactorauthpresent", "aws:multifactorauthage", "aws:viaawsservice", "iam:passedtoservice",
-    }
-)  # fmt: skip
-_TAGS = ("aws:resourcetag/", "aws:requesttag/")
+TAGS = ("aws:resourcetag/", "aws:requesttag/")
+TAG_KEYS = "aws:tagkeys"  # the one key with several values
 
 
-def check(document: Any) -> None:
+def check(document: Any, keys: frozenset[str]) -> None:
     """For a policy that somebody gives us: also its conditions are such as can be judged. Raises PolicyError: a Deny by a key that no
-    request has, or by a value that is none, would never deny."""
-    for at, statement in enumerate(parse(document).statements, 1):
+    request has (`keys` are those that one may have, beside tags), or by a value that is none, would never deny."""
+    statements = parse(document).statements
+    if "Statement" not in document:
+        raise PolicyError("a policy has a Statement")
+    for at, statement in enumerate(statements, 1):
+        where = f"Statement {at}"
+        for resource in statement.resources:
+            _check_variables(resource, statement.expands, keys, where)
+            if "${" in ":".join(resource.split(":", _ARN_COLONS)[:_ARN_COLONS]) and resource.count(":") >= _ARN_COLONS:
+                raise PolicyError(f"{where}: {resource}: a variable stands behind an ARN's fifth colon")
         for condition in statement.conditions:
-            where = f"Statement {at}: Condition"
-            if condition.key not in _KEYS and not condition.key.startswith(_TAGS):
-                raise PolicyError(f"{where}: the key {condition.key} is not evaluated here")
-            for value in condition.values:
-                if "${" not in value and not _is_value(_NEGATED.get(condition.operator, condition.operator), value):
-                    raise PolicyError(f"{where}: {value} is no value for {condition.operator}")
+            _check_condition(condition, statement.expands, keys, f"{where}: Condition")
+
+
+def _check_condition(condition: Condition, expands: bool, keys: frozenset[str], where: str) -> None:
+    if not _is_key(condition.key, keys):
+        raise PolicyError(f"{where}: the key {condition.key} is not evaluated here")
+    if condition.key == TAG_KEYS and not condition.quantifier and condition.operator != "Null":
+        raise PolicyError(f"{where}: {condition.key} has several values: ask with ForAllValues or ForAnyValue")
+    takes_variables = condition.operator.startswith(_WITH_VARIABLES)
+    for value in condition.values:
+        if takes_variables:
+            _check_variables(value, expands, keys, where)
+        if not (takes_variables and "${" in value) and not _is_value(_NEGATED.get(condition.operator, condition.operator), value):
+            raise PolicyError(f"{where}: {value} is no value for {condition.operator}")
+
+
+def _is_key(key: str, keys: frozenset[str]) -> bool:
+    return key in keys or any(key.startswith(prefix) and len(key) > len(prefix) for prefix in TAGS)
+
+
+def _check_variables(text: str, expands: bool, keys: frozenset[str], where: str) -> None:
+    if "${" not in text:
+        return
+    if not expands:
+        raise PolicyError(f"{where}: {text}: variables are text without Version 2012-10-17")
+    names = [match[1] for match in _VARIABLE.finditer(text)]
+    if len(names) != text.count("${"):
+        raise PolicyError(f"{where}: {text} has a variable that does not end")
+    for name in names:
+        if name not in _THEMSELVES and not _is_key(name.lower(), keys):
+            raise PolicyError(f"{where}: the variable {name} is not evaluated here")
 
 
 def _is_value(operator: str, value: str) -> bool:
@@ -272,11 +331,13 @@ def _is_value(operator: str, value: str) -> bool:
         if operator == "IpAddress":
             ipaddress.ip_network(value, strict=False)
         elif operator.startswith("Numeric"):
-            float(value)
+            _decimal(value)
         elif operator.startswith("Date"):
             _moment(value)
         elif operator in ("Bool", "Null"):
             return value.lower() in ("true", "false")
+        elif operator.startswith("Arn"):
+            return value.count(":") >= _ARN_COLONS
     except ValueError:
         return False
     return True
@@ -295,7 +356,7 @@ def _strings(value: Any, where: str) -> tuple[str, ...]:
     return tuple(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
 
 
-def _statement(given: Any, where: str) -> Statement:
+def _statement(given: Any, expands: bool, where: str) -> Statement:
     if not isinstance(given, dict):
         raise PolicyError(f"{where} must be an object")
     _only(given, {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"}, where)
@@ -311,16 +372,21 @@ def _statement(given: Any, where: str) -> Statement:
         given["Effect"] == "Allow",
         _strings(given.get("Action", given.get("NotAction")), f"{where}: Action"), "NotAction" in given,
         _strings(given.get("Resource", given.get("NotResource")), f"{where}: Resource"), "NotResource" in given,
-        tuple(condition for name, keys in conditions.items() for condition in _conditions(name, keys, where)),
+        tuple(condition for name, keys in conditions.items() for condition in _conditions(name, keys, expands, where)), expands,
     )  # fmt: skip
 
 
-def _conditions(name: str, keys: Any, where: str) -> list[Condition]:
+def _conditions(name: str, keys: Any, expands: bool, where: str) -> list[Condition]:
     quantifier, _, operator = name.rpartition(":")
     if_exists = operator.endswith("IfExists")
     operator = operator.removesuffix("IfExists")
-    if quantifier not in ("", "ForAnyValue", "ForAllValues") or not (operator in _OPERATORS or operator in _NEGATED or operator == "Null"):
+    is_known = operator in _OPERATORS or operator in _NEGATED or (operator == "Null" and not if_exists)
+    if quantifier not in ("", "ForAnyValue", "ForAllValues") or not is_known:
         raise PolicyError(f"{where}: the condition operator {name} is not known")
     if not isinstance(keys, dict):
         raise PolicyError(f"{where}: {name} must be an object of condition keys")
-    return [Condition(operator, _key(key), _strings(values, f"{where}: {key}"), quantifier, if_exists) for key, values in keys.items()]
+    expands = expands and operator.startswith(_WITH_VARIABLES)
+    return [
+        Condition(operator, key.lower(), _strings(values, f"{where}: {key}"), quantifier, if_exists, expands)
+        for key, values in keys.items()
+    ]

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from gateway.accounts.model import Caller
-from gateway.accounts.policy import Decision
+from gateway.accounts.model import PASSED_TO, Caller
+from gateway.accounts.policy import TAG_KEYS, TAGS, Decision
 
 from .errors import AccessDenied
 from .service import Service, check_image_arn
 
+RESOURCE_TAG, REQUEST_TAG = TAGS
 _WHY = {
     Decision.IMPLICIT_DENY: "because no identity-based policy allows the {} action",
     Decision.EXPLICIT_DENY: "with an explicit deny in an identity-based policy",
@@ -29,9 +30,9 @@ class Permissions:
         context = caller.context() | _request_context(call)
         resources = []
         for action, resource, tags in self._asked(caller, operation, call):
-            keys = context | {f"aws:resourcetag/{name}": [value] for name, value in tags.items()}
+            keys = context | _tags(RESOURCE_TAG, tags)
             if action == "iam:PassRole":
-                keys["iam:passedtoservice"] = ["lambda.amazonaws.com"]
+                keys[PASSED_TO] = ["lambda.amazonaws.com"]
             decision = caller.policy.decide(action, resource, keys)
             is_ours = resource == "*" or action == "lambda:PassNetworkConnector" or self._is_own(caller, resource)
             if decision is not Decision.ALLOW or not is_ours:
@@ -90,4 +91,13 @@ class Permissions:
 def _request_context(call: dict[str, Any]) -> dict[str, list[str]]:
     tags = call.get("tags") or call.get("Tags") or {}
     keys = list(tags) or list(call.get("TagKeys") or [])
-    return {"aws:tagkeys": keys, **{f"aws:requesttag/{name}": [str(value)] for name, value in tags.items()}}
+    return {TAG_KEYS: keys, **_tags(REQUEST_TAG, tags)}
+
+
+def _tags(prefix: str, tags: dict[str, Any]) -> dict[str, list[str]]:
+    """Names of condition keys do not tell upper from lower case, a tag's in one neither: two that differ in nothing else are one key with
+    two values."""
+    found: dict[str, list[str]] = {}
+    for name, value in tags.items():
+        found.setdefault(f"{prefix}{name.lower()}", []).append(str(value))
+    return found

@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 
 from gateway.accounts.directory import Credentials, Directory
 from gateway.accounts.model import Caller
-from gateway.accounts.policy import Decision
+from gateway.accounts.policy import Decision, PolicyError
 
 from .errors import AccessDenied, ApiError, Validation
 
@@ -20,12 +20,17 @@ _ROLE = re.compile(r"arn:aws[a-z-]*:iam::(\d{12}):role/[\w+=,.@/-]{1,512}", re.A
 _NAME = re.compile(r"[\w+=,.@-]{2,64}", re.A)
 _SECONDS = re.compile(r"[0-9]{1,6}")
 # What narrows or guards the credentials at STS and is not evaluated here: ignoring it would give more than was asked for.
-_UNSERVED = ("Policy", "PolicyArns", "SerialNumber", "TokenCode", "ProvidedContexts")
+_UNSERVED = ("PolicyArns", "SerialNumber", "TokenCode", "ProvidedContexts", "Tags", "TransitiveTagKeys", "SourceIdentity")
+_POLICY_CHARACTERS = 2048
 _SHORTEST, _LONGEST = 900, 43_200
 
 
 class InvalidAction(ApiError):
     kind, status = "InvalidAction", 400
+
+
+class MalformedPolicy(ApiError):
+    kind, status = "MalformedPolicyDocument", 400
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,19 @@ class Sts:
         match = _ROLE.fullmatch(role)
         unserved = sorted({one.split(".")[0] for one in form} & set(_UNSERVED))
         if unserved:
-            raise Validation(f"{', '.join(unserved)} is not served here: the credentials may do what the role's own policy allows.")
+            raise Validation(f"{', '.join(unserved)} is not served here: of what narrows credentials, Policy is.")
         if match is None or not _NAME.fullmatch(name) or not _SECONDS.fullmatch(seconds) or not _SHORTEST <= int(seconds) <= _LONGEST:
             raise Validation(f"RoleArn, RoleSessionName or DurationSeconds ({_SHORTEST} to {_LONGEST}) is not valid.")
         allowed = caller.policy.decide("sts:AssumeRole", role, caller.context()) is Decision.ALLOW
         if not allowed or match[1] != caller.account:
             raise AccessDenied(f"User: {caller.arn} is not authorized to perform: sts:AssumeRole on resource: {role}")
-        made = self._directory.issue(role, name, int(seconds))
+        narrower = form.get("Policy", "")
+        if len(narrower) > _POLICY_CHARACTERS or ("Policy" in form and not narrower):
+            raise Validation(f"Policy has 1 to {_POLICY_CHARACTERS} characters.")
+        try:
+            made = self._directory.issue(role, name, int(seconds), narrower)
+        except PolicyError as error:
+            raise MalformedPolicy(str(error)) from error
         assumed = f"arn:aws:sts::{caller.account}:assumed-role/{role.rpartition('/')[2]}/{name}"
         user = f"<AssumedRoleUser>{_tags(AssumedRoleId=f'{made.access_key}:{name}', Arn=assumed)}</AssumedRoleUser>"
         return Answer("AssumeRole", _credentials(made) + user)

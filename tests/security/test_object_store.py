@@ -26,8 +26,8 @@ from werkzeug.serving import make_server
 from gateway import listeners, objectstore
 from gateway import messages as m
 from gateway.accounts.directory import Directory
-from gateway.accounts.store_keys import StoreKeys
 from gateway.api.sigv4 import signing_key
+from gateway.api.store_keys import StoreKeys
 from gateway.config import Settings
 from gateway.images.artifact import BuildFailed, fetch
 from gateway.images.pipeline import Pipeline

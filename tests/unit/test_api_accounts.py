@@ -204,7 +204,7 @@ def test_sts(api: ApiRig) -> None:
 @row("STS", "a duration that is no plain number, and what would narrow or guard the credentials and is not evaluated here: 400", "ours")
 @pytest.mark.parametrize(
     "asked",
-    [{"DurationSeconds": "9²"}, {"DurationSeconds": "9_00"}, {"DurationSeconds": "000043200999"}, {"Policy": "{}"},
+    [{"DurationSeconds": "9²"}, {"DurationSeconds": "9_00"}, {"DurationSeconds": "000043200999"}, {"Tags": [{"Key": "a", "Value": "b"}]},
      {"PolicyArns": [{"arn": "arn:aws:iam::aws:policy/ReadOnlyAccess"}]}, {"SerialNumber": "GAHT12345678", "TokenCode": "123456"}],
 )  # fmt: skip
 def test_what_sts_does_not_evaluate_is_refused(api: ApiRig, asked: dict[str, Any]) -> None:

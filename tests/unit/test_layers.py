@@ -155,6 +155,7 @@ def test_imports(package: str) -> None:
 OWN_THREADS = {
     "gateway/executors.py": "the pools",
     "gateway/edge/records/access_log.py": "one for the process, started with it: the edge has no pools",
+    "gateway/objectstore.py": "one for the process: a thread for each client is werkzeug's way, and these wait for the loop that asks control",
 }  # fmt: skip
 THREADS = {"to_thread", "run_in_executor", "Thread", "ThreadPoolExecutor", "start_new_thread"}
 

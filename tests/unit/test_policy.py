@@ -104,10 +104,10 @@ def test_conditions_are_and_values_are_or() -> None:
     assert decide(allow(Condition=both), aws__a="2", aws__b="4") is Decision.IMPLICIT_DENY
 
 
-def test_keys_fold_case_and_tags_do_not() -> None:
+def test_keys_and_the_tags_in_them_fold_case() -> None:
     policy = parse({"Statement": allow(Condition={"StringEquals": {"AWS:resourcetag/Team": "blue"}})})
-    assert policy.decide("lambda:x", ARN, {"aws:resourcetag/Team": ["blue"]}) is Decision.ALLOW
-    assert policy.decide("lambda:x", ARN, {"aws:resourcetag/team": ["blue"]}) is Decision.IMPLICIT_DENY
+    assert policy.decide("lambda:x", ARN, {"aws:resourcetag/team": ["blue"]}) is Decision.ALLOW
+    assert policy.decide("lambda:x", ARN, {"aws:resourcetag/team": ["red"]}) is Decision.IMPLICIT_DENY
 
 
 def test_variables() -> None:

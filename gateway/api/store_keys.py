@@ -11,9 +11,9 @@ import math
 import secrets
 
 from gateway import messages as m
-from gateway.api.sigv4 import signing_key
+from gateway.accounts.directory import Credentials, Directory
 
-from .directory import Credentials, Directory
+from .sigv4 import signing_key
 
 _OWN = "TORPOR"
 
