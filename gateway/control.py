@@ -72,8 +72,9 @@ class Control:
         self.store = Store(directory / "torpor.db")
         self.minter = _minter(directory / "keys.json")
         self.routes = Routes(settings.edge.worker_count, settings.suspend.workers_seconds)
-        self.routes.keys = self.minter.verifiers()
-        self._checker = Checker(self.routes.keys)
+        self.routes.keys = self.minter.key_set()
+        self._checker = Checker(self.routes.keys.keys, self.routes.keys.revoked)
+        self._minting = asyncio.Lock()
         self.logs = LogStore(directory / "logs")
         self.faults = FaultLog(self.logs)
         self._explaining: set[str] = set()  # sessions whose guest is asked what listens
@@ -314,10 +315,37 @@ class Control:
         await executors.UPKEEP.run(self.audit.sync)
 
     async def rotate_keys(self) -> None:
-        """Makes a new key for tokens when the newest is old, and sends the workers what checks them."""
-        if await executors.LATENCY.run(self.minter.rotate_if_due):
-            self._checker = Checker(self.minter.verifiers())
-            self.routes.publish_keys(self.minter.verifiers())
+        """Makes a new key for tokens when the newest is old; it signs when the workers have what checks it."""
+        async with self._minting:
+            if await executors.LATENCY.run(self.minter.make_key_if_due):
+                await self._switch_keys()
+
+    async def _switch_keys(self) -> None:
+        await self._publish_keys()
+        await executors.LATENCY.run(self.minter.use_newest)
+
+    async def _publish_keys(self) -> None:
+        keys = self.minter.key_set()
+        self._checker = Checker(keys.keys, keys.revoked)
+        await self.routes.publish_keys(keys)
+
+    async def rpc_tokens_rotate(self, connection: Connection, body: None) -> None:
+        async with self._minting:
+            await executors.LATENCY.run(self.minter.make_key)
+            await self._switch_keys()
+
+    async def rpc_tokens_revoke(self, connection: Connection, body: m.RevokeRequest) -> float:
+        """Returns the moment before which what was minted is none. Raises RpcError."""
+        if body.session and body.session not in self.store.sessions:
+            raise RpcError("NotFound", f"MicroVM not found: {body.session}")
+        before = body.before or time.time()
+        async with self._minting:
+            try:
+                await executors.LATENCY.run(self.minter.revoke, before, body.session)
+            except ValueError as error:
+                raise RpcError("Invalid", str(error)) from error
+            await self._publish_keys()
+        return before
 
 
 async def every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:

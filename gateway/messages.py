@@ -386,6 +386,23 @@ class Verifier(msgspec.Struct):
     public_key: bytes
 
 
+class Revoked(msgspec.Struct):
+    """Tokens that count no more: those minted before `before`, and of a session before its moment. Seconds since the epoch."""
+
+    before: float = 0.0
+    sessions: dict[str, float] = {}
+
+    def moment(self, session: str) -> float:
+        return max(self.before, self.sessions.get(session, 0.0))
+
+
+class KeySet(msgspec.Struct):
+    """control -> edge: what tokens are verified with from now on."""
+
+    keys: list[Verifier]
+    revoked: Revoked
+
+
 class Hello(msgspec.Struct):
     """edge -> control, first thing: the name of the worker's slot, which its successor has too."""
 
@@ -397,6 +414,7 @@ class Table(msgspec.Struct):
 
     routes: list[Route]
     keys: list[Verifier]
+    revoked: Revoked | None = None
 
 
 class GateAnswer(msgspec.Struct):
@@ -501,6 +519,13 @@ class StoreKey(msgspec.Struct):
 
     account: str
     signing: bytes
+
+
+class RevokeRequest(msgspec.Struct):
+    """Of the host's root. `before` 0: now."""
+
+    session: Annotated[str, Meta(max_length=128)]
+    before: float = 0.0
 
 
 class LookupRequest(msgspec.Struct):

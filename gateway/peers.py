@@ -14,6 +14,6 @@ STORE_ASKS_CONTROL: Final = frozenset({"store_key"})
 ROOT_ASKS_CONTROL: Final = frozenset(
     {
         "microvm_log", "traces", "tiers", "recover", "accounts", "account_create", "account_delete", "keys", "key_create", "key_delete",
-        "roles", "role_put", "role_delete", "quota",
+        "roles", "role_put", "role_delete", "quota", "tokens_revoke", "tokens_rotate",
     }
 )  # fmt: skip

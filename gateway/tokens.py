@@ -22,17 +22,20 @@ import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from jwt.types import Options
 
 from . import files
-from .messages import Verifier
+from .messages import KeySet, Revoked, Verifier
 
 PROXY, SHELL = "proxy", "shell"
 LONGEST_SECONDS = 3600
 ROTATE_SECONDS = 30 * 86_400
+_SWITCH_SECONDS = 600  # within which a key that was replaced still signs
 _ALGORITHM, _ENCRYPTION = "dir", "A256GCM"
 TOKEN_MAX_BYTES = 8000
 _KEY_BYTES = 32
 _REMEMBERED = 4096  # tokens
+_JWT_OPTIONS: Options = {"verify_exp": False, "verify_iat": False, "require": ["sub", "exp"]}  # times are looked at each time
 ALL_PORTS = [(1, 65535)]
 
 
@@ -50,13 +53,15 @@ class MalformedToken(TokenError):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a verified token allows. `ports` are merged ranges in order; `expires` is in seconds since the epoch."""
+    """What a verified token allows. `ports` are merged ranges in order; `expires` and `issued` are in seconds since the epoch, `issued` 0
+    where an older version minted it."""
 
     session: str
     ports: tuple[tuple[int, int], ...]
     expires: float
     kind: str
     kid: str
+    issued: float = 0.0
 
     def allows(self, port: int) -> bool:
         at = bisect_right(self.ports, (port, 65536)) - 1
@@ -100,48 +105,90 @@ def merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
+class _Stored(msgspec.Struct):
+    """The file, where it says more than keys. `signing`: whose tokens every worker can verify; the newest key may not be there yet."""
+
+    keys: list[_Key]
+    signing: str
+    revoked: Revoked
+
+
 class Minter:
-    """Control's keys, in a file that only control can read. The newest signs; older ones stay valid for the longest
-    token's life after they were replaced."""
+    """Control's keys, in a file that only control can read. One signs; older ones stay valid for the longest token's life after they were
+    replaced. A new one is made first, and signs when every worker has it. What is revoked is kept for as long as it could be shown."""
 
     def __init__(self, path: Path, clock: object = time.time) -> None:
         """Raises ValueError for keys that are none."""
         self._path = path
         self._clock = clock
         self._keys: list[_Key] = []
+        self._signing = ""
+        self.revoked = Revoked()
         if path.exists():
-            self._keys = _whole(msgspec.json.decode(files.read(path), type=list[_Key]))
+            found = msgspec.json.decode(files.read(path), type=list[_Key] | _Stored)
+            stored = found if isinstance(found, _Stored) else _Stored(found, found[-1].kid if found else "", Revoked())
+            self._keys, self._signing, self.revoked = _whole(stored.keys), stored.signing, stored.revoked
             path.chmod(0o600)
-        self.rotate_if_due()
+        if not self._keys:
+            self.rotate()
 
     def _now(self) -> float:
         return float(self._clock())  # type: ignore[operator]
 
-    def rotate_if_due(self) -> bool:
-        """Makes a new key when the newest is old. True when edges must be told."""
-        if self._keys and self._now() - self._keys[-1].created < ROTATE_SECONDS:
-            return False
-        self.rotate()
-        return True
+    def make_key_if_due(self) -> bool:
+        """Makes a key when the newest is old. True when there is one that does not sign yet: workers must be told before it does."""
+        if self._keys[-1].kid == self._signing and self._now() - self._keys[-1].created >= ROTATE_SECONDS:
+            self.make_key()
+        return self._keys[-1].kid != self._signing
 
-    def rotate(self) -> None:
-        """Makes a new key. One that cannot be stored is not used: raises OSError."""
+    def make_key(self) -> None:
+        """One that cannot be stored is not used: raises OSError."""
         now = self._now()
         replaced = [*(newer.created for newer in self._keys[1:]), now][: len(self._keys)]
-        keys = [key for key, at in zip(self._keys, replaced, strict=True) if now - at < LONGEST_SECONDS]
+        kept = LONGEST_SECONDS + _SWITCH_SECONDS
+        keys = [key for key, at in zip(self._keys, replaced, strict=True) if now - at < kept or key.kid == self._signing]
         keys.append(_Key(str(uuid.uuid4()), now, secrets.token_bytes(32), Ed25519PrivateKey.generate().private_bytes_raw()))
-        files.write(self._path, msgspec.json.encode(keys), 0o600)
-        self._keys = keys
+        self._store(keys, self._signing, self.revoked)
+
+    def use_newest(self) -> None:
+        """From now on the newest key signs. Raises OSError."""
+        self._store(self._keys, self._keys[-1].kid, self.revoked)
+
+    def rotate(self) -> None:
+        """Both, where nobody need be told. Raises OSError."""
+        self.make_key()
+        self.use_newest()
+
+    def revoke(self, before: float, session: str = "") -> None:
+        """What was minted before a moment is none: of a session, or all. Raises OSError, ValueError for a moment that is yet to come."""
+        now = self._now()
+        if before > now:
+            raise ValueError("that moment is yet to come: tokens that are not minted yet cannot be revoked")
+        known = {name: at for name, at in self.revoked.sessions.items() if now - at < LONGEST_SECONDS}
+        if session:
+            revoked = Revoked(self.revoked.before, known | {session: max(before, known.get(session, 0.0))})
+        else:
+            revoked = Revoked(max(before, self.revoked.before), known)
+        self._store(self._keys, self._signing, revoked)
+
+    def _store(self, keys: list[_Key], signing: str, revoked: Revoked) -> None:
+        is_plain = bool(keys) and keys[-1].kid == signing and revoked == Revoked()
+        files.write(self._path, msgspec.json.encode(keys if is_plain else _Stored(keys, signing, revoked)), 0o600)
+        self._keys, self._signing, self.revoked = keys, signing, revoked
 
     def verifiers(self) -> list[Verifier]:
         """What edges need, without anything that signs."""
         return [Verifier(key.kid, key.encryption_key, _signer(key.private_key).public_key().public_bytes_raw()) for key in self._keys]
 
+    def key_set(self) -> KeySet:
+        return KeySet(self.verifiers(), self.revoked)
+
     def mint(self, session: str, ports: list[tuple[int, int]], seconds: int, kind: str = PROXY) -> str:
         """Raises TokenTooLong for more ranges of ports than a token has room for."""
-        key = self._keys[-1]
-        ranges = merge(ports)
-        claims = {"sub": session, "ports": ranges, "exp": int(self._now()) + seconds, "kind": kind, "jti": secrets.token_hex(8)}
+        key = next(key for key in self._keys if key.kid == self._signing)
+        ranges, now = merge(ports), self._now()
+        issued = max(now, self.revoked.moment(session))  # also where the clock was set back since
+        claims = {"sub": session, "ports": ranges, "exp": int(now) + seconds, "iat": issued, "kind": kind, "jti": secrets.token_hex(8)}
         inner = jwt.encode(claims, _signer(key.private_key), algorithm="EdDSA")
         header = _b64(json.dumps({"kid": key.kid, "alg": _ALGORITHM, "enc": _ENCRYPTION}, separators=(",", ":")).encode())
         vector = secrets.token_bytes(12)
@@ -156,7 +203,8 @@ class Checker:
     """Verifies tokens with the keys that control sent. What a token grants is remembered: a request that is held is decided anew after
     each wait, and clients send the same token with other fields."""
 
-    def __init__(self, keys: list[Verifier]) -> None:
+    def __init__(self, keys: list[Verifier], revoked: Revoked | None = None) -> None:
+        self._revoked = revoked or Revoked()
         self._keys = {key.kid: (AESGCM(key.encryption_key), Ed25519PublicKey.from_public_bytes(key.public_key)) for key in keys}
         self._seen = lru_cache(_REMEMBERED)(self._open)
 
@@ -165,6 +213,8 @@ class Checker:
         grant = self._seen(token)
         if grant.expires <= now:
             raise TokenError("expired")
+        if grant.issued < self._revoked.before or (self._revoked.sessions and grant.issued < self._revoked.moment(grant.session)):
+            raise TokenError("revoked")
         return grant
 
     def _open(self, token: str) -> Grant:
@@ -177,11 +227,13 @@ class Checker:
         except InvalidTag as error:
             raise TokenError("not encrypted with our key") from error
         try:
-            claims = jwt.decode(inner, key[1], algorithms=["EdDSA"], options={"verify_exp": False, "require": ["sub", "exp"]})
+            claims = jwt.decode(
+                inner, key[1], algorithms=["EdDSA"], options={"verify_exp": False, "verify_iat": False, "require": ["sub", "exp"]}
+            )
         except jwt.PyJWTError as error:
             raise TokenError("not signed with our key") from error
         ports = tuple((first, last) for first, last in claims["ports"])
-        return Grant(claims["sub"], ports, float(claims["exp"]), claims["kind"], kid)
+        return Grant(claims["sub"], ports, float(claims["exp"]), claims["kind"], kid, float(claims.get("iat", 0.0)))
 
 
 def _open_envelope(token: str) -> tuple[str, bytes, bytes, bytes]:

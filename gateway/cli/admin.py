@@ -30,7 +30,11 @@ key = typer.Typer(no_args_is_help=True, help="Access keys of an account's users,
 role = typer.Typer(no_args_is_help=True, help="Policies of roles: what a microVM with the role may ask of this API.")
 
 
+tokens = typer.Typer(no_args_is_help=True, help="Access tokens of endpoints: take them back, change their key.")
+
+
 def register(app: typer.Typer) -> None:
+    app.add_typer(tokens, name="tokens")
     app.add_typer(account, name="account")
     app.add_typer(key, name="key")
     app.add_typer(role, name="role")
@@ -84,6 +88,35 @@ def _cell(value: Any, member: str) -> str:
     if member == "limit":
         return str(value) if value else "none"
     return str(value)
+
+
+# ---- tokens ----
+
+
+@tokens.command("revoke")
+def tokens_revoke(
+    identifier: Annotated[str, typer.Argument(help="A microVM's id, or the beginning of it; every microVM's tokens by default.")] = "",
+    before: Annotated[str, typer.Option(help="Only those minted before this moment (ISO 8601); now by default.")] = "",
+) -> None:
+    """Refuse tokens that were minted until now, of one microVM or of all. Requests that are under way, and open streams, go on.
+
+    Example: torpor tokens revoke microvm-1f0c…
+    """
+    try:
+        moment = datetime.datetime.fromisoformat(before).astimezone().timestamp() if before else 0.0
+    except ValueError:
+        fail(f"{before} is no moment: write it as 2026-11-28T12:00:00+00:00", 2)
+    at = ask("tokens_revoke", m.RevokeRequest(resolve(identifier) if identifier else "", moment), float)
+    print(f"tokens minted before {datetime.datetime.fromtimestamp(at).astimezone().isoformat(timespec='seconds')} are refused")
+
+
+@tokens.command("rotate")
+def tokens_rotate() -> None:
+    """Make a new key for tokens. Those that the old one has signed stay valid until they expire.
+
+    Example: torpor tokens rotate
+    """
+    ask("tokens_rotate")
 
 
 # ---- accounts ----

@@ -69,7 +69,7 @@ class Link:
 
     async def _connected(self, connection: Connection) -> None:
         table: m.Table = await connection.call("hello", m.Hello(self.name), m.Table)
-        self._worker.checker = Checker(table.keys)
+        self._worker.checker = Checker(table.keys, table.revoked)
         self._worker.heads.clear()
         self._worker.routes.replace(table)
         self.ready.set()
@@ -78,8 +78,10 @@ class Link:
     async def rpc_route(self, connection: Connection, body: m.Route) -> None:
         self._worker.routes.change(body)
 
-    async def rpc_keys(self, connection: Connection, body: list[m.Verifier]) -> None:
-        self._worker.checker = Checker(body)
+    async def rpc_tokens(self, connection: Connection, body: m.KeySet) -> bool:
+        """From the answer on no token is taken that these do not verify: what was remembered of one was remembered with other keys."""
+        self._worker.checker = Checker(body.keys, body.revoked)
+        return True
 
     async def rpc_listened(self, connection: Connection, body: m.Listened) -> None:
         """Takes in what other workers have seen, of incarnations that run."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from gateway.messages import Drained, DrainRequest, GateAnswer, Listened, Route, SessionName, Table, Verifier
+from gateway.messages import Drained, DrainRequest, GateAnswer, KeySet, Listened, Revoked, Route, SessionName, Table
 from gateway.rpc import Connection
 
 from .model import Session
@@ -25,6 +25,7 @@ Gate = tuple[dict[Connection, GateAnswer], bool]  # what each worker answered, a
 T = TypeVar("T")
 _DRAIN_MARGIN_SECONDS = 2.0
 _PARKED_SECONDS = 1.0
+_KEYS_SECONDS = 2.0
 _OTHERS_SECONDS = 0.01  # after those that hold requests
 
 
@@ -61,10 +62,10 @@ class Routes:
         self._routes: dict[str, Route] = {}
         self._workers: dict[Connection, str] = {}
         self._holders: dict[str, set[Connection]] = {}  # by session: who said that requests wait for it
-        self.keys: list[Verifier] = []
+        self.keys = KeySet([], Revoked())
 
     def table(self) -> Table:
-        return Table(list(self._routes.values()), self.keys)
+        return Table(list(self._routes.values()), self.keys.keys, self.keys.revoked)
 
     def add_worker(self, connection: Connection, name: str) -> Table:
         self._workers[connection] = name
@@ -116,10 +117,12 @@ class Routes:
             if connection is not worker:
                 connection.notify("listened", ports)
 
-    def publish_keys(self, keys: list[Verifier]) -> None:
+    async def publish_keys(self, keys: KeySet) -> None:
+        """Returns when every worker verifies by these: one that does not say so is disconnected, and takes them when it is back."""
         self.keys = keys
-        for connection in self._workers:
-            connection.notify("keys", keys)
+        for connection, answer in (await self._ask_workers("tokens", keys, bool, _KEYS_SECONDS)).items():
+            if not answer:
+                connection.close()
 
     def _tell(self, route: Route, workers: Collection[Connection]) -> None:
         for connection in workers:

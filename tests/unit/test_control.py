@@ -102,14 +102,15 @@ class Worker:
 
     def __init__(self) -> None:
         self.routes: list[m.Route] = []
-        self.keys: list[list[m.Verifier]] = []
+        self.keys: list[m.KeySet] = []
         self.listened: list[m.Listened] = []
 
     async def rpc_route(self, connection: Connection, body: m.Route) -> None:
         self.routes.append(body)
 
-    async def rpc_keys(self, connection: Connection, body: list[m.Verifier]) -> None:
+    async def rpc_tokens(self, connection: Connection, body: m.KeySet) -> bool:
         self.keys.append(body)
+        return True
 
     async def rpc_listened(self, connection: Connection, body: m.Listened) -> None:
         self.listened.append(body)
@@ -302,10 +303,10 @@ async def test_new_keys_reach_the_workers(rig: Rig, monkeypatch: pytest.MonkeyPa
     await rig.control.rotate_keys()
     await connection.call("lookup", m.LookupRequest("unknown"))
     assert worker.keys == []
-    monkeypatch.setattr(rig.control.minter, "rotate_if_due", lambda: rig.control.minter.rotate() or True)
+    monkeypatch.setattr(rig.control.minter, "make_key_if_due", lambda: rig.control.minter.make_key() or True)
     await rig.control.rotate_keys()
     await connection.call("lookup", m.LookupRequest("unknown"))
-    assert len(worker.keys) == 1 and len(worker.keys[0]) == len(table.keys) + 1
+    assert len(worker.keys) == 1 and len(worker.keys[0].keys) == len(table.keys) + 1
     connection.close()
 
 

@@ -144,14 +144,19 @@ def test_unknown_key(minter: Minter, tmp_path: Path) -> None:
 
 def test_rotation_keeps_what_was_minted(minter: Minter, clock: Clock) -> None:
     old = minter.mint("s", [(1, 1)], LONGEST_SECONDS)
-    assert not minter.rotate_if_due()
+    assert not minter.make_key_if_due()
     clock.now += ROTATE_SECONDS
     old = minter.mint("s", [(1, 1)], LONGEST_SECONDS)
-    assert minter.rotate_if_due()
+    assert minter.make_key_if_due()
+    assert (
+        Checker(minter.verifiers()).verify(minter.mint("s", [(1, 1)], 60), clock.now).kid
+        == Checker(minter.verifiers()).verify(old, clock.now).kid
+    )
+    minter.use_newest()
     new = minter.mint("s", [(1, 1)], LONGEST_SECONDS)
     checker = Checker(minter.verifiers())
     assert checker.verify(old, clock.now).kid != checker.verify(new, clock.now).kid
-    clock.now += LONGEST_SECONDS
+    clock.now += LONGEST_SECONDS + 600
     minter.rotate()
     with pytest.raises(TokenError, match="unknown key"):
         Checker(minter.verifiers()).verify(old, clock.now - 1)
@@ -184,7 +189,7 @@ def test_a_key_that_cannot_be_stored_signs_nothing(minter: Minter, clock: Clock,
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         with pytest.raises(OSError, match="No space"):
-            minter.rotate_if_due()
+            minter.make_key_if_due()
     assert minter.verifiers() == before
     assert Checker(before).verify(minter.mint("s1", [(1, 65535)], 60), clock.now).session == "s1"
-    assert minter.rotate_if_due() and len(minter.verifiers()) == 2
+    assert minter.make_key_if_due() and len(minter.verifiers()) == 2
