@@ -40,7 +40,7 @@ class Floor:
     def __init__(self, image: Path, snapshot: Path, overlay: Path, directory: Path) -> None:
         self.image, self.snapshot, self.overlay, self.directory = image, snapshot, overlay, directory
         manifest = msgspec.json.decode((image / "manifest.json").read_bytes(), type=Manifest)
-        self.shape, self.machine = manifest.shape, manifest.made.machine
+        self.shape, self.machine, self.processor = manifest.shape, manifest.made.machine, manifest.made.processor
         self.memory = memory.new_memory(image.name, (image / "memory.raw").stat().st_size)
         sparse.fill(image / "memory.raw", self.memory)
         self.holes = sparse.holes(self.memory)
@@ -57,7 +57,7 @@ class Floor:
         base, boot_layer = os.open(self.image / "disk.raw", os.O_RDONLY), os.open(self.image / "boot.qcow2", os.O_RDONLY)
         state = os.open(self.work / "devices.state", os.O_WRONLY | os.O_CREAT)
         ends = machine.Ends(qmp.fileno(), agent.fileno(), state)
-        command = machine.standby(self.shape, self.machine, self.memory, base, boot_layer, self.placeholders, ends)
+        command = machine.standby(self.shape, self.processor, self.machine, self.memory, base, boot_layer, self.placeholders, ends)
         ours, theirs = socket.socketpair()
         environment = {"LD_PRELOAD": str(MAPPER), "TORPOR_MAPPER": str(theirs.fileno())}
         self.process = subprocess.Popen(

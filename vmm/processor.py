@@ -3,6 +3,9 @@
 A guest looks when it boots: its kernel and its libraries choose their code by what they find, and do not look again. Neither QEMU's
 `-cpu host` nor Firecracker without a template has a version, so the processor itself is written down: its model, and each feature that
 KVM lends. States pass between hosts of one model (Firecracker: docs/snapshotting/versioning.md, CPU model), whose KVM lends as much.
+
+What no guest sees is that processor's virtualisation: KVM runs none in a guest whose CPUID does not offer it (kvm_valid_efer and
+nested_vmx_allowed of its source), and its code for guests in guests has let guests out. Guests that booted before keep what they saw.
 """
 
 from __future__ import annotations
@@ -32,6 +35,13 @@ _FEATURES = {
     (0x80000007, 0): ("EDX",),
     (0x80000008, 0): ("EBX",),
 }
+FIRECRACKER = "host,vmx=off,svm=off"  # a guest's model, as QEMU would name it
+_VIRTUALISATION = {"1.0.ECX": 1 << 5, "80000001.0.ECX": 1 << 2}  # vmx of Intel's, svm of AMD's
+# The same for Firecracker (docs/cpu_templates/cpu-templates.md of its repository): what is left out of a bitmap stays as it is.
+MODIFIERS = [
+    {"leaf": leaf, "subleaf": "0x0", "flags": 0, "modifiers": [{"register": "ecx", "bitmap": bits}]}
+    for leaf, bits in (("0x1", "0b0xxxxx"), ("0x80000001", "0b0xx"))
+]
 
 
 def model(root: Path = Path("/")) -> str:
@@ -65,6 +75,17 @@ def words(answer: bytes) -> list[str]:
         values = dict(zip(_REGISTERS, registers, strict=True))
         found += [f"{leaf:x}.{index:x}.{name}={values[name]:x}" for name in _FEATURES.get((leaf, index), ()) if values[name]]
     return found
+
+
+def shown(features: list[str]) -> list[str]:
+    """Returns of the words that KVM lends those that a guest sees."""
+    there = {name: int(value, 16) & ~_VIRTUALISATION.get(name, 0) for name, value in (word.split("=") for word in features)}
+    return [f"{name}={value:x}" for name, value in there.items() if value]
+
+
+def virtualises(model: str) -> bool:
+    """Whether a guest of that model sees the virtualisation of its processor, as far as that has any."""
+    return "svm=off" not in model.split(",")
 
 
 def check(what: str, made: Provenance, here: str, features: list[str]) -> None:

@@ -163,6 +163,9 @@ async def respond(method, path, query, fields, body, writer, peer):
         writer.write(answer(200, b"closed"))
     elif path == "/state":
         writer.write(answer(200, facts(peer)))
+    elif path == "/processor":
+        with open("/proc/cpuinfo") as file:
+            writer.write(answer(200, next(line for line in file if line.startswith("flags")).encode()))
     elif path == "/fields":
         writer.write(answer(200, {"fields": fields, "method": method, "body": len(body)}))
     elif path == "/echo":

@@ -38,6 +38,7 @@ DEFINITIONS: dict[str, tuple[dict[str, type], dict[str, type]]] = {
         {"mem_size_mib": NUMBER, "vcpu_count": NUMBER},
         {"smt": FLAG, "track_dirty_pages": FLAG, "cpu_template": STRING, "huge_pages": STRING},
     ),
+    "CpuTemplate": ({}, {"kvm_capabilities": LIST, "cpuid_modifiers": LIST, "msr_modifiers": LIST, "reg_modifiers": LIST, "vcpu_features": LIST}),
     "BootSource": ({"kernel_image_path": STRING}, {"boot_args": STRING, "initrd_path": STRING}),
     "Drive": (
         {"drive_id": STRING, "is_root_device": FLAG},
@@ -75,6 +76,7 @@ for member, release in SINCE.items():
 PRE_BOOT, POST_BOOT = "before", "after"
 CALLS: dict[tuple[str, str], tuple[str, str]] = {
     ("PUT", "/machine-config"): ("MachineConfiguration", PRE_BOOT),
+    ("PUT", "/cpu-config"): ("CpuTemplate", PRE_BOOT),
     ("PUT", "/boot-source"): ("BootSource", PRE_BOOT),
     ("PUT", "/drives/{id}"): ("Drive", PRE_BOOT),
     ("PUT", "/network-interfaces/{id}"): ("NetworkInterface", PRE_BOOT),
@@ -257,6 +259,14 @@ class Vm:
         if not (body["vcpu_count"] == 1 or body["vcpu_count"] % 2 == 0) or not 1 <= body["vcpu_count"] <= 32 or body["mem_size_mib"] < 1:
             raise Refused("Machine config error: The vCPU number is invalid!")
         self.configured[kind] = body
+
+    def do_CpuTemplate(self, kind: str, body: dict[str, Any]) -> None:
+        for leaf in body.get("cpuid_modifiers", []):
+            if set(leaf) != {"leaf", "subleaf", "flags", "modifiers"} or not leaf["leaf"].startswith("0x"):
+                raise Refused("An error occurred when deserializing the json body of a request: CpuidLeafModifier.")
+            for one in leaf["modifiers"]:
+                if one["register"] not in ("eax", "ebx", "ecx", "edx") or not re.fullmatch(r"0b[01x_]{1,39}", one["bitmap"]):
+                    raise Refused("An error occurred when deserializing the json body of a request: CpuidRegisterModifier.")
 
     def do_BootSource(self, kind: str, body: dict[str, Any]) -> None:
         for member, words in (

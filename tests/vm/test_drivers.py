@@ -30,7 +30,7 @@ import pytest
 from gateway.config import Egress, Settings
 from gateway.messages import AGENT_PROTOCOL, Shape
 from gateway.sessions.agent import Agent, start_frames, wake_frame
-from vmm import diffs, disks, kernel, making, manifest, memory, probe, syscalls
+from vmm import diffs, disks, kernel, making, manifest, memory, probe, processor, syscalls
 from vmm.cgroups import Cgroups, Limits
 from vmm.driver import DEVICES, VSOCK_PORT, Driver, Machine
 from vmm.errors import Damaged, Ended, Missing, NeverRan, Refused, Unavailable
@@ -41,6 +41,7 @@ from vmm.firecracker.jail import MEMORY, STATE, VSOCK, Programs
 from vmm.firecracker.machine import FirecrackerMachine
 from vmm.network import Network
 from vmm.qemu import boot_snapshots
+from vmm.qemu import machine as topology
 from vmm.qemu.driver import Assets as QemuAssets
 from vmm.qemu.driver import QemuDriver
 from vmm.qemu.process import QemuMachine
@@ -235,6 +236,24 @@ def stand_in(programs: Programs) -> None:
 @pytest.mark.parametrize("kind", ["qemu", "firecracker"])
 def test_a_life(kind: str, life: Life) -> None:
     life(whole_life, kind)
+
+
+def test_an_image_and_its_sleepers_keep_the_processor_that_they_booted_with(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made when guests still saw virtualisation: they load, and see it, while others see none."""
+    before = topology.processor("tcg", "")
+    monkeypatch.setattr(topology, "processor", lambda accelerator, recorded=None: before)
+
+    async def older(one: Rig) -> None:
+        assert manifest.read(one.image, "qemu").made.processor == before
+        monkeypatch.undo()
+        one.driver = one.make()
+        standby = await one.driver.standby(one.image)
+        assert before in Path(f"/proc/{standby.record.pid}/cmdline").read_text().split("\0")
+        assert standby.record.made is not None and processor.virtualises(standby.record.made.processor)
+        await standby.kill()
+        await whole_life(one)
+
+    life(older, "qemu")
 
 
 @pytest.mark.long

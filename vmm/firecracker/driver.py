@@ -125,6 +125,7 @@ class FirecrackerDriver:
         """Everything before InstanceStart; none of it is possible after. There is no metadata service (MMDS) unless it is asked for: what
         guests ask is answered by gateway/guest/metadata.py. Raises ApiError."""
         api = machine.api
+        await api.put("/cpu-config", cpuid_modifiers=processor.MODIFIERS)
         await api.put("/machine-config", vcpu_count=shape.vcpus, mem_size_mib=shape.memory_mib)
         await api.put("/boot-source", kernel_image_path=f"/{KERNEL}", initrd_path=f"/{INITRD}", boot_args=KERNEL_LINE)
         await api.put(
@@ -143,7 +144,7 @@ class FirecrackerDriver:
                 raise Missing(f"image {image.name} was not booted by this service")
             written = await machine.seal(image / DEVICES)
             stored, seeded = await executors.BULK.run(_store, written, image / MEMORY)
-            features = await executors.LATENCY.run(self._features, shape)
+            features = processor.shown(await executors.LATENCY.run(self._features, shape))
             made = msgspec.structs.replace(machine.record.made or Provenance(NAME), features=features)
         except (ApiError, OSError) as error:
             raise not_written(error, f"image {image.name}", f"image {image.name} could not be stored") from error
@@ -159,7 +160,7 @@ class FirecrackerDriver:
         alone. Raises OSError."""
         guest, agent, protocol = kernel.guest(self._assets.cache)
         model = processor.model() if shape.accelerator == "kvm" else ""
-        return Provenance(NAME, processor="host", model=model, kernel=guest, agent=agent, protocol=protocol)
+        return Provenance(NAME, processor=processor.FIRECRACKER, model=model, kernel=guest, agent=agent, protocol=protocol)
 
     def _features(self, shape: Shape) -> list[str]:
         """What KVM lends here; it stays so while it is loaded. Raises OSError."""

@@ -81,7 +81,7 @@ class BootSnapshotCache:
         for path in self._made_of:
             found = path.stat()
             programs.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
-        of_shape = hashlib.sha256(msgspec.json.encode(shape)).hexdigest()[:16]
+        of_shape = hashlib.sha256(msgspec.json.encode(shape) + topology.processor(shape.accelerator).encode()).hexdigest()[:16]
         return self._directory / f"{of_shape}-{programs.hexdigest()[:16]}"
 
 

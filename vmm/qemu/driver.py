@@ -84,7 +84,7 @@ class QemuDriver:
         self._root = roots.current()
         self._roots = roots
         self._boots = BootSnapshotCache(boots, self._root.name, assets.kernel, assets.initrd)
-        self._processors: dict[tuple[str, str], list[str]] = {}  # words of CPUID by root and accelerator
+        self._processors: dict[tuple[str, str, str], list[str]] = {}  # words of CPUID by root, accelerator and model
         self._shared: dict[str, asyncio.Task[_Shared]] = {}
         self._machines: set[QemuMachine] = set()
 
@@ -92,7 +92,12 @@ class QemuDriver:
         known = manifest.read(image, NAME)
         shape, root = known.shape, self._root_of(known.made, f"image {image.name}")
         made = msgspec.structs.replace(
-            known.made, version=root.version, machine=known.made.machine or root.machine, root=root.name, features=[]
+            known.made,
+            version=root.version,
+            machine=known.made.machine or root.machine,
+            root=root.name,
+            features=[],
+            processor=topology.processor(shape.accelerator, known.made.processor),
         )
         shared = await self._share(image)
         placeholders = topology.PlaceholderDevices(shared.disk, await self._network.placeholder_tap())
@@ -102,7 +107,7 @@ class QemuDriver:
             machine = await self._spawn(
                 image.name, shape, root.path, made,
                 lambda ends: topology.standby(
-                    shape, made.machine, shared.memory, base, boot, placeholders, ends, self._disk_limits
+                    shape, made.processor, made.machine, shared.memory, base, boot, placeholders, ends, self._disk_limits
                 ),
             )  # fmt: skip
         machine.record.image_memory = memory.identity(shared.memory)
@@ -313,9 +318,9 @@ class QemuDriver:
         return root
 
     async def _compare_processor(self, machine: QemuMachine, shape: Shape, made: Provenance, what: str) -> None:
-        """Once for each root and accelerator: what a guest sees is the same then. Raises Refused, QmpError."""
+        """Once for each root, accelerator and model: what a guest sees is the same then. Raises Refused, QmpError."""
         assert machine.record.made is not None
-        kind = (machine.record.made.root, shape.accelerator)
+        kind = (machine.record.made.root, shape.accelerator, machine.record.made.processor)
         if kind not in self._processors:
             self._processors[kind] = await machine.processor()
         processor.check(what, made, _model(shape), self._processors[kind])

@@ -18,6 +18,7 @@ from ..network import GUEST_MAC
 BINARY = "/usr/bin/qemu-system-x86_64"
 AGENT_PORT = "torpor.agent"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+TRANSLATED = "split-wx=on"  # what is translated lies in memory that is mapped twice: to be written, and to be executed
 KERNEL_LINE = f"reboot=t {WORDS}"
 # After the machine type, which has a version: an alias means another machine in another QEMU.
 MACHINE = "smm=off,vmport=off,sata=off,smbus=off,usb=off,graphics=off,memory-backend=m,suppress-vmdesc=on"
@@ -67,16 +68,18 @@ class Command:
     descriptors: list[int] = field(default_factory=list)
 
 
-def processor(accelerator: str) -> str:
-    """Returns the model that a guest sees."""
-    return "host" if accelerator == "kvm" else "max,erms=off"
+def processor(accelerator: str, recorded: str | None = None) -> str:
+    """Returns the model that a guest sees: without virtualisation of its own (vmm/processor.py). `recorded`: what is written down of a
+    guest that was made before, which keeps the model that it booted with; empty where that was not yet written down."""
+    without, before = ("host,vmx=off,svm=off", "host") if accelerator == "kvm" else ("max,erms=off,svm=off", "max,erms=off")
+    return without if recorded is None else recorded or before
 
 
-def _bare(accelerator: str, machine: str, memory_mib: int, vcpus: int, backend: str) -> list[str]:
-    """Returns the machine without any device, of the type `machine`. `backend`: what its memory is."""
-    accel = "kvm" if accelerator == "kvm" else "tcg,tb-size=64"
+def _bare(accelerator: str, model: str, machine: str, memory_mib: int, vcpus: int, backend: str) -> list[str]:
+    """Returns the machine without any device, of the type `machine`, with a processor of `model`. `backend`: what its memory is."""
+    accel = "kvm" if accelerator == "kvm" else f"tcg,tb-size=64,{TRANSLATED}"
     return [
-        BINARY, "-M", f"{machine},{MACHINE}", "-accel", accel, "-cpu", processor(accelerator),
+        BINARY, "-M", f"{machine},{MACHINE}", "-accel", accel, "-cpu", model,
         "-m", str(memory_mib), "-smp", str(vcpus), "-object", f"{backend},id=m,size={memory_mib}M",
         "-nodefaults", "-no-user-config", "-nographic", "-sandbox", SANDBOX,
     ]  # fmt: skip
@@ -88,14 +91,14 @@ def _kernel(kernel: int, initrd: int, line: str) -> list[str]:
 
 def probe(accelerator: str, kernel: int, initrd: int) -> Command:
     """Returns the machine that shows whether guests run: its init says so on standard output (vmm/probe.py)."""
-    bare = _bare(accelerator, "q35", PROBE_MIB, 1, "memory-backend-ram")
+    bare = _bare(accelerator, processor(accelerator), "q35", PROBE_MIB, 1, "memory-backend-ram")
     return Command([*bare, "-serial", "stdio", *_kernel(kernel, initrd, f"{KERNEL_LINE} {PROBE_WORDS}")], [kernel, initrd])
 
 
-def _common(shape: Shape, machine: str, memory: int, share: bool, ends: Ends) -> list[str]:
+def _common(shape: Shape, model: str, machine: str, memory: int, share: bool, ends: Ends) -> list[str]:
     backend = f"memory-backend-file,mem-path=/proc/self/fd/{memory},share={'on' if share else 'off'}"
     return [
-        *_bare(shape.accelerator, machine, shape.memory_mib, shape.vcpus, backend),
+        *_bare(shape.accelerator, model, machine, shape.memory_mib, shape.vcpus, backend),
         "-global", "migration.send-configuration=off", "-global", "migration.announce-rounds=0",
         "-chardev", f"socket,id=q,fd={ends.qmp},server=on,wait=off", "-mon", "chardev=q,mode=control",
         "-chardev", f"socket,id=c0,fd={ends.agent},server=on,wait=off",
@@ -133,7 +136,7 @@ def boot(
     """Returns a machine whose memory becomes an image: shared, a NIC from the start, and a placeholder until it is given its disk.
     `programs`: kernel and initramfs; None where it goes on from a boot that was kept."""
     arguments = [
-        *_common(shape, machine, memory, True, ends),
+        *_common(shape, processor(shape.accelerator), machine, memory, True, ends),
         *(_kernel(*programs, KERNEL_LINE) if programs is not None else _WAITING),
         *_placeholder(shape),
         *ROOT_PORT,
@@ -169,13 +172,14 @@ def _limited(node: dict[str, object], limits: dict[str, int]) -> list[str]:
 
 
 def standby(
-    shape: Shape, machine: str, memory: int, base: int, boot_layer: int, placeholders: PlaceholderDevices, ends: Ends,
+    shape: Shape, recorded: str, machine: str, memory: int, base: int, boot_layer: int, placeholders: PlaceholderDevices, ends: Ends,
     limits: dict[str, int] | None = None,
 ) -> Command:  # fmt: skip
-    """Returns the same machine, waiting for a session: all in place but what the session brings. `limits`: of its disk."""
+    """Returns the same machine, waiting for a session: all in place but what the session brings. `recorded`: its processor, as its image's
+    manifest has it. `limits`: of its disk."""
     overlay = {**_file(3, False), "cache": NO_FLUSH}
     arguments = [
-        *_common(shape, machine, memory, False, ends),
+        *_common(shape, processor(shape.accelerator, recorded), machine, memory, False, ends),
         "-add-fd", f"fd={base},set=1", "-add-fd", f"fd={boot_layer},set=2", "-add-fd", f"fd={placeholders.disk},set=3",
         *_block(driver="raw", node_name="base", read_only=True, file=_file(1, True)),
         *_block(driver="qcow2", node_name="img", read_only=True, file=_file(2, True), backing="base"),
