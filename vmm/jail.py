@@ -1,6 +1,7 @@
-"""The jail of a hypervisor: its own user, no capabilities, no new privileges, namespaces of its own, a read-only root.
+"""The jail of a hypervisor: its own user, no capabilities, no new privileges, namespaces of its own, a read-only root, a filter of calls.
 
-The root holds QEMU, its libraries and firmware and nothing else; there is one for each version (vmm/qemu/roots.py).
+The root holds QEMU, its libraries and firmware and nothing else; there is one for each version (vmm/qemu/roots.py). The jail is a list of
+walls (WALLS): tests take one out and see what it kept (tests/security/test_hypervisor_taken_over.py).
 """
 
 from __future__ import annotations
@@ -8,13 +9,19 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from . import calls
 
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 PROGRAMS = ("/usr/bin/qemu-system-x86_64", "/usr/bin/setpriv", "/usr/bin/umount")
 MAPPER = Path(__file__).parent / "qemu/mapper.c"
+FILTER = tuple(Path(__file__).parent / name for name in ("qemu/calls.c", "qemu/calls.h", "calls.py"))
+PRELOADED = "/usr/lib/torpor-mapper.so"  # in a root: the mapper and the filter
 DATA = (
     "/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so",
     "/usr/share/seabios/bios-256k.bin",
@@ -22,6 +29,36 @@ DATA = (
     "/usr/share/qemu/linuxboot_dma.bin",
 )
 
+
+class Wall(NamedTuple):
+    """`unshare`, `setpriv`: the words by which those programs raise it, where they do; `{uid}` is the microVM's user."""
+
+    name: str
+    text: str
+    unshare: tuple[str, ...] = ()
+    setpriv: tuple[str, ...] = ()
+
+
+ROOT, CALLS = "root", "calls"
+WALLS = (
+    Wall(ROOT, "a mount namespace with a root of its own: read-only, without devices, with QEMU's files and its own /proc", ("-m",)),
+    Wall("network", "a network namespace without an interface; its link is a descriptor", ("-n",)),
+    Wall("processes", "a process id namespace, in which it is alone", ("-p",)),
+    Wall("ipc", "an IPC namespace", ("-i",)),
+    Wall("names", "a UTS namespace", ("-u",)),
+    Wall("user", "a user and a group that nobody else has, and no other groups", (), ("--reuid={uid}", "--regid={uid}", "--clear-groups")),
+    Wall("capabilities", "none, nor any that a program could bring", (), ("--inh-caps=-all", "--bounding-set=-all")),
+    Wall("privileges", "no new ones by starting a program (no_new_privs)", (), ("--no-new-privs",)),
+    Wall(CALLS, "system calls of a list (vmm/calls.py) alone: another one ends it"),
+)
+_NAMESPACES = {ROOT: "mnt", "network": "net", "processes": "pid", "ipc": "ipc", "names": "uts"}
+_FILTERS = 2  # ours and QEMU's own
+_WITHOUT_ROOT = "root=$1; shift 3; inside=$root"
+_UNFILTERED = "export TORPOR_UNFILTERED=1"
+_PRELOAD = f"""\
+export LD_PRELOAD="$inside{PRELOADED}"
+exec "$@"
+"""
 # $1 the root, $2 the user, $3 "kvm" where it may use it; then the command. The root directory's bind
 # is private to this process. So is its /dev/kvm, a node that only its user may open: the host's belongs to root, or to a group that may
 # open more than this (10 and 232: Documentation/admin-guide/devices.txt of the kernel; Firecracker's jailer makes the same).
@@ -43,8 +80,7 @@ mount -t proc -o nosuid,nodev,noexec,hidepid=2,subset=pid proc "$root/proc"
 cd "$root"
 pivot_root . .
 /usr/bin/umount -l .
-if [ -n "$TORPOR_MAPPER" ]; then export LD_PRELOAD=/usr/lib/torpor-mapper.so; fi
-exec "$@"
+inside=
 """
 
 
@@ -74,19 +110,51 @@ def make_root(work: Path) -> None:
 def make_mapper(root: Path) -> None:
     """Compiles the mapper for a root. Linked with the root's own C library: the host's may be newer and offer functions that the root's has
     not. Raises OSError, SubprocessError."""
-    new = root / "usr/lib/torpor-mapper.new"
+    target = root / PRELOADED.lstrip("/")
+    new = target.with_suffix(".new")
     library = next(root.glob("usr/lib*/**/libc.so.6"))
     flags = ("-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-nostdlib", "-Wl,-z,defs")
-    subprocess.run(["gcc", *flags, "-o", str(new), str(MAPPER), str(library)], check=True, capture_output=True, timeout=60)
-    new.rename(root / "usr/lib/torpor-mapper.so")
+    with tempfile.TemporaryDirectory() as lists:
+        (Path(lists) / "calls.inc").write_text(calls.header(), encoding="ascii")
+        sources = [f"-I{lists}", str(MAPPER), str(FILTER[0]), str(library)]
+        subprocess.run(["gcc", *flags, "-o", str(new), *sources], check=True, capture_output=True, timeout=60)
+    new.rename(target)
 
 
-def command(root: Path, enter: Sequence[str], uid: int, has_kvm: bool, inner: Sequence[str]) -> list[str]:
+def command(
+    root: Path, enter: Sequence[str], uid: int, has_kvm: bool, inner: Sequence[str], without: Collection[str] = ()
+) -> list[str]:  # fmt: skip
     """The prefix that jails `inner` as user `uid`. Its life is tied to the `unshare` parent, not to whoever starts it: so the parent is in
-    the microVM's control group too, which it joins by `enter` (Cgroups.enter), and nobody who ends another group's processes ends it."""
+    the microVM's control group too, which it joins by `enter` (Cgroups.enter), and nobody who ends another group's processes ends it.
+    `without`: names of walls that are left out, for tests."""
+    walls = [wall for wall in WALLS if wall.name not in without]
+    setpriv = [word.format(uid=uid) for wall in walls for word in wall.setpriv]
+    script = "\n".join([_WITHOUT_ROOT if ROOT in without else _ENTER, *([_UNFILTERED] if CALLS in without else []), _PRELOAD])
     return [
-        *enter, "unshare", "-m", "-n", "-p", "-i", "-u", "--fork", "--kill-child",
-        "/bin/sh", "-c", _ENTER, "sh", str(root), str(uid), "kvm" if has_kvm else "",
-        "/usr/bin/setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--inh-caps=-all",
-        "--bounding-set=-all", "--no-new-privs", "--pdeathsig=KILL", *inner,
+        *enter, "unshare", *(word for wall in walls for word in wall.unshare), "--fork", "--kill-child",
+        "/bin/sh", "-c", script, "sh", str(root), str(uid), "kvm" if has_kvm else "",
+        "/usr/bin/setpriv", *setpriv, "--pdeathsig=KILL", *inner,
     ]  # fmt: skip
+
+
+def missing(pid: int, uid: int) -> str:
+    """Returns which walls the kernel does not confirm around a hypervisor that runs; empty where all stand. An older kernel, or a program
+    that was not told, ignores one in silence. Raises OSError."""
+    its, ours = _status(pid), _status(os.getpid())
+    capabilities = {its[f"Cap{kind}"].strip("0") for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")}
+    confirmed = {
+        "user": {*its["Uid"].split(), *its["Gid"].split()} == {str(uid)} and its["Groups"] in ("", str(uid)),
+        "capabilities": capabilities == {""},
+        "privileges": its["NoNewPrivs"] == "1",
+        # Kernels before 5.9 do not count them.
+        CALLS: its["Seccomp"] == "2" and int(its.get("Seccomp_filters", _FILTERS)) - int(ours.get("Seccomp_filters", 0)) >= _FILTERS,
+    }
+    for name, kind in _NAMESPACES.items():
+        confirmed[name] = os.stat(f"/proc/{pid}/ns/{kind}").st_ino != os.stat(f"/proc/self/ns/{kind}").st_ino
+    return ", ".join(name for name, is_so in confirmed.items() if not is_so)
+
+
+def _status(pid: int) -> dict[str, str]:
+    """Returns the fields of /proc/PID/status (proc_pid_status(5))."""
+    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}

@@ -29,6 +29,7 @@ from .sandboxes import QUOTED_CHARACTERS, VmSandbox
 
 KVM = Path("/dev/kvm")
 _CODE = Path(__file__).parent  # what is asked is written there
+_JAILED = ("kernel.py", "jail.py", "qemu/machine.py", "calls.py", "qemu/calls.c")
 _VERSION_SECONDS = 10
 _ENDING_SECONDS = 5.0
 # What is wrong with releases of Firecracker before a number, as its repository's changes and issues say; the service has lost, or would
@@ -58,7 +59,12 @@ def why_not_kvm(settings: Settings, device: Path = KVM) -> str:
             command = topology.probe("kvm", first.fileno(), second.fileno())
             return run(jail.command(root, [], settings.users.probe, True, command.arguments), command.descriptors, settings.probe_seconds)
 
-    made_of = [Path(f"{root}{topology.BINARY}"), kernel, initrd, *(_CODE / name for name in ("kernel.py", "jail.py", "qemu/machine.py"))]
+    made_of = [
+        Path(f"{root}{topology.BINARY}"),
+        kernel,
+        initrd,
+        *(_CODE / name for name in _JAILED),
+    ]
     return remembered(cache / "kvm-probe", _key(device, made_of, settings.probe_seconds), ask)
 
 

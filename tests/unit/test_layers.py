@@ -34,7 +34,7 @@ ROOMS: dict[str, list[str | tuple[str, ...]]] = {
         ("room", "agent", "routes", "archive"), ("timers", "liveness", "channels", "transitions", "ahead", "archiving"), "actions", "lifecycle", ("recovery", "quarantine"), "identity",
     ],
     "vmm": [
-        ("", "errors", "jail", "programs", "provenance", "syscalls"), ("beneath", "cgroups", "processor", "diffs", "disks", "generators", "making", "namespaces", "sparse"),
+        ("", "calls", "errors", "jail", "programs", "provenance", "syscalls"), ("beneath", "cgroups", "processor", "diffs", "disks", "generators", "making", "namespaces", "sparse"),
         ("egress", "kernel", "memory", "snapshots"), ("archives", "mapping", "mirrors", "network", "owed", "quarantine", "registry"),
         ("base", "build_mirrors", "build_stores", "builder_root", "driver"), ("leftovers", "manifest", "sandboxes", "standbys", "vms"),
         ("build_network", "watched"), ("builds", "firecracker", "handout", "images", "qemu", "snapshot_gc"), ("host_setup", "kvm_device", "probe", "upgrades", "warm_pool"),

@@ -347,6 +347,8 @@ class QemuDriver:
                     ours.pop_all()
                     machine.save_record()
                     await machine.connect()
+                    if walls := jail.missing(machine.record.pid, sandbox.uid):
+                        raise Unavailable(f"its jail is not whole (not confirmed: {walls}): run `torpor assets`")
                     machine.mapping()
                     machine.save_record()
             except BaseException as error:

@@ -1,4 +1,5 @@
-/* Gives a QEMU that waits what a session has, before the guest runs: brought in by LD_PRELOAD, told by vmm over a socket.
+/* Gives a QEMU that waits what a session has, before the guest runs: brought in by LD_PRELOAD, told by vmm over a socket. Before all else it
+ * has the process's system calls filtered (calls.c).
  *
  * MAP lays a file over parts of the guest's memory. Copying changed pages in costs by what ever changed; mapping them costs by
  * the number of runs, and leaves them file pages until they are written, so that the next suspend stores what changed since.
@@ -11,6 +12,8 @@
  * A message is a head (magic, what to do, number of ranges) with descriptors beside it (SCM_RIGHTS: the file, and for PUT the
  * one that it replaces), then the ranges; the answer is one errno, 0 for done. vmm/mapping.py is the other end. */
 #define _GNU_SOURCE
+#include "calls.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -126,12 +129,15 @@ static void *serve(void *unused)
 
 __attribute__((constructor)) static void start(void)
 {
-    const char *number = getenv("TORPOR_MAPPER");
+    const char *number = getenv("TORPOR_MAPPER"), *unfiltered = getenv("TORPOR_UNFILTERED");
     char program[256] = {0};
-    if (!number || readlink("/proc/self/exe", program, sizeof program - 1) < 0 || !strstr(program, "qemu-system")) return;
-    channel = atoi(number);
+    if (readlink("/proc/self/exe", program, sizeof program - 1) < 0 || !strstr(program, "qemu-system")) return;
+    if (!unfiltered) filter_calls();
+    channel = number ? atoi(number) : -1;
     unsetenv("TORPOR_MAPPER");
+    unsetenv("TORPOR_UNFILTERED");
     unsetenv("LD_PRELOAD");
+    if (channel < 0) return;
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* QEMU's signals are QEMU's threads' */

@@ -66,7 +66,7 @@ def name_of_hosts(cache: Path) -> str:
 
 
 def key(cache: Path) -> str:
-    return making.key_of(name_of_hosts(cache), jail.make_root, jail.make_mapper, jail.MAPPER)
+    return making.key_of(name_of_hosts(cache), jail.make_root, jail.make_mapper, jail.MAPPER, *jail.FILTER)
 
 
 def make(cache: Path, link: Path) -> None:
@@ -87,7 +87,7 @@ def _make(work: Path) -> None:
 
 def fit(root: Path) -> None:
     """Gives a root the mapper of this tree: vmm speaks to it. Raises OSError, SubprocessError."""
-    stamp, wanted = root / "usr/lib/torpor-mapper.key", making.key_of(jail.make_mapper, jail.MAPPER)
+    stamp, wanted = root / "usr/lib/torpor-mapper.key", making.key_of(jail.make_mapper, jail.MAPPER, *jail.FILTER)
     if not stamp.exists() or stamp.read_text(encoding="ascii") != wanted:
         jail.make_mapper(root)
         stamp.write_text(wanted, encoding="ascii")
