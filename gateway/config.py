@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from .messages import HOST_RULE
+
 _PREFIX = "TORPOR_"  # of environment variables
 END_SECONDS = 20.0  # of a stop: for processes that have nothing left to do but to end
 LOCAL_BASE = "public.ecr.aws/lambda/microvms:al2023-minimal"
@@ -210,6 +212,7 @@ class Limits(_Section):
 
 _POOL_LEAST = 4  # the veth to the outside, and one link
 _NO_POOL = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")
+_HOST_RULE = re.compile(HOST_RULE)
 _PORTS = re.compile(r"(?:tcp|udp):(\d{1,5})(?:-(\d{1,5}))?")
 
 
@@ -229,7 +232,9 @@ class Egress(_Section):
     pool: str = Field("100.64.0.0/16", description="addresses of microVMs' links and of the veth to the outside; must be free on the host")
     resolvers: list[str] = Field([], description="DNS servers that microVMs' questions go to; empty: the host's")
     subnets: dict[str, list[str]] = Field({}, description="what a connector's SubnetIds mean: subnet-… to networks")
-    security_groups: dict[str, list[str]] = Field({}, description="what SecurityGroupIds mean: sg-… to ports, as tcp:443 or udp:53-60")
+    security_groups: dict[str, list[str]] = Field(
+        {}, description="what SecurityGroupIds mean: sg-… to ports, as tcp:443 or udp:53-60, and hosts, as https:api.github.com"
+    )
 
     @field_validator("pool")
     @classmethod
@@ -255,9 +260,17 @@ class Egress(_Section):
     def _check_ports(cls, groups: dict[str, list[str]]) -> dict[str, list[str]]:
         for name, ports in groups.items():
             for one in ports:
+                if _HOST_RULE.match(one):
+                    *_, last = one.split(":")
+                    if last.isdigit() and not 1 <= int(last) <= 65535:
+                        raise ValueError(f"{name}: {one} has no port from 1 to 65535")
+                    continue
                 match = _PORTS.fullmatch(one)
                 if match is None or not 0 <= int(match[1]) <= int(match[2] or match[1]) <= 65535:
-                    raise ValueError(f"{name}: {one} is not of the form tcp:443 or udp:53-60")
+                    raise ValueError(
+                        f"{name}: {one} is not of the form tcp:443 or udp:53-60, nor a host as https:api.example.org, https:*.example.org, "
+                        "http:example.org:8080 or tcp:db.example.org:5432"
+                    )
         return groups
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ import errno
 import os
 import platform
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 LANDLOCK, FILTER = "landlock", "filter"  # the layers
@@ -50,13 +50,13 @@ REFUSED = {
 }  # fmt: skip
 
 
-def confine(reads: Iterable[Path], writes: Iterable[Path]) -> list[str]:
-    """Keeps of the file system what is below `reads`, to be read, and plain files below `writes`; then of the system calls those that
-    work on it. Returns the layers that stand: a kernel may have one of them, or none. There is no way back. Raises OSError for a layer that
-    is there and does not take what it is given."""
+def confine(reads: Iterable[Path], writes: Iterable[Path], needs: Collection[str] = ()) -> list[str]:
+    """Keeps of the file system what is below `reads`, to be read, and plain files below `writes`; then of the system calls those that work
+    on it, and of those that are refused the ones that it `needs`. Returns the layers that stand: a kernel may have one of them, or none.
+    There is no way back. Raises OSError for a layer that is there and does not take what it is given."""
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
-    return [*_by_landlock(reads, writes), *_by_filter()]
+    return [*_by_landlock(reads, writes), *_by_filter(needs)]
 
 
 def _check(result: int, what: str) -> int:
@@ -103,10 +103,10 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def program(machine: str) -> bytes:
+def program(machine: str, needs: Collection[str] = ()) -> bytes:
     """Returns the filter, in BPF: calls that are refused fail with EPERM, and whoever calls in another way than the machine's ends."""
     column = list(_MACHINES).index(machine)
-    numbers = sorted(number for pair in REFUSED.values() if (number := pair[column]) is not None)
+    numbers = sorted(number for name, pair in REFUSED.items() if name not in needs and (number := pair[column]) is not None)
 
     def step(operation: int, yes: int, no: int, value: int) -> bytes:
         return struct.pack("HBBI", operation, yes, no, value)
@@ -121,11 +121,11 @@ def program(machine: str) -> bytes:
     return b"".join([*code, step(_RETURN, 0, 0, _ALLOW), step(_RETURN, 0, 0, _ERRNO | errno.EPERM)])
 
 
-def _by_filter() -> list[str]:
+def _by_filter(needs: Collection[str]) -> list[str]:
     machine = platform.machine()
     if machine not in _MACHINES:
         return []
-    code = program(machine)
+    code = program(machine, needs)
     loaded = _Program(len(code) // 8, code)
     if _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(loaded), 0, 0) < 0:
         if ctypes.get_errno() in (errno.ENOSYS, errno.EINVAL):  # a kernel without

@@ -27,6 +27,7 @@ from .api.service import Service as ApiService
 from .api.store_keys import StoreKeys
 from .config import ConfigError, Settings, is_loopback
 from .guest.credentials import Issuer
+from .guest.egress_audit import EgressAudit
 from .guest.services import Guests
 from .images.pipeline import Job, Pipeline
 from .images.registry import Registry
@@ -57,6 +58,7 @@ log = structlog.get_logger()
 
 _HOUR_SECONDS = 3600.0
 _LOGS_SECONDS = 300.0
+_EGRESS_AUDIT_BYTES = float(256 << 20)  # of an account
 _AUDIT_SECONDS = 1.0  # what a power cut may take of the audit trail
 _EMPTY_SECONDS = 600.0
 _CERTIFICATE_SECONDS = 30.0
@@ -87,19 +89,21 @@ class Control:
         root_keys = self._access_keys()
         sealing = files.secret(directory / "sessions.key", "temporary credentials under way")
         self.directory = Directory(self.store, settings.account, root_keys, sealing)
-        self.directory.remains = lambda account: bool(self.logs.groups(account))
+        self.directory.remains = lambda account: bool(self.logs.groups(account)) or self.egress_audit.has(account)
         self.store_keys = StoreKeys(self.directory)
         archive = Archive(settings, self.host, lambda: default_store(settings, self._operators()))
-        guests = Guests(settings, Issuer(settings.credentials, settings.region, self.directory), self.store)
+        self.egress_audit = EgressAudit(directory / "egress")
+        issuer = Issuer(settings.credentials, settings.region, self.directory)
+        self.guests = Guests(settings, issuer, self.store, self.host, self.egress_audit)
         observer = Observer(
             metrics.transition, lambda session, steps: self.spans.steps(steps, session.id), metrics.action_took, self._out_of_memory
         )
-        self.lifecycle = Lifecycle(settings, self.store, self.host, self.routes, self.logs, guests.for_session, archive, observer)
+        self.lifecycle = Lifecycle(settings, self.store, self.host, self.routes, self.logs, self.guests.for_session, archive, observer)
         self.quarantine = Quarantine(settings.quarantine, self.store, self.host, self.lifecycle)
         self.lifecycle.ahead.on_count = metrics.ran_ahead.set
         self.registry = Registry(self.store, self.logs, settings.images.concurrent_builds, settings.images.account_builds)
         self.registry.ahead = self.lifecycle.ahead
-        self.registry.pipeline = Pipeline(settings, self.host, self._reads, self._phase, guests)
+        self.registry.pipeline = Pipeline(settings, self.host, self._reads, self._phase, self.guests)
 
     def _operators(self) -> tuple[str, str]:
         """Of the object store that the settings name."""
@@ -235,6 +239,13 @@ class Control:
             raise RpcError("NotFound", f"MicroVM not found: {body.session}")
         return self.faults.read(session, body.after)
 
+    async def rpc_egress_log(self, connection: Connection, body: m.EgressLogRequest) -> list[str]:
+        """Returns lines of JSON (gateway/guest/egress_audit.py)."""
+        session = self.store.sessions.get(body.session)
+        if connection.uid != 0 or session is None:
+            raise RpcError("NotFound", f"MicroVM not found: {body.session}")
+        return await executors.LATENCY.run(self.egress_audit.read, session.account, session.id, body.after)
+
     async def rpc_shell(self, connection: Connection, body: m.ShellRequest) -> Reply:
         """Raises RpcError, ShellsFull, AgentError."""
         self._check_shell(body)
@@ -306,6 +317,7 @@ class Control:
         logs = self.settings.logs
         seconds = logs.retention_days * 86_400.0 if logs.retention_days else math.inf
         await executors.BULK.run(self.logs.drop_old, seconds, float(logs.account_mib << 20), logs.account_streams)
+        await executors.BULK.run(self.egress_audit.drop_old, seconds, _EGRESS_AUDIT_BYTES)
 
     async def prune(self) -> None:
         """Removes client tokens of before yesterday and old events."""
@@ -438,6 +450,7 @@ async def main(settings: Settings) -> None:
     await control.registry.close()
     await control.lifecycle.ahead.close()
     await control.lifecycle.close()
+    await control.guests.close()
     await control.logs.close()
     await control.store.close()
     control.audit.close()

@@ -33,6 +33,12 @@ Secret = Annotated[str, Meta(max_length=65536)]
 Reason = Annotated[str, Meta(max_length=65536)]
 Network = Annotated[str, Meta(pattern=r"\A[0-9./]{1,18}\Z")]
 PortRange = Annotated[str, Meta(pattern=r"\A(tcp|udp):[0-9]{1,5}(-[0-9]{1,5})?\Z")]
+# https:api.github.com, https:*.example.org, http:deb.debian.org:8080, tcp:db.example.org:5432: two labels at least, of which the last is no
+# number, so that no address is one (gateway/guest/allow_list.py).
+_LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+_HOST = rf"(?=[^:]{{3,253}}(?::|\Z))(?:{_LABEL}\.)+[a-z](?:[a-z0-9-]{{0,61}}[a-z0-9])?"
+HOST_RULE: Final = rf"\A(?:https?:(?:\*\.)?{_HOST}(?::[0-9]{{1,5}})?|tcp:{_HOST}:[0-9]{{1,5}})\Z"
+HostRule = Annotated[str, Meta(pattern=HOST_RULE)]
 Accelerator = Annotated[str, Meta(pattern=r"\A(kvm|tcg)\Z")]
 Incarnation = Annotated[int, Meta(ge=0, le=1 << 53)]
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
@@ -86,11 +92,13 @@ class Capacity(msgspec.Struct):
 
 
 class EgressRules(msgspec.Struct, frozen=True):
-    """What a microVM may reach: the internet over TCP, or only `networks` at `ports` (tcp:443, udp:53-60; none: all TCP)."""
+    """What a microVM may reach: the internet over TCP, or only `networks` at `ports` (tcp:443, udp:53-60; none: all TCP, unless there are
+    hosts), and `hosts` by their names."""
 
     internet: bool = True
     networks: Annotated[list[Network], Meta(max_length=1024)] = []
     ports: Annotated[list[PortRange], Meta(max_length=1024)] = []
+    hosts: Annotated[list[HostRule], Meta(max_length=1024)] = []
 
 
 class BuildRequest(msgspec.Struct):
@@ -328,6 +336,13 @@ class LogRequest(msgspec.Struct):
     after: int = 0
 
 
+class EgressLogRequest(msgspec.Struct):
+    """Root asks for lines of a microVM's egress audit, behind the one of this order."""
+
+    session: str
+    after: int = 0
+
+
 class LogLine(msgspec.Struct):
     """`t` in milliseconds since the epoch."""
 
@@ -347,6 +362,15 @@ class MicrovmLog(msgspec.Struct):
 
 class BuildName(msgspec.Struct):
     build: BuildId
+
+
+class ServicesRequest(msgspec.Struct):
+    """Asks for the sockets on which the guest asks: metadata (TCP), names (UDP, TCP), and with `is_named` the one to which its connections
+    to hosts come that are allowed by name (TCP)."""
+
+    session: SessionId
+    incarnation: Incarnation
+    is_named: bool = False
 
 
 # ---- edge -> vmm ----
@@ -537,6 +561,49 @@ class ResumeRequest(msgspec.Struct):
 
     session: SessionId
     incarnation: Incarnation
+
+
+# ---- control <-> relay (gateway/guest/relay.py) ----
+
+
+class RelaySession(msgspec.Struct):
+    session: SessionId
+
+
+class RelayListen(msgspec.Struct):
+    """Connections of a guest come to the socket that comes along. At `ports` the client's own words say which host it wants; at `blind`
+    there may be none, and its address is asked about first."""
+
+    session: SessionId
+    ports: list[Port]
+    blind: list[Port]
+
+
+class RelayQuestion(msgspec.Struct):
+    """A guest wants `address`, and says `name` in the words of `scheme` (https, http; tcp: it says nothing). `fault`: why it is refused
+    whatever name it says."""
+
+    session: SessionId
+    scheme: Annotated[str, Meta(pattern=r"\A(https|http|tcp)\Z")]
+    name: Annotated[str, Meta(max_length=253)]
+    address: Annotated[str, Meta(max_length=15)]
+    port: Port
+    fault: Annotated[str, Meta(max_length=200)] = ""
+
+
+class RelayVerdict(msgspec.Struct):
+    """Allowed where a `connection` has a number; a connected socket comes along then. `is_undecided`: what the client says decides."""
+
+    connection: Count = 0
+    is_undecided: bool = False
+
+
+class RelayEnd(msgspec.Struct):
+    """`sent` and `received` are the guest's bytes."""
+
+    connection: Count
+    sent: Count
+    received: Count
 
 
 # ---- root -> control: accounts (gateway/accounts/admin.py) ----

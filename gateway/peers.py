@@ -13,7 +13,7 @@ STORE_ASKS_CONTROL: Final = frozenset({"store_key"})
 # The host's root, through `torpor`.
 ROOT_ASKS_CONTROL: Final = frozenset(
     {
-        "microvm_log", "traces", "tiers", "recover", "accounts", "account_create", "account_delete", "keys", "key_create", "key_delete",
-        "roles", "role_put", "role_delete", "quota", "tokens_revoke", "tokens_rotate",
+        "microvm_log", "egress_log", "traces", "tiers", "recover", "accounts", "account_create", "account_delete", "keys", "key_create",
+        "key_delete", "roles", "role_put", "role_delete", "quota", "tokens_revoke", "tokens_rotate",
     }
 )  # fmt: skip

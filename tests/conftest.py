@@ -73,8 +73,8 @@ def outside_world(host_before: dict[str, set[str]]) -> Iterator[Outside]:
 def instance(outside_world: Outside) -> Iterator[Instance]:
     one = Instance(
         "test", 700_000, IMAGES__START_SECONDS="20", EDGE__HOLD_SECONDS=str(30 * PATIENCE), EGRESS__CLOSED="false", EGRESS__UPLINK=outside_world.path,
-        EGRESS__RESOLVERS=json.dumps([NAME_SERVER]), EGRESS__SUBNETS=json.dumps({"subnet-1": [f"{PRIVATE}/32"], "subnet-all": ["0.0.0.0/0"]}),
-        EGRESS__SECURITY_GROUPS=json.dumps({"sg-1": [f"tcp:{PORT}"]}),
+        EGRESS__RESOLVERS=json.dumps([NAME_SERVER]), EGRESS__SUBNETS=json.dumps({"subnet-1": [f"{PRIVATE}/32"], "subnet-all": ["0.0.0.0/0"], "subnet-none": []}),
+        EGRESS__SECURITY_GROUPS=json.dumps({"sg-1": [f"tcp:{PORT}"], "sg-names": [f"https:example.com:{PORT}", f"http:example.com:{PORT + 1}"]}),
     )  # fmt: skip
     log = one.directory / "access.log"
     one.environment |= {

@@ -73,7 +73,7 @@ class Host:
         guest.sendall(frame(0x82, struct.pack("<Q", struct.unpack_from("<Q", body.wake, 12 + 8)[0])))
         return Reply(None, [ours.detach()])
 
-    async def rpc_services(self, connection: Connection, body: m.SessionRef) -> Reply:
+    async def rpc_services(self, connection: Connection, body: m.ServicesRequest) -> Reply:
         kinds = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_STREAM)
         made = [bound(kind, ("127.0.0.1", 0)) for kind in kinds]
         for one, kind in zip(made, kinds, strict=True):

@@ -18,8 +18,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from gateway import descriptors
+from gateway.addresses import CLOSED
 
-from .egress import CLOSED, addresses_here, networks_here
+from .egress import addresses_here, networks_here
 from .errors import VmmError
 from .sandboxes import QUOTED_CHARACTERS
 

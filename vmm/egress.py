@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gateway.addresses import CLOSED
 from gateway.config import Egress
 from gateway.messages import EgressRules
 
@@ -29,11 +30,7 @@ from .namespaces import destroy_namespace, inside, make_namespace, run_batch, ru
 
 DEVICE = "up0"
 METADATA_ADDRESS = "169.254.169.254"
-# What is not the internet: RFC 6890, and Azure's own address for its virtual machines (its WireServer), which is a public one.
-CLOSED = (
-    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.168.0.0/16",
-    "198.18.0.0/15", "224.0.0.0/3", "168.63.129.16/32",
-)  # fmt: skip
+RELAY_PORT = 3129  # on the link's own end
 _DEADLINE_SECONDS = 20
 _WAN = "wan0"
 _LINK = "vm."  # begins the names of links' outer ends
@@ -79,12 +76,42 @@ def link_rules(tap: str, guest: str, accepts: list[str], closed: list[str]) -> s
     )
 
 
+def named_rules(tap: str, guest: str, ours: Collection[str], rules: EgressRules, closed: list[str]) -> str:
+    """Returns what a link's table has beside `link_rules` where a connector names hosts: connections to their ports come to the link's own
+    end, where the relay's listener is (gateway/guest/relay.py), but for those that `link_rules` passes and those to `ours`. Whatever goes
+    out of the namespace itself then keeps to the internet and to the connector's networks."""
+    ports = sorted({port_of(rule) for rule in rules.hosts})
+    if not ports:
+        return ""
+    merged = ipaddress.collapse_addresses(map(ipaddress.IPv4Network, closed))
+    own = ipaddress.collapse_addresses(map(ipaddress.IPv4Network, rules.networks))
+    networks = ", ".join(map(str, own))
+    passes = "".join(f"iifname {tap} {match} accept\n" for match in accepts_of(rules))
+    return (
+        "table ip egress {\n"
+        f"chain named {{\ntype nat hook prerouting priority dstnat;\niifname != {tap} accept\nip saddr != {guest} accept\n"
+        f"ip daddr {{ {', '.join(sorted(ours))} }} accept\n{passes}"
+        f"tcp dport {{ {', '.join(map(str, ports))} }} redirect to :{RELAY_PORT}\n}}\n"
+        f"chain output {{\ntype filter hook output priority 0;\noifname != {DEVICE} accept\n"
+        + (f"ip daddr {{ {networks} }} accept\n" if networks else "")
+        + f"ip daddr {{ {', '.join(map(str, merged))} }} drop\n}}\n}}\n"
+    )
+
+
+def port_of(rule: str) -> int:
+    """Returns the port of a rule for a host (gateway.messages.HOST_RULE)."""
+    scheme, _, *port = rule.split(":")
+    return int(port[0]) if port else {"https": 443, "http": 80}[scheme]
+
+
 def accepts_of(rules: EgressRules) -> list[str]:
-    """Returns the matches of a connector's networks and ports (tcp:443, udp:53-60); without ports, all of TCP.
+    """Returns the matches of a connector's networks and ports (tcp:443, udp:53-60); without ports, all of TCP, unless hosts are named.
 
     Raises VmmError for what is none.
     """
-    matches = []
+    matches: list[str] = []
+    if rules.hosts and not rules.ports:
+        return matches
     for network in rules.networks:
         try:
             where = f"ip daddr {ipaddress.IPv4Network(network)}"
@@ -247,9 +274,14 @@ class Uplink:
         """The link is gone: its addresses are another one's some day. The veth went with its namespace."""
         self._links.give_back(link)
 
+    @property
+    def closed(self) -> list[str]:
+        """What is not the internet, seen from this host."""
+        return [*CLOSED, *self._local]
+
     def internet(self, tap: str, guest: str) -> str:
         """Returns the rules of INTERNET_EGRESS: TCP, to the internet only; UDP is shut, as the service has it."""
-        return link_rules(tap, guest, ["ip protocol tcp"], [*CLOSED, *self._local])
+        return link_rules(tap, guest, ["ip protocol tcp"], self.closed)
 
     def _ends_of(self, pair: int) -> Ends:
         return Ends(str(self._pool[2 * pair]), str(self._pool[2 * pair + 1]))

@@ -26,7 +26,7 @@ from gateway.observe.demand import Demand
 from gateway.observe.room import descriptors_free, descriptors_kept
 
 from . import syscalls
-from .egress import METADATA_ADDRESS, Uplink, accepts_of, link_rules
+from .egress import METADATA_ADDRESS, RELAY_PORT, Uplink, accepts_of, link_rules, named_rules
 from .errors import VmmError
 from .namespaces import apart, destroy_namespace, inside, make_namespace, run_batch, run_nft
 
@@ -60,7 +60,7 @@ neigh replace {GUEST_ADDRESS6} lladdr {GUEST_MAC} dev {TAP} nud permanent
 PORTS = "10000 32767"
 SOCKETS = 8  # as many as an edge asks for at once
 MOST_LINKS = 48
-LINK_DESCRIPTORS = SOCKETS + 4  # the guest's services, and a tap
+LINK_DESCRIPTORS = SOCKETS + 5  # the guest's services, the relay's listener, and a tap
 _NAMESPACE_SECONDS = 120.0  # four of ip and nft in a row, each with its own deadline
 _QUIET_SECONDS = 0.6  # after a take: a refill must not compete with the resume that it follows
 T = TypeVar("T")
@@ -102,6 +102,7 @@ class Network:
         self._demand = Demand()
         self._taps: dict[Path, int] = {}  # opened ahead, until somebody takes them
         self._stock: dict[Path, list[socket.socket]] = {}  # the same for what edges connect with
+        self._relays: dict[Path, socket.socket] = {}  # listeners, of links whose connectors name hosts
         self._current: set[Path] = set()  # links that know of all of the host's networks
         self._nowhere: int | None = None
         # Never a name that an earlier daemon gave away: a namespace may live on in somebody's socket.
@@ -136,6 +137,8 @@ class Network:
         """Destroys the link; its tap goes with the last descriptor of the namespace."""
         for one in (*link.services, *self._stock.pop(link.path, ())):
             one.close()
+        if link.path in self._relays:
+            self._relays.pop(link.path).close()
         tap = self._taps.pop(link.path, None)
         if tap is not None:
             os.close(tap)
@@ -189,7 +192,10 @@ class Network:
 
         def work() -> None:
             if not rules.internet:
-                run_nft(link_rules(TAP, GUEST_ADDRESS, accepts_of(rules), []))
+                if rules.hosts and link.path not in self._relays:
+                    self._relays[link.path] = _listening(HOST_ADDRESS, RELAY_PORT)
+                named = named_rules(TAP, GUEST_ADDRESS, (HOST_ADDRESS, METADATA_ADDRESS), rules, self._uplink.closed)
+                run_nft(link_rules(TAP, GUEST_ADDRESS, accepts_of(rules), []) + named)
             elif link.path not in self._current:
                 run_nft(self._uplink.internet(TAP, GUEST_ADDRESS))
                 self._current.add(link.path)
@@ -200,9 +206,14 @@ class Network:
         except OSError as error:
             raise VmmError(f"the way out could not be opened: {error}") from error
 
-    async def services(self, link: Link) -> list[int]:
-        """Returns duplicates of the sockets that listen for the guest."""
+    async def services(self, link: Link, is_named: bool = False) -> list[int]:
+        """Returns duplicates of the sockets that listen for the guest. `is_named`: also the one to which its connections to hosts come that
+        are allowed by name."""
         made = link.services or await self._call(lambda: inside(link.path, _services))
+        if is_named:
+            if link.path not in self._relays:
+                self._relays[link.path] = await self._call(lambda: inside(link.path, lambda: _listening(HOST_ADDRESS, RELAY_PORT)))
+            made = (*made, self._relays[link.path])
         return [os.dup(service.fileno()) for service in made]
 
     async def sockets(self, link: Link, count: int) -> list[socket.socket]:
@@ -306,15 +317,19 @@ def _sockets(count: int) -> list[socket.socket]:
 
 def _services() -> tuple[socket.socket, ...]:
     """Metadata, DNS over UDP, DNS over TCP; the guest knows no other address of ours."""
-    kinds = ((METADATA_ADDRESS, 80, socket.SOCK_STREAM), (HOST_ADDRESS, 53, socket.SOCK_DGRAM), (HOST_ADDRESS, 53, socket.SOCK_STREAM))
-    made = []
-    for address, port, kind in kinds:
-        one = socket.socket(socket.AF_INET, kind | socket.SOCK_NONBLOCK)
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if kind == socket.SOCK_DGRAM:  # a burst of questions waits here until control reads
-            one.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _NAMES_BYTES)
-        one.bind((address, port))
-        if kind == socket.SOCK_STREAM:
-            one.listen(64)
-        made.append(one)
-    return tuple(made)
+    names = _bound(HOST_ADDRESS, 53, socket.SOCK_DGRAM)
+    names.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _NAMES_BYTES)  # a burst of questions waits here until control reads
+    return _listening(METADATA_ADDRESS, 80), names, _listening(HOST_ADDRESS, 53)
+
+
+def _listening(address: str, port: int) -> socket.socket:
+    one = _bound(address, port, socket.SOCK_STREAM)
+    one.listen(64)
+    return one
+
+
+def _bound(address: str, port: int, kind: int) -> socket.socket:
+    one = socket.socket(socket.AF_INET, kind | socket.SOCK_NONBLOCK)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    one.bind((address, port))
+    return one

@@ -1,4 +1,4 @@
-"""account, key, role, quota, trace: the commands that speak with control's own socket, as root."""
+"""account, key, role, quota, trace, egress: the commands that speak with control's own socket, as root."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +18,13 @@ from gateway import config
 from gateway import messages as m
 from gateway.rpc import Connection, RpcError
 
-from .client import resolve
-from .output import fail, mib, show_json, show_table
+from .client import client, resolve
+from .output import fail, line_of, mib, show_json, show_table
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Account = Annotated[str, typer.Option("--account", help="The account's number; the instance's first account by default.")]
 _SECONDS = 10.0
+_FOLLOW_SECONDS = 0.5
 _EVERYTHING = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
 
 account = typer.Typer(no_args_is_help=True, help="Accounts: each sees only its own images, microVMs and connectors.")
@@ -40,6 +42,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(role, name="role")
     app.command()(quota)
     app.command()(trace)
+    app.command()(egress)
 
 
 def ask(method: str, body: Any = None, kind: Any = None, seconds: float = _SECONDS) -> Any:
@@ -254,6 +257,40 @@ def microvm_log(identifier: str, after: int) -> m.MicrovmLog | None:
         return None
     found: m.MicrovmLog = ask("microvm_log", m.LogRequest(identifier, after), m.MicrovmLog)
     return found
+
+
+def egress(
+    identifier: Annotated[str, typer.Argument(metavar="ID", help="The microVM's id, or the beginning of it.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until it is TERMINATED.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the lines as they are kept, JSON each.")] = False,
+) -> None:
+    """Print what a microVM with an allow-list wanted to reach, and what became of it.
+
+    Example: torpor egress 3f2a -f
+    """
+    name, after = resolve(identifier), 0
+    while True:
+        lines: list[str] = ask("egress_log", m.EgressLogRequest(name, after), list[str])
+        for line in lines:
+            found = json.loads(line)
+            after = found["order"]
+            print(line_of(line if as_json else _decision(found)), flush=True)
+        if not lines:
+            if not follow or client().get_microvm(microvmIdentifier=name)["state"] == "TERMINATED":
+                return
+            time.sleep(_FOLLOW_SECONDS)
+
+
+def _decision(found: dict[str, Any]) -> str:
+    where = f"{found['address']}:{found['port']}" if "port" in found else found["address"]
+    parts = [found["time"], found["verdict"], found["what"], found["name"] or "-", where or "-"]
+    if found["verdict"] == "ended":
+        parts.append(f"sent {found['sent']} received {found['received']}")
+    if found["reason"]:
+        parts.append(f"({found['reason']})")
+    if found["untold"]:
+        parts.append(f"[{found['untold']} lines before this one were not kept]")
+    return " ".join(parts)
 
 
 def trace(

@@ -2,7 +2,7 @@
 
 Nothing in a message is changed or believed. Every question gets an answer: a burst waits for its turn, what a server or the way to it
 loses is asked again (RFC 1035, 7.2), and what nobody answers is SERVFAIL. Where the microVM has no way out, every question is REFUSED:
-names are a way out too.
+names are a way out too. Where its connector is an allow-list, `answer` answers instead of the servers (gateway/guest/allowed_names.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import socket
 from collections import deque
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import cast
 
@@ -24,6 +25,7 @@ _MESSAGE_BYTES = 4096
 _HEADER_BYTES = 12
 _SERVFAIL, _REFUSED = 2, 5
 Address = tuple[str, int]
+Reply = Callable[[bytes], Awaitable[bytes]]
 
 
 def host_resolvers(path: Path = Path("/etc/resolv.conf")) -> list[str]:
@@ -42,10 +44,11 @@ def without_answer(question: bytes, code: int = _REFUSED) -> bytes:
 
 
 class Names(asyncio.DatagramProtocol):
-    """Questions over UDP. Every one has upstream sockets, and so ports, of its own."""
+    """Questions over UDP. Every one has upstream sockets, and so ports, of its own. `reply` stands for the servers where it is given."""
 
-    def __init__(self, upstream: list[str], tasks: set[asyncio.Task[None]]) -> None:
+    def __init__(self, upstream: list[str], tasks: set[asyncio.Task[None]], reply: Reply | None = None) -> None:
         self._upstream = upstream
+        self._reply = reply
         self._tasks = tasks
         self._asking = 0
         self._waiting: deque[tuple[bytes, Address]] = deque()
@@ -76,7 +79,7 @@ class Names(asyncio.DatagramProtocol):
 
     async def _ask(self, question: bytes, address: Address) -> None:
         try:
-            answer = await ask(self._upstream, question)
+            answer = await (ask(self._upstream, question) if self._reply is None else self._reply(question))
             self._send(without_answer(question, _SERVFAIL) if answer is None else answer, address)
         finally:
             self._asking -= 1
@@ -146,15 +149,16 @@ async def _first(asked: dict[str, asyncio.Task[bytes]], seconds: float) -> bytes
 class NameStreams:
     """Questions over TCP, for answers that do not fit a datagram: a relay. How many there are at once, who accepts them bounds."""
 
-    def __init__(self, upstream: list[str]) -> None:
+    def __init__(self, upstream: list[str], reply: Reply | None = None) -> None:
         self._upstream = upstream
+        self._reply = reply
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(_STREAM_SECONDS):
-                opened = await self._open()
+                opened = await self._open() if self._reply is None else None
                 if opened is None:
-                    await self._decline(reader, writer)
+                    await self._answer(reader, writer)
                     return
                 theirs, ours = opened
                 try:
@@ -175,13 +179,16 @@ class NameStreams:
                 return await asyncio.wait_for(asyncio.open_connection(server, _PORT), _CONNECT_SECONDS)
         return None
 
-    async def _decline(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answers each question on the stream (RFC 1035, 4.2.2: two bytes of length before a message)."""
         while True:
             question = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
             if len(question) < _HEADER_BYTES:
                 return
-            answer = without_answer(question, _SERVFAIL if self._upstream else _REFUSED)
+            if self._reply is not None and self._upstream:
+                answer = await self._reply(question)
+            else:
+                answer = without_answer(question, _SERVFAIL if self._upstream else _REFUSED)
             writer.write(len(answer).to_bytes(2, "big") + answer)
             await writer.drain()
 

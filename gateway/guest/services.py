@@ -10,13 +10,17 @@ from typing import Any
 from gateway.accounts.directory import Credentials
 from gateway.config import Settings
 from gateway.messages import EgressRules
-from gateway.sessions.egress import rules_of
-from gateway.sessions.model import Session, Version
+from gateway.sessions.egress import has_hosts, rules_of
+from gateway.sessions.host import Host
+from gateway.sessions.model import Session, Version, account_of
 from gateway.sessions.store import Store
 
+from .allowed_names import AllowedNames
 from .credentials import Issuer
+from .egress_audit import EgressAudit
 from .metadata import Metadata, MetadataConnection
-from .resolver import Names, NameStreams, host_resolvers
+from .proxy import Gate, Proxy
+from .resolver import Names, NameStreams, Reply, ask, host_resolvers
 
 _CONNECTIONS = 16
 _ACCEPT_PAUSE_SECONDS = 0.05
@@ -29,13 +33,16 @@ class Services:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sockets: list[socket.socket] = []
         self._transports: list[asyncio.BaseTransport] = []
+        self.on_close: Callable[[], None] = lambda: None
 
-    async def open(self, sockets: list[socket.socket], metadata: Metadata, upstream: list[str]) -> None:
+    async def open(
+        self, credentials: socket.socket, datagrams: socket.socket, streams: socket.socket, metadata: Metadata, upstream: list[str],
+        reply: Reply | None = None,
+    ) -> None:  # fmt: skip
         loop = asyncio.get_running_loop()
-        credentials, datagrams, streams = sockets
         self._sockets = [credentials, streams]
-        names = NameStreams(upstream)
-        transport, _ = await loop.create_datagram_endpoint(lambda: Names(upstream, self._tasks), sock=datagrams)
+        names = NameStreams(upstream, reply)
+        transport, _ = await loop.create_datagram_endpoint(lambda: Names(upstream, self._tasks, reply), sock=datagrams)
         self._transports.append(transport)
         self._spawn(self._accept(credentials, lambda sock: self._serve_metadata(sock, metadata)))
         self._spawn(self._accept(streams, lambda sock: _stream(sock, names)))
@@ -74,6 +81,7 @@ class Services:
             transport.abort()
 
     def close(self) -> None:
+        self.on_close()
         for task in list(self._tasks):
             task.cancel()
         for transport in self._transports:
@@ -91,28 +99,48 @@ async def _stream(sock: socket.socket, names: NameStreams) -> None:
 class Guests:
     """Opens services for microVMs and for builds: what the lifecycle and the pipeline need of this package."""
 
-    def __init__(self, settings: Settings, issuer: Issuer, store: Store) -> None:
+    def __init__(self, settings: Settings, issuer: Issuer, store: Store, host: Host, audit: EgressAudit) -> None:
         self._settings = settings
         self._issuer = issuer
         self._store = store
+        self._host = host
+        self._audit = audit
+        self._proxy = Proxy()
 
     async def for_session(self, session: Session, sockets: list[socket.socket], rules: EgressRules | None) -> Services:
-        return await self._open(sockets, session.id, session.execution_role, rules)
+        role = session.execution_role
+        return await self._open(sockets, session.id, session.incarnation, session.account, role, rules)
 
     def egress(self, version: Version) -> EgressRules | None:
         return rules_of(self._settings.egress, self._store, list(version.request.get("egressNetworkConnectors") or []))
 
-    async def open(self, sockets: list[socket.socket], version: Version, session: str) -> Services:
-        """For a build's microVM: with the build role."""
-        return await self._open(sockets, session, version.request.get("buildRoleArn"), self.egress(version))
+    async def open(self, session: str, incarnation: int, version: Version) -> Services:
+        """For a build's microVM: with the build role. Raises RpcError."""
+        rules, role = self.egress(version), version.request.get("buildRoleArn")
+        sockets = await self._host.services(session, incarnation, has_hosts(rules))
+        return await self._open(sockets, session, incarnation, account_of(version.image_arn), role, rules)
 
     async def role(self, version: Version, session: str) -> Credentials:
         """The build role's own, for what a build fetches. Raises botocore's errors where an STS refuses them."""
         return await self._issuer.make(str(version.request["buildRoleArn"]), session)
 
-    async def _open(self, sockets: list[socket.socket], name: str, role: str | None, rules: EgressRules | None) -> Services:
+    async def close(self) -> None:
+        await self._proxy.close()
+
+    async def _open(
+        self, sockets: list[socket.socket], session: str, incarnation: int, account: str, role: str | None, rules: EgressRules | None
+    ) -> Services:  # fmt: skip
         services = Services()
         upstream = (self._settings.egress.resolvers or host_resolvers()) if rules is not None else []
-        metadata = Metadata(self._settings.region, self._issuer.of(role, name) if role else None)
-        await services.open(sockets, metadata, upstream)
+        metadata = Metadata(self._settings.region, self._issuer.of(role, session) if role else None)
+        credentials, datagrams, streams, *listener = sockets
+        reply = None
+        if rules is not None and not rules.internet:
+            audit = self._audit.of(account, session)
+            names = AllowedNames(rules, lambda question: ask(upstream, question), audit.name)
+            reply = names.reply
+            if listener:
+                self._proxy.serve(session, Gate(names, audit, lambda: self._host.socket(session, incarnation)), listener[0])
+                services.on_close = lambda: self._proxy.stop(session)
+        await services.open(credentials, datagrams, streams, metadata, upstream, reply)
         return services

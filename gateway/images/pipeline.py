@@ -12,7 +12,6 @@ import errno
 import os
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Awaitable, Callable, Set
 from dataclasses import dataclass, field
@@ -118,7 +117,7 @@ class Serve(Protocol):
 
     def egress(self, version: Version) -> EgressRules | None: ...
 
-    async def open(self, sockets: list[socket.socket], version: Version, session: str) -> GuestServices: ...
+    async def open(self, session: str, incarnation: int, version: Version) -> GuestServices: ...
 
     async def role(self, version: Version, session: str) -> Credentials: ...
 
@@ -368,7 +367,7 @@ class Pipeline:
         self._phase(job, "BOOT")
         descriptor = await self._host.boot(job.session, job.version.key, shape, self._serve.egress(job.version))
         agent = Agent(descriptor, job.log.feed, job.exit_code.set_result, job.say)
-        services = await self._serve.open(await self._host.services(job.session, 0), job.version, job.session)
+        services = await self._serve.open(job.session, 0, job.version)
         try:
             await agent.hello(_BOOT_SECONDS)
             await self._host.give_disk(job.session, job.version.key)
@@ -436,7 +435,7 @@ class Pipeline:
         nonce = secrets.randbits(63)
         agent = Agent(await self._host.start(session, 1, wake_frame(nonce)), job.log.feed, lambda code: None)
         woken = agent.expect(nonce)
-        services = await self._serve.open(await self._host.services(session, 1), job.version, session)
+        services = await self._serve.open(session, 1, job.version)
         try:
             async with asyncio.timeout(_BOOT_SECONDS):
                 await woken

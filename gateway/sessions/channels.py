@@ -15,7 +15,7 @@ from gateway.messages import EgressRules
 from gateway.tasks import Tasks
 
 from .agent import EXITED, Agent, AgentError
-from .egress import rules_of
+from .egress import has_hosts, rules_of
 from .host import Host, RpcError, ends_session, patiently
 from .line_writer import LineWriter
 from .logs import LogStore
@@ -152,12 +152,13 @@ class Channels:
         await asyncio.sleep(_SERVE_SECONDS)
         if self._agents.get(session.id) is not agent:
             return
+        rules = self.egress(session)
         try:
-            sockets = await patiently(lambda: self._host.services(session.id, session.incarnation))
+            sockets = await patiently(lambda: self._host.services(session.id, session.incarnation, has_hosts(rules)))
         except RpcError as error:
             log.warning("services.missing", session=session.id, error=str(error))
             return
-        services = await self._open_services(session, sockets, self.egress(session))
+        services = await self._open_services(session, sockets, rules)
         if self._agents.get(session.id) is agent and session.id not in self._services:
             self._services[session.id] = services
         else:

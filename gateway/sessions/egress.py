@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from gateway.config import Egress
-from gateway.messages import EgressRules
+from gateway.messages import HOST_RULE, EgressRules
 
 from .store import Store
 
 _INTERNET = ":aws-network-connector:INTERNET_EGRESS"
+_HOST_RULE = re.compile(HOST_RULE)
 
 
 def rules_of(settings: Egress, store: Store, connectors: list[str]) -> EgressRules | None:
@@ -21,5 +24,12 @@ def rules_of(settings: Egress, store: Store, connectors: list[str]) -> EgressRul
         return None
     egress = connector.egress
     networks = [network for subnet in egress["SubnetIds"] for network in settings.subnets.get(subnet, [])]
-    ports = [port for group in egress.get("SecurityGroupIds") or [] for port in settings.security_groups.get(group, [])]
-    return EgressRules(False, networks, ports) if networks else None
+    entries = [entry for group in egress.get("SecurityGroupIds") or [] for entry in settings.security_groups.get(group, [])]
+    hosts = [entry for entry in entries if _HOST_RULE.match(entry)]
+    ports = [entry for entry in entries if entry not in hosts]
+    return EgressRules(False, networks, ports, hosts) if networks or hosts else None
+
+
+def has_hosts(rules: EgressRules | None) -> bool:
+    """Whether there are hosts that may be reached by their names."""
+    return rules is not None and bool(rules.hosts)

@@ -109,9 +109,10 @@ class Host:
         request = m.PrepareRequest(session, incarnation, image, from_snapshot, egress)
         await self._client.call("prepare", request, timeout=grown(_PREPARE_SECONDS, size))
 
-    async def services(self, session: str, incarnation: int) -> list[socket.socket]:
-        """Returns the sockets in the session's network on which the guest asks: for metadata (TCP), for names (UDP, TCP)."""
-        _, descriptors = await self._client.call_with_descriptors("services", m.SessionRef(session, incarnation))
+    async def services(self, session: str, incarnation: int, is_named: bool = False) -> list[socket.socket]:
+        """Returns the sockets in the session's network on which the guest asks: for metadata (TCP), for names (UDP, TCP), and, with
+        `is_named`, for hosts that are allowed by name (TCP)."""
+        _, descriptors = await self._client.call_with_descriptors("services", m.ServicesRequest(session, incarnation, is_named))
         return [socket.socket(fileno=descriptor) for descriptor in descriptors]
 
     async def start(self, session: str, incarnation: int, wake: bytes, size: int = 0) -> int:

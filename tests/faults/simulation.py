@@ -284,7 +284,7 @@ class Network:
 
     async def enable_egress(self, link: Link, rules: m.EgressRules) -> None: ...
 
-    async def services(self, link: Link) -> list[int]:
+    async def services(self, link: Link, is_named: bool = False) -> list[int]:
         """Nobody asks anything there."""
         return [_listening().detach(), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach(), _listening().detach()]
 

@@ -16,7 +16,7 @@ layers, control, work, sock, port = sys.argv[1].split(","), Path(sys.argv[2]), P
 if "landlock" not in layers:
     confine._by_landlock = lambda reads, writes: []
 if "filter" not in layers:
-    confine._by_filter = lambda: []
+    confine._by_filter = lambda needs: []
 parent = os.getppid()
 if layers != [""]:
     confine.confine([Path(one) for one in (*sys.path, "/usr", "/lib") if one], [work])

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 import pytest
 from namespaces import Namespace
 
+from gateway.addresses import CLOSED
 from gateway.messages import EgressRules
 from vmm import egress
-from vmm.egress import CLOSED, DEVICE, accepts_of, link_rules
+from vmm.egress import DEVICE, accepts_of, link_rules
 from vmm.namespaces import run_nft
 from vmm.network import GUEST_ADDRESS, HOST_ADDRESS, TAP
 

@@ -144,7 +144,7 @@ class ScriptedHost:
         await self._call("pause", session)
         self.held[session].phase = "prepared"
 
-    async def services(self, session: str, incarnation: int) -> list[socket.socket]:
+    async def services(self, session: str, incarnation: int, is_named: bool = False) -> list[socket.socket]:
         return []
 
     async def suspend(self, session: str, incarnation: int, size: int = 0) -> m.Suspended:

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 
 from gateway import executors
+from gateway.addresses import CLOSED
 from gateway.messages import BuildRequest, BuildResult
 from vmm import build_mirrors, builds
 from vmm.build_network import Child, network_rules
 from vmm.build_stores import RANGE, Stores, id_maps
 from vmm.builds import Builder, BuildSettings, canonical, source_policy
 from vmm.cgroups import Cgroups
-from vmm.egress import CLOSED
 from vmm.errors import DiskFull, Missing, Unavailable, VmmError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="stores have owners")

@@ -19,9 +19,9 @@ ALLOWED = {
     "gateway.sessions": {"gateway.config", "gateway.executors", "gateway.files", "gateway.messages", "gateway.reach", "gateway.rpc", "gateway.tasks", "gateway.accounts.model", "gateway.observe.room", "gateway.observe.steps", "gateway.observe.demand"},
     "gateway.accounts": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.store"},
     "gateway.images": {"gateway.observe.room", "gateway.accounts.directory", "gateway.accounts.quotas", "gateway.confine", "gateway.config", "gateway.executors", "gateway.messages", "gateway.reach", "gateway.rpc", "gateway.sessions", "gateway.tasks"},
-    "gateway.guest": {"gateway.config", "gateway.executors", "gateway.messages", "gateway.accounts.directory", "gateway.sessions.egress", "gateway.sessions.model", "gateway.sessions.store"},
+    "gateway.guest": {"gateway.addresses", "gateway.config", "gateway.confine", "gateway.observe.room", "gateway.rpc", "gateway.sessions.allowance", "gateway.sessions.host", "gateway.executors", "gateway.messages", "gateway.accounts.directory", "gateway.sessions.egress", "gateway.sessions.model", "gateway.sessions.store"},
     "gateway.observe": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.states"},
-    "vmm": {"gateway.config", "gateway.descriptors", "gateway.executors", "gateway.messages", "gateway.observe", "gateway.peers", "gateway.process", "gateway.rpc", "gateway.tasks"},
+    "vmm": {"gateway.addresses", "gateway.config", "gateway.descriptors", "gateway.executors", "gateway.messages", "gateway.observe", "gateway.peers", "gateway.process", "gateway.rpc", "gateway.tasks"},
     "gateway.cli": {"gateway.backup", "gateway.config", "gateway.instance", "gateway.status", "gateway.supervisor", "vmm.assets", "vmm.disks", "vmm.network", "vmm.standbys", "vmm.syscalls", "vmm.base", "vmm.probe", "vmm.cgroups", "vmm.errors", "vmm.handout", "vmm.host_setup", "vmm.kvm_device", "vmm.quarantine", "vmm.leftovers", "vmm.making", "vmm.upgrades", "gateway.listeners", "gateway.process", "gateway.sessions.logs", "gateway.sessions.model", "gateway.sessions.quarantine", "gateway.sessions.states", "gateway.sessions.store", "gateway.observe", "gateway.rpc", "gateway.messages"},
 }  # fmt: skip
 

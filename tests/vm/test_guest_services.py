@@ -15,6 +15,7 @@ import boto3
 import pytest
 from outside import NEIGHBOUR, PORT, PRIVATE, SERVER, UPLINK, Outside, bound
 from service import PATIENCE, Instance, until
+from test_client_hello import hello, records, server_name
 from wire import get
 
 pytestmark = pytest.mark.vm
@@ -101,12 +102,12 @@ def _in_uplink(instance: Instance, *command: str) -> str:
 
 
 @contextlib.contextmanager
-def connected(instance: Instance, subnet: str) -> Iterator[str]:
+def connected(instance: Instance, subnet: str, group: str = "sg-1") -> Iterator[str]:
     """A VPC_EGRESS connector to one subnet of the settings'."""
     core = instance.client("lambda-core")
     egress = {
         "SubnetIds": [subnet],
-        "SecurityGroupIds": ["sg-1"],
+        "SecurityGroupIds": [group],
         "NetworkProtocol": "IPv4",
         "AssociatedComputeResourceTypes": ["MicroVm"],
     }
@@ -145,6 +146,39 @@ def test_a_vpc_connector_is_an_allow_list(instance: Instance, app: str) -> None:
             assert guest.connect(PRIVATE)["heard"].endswith("hello")
             assert "error" in guest.connect(PRIVATE, PORT + 1)
             assert "error" in guest.connect(SERVER)
+        finally:
+            instance.terminate(vm["microvmId"])
+
+
+def test_a_connector_that_names_hosts(instance: Instance, app: str) -> None:
+    def said(host: str) -> str:
+        return records(hello(server_name(host.encode()))).hex()
+
+    def decisions() -> list[tuple[str, str, str]]:
+        lines = instance.command("torpor", "egress", guest.id, "--json").splitlines()
+        return [(one["what"], one["name"], one["verdict"]) for one in map(json.loads, lines)]
+
+    with connected(instance, "subnet-none", "sg-names") as arn:
+        vm = instance.launch(app, egressNetworkConnectors=[arn])
+        try:
+            guest = Guest(instance, vm)
+            for _ in range(2):
+                assert guest.get("/resolve?name=example.com") == {"address": SERVER}
+                assert guest.get("/resolve?name=example.org")["address"] != SERVER
+                answer = guest.connect(SERVER, PORT, hex=said("example.com"))
+                assert answer["heard"].startswith(f"{UPLINK} \x16\x03"), "as it was said"
+                assert guest.connect(SERVER, PORT, hex=said("example.org")) == {"heard": "\x15\x03\x03\0\x02\x02\x31"}
+                assert guest.connect(SERVER, PORT)["heard"].startswith("HTTP/1.1 403 ")
+                assert "GET / " in guest.connect(SERVER, PORT + 1, hex=b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n".hex())["heard"]
+                assert guest.fetch(f"{METADATA}/latest/meta-data/")["status"] == 401
+                assert "error" in guest.connect(PRIVATE)
+                instance.client().suspend_microvm(microvmIdentifier=guest.id)
+                instance.state(guest.id, "SUSPENDED")
+            until(lambda: decisions().count(("connection", "example.com", "ended")) == 4)
+            found = decisions()
+            assert found.count(("connection", "example.com", "allowed")) == 4
+            assert found.count(("connection", "example.org", "refused")) == 2
+            assert ("name", "example.org", "refused") in found and ("name", "example.com", "allowed") in found
         finally:
             instance.terminate(vm["microvmId"])
 

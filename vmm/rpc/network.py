@@ -25,7 +25,8 @@ class NetworkCalls:
         sockets = await self._network.sockets(entry.link, max(1, min(body.count, _SOCKETS_MOST)))
         return Reply(None, [sock.detach() for sock in sockets])
 
-    async def rpc_services(self, connection: Connection, body: m.SessionRef) -> Reply:
-        """Returns the sockets on which the guest asks for metadata (TCP) and names (UDP, TCP): control answers there."""
+    async def rpc_services(self, connection: Connection, body: m.ServicesRequest) -> Reply:
+        """Returns the sockets on which the guest asks for metadata (TCP) and names (UDP, TCP): control answers there. Where hosts are
+        allowed by name, the one that connections to these come to is the last."""
         entry = self._vms.require(body.session, body.incarnation)
-        return Reply(None, await self._network.services(entry.link))
+        return Reply(None, await self._network.services(entry.link, body.is_named))
