@@ -8,6 +8,7 @@ CONFORMANCE_PACKAGES = nghttp2-client nodejs chromium openssl curl awscli sslsca
 	python3-locust
 VENV = .venv
 AUTOCANNON = $(VENV)/autocannon
+SECURITY_PACKAGES = iodine dns2tcp net-tools
 APPLICATIONS_PACKAGES = nodejs chromium curl git openssh-client
 CLIENTS = $(VENV)/clients
 PY = $(VENV)/bin/python
@@ -24,7 +25,7 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 # The parts of test-kvm: each in a machine of its own, in less than an hour (tests/kvm/inner.py).
 KVM = drivers-firecracker drivers-qemu devices service-firecracker kills-firecracker clients-firecracker archive-firecracker service-qemu kills-qemu
 
-.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-kvm $(KVM:%=test-kvm-%) test-fresh test-fresh-odd fresh-packages check static lint types unit applications-packages conformance conformance-packages bench-api bench-drivers bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-kvm $(KVM:%=test-kvm-%) test-fresh test-fresh-odd fresh-packages check static lint types unit applications-packages security-packages conformance conformance-packages bench-api bench-drivers bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -68,7 +69,7 @@ test: setup check ## every test but the long ones
 
 test-long: test test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-fresh test-fresh-odd ## every test, in parts of less than an hour each
 
-test-long-rest: setup ## those of the long tests that have no part of their own
+test-long-rest: setup security-packages ## those of the long tests that have no part of their own
 	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py --ignore=tests/fidelity --ignore=tests/applications --ignore=tests/faults --ignore=tests/systemd --ignore=tests/kvm tests
 
 test-long-images: setup ## rows of the table of images that are too slow for make test (tests/fidelity)
@@ -79,6 +80,9 @@ test-long-corpus: setup ## its applications, built and used as their users do
 
 test-long-applications: setup applications-packages ## applications with their real clients, put to sleep and woken (docs/applications.md)
 	@$(PY) -m pytest -q -m "applications" tests/applications
+
+security-packages:
+	@$(call install,$(SECURITY_PACKAGES))
 
 # The clients' packages are below the virtual environment, not in it: the service's lock knows nothing of them.
 applications-packages: deps

@@ -4,6 +4,7 @@ control's real resolver, decisions and relay between them."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import struct
@@ -48,6 +49,7 @@ class World:
         self.names: dict[str, list[str]] = {NAME: [ADDRESS], OTHER: [OTHERS_ADDRESS]}
         self.asked: list[str] = []
         self._sockets: list[socket.socket] = []
+        self._clients: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
 
     def start(self, ports: tuple[int, ...] = (80, 443, 8443, 5432), has_names: bool = True) -> None:
@@ -84,6 +86,7 @@ class World:
             except OSError:
                 return
             client.settimeout(_SECONDS)
+            self._clients.append(client)
             thread = threading.Thread(target=self._echo, args=(client,), daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -120,6 +123,9 @@ class World:
     def close(self) -> None:
         for one in self._sockets:
             one.close()
+        for one in self._clients:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(_SECONDS)
         self.namespace.close()

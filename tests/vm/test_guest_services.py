@@ -155,7 +155,7 @@ def test_a_connector_that_names_hosts(instance: Instance, app: str) -> None:
         return records(hello(server_name(host.encode()))).hex()
 
     def decisions() -> list[tuple[str, str, str]]:
-        lines = instance.command("torpor", "egress", guest.id, "--json").splitlines()
+        lines = instance.command("torpor", "egress", guest.id, "--json").stdout.splitlines()
         return [(one["what"], one["name"], one["verdict"]) for one in map(json.loads, lines)]
 
     with connected(instance, "subnet-none", "sg-names") as arn:
