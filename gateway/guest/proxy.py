@@ -104,7 +104,8 @@ class Gate:
             raise Refused(f"no socket: {error}") from error
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
-                await asyncio.get_running_loop().sock_connect(sock, (address, port))
+                where = f"::ffff:{address}" if sock.family == socket.AF_INET6 else address  # those of IPv6 connect over either
+                await asyncio.get_running_loop().sock_connect(sock, (where, port))
         except TimeoutError as error:
             sock.close()
             raise Refused(f"no answer in {_CONNECT_SECONDS:g} s") from error

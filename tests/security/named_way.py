@@ -25,7 +25,7 @@ from gateway.messages import EgressRules
 from gateway.rpc import Connection, Service
 from vmm.egress import DEVICE, METADATA_ADDRESS, RELAY_PORT, accepts_of, link_rules, named_rules
 from vmm.namespaces import run_nft
-from vmm.network import GUEST_ADDRESS, HOST_ADDRESS, TAP, _listening, _services
+from vmm.network import GUEST_ADDRESS, HOST_ADDRESS, TAP, _listening, _services, _sockets
 
 NAME, ADDRESS = "api.example.org", "203.0.113.5"
 OTHER, OTHERS_ADDRESS = "evil.example.com", "203.0.113.6"
@@ -196,7 +196,7 @@ class NamedWay:
                     await asyncio.sleep(0.01)
 
     async def _socket(self, session: str, incarnation: int) -> socket.socket:
-        return self.link.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))  # type: ignore[no-any-return]
+        return self.link.inside(lambda: _sockets(1)[0])  # type: ignore[no-any-return]
 
     # ---- what a guest does ----
 
