@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import structlog
 
 from gateway import messages as m
+from gateway.reach import dial
 from gateway.rpc import Connection, Reply, RpcError, Service
 from gateway.sessions.allowance import Allowance
 
@@ -104,8 +105,7 @@ class Gate:
             raise Refused(f"no socket: {error}") from error
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
-                where = f"::ffff:{address}" if sock.family == socket.AF_INET6 else address  # those of IPv6 connect over either
-                await asyncio.get_running_loop().sock_connect(sock, (where, port))
+                await dial(sock, (f"::ffff:{address}" if sock.family == socket.AF_INET6 else address, port))
         except TimeoutError as error:
             sock.close()
             raise Refused(f"no answer in {_CONNECT_SECONDS:g} s") from error

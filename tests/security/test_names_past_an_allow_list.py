@@ -6,6 +6,7 @@ Every attack has its control: the wall that it meets is taken away by its name, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -325,6 +326,7 @@ def children() -> list[int]:
     found = []
     for task in Path(f"/proc/{os.getpid()}/task").iterdir():
         for child in (task / "children").read_text().split():
-            if b"gateway.guest.relay" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(int(child))
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if b"gateway.guest.relay" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(int(child))
     return found
