@@ -199,7 +199,7 @@ class Network:
             elif link.path not in self._current:
                 run_nft(self._uplink.internet(TAP, GUEST_ADDRESS))
                 self._current.add(link.path)
-            Path("/proc/sys/net/ipv4/ip_forward").write_text("1", encoding="ascii")
+            _set("ipv4/ip_forward", "1")
 
         try:
             await self._call(lambda: inside(link.path, work))
@@ -273,13 +273,14 @@ class Network:
         services: list[socket.socket] = []
 
         def setup() -> None:
+            harden()
             commands = SETUP + (SETUP6 if _has_ipv6() else "")
             if self._uplink.is_open:
                 commands += self._uplink.attach(path.name, path)
                 run_nft(self._uplink.internet(TAP, GUEST_ADDRESS))
                 self._current.add(path)
             run_batch(commands)
-            Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(PORTS, encoding="ascii")
+            _set("ipv4/ip_local_port_range", PORTS)
             services.extend(_services())
             self._stock[path] = _sockets(SOCKETS)
             if self._opens_taps:
@@ -294,6 +295,19 @@ class Network:
             self._uplink.detach(path.name)
             raise
         return Link(path, tuple(services))
+
+
+def harden() -> None:
+    """In the calling thread's namespace, before its devices are made: a guest tells its host no routes, and no other way to a host."""
+    _set("ipv4/conf/all/accept_redirects", "0")
+    _set("ipv4/conf/default/accept_redirects", "0")
+    if _has_ipv6():
+        _set("ipv6/conf/default/accept_ra", "0")
+        _set("ipv6/conf/default/accept_redirects", "0")
+
+
+def _set(name: str, value: str) -> None:
+    Path("/proc/sys/net", name).write_text(value, encoding="ascii")
 
 
 def _has_ipv6() -> bool:

@@ -10,7 +10,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from namespaces import Namespace
@@ -28,8 +28,9 @@ SYN, FIN, RST, ACK = 0x02, 0x01, 0x04, 0x10
 
 
 class Way:
-    def __init__(self) -> None:
+    def __init__(self, prepare: Callable[[], None] = lambda: None) -> None:
         self.guest, self.link, self.world = Namespace(), Namespace(), Namespace()
+        self.link.inside(prepare)
         self.link.ip("link", "add", TAP, "type", "veth", "peer", "name", "eth0", "netns", self.guest.path)
         self.link.ip("link", "add", DEVICE, "type", "veth", "peer", "name", "w0", "netns", self.world.path)
         for one, device, address in (

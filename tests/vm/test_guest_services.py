@@ -158,8 +158,9 @@ def test_a_connector_that_names_hosts(instance: Instance, app: str) -> None:
         lines = instance.command("torpor", "egress", guest.id, "--json").stdout.splitlines()
         return [(one["what"], one["name"], one["verdict"]) for one in map(json.loads, lines)]
 
+    policy = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
     with connected(instance, "subnet-none", "sg-names") as arn:
-        vm = instance.launch(app, egressNetworkConnectors=[arn])
+        vm = instance.launch(app, egressNetworkConnectors=[arn], idlePolicy=policy)
         try:
             guest = Guest(instance, vm)
             for _ in range(2):
@@ -168,7 +169,7 @@ def test_a_connector_that_names_hosts(instance: Instance, app: str) -> None:
                 answer = guest.connect(SERVER, PORT, hex=said("example.com"))
                 assert answer["heard"].startswith(f"{UPLINK} \x16\x03"), "as it was said"
                 assert guest.connect(SERVER, PORT, hex=said("example.org")) == {"heard": "\x15\x03\x03\0\x02\x02\x31"}
-                assert guest.connect(SERVER, PORT)["heard"].startswith("HTTP/1.1 403 ")
+                assert guest.connect(SERVER, PORT, hex=b"SSH-2.0-x\r\n\r\n".hex())["heard"].startswith("HTTP/1.1 403 ")
                 assert "GET / " in guest.connect(SERVER, PORT + 1, hex=b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n".hex())["heard"]
                 assert guest.fetch(f"{METADATA}/latest/meta-data/")["status"] == 401
                 assert "error" in guest.connect(PRIVATE)
