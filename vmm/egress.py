@@ -30,6 +30,9 @@ from .namespaces import destroy_namespace, inside, make_namespace, run_batch, ru
 
 DEVICE = "up0"
 METADATA_ADDRESS = "169.254.169.254"
+# Of a guest, to the outside and to its host's end: the kernel's table of connections, which is everybody's, the host's own too, has room
+# for 262,144 by default.
+MOST_CONNECTIONS = 4096
 RELAY_PORT = 3129  # on the link's own end
 _DEADLINE_SECONDS = 20
 _WAN = "wan0"
@@ -62,7 +65,7 @@ NOT_OURS = "ct state invalid drop\niifname {tap} ip saddr != {guest} drop\n"
 
 def link_rules(tap: str, guest: str, accepts: list[str], closed: list[str]) -> str:
     """Returns the table of one link: translation, and what may pass. `accepts` are nft matches. What belongs to no connection is not
-    translated, and would leave with whatever source a guest gave it; a guest has one address."""
+    translated, and would leave with whatever source a guest gave it; a guest has one address, and so many connections."""
     merged = ipaddress.collapse_addresses(map(ipaddress.IPv4Network, closed))  # an nft set takes no ranges that overlap
     drops = f"iifname {tap} ip daddr {{ {', '.join(map(str, merged))} }} drop\n" if closed else ""
     passes = "".join(f"iifname {tap} {match} accept\n" for match in accepts)
@@ -71,7 +74,9 @@ def link_rules(tap: str, guest: str, accepts: list[str], closed: list[str]) -> s
         "table ip egress {\n"
         "chain forward {\ntype filter hook forward priority 0; policy drop;\n"
         f"{NOT_OURS.format(tap=tap, guest=guest)}ct state established,related accept\n"
-        f"{drops}{passes}}}\n"
+        f"{drops}iifname {tap} ct count over {MOST_CONNECTIONS} drop\n{passes}}}\n"
+        "chain input {\ntype filter hook input priority 0;\nct state established,related accept\n"
+        f"iifname {tap} ct count over {MOST_CONNECTIONS} drop\n}}\n"
         f"chain translate {{\ntype nat hook postrouting priority srcnat;\noifname {DEVICE} masquerade\n}}\n}}\n"
     )
 

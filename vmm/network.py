@@ -39,6 +39,7 @@ GUEST_MAC = "02:fc:00:00:00:02"
 TAP = "tap0"
 _SO_RCVBUFFORCE = 33  # socket(7); Python has no name for it
 _NAMES_BYTES = 1 << 20
+_METADATA_HOPS = 1  # EC2's default: a container with a network of its own does not get its guest's role
 
 SETUP = f"""\
 link set lo up
@@ -333,7 +334,9 @@ def _services() -> tuple[socket.socket, ...]:
     """Metadata, DNS over UDP, DNS over TCP; the guest knows no other address of ours."""
     names = _bound(HOST_ADDRESS, 53, socket.SOCK_DGRAM)
     names.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _NAMES_BYTES)  # a burst of questions waits here until control reads
-    return _listening(METADATA_ADDRESS, 80), names, _listening(HOST_ADDRESS, 53)
+    credentials = _listening(METADATA_ADDRESS, 80)
+    credentials.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, _METADATA_HOPS)
+    return credentials, names, _listening(HOST_ADDRESS, 53)
 
 
 def _listening(address: str, port: int) -> socket.socket:

@@ -24,6 +24,8 @@ _TTL_FIELD = "x-aws-ec2-metadata-token-ttl-seconds"
 _LONGEST_SECONDS = 21_600
 _TOKENS = 64
 _PREFIX = "/latest/meta-data/"
+_ADDRESS = "169.254.169.254"
+_OWN_NAMES = frozenset({_ADDRESS, f"{_ADDRESS}:80"})
 _ROLE = "execution_role"
 
 Issue = Callable[[], Awaitable[Credentials]]
@@ -42,6 +44,8 @@ class Metadata:
         """(status, media type, text)."""
         path = path.partition("?")[0]
         if "x-forwarded-for" in fields:  # a proxy that passes strangers' requests on is not the guest
+            return 403, "text/plain", "Forbidden"
+        if fields.get("host", _ADDRESS) not in _OWN_NAMES:  # a page whose name was led here, in a browser of the guest's (DNS rebinding)
             return 403, "text/plain", "Forbidden"
         if path == "/latest/api/token":
             return self._token(fields) if method == "PUT" else (405, "text/plain", "Method Not Allowed")

@@ -157,6 +157,7 @@ class NamedWay:
         self._directory = directory
         self._opened: list[Any] = []
         self.guests: Any = None
+        self.issue: Any = None  # gives credentials, where the microVM has a role
         link, guest, world = self.link, self.guest, self.world.namespace
         link.ip("link", "add", TAP, "type", "veth", "peer", "name", "eth0", "netns", guest.path)
         link.ip("link", "add", DEVICE, "type", "veth", "peer", "name", "w0", "netns", world.path)
@@ -185,10 +186,10 @@ class NamedWay:
             sockets.append(self.link.inside(lambda: _listening(HOST_ADDRESS, RELAY_PORT)))
         settings = Settings(root=self._directory, egress={"resolvers": [SERVER]})
         host = SimpleNamespace(socket=self._socket)
-        self.guests = Guests(settings, None, None, host, self.audit)  # type: ignore[arg-type]
+        self.guests = Guests(settings, SimpleNamespace(of=lambda role, name: self.issue), None, host, self.audit)  # type: ignore[arg-type]
         if not process:
             self.guests._proxy = InProcess()
-        session = SimpleNamespace(id="vm-1", incarnation=1, account="1", execution_role=None)
+        session = SimpleNamespace(id="vm-1", incarnation=1, account="1", execution_role="role" if self.issue else None)
         self._opened.append(await self.guests.for_session(session, sockets, rules))
         if rules.hosts:
             async with asyncio.timeout(30):

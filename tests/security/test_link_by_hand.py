@@ -11,7 +11,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from test_way_out import LINK, STRANGER, SYN, TARGET, WORLD, Way, _sum, _tcp
@@ -20,7 +20,7 @@ from test_way_out import _write as write
 from gateway.addresses import CLOSED
 from vmm.egress import link_rules
 from vmm.namespaces import run_batch
-from vmm.network import GUEST_ADDRESS, GUEST_ADDRESS6, GUEST_MAC, HOST_ADDRESS, HOST_ADDRESS6, HOST_MAC, TAP, harden
+from vmm.network import _SO_RCVBUFFORCE, GUEST_ADDRESS, GUEST_ADDRESS6, GUEST_MAC, HOST_ADDRESS, HOST_ADDRESS6, HOST_MAC, TAP, harden
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces")
 ARP, VLAN, IPV4, IPV6 = 0x0806, 0x8100, 0x0800, 0x86DD
@@ -88,13 +88,16 @@ class Link(Way):
     def passed(self) -> list[tuple[int, bytes]]:
         """(ethertype, packet) of what left for the world, but for what the link itself says to its neighbour there."""
         self.put(syn(port=LAST))
+        return self.come(lambda packet: packet[9] == 6 and struct.unpack_from("!H", packet, (packet[0] & 15) * 4 + 2)[0] == LAST)
+
+    def come(self, is_last: Callable[[bytes], bool]) -> list[tuple[int, bytes]]:
         found, deadline = [], time.monotonic() + 5
         while select.select([self.outside], [], [], max(0.0, deadline - time.monotonic()))[0]:
             data, (_, _, direction, _, _) = self.outside.recvfrom(4096)
             kind, packet = struct.unpack_from("!H", data, 12)[0], data[14:]
             if direction == socket.PACKET_OUTGOING or kind == ARP or (kind == IPV6 and packet[6] in (0, 58)):
                 continue
-            if kind == IPV4 and packet[9] == 6 and struct.unpack_from("!H", packet, (packet[0] & 15) * 4 + 2)[0] == LAST:
+            if kind == IPV4 and is_last(packet):
                 return found
             found.append((kind, packet))
         raise AssertionError("the last packet did not pass: nothing here shows anything")
@@ -108,6 +111,7 @@ class Link(Way):
 def listening(device: str) -> socket.socket:
     one = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ALL))
     one.bind((device, ALL))
+    one.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 8 << 20)
     return one
 
 
