@@ -34,6 +34,7 @@ log = structlog.get_logger()
 _CONNECT_SECONDS = 10.0
 _AGAIN_SECONDS, _AGAIN_MOST_SECONDS = 0.5, 30.0
 _END_SECONDS = 5.0
+_LINGER_SECONDS = 60.0
 _BURST, _RATE = 256, 50  # connections of a microVM at once, and a second
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LANG")
 MakeSocket = Callable[[], Awaitable[socket.socket]]
@@ -133,8 +134,8 @@ class _Served:
 
 
 class Proxy:
-    """Keeps the relay's process for as long as somebody needs it, and starts another one where it dies: microVMs' connections end then, and
-    new ones wait until it is there."""
+    """One account's. Keeps the relay's process for as long as a microVM needs it, and a minute longer; starts another one where it dies:
+    microVMs' connections end then, and new ones wait until it is there."""
 
     def __init__(self) -> None:
         self._served: dict[str, _Served] = {}
@@ -170,6 +171,11 @@ class Proxy:
             ends: list[m.RelayEnd] = await relay.call("stop", m.RelaySession(session), list[m.RelayEnd])
             for end in ends:
                 self._end(end)
+        asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._rest, relay)
+
+    def _rest(self, relay: Connection) -> None:
+        if not self._served:
+            relay.close()
 
     async def _hand_over(self, relay: Connection, session: str) -> None:
         served = self._served.get(session)

@@ -1,8 +1,8 @@
 """The relay: passes on connections of guests to hosts that their connectors allow by name.
 
-`python -m gateway.guest.relay DESCRIPTOR`, a process of control's that reads what guests send, and so has as little as it needs: it opens
-no file and connects to nothing (gateway/confine.py). What a client names it reads itself; whether that is allowed control says, and hands
-over a socket that is connected. Nothing is decrypted. It ends with control.
+`python -m gateway.guest.relay DESCRIPTOR`, a process of control's for each account, that reads what guests send, and so has as little as it
+needs: it opens no file and connects to nothing (gateway/confine.py). What a client names it reads itself; whether that is allowed control
+says, and hands over a socket that is connected. Nothing is decrypted. It ends with control.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from .client_hello import HANDSHAKE, ClientHelloReader, Malformed
 from .http_host import HostReader
 
 CONNECTIONS = 256  # of a microVM; more wait in its own network
-_ALL_CONNECTIONS = 4096
 _PEEK_SECONDS = 10.0  # for a client to say whom it wants
 _VERDICT_SECONDS = 40.0
 _IDLE_SECONDS, _SWEEP_SECONDS = 3600.0, 60.0
@@ -109,7 +108,6 @@ class Relay:
 
     def __init__(self) -> None:
         self._served: dict[str, _Served] = {}
-        self._room = asyncio.Semaphore(_ALL_CONNECTIONS)
 
     async def rpc_serve(self, connection: Connection, body: m.RelayListen, descriptors: list[int]) -> None:
         await self.rpc_stop(connection, m.RelaySession(body.session))
@@ -149,16 +147,13 @@ class Relay:
                 pass
             finally:
                 own.release()
-                self._room.release()
 
         while True:
             await own.acquire()
-            await self._room.acquire()
             try:
                 sock, _ = await loop.sock_accept(served.listener)
             except OSError:
                 own.release()
-                self._room.release()
                 await asyncio.sleep(_ACCEPT_PAUSE_SECONDS)
                 continue
             served.spawn(serve(sock))
@@ -232,14 +227,14 @@ async def _peek(sock: socket.socket, peeked: Peeked) -> None:
 
 async def _pour(source: socket.socket, target: socket.socket, one: _Passing, is_sent: bool) -> None:
     """What is read is written before more is read. Raises OSError."""
-    loop, buffer = asyncio.get_running_loop(), memoryview(bytearray(_BUFFER_BYTES))
-    while count := await loop.sock_recv_into(source, buffer):
-        await loop.sock_sendall(target, buffer[:count])
+    loop = asyncio.get_running_loop()
+    while data := await loop.sock_recv(source, _BUFFER_BYTES):  # one that is idle has no buffer
+        await loop.sock_sendall(target, data)
         one.used = loop.time()
         if is_sent:
-            one.sent += count
+            one.sent += len(data)
         else:
-            one.received += count
+            one.received += len(data)
     target.shutdown(socket.SHUT_WR)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -105,7 +106,7 @@ class Guests:
         self._store = store
         self._host = host
         self._audit = audit
-        self._proxy = Proxy()
+        self._proxies: defaultdict[str, Proxy] = defaultdict(Proxy)  # by account: none sees, or takes from, another's connections
 
     async def for_session(self, session: Session, sockets: list[socket.socket], rules: EgressRules | None) -> Services:
         role = session.execution_role
@@ -125,7 +126,8 @@ class Guests:
         return await self._issuer.make(str(version.request["buildRoleArn"]), session)
 
     async def close(self) -> None:
-        await self._proxy.close()
+        for proxy in self._proxies.values():
+            await proxy.close()
 
     async def _open(
         self, sockets: list[socket.socket], session: str, incarnation: int, account: str, role: str | None, rules: EgressRules | None
@@ -140,7 +142,8 @@ class Guests:
             names = AllowedNames(rules, lambda question: ask(upstream, question), audit.name)
             reply = names.reply
             if listener:
-                self._proxy.serve(session, Gate(names, audit, lambda: self._host.socket(session, incarnation)), listener[0])
-                services.on_close = lambda: self._proxy.stop(session)
+                proxy = self._proxies[account]
+                proxy.serve(session, Gate(names, audit, lambda: self._host.socket(session, incarnation)), listener[0])
+                services.on_close = lambda: proxy.stop(session)
         await services.open(credentials, datagrams, streams, metadata, upstream, reply)
         return services

@@ -175,7 +175,7 @@ class NamedWay:
 
     async def open(
         self, *hosts: str, networks: tuple[str, ...] = (), ports: tuple[str, ...] = (), closed: tuple[str, ...] = CLOSED,
-        is_walled: bool = True, process: bool = False,
+        is_walled: bool = True, process: bool = False, account: str = "1", guests: Guests | None = None,
     ) -> None:  # fmt: skip
         rules = EgressRules(False, list(networks), list(ports), list(hosts)) if is_walled else EgressRules()
         text = link_rules(TAP, GUEST_ADDRESS, accepts_of(rules) if is_walled else ["ip protocol tcp"], [])
@@ -186,14 +186,14 @@ class NamedWay:
             sockets.append(self.link.inside(lambda: _listening(HOST_ADDRESS, RELAY_PORT)))
         settings = Settings(root=self._directory, egress={"resolvers": [SERVER]})
         host = SimpleNamespace(socket=self._socket)
-        self.guests = Guests(settings, SimpleNamespace(of=lambda role, name: self.issue), None, host, self.audit)  # type: ignore[arg-type]
+        self.guests = guests or Guests(settings, SimpleNamespace(of=lambda role, name: self.issue), None, host, self.audit)  # type: ignore[arg-type]
         if not process:
-            self.guests._proxy = InProcess()
-        session = SimpleNamespace(id="vm-1", incarnation=1, account="1", execution_role="role" if self.issue else None)
+            self.guests._proxies[account] = InProcess()
+        session = SimpleNamespace(id=f"vm-{account}", incarnation=1, account=account, execution_role="role" if self.issue else None)
         self._opened.append(await self.guests.for_session(session, sockets, rules))
         if rules.hosts:
             async with asyncio.timeout(30):
-                while self.guests._proxy._relay is None:
+                while self.guests._proxies[account]._relay is None:
                     await asyncio.sleep(0.01)
 
     async def _socket(self, session: str, incarnation: int) -> socket.socket:
@@ -245,10 +245,14 @@ class NamedWay:
     def verdicts(self) -> list[tuple[str, str]]:
         return [(line["verdict"], line["reason"]) for line in self.lines() if line["verdict"] != "ended"]
 
-    async def close_services(self) -> None:
+    def shut(self) -> None:
+        """The microVM sleeps."""
         for one in self._opened:
             one.close()
         self._opened.clear()
+
+    async def close_services(self) -> None:
+        self.shut()
         if self.guests is not None:
             await self.guests.close()
 

@@ -149,7 +149,7 @@ async def test_http_is_known_by_its_host(way: NamedWay) -> None:
 
 async def test_metadata_is_not_what_http_is_allowed_to(way: NamedWay) -> None:
     await way.open(f"http:{NAME}")
-    answer = await way.say(METADATA_ADDRESS, 80, b"GET /latest/meta-data/ HTTP/1.1\r\nHost: x\r\n\r\n", b"", seconds=3)
+    answer = await way.say(METADATA_ADDRESS, 80, b"GET /latest/meta-data/ HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n", b"", seconds=3)
     assert (answer or b"").startswith(b"HTTP/1.1 401 ")
 
 
@@ -322,11 +322,38 @@ async def test_the_relay_is_a_process_that_another_takes_the_place_of(way: Named
     assert children() != [child]
 
 
+async def test_a_relay_that_nobody_needs_ends(way: NamedWay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "_LINGER_SECONDS", 0.01)
+    await way.open(HTTPS, process=True)
+    assert await way.say(ADDRESS, 443, real(NAME), seconds=30) is not None
+    running = way.guests._proxies["1"]._running
+    assert running is not None and children()
+    way.shut()
+    async with asyncio.timeout(30):
+        await running
+    assert children() == []
+    assert [line["verdict"] for line in way.lines()] == ["allowed", "ended"]
+
+
+@pytest.mark.parametrize(("account", "relays"), [("2", 2), ("1", 1)])
+async def test_each_account_has_a_relay_of_its_own(
+    way: NamedWay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, account: str, relays: int
+) -> None:
+    """Whoever takes one over, or fills it, has its own account's connections."""
+    other = NamedWay(tmp_path, monkeypatch)
+    try:
+        await way.open(HTTPS, process=True)
+        await other.open(HTTPS, process=True, account=account, guests=way.guests)
+        assert len(children()) == relays
+    finally:
+        await other.close()
+
+
 def children() -> list[int]:
     found = []
     for task in Path(f"/proc/{os.getpid()}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            for child in (task / "children").read_text().split():
                 if b"gateway.guest.relay" in Path(f"/proc/{child}/cmdline").read_bytes():
                     found.append(int(child))
     return found
