@@ -26,7 +26,7 @@ from gateway.sessions import room as rooms
 from gateway.sessions.agent import AgentError
 from gateway.sessions.archive import Archive, ArchiveError
 from gateway.sessions.channels import Channels
-from gateway.sessions.egress import rules_of
+from gateway.sessions.egress import has_hosts, rules_of
 from gateway.sessions.frame import frame
 from gateway.sessions.logs import LogStore
 from gateway.sessions.model import Archived, Connector, Session
@@ -236,6 +236,11 @@ async def test_what_connectors_let_a_session_reach(tmp_path: Path) -> None:
     assert rules_of(Egress(closed=True), store, [INTERNET]) is None
     arn = connector(store, ["subnet-a", "subnet-unknown"], ["sg-web"])
     assert rules_of(settings, store, [arn]) == m.EgressRules(False, ["10.0.0.0/8"], ["tcp:443"])
+    assert not has_hosts(rules_of(settings, store, [arn])) and not has_hosts(None)
+    named = Egress(subnets={"subnet-none": []}, security_groups={"sg-web": ["tcp:443", "https:api.example.org"]})
+    connector(store, ["subnet-none"], ["sg-web"])
+    assert rules_of(named, store, [arn]) == m.EgressRules(False, [], ["tcp:443"], ["https:api.example.org"])
+    assert has_hosts(rules_of(named, store, [arn]))
     connector(store, ["subnet-unknown"])
     assert rules_of(settings, store, [arn]) is None, "it names nothing that is there"
     store._records["connectors"].clear()

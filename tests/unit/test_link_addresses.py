@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from gateway.config import ConfigError, load
-from gateway.messages import Shape
+from gateway.messages import EgressRules, Shape
 from vmm import sandboxes
 from vmm.cgroups import Cgroups
-from vmm.egress import Pairs
+from vmm.egress import Pairs, accepts_of, named_rules
 from vmm.errors import Unavailable
 from vmm.sandboxes import SandboxAllocator
 
@@ -116,3 +116,28 @@ def test_a_sandbox_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="No space"):
         one.allocate(SHAPE)
     assert not list(tmp_path.iterdir()) and not one._uids
+
+
+HOSTS = ["https:api.example.org", "tcp:db.example.org:5432"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "matches"),
+    [
+        (EgressRules(False, ["10.0.0.0/8"], []), ["ip daddr 10.0.0.0/8 tcp dport 1-65535"]),
+        (EgressRules(False, ["10.0.0.0/8"], ["udp:53-60"]), ["ip daddr 10.0.0.0/8 udp dport 53-60"]),
+        (EgressRules(False, ["10.0.0.0/8"], [], HOSTS), []),
+        (EgressRules(False, ["10.0.0.0/8"], ["tcp:443"], HOSTS), ["ip daddr 10.0.0.0/8 tcp dport 443"]),
+        (EgressRules(False, [], [], HOSTS), []),
+    ],
+)
+def test_groups_that_name_hosts_alone_open_no_port_of_a_subnet(rules: EgressRules, matches: list[str]) -> None:
+    assert accepts_of(rules) == matches
+
+
+def test_ports_of_hosts_lead_to_the_relay() -> None:
+    text = named_rules(
+        "tap0", "169.254.77.2", ("169.254.77.1",), EgressRules(False, [], [], [*HOSTS, "http:a.example.org"]), ["10.0.0.0/8"]
+    )
+    assert "tcp dport { 80, 443, 5432 } redirect to :3129" in text
+    assert named_rules("tap0", "169.254.77.2", ("169.254.77.1",), EgressRules(False, ["10.0.0.0/8"]), ["10.0.0.0/8"]) == ""
