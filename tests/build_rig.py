@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import subprocess
 import tarfile
@@ -32,14 +33,17 @@ class Rig:
         self.builder = Builder(directory, directory / "netns", self.cgroups, made)
 
     async def begin(
-        self, dockerfile: str, account: str = "111111111111", logins: dict[str, str] | None = None, **files: str
+        self, dockerfile: str, account: str = "111111111111", logins: dict[str, str] | None = None,
+        links: dict[str, str] | None = None, programs: dict[str, Path] | None = None,
     ) -> tuple[str, asyncio.Task[str]]:  # fmt: skip
-        """The build's name, and its log when it is over. `files` are symbolic links of the context, by their names."""
+        """The build's name, and its log when it is over. The context has the Dockerfile, symbolic links and programs."""
         name = uuid.uuid4().hex
         (self.directory / f"{name}.Dockerfile").write_text(dockerfile)
         with tarfile.open(self.directory / f"{name}.tar", "w") as archive:
             archive.add(self.directory / f"{name}.Dockerfile", "Dockerfile")
-            for link, target in files.items():
+            for program, path in (programs or {}).items():
+                archive.add(path, program)
+            for link, target in (links or {}).items():
                 member = tarfile.TarInfo(link)
                 member.type, member.linkname = tarfile.SYMTYPE, target
                 archive.addfile(member)
@@ -57,6 +61,9 @@ class Rig:
         name, log = await self.begin(dockerfile, account, **more)
         said = await log
         return await self.builder.result(name), said
+
+    def allow_pulls(self) -> None:
+        self.builder._settings = dataclasses.replace(self.builder._settings, pull=True)
 
     def in_store(self, account: str, command: str) -> str:
         """A command's output in an account's layers."""

@@ -30,6 +30,7 @@ log = structlog.get_logger()
 _URI = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([^\x00-\x1f]+?)(?:\?versionId=([^\s?&]+))?")
 _NO_TEXT = re.compile("[\ud800-\udfff]")
 _UNPACK_SECONDS = 180
+_TOLD_BYTES = 64 << 10  # that the unpacker may say: a line, which may name an entry
 _CHUNK = 1 << 20
 _ENVIRONMENT = ("PATH", "LANG", "TZ", "HOME", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")  # without credentials
 _FETCH_SECONDS, _FETCH_BYTES_PER_SECOND = 120, 256 << 10  # and so many seconds more for each that came
@@ -123,6 +124,19 @@ class _Told(msgspec.Struct):
     walls: list[str] = []
 
 
+async def _said(process: asyncio.subprocess.Process, pipe: asyncio.StreamReader | None) -> bytes:
+    """Returns what the process has said there. One that says more than it may has been taken over, and is ended; the pipe's rest is read,
+    or its end would not be seen."""
+    assert pipe is not None
+    said = bytearray()
+    while data := await pipe.read(_TOLD_BYTES):
+        said += data[: _TOLD_BYTES - len(said)]
+        if len(said) == _TOLD_BYTES and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+    return bytes(said)
+
+
 async def unpack(settings: Settings, archive: Path, target: Path) -> None:
     """Writes the build's context and its Dockerfile (gateway.images.unpack) below `target`.
 
@@ -140,7 +154,8 @@ async def unpack(settings: Settings, archive: Path, target: Path) -> None:
     )  # fmt: skip
     try:
         async with asyncio.timeout(_UNPACK_SECONDS):
-            out, errors = await process.communicate()
+            out, errors = await asyncio.gather(_said(process, process.stdout), _said(process, process.stderr))
+            await process.wait()
     except TimeoutError as error:
         raise BuildFailed("ARCHIVE_INVALID", f"the artifact was not unpacked in {_UNPACK_SECONDS} s") from error
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,12 +19,14 @@ UIDS = 1_000_000  # an image's files may belong to users up to this one (vmm map
 _UID_MAX = (1 << 32) - 2
 _DIGITS_MOST = 20
 _TEXT_MOST, _VALUE_MOST = 8192, 1024
+_STAGES_MOST, _VARIABLES_MOST = 1000, 1000  # of a file, and of a stage: each stage has a copy of its base's
 _DIRECTIVE = re.compile(r"#\s*([a-zA-Z][a-zA-Z0-9]*)\s*=\s*(.+?)\s*$")
 _STOCK = re.compile(r"(?:docker\.io/)?docker/dockerfile(?:-upstream)?(?::(?P<tag>[\w.-]+))?(?:@sha256:[0-9a-f]{64})?")
 _TRANSPORTS = ("oci", "oci-archive", "dir", "docker-archive", "docker-daemon", "containers-storage", "ostree", "sif", "tarball")
 _WORD = re.compile(r"""(?:[^\s"'\\]|\\.|"(?:\\.|[^"\\])*"|'[^']*')+""")
 _HEREDOC = re.compile(r"\d*<<(-?)([\"']?)([^\s<\"']+)\2")
-_VARIABLE = re.compile(r"\$(?:\{(?P<braced>\w+)(?::?-(?P<default>[^}]*))?\}|(?P<plain>\w+))")
+# A default has an end to its length: an open brace is looked for in vain from each beginning of one.
+_VARIABLE = re.compile(r"\$(?:\{(?P<braced>\w+)(?::?-(?P<default>[^}]{0,256}))?\}|(?P<plain>\w+))")
 _FLAG = re.compile(r"--([a-z]+)=(\"[^\"]*\"|'[^']*'|\S+)")
 _OCTAL = re.compile(r"0?[0-7]{1,4}")
 
@@ -64,12 +67,16 @@ def prepare(data: bytes, base_names: Sequence[str], pull: bool, architecture: st
             arguments |= _assigned(one.text, arguments)
         elif one.keyword == "FROM":
             name, base = _from(one, lines, arguments, base_names, stages, architecture, made.notes)
+            if len(stages) == _STAGES_MOST:
+                raise _refused(one.lines[0], f"more than {_STAGES_MOST} stages")
             stage = stages[name] = _Stage(base.users, dict(base.environment)) if base is not None else _Stage()
         elif one.keyword == "ARG":
             stage.arguments |= {name: arguments[name] for name in one.text.split() if name in arguments}
             stage.arguments |= _assigned(one.text, stage.values)
         elif one.keyword == "ENV":
             stage.environment |= _assigned(one.text, stage.values)
+            if len(stage.environment) > _VARIABLES_MOST:
+                raise _refused(one.lines[0], f"more than {_VARIABLES_MOST} variables")
         elif one.keyword == "USER":
             stage.users = _users(one, substitute(one.text, stage.values))
         elif one.keyword in ("COPY", "ADD"):
@@ -91,9 +98,9 @@ class _Stage:
     arguments: dict[str, str] = field(default_factory=dict)
 
     @property
-    def values(self) -> dict[str, str]:
+    def values(self) -> Mapping[str, str]:
         """Returns what a variable means: ENV goes before ARG (Dockerfile reference, "Using ARG variables")."""
-        return self.arguments | self.environment
+        return ChainMap(self.environment, self.arguments)
 
 
 def _assigned(text: str, values: Mapping[str, str]) -> dict[str, str]:
@@ -127,11 +134,12 @@ def _directives(lines: list[str], pull: bool) -> str:
         if name == "check":
             first = number if first is None else first
             continue
-        stock = _STOCK.fullmatch(match[2].split()[0])
+        front_end = match[2].partition(" ")[0]
+        stock = _STOCK.fullmatch(front_end)
         if pull and (stock is None or "labs" in (stock["tag"] or "")):
             return escape  # it is pulled, and reads the file in our stead
         if stock is None:
-            raise _refused(number, f"# syntax= names the front end {match[2].split()[0]}, which is not pulled here: images.pull is off")
+            raise _refused(number, f"# syntax= names the front end {front_end}, which is not pulled here: images.pull is off")
         lines[number] = line.replace("=", " ", 1)
         first = number if first is None else first
     return escape

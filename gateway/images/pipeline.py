@@ -41,7 +41,7 @@ from .artifact import BuildFailed, as_text
 from .container import ContainerError, agent_entries, exposed_ports, parse_config, reserved_variables
 from .hints import hints
 from .readiness import Readiness
-from .unpack import CONTEXT, DOCKERFILE
+from .unpack import CONTEXT, DOCKERFILE, DOCKERFILE_BYTES
 
 log = structlog.get_logger()
 
@@ -158,8 +158,11 @@ class Pipeline:
     def _prepare(self, file: Path, platform: str) -> dockerfile.Prepared:
         """Raises BuildFailed."""
         images = self._settings.images
-        with os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as given:  # whose writer reads strangers' files
-            data = given.read()
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with os.fdopen(os.open(file, flags), "rb") as given:  # whose writer reads strangers' files, and may have been taken over by one
+            data = given.read(DOCKERFILE_BYTES + 1)
+        if len(data) > DOCKERFILE_BYTES:
+            raise BuildFailed("ARCHIVE_INVALID", f"the Dockerfile has more than {DOCKERFILE_BYTES} bytes")
         made = dockerfile.prepare(data, images.base_names, images.pull, platform)
         file.write_text(made.text, encoding="utf-8", errors="surrogateescape")
         return made

@@ -33,7 +33,7 @@ from gateway.confine import confine
 DOCKERFILE = "Dockerfile"
 CONTEXT = "context.tar"
 _FOLLOWED = (DOCKERFILE, ".dockerignore", f"{DOCKERFILE}.dockerignore")  # files that the builder itself opens
-_DOCKERFILE_BYTES = 1 << 20
+DOCKERFILE_BYTES = 1 << 20
 _SMALL_BYTES = 1 << 16  # of an archive: below, its ratio says nothing
 _NAME_MAX, _PATH_MAX, _DEPTH_MAX = 255, 1024, 64
 _LINK_MAX, _LINKS_FOLLOWED = 4096, 40
@@ -189,8 +189,8 @@ def unpack(archive: Path, target: Path, max_bytes: int, max_entries: int, max_ra
             dockerfile = followed[DOCKERFILE]
             if dockerfile is None:
                 raise ArchiveError(f"the artifact has no {DOCKERFILE} at its root", "ARCHIVE_DOCKERFILE_NOT_FOUND")
-            if dockerfile.info.file_size > _DOCKERFILE_BYTES:
-                raise ArchiveError(f"entry {dockerfile.name} has {dockerfile.info.file_size} bytes; {_DOCKERFILE_BYTES} are taken")
+            if dockerfile.info.file_size > DOCKERFILE_BYTES:
+                raise ArchiveError(f"entry {dockerfile.name} has {dockerfile.info.file_size} bytes; {DOCKERFILE_BYTES} are taken")
             _write_tree(source, found, target / CONTEXT, most)
             with source.open(dockerfile.info) as data:
                 (target / DOCKERFILE).write_bytes(data.read())

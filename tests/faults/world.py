@@ -155,11 +155,16 @@ class Program:
 class Unpacker(Program):
     """python -m gateway.images.unpack."""
 
-    said: dict[str, str]
+    def __init__(self, arguments: tuple[str, ...], named: dict[str, Any]) -> None:
+        super().__init__(arguments, named)
+        self.said: dict[str, str] = {}
+        self.stdout = self.stderr = self
 
-    async def communicate(self) -> tuple[bytes, bytes]:
+    async def read(self, size: int) -> bytes:
+        """The end of both pipes, and once, of one of them, what it says."""
         await self.wait()
-        return json.dumps(self.said).encode(), b""
+        said, self.said = self.said, {}
+        return json.dumps(said).encode() if said else b""
 
     def work(self) -> None:
         archive, target, *bounds = self.arguments[3:]

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import platform
+import resource
 import shutil
 import socket
 import subprocess
@@ -109,6 +110,31 @@ async def test_control_follows_no_link_that_it_finds(tmp_path: Path) -> None:
     request = m.BuildRequest("b", "image", "1", [], 1, {})
     with pytest.raises(OSError, match="symbolic link"):
         await Host(None, tmp_path).build(request, tmp_path / "plain", tmp_path / "Dockerfile")  # type: ignore[arg-type]
+
+
+async def test_one_that_was_taken_over_cannot_fill_controls_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its output, on either pipe, or by the file that control reads itself."""
+    start, processes = asyncio.create_subprocess_exec, []
+
+    async def flood(*words: Any, **named: Any) -> Any:
+        processes.append(await start("sh", "-c", f"exec yes '{{' >&{1 + len(processes)}", **named))
+        return processes[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", flood)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        async with asyncio.timeout(30):
+            with pytest.raises(artifact.BuildFailed, match="could not be unpacked"):
+                await artifact.unpack(Settings(root=tmp_path), tmp_path / "a.zip", tmp_path / "context")
+    assert [process.returncode for process in processes] == [-9, -9]
+    (tmp_path / "Dockerfile").write_bytes(b"FROM x\n")
+    os.truncate(tmp_path / "Dockerfile", 1 << 34)
+    pipeline = Pipeline(Settings(root=tmp_path), None, None, lambda job: None, None)  # type: ignore[arg-type]
+    with pytest.raises(artifact.BuildFailed, match="ARCHIVE_INVALID: the Dockerfile has more than 1048576 bytes"):
+        pipeline._prepare(tmp_path / "Dockerfile", "amd64")
+    os.truncate(tmp_path / "Dockerfile", 7)
+    pipeline._prepare(tmp_path / "Dockerfile", "amd64")  # positive control: of that length it is read
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 128 << 10, "KiB"
 
 
 def test_the_filter_refuses_by_number_on_each_machine() -> None:

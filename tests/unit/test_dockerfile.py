@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from gateway.images.artifact import BuildFailed
@@ -209,3 +211,40 @@ def test_a_failure_that_buildkit_says_badly_is_explained(said: str, hint: str) -
 
 def test_an_ordinary_failure_has_no_hint() -> None:
     assert hints('ERROR: failed to solve: process "/bin/sh -c exit 3" did not complete successfully: exit code: 3') == []
+
+
+# ---- files that mean harm: control reads them beside everybody's calls ----
+
+MIB = 1 << 20
+_OPEN = b"ENV a=" + b"${b:-" * 1600 + b"\n"
+HARMFUL = {
+    "empty lines": b"FROM x\n" + b"\n" * MIB,
+    "continued lines": b"FROM x\nRUN a" + b" \\\nb" * (MIB // 5),
+    "one line of quotes": b'FROM x\nRUN "' + b"a 'b " * (MIB // 5),
+    "variables": b"FROM x\n" + b"ENV a=b\n" * (MIB // 8),
+    "defaults without an end": b"FROM x\n" + _OPEN * (MIB // len(_OPEN)),
+    "here-documents": b"FROM x\n" + b"RUN <<A\n" * (MIB // 8),
+    "owners": b"FROM x\n" + b"COPY --chown=5 a b\n" * (MIB // 20),
+}
+
+
+@pytest.mark.parametrize("what", HARMFUL)
+def test_a_file_that_means_harm_takes_little_of_controls_time(what: str) -> None:
+    """80,000 empty lines, or a line of `${b:-` again and again, took half a minute, in which no other account had an answer. A second or
+    two on an idle machine; it grows as the file does."""
+    began = time.thread_time()
+    prepare(HARMFUL[what][:MIB], [BASE], True, "amd64")
+    assert time.thread_time() - began < 8
+
+
+def test_what_each_stage_takes_over_is_bounded() -> None:
+    """20,000 stages with 20,000 variables each took gigabytes of control's memory: a file of a megabyte."""
+    names = " ".join(f"a{number}=b" for number in range(1000))
+    stages = "".join(f"FROM s{number} AS s{number + 1}\nENV c{number}=d\n" for number in range(999))
+    assert refusal(f"FROM x AS s0\nENV {names}\n{stages}", True) == "Dockerfile, line 4: more than 1000 variables"
+    assert refusal("FROM x\n" * 1001, True) == "Dockerfile, line 1001: more than 1000 stages"
+    made("FROM x\n" * 1000, True)
+
+
+def test_a_syntax_line_of_blanks_names_no_front_end() -> None:
+    assert "names the front end , which" in refusal(f"# syntax={' ' * 9}\nFROM {BASE}\n")
