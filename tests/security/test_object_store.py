@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +26,7 @@ from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
 from werkzeug.serving import make_server
 
-from gateway import listeners, objectstore
+from gateway import instance, listeners, objectstore
 from gateway import messages as m
 from gateway.accounts.directory import Directory
 from gateway.api.sigv4 import signing_key
@@ -306,3 +309,27 @@ async def test_another_store_is_asked_for_an_accounts_own_buckets_alone(tmp_path
     else:
         with pytest.raises(BuildFailed, match=f"S3_ACCESS_DENIED: s3://{name}/k may not be read by account {account}"):
             pipeline._account_reads(account, f"s3://{name}/k")
+
+
+def test_the_readmes_commands_work_with_the_profile_of_the_service(store: Rig, bucket: str, tmp_path: Path) -> None:
+    """`aws` as a user has it, with the profile that `torpor env` points at, and with another secret the refusal."""
+    settings = Settings(root=tmp_path, object_store={"port": store.port})  # type: ignore[arg-type]
+    settings.aws_dir.mkdir()
+    instance.write_aws_profile(settings, "AKIAALICE", "secret-a")
+    places = {name: value for name, value in instance.environment(settings).items() if name.startswith("AWS_C") or name.startswith("AWS_S")}
+    del places["AWS_CA_BUNDLE"]
+    (tmp_path / "app.zip").write_bytes(b"zip")
+
+    def aws(*words: str) -> str:
+        done = subprocess.run(
+            [str(Path(sys.prefix) / "bin/aws"), "s3", *words], env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | places,
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        return done.stdout + done.stderr
+
+    assert f"make_bucket: {bucket}-2" in aws("mb", f"s3://{bucket}-2")
+    assert "upload: " in aws("cp", str(tmp_path / "app.zip"), f"s3://{bucket}-2/app.zip")
+    url = aws("presign", f"s3://{bucket}-2/app.zip").strip()
+    assert store.raw("GET", url.partition(f":{store.port}")[2]) == (200, b"zip")
+    instance.write_aws_profile(settings, "AKIAALICE", "guessed")
+    assert "SignatureDoesNotMatch" in aws("ls")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -117,3 +119,113 @@ def test_a_value_is_signed_with_its_commas_as_they_are(api: ApiRig) -> None:
     """botocore signs `a, b` as it is; it was taken for `a,b`, and refused."""
     status, _, said = api.raw("GET", "/2025-09-09/microvms", headers={"X-Custom": "a, b  ,c"})
     assert status == 200, said
+
+
+# ---- what is signed is what is done: forms, lists, times ----
+
+
+def asked(api: ApiRig, method: str, target: str, headers: dict[str, str], body: bytes = b"") -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", api.port, timeout=30)
+    try:
+        connection.putrequest(method, target, skip_host="host" in {name.lower() for name in headers}, skip_accept_encoding=True)
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def signed(api: ApiRig, method: str = "GET", path: str = "/2025-09-09/microvms", body: bytes = b"", **headers: str) -> dict[str, str]:
+    request = AWSRequest(method, f"http://127.0.0.1:{api.port}{path}", data=body, headers=headers)
+    SigV4Auth(Credentials(KEY, SECRET), "lambda", REGION).add_auth(request)
+    return dict(request.headers)
+
+
+def query_form(
+    api: ApiRig, path: str = "/2025-09-09/microvms?maxResults=5", seconds: int = 300, token: str | None = None, **headers: str
+) -> str:
+    request = AWSRequest("GET", f"http://127.0.0.1:{api.port}{path}", headers=headers)
+    SigV4QueryAuth(Credentials(KEY, SECRET, token), "lambda", REGION, seconds).add_auth(request)
+    return str(request.prepare().url).partition(f":{api.port}")[2]
+
+
+def test_a_presigned_request_is_that_request_alone(api: ApiRig) -> None:
+    target = query_form(api)
+    assert asked(api, "GET", target, {})[0] == 200, "the control"
+    for method, changed, headers in (
+        ("POST", target, {}), ("GET", target.replace("microvms?", "microvm-images?"), {}), ("GET", target.replace("maxResults=5", "maxResults=6"), {}),
+        ("GET", f"{target}&nextToken=x", {}), ("GET", target.replace("X-Amz-Expires=300", "X-Amz-Expires=600"), {}),
+        ("GET", target.replace("%2Flambda%2F", "%2Flogs%2F"), {}), ("GET", target.replace("us-east-1", "eu-west-1"), {}),
+        ("GET", target, {"Host": "elsewhere"}), ("GET", target, {"X-Amz-Target": DESCRIBE}), ("GET", target, {"X-Amz-Security-Token": "t"}),
+        ("GET", f"{target}&X-Amz-Security-Token=t", {}),
+    ):  # fmt: skip
+        assert asked(api, method, changed, headers)[0] == 403, (method, changed, headers)
+
+
+def test_the_order_of_a_query_and_its_spelling_say_nothing(api: ApiRig) -> None:
+    path, _, query = query_form(api).partition("?")
+    assert asked(api, "GET", f"{path}?{'&'.join(reversed(query.split('&')))}", {})[0] == 200
+    assert asked(api, "GET", f"{path}?{query.replace('maxResults=5', 'max%52esults=%35')}", {})[0] == 200
+
+
+def test_fields_that_a_presigned_request_signs_have_to_come_with_it(api: ApiRig) -> None:
+    target = query_form(api, **{"X-Amz-Meta": "a"})
+    assert asked(api, "GET", target, {"X-Amz-Meta": "a"})[0] == 200
+    assert asked(api, "GET", target, {})[0] == asked(api, "GET", target, {"X-Amz-Meta": "b"})[0] == 403
+
+
+@pytest.mark.parametrize("seconds", [0, 604_801])
+def test_a_presigned_request_lives_for_a_week_at_most(api: ApiRig, seconds: int) -> None:
+    status, said = asked(api, "GET", query_form(api, seconds=seconds), {})
+    assert status == 403 and "IncompleteSignatureException" not in said and "X-Amz-Expires 1 to 604800" in said
+
+
+def test_a_list_of_signed_fields_is_exact(api: ApiRig) -> None:
+    """Names in lower case, sorted, with host among them: another list is another signature, or none."""
+    headers = signed(api, Custom="a")
+    assert asked(api, "GET", "/2025-09-09/microvms", headers)[0] == 200, "the control"
+    listed = headers["Authorization"].partition("SignedHeaders=")[2].partition(",")[0]
+    assert listed == "custom;host;x-amz-date"
+    for other in (
+        "host;custom;x-amz-date",
+        "custom;x-amz-date",
+        "Custom;Host;X-Amz-Date",
+        "custom;host",
+        "custom;host;host;x-amz-date",
+        "",
+        "custom;host;x-amz-date;x-more",
+    ):
+        changed = headers | {"Authorization": headers["Authorization"].replace(listed, other)}
+        assert asked(api, "GET", "/2025-09-09/microvms", changed)[0] == 403, other
+    assert asked(api, "GET", "/2025-09-09/microvms", headers | {"Custom": "b"})[0] == 403
+    assert asked(api, "GET", "/2025-09-09/microvms", headers | {"Other": "b"})[0] == 200, (
+        "what is not signed and decides nothing may be added, as by a proxy"
+    )
+
+
+def test_a_field_that_comes_twice_is_signed_as_both(api: ApiRig) -> None:
+    """Of two values the first was signed: a server that took the last one would do what nobody has signed."""
+    headers = signed(api, Custom="a")
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    host = f"Host: 127.0.0.1:{api.port}\r\n"
+    for more, status in (("", b"200"), ("Custom: b\r\n", b"403")):
+        with socket.create_connection(("127.0.0.1", api.port), 30) as sock:
+            sock.sendall(f"GET /2025-09-09/microvms HTTP/1.1\r\n{host}{lines}{more}\r\n".encode())
+            assert sock.recv(64).split(b" ")[1] == status
+
+
+def test_a_request_is_good_again_for_its_fifteen_minutes_and_as_it_was(api: ApiRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As AWS has it: a signature is no nonce. With another body it is none, and after its time neither; clientToken is what makes a deed one."""
+    body = b'{"name": "x"}'
+    headers = signed(api, "POST", "/2025-09-09/microvms", body)
+    first = asked(api, "POST", "/2025-09-09/microvms", headers, body)
+    assert first[0] == 400 and "ValidationException" not in first[1] and "imageIdentifier" in first[1]
+    assert asked(api, "POST", "/2025-09-09/microvms", headers, body) == first, "refused for what it says, and not for coming twice"
+    assert asked(api, "POST", "/2025-09-09/microvms", headers, body.replace(b"x", b"y"))[0] == 403
+    later = time.time()
+    for seconds, status in ((890, 400), (910, 403), (-890, 400), (-910, 403)):
+        monkeypatch.setattr(sigv4.check_head, "__defaults__", (lambda seconds=seconds: later + seconds,))
+        assert asked(api, "POST", "/2025-09-09/microvms", headers, body)[0] == status, seconds
