@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from .glob import MANY, MANY_IN_PART, ONE_IN_PART, Glob, elements
+
 Context = Mapping[str, list[str]]
 
 
@@ -35,37 +37,39 @@ _DECIMAL = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{1,18})?")
 
 
 @functools.lru_cache(4096)
-def _pattern(pieces: Pieces, fold: bool = False) -> re.Pattern[str]:
-    return re.compile("".join(re.escape(text) if is_itself else _glob(text) for text, is_itself in pieces), re.S | (re.I if fold else 0))
-
-
-def _glob(text: str, anything: str = ".") -> str:
-    return "".join(f"{anything}*" if c == "*" else anything if c == "?" else re.escape(c) for c in text)
-
-
-def _like(want: Pieces, have: str) -> bool:
-    return _pattern(want).fullmatch(have) is not None
+def _pattern(pieces: Pieces) -> Glob:
+    return Glob(element for text, is_itself in pieces for element in (text if is_itself else elements(text)))
 
 
 @functools.lru_cache(4096)
-def _resource_pattern(pieces: Pieces) -> re.Pattern[str]:
+def _action_pattern(text: str) -> Glob:
+    return Glob(elements(text.lower()))
+
+
+def _like(want: Pieces, have: str) -> bool:
+    return _pattern(want).match(have)
+
+
+@functools.lru_cache(4096)
+def _resource_pattern(pieces: Pieces) -> Glob:
     """A wildcard stays in its segment of an ARN, but for a star at a segment's end (IAM User Guide: JSON policy elements: Resource)."""
-    made, colons = "", 0
+    made: list[str] = []
+    colons = 0
     for number, (text, is_itself) in enumerate(pieces):
         if is_itself:
-            made += re.escape(text)
+            made += text
             continue
         for at, segment in enumerate(text.split(":")):
             made += ":" if at else ""
             colons += bool(at)
             is_end = at < text.count(":") or number == len(pieces) - 1
             if colons >= _ARN_COLONS:
-                made += _glob(segment)
+                made += elements(segment)
             elif segment.endswith("*") and is_end:
-                made += _glob(segment[:-1], "[^:]") + ".*"
+                made += [*elements(segment[:-1], ONE_IN_PART, MANY_IN_PART), MANY]
             else:
-                made += _glob(segment, "[^:]")
-    return re.compile(made, re.S)
+                made += elements(segment, ONE_IN_PART, MANY_IN_PART)
+    return Glob(made)
 
 
 def _arn_like(want: Pieces, have: str) -> bool:
@@ -126,7 +130,7 @@ def _date(compare: Callable[[float, float], bool]) -> Callable[[str, str], bool]
     def check(want: str, have: str) -> bool:
         try:
             return compare(_moment(have), _moment(want))
-        except ValueError:
+        except (ValueError, OverflowError):
             return False
 
     return check
@@ -233,11 +237,11 @@ class Statement:
     expands: bool = False
 
     def applies(self, action: str, resource: str, context: Context) -> bool:
-        if any(_pattern(((want, False),), True).fullmatch(action) for want in self.actions) == self.but_actions:
+        if any(_action_pattern(want).match(action.lower()) for want in self.actions) == self.but_actions:
             return False
         try:
             wanted = [_expanded(want, context, self.allows) if self.expands else ((want, False),) for want in self.resources]
-            if any(_resource_pattern(want).fullmatch(resource) for want in wanted) == self.but_resources:
+            if any(_resource_pattern(want).match(resource) for want in wanted) == self.but_resources:
                 return False
             return all([condition.holds(context, self.allows) for condition in self.conditions])
         except _NoValue:
@@ -338,7 +342,7 @@ def _is_value(operator: str, value: str) -> bool:
             return value.lower() in ("true", "false")
         elif operator.startswith("Arn"):
             return value.count(":") >= _ARN_COLONS
-    except ValueError:
+    except (ValueError, OverflowError):
         return False
     return True
 

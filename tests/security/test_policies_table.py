@@ -4,15 +4,22 @@ in our words). Each row is asked twice: as it is, and with the one thing changed
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from api_rig import ACCOUNT, ApiRig, image_arn
 from botocore.exceptions import ClientError
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.accounts import policy as language
+from gateway.accounts.glob import MANY, MANY_IN_PART, ONE, ONE_IN_PART, Glob, elements
 from gateway.accounts.model import CONDITION_KEYS, Caller
 from gateway.accounts.policy import Decision, Policy, PolicyError, check, parse
 from gateway.api.permissions import _request_context
@@ -319,3 +326,60 @@ def test_sts_narrows_credentials_by_the_policy_that_it_is_given(tmp_path: Path) 
             key(Policy=policy)
         assert refused.value.response["Error"]["Code"] == code, policy[:40]
     api.close()
+
+
+# ---- who gives both the policy and what it is about ----
+
+
+@pytest.mark.parametrize("wall", [True, False])
+def test_a_pattern_of_a_strangers_holds_nobody_up(wall: bool) -> None:
+    """A session's policy is its caller's, and so is the text: with a matcher that tries again, this takes longer than anybody waits."""
+    pattern, text = "*a" * 200 + "*b", "a" * (8000 if wall else 300)
+    work = (
+        "from gateway.accounts.policy import parse; import sys; p, t = sys.argv[1:]; "
+        "print(parse({'Statement': {'Effect': 'Allow', 'Action': '*', 'Resource': '*', 'Condition': {'StringLike': {'aws:UserAgent': p}}}})"
+        ".decide('a:b', '*', {'aws:useragent': [t]}).value)"
+        if wall
+        else "import re, sys; p, t = sys.argv[1:]; print(re.fullmatch(p.replace('*', '.*'), t))"
+    )
+    command = [sys.executable, "-c", work, pattern, text]
+    if wall:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=Path(__file__).parents[2])
+        assert done.stdout == "implicit\n"
+    else:
+        with pytest.raises(subprocess.TimeoutExpired):
+            subprocess.run(command, capture_output=True, timeout=3, check=False)
+
+
+_TEXTS = st.text("ab:*?", max_size=8)
+
+
+@given(_TEXTS, st.text("ab:", max_size=10))
+def test_a_glob_matches_as_its_expression_does(pattern: str, text: str) -> None:
+    for one, many, any_char in ((ONE, MANY, "."), (ONE_IN_PART, MANY_IN_PART, "[^:]")):
+        expression = "".join(f"{any_char}*" if char == "*" else any_char if char == "?" else re.escape(char) for char in pattern)
+        assert Glob(elements(pattern, one, many)).match(text) == bool(re.fullmatch(expression, text))
+
+
+@given(_TEXTS, _TEXTS, st.text("ab:", max_size=10))
+def test_a_glob_of_both_kinds_matches_as_its_expression_does(first: str, second: str, text: str) -> None:
+    found = [*elements(first), *elements(second, ONE_IN_PART, MANY_IN_PART)]
+    expression = "".join({ONE: ".", MANY: ".*", ONE_IN_PART: "[^:]", MANY_IN_PART: "[^:]*"}.get(one, re.escape(one)) for one in found)
+    assert Glob(found).match(text) == bool(re.fullmatch(expression, text))
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+    st.sampled_from(["Version", "Statement", "Effect", "Action", "Resource", "Condition", "StringEquals", "DateLessThan", "aws:CurrentTime", "x"]), inner, max_size=4), max_leaves=12))  # fmt: skip
+def test_any_document_is_checked_or_refused(document: Any) -> None:
+    with contextlib.suppress(PolicyError):
+        check(document, CONDITION_KEYS)
+
+
+@pytest.mark.parametrize("value", ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "9" * 400, "\u0663"])
+def test_dates_at_the_ends_of_time_are_dates_or_none(value: str) -> None:
+    rule = when("DateLessThan", value, "aws:CurrentTime")
+    assert decide(rule, ask(currenttime="2026-01-01T00:00:00Z")) in (Decision.ALLOW, Decision.IMPLICIT_DENY)
+    try:
+        check({"Version": "2012-10-17", "Statement": [rule]}, CONDITION_KEYS)
+    except PolicyError as error:
+        assert "no value" in str(error)
