@@ -23,6 +23,7 @@ _SECONDS = re.compile(r"[0-9]{1,6}")
 _UNSERVED = ("PolicyArns", "SerialNumber", "TokenCode", "ProvidedContexts", "Tags", "TransitiveTagKeys", "SourceIdentity")
 _POLICY_CHARACTERS = 2048
 _SHORTEST, _LONGEST = 900, 43_200
+_CHAINED = 3600  # IAM User Guide, "Roles terms and concepts", role chaining
 
 
 class InvalidAction(ApiError):
@@ -68,6 +69,8 @@ class Sts:
         allowed = caller.policy.decide("sts:AssumeRole", role, caller.context()) is Decision.ALLOW
         if not allowed or match[1] != caller.account:
             raise AccessDenied(f"User: {caller.arn} is not authorized to perform: sts:AssumeRole on resource: {role}")
+        if caller.kind == "AssumedRole" and int(seconds) > _CHAINED:
+            raise Validation(f"The requested DurationSeconds exceeds the {_CHAINED} seconds of roles that a role's session assumes.")
         narrower = form.get("Policy", "")
         if len(narrower) > _POLICY_CHARACTERS or ("Policy" in form and not narrower):
             raise Validation(f"Policy has 1 to {_POLICY_CHARACTERS} characters.")

@@ -214,6 +214,25 @@ def test_what_sts_does_not_evaluate_is_refused(api: ApiRig, asked: dict[str, Any
     assert error.value.response["Error"]["Code"] == "ValidationError"
 
 
+@row(
+    "STS",
+    "AssumeRole's Policy narrows the credentials: they may what it and the role's own both allow; a role's session assumes another for an hour at most",
+    "D",
+)
+def test_sessions_are_narrowed_and_chained(api: ApiRig) -> None:
+    role = f"arn:aws:iam::{ACCOUNT}:role/wide"
+    api.do(api.accounts.put_role(role, {"Statement": [allow("lambda:*", "sts:AssumeRole")]}))
+    only_lists = json.dumps({"Version": "2012-10-17", "Statement": [allow("lambda:ListMicrovms", "sts:AssumeRole")]})
+    made = api.client("sts").assume_role(RoleArn=role, RoleSessionName="me", Policy=only_lists)["Credentials"]
+    key = (made["AccessKeyId"], made["SecretAccessKey"], made["SessionToken"])
+    assert status(api, key, "GET", VMS) == 200 and status(api, key, "GET", IMAGES) == 403
+    chained = api.client("sts", key)
+    assert chained.assume_role(RoleArn=role, RoleSessionName="me", DurationSeconds=3600)
+    with pytest.raises(ClientError) as error:
+        chained.assume_role(RoleArn=role, RoleSessionName="me", DurationSeconds=3601)
+    assert error.value.response["Error"]["Code"] == "ValidationError"
+
+
 @row("Service Quotas", "the five calls that read: what limits.profile limits; a quota that is not there or not limited is refused", "ours")
 def test_quotas_are_readable(api: ApiRig, tmp_path: Any) -> None:
     client = api.client("service-quotas")
