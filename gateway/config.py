@@ -166,6 +166,8 @@ class Images(_Section):
     concurrent_builds: int = Field(3, ge=1, description="on this host; accounts that wait take turns")
     account_builds: int = Field(2, ge=1, description="of one account, which leaves the rest to others")
     build_memory_mib: int = Field(3072, ge=512, description="of one container build, its daemon included")
+    build_processes: int = Field(4096, ge=256, description="of one container build, threads and its daemon's included")
+    build_seconds: float = Field(1800.0, gt=0, description="of one container build; then it is ended")
     build_log_mib: int = Field(64, ge=1, description="that a container build may say; beyond, it is ended")
     cache_mib: int = Field(10_240, ge=0, description="of layers and cache mounts that stay for an account's next builds")
     store_mib: int = Field(

@@ -36,7 +36,6 @@ from .namespaces import destroy_namespace, make_namespace, run_batch
 log = structlog.get_logger()
 
 _HERE = Path(__file__).parent
-_BUILD_SECONDS = 1800
 _STOP_SECONDS = 10
 _SAY_SECONDS = 30
 _STORE_FAILS = 75
@@ -68,6 +67,8 @@ class BuildSettings:
     room_bytes: int = 0  # below so much free disk, stores are given up
     store_mib: int = 0  # 0: no bound
     kept_bytes: int = 0  # of free disk, which no build may take
+    seconds: float = 1800.0
+    processes: int = 4096
 
 
 @dataclass
@@ -265,7 +266,7 @@ class Builder:
         try:
             if lock.locked():
                 await _say(log, "another build of this account has the layer store: waiting for it")
-            async with lock, asyncio.timeout(_BUILD_SECONDS):
+            async with lock, asyncio.timeout(self._settings.seconds):
                 result = await self._jailed(request, image, log, phases)
                 if result.status == _STORE_FAILS:
                     await _say(log, "the layer store is broken: building again with a new one")
@@ -277,8 +278,9 @@ class Builder:
         except TimeoutError as error:
             if isinstance(error, executors.Overdue):
                 raise Unavailable(f"the host is too slow for a build: {error}") from error
-            await _say(log, f"the build took longer than {_BUILD_SECONDS} s")
-            return BuildResult(124, "", False, False)
+            reason = f"the build took longer than {self._settings.seconds:g} s (images.build_seconds)"
+            await _say(log, reason)
+            return BuildResult(124, "", False, False, reason)
         except (OSError, subprocess.SubprocessError) as error:
             raise not_written(error, "the build", "the host could not carry the build out") from error
         finally:
@@ -301,7 +303,7 @@ class Builder:
             (work / "Dockerfile").write_bytes(build.dockerfile)
             os.lseek(build.context, 0, os.SEEK_SET)
             self._log_in(work / "out/login", first, request.logins)
-            self._cgroups.create(group, Limits(settings.memory_mib << 20, os.cpu_count() or 1, 50, 4096, 1 << 30))
+            self._cgroups.create(group, Limits(settings.memory_mib << 20, os.cpu_count() or 1, 50, settings.processes, 1 << 30))
             await executors.LATENCY.run(make_namespace, namespace, lambda: run_batch("link set lo up\n"))
             build.network = BuildNetwork(namespace, work / "slirp4netns")
             await build.network.start()
@@ -323,8 +325,11 @@ class Builder:
             build.jail = Child(process)
             status = await build.jail.wait()
             if status:
-                full = disk_free_bytes(work) < _FULL_BYTES
-                return BuildResult(status, "", full, self._cgroups.oom_kills(group) > 0, room_bytes=room if settings.store_mib else 0)
+                full, killed, bounded = disk_free_bytes(work) < _FULL_BYTES, self._cgroups.oom_kills(group) > 0, bool(settings.store_mib)
+                reason = ""
+                if not killed and self._cgroups.forks_refused(group):
+                    reason = f"the container build wanted more than {settings.processes} processes (images.build_processes)"
+                return BuildResult(status, "", full, killed, reason, room if bounded else 0)
             return self._collect(work / "out", image)
         finally:
             self._room.pop(request.build, None)

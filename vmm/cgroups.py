@@ -234,6 +234,15 @@ class Cgroups:
                 return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
         return 0
 
+    def forks_refused(self, name: str) -> int:
+        """Returns how often the group had no process more to give, 0 when unknown."""
+        base = self._bases.get("" if self.unified else "pids")
+        with contextlib.suppress(OSError, ValueError):
+            if base is not None:
+                lines = (base / name / "pids.events").read_text(encoding="ascii").splitlines()
+                return next((int(line.split()[1]) for line in lines if line.startswith("max ")), 0)
+        return 0
+
     def cpu_seconds(self, name: str) -> float:
         """Returns the processor time that the group has used."""
         with contextlib.suppress(OSError, ValueError):

@@ -64,7 +64,8 @@ class Vmm:
                 settings.images.pull, settings.users.builders, settings.images.registry_ca,
                 settings.images.build_memory_mib, settings.images.cache_mib,
                 settings.images.cache_days, (settings.limits.disk_reserve_mib << 20) + BUILD_ROOM_BYTES,
-                settings.images.store_mib, settings.limits.disk_reserve_mib << 20,
+                settings.images.store_mib, settings.limits.disk_reserve_mib << 20, settings.images.build_seconds,
+                settings.images.build_processes,
             ),
         )  # fmt: skip
         self.images = Images(settings.images_dir)

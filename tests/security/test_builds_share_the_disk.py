@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from build_rig import FROM, builder_in
+from build_rig import FROM, builder, builder_in
 from small_disk import small_disk
 
 pytestmark = pytest.mark.vm
@@ -74,6 +74,18 @@ async def test_where_the_host_has_less_than_the_share_that_is_the_bound(disk: Pa
         assert done.status and said.count("No space left on device") >= 2, said
         assert least[0] > KEPT and 256 << 20 < done.room_bytes < 700 << 20
         assert told(said, "at once") < done.room_bytes and told(said, "by writing") < done.room_bytes, said
+
+
+@pytest.mark.long
+async def test_a_step_that_forks_without_end_ends_alone(host_before: object) -> None:
+    """Control: with more of them to have, it forks as it likes."""
+    forks = f"{FROM}RUN for i in $(seq 500); do sleep 60 & done; echo all"
+    async with builder(processes=300) as rig:
+        done, said = await rig.build(forks)
+        assert done.status and "Cannot fork" in said and not rig.left(), said
+        assert done.reason == "the container build wanted more than 300 processes (images.build_processes)"
+    async with builder(processes=1500) as rig:
+        assert (await rig.build(forks))[0].status == 0
 
 
 async def test_without_the_wall_a_step_fills_the_hosts_disk(disk: Path, host_before: object) -> None:

@@ -314,3 +314,21 @@ async def test_a_guest_that_waits_for_room_goes_on_though_its_hypervisor_was_slo
     machine._qmp = Slow()  # type: ignore[assignment]
     await asyncio.wait_for(machine._retry_io(), 5)
     assert asked == ["query-status", "query-status", "cont", "query-status"]
+
+
+def test_what_a_guest_can_make_grow_is_cut(tmp_path: Path) -> None:
+    """A hypervisor's standard error lies in memory, a booting guest's console on the disk. Whoever writes goes on at the end."""
+    settings = Settings(root=tmp_path / "root", run=tmp_path / "run")
+    stderr, short = (settings.runtime / "vms" / name / "stderr" for name in ("a", "b"))
+    console, kept = (settings.images_dir / name / "console.log" for name in (".making-image", "image"))
+    for log, count in ((stderr, 300_000), (console, 300_000), (kept, 300_000), (short, 10)):
+        log.parent.mkdir(parents=True)
+        log.write_bytes(b"".join(b"line %d\n" % number for number in range(count)))
+    whole, untouched = kept.stat().st_size, short.read_bytes()
+    with stderr.open("ab", buffering=0) as writer:
+        Vmm._cut_logs(SimpleNamespace(settings=settings))  # type: ignore[arg-type]
+        writer.write(b"more\n")
+    for log in (stderr, console):
+        assert log.stat().st_size <= (64 << 10) + 5 and log.read_bytes().startswith(b"line 29")
+    assert stderr.read_bytes().endswith(b"line 299999\nmore\n")
+    assert short.read_bytes() == untouched and kept.stat().st_size == whole > 1 << 20, "an image's was cut when it was published"
