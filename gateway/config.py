@@ -130,6 +130,14 @@ class ObjectStore(_Section):
     )
     addressing: str = Field("path", pattern="^(path|virtual|auto)$", description="how buckets are named to the endpoint")
 
+    @field_validator("buckets")
+    @classmethod
+    def _check_buckets(cls, buckets: dict[str, list[str]]) -> dict[str, list[str]]:
+        for number in buckets:
+            if not re.fullmatch(r"[0-9]{12}", number):
+                raise ValueError(f"{number} is no account's number, which has twelve digits")
+        return buckets
+
     @property
     def is_embedded(self) -> bool:
         return self.embedded and not self.endpoint

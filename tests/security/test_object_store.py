@@ -26,12 +26,12 @@ from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
 from werkzeug.serving import make_server
 
-from gateway import instance, listeners, objectstore
+from gateway import config, instance, listeners, objectstore
 from gateway import messages as m
 from gateway.accounts.directory import Directory
 from gateway.api.sigv4 import signing_key
 from gateway.api.store_keys import StoreKeys
-from gateway.config import Settings
+from gateway.config import ConfigError, Settings
 from gateway.images.artifact import BuildFailed, fetch
 from gateway.images.pipeline import Pipeline
 from gateway.sessions.store import Store
@@ -333,3 +333,8 @@ def test_the_readmes_commands_work_with_the_profile_of_the_service(store: Rig, b
     assert store.raw("GET", url.partition(f":{store.port}")[2]) == (200, b"zip")
     instance.write_aws_profile(settings, "AKIAALICE", "guessed")
     assert "SignatureDoesNotMatch" in aws("ls")
+
+
+def test_whose_buckets_are_is_said_by_number(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"object_store\.buckets: .*team-blue is no account's number"):
+        config.load(root=tmp_path, object_store={"buckets": {"team-blue": ["theirs"]}})
