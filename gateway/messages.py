@@ -566,6 +566,9 @@ class ResumeRequest(msgspec.Struct):
 # ---- control <-> relay (gateway/guest/relay.py) ----
 
 
+Walls = Annotated[list[Annotated[str, Meta(max_length=16)]], Meta(max_length=4)]  # that a kernel does not have
+
+
 class RelaySession(msgspec.Struct):
     session: SessionId
 

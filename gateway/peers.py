@@ -8,6 +8,8 @@ from typing import Final
 EDGE_ASKS_VMM: Final = frozenset({"sockets"})
 EDGE_ASKS_CONTROL: Final = frozenset({"hello", "lookup", "resume", "counters", "listened", "faults", "shell", "activity"})
 VMM_ASKS_CONTROL: Final = frozenset({"ended"})
+# Relays, which read what guests send.
+RELAY_ASKS_CONTROL: Final = frozenset({"decide", "ended", "walls"})
 # The embedded object store, which does too.
 STORE_ASKS_CONTROL: Final = frozenset({"store_key"})
 # The host's root, through `torpor`.

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import structlog
 
 from gateway import messages as m
+from gateway.peers import RELAY_ASKS_CONTROL
 from gateway.reach import dial
 from gateway.rpc import Connection, Reply, RpcError, Service
 from gateway.sessions.allowance import Allowance
@@ -215,7 +216,7 @@ class Proxy:
             except BaseException:
                 ours.close()
                 raise
-        relay = Connection(ours, Service(self).only({"decide", "ended", "walls"}))
+        relay = Connection(ours, Service(self).only(RELAY_ASKS_CONTROL))
         try:
             self._relay = relay
             for session in list(self._served):
@@ -249,7 +250,7 @@ class Proxy:
     async def rpc_ended(self, connection: Connection, body: m.RelayEnd) -> None:
         self._end(body)
 
-    async def rpc_walls(self, connection: Connection, body: list[str]) -> None:
+    async def rpc_walls(self, connection: Connection, body: m.Walls) -> None:
         if body:
             log.warning("relay.less_confined", missing=body)
 

@@ -22,6 +22,7 @@ from gateway.guest import proxy, relay, resolver
 from gateway.guest.egress_audit import EgressAudit
 from gateway.guest.services import Guests
 from gateway.messages import EgressRules
+from gateway.peers import RELAY_ASKS_CONTROL
 from gateway.rpc import Connection, Service
 from vmm.egress import DEVICE, METADATA_ADDRESS, RELAY_PORT, accepts_of, link_rules, named_rules
 from vmm.namespaces import run_nft
@@ -137,7 +138,7 @@ class InProcess(proxy.Proxy):
     async def _run_once(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         other = Connection(theirs, Service(relay.Relay()))
-        self._relay = mine = Connection(ours, Service(self).only({"decide", "ended", "walls"}))
+        self._relay = mine = Connection(ours, Service(self).only(RELAY_ASKS_CONTROL))
         try:
             for session in list(self._served):
                 await self._hand_over(mine, session)

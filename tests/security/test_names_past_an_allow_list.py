@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from named_way import ADDRESS, NAME, OTHER, OTHERS_ADDRESS, PRIVATE, NamedWay
+from test_allowed_names import question
 from test_client_hello import hello, real, records, server_name
 from test_way_out import SYN, _tcp
 
@@ -84,6 +85,18 @@ async def test_other_names_are_refused_and_nobody_hears_of_them(way: NamedWay) -
     assert await way.ask(NAME, 16) == (5, []), "TXT"
     assert way.world.asked == []
     assert {(line["name"], line["verdict"]) for line in way.lines("name")} >= {(OTHER, "refused"), (f"secret.{NAME}", "refused")}
+
+
+async def test_questions_over_tcp_are_answered_by_the_same_list(way: NamedWay) -> None:
+    await way.open(HTTPS)
+    asked = b"".join(len(one).to_bytes(2, "big") + one for one in (question(NAME), question(OTHER), question(NAME, 16)))
+    answers = (await way.say(HOST_ADDRESS, 53, asked, b"\0" * 16)) or b""  # with 16 bytes more, an address's, than the questions
+    found = []
+    while answers:
+        length = int.from_bytes(answers[:2], "big")
+        found.append((answers[5] & 15, int.from_bytes(answers[8:10], "big")))
+        answers = answers[2 + length :]
+    assert found == [(0, 1), (5, 0), (5, 0)] and way.world.asked == [NAME]
 
 
 async def test_without_the_list_other_names_are_answered(way: NamedWay) -> None:
