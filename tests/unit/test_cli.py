@@ -20,7 +20,7 @@ from commands import TORPOR, run
 from gateway import instance
 from gateway.cli import app, host, microvms, output, repair
 from gateway.config import ConfigError, Settings
-from gateway.messages import LogLine, MicrovmLog
+from gateway.messages import EgressLogRequest, LogLine, MicrovmLog
 from gateway.sessions import schema
 from vmm import network
 
@@ -324,3 +324,50 @@ def test_a_packages_own_script_runs_where_the_path_has_a_space(tmp_path: Path) -
         subprocess.run([directory / "bin/python", REPO / "config/scripts.py"], check=True)
         said = subprocess.run([script, "one", "two three"], capture_output=True, text=True, check=True).stdout
         assert said == f"{directory} ['one', 'two three']\n"
+
+
+def test_the_egress_audit_is_a_line_a_decision(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names are a guest's words: they are shown, and not obeyed."""
+    from gateway.cli import admin
+
+    first = {
+        "time": "T1",
+        "order": 5,
+        "what": "name",
+        "name": "evil\x1b]0;x\x07",
+        "address": "",
+        "verdict": "refused",
+        "reason": "no group",
+        "untold": 0,
+    }
+    ended = {
+        "what": "connection",
+        "name": "a.example",
+        "address": "203.0.113.5",
+        "port": 443,
+        "verdict": "ended",
+        "reason": "",
+        "sent": 1,
+        "received": 2,
+    }
+    kept = [first, {"time": "T2", "order": 6, **ended, "untold": 3}]
+    asked: list[int] = []
+
+    def ask(method: str, body: EgressLogRequest, kind: object) -> list[str]:
+        assert (method, body.session) == ("egress_log", "vm-1")
+        asked.append(body.after)
+        return [json.dumps(line) for line in kept if int(str(line["order"])) > body.after][:1]
+
+    states = iter(["RUNNING", "TERMINATED"])
+    monkeypatch.setattr(admin, "ask", ask)
+    monkeypatch.setattr(admin, "resolve", lambda name: "vm-1")
+    monkeypatch.setattr(admin, "_FOLLOW_SECONDS", 0)
+    monkeypatch.setattr(admin, "client", lambda: SimpleNamespace(get_microvm=lambda microvmIdentifier: {"state": next(states)}))
+    admin.egress("vm", follow=True)
+    assert capsys.readouterr().out == (
+        "T1 refused name evil^[]0;x^G - (no group)\n"
+        "T2 ended connection a.example 203.0.113.5:443 sent 1 received 2 [3 lines before this one were not kept]\n"
+    )
+    assert asked == [0, 5, 6, 6]
+    admin.egress("vm", as_json=True)
+    assert [json.loads(line)["order"] for line in capsys.readouterr().out.splitlines()] == [5, 6]
