@@ -17,7 +17,7 @@ from gateway.accounts.directory import Credentials as Made
 from gateway.config import Credentials
 from gateway.guest import resolver
 from gateway.guest.credentials import Issuer
-from gateway.guest.metadata import Metadata
+from gateway.guest.metadata import Metadata, MetadataConnection
 from gateway.guest.resolver import Names, NameStreams, host_resolvers, without_answer
 
 ROLE = f"arn:aws:iam::{ACCOUNT}:role/worker"
@@ -256,6 +256,59 @@ async def test_a_stream_that_leads_nowhere_is_declined_by_an_answer(
         assert answer[:2] == question(7)[:2] and answer[3] & 0x0F == code
         writer.close()
         assert await reader.read() == b""
+
+
+class Wire:
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        self.data, self.is_closed = b"", False
+
+    def write(self, data: bytes) -> None:
+        self.data += data
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    abort = close
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=200),
+            st.sampled_from(
+                [
+                    b"GET / HTTP/1.1\r\n",
+                    b"PUT /latest/api/token HTTP/1.1\r\n",
+                    b"Host: x\r\n",
+                    b"\r\n",
+                    b"Content-Length: 5\r\n",
+                    b"Transfer-Encoding: chunked\r\n",
+                ]
+            ),
+        ),
+        max_size=12,
+    )
+)
+def test_any_bytes_to_metadata_are_answered_or_waited_for(pieces: list[bytes]) -> None:
+    async def speak() -> None:
+        tasks: set[asyncio.Task[None]] = set()
+        connection, wire = MetadataConnection(Metadata("us-east-1", issue), tasks), Wire()
+        connection.connection_made(wire)  # type: ignore[arg-type]
+        for piece in pieces:
+            if not wire.is_closed:
+                connection.data_received(piece)
+                assert connection._bytes <= 8192 + 200
+        await asyncio.gather(*tasks)
+        connection.connection_lost(None)
+        assert b"HTTP/1.1 200" not in wire.data and b"HTTP/1.1 500" not in wire.data
+        assert wire.data == b"" or wire.data.startswith(b"HTTP/1.1 4")
+
+    asyncio.run(speak())
 
 
 def test_the_hosts_resolvers(tmp_path: Path) -> None:

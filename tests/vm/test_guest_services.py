@@ -180,6 +180,10 @@ def test_a_connector_that_names_hosts(instance: Instance, app: str) -> None:
             assert found.count(("connection", "example.com", "allowed")) == 4
             assert found.count(("connection", "example.org", "refused")) == 2
             assert ("name", "example.org", "refused") in found and ("name", "example.com", "allowed") in found
+            guest.get("/")  # awake
+            instance.kill("control")
+            until(lambda: guest.connect(SERVER, PORT, hex=said("example.com")).get("heard", "").startswith(UPLINK), 60)
+            assert guest.connect(SERVER, PORT, hex=said("example.org"))["heard"].startswith("\x15")
         finally:
             instance.terminate(vm["microvmId"])
 
