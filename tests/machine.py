@@ -231,6 +231,6 @@ def machine(directory: Path, cache: Path, log: Path, job: Job) -> Iterator[tuple
     ):
         assert process.stdout is not None
         try:
-            yield (json.loads(line) for line in process.stdout if line.startswith("{")), process.kill
+            yield (json.loads(line) for line in process.stdout if line.startswith("{") and line.endswith("\n")), process.kill
         finally:
             process.kill()
