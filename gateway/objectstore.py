@@ -22,7 +22,7 @@ from xml.sax.saxutils import escape
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from . import messages as m
-from . import process
+from . import own_walls, process
 from .api import sigv4
 from .api.errors import SignatureError
 from .rpc import Client, RpcError
@@ -139,6 +139,7 @@ def s3() -> Wsgi:
 
 def main() -> None:
     settings = process.settings()
+    own_walls.raise_walls("store", settings)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     (sock,) = process.inherited()["store"]
     address = sock.getsockname()

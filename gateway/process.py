@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 import uvloop
 
-from . import executors
+from . import executors, own_walls
 from .config import ConfigError, Settings
 from .observe import log, room
 
@@ -107,6 +107,7 @@ def run(name: str, main: Callable[[Settings], Coroutine[Any, Any, None]], has_th
     room.allow_descriptors()
     _life.seconds = given.service.silent_seconds / _SIGNS
     os.umask(0o022)
+    own_walls.raise_walls(name, given)
     # What is loaded stays: the collector need not look at it again, and looks less often at the rest.
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

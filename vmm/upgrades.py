@@ -109,6 +109,17 @@ def report(settings: Settings, names: Mapping[str, str], sleepers: Mapping[str, 
     return rows
 
 
+def virtualising(settings: Settings, names: Mapping[str, str], sleepers: Mapping[str, str]) -> str:
+    """Returns which images, and sleepers of theirs, have guests that see the virtualisation of their processor, and what to do; empty where
+    there are none. They were made before it was taken away, and keep what they booted with."""
+    keys = [key for key, one in _images(settings).items() if processor.virtualises(one.made.processor)]
+    if not keys:
+        return ""
+    asleep = [session for session, key in sorted(sleepers.items()) if key in keys]
+    who = f"images {_some([names.get(key, key) for key in keys])}" + (f"; sleepers {_some(asleep)}" if asleep else "")
+    return f"{who}: their guests see virtualisation, which new ones do not; {_REBUILD}"
+
+
 def _lines(one: Manifest, now: New, current: Root, there: Roots) -> Iterator[tuple[str, bool, str]]:
     made = one.made
     chosen = there.of(made, current) if one.hypervisor == "qemu" else current

@@ -255,6 +255,7 @@ def doctor(
     root: Root = None,
     name: Name = None,
     repair: Annotated[bool, typer.Option("--repair", help="Remove what a crash left behind; the service must be stopped.")] = False,
+    security: Annotated[bool, typer.Option("--security", help="Check what keeps tenants apart, instead: host, versions, jails.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check the host: programs, acceleration, control groups, room, ports, and what a crash left behind.
@@ -265,8 +266,11 @@ def doctor(
 
     from . import quarantine
     from .repair import is_served, known, leftovers_of
+    from .security import rows as walls
 
     settings = config.load(root=root, name=name)
+    if security:
+        return _checked(list(walls(settings)), as_json)
     rows: list[tuple[str, bool, str]] = []
     for program, package in _PROGRAMS.items():
         found = shutil.which(program)
@@ -307,6 +311,11 @@ def doctor(
             errors.print(f"torpor: removed {leftover.kind} {leftover.what}: {leftover.why}", soft_wrap=True)
         else:
             rows.append((f"left over: {leftover.kind}", False, f"{leftover.what}: {leftover.why}; torpor doctor --repair removes it"))
+    _checked(rows, as_json)
+
+
+def _checked(rows: list[tuple[str, bool, str]], as_json: bool) -> None:
+    """Shows them; the process ends with status 1 where one is not well."""
     if as_json:
         show_json([{"check": check, "ok": ok, "text": text} for check, ok, text in rows])
     else:

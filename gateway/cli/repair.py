@@ -106,9 +106,13 @@ def away_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
 
 def upgrades_of(settings: Settings, store: Known) -> list[tuple[str, bool, str]]:
     """Returns what doctor says of images and sleepers that an update of the host has left behind. Raises OSError, VmmError."""
+    return upgrades.report(settings, *named_of(store))
+
+
+def named_of(store: Known) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns names by images' keys, and of sessions that sleep their images' keys."""
     names = {version.key: f"{image.name} {version.version}" for image in store.made for version in image.versions}
-    sleepers = {session.id: session.image for session in store.live if session.state is State.SUSPENDED}
-    return upgrades.report(settings, names, sleepers)
+    return names, {session.id: session.image for session in store.live if session.state is State.SUSPENDED}
 
 
 def old_versions(settings: Settings) -> dict[str, tuple[str, str]]:

@@ -1,0 +1,49 @@
+"""`torpor doctor --security`: what stands around microVMs on this host, and what the host itself leaves open."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from gateway import config, confine
+
+Row = tuple[str, bool, str]
+
+
+def rows(settings: config.Settings) -> Iterator[Row]:
+    from vmm import host_security, host_setup, jail, probe
+    from vmm.errors import VmmError
+    from vmm.qemu.roots import Roots
+
+    try:
+        qemu = Roots(settings.cache).current().version
+    except VmmError:
+        qemu = ""
+    programs = probe.firecracker_programs()
+    firecracker = ""
+    if programs is not None:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # another line of doctor's says that it does not run
+            firecracker = probe.version_of(programs.firecracker)
+    for one in host_security.findings(Path("/"), os.uname().release, qemu, firecracker, confine.landlock_version(), host_setup.findings()):
+        yield f"host: {one.what}", one.is_well, one.text
+    yield from _images(settings)
+    for wall in jail.WALLS:
+        yield f"jail: {wall.name}", True, wall.text
+
+
+def _images(settings: config.Settings) -> Iterator[Row]:
+    from vmm import upgrades
+
+    from .repair import known, named_of
+
+    try:
+        seeing = upgrades.virtualising(settings, *named_of(known(settings.control_dir / "torpor.db")))
+    except config.ConfigError as error:
+        seeing = str(error)
+    if seeing:
+        yield "guests' processors", False, seeing
+    else:
+        yield "guests' processors", True, "no image here was made with a processor that offers its guests virtualisation"
