@@ -403,6 +403,9 @@ class Users(_Section):
 class Service(_Section):
     """The service's own processes."""
 
+    memory_mib: int = Field(
+        0, ge=0, description="what edges, control and the object store may have of their own, each; 0: half of the host's"
+    )
     silent_seconds: float = Field(30.0, ge=1, description="a process whose event loop stands still for so long is replaced")
     stop_seconds: float = Field(
         120.0, ge=30, description="a stop ends within this time; microVMs that are not suspended by then run on without a service"

@@ -7,6 +7,7 @@ connect from. Control starts the unpacker, and vmm the microVMs, so they keep mo
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import stat
 import sys
@@ -49,15 +50,27 @@ def kept(name: str, settings: Settings) -> Kept:
     if name == "store":
         return Kept([*_program(), *map(Path, _NAMES)], [temporary], refused | confine.STARTS, _INTERNET, False)
     if name == "control":
-        writes = [settings.control_dir, settings.control_socket.parent, temporary, Path("/dev/null")]
+        writes = [settings.control_dir, settings.control_socket.parent, temporary, Path("/var/tmp"), Path("/dev/null")]  # SQLite's
         return Kept([Path("/")], writes, refused, _RESOLVER, True)
     # vmm mounts, which Landlock ends, and starts what takes a range of users by newuidmap(1), which no_new_privs ends.
     return Kept([], [], confine.MACHINE, None, True)
 
 
+def bound_memory(settings: Settings) -> None:
+    """Each by itself takes no more of the host's memory than that: an allocation beyond fails, which ends what asked for it and not the
+    process. Of anonymous memory (getrlimit(2), RLIMIT_DATA); who starts later has the same."""
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = settings.service.memory_mib << 20 or host // 2
+    most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
 def raise_walls(name: str, settings: Settings) -> None:
     """In a process that is called `name`, while it has one thread. Raises OSError for a layer that is there and does not stand."""
     left = kept(name, settings)
+    if left.reads:  # not vmm, whose children are microVMs
+        bound_memory(settings)
     layers = confine.confine_service(*left)
     if missing := {confine.FILTER, *([confine.LANDLOCK] if left.reads else [])} - set(layers):
         log.warning("process.less_confined", process=name, missing=sorted(missing))

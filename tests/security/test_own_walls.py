@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from gateway.config import Edge, Settings, Traces
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="an edge has a user of its own")
 UID = 640_000
+REPO = Path(__file__).parents[2]
 ATTACK = Path(__file__).with_name("service_attack.py")
 PYTHON = "/usr/bin/python3"  # which every user may start
 OWN_WORK = {"start a thread", "signal itself", "read its certificate", "open its log again", "connect to control"}
@@ -152,6 +155,18 @@ def test_vmm_which_is_root_changes_no_kernel(host: SimpleNamespace) -> None:
     assert "[1, 1, 1] [1, 1, 1]" not in done.stdout, "without the wall the kernel looks at them"
 
 
+@pytest.mark.parametrize("is_bound", [True, False])
+def test_none_takes_all_of_the_hosts_memory(is_bound: bool) -> None:
+    """What is beyond its share is not there, and what asked for it goes on to something else."""
+    words = (
+        "from gateway import own_walls\nfrom gateway.config import Service, Settings\n"
+        + ("own_walls.bound_memory(Settings(service=Service(memory_mib=512)))\n" if is_bound else "")
+        + "try:\n    len(bytearray(1 << 30))\n    print('taken')\nexcept MemoryError:\n    print('refused', len(bytearray(1 << 20)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=60, check=True, cwd=REPO)
+    assert done.stdout == ("refused 1048576\n" if is_bound else "taken\n")
+
+
 def test_the_filters_of_processes_that_serve_are_programs_on_each_machine() -> None:
     for machine in ("x86_64", "aarch64"):
         code = confine.service_program(machine, confine.MACHINE | confine.OTHERS | confine.STARTS, (1, 2, 10), False, 7)
@@ -160,3 +175,16 @@ def test_the_filters_of_processes_that_serve_are_programs_on_each_machine() -> N
         for at, line in enumerate(lines):
             if line[0] & 0x07 == 0x05:  # a jump
                 assert at + 1 + max(line[2], line[3]) < len(lines)
+
+
+def test_the_numbers_of_calls_are_the_kernels() -> None:
+    """A number that is another call's refuses that one: a step of a build could not name its host."""
+    headers = [Path("/usr/include") / name for name in ("x86_64-linux-gnu/asm/unistd_64.h", "asm-generic/unistd.h")]
+    lists = (confine.REFUSED, confine.MACHINE, confine.OTHERS, confine.STARTS, confine._CALLS, confine._HOT)
+    for column, header in enumerate(headers):
+        if not header.exists():
+            pytest.skip(f"{header} is not here")
+        known = {name: int(number) for name, number in re.findall(r"#define __NR_(?:3264_)?(\w+)\s+(\d+)", header.read_text())}
+        assert len(known) > 300
+        wrong = {name: pair[column] for calls in lists for name, pair in calls.items() if known.get(name) != pair[column]}
+        assert not wrong
