@@ -33,6 +33,8 @@ METADATA_ADDRESS = "169.254.169.254"
 # Of a guest, to the outside and to its host's end: the kernel's table of connections, which is everybody's, the host's own too, has room
 # for 262,144 by default.
 MOST_CONNECTIONS = 4096
+# To the link's own end, of questions for names, and of connections to metadata and to the relay: control answers them, for all guests.
+QUESTIONS_A_SECOND, QUESTIONS_AT_ONCE = 500, 5000
 RELAY_PORT = 3129  # on the link's own end
 _DEADLINE_SECONDS = 20
 _WAN = "wan0"
@@ -75,7 +77,10 @@ def link_rules(tap: str, guest: str, accepts: list[str], closed: list[str]) -> s
         "chain forward {\ntype filter hook forward priority 0; policy drop;\n"
         f"{NOT_OURS.format(tap=tap, guest=guest)}ct state established,related accept\n"
         f"{drops}iifname {tap} ct count over {MOST_CONNECTIONS} drop\n{passes}}}\n"
-        "chain input {\ntype filter hook input priority 0;\nct state established,related accept\n"
+        "chain input {\ntype filter hook input priority 0;\nmeta l4proto tcp ct state established accept\n"  # requests' answers: one look
+        f"iifname {tap} udp dport 53 limit rate over {QUESTIONS_A_SECOND}/second burst {QUESTIONS_AT_ONCE} packets drop\n"
+        "ct state established,related accept\n"
+        f"iifname {tap} limit rate over {QUESTIONS_A_SECOND}/second burst {QUESTIONS_AT_ONCE} packets drop\n"
         f"iifname {tap} ct count over {MOST_CONNECTIONS} drop\n}}\n"
         f"chain translate {{\ntype nat hook postrouting priority srcnat;\noifname {DEVICE} masquerade\n}}\n}}\n"
     )

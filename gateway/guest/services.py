@@ -136,14 +136,19 @@ class Guests:
         upstream = (self._settings.egress.resolvers or host_resolvers()) if rules is not None else []
         metadata = Metadata(self._settings.region, self._issuer.of(role, session) if role else None)
         credentials, datagrams, streams, *listener = sockets
-        reply = None
-        if rules is not None and not rules.internet:
-            audit = self._audit.of(account, session)
-            names = AllowedNames(rules, lambda question: ask(upstream, question), audit.name)
-            reply = names.reply
-            if listener:
-                proxy = self._proxies[account]
-                proxy.serve(session, Gate(names, audit, lambda: self._host.socket(session, incarnation)), listener[0])
-                services.on_close = lambda: proxy.stop(session)
-        await services.open(credentials, datagrams, streams, metadata, upstream, reply)
+        if rules is None or rules.internet:
+            await services.open(credentials, datagrams, streams, metadata, upstream)
+            return services
+        audit = self._audit.of(account, session)
+        names = AllowedNames(rules, lambda question: ask(upstream, question), audit.name)
+        await services.open(credentials, datagrams, streams, metadata, upstream, names.reply)
+        proxy = self._proxies[account]
+        if listener:
+            proxy.serve(session, Gate(names, audit, lambda: self._host.socket(session, incarnation)), listener[0])
+
+        def close() -> None:
+            names.close()
+            proxy.stop(session)
+
+        services.on_close = close
         return services

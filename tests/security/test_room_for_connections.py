@@ -25,8 +25,11 @@ MOST = 40
 
 @pytest.fixture
 def link(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Link]:
-    """With a bound that a test reaches soon; `walled` of False: with none that it reaches."""
-    monkeypatch.setattr(egress, "MOST_CONNECTIONS", MOST if request.param else 1 << 20)
+    """With a bound that a test reaches soon, of connections (True) or of questions; False: with none that it reaches."""
+    monkeypatch.setattr(egress, "MOST_CONNECTIONS", MOST if request.param is True else 1 << 20)
+    if request.param == "asks":
+        monkeypatch.setattr(egress, "QUESTIONS_A_SECOND", 1)
+        monkeypatch.setattr(egress, "QUESTIONS_AT_ONCE", MOST)
     one = Link()
     # Nobody answers, so that no connection ends.
     one.world.inside(lambda: run_nft("table ip w {\nchain i {\ntype filter hook input priority 0; policy drop;\n}\n}\n"))
@@ -93,3 +96,36 @@ def test_a_guest_has_so_many_at_the_links_own_end(link: Link) -> None:
 @pytest.mark.parametrize("link", [False], indirect=True)
 def test_without_the_bound_the_links_table_is_its_own_to_fill(link: Link) -> None:
     assert at_the_links_own_end(link) >= 8 * MOST
+
+
+# ---- questions ----
+
+
+def questions_heard(one: Link) -> int:
+    """Of four times as many as may be asked at once."""
+    with one.link.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as resolver:
+        resolver.bind((HOST_ADDRESS, 53))
+        for _ in range(4 * MOST):
+            one.put(frame(0x0800, ip(GUEST_ADDRESS, HOST_ADDRESS, 17, struct.pack("!HHHH", 10_000, 53, 9, 0) + b"?")))
+        with one.link.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as own:
+            own.sendto(b"last", (HOST_ADDRESS, 53))  # by lo, which has no bound
+        resolver.settimeout(5)
+        heard = 0
+        while resolver.recv(10) != b"last":
+            heard += 1
+        return heard
+
+
+@pytest.mark.parametrize("link", ["asks"], indirect=True)
+def test_a_guest_asks_so_much_at_once(link: Link) -> None:
+    """Control answers all guests: one that asks without end would have it do nothing else."""
+    assert MOST <= questions_heard(link) <= MOST + 5
+
+
+@pytest.mark.parametrize("link", [False], indirect=True)
+def test_without_the_bound_all_is_heard(link: Link) -> None:
+    assert questions_heard(link) == 4 * MOST
+
+
+def test_the_bounds_are_above_what_programs_do() -> None:
+    assert egress.QUESTIONS_AT_ONCE >= 1024 and egress.MOST_CONNECTIONS >= 1024
