@@ -19,9 +19,11 @@ from namespaces import Namespace
 from vmm.network import HOST_ADDRESS
 
 TOOLS = ("iodine", "iodined", "dns2tcpc", "dns2tcpd")
+UNPACKED = Path(__file__).parents[2] / ".venv/tunnels/usr"  # make security-packages
+FOUND = {tool: shutil.which(tool, path=f"{UNPACKED}/bin:{UNPACKED}/sbin:{os.environ['PATH']}") for tool in TOOLS}
 pytestmark = [
     pytest.mark.long, pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces"),
-    pytest.mark.skipif(any(shutil.which(tool) is None for tool in TOOLS), reason="make security-packages"),
+    pytest.mark.skipif(None in FOUND.values(), reason="make security-packages"),
 ]  # fmt: skip
 ZONE = "t.tunnel.example"
 INNER, PORT = "10.77.0.1", 4000  # where somebody listens beside the server, in iodine's tunnel
@@ -40,7 +42,10 @@ async def way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
 @contextlib.asynccontextmanager
 async def running(where: Namespace, *command: str) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
-        *where.enter(*command), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        *where.enter(FOUND[command[0]] or command[0], *command[1:]),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
     )
     try:
         yield process
