@@ -122,6 +122,23 @@ def link() -> Iterator[Link]:
     one.close()
 
 
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Link]:
+    """For tests that leave nothing behind."""
+    one = Link()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[Link]:
+    """Without the list of what is no internet."""
+    one = Link()
+    one.rules(link_rules(TAP, GUEST_ADDRESS, ["ip protocol tcp"], []))
+    yield one
+    one.close()
+
+
 @pytest.fixture
 def bare() -> Iterator[Link]:
     """Without what `harden` sets, and without a neighbour that is permanent."""
@@ -219,10 +236,10 @@ def test_a_redirect_leads_nobody_to_the_guest(link: Link) -> None:
 
 
 @pytest.mark.parametrize("protocol", [1, 2, 4, 17, 41, 47, 50, 51, 58, 89, 103, 112, 132, 136, 255])
-def test_nothing_but_tcp_leaves(link: Link, protocol: int) -> None:
+def test_nothing_but_tcp_leaves(shared: Link, protocol: int) -> None:
     body = struct.pack("!BBHHH", 8, 0, 0xF7FD, 1, 1) if protocol == 1 else struct.pack("!HHHH", 4000, 443, 8, 0)
-    link.put(frame(IPV4, ip(GUEST_ADDRESS, TARGET, protocol, body)))
-    assert link.passed() == []
+    shared.put(frame(IPV4, ip(GUEST_ADDRESS, TARGET, protocol, body)))
+    assert shared.passed() == []
 
 
 @pytest.mark.parametrize("protocol", [1, 17, 47])
@@ -242,17 +259,17 @@ def test_a_tagged_frame_is_judged_as_any_other(link: Link, tag: int) -> None:
 
 
 @pytest.mark.parametrize("target", ["224.0.0.1", "224.0.0.251", "239.255.255.250", "255.255.255.255", "100.64.0.3", "100.64.0.2"])
-def test_what_is_for_all_is_for_nobody(link: Link, target: str) -> None:
-    link.put(syn(target), frame(IPV4, ip(GUEST_ADDRESS, target, 17, struct.pack("!HHHH", 4000, 5353, 8, 0)), target=BROADCAST))
-    assert link.passed() == []
+def test_what_is_for_all_is_for_nobody(shared: Link, target: str) -> None:
+    shared.put(syn(target), frame(IPV4, ip(GUEST_ADDRESS, target, 17, struct.pack("!HHHH", 4000, 5353, 8, 0)), target=BROADCAST))
+    assert shared.passed() == []
 
 
 @pytest.mark.parametrize("target", ["2001:db8::5", "fd00:ec2::254", "::ffff:203.0.113.5", "64:ff9b::cb00:7105", "ff02::1", "fe80::1"])
-def test_ipv6_leads_nowhere(link: Link, target: str) -> None:
+def test_ipv6_leads_nowhere(shared: Link, target: str) -> None:
     segment = tcp()
     addresses6 = socket.inet_pton(socket.AF_INET6, GUEST_ADDRESS6) + socket.inet_pton(socket.AF_INET6, target)
-    link.put(frame(IPV6, struct.pack("!IHBB", 6 << 28, len(segment), 6, 64) + addresses6 + segment))
-    assert link.passed() == []
+    shared.put(frame(IPV6, struct.pack("!IHBB", 6 << 28, len(segment), 6, 64) + addresses6 + segment))
+    assert shared.passed() == []
 
 
 def test_the_world_sees_ipv6_where_the_link_forwards_it(link: Link) -> None:
@@ -342,18 +359,17 @@ SPECIAL = ["0.0.0.1", "10.0.0.1", "10.255.255.254", "100.64.9.9", "100.127.255.2
 
 
 @pytest.mark.parametrize("target", sorted({*CLOUDS, *SPECIAL} - {"161.26.0.0"}))
-def test_what_is_no_internet_is_shut(link: Link, target: str) -> None:
-    link.put(syn(target))
-    assert link.passed() == []
+def test_what_is_no_internet_is_shut(shared: Link, target: str) -> None:
+    shared.put(syn(target))
+    assert shared.passed() == []
 
 
 @pytest.mark.parametrize(
     "target", [one for one in (*CLOUDS, *SPECIAL) if not one.startswith(("127.", "0.", "169.254.169.254", "224.", "255."))]
 )
-def test_without_the_list_it_is_open(link: Link, target: str) -> None:
-    link.rules(link_rules(TAP, GUEST_ADDRESS, ["ip protocol tcp"], []))
-    link.put(syn(target))
-    found = addresses(link.passed())
+def test_without_the_list_it_is_open(opened: Link, target: str) -> None:
+    opened.put(syn(target))
+    found = addresses(opened.passed())
     assert found == ([(LINK, target)] if not target.startswith(("169.254.77.", "240.")) else found)
 
 
