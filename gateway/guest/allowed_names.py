@@ -26,6 +26,7 @@ from .allow_list import AllowList
 _LEAST_SECONDS, _MOST_SECONDS = 60, 3600  # an answer is kept
 _FAILED_SECONDS = 5
 _KEPT = 1024  # names
+_ANSWERED = 64  # addresses of a name
 # Names below a wildcard are in part a guest's own words: so many may be carried out at once, and so many an hour.
 _WILD_BURST, _WILD_RATE = 256, 256 / 3600
 
@@ -35,8 +36,11 @@ Note = Callable[[str, str, str], None]  # (name, what was refused or "", address
 
 @dataclass(frozen=True)
 class _Kept:
+    """`answered`: addresses of the name, also earlier ones, with when they are no more: clients keep them for longer than they are told."""
+
     answer: dns.Answer
     until: float
+    answered: dict[ipaddress.IPv4Address, float]
 
 
 class AllowedNames:
@@ -84,8 +88,12 @@ class AllowedNames:
         return await asyncio.shield(task)
 
     async def is_address(self, name: str, address: ipaddress.IPv4Address) -> bool:
-        """Whether the resolver says so of a name that is allowed; it is asked where it has not been lately."""
-        return address in (await self.resolve(name)).addresses
+        """Whether the resolver has said so of a name that is allowed, within the last hour, or says so now."""
+        return self._has_answered(name, address) or address in (await self.resolve(name)).addresses
+
+    def _has_answered(self, name: str, address: ipaddress.IPv4Address) -> bool:
+        kept = self._kept.get(name)
+        return kept is not None and kept.answered.get(address, 0.0) > self._clock()
 
     async def _resolve(self, name: str) -> dns.Answer:
         identifier = secrets.randbelow(1 << 16)
@@ -105,10 +113,12 @@ class AllowedNames:
         return made
 
     def _keep(self, name: str, answer: dns.Answer, seconds: float) -> None:
-        self._kept.pop(name, None)
+        before, now = self._kept.pop(name, None), self._clock()
         while len(self._kept) >= _KEPT:
             self._kept.pop(next(iter(self._kept)))
-        self._kept[name] = _Kept(answer, self._clock() + seconds)
+        earlier = {one: until for one, until in before.answered.items() if until > now} if before is not None else {}
+        answered = earlier | dict.fromkeys(answer.addresses, now + _MOST_SECONDS)
+        self._kept[name] = _Kept(answer, now + seconds, dict(list(answered.items())[-_ANSWERED:]))
 
     def close(self) -> None:
         for task in self._asking.values():

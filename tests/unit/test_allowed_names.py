@@ -167,6 +167,35 @@ async def test_answers_are_kept_and_asked_for_once_at_a_time() -> None:
     assert len(server.asked) == 4, "nothing is kept for longer than an hour"
 
 
+async def test_what_was_answered_holds_for_an_hour() -> None:
+    """Names of large services have other addresses each minute, and clients keep the ones that they have."""
+    server = Server(a(PUBLIC))
+    rig = Rig(server, f"https:{NAME}")
+    old, new = ipaddress.IPv4Address(PUBLIC), ipaddress.IPv4Address("198.51.100.8")
+    assert await rig.names.is_address(NAME, old) and not await rig.names.is_address(NAME, new)
+    server.records = (a(str(new)),)
+    rig.now += 3000
+    assert await rig.ask(NAME) == (dns.NOERROR, [str(new)])
+    assert await rig.names.is_address(NAME, old) and await rig.names.is_address(NAME, new)
+    rig.now += 601
+    assert not await rig.names.is_address(NAME, old) and await rig.names.is_address(NAME, new)
+    server.records, server.code = (), dns.SERVFAIL
+    rig.now += 600
+    assert await rig.ask(NAME) == (dns.SERVFAIL, [])
+    assert await rig.names.is_address(NAME, new), "servers that fail close no connection"
+
+
+async def test_addresses_of_a_name_are_bounded() -> None:
+    server = Server()
+    rig = Rig(server, f"https:{NAME}")
+    for number in range(200):
+        server.records = (a(f"198.51.100.{number}", seconds=5),)
+        rig.now += 61
+        await rig.ask(NAME)
+    assert len(rig.names._kept[NAME].answered) <= 64
+    assert await rig.names.is_address(NAME, ipaddress.IPv4Address("198.51.100.199"))
+
+
 async def test_what_goes_out_below_a_wildcard_is_bounded() -> None:
     server = Server(a(PUBLIC))
     rig = Rig(server, "https:*.example.org")
