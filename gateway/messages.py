@@ -530,12 +530,14 @@ SHELL_MESSAGE_BYTES: Final = 65536
 
 
 class StoreKeyRequest(msgspec.Struct):
-    """Of the embedded object store: who a request's key is, and what its signature is checked with."""
+    """Of the embedded object store: who a request's key is, what its signature is checked with, and whether it may do this."""
 
     key: Annotated[str, Meta(max_length=128)]
     token: Annotated[str, Meta(max_length=8192)]
     day: Annotated[str, Meta(pattern=r"\A[0-9]{8}\Z")]
     region: Annotated[str, Meta(pattern=r"\A[a-z0-9-]{1,64}\Z")]
+    action: Annotated[str, Meta(pattern=r"\As3:[A-Za-z]{1,64}\Z")]
+    resource: Annotated[str, Meta(max_length=4096)]
 
 
 class StoreKey(msgspec.Struct):
@@ -543,6 +545,7 @@ class StoreKey(msgspec.Struct):
 
     account: str
     signing: bytes
+    is_allowed: bool
 
 
 class RevokeRequest(msgspec.Struct):

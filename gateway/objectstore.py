@@ -1,7 +1,7 @@
 """The embedded object store for demos and tests: moto's S3 server on an inherited socket. Its objects live in memory.
 
-Every request is signed with a key that control knows, and a bucket belongs to the account that made it: others may neither read nor write
-there, whatever they call it.
+Every request is signed with a key that control knows, and may do what its user's policy allows (`asks`); and a bucket belongs to the
+account that made it: others may neither read nor write there, whatever they call it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import parse_qsl, quote, unquote
 from xml.sax.saxutils import escape
 
 from werkzeug.serving import WSGIRequestHandler, make_server
@@ -31,9 +32,10 @@ Find = Callable[[m.StoreKeyRequest], m.StoreKey | None]
 Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 SKEW_SECONDS = 900
 _ASK_SECONDS = 10.0
-_KNOWN_SECONDS, _KNOWN = 30.0, 256  # how long a key that was taken back is still good for, and how many are remembered
+_KNOWN_SECONDS, _KNOWN = 30.0, 1024  # how long a key that was taken back is still good for, and how many are remembered
 _SILENT_SECONDS = 60
 _UNSIGNED: Final = "UNSIGNED-PAYLOAD"
+_SOURCE: Final = "x-amz-copy-source"
 _STATUS = {403: "403 Forbidden", 503: "503 Service Unavailable"}
 
 
@@ -72,15 +74,20 @@ class Guard:
         sigv4.check_service(claimed, "s3")
         sigv4.check_time(claimed, SKEW_SECONDS, self._clock())
         sigv4.check_signed(request, claimed)
-        known = self._key(claimed)
+        action, resource = asks(request.method, path, query)
+        known = self._key(claimed, action, resource)
         payload_hash = headers.get(sigv4.BODY_HASH, _UNSIGNED)
         # S3 signs the path as it is on the wire, and encodes it no second time.
         if not hmac.compare_digest(sigv4.signature(request, claimed, known.signing, payload_hash, path), claimed.digest):
             raise SignatureError("SignatureDoesNotMatch", "The request signature we calculated does not match the signature you provided.")
+        source = "/" + unquote(headers.get(_SOURCE, "")).partition("?")[0].lstrip("/")
+        reads = self._key(claimed, *asks("GET", quote(source), "")) if _SOURCE in headers else known
+        if not known.is_allowed or not reads.is_allowed:
+            raise SignatureError("AccessDenied", f"{claimed.key} is not authorized to perform: {action} on resource: {resource}")
         return known.account
 
-    def _key(self, claimed: sigv4.Signature) -> m.StoreKey:
-        at = (claimed.key, claimed.token, claimed.day, claimed.region)
+    def _key(self, claimed: sigv4.Signature, action: str, resource: str) -> m.StoreKey:
+        at = (claimed.key, claimed.token, claimed.day, claimed.region, action, resource)
         with self._lock:
             found, until = self._known.get(at, (None, 0.0))
         if found is not None and until > self._clock():
@@ -93,6 +100,25 @@ class Guard:
             while len(self._known) > _KNOWN:
                 self._known.popitem(last=False)
         return found
+
+
+def asks(method: str, path: str, query: str) -> tuple[str, str]:
+    """Returns the action and the resource that a request is judged by (Service Authorization Reference, S3). What changes a bucket beside
+    making and removing it counts as PutBucketPolicy."""
+    bucket, _, key = unquote(path).lstrip("/").partition("/")
+    if not bucket:
+        return "s3:ListAllMyBuckets", "*"
+    arn = f"arn:aws:s3:::{bucket}/{key}" if key else f"arn:aws:s3:::{bucket}"
+    named = {name for name, _ in parse_qsl(query, keep_blank_values=True) if not name.startswith("X-Amz-")} - {"x-id"}
+    if method in ("GET", "HEAD"):
+        return "s3:GetObject" if key else "s3:ListBucket", arn
+    if method == "DELETE" and (key or not named):
+        return "s3:DeleteObject" if key else "s3:DeleteBucket", arn
+    if not key and method == "POST" and "delete" in named:
+        return "s3:DeleteObject", f"{arn}/*"
+    if key:
+        return "s3:PutObject", arn
+    return "s3:CreateBucket" if method == "PUT" and not named else "s3:PutBucketPolicy", arn
 
 
 def _fields(environ: dict[str, Any]) -> dict[str, str]:

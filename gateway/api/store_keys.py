@@ -1,4 +1,5 @@
-"""Who may ask the embedded object store: every user's key, for his account's buckets; and control itself, as each account.
+"""Who may ask the embedded object store: users for what their policies allow in their account's buckets; and control itself, which reads as
+each account.
 
 The store knows no secret. It asks control for a key that signs for S3 alone, on one day.
 """
@@ -9,9 +10,11 @@ import hashlib
 import hmac
 import math
 import secrets
+import time
 
 from gateway import messages as m
 from gateway.accounts.directory import Credentials, Directory
+from gateway.accounts.policy import Decision
 
 from .sigv4 import signing_key
 
@@ -34,10 +37,12 @@ class StoreKeys:
     def find(self, asked: m.StoreKeyRequest) -> m.StoreKey | None:
         account = asked.key.removeprefix(_OWN)
         if account != asked.key:
-            return m.StoreKey(account, signing_key(self._secret(asked.key), asked.day, asked.region, "s3"))
+            signing = signing_key(self._secret(asked.key), asked.day, asked.region, "s3")
+            return m.StoreKey(account, signing, asked.action == "s3:GetObject")
         directory = self._directory
         secret = directory.secret(asked.key, asked.token)
         if not secret or directory.is_expired(asked.token):
             return None
-        account = directory.caller(asked.key, asked.token).account
-        return m.StoreKey(account, signing_key(secret, asked.day, asked.region, "s3"))
+        caller = directory.caller(asked.key, asked.token, region=asked.region, at=time.time())
+        is_allowed = caller.policy.decide(asked.action, asked.resource, caller.context()) is Decision.ALLOW
+        return m.StoreKey(caller.account, signing_key(secret, asked.day, asked.region, "s3"), is_allowed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import subprocess
 import sys
@@ -44,7 +45,10 @@ def find(asked: m.StoreKeyRequest) -> m.StoreKey | None:
     if asked.key not in KEYS:
         return None
     account, secret = KEYS[asked.key]
-    return m.StoreKey(account, signing_key(secret, asked.day, asked.region, "s3"))
+    return m.StoreKey(account, signing_key(secret, asked.day, asked.region, "s3"), asked.action not in DENIED)
+
+
+DENIED: set[str] = set()
 
 
 class Rig:
@@ -221,11 +225,11 @@ def test_a_key_that_was_taken_back_ends(monkeypatch: pytest.MonkeyPatch) -> None
     known = dict(KEYS)
     guard = objectstore.Guard(lambda environ, start: [], lambda asked: find(asked) if asked.key in known else None, lambda: now)
     claimed: Any = SimpleNamespace(key="AKIABOB", token="", day="20260101", region="us-east-1")
-    assert guard._key(claimed).account == B
+    assert guard._key(claimed, "s3:GetObject", "x").account == B
     del known["AKIABOB"]
     now += objectstore._KNOWN_SECONDS + 1
     with pytest.raises(Exception, match="does not exist"):
-        guard._key(claimed)
+        guard._key(claimed, "s3:GetObject", "x")
 
 
 # ---- control's side ----
@@ -240,8 +244,8 @@ async def directory(tmp_path: Path) -> Any:
     await store.close()
 
 
-def request(key: str, token: str = "") -> m.StoreKeyRequest:
-    return m.StoreKeyRequest(key, token, "20260101", "us-east-1")
+def request(key: str, token: str = "", action: str = "s3:GetObject", resource: str = "arn:aws:s3:::apps/app.zip") -> m.StoreKeyRequest:
+    return m.StoreKeyRequest(key, token, "20260101", "us-east-1", action, resource)
 
 
 async def test_control_says_who_a_key_is_and_gives_no_secret(directory: Directory) -> None:
@@ -249,7 +253,7 @@ async def test_control_says_who_a_key_is_and_gives_no_secret(directory: Director
     await directory.create_account("other", B)
     bobs = await directory.create_key(B, "bob", None)
     role = directory.issue(f"arn:aws:iam::{B}:role/r", "vm", 900)
-    assert keys.find(request("AKIAROOT")) == m.StoreKey(A, signing_key("root-secret", "20260101", "us-east-1", "s3"))
+    assert keys.find(request("AKIAROOT")) == m.StoreKey(A, signing_key("root-secret", "20260101", "us-east-1", "s3"), True)
     found = keys.find(request(bobs.id))
     assert found is not None and found.account == B and bobs.secret.encode() not in found.signing
     found = keys.find(request(role.access_key, role.token))
@@ -258,6 +262,64 @@ async def test_control_says_who_a_key_is_and_gives_no_secret(directory: Director
     assert keys.find(request(role.access_key, directory.issue(f"arn:aws:iam::{A}:role/r", "vm", -1).token)) is None, "another's, and over"
     await directory.delete_key(bobs.id)
     assert keys.find(request(bobs.id)) is None
+
+
+async def test_a_key_may_what_its_policy_allows(directory: Directory) -> None:
+    """One without a policy may nothing, and a session no more than its own allows: in the account's buckets lies what its images are made of."""
+    keys = StoreKeys(directory)
+
+    def may(key: str, token: str = "", action: str = "s3:GetObject", name: str = "apps/app.zip") -> bool:
+        found = keys.find(request(key, token, action, f"arn:aws:s3:::{name}"))
+        return found is not None and found.is_allowed
+
+    reads = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:Get*", "Resource": "arn:aws:s3:::apps/*"}]}
+    nothing = await directory.create_key(A, "none", None)
+    reader = await directory.create_key(A, "reader", reads)
+    role = f"arn:aws:iam::{A}:role/r"
+    await directory.put_role(role, {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]})
+    wide, narrow = directory.issue(role, "me", 900), directory.issue(role, "me", 900, json.dumps(reads))
+    assert may("AKIAROOT") and may("AKIAROOT", action="s3:PutObject") and not may(nothing.id)
+    assert may(reader.id) and not may(reader.id, action="s3:PutObject") and not may(reader.id, name="others/app.zip")
+    assert may(wide.access_key, wide.token, "s3:PutObject") and may(narrow.access_key, narrow.token)
+    assert not may(narrow.access_key, narrow.token, "s3:PutObject")
+    own = keys.own(A)
+    assert may(own.access_key) and not may(own.access_key, action="s3:PutObject"), "control reads, and writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("denied", "refused"),
+    [
+        ("s3:PutObject", {"put", "copy", "parts"}), ("s3:GetObject", {"get", "copy", "presigned"}), ("s3:DeleteObject", {"delete", "delete some"}),
+        ("s3:ListBucket", {"list"}), ("s3:ListAllMyBuckets", {"buckets"}), ("s3:CreateBucket", {"make"}), ("s3:DeleteBucket", {"remove"}), ("s3:PutBucketPolicy", {"open"}),
+        ("", set()),
+    ],
+)  # fmt: skip
+def test_what_is_done_is_judged_as_what_it_is(store: Rig, bucket: str, denied: str, refused: set[str]) -> None:
+    """Each call of a client's by its action; the last row, in which nothing is denied, is the control."""
+    alice = store.client("AKIAALICE")
+    alice.put_object(Bucket=bucket, Key="a", Body=b"1")
+    url = alice.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "a"}).partition(f":{store.port}")[2]
+    DENIED.add(denied)
+    try:
+        found = {
+            "put": code(lambda: alice.put_object(Bucket=bucket, Key="b", Body=b"2")),
+            "parts": code(lambda: alice.create_multipart_upload(Bucket=bucket, Key="c")),
+            "get": code(lambda: alice.get_object(Bucket=bucket, Key="a")),
+            "presigned": "" if store.raw("GET", url)[0] == 200 else "AccessDenied",
+            "copy": code(lambda: alice.copy_object(Bucket=bucket, Key="d", CopySource={"Bucket": bucket, "Key": "a"})),
+            "list": code(lambda: alice.list_objects_v2(Bucket=bucket)),
+            "buckets": code(alice.list_buckets),
+            "open": code(lambda: alice.put_bucket_policy(Bucket=bucket, Policy='{"Statement": []}')),
+            "make": code(lambda: alice.create_bucket(Bucket=f"{bucket}-more")),
+            "delete": code(lambda: alice.delete_object(Bucket=bucket, Key="a")),
+            "delete some": code(lambda: alice.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": "z"}]})),
+            "remove": code(lambda: alice.delete_bucket(Bucket=f"{bucket}-more")),
+        }
+    finally:
+        DENIED.clear()
+    missing = {"remove"} if denied == "s3:CreateBucket" else set()  # there is none to remove then
+    assert {name for name, said in found.items() if said == "AccessDenied"} == refused
+    assert {name for name, said in found.items() if said not in ("", "AccessDenied")} == missing, found
 
 
 async def test_what_control_reads_with_is_no_key_of_the_api(directory: Directory) -> None:

@@ -94,13 +94,16 @@ def test_each_account_has_its_own_buckets(one: Instance) -> None:
     first.create_bucket(Bucket="firsts")
     first.put_object(Bucket="firsts", Key="app.zip", Body=b"source")
     number = one.command("torpor", "account", "create", "other").stdout.strip()
-    made = json.loads(one.command("torpor", "key", "create", "ann", "--account", number, "--json").stdout)
+    made = json.loads(one.command("torpor", "key", "create", "ann", "--account", number, "--admin", "--json").stdout)
+    none = json.loads(one.command("torpor", "key", "create", "bob", "--account", number, "--json").stdout)
     other = s3(one, made["key"], made["secret"])
     other.create_bucket(Bucket="others")
     assert [bucket["Name"] for bucket in other.list_buckets()["Buckets"]] == ["others"]
     with pytest.raises(ClientError, match="AccessDenied"):
         other.get_object(Bucket="firsts", Key="app.zip")
     assert first.get_object(Bucket="firsts", Key="app.zip")["Body"].read() == b"source"
+    with pytest.raises(ClientError, match="AccessDenied"):
+        s3(one, none["key"], none["secret"]).list_buckets()
     with pytest.raises(ClientError, match="InvalidAccessKeyId"):
         s3(one, "AKIANOBODY", "x").list_buckets()
 
