@@ -49,6 +49,8 @@ PROBE_MIB = 256
 _UNPACKERS = {b"\x02\x21\x4c\x18": "lz4", b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _DIGITS = 16  # of an agent's digest
 _LISTS = "/var/lib/apt/lists"
+_INSIDE = Path(__file__).parent / "inside/inside.c"
+_COMPILE_SECONDS = 60
 _GUEST = Path(__file__).parent / "guest"
 _PACKAGE_DEADLINE_SECONDS = 300
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -188,6 +190,21 @@ def make_initrd(kernel: Path, init: Path, target: Path, modules: Sequence[str] =
     entries += [(f"m/{file.name}", 0o100644, file.read_bytes()) for file in files]
     entries.append(("modules.list", 0o100644, "".join(f"/m/{file.name}\n" for file in files).encode()))
     target.write_bytes(gzip.compress(cpio(entries), 1))
+
+
+def make_inside(target: Path) -> None:
+    """Compiles the program that tries walls from inside a microVM. Raises OSError."""
+    flags = ("-std=gnu11", "-Os", "-static", "-s", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-idirafter", "/usr/include")
+    machine = ("-idirafter", f"/usr/include/{os.uname().machine}-linux-gnu")
+    done = subprocess.run(
+        ["musl-gcc", *flags, *machine, "-o", str(target), str(_INSIDE)],
+        capture_output=True,
+        text=True,
+        timeout=_COMPILE_SECONDS,
+        check=False,
+    )
+    if done.returncode:
+        raise OSError(done.stderr.strip()[-300:] or "musl-gcc failed")
 
 
 def described(kernel: Path) -> str:

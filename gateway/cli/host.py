@@ -256,6 +256,7 @@ def doctor(
     name: Name = None,
     repair: Annotated[bool, typer.Option("--repair", help="Remove what a crash left behind; the service must be stopped.")] = False,
     security: Annotated[bool, typer.Option("--security", help="Check what keeps tenants apart, instead: host, versions, jails.")] = False,
+    inside: Annotated[str, typer.Option("--inside", help="A microVM, with a shell, in which a program tries what must be refused.")] = "",
     as_json: Json = False,
 ) -> None:
     """Check the host: programs, acceleration, control groups, room, ports, and what a crash left behind.
@@ -269,6 +270,10 @@ def doctor(
     from .security import rows as walls
 
     settings = config.load(root=root, name=name)
+    if inside:
+        from .inside import rows as tries
+
+        return _checked(list(tries(inside)), as_json)
     if security:
         return _checked(list(walls(settings)), as_json)
     rows: list[tuple[str, bool, str]] = []
