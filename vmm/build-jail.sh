@@ -41,6 +41,7 @@ for node in null zero full random urandom tty; do : > dev/$node; mount --bind /d
 ln -s /proc/self/fd dev/fd; ln -s pts/ptmx dev/ptmx
 # A store with a bound is a file system in a file. What the host's disk has no room for is kept back in it (Linux's
 # Documentation/ABI/testing/sysfs-fs-ext4), so that a step is told so, and no write that it was promised fails later.
+device=
 if [ -d "$store" ]; then mount --bind "$store" var/lib/docker; else
     mount -t ext4 -o loop,discard,noinit_itable "$store" var/lib/docker || {
         echo "torpor: the account's layer store cannot be mounted; where this host has no loop device, images.store_mib = 0 does without"
@@ -79,4 +80,8 @@ pivot_root . old
 umount -l /old
 cd /
 # $users and $groups are lists of words.
-exec unshare --user --mount --pid --ipc --uts --cgroup --fork --kill-child $users $groups --setuid 0 --setgid 0 --mount-proc /bin/sh /build.sh "$@"
+status=0
+unshare --user --mount --pid --ipc --uts --cgroup --fork --kill-child $users $groups --setuid 0 --setgid 0 --mount-proc /bin/sh /build.sh "$@" || status=$?
+# What was removed last is not given back by `discard`: a file system that is being unmounted does no more of that.
+[ -z "$device" ] || fstrim /var/lib/docker 2> /dev/null || :
+exit $status

@@ -43,6 +43,7 @@ _NUMBER_BYTES = 32
 _DOCKERFILE_BYTES = 8 << 20  # as it is rewritten: an artifact's has a MiB (gateway/images/unpack.py)
 _FULL_BYTES = 64 << 20  # of free disk, at which a build has failed for want of it
 _CONFIG_BYTES = 4 << 20  # of an image's configuration: variables and commands, of which the kernel takes 2 MiB, and labels
+_LOOK_SECONDS = 0.5
 _LEAST_ROOM_BYTES = 256 << 20  # for the local base and some layers
 _BLOCK_BYTES = 4096  # of a store's file system
 _ENDED_KEPT = 64  # whose results nobody has collected
@@ -272,6 +273,8 @@ class Builder:
                     await _say(log, "the layer store is broken: building again with a new one")
                     await executors.BULK.run(self._stores.drop, request.account)
                     result = await self._jailed(request, image, log, phases)
+                if result.disk_full and self._settings.store_mib:  # what its file system had promised was not written
+                    await executors.BULK.run(self._stores.drop, request.account)
                 return result
         except _NoRoom as error:
             return BuildResult(1, "", True, False, str(error))
@@ -323,9 +326,16 @@ class Builder:
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
             )  # fmt: skip
             build.jail = Child(process)
-            status = await build.jail.wait()
+            filling = asyncio.get_running_loop().create_task(self._until_full())
+            try:
+                status = await build.jail.wait()
+            finally:
+                filling.cancel()
+            full = filling.done() or disk_free_bytes(work) < _FULL_BYTES
+            if not status and full and settings.store_mib:
+                return BuildResult(1, "", True, False, "the host's disk was full while the image was built: its layers may not be whole")
             if status:
-                full, killed, bounded = disk_free_bytes(work) < _FULL_BYTES, self._cgroups.oom_kills(group) > 0, bool(settings.store_mib)
+                killed, bounded = self._cgroups.oom_kills(group) > 0, bool(settings.store_mib)
                 reason = ""
                 if not killed and self._cgroups.forks_refused(group):
                     reason = f"the container build wanted more than {settings.processes} processes (images.build_processes)"
@@ -334,6 +344,11 @@ class Builder:
         finally:
             self._room.pop(request.build, None)
             await asyncio.shield(self._clean(build, group, namespace, work))
+
+    async def _until_full(self) -> None:
+        """Others fill the disk, too."""
+        while disk_free_bytes(self._directory) >= _FULL_BYTES:
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def _take_room(self, build: str) -> int:
         """Returns how many bytes the build may add to its account's store: all that it has, or half of what the host's disk can give, since

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from build_rig import FROM, Rig, builder, builder_in
-from small_disk import small_disk
+from small_disk import fill, small_disk
 
 pytestmark = pytest.mark.vm
 
@@ -72,6 +72,24 @@ async def test_a_full_disk_ends_one_build_and_is_given_back(disk: Path, host_bef
         await rig.builder._trimming
         assert not list((rig.directory / "accounts").iterdir()) and os.statvfs(disk).f_bavail > free
         assert (await rig.build(FROM))[0].status == 0
+
+
+@pytest.mark.long
+async def test_layers_that_a_full_disk_did_not_take_are_no_cache(disk: Path, host_before: object) -> None:
+    """Another has filled the host's disk meanwhile: what the store's file system had promised was lost, and no step was told."""
+    async with builder_in(disk) as rig:
+        name, log = await rig.begin(f"{FROM}RUN head -c 100m /dev/urandom > /x; sleep 3; sync; sleep 1\n")
+        async with asyncio.timeout(120):
+            while not any(one.endswith(" sleep") for one in map(str.strip, rig.left())):
+                await asyncio.sleep(0.05)
+        filler = fill(disk)
+        await log
+        done = await rig.builder.result(name)
+        assert done.status and done.disk_full
+        assert not list((rig.directory / "accounts").glob("*/store.ext4")), "its store is made afresh"
+        filler.unlink()
+        done, said = await rig.build(FROM)
+        assert done.status == 0 and "making the local base" in said, said
 
 
 @pytest.mark.long
