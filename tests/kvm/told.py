@@ -28,7 +28,7 @@ def _interrupt(*_: object) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    told = set(json.loads(os.environ["TOLD_BEFORE"]))
+    told = set(json.loads(os.environ.get("TOLD_BEFORE", "[]")))
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in told])
     items[:] = [item for item in items if item.nodeid not in told]
 
