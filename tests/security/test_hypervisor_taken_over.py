@@ -20,6 +20,7 @@ import pytest
 
 from gateway.config import Settings
 from vmm import calls, jail
+from vmm.qemu import roots
 from vmm.qemu.process import child_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a jail is root's to make")
@@ -39,10 +40,11 @@ Try = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def hypervisors() -> Path:
-    """The root that `make assets` makes."""
+    """The root that `make assets` makes, with this tree's filter, as vmm has it from its start on."""
     found = (Settings().cache / "qemu-root").resolve()
     if not found.is_dir():
         pytest.skip("`make assets` has not been run")
+    roots.fit(found)
     return found
 
 

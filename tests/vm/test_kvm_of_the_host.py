@@ -53,7 +53,7 @@ def test_guests_of_the_host_run_whoever_may_open_its_kvm(settings: Settings, hyp
 
 @pytest.mark.parametrize(
     ("hypervisor", "says"),
-    [("qemu", "Could not access KVM kernel module: No such device"), ("firecracker", "No such device (os error 19)")],
+    [("qemu", "failed to initialize kvm: No such device"), ("firecracker", "Kvm(Error(19))")],
 )
 def test_a_kvm_of_the_host_that_cannot_be_used_is_quoted(settings: Settings, hypervisor: str, says: str) -> None:
     """Its module for the processor is not there, as where the firmware has virtualisation off; its node is."""
