@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import parse_qsl, quote, unquote, urlparse
 from xml.sax.saxutils import escape
 
 from werkzeug.serving import WSGIRequestHandler, make_server
@@ -74,13 +74,15 @@ class Guard:
         sigv4.check_service(claimed, "s3")
         sigv4.check_time(claimed, SKEW_SECONDS, self._clock())
         sigv4.check_signed(request, claimed)
+        _check_one_reading(request)
         action, resource = asks(request.method, path, query)
         known = self._key(claimed, action, resource)
         payload_hash = headers.get(sigv4.BODY_HASH, _UNSIGNED)
         # S3 signs the path as it is on the wire, and encodes it no second time.
-        if not hmac.compare_digest(sigv4.signature(request, claimed, known.signing, payload_hash, path), claimed.digest):
+        wanted = sigv4.signature(request, claimed, known.signing, payload_hash, path)
+        if not hmac.compare_digest(wanted.encode(), claimed.digest.encode("utf-8", "surrogateescape")):
             raise SignatureError("SignatureDoesNotMatch", "The request signature we calculated does not match the signature you provided.")
-        source = "/" + unquote(headers.get(_SOURCE, "")).partition("?")[0].lstrip("/")
+        source = "/" + unquote(headers.get(_SOURCE, "").partition("?")[0]).lstrip("/")
         reads = self._key(claimed, *asks("GET", quote(source), "")) if _SOURCE in headers else known
         if not known.is_allowed or not reads.is_allowed:
             raise SignatureError("AccessDenied", f"{claimed.key} is not authorized to perform: {action} on resource: {resource}")
@@ -121,10 +123,21 @@ def asks(method: str, path: str, query: str) -> tuple[str, str]:
     return "s3:CreateBucket" if method == "PUT" and not named else "s3:PutBucketPolicy", arn
 
 
-def _fields(environ: dict[str, Any]) -> dict[str, str]:
-    names = {name: name.removeprefix("HTTP_") for name in environ if name.startswith("HTTP_")}
-    names |= {name: name for name in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(name)}
-    return {name.replace("_", "-").lower(): str(environ[key]) for key, name in names.items()}
+def _check_one_reading(request: sigv4.SignedRequest) -> None:
+    """Refuses what moto, which takes targets and sources of copies for URLs, would read as another bucket or key than the one that is
+    judged, and objects whose key stands in a form or in the query. Raises SignatureError."""
+    if not request.path.startswith("/") or "#" in request.path + request.query:
+        raise SignatureError("InvalidURI", "The target must be a path.")
+    _, _, key = unquote(request.path).lstrip("/").partition("/")
+    if request.method == "POST" and not key and "delete" not in dict(parse_qsl(request.query, keep_blank_values=True)):
+        raise SignatureError("MethodNotAllowed", "The key of an object must stand in the path.")
+    source = request.headers.get(_SOURCE, "")
+    try:
+        is_path = urlparse(source).path == source.partition("?")[0]
+    except ValueError:
+        is_path = False
+    if not is_path:
+        raise SignatureError("InvalidArgument", "The source of a copy must have the form <bucket>/<key>, URL-encoded.")
 
 
 def _refused(start: Callable[..., Any], status: int, code: str, text: str) -> Iterable[bytes]:

@@ -6,6 +6,7 @@ Taken away by name: the `Guard` before moto (gateway/objectstore.py), moto's own
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import json
 import os
@@ -30,6 +31,7 @@ from werkzeug.serving import make_server
 from gateway import config, instance, listeners, objectstore
 from gateway import messages as m
 from gateway.accounts.directory import Directory
+from gateway.api import sigv4
 from gateway.api.sigv4 import signing_key
 from gateway.api.store_keys import StoreKeys
 from gateway.config import ConfigError, Settings
@@ -320,6 +322,61 @@ def test_what_is_done_is_judged_as_what_it_is(store: Rig, bucket: str, denied: s
     missing = {"remove"} if denied == "s3:CreateBucket" else set()  # there is none to remove then
     assert {name for name, said in found.items() if said == "AccessDenied"} == refused
     assert {name for name, said in found.items() if said not in ("", "AccessDenied")} == missing, found
+
+
+def sign(one: Rig, method: str, target: str, headers: dict[str, str], body: bytes = b"") -> dict[str, str]:
+    """Alice's signature over a target as it is on the request line."""
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    fields = {"host": f"127.0.0.1:{one.port}", "x-amz-date": stamp, "x-amz-content-sha256": hashlib.sha256(body).hexdigest()} | headers
+    path, _, query = target.partition("?")
+    claimed = sigv4.Signature("AKIAALICE", stamp[:8], "us-east-1", "s3", tuple(sorted(fields)), "", stamp, "")
+    key = signing_key("secret-a", claimed.day, claimed.region, "s3")
+    request = sigv4.SignedRequest(method, path, query, fields)
+    digest = sigv4.signature(request, claimed, key, fields["x-amz-content-sha256"], path)
+    scope = f"AKIAALICE/{claimed.day}/us-east-1/s3/aws4_request"
+    signed = f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders={';'.join(claimed.signed)}, Signature={digest}"
+    return fields | {"authorization": signed}
+
+
+@pytest.mark.parametrize("wall", [True, False])
+@pytest.mark.parametrize(
+    ("method", "target", "source"),
+    [
+        ("GET", "x:/{hidden}/k", ""), ("GET", "/{hidden}#x/k", ""), ("PUT", "/{bucket}/c", "//{bucket}/{hidden}/k"),
+        ("PUT", "/{bucket}/c", "http://x/{hidden}/k"), ("PUT", "/{bucket}/c", "x:/{hidden}/k"), ("POST", "/{hidden}?key=new", ""),
+    ],
+)  # fmt: skip
+def test_what_is_judged_is_what_is_done(
+    store: Rig, bucket: str, method: str, target: str, source: str, wall: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Targets and sources of copies that moto reads as URLs, and so as a bucket that was not asked about. The control takes the wall away."""
+    if not wall:
+        monkeypatch.setattr(objectstore, "_check_one_reading", lambda request: None)
+    hidden = f"{bucket}-hidden"
+    alice = store.client("AKIAALICE")
+    alice.create_bucket(Bucket=hidden)
+    alice.put_object(Bucket=hidden, Key="k", Body=b"hidden")
+    target = target.format(bucket=bucket, hidden=hidden)
+    headers = {"x-amz-copy-source": source.format(bucket=bucket, hidden=hidden)} if source else {}
+    status, said = store.raw(method, target, sign(store, method, target, headers))
+    assert (400 <= status < 500) is wall, (status, said)
+
+
+def test_an_encoded_question_mark_is_the_keys() -> None:
+    """What is asked about is the whole key that moto copies, and not what stands before it."""
+    asked: list[str] = []
+    one = Rig(known=lambda wanted: asked.append(wanted.resource) or find(wanted))
+    try:
+        one.raw("PUT", "/apps/c", sign(one, "PUT", "/apps/c", {"x-amz-copy-source": "apps/k%3Fsecret"}))
+        assert asked == ["arn:aws:s3:::apps/c", "arn:aws:s3:::apps/k?secret"]
+    finally:
+        one.close()
+
+
+def test_a_signature_of_other_letters_is_a_wrong_one(store: Rig, bucket: str) -> None:
+    url = store.client("AKIAALICE").generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "k"})
+    path = url.partition(f":{store.port}")[2].rpartition("=")
+    assert store.raw("GET", f"{path[0]}=%C3%A9")[0] == 403
 
 
 async def test_what_control_reads_with_is_no_key_of_the_api(directory: Directory) -> None:
