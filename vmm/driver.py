@@ -106,6 +106,10 @@ class Driver(Protocol):
     """One hypervisor. Implementations: vmm.qemu, vmm.firecracker."""
 
     @property
+    def name(self) -> str:
+        """As manifests of its images have it."""
+
+    @property
     def disk_template(self) -> str:
         """The file of an image that a new session's disk is a copy of."""
 

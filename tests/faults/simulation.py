@@ -158,6 +158,7 @@ class Machine:
 class Driver:
     """What the lives of sessions and images ask of a driver."""
 
+    name = "qemu"
     disk_template = "overlay.qcow2"
     takes_taps = True
 

@@ -16,9 +16,9 @@ from vmm_rig import IMAGE, Rig
 
 from gateway import executors
 from gateway import messages as m
-from vmm import diffs, disks, syscalls, vms
+from vmm import diffs, disks, manifest, syscalls, vms
 from vmm.driver import Process
-from vmm.errors import Damaged, DiskFull, Ended, Missing, NeverRan, Unavailable, VmmError
+from vmm.errors import Damaged, DiskFull, Ended, Missing, NeverRan, Refused, Unavailable, VmmError
 from vmm.rpc.sessions import _SAVES_AT_ONCE
 from vmm.snapshots import Folded, Snapshots
 
@@ -679,3 +679,18 @@ def test_with_nobody_kept_out_something_is_lost(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(vms.Reader, "check", lambda self: None)
     monkeypatch.setattr(Snapshots, "put_fold", put)
     assert any(interleave(seed, 1) for seed in range(20))
+
+
+async def test_a_launch_from_another_hypervisors_image_says_so(rig: Rig) -> None:
+    """Which has another template for disks: what was said was that this hypervisor's is not there."""
+
+    async def launch() -> None:
+        image = rig.settings.images_dir / IMAGE
+        (image / "overlay").unlink()
+        manifest.write(image, manifest.Manifest(m.Shape(512, 1, 1 << 30, "kvm", 512), 0, 0, "firecracker"))
+        with pytest.raises(Refused, match="was made with firecracker, and this host runs qemu"):
+            await rig.prepare(m.PrepareRequest("a", 1, IMAGE, False))
+
+    (error,) = await rig.points.run(launch())
+    assert error is None
+    assert not rig.host.alive

@@ -231,6 +231,7 @@ def load(snapshot: Path, manifest: diffs.Manifest) -> dict[int, int]:
 class Host:
     """The driver, and what all its machines share."""
 
+    name = "qemu"
     disk_template = "overlay"
     takes_taps = True
 

@@ -57,6 +57,7 @@ class Assets:
 class FirecrackerDriver:
     """Implements vmm.driver.Driver. `jails` must be on the file system of images and sessions."""
 
+    name = NAME
     disk_template = DISK
     takes_taps = False
 

@@ -67,6 +67,7 @@ class _Shared(NamedTuple):
 class QemuDriver:
     """Implements vmm.driver.Driver."""
 
+    name = NAME
     disk_template = "overlay.qcow2"
     takes_taps = True
 

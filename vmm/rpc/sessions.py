@@ -14,7 +14,7 @@ from gateway import messages as m
 from gateway.observe.room import SESSION_DESCRIPTORS, descriptors_free, descriptors_kept
 from gateway.rpc import Connection, Reply
 
-from .. import disks
+from .. import disks, manifest
 from ..diffs import Manifest
 from ..driver import Driver, Machine
 from ..errors import Damaged, DiskFull, Ended, Missing, NeverRan, Refused, Unavailable, VmmError, not_written, unreadable
@@ -75,6 +75,7 @@ class SessionCalls:
             overlay.parent.mkdir(exist_ok=True)
             await executors.LATENCY.run(disks.copy_overlay, template, overlay)
         except FileNotFoundError as error:
+            await executors.LATENCY.run(manifest.read, image, self._driver.name)  # another hypervisor's images have another template
             raise unreadable(error, template) from error
         except OSError as error:
             raise not_written(error, f"session {session}", f"the disk of session {session} could not be made") from error
