@@ -26,7 +26,7 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 # The parts of test-kvm: each in a machine of its own, in less than an hour (tests/kvm/inner.py).
 KVM = drivers-firecracker drivers-qemu devices service-firecracker kills-firecracker clients-firecracker archive-firecracker service-qemu kills-qemu
 
-.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-kvm $(KVM:%=test-kvm-%) test-fresh test-fresh-odd fresh-packages check static lint types unit applications-packages security-packages conformance conformance-packages bench-api bench-drivers bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-fuzz test-long-systemd test-kvm $(KVM:%=test-kvm-%) test-fresh test-fresh-odd fresh-packages check static lint types unit applications-packages security-packages conformance conformance-packages bench-api bench-drivers bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -68,10 +68,10 @@ serve: setup ## run the service for yourself; prints the exports for another she
 test: setup check ## every test but the long ones
 	@$(PY) -m pytest -q -m "(vm or service) and not long and not conformance" tests
 
-test-long: test test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-systemd test-fresh test-fresh-odd ## every test, in parts of less than an hour each
+test-long: test test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-fuzz test-long-systemd test-fresh test-fresh-odd ## every test, in parts of less than an hour each
 
 test-long-rest: setup security-packages ## those of the long tests that have no part of their own
-	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py --ignore=tests/fidelity --ignore=tests/applications --ignore=tests/faults --ignore=tests/systemd --ignore=tests/kvm tests
+	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py --ignore=tests/fidelity --ignore=tests/applications --ignore=tests/faults --ignore=tests/systemd --ignore=tests/kvm --ignore=tests/fuzz tests
 
 test-long-images: setup ## rows of the table of images that are too slow for make test (tests/fidelity)
 	@$(PY) -m pytest -q -m "long and not corpus" tests/fidelity
@@ -105,6 +105,9 @@ test-long-faults: setup ## a fault at each call of each step of a session's life
 
 test-long-load: setup ## ten minutes of clients of all kinds at once against edge workers (MIXED_LOAD_SECONDS=60: shorter)
 	@$(PY) -m pytest -q -s -m long tests/unit/test_mixed_load.py
+
+test-long-fuzz: setup ## an hour of inputs that nobody thought of, for each parser of what strangers say (FUZZ_SECONDS=60: shorter; FUZZ_SEED=…: the same again)
+	@$(PY) -m pytest -q -s -m long tests/fuzz
 
 test-long-systemd: setup ## the units in a Debian with systemd, in a machine of its own
 	@$(PY) -m pytest -q -s tests/systemd

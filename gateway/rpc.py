@@ -179,7 +179,7 @@ class Connection:
             self._calls.pop(number, None)
         try:
             return (msgspec.msgpack.decode(raw, type=kind) if kind is not None else None), descriptors
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the second one of what is nested too deeply
             _close_all(descriptors)
             raise RpcError(type(error).__name__, f"{method}: the answer: {error}") from error
 
@@ -244,7 +244,7 @@ class Connection:
         self._in += data
         try:
             self._parse()
-        except (_Malformed, ValueError) as error:
+        except (_Malformed, ValueError, RecursionError) as error:
             log.error("rpc.malformed", uid=self.uid, error=str(error))
             self.close()
 
@@ -261,7 +261,7 @@ class Connection:
         return data
 
     def _parse(self) -> None:
-        """Raises _Malformed, ValueError: where the next frame begins is unknown then."""
+        """Raises _Malformed, ValueError, RecursionError: where the next frame begins is unknown then."""
         while len(self._in) >= 4 and not self.closed.done():
             (length,) = struct.unpack_from("<I", self._in)
             if length > _FRAME_MAX_BYTES:

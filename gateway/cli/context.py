@@ -95,7 +95,8 @@ def _expression(pattern: str) -> str:
             at += 2
             if pattern.startswith("/", at):
                 at += 1
-            out += ".*" if at >= len(pattern) else "(?:.*/)?"
+            any_folders = ".*" if at >= len(pattern) else "(?:.*/)?"
+            out += any_folders if not out.endswith(any_folders) else ""  # twice is the same as once, and takes for ever
             continue
         if char == "[":
             end = pattern.find("]", at + 1)

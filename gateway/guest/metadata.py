@@ -116,7 +116,7 @@ class MetadataConnection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # the second one is none of the first
             self._write(400, "text/plain", "Bad Request", keep=False)
 
     # ---- httptools ----

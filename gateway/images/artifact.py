@@ -164,7 +164,7 @@ async def unpack(settings: Settings, archive: Path, target: Path) -> None:
                 process.kill()
     try:
         told = msgspec.json.decode(out, type=_Told)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BuildFailed("ARCHIVE_INVALID", f"the artifact could not be unpacked: {errors.decode(errors='replace')[-200:]}") from error
     if missing := {confine.LANDLOCK, confine.FILTER} - set(told.walls):
         log.warning("unpacker.less_confined", missing=sorted(missing))

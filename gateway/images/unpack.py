@@ -169,9 +169,9 @@ def _entry(info: zipfile.ZipInfo, name: str) -> Entry:
 def unpack(archive: Path, target: Path, max_bytes: int, max_entries: int, max_ratio: int) -> None:
     """Writes the context below `target`, and its Dockerfile beside it. Raises ArchiveError."""
     packed = archive.stat().st_size
-    if not zipfile.is_zipfile(archive) and not _begins_as_zip(archive):
-        raise ArchiveError("the artifact is not a zip file")
     try:
+        if not zipfile.is_zipfile(archive) and not _begins_as_zip(archive):
+            raise ArchiveError("the artifact is not a zip file")
         with zipfile.ZipFile(archive) as source:
             infos = source.infolist()
             if len(infos) > max_entries:

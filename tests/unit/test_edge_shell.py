@@ -121,6 +121,9 @@ async def test_what_is_typed_and_what_is_printed(one: Shell) -> None:
     assert await one.typed() == b"ils\n"
     one.say(Opcode.TEXT, b"plain text is typed")
     assert await one.typed() == b"iplain text is typed"
+    deep = b'{"x":' + b"[" * 2000
+    one.say(Opcode.TEXT, deep)
+    assert await one.typed() == b"i" + deep, "what is nested too deeply is text as well"
     one.say(Opcode.TEXT, b'{"type": "resize", "cols": 100, "rows": 2000}')
     assert await one.typed() == b"r" + struct.pack("<HH", 100, 1000)
     one.control.send(b"ofiles")

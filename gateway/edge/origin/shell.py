@@ -159,7 +159,7 @@ class ShellOrigin:
         try:
             size = msgspec.json.decode(data, type=_Resize)
             message = SHELL_RESIZE + struct.pack("<HH", min(max(size.cols, 1), 1000), min(max(size.rows, 1), 1000))
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):  # the second one of what is nested too deeply
             self._type(data)
             return
         if self.is_parked:

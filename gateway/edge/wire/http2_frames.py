@@ -134,6 +134,11 @@ def decode(decoder: FieldDecoder, block: bytes) -> list[Field]:
         raise H2ConnectionError(Code.ENHANCE_YOUR_CALM, "field list too large") from error
     except HPACKError as error:
         raise H2ConnectionError(Code.COMPRESSION_ERROR, "field block cannot be decoded") from error
+    except BaseException as error:
+        # jh2's decoder panics where a block ends before a string's length. Nothing else of Python's own is caught here.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise H2ConnectionError(Code.COMPRESSION_ERROR, "field block is cut short") from None
 
 
 def _integer(value: int, first: int, bits: int) -> bytes:
