@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+
 from gateway.images.artifact import BuildFailed
 from gateway.images.dockerfile import UIDS, prepare
 
@@ -35,5 +37,5 @@ def check(data: bytes) -> None:
             continue
         assert made.text.count("\n") == data.count(b"\n"), "lines move"
         assert all(UIDS < one < 1 << 32 for one in made.users)
-        again = prepare(made.text.encode(errors="surrogateescape"), [_BASE], True, "amd64")
+        again = prepare(codecs.BOM_UTF8 + made.text.encode(errors="surrogateescape"), [_BASE], True, "amd64")
         assert again.users == made.users, "what BuildKit gets means another user"
