@@ -254,7 +254,8 @@ class Certificate:
 
     def _renew(self) -> None:
         state = self._state()
-        if state != self._read:
+        if state != self._read:  # first elsewhere: OpenSSL drops the key that it has for a certificate that does not go with it
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._chain, self._key)
             self.context.load_cert_chain(self._chain, self._key)
             self._read = state
 

@@ -328,6 +328,43 @@ def test_a_new_certificate_needs_no_restart(tmp_path: Path) -> None:
         assert shown() != before, "the last good one goes on"
 
 
+@needs_root
+@pytest.mark.parametrize("key", ["old", "empty"])
+def test_half_of_a_new_certificate_is_not_served(tmp_path: Path, key: str) -> None:
+    """A new chain has come and its key not yet, or a key without anything in it: the pair that was served before is served on."""
+    settings = Settings(root=tmp_path, api={"tls": True}, users={"first": max(os.getuid(), 1000)})  # type: ignore[arg-type]
+    settings.tls_dir.mkdir()
+    instance.make_certificates(settings)
+    chain, secret = settings.tls_dir / "api.crt", settings.tls_dir / "api.key"
+    served = Certificate(chain, secret)
+    old_key = secret.read_bytes()
+    before = served_by(served.context)
+    chain.unlink()
+    instance.make_certificates(settings)
+    new_key = secret.read_bytes()
+    assert new_key != old_key
+    secret.write_bytes(old_key if key == "old" else b"")
+    with pytest.raises(OSError):
+        served._renew()
+    assert served_by(served.context) == before
+    secret.write_bytes(new_key)
+    served._renew()
+    assert served_by(served.context) == ssl.PEM_cert_to_DER_cert(chain.read_text()), "the whole pair is"
+
+
+def served_by(context: ssl.SSLContext) -> bytes:
+    """Returns the certificate that a client is shown. Raises ssl.SSLError where no handshake succeeds."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    client, server = trusting.wrap_bio(to_client, to_server), context.wrap_bio(to_server, to_client, server_side=True)
+    for _ in range(3):
+        for end in (client, server):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    return client.getpeercert(binary_form=True) or b""
+
+
 # ---- beyond loopback ----
 
 TOKEN = "a-token-of-24-characters"
