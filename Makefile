@@ -68,7 +68,7 @@ serve: setup ## run the service for yourself; prints the exports for another she
 test: setup check ## every test but the long ones
 	@$(PY) -m pytest -q -m "(vm or service) and not long and not conformance" tests
 
-test-long: test test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-fuzz test-long-systemd test-fresh test-fresh-odd ## every test, in parts of less than an hour each
+test-long: test test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-fuzz test-long-systemd test-kvm test-fresh test-fresh-odd ## every test, in parts of less than an hour each
 
 test-long-rest: setup security-packages ## those of the long tests that have no part of their own
 	@$(PY) -m pytest -q -m "long and not conformance" --ignore=tests/unit/test_mixed_load.py --ignore=tests/fidelity --ignore=tests/applications --ignore=tests/faults --ignore=tests/systemd --ignore=tests/kvm --ignore=tests/fuzz tests
@@ -112,7 +112,7 @@ test-long-fuzz: setup ## an hour of inputs that nobody thought of, for each pars
 test-long-systemd: setup ## the units in a Debian with systemd, in a machine of its own
 	@$(PY) -m pytest -q -s tests/systemd
 
-test-kvm: $(KVM:%=test-kvm-%) ## drivers and service on KVM, with QEMU and the real Firecracker, in machines of their own (not part of test-long: not all of it has been seen to pass)
+test-kvm: $(KVM:%=test-kvm-%) ## drivers and service on KVM, with QEMU and the real Firecracker, in machines of their own
 
 $(KVM:%=test-kvm-%): test-kvm-%: setup
 	@KVM_PARTS=$* $(PY) -m pytest -q -s tests/kvm
