@@ -49,7 +49,7 @@ WALLS = (
     Wall("user", "a user and a group that nobody else has, and no other groups", (), ("--reuid={uid}", "--regid={uid}", "--clear-groups")),
     Wall("capabilities", "none, nor any that a program could bring", (), ("--inh-caps=-all", "--bounding-set=-all")),
     Wall("privileges", "no new ones by starting a program (no_new_privs)", (), ("--no-new-privs",)),
-    Wall(CALLS, "system calls of a list (vmm/calls.py) alone: another one ends it"),
+    Wall(CALLS, "system calls of a list (vmm/calls.py) alone: another one ends it, or is answered as by a kernel that has it not"),
 )
 _NAMESPACES = {ROOT: "mnt", "network": "net", "processes": "pid", "ipc": "ipc", "names": "uts"}
 _FILTERS = 2  # ours and QEMU's own
