@@ -33,7 +33,8 @@ _SCOPE, _SCOPE_VERSION = 0b11, 6  # abstract sockets, and signals, of processes 
 # <linux/filter.h>, <linux/seccomp.h>, <linux/audit.h>
 _LOAD, _EQUAL, _AT_LEAST, _ANY, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _KILL, _ALLOW, _ERRNO = 0x80000000, 0x7FFF0000, 0x00050000
-_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16  # in struct seccomp_data; of the argument its lower half
+# In struct seccomp_data; of arguments their lower halves.
+_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT, _SECOND_ARGUMENT_AT = 0, 4, 16, 24
 _CLONE_THREAD, _CLONE_NEW = 0x00010000, 0x7E020000  # <linux/sched.h>; all kinds of namespaces
 _X32 = 0x40000000  # the other way to call an x86-64 kernel
 _MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -73,7 +74,19 @@ OTHERS = {
     "semget": (64, 190), "memfd_secret": (447, 447), "io_uring_register": (427, 427),
 }  # fmt: skip
 STARTS = {name: REFUSED[name] for name in ("execve", "execveat", "fork", "vfork")}
-_CALLS = {"clone": (56, 220), "clone3": (435, 435), "socket": (41, 198), "kill": (62, 129), "tgkill": (234, 131), "tkill": (200, 130)}
+# Of who starts nobody: other ways to signal others of its user, and to slow them down.
+_DISTURBING = {
+    **{name: REFUSED[name] for name in ("tkill", "rt_sigqueueinfo", "pidfd_open", "pidfd_send_signal")},
+    "rt_tgsigqueueinfo": (297, 240), "setpriority": (141, 140), "ioprio_set": (251, 30),
+}  # fmt: skip
+# Of which it may be the object itself, by its number or by 0.
+_OF_ITSELF = {
+    "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122), "sched_setattr": (314, 274),
+}  # fmt: skip
+# Whom a descriptor's signals go to, and which (fcntl(2), F_SETOWN, F_SETSIG, F_SETOWN_EX; <asm-generic/sockios.h>, FIOSETOWN, SIOCSPGRP).
+_OWNED = {"fcntl": (8, 10, 15), "ioctl": (0x8901, 0x8902)}
+_CALLS = {"clone": (56, 220), "clone3": (435, 435), "socket": (41, 198), "fcntl": (72, 25), "ioctl": (16, 29), **_OF_ITSELF}
 # The calls of an event loop, first in the filter: kernels before 5.11 walk it at each call.
 _HOT = {
     "read": (0, 63), "write": (1, 64), "recvfrom": (45, 207), "sendto": (44, 206), "recvmsg": (47, 212), "sendmsg": (46, 211),
@@ -204,9 +217,14 @@ def service_program(machine: str, refused: Mapping[str, Numbers], families: Iter
     if not starts:
         code += [step(_EQUAL, 0, 1, _CALLS["clone3"][column] or 0), step(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
         code += only("clone", step(_ANY, 2, 0, _CLONE_NEW), step(_ANY, 0, 1, _CLONE_THREAD), allow, refuse)
-        for name in ("kill", "tgkill"):
-            code += only(name, step(_EQUAL, 0, 1, pid), allow, refuse)
-        code += only("tkill", refuse)
+        for pair in _DISTURBING.values():
+            code += [step(_EQUAL, 0, 1, pair[column] or 0), refuse]
+        for name in _OF_ITSELF:  # 0 is the own group for kill(2), in which others may be
+            itself = [step(_EQUAL, 0, 1, 0), allow] if name not in ("kill", "tgkill") else []
+            code += only(name, *itself, step(_EQUAL, 0, 1, pid), allow, refuse)
+        for name, words in _OWNED.items():
+            tests = [part for word in words for part in (step(_EQUAL, 0, 1, word), refuse)]
+            code += [step(_EQUAL, 0, 2 + len(tests), _CALLS[name][column] or 0), step(_LOAD, 0, 0, _SECOND_ARGUMENT_AT), *tests, allow]
     return b"".join([*code, allow])
 
 

@@ -5,10 +5,13 @@ SERVICE_ATTACK.py LAYERS KEPT PLACES: KEPT is what the process keeps (gateway/ow
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
+import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -84,6 +87,23 @@ with trying("trace another worker"):
     libc.ptrace(17, other_worker(), 0, 0)
 with trying("signal another worker"):
     os.kill(other_worker(), 0)
+with trying("signal another worker by its descriptor"):
+    signal.pidfd_send_signal(os.pidfd_open(other_worker()), 0)
+with trying("queue another worker a signal"):
+    siginfo = ctypes.create_string_buffer(struct.pack("iii", 0, 0, -1), 128)  # as sigqueue(3) has it
+    call(129, other_worker(), 0, siginfo)
+with trying("have a descriptor signal another worker"):
+    fcntl.fcntl(0, fcntl.F_SETOWN, other_worker())
+with trying("have a socket signal another worker"), socket.socketpair()[0] as one:
+    fcntl.ioctl(one, 0x8901, struct.pack("i", other_worker()))
+with trying("take another worker's descriptors"):
+    resource.prlimit(other_worker(), resource.RLIMIT_NOFILE, resource.prlimit(other_worker(), resource.RLIMIT_NOFILE))
+with trying("move another worker to a processor"):
+    os.sched_setaffinity(other_worker(), os.sched_getaffinity(0))
+with trying("have another worker run when nobody else does"):
+    os.sched_setscheduler(other_worker(), os.SCHED_IDLE, os.sched_param(0))
+with trying("slow another worker down"):
+    os.setpriority(os.PRIO_PROCESS, other_worker(), 19)
 for name, number in (("io_uring", 425), ("bpf", 321), ("userfaultfd", 323), ("keyctl", 250), ("kexec", 246), ("module", 175)):
     with trying(name):
         call(number, 0xDEAD, 0, 0, 0, 0)
@@ -95,6 +115,8 @@ with trying("start a thread"):
 with trying("signal itself"):
     signal.signal(signal.SIGUSR1, lambda *_: None)
     os.kill(os.getpid(), signal.SIGUSR1)
+with trying("bound itself"):
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 with trying("read its certificate"):
     Path(places["certificate"]).read_bytes()
 with trying("open its log again"):
