@@ -97,7 +97,7 @@ class Api(_Section):
     metrics_port: int = Field(4701, ge=0, le=65535)
     metrics_token_file: str = Field("", description="its only line is the bearer token of who may read metrics; root's alone to read")
     connections: int = Field(1024, ge=16, description="at once, metrics' included; beyond, one that has shown nothing yet makes room")
-    connections_per_peer: int = Field(512, ge=8, description="at once from one address")
+    connections_per_peer: int = Field(512, ge=8, description="at once from one address, or one /64 of IPv6")
     head_seconds: float = Field(10.0, gt=0, description="for a connection's first whole head, TLS included; then it is closed")
     body_seconds: float = Field(20.0, gt=0, description="for a request's body; then 408")
     clock_skew_seconds: int = Field(900, ge=1, description="a signature older or newer is refused (SigV4: 15 minutes)")

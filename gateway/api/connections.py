@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import hmac
+import ipaddress
 import socket
 import ssl
 from collections import Counter
@@ -200,7 +201,7 @@ class Listener:
                 self._again = self._loop.call_later(_PAUSE_SECONDS, self._loop.add_reader, self._sock.fileno(), self._accept)
                 return
             sock.setblocking(False)
-            visit = self._connections.admit(str(address[0]), functools.partial(_shut, sock))
+            visit = self._connections.admit(holder(str(address[0])), functools.partial(_shut, sock))
             if visit is None:
                 sock.close()
                 continue
@@ -225,6 +226,14 @@ class Listener:
         self._sock.close()
         for task in self._tasks:
             task.cancel()
+
+
+def holder(address: str) -> str:
+    """Returns whose connections are counted together: an IPv4 address's, and a network's of IPv6, in which one host has any number."""
+    one = ipaddress.ip_address(address)
+    if isinstance(one, ipaddress.IPv4Address):
+        return str(one)
+    return str(one.ipv4_mapped or f"{ipaddress.IPv6Address(int(one) >> 64 << 64)}/64")
 
 
 def _shut(sock: socket.socket) -> None:

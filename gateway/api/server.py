@@ -200,6 +200,8 @@ class ApiServer:
         sigv4.check_service(claimed, exchange.source.partition(".")[0])
         secret = keys.secret(claimed.key, claimed.token)
         sigv4.check_head(signed, claimed, secret, self._region, self._skew_seconds)
+        if sigv4.BODY_HASH in headers and not keys.is_expired(claimed.token):  # the whole signature is right: it makes no room for others
+            self.verified(request)
         body = await self._body(request)
         sigv4.check_body(replace(signed, body=body), claimed, secret or "")
         if keys.is_expired(claimed.token):

@@ -6,6 +6,7 @@ Taken away by name: the bounds of `Connections` (gateway/api/connections.py), `c
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import json
 import os
@@ -168,6 +169,36 @@ def test_who_has_shown_who_he_is_stays(tmp_path: Path) -> None:
         wait_for(lambda: is_closed(silent[0]))
         assert ask(kept, api.port) == 200 and kept.sock is mine
         kept.close()
+
+
+@pytest.mark.parametrize("wall", [True, False])
+def test_a_call_whose_body_is_on_its_way_is_under_way(tmp_path: Path, wall: bool) -> None:
+    """Its head has the body's hash, and so a whole signature. Without the hash it has shown nothing yet, and is the oldest."""
+    body = b" " * 100 + b'{"imageIdentifier": "arn:aws:lambda:us-east-1:123456789012:microvm-image:none"}'
+    said = {"X-Amz-Content-Sha256": hashlib.sha256(body).hexdigest()} if wall else {}
+    with rig(tmp_path, connections=16, head_seconds=600) as api, contextlib.ExitStack() as stack:
+        mine = stack.enter_context(connected(api.port))
+        mine.sendall(signed_head(api.port, KEY, len(body), said, body) + body[:50])
+        wait_for(lambda: len(api.connections._busy) == 1 if wall else api.connections._unverified)
+        silent = [stack.enter_context(connected(api.port)) for _ in range(40)]
+        wait_for(lambda: is_closed(silent[0]))
+        assert is_closed(mine) is not wall
+        if wall:
+            mine.settimeout(PATIENCE)
+            mine.sendall(body[50:])
+            assert b"404 " in mine.recv(4096)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "together"),
+    [
+        ("192.0.2.1", "192.0.2.1", True), ("192.0.2.1", "192.0.2.2", False), ("192.0.2.1", "::ffff:192.0.2.1", True),
+        ("2001:db8::1", "2001:db8::ffff:1:2:3", True), ("2001:db8::1", "2001:db8:0:1::1", False), ("fe80::1%lo", "fe80::2%lo", True),
+        ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False),
+    ],
+)  # fmt: skip
+def test_whose_connections_are_counted_together(first: str, second: str, together: bool) -> None:
+    assert (connections.holder(first) == connections.holder(second)) is together
 
 
 async def test_who_goes_first() -> None:
