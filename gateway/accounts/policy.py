@@ -33,6 +33,7 @@ class Decision(enum.Enum):
 # in a caller's tag is a star.
 Pieces = tuple[tuple[str, bool], ...]
 _ARN_COLONS = 5
+_ACTION = re.compile(r"[A-Za-z0-9*?-]+:[A-Za-z0-9*?]+")
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{1,18})?")
 
 
@@ -285,19 +286,30 @@ TAG_KEYS = "aws:tagkeys"  # the one key with several values
 
 
 def check(document: Any, keys: frozenset[str]) -> None:
-    """For a policy that somebody gives us: also its conditions are such as can be judged. Raises PolicyError: a Deny by a key that no
-    request has (`keys` are those that one may have, beside tags), or by a value that is none, would never deny."""
+    """For a policy that somebody gives us: what it says is such as can be judged. Raises PolicyError: a Deny by a key that no request has
+    (`keys` are those that one may have, beside tags), or by a value, a resource or an action that is none, would never deny."""
     statements = parse(document).statements
     if "Statement" not in document:
         raise PolicyError("a policy has a Statement")
     for at, statement in enumerate(statements, 1):
         where = f"Statement {at}"
+        for action in statement.actions:
+            if action != "*" and not _ACTION.fullmatch(action):
+                raise PolicyError(f"{where}: {action!r} is no action: * or one like lambda:Get*")
         for resource in statement.resources:
+            if not _is_resource(resource):
+                raise PolicyError(f"{where}: {resource!r} is no resource: * or an ARN, or the beginning of one with a star at its end")
             _check_variables(resource, statement.expands, keys, where)
             if "${" in ":".join(resource.split(":", _ARN_COLONS)[:_ARN_COLONS]) and resource.count(":") >= _ARN_COLONS:
                 raise PolicyError(f"{where}: {resource}: a variable stands behind an ARN's fifth colon")
         for condition in statement.conditions:
             _check_condition(condition, statement.expands, keys, f"{where}: Condition")
+
+
+def _is_resource(text: str) -> bool:
+    """A beginning has no variables, which stand behind the fifth colon alone."""
+    is_beginning = text.endswith("*") and "${" not in text
+    return text == "*" or (text.startswith("arn:") and (text.count(":") >= _ARN_COLONS or is_beginning))
 
 
 def _check_condition(condition: Condition, expands: bool, keys: frozenset[str], where: str) -> None:

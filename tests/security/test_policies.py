@@ -114,6 +114,42 @@ def test_what_is_not_evaluated_is_refused(condition: dict[str, Any], text: str) 
     assert parse(given), "one that is stored since before is still read"
 
 
+@pytest.mark.parametrize("effect", ["Allow", "Deny"])
+@pytest.mark.parametrize("name", ["Resource", "NotResource"])
+@pytest.mark.parametrize(
+    "value",
+    ["", "img", "*b*", "*b/x", "arn", "arn:aws", "arn:aws:s3:b", "arn:aws:lambda:us-east-1:1", " *", "ARN:aws:lambda:*:*:microvm-image:a", "arn:aws:s3:${aws:username}*"],
+)  # fmt: skip
+def test_what_is_no_resource_is_refused(effect: str, name: str, value: str) -> None:
+    """A Deny of one never denies, and an Allow of all but one allows all. One of several is enough."""
+    for values in (value, ["*", value]):
+        given = document([{"Effect": effect, "Action": "*", name: values}])
+        with pytest.raises(PolicyError, match="is no resource"):
+            check(given, CONDITION_KEYS)
+        assert parse(given).statements, "one that is stored since before is still read"
+
+
+@pytest.mark.parametrize("name", ["Action", "NotAction"])
+@pytest.mark.parametrize(
+    "value", ["", ":", "lambda", "lambda:", ":RunMicrovm", "RunMicrovm", " lambda:Run*", "lambda:Run* ", "lambda:Run*\n", "lambda:Run:x", 5]
+)
+def test_what_is_no_action_is_refused(name: str, value: Any) -> None:
+    for values in (value, ["*", value]):
+        given = document([{"Effect": "Deny", name: values, "Resource": "*"}])
+        with pytest.raises(PolicyError, match="is no action"):
+            check(given, CONDITION_KEYS)
+        assert parse(given).statements, "one that is stored since before is still read"
+
+
+@pytest.mark.parametrize(
+    "resource",
+    ["*", "arn:*", "arn:aws:lambda:*", "arn:aws:lambda:us-*", "arn:aws:s3:::bucket/*", "arn:*:lambda:*:*:microvm-image:${aws:username}-*", "arn:aws:iam::1:role/x"],
+)  # fmt: skip
+@pytest.mark.parametrize("action", ["*", "lambda:*", "LAMBDA:get*", "lambda:???Microvm", "*:Get*", "iam:PassRole"])
+def test_resources_and_actions_are_taken(resource: str, action: str) -> None:
+    check(document([{"Effect": "Deny", "Action": action, "Resource": resource}]), CONDITION_KEYS)
+
+
 def test_what_is_evaluated_is_taken() -> None:
     check(document([statement(Condition={
         "StringLikeIfExists": {"aws:ResourceTag/Team": ["b*", "${aws:username}"]}, "ForAllValues:StringEquals": {"aws:TagKeys": ["a"]},
