@@ -23,7 +23,7 @@ from xml.sax.saxutils import escape
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from . import messages as m
-from . import own_walls, process
+from . import own_walls, process, storebody
 from .api import sigv4
 from .api.errors import SignatureError
 from .rpc import Client, RpcError
@@ -35,8 +35,9 @@ _ASK_SECONDS = 10.0
 _KNOWN_SECONDS, _KNOWN = 30.0, 1024  # how long a key that was taken back is still good for, and how many are remembered
 _SILENT_SECONDS = 60
 _UNSIGNED: Final = "UNSIGNED-PAYLOAD"
+_OTHER_POSTS: Final = {"uploads", "uploadId", "restore"}  # which moto looks for before `select`
 _SOURCE: Final = "x-amz-copy-source"
-_STATUS = {403: "403 Forbidden", 503: "503 Service Unavailable"}
+_STATUS = {400: "400 Bad Request", 403: "403 Forbidden", 503: "503 Service Unavailable"}
 
 
 class Guard:
@@ -54,6 +55,8 @@ class Guard:
             account = self._account(environ)
         except SignatureError as error:
             return _refused(start, 403, error.kind, str(error))
+        except storebody.BodyRefused as error:
+            return _refused(start, error.status, error.kind, str(error))
         except (RpcError, concurrent.futures.TimeoutError):
             return _refused(start, 503, "ServiceUnavailable", "Who this is cannot be looked up now.")
         for name in [name for name in environ if name.startswith("HTTP_X_MOTO_") or name == "HTTP_X_AMZ_TARGET"]:
@@ -63,7 +66,7 @@ class Guard:
         return self._inner(environ, start)
 
     def _account(self, environ: dict[str, Any]) -> str:
-        """Raises SignatureError, RpcError."""
+        """Raises SignatureError, BodyRefused, RpcError."""
         path, _, query = str(environ["RAW_URI"]).partition("?")
         headers = {
             name[5:].replace("_", "-").lower(): " ".join(str(value).split()) for name, value in environ.items() if name.startswith("HTTP_")
@@ -82,10 +85,16 @@ class Guard:
         wanted = sigv4.signature(request, claimed, known.signing, payload_hash, path)
         if not hmac.compare_digest(wanted.encode(), claimed.digest.encode("utf-8", "surrogateescape")):
             raise SignatureError("SignatureDoesNotMatch", "The request signature we calculated does not match the signature you provided.")
-        source = "/" + unquote(headers.get(_SOURCE, "").partition("?")[0]).lstrip("/")
-        reads = self._key(claimed, *asks("GET", quote(source), "")) if _SOURCE in headers else known
-        if not known.is_allowed or not reads.is_allowed:
-            raise SignatureError("AccessDenied", f"{claimed.key} is not authorized to perform: {action} on resource: {resource}")
+        judged = [(action, resource)]
+        if _removes_many(request):
+            bucket = resource.removesuffix("*")
+            removed = storebody.removals(environ)
+            judged = [("s3:DeleteObjectVersion" if version else "s3:DeleteObject", f"{bucket}{key}") for key, version in removed]
+        if _SOURCE in headers:
+            judged.append(asks("GET", quote("/" + unquote(headers[_SOURCE].partition("?")[0]).lstrip("/")), ""))
+        for action, resource in judged:
+            if not self._key(claimed, action, resource).is_allowed:
+                raise SignatureError("AccessDenied", f"{claimed.key} is not authorized to perform: {action} on resource: {resource}")
         return known.account
 
     def _key(self, claimed: sigv4.Signature, action: str, resource: str) -> m.StoreKey:
@@ -106,12 +115,12 @@ class Guard:
 
 def asks(method: str, path: str, query: str) -> tuple[str, str]:
     """Returns the action and the resource that a request is judged by (Service Authorization Reference, S3). What changes a bucket beside
-    making and removing it counts as PutBucketPolicy."""
+    making and removing it counts as PutBucketPolicy. DeleteObjects is judged by each key that its body has (`_removes_many`)."""
     bucket, _, key = unquote(path).lstrip("/").partition("/")
     if not bucket:
         return "s3:ListAllMyBuckets", "*"
     arn = f"arn:aws:s3:::{bucket}/{key}" if key else f"arn:aws:s3:::{bucket}"
-    named = {name for name, _ in parse_qsl(query, keep_blank_values=True) if not name.startswith("X-Amz-")} - {"x-id"}
+    named = _named(query)
     if method in ("GET", "HEAD"):
         return "s3:GetObject" if key else "s3:ListBucket", arn
     if method == "DELETE" and (key or not named):
@@ -119,8 +128,17 @@ def asks(method: str, path: str, query: str) -> tuple[str, str]:
     if not key and method == "POST" and "delete" in named:
         return "s3:DeleteObject", f"{arn}/*"
     if key:
-        return "s3:PutObject", arn
+        return "s3:GetObject" if method == "POST" and "select" in named else "s3:PutObject", arn
     return "s3:CreateBucket" if method == "PUT" and not named else "s3:PutBucketPolicy", arn
+
+
+def _named(query: str) -> set[str]:
+    return {name for name, _ in parse_qsl(query, keep_blank_values=True) if not name.startswith("X-Amz-")} - {"x-id"}
+
+
+def _removes_many(request: sigv4.SignedRequest) -> bool:
+    """Says whether this is DeleteObjects, whose bucket `_check_one_reading` has seen to be one."""
+    return request.method == "POST" and "delete" in _named(request.query)
 
 
 def _check_one_reading(request: sigv4.SignedRequest) -> None:
@@ -129,8 +147,10 @@ def _check_one_reading(request: sigv4.SignedRequest) -> None:
     if not request.path.startswith("/") or "#" in request.path + request.query:
         raise SignatureError("InvalidURI", "The target must be a path.")
     _, _, key = unquote(request.path).lstrip("/").partition("/")
-    if request.method == "POST" and not key and "delete" not in dict(parse_qsl(request.query, keep_blank_values=True)):
+    if request.method == "POST" and (not key) is not _removes_many(request):
         raise SignatureError("MethodNotAllowed", "The key of an object must stand in the path.")
+    if request.method == "POST" and "select" in _named(request.query) and _named(request.query) & _OTHER_POSTS:
+        raise SignatureError("InvalidArgument", "A request is either SelectObjectContent or another operation.")
     source = request.headers.get(_SOURCE, "")
     try:
         is_path = urlparse(source).path == source.partition("?")[0]

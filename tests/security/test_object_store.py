@@ -362,6 +362,112 @@ def test_what_is_judged_is_what_is_done(
     assert (400 <= status < 500) is wall, (status, said)
 
 
+def keeps(resource: str, action: str = "s3:*") -> Any:
+    """Everybody may everything but this."""
+
+    def known(asked: m.StoreKeyRequest) -> m.StoreKey | None:
+        found = find(asked)
+        is_denied = asked.resource == resource and action in ("s3:*", asked.action)
+        return m.StoreKey(found.account, found.signing, not is_denied) if found and is_denied else found
+
+    return known
+
+
+@pytest.fixture
+def kept(bucket: str) -> Iterator[Rig]:
+    """With two objects of account A's, of which nobody may touch `secret`."""
+    everybody = Rig()
+    everybody.client("AKIAALICE").create_bucket(Bucket=bucket)
+    for key in ("secret", "public"):
+        everybody.client("AKIAALICE").put_object(Bucket=bucket, Key=key, Body=b"a,b\n1,2\n")
+    everybody.close()
+    one = Rig(known=keeps(f"arn:aws:s3:::{bucket}/secret"))
+    yield one
+    one.close()
+
+
+def left(one: Rig, bucket: str) -> set[str]:
+    return {found["Key"] for found in one.client("AKIAALICE").list_objects_v2(Bucket=bucket).get("Contents", [])}
+
+
+OBJECT = "<Object><Key>{}</Key></Object>"
+FORM = '--x\r\nContent-Disposition: form-data; name="{}"; filename="f"\r\n\r\n<Delete>{}</Delete>\r\n--x--\r\n'
+
+
+@pytest.mark.parametrize("wall", [True, False])
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (f"<Delete>{OBJECT.format('secret')}</Delete>", ""), (f"<Delete>{OBJECT.format('public') + OBJECT.format('secret')}</Delete>", ""),
+        (f"<Delete>{OBJECT.format('&#115;ecre<!-- -->t')}</Delete>", ""), (f"<Delete>{OBJECT.format('<![CDATA[secret]]>')}</Delete>", ""),
+        ("<Delete><Object><Key>secret</Key><VersionId>null</VersionId></Object></Delete>", ""),
+        (FORM.format("file", OBJECT.format("secret")), "multipart/form-data; boundary=x"),
+    ],
+)  # fmt: skip
+def test_each_key_that_is_removed_is_judged(
+    kept: Rig, bucket: str, body: str, kind: str, wall: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also beside others, written in other ways, or where moto alone would find it. The control judges the list as one resource."""
+    if not wall:
+        monkeypatch.setattr(objectstore, "_removes_many", lambda request: False)
+        monkeypatch.setattr(objectstore, "_check_one_reading", lambda request: None)
+    target = f"/{bucket}?delete"
+    kept.raw("POST", target, sign(kept, "POST", target, {"content-type": kind} if kind else {}, body.encode()), body.encode())
+    assert ("secret" in left(kept, bucket)) is wall
+    if wall:
+        assert "public" in left(kept, bucket), "all or nothing"
+
+
+def test_which_version_is_removed_is_judged_as_that(bucket: str) -> None:
+    asked: list[tuple[str, str]] = []
+    one = Rig(known=lambda wanted: asked.append((wanted.action, wanted.resource)) or find(wanted))
+    try:
+        objects = [{"Key": "a b&<\u00fc"}, {"Key": "a", "VersionId": "7"}]
+        code(lambda: one.client("AKIAALICE").delete_objects(Bucket=bucket, Delete={"Objects": objects}))
+        arn = f"arn:aws:s3:::{bucket}/"
+        assert asked[1:] == [("s3:DeleteObject", f"{arn}a b&<\u00fc"), ("s3:DeleteObjectVersion", f"{arn}a")]
+    finally:
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("", b"MalformedXML"), ("<Delete></Delete>", b"MalformedXML"), ("<Delete><Object></Object></Delete>", b"MalformedXML"),
+        ("<Delete><Object><Key>public</Key><Key>secret</Key></Object></Delete>", b"MalformedXML"),
+        ("<Delete><Object><Key><x>secret</x></Key></Object></Delete>", b"MalformedXML"), ("<!DOCTYPE Delete><Delete/>", b"MalformedXML"),
+        (f'<!DOCTYPE d [<!ENTITY k "secret">]><Delete>{OBJECT.format("&k;")}</Delete>', b"MalformedXML"),
+        (f"<Delete>{OBJECT.format('k') * 1001}</Delete>", b"MalformedXML"), (f"<Delete>{OBJECT.format('k' * 1025)}</Delete>", b"KeyTooLongError"),
+        (f"<Delete>{' ' * (2 << 20)}</Delete>", b"MaxMessageLengthExceeded"), (f"<Delete>{OBJECT.format('public') * 1000}</Delete>", b"<Deleted>"),
+    ],
+)  # fmt: skip
+def test_a_list_that_cannot_be_judged_is_refused(kept: Rig, bucket: str, body: str, said: bytes) -> None:
+    """The last row, the longest list there is, is the control."""
+    target = f"/{bucket}?delete"
+    status, answer = kept.raw("POST", target, sign(kept, "POST", target, {}, body.encode()), body.encode())
+    assert status == (200 if said == b"<Deleted>" else 400) and said in answer, answer[:200]
+    assert "secret" in left(kept, bucket)
+
+
+@pytest.mark.parametrize("wall", [True, False])
+def test_who_selects_reads(kept: Rig, bucket: str, wall: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may write an object and not read it asks for its rows. The control counts that as a write."""
+    one = Rig(known=keeps(f"arn:aws:s3:::{bucket}/secret", "s3:GetObject"))
+    if not wall:
+        asks = objectstore.asks
+        monkeypatch.setattr(objectstore, "asks", lambda method, path, query: asks("PUT" if method == "POST" else method, path, query))
+    ways: dict[str, Any] = {"InputSerialization": {"CSV": {}}, "OutputSerialization": {"CSV": {}}}
+    try:
+        for key, is_refused in (("secret", wall), ("public", False)):
+            call = {"Bucket": bucket, "Key": key, "Expression": "SELECT * FROM S3Object", "ExpressionType": "SQL"} | ways
+            said = code(lambda call=call: list(one.client("AKIAALICE").select_object_content(**call)["Payload"]))
+            assert said == ("AccessDenied" if is_refused else ""), key
+        target = f"/{bucket}/new?select&uploads"
+        assert one.raw("POST", target, sign(one, "POST", target, {}))[0] == 403, "moto would begin an upload"
+    finally:
+        one.close()
+
+
 def test_an_encoded_question_mark_is_the_keys() -> None:
     """What is asked about is the whole key that moto copies, and not what stands before it."""
     asked: list[str] = []
