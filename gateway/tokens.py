@@ -75,14 +75,6 @@ class _Key(msgspec.Struct):
     private_key: bytes
 
 
-def _whole(keys: list[_Key]) -> list[_Key]:
-    """Raises ValueError for a key that is cut short: with an empty one anybody could read and make tokens."""
-    for key in keys:
-        if (len(key.encryption_key), len(key.private_key)) != (_KEY_BYTES, _KEY_BYTES):
-            raise ValueError(f"key {key.kid} has {len(key.encryption_key)} and {len(key.private_key)} bytes, not {_KEY_BYTES} each")
-    return keys
-
-
 _signer = lru_cache(8)(Ed25519PrivateKey.from_private_bytes)  # a tenth of a token's making
 
 
@@ -113,6 +105,17 @@ class _Stored(msgspec.Struct):
     revoked: Revoked
 
 
+def _whole(stored: _Stored) -> _Stored:
+    """Raises ValueError for a key that is cut short, with which anybody could read and make tokens, and where the one that signs is not
+    there. None signs yet where the first start was cut off."""
+    for key in stored.keys:
+        if (len(key.encryption_key), len(key.private_key)) != (_KEY_BYTES, _KEY_BYTES):
+            raise ValueError(f"key {key.kid} has {len(key.encryption_key)} and {len(key.private_key)} bytes, not {_KEY_BYTES} each")
+    if stored.signing and stored.signing not in {key.kid for key in stored.keys}:
+        raise ValueError(f"key {stored.signing}, which is to sign, is not among its {len(stored.keys)} keys")
+    return stored
+
+
 class Minter:
     """Control's keys, in a file that only control can read. One signs; older ones stay valid for the longest token's life after they were
     replaced. A new one is made first, and signs when every worker has it. What is revoked is kept for as long as it could be shown."""
@@ -126,11 +129,13 @@ class Minter:
         self.revoked = Revoked()
         if path.exists():
             found = msgspec.json.decode(files.read(path), type=list[_Key] | _Stored)
-            stored = found if isinstance(found, _Stored) else _Stored(found, found[-1].kid if found else "", Revoked())
-            self._keys, self._signing, self.revoked = _whole(stored.keys), stored.signing, stored.revoked
+            stored = _whole(found if isinstance(found, _Stored) else _Stored(found, found[-1].kid if found else "", Revoked()))
+            self._keys, self._signing, self.revoked = stored.keys, stored.signing, stored.revoked
             path.chmod(0o600)
         if not self._keys:
             self.rotate()
+        elif not self._signing:
+            self.use_newest()
 
     def _now(self) -> float:
         return float(self._clock())  # type: ignore[operator]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -38,8 +39,39 @@ def test_a_key_of_tokens_that_is_cut_short_is_none(tmp_path: Path, monkeypatch: 
     (tmp_path / "keys.json").write_bytes(msgspec.json.encode([key | {field: ""}]))
     with pytest.raises(ValueError, match="not 32 each"):
         Minter(tmp_path / "keys.json")
-    monkeypatch.setattr(tokens, "_whole", lambda keys: keys)
+    monkeypatch.setattr(tokens, "_whole", lambda stored: stored)
     assert len(Minter(tmp_path / "keys.json")._keys) == 1, "without the look it was taken"
+
+
+def stored_by(minter: Minter, path: Path) -> dict[str, Any]:
+    """Returns what it stores where there is more to say than its keys."""
+    minter.revoke(0.0, "s")
+    found = msgspec.json.decode(path.read_bytes())
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize("keys", [0, 1, 2])
+def test_a_file_without_the_key_that_signs_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: int) -> None:
+    path = tmp_path / "keys.json"
+    minter = Minter(path)
+    minter.rotate()
+    stored = stored_by(minter, path)
+    path.write_bytes(msgspec.json.encode(stored | {"keys": stored["keys"][:keys], "signing": "another"}))
+    with pytest.raises(ValueError, match=f"key another, which is to sign, is not among its {keys} keys"):
+        Minter(path)
+    if keys:
+        monkeypatch.setattr(tokens, "_whole", lambda stored: stored)
+        with pytest.raises(StopIteration):
+            Minter(path).mint("s", [(1, 2)], 60)
+
+
+def test_a_first_start_that_was_cut_off_is_gone_on_with(tmp_path: Path) -> None:
+    """The key is on the disk, and not yet that it signs."""
+    path = tmp_path / "keys.json"
+    path.write_bytes(msgspec.json.encode(stored_by(Minter(path), path) | {"signing": ""}))
+    again = Minter(path)
+    assert Checker(again.verifiers()).verify(again.mint("s", [(1, 2)], 60), time.time()).session == "s"
 
 
 def test_keys_of_tokens_are_their_owners_alone_and_go_on(tmp_path: Path) -> None:
