@@ -170,10 +170,12 @@ class Minter:
         if before > now:
             raise ValueError("that moment is yet to come: tokens that are not minted yet cannot be revoked")
         known = {name: at for name, at in self.revoked.sessions.items() if now - at < LONGEST_SECONDS}
+        # Those of the others have expired, but by a clock that may be set back.
+        gone = max((at for name, at in self.revoked.sessions.items() if name not in known), default=0.0)
         if session:
-            revoked = Revoked(self.revoked.before, known | {session: max(before, known.get(session, 0.0))})
+            revoked = Revoked(max(gone, self.revoked.before), known | {session: max(before, known.get(session, 0.0))})
         else:
-            revoked = Revoked(max(before, self.revoked.before), known)
+            revoked = Revoked(max(before, gone, self.revoked.before), known)
         self._store(self._keys, self._signing, revoked)
 
     def _store(self, keys: list[_Key], signing: str, revoked: Revoked) -> None:

@@ -83,6 +83,20 @@ def test_a_clock_that_was_set_back_mints_no_revoked_tokens(minter: Minter, clock
     assert takes(minter, minter.mint("a", [(1, 1)], 600), clock.now)
 
 
+@pytest.mark.parametrize("other", ["b", "", "a"])
+def test_what_was_revoked_stays_so_where_a_clock_was_wrong_for_a_while(minter: Minter, clock: Clock, other: str) -> None:
+    """It was far ahead when something else was revoked, by which time what was revoked before had expired; then it is set right."""
+    token = minter.mint("a", [(1, 1)], 600)
+    clock.now += 1
+    minter.revoke(clock.now, "a")
+    clock.now += 10 * LONGEST_SECONDS
+    minter.revoke(NOW, other)
+    assert set(minter.revoked.sessions) <= {other}
+    clock.now = NOW + 2
+    assert not takes(minter, token, clock.now)
+    assert takes(minter, minter.mint("a", [(1, 1)], 600), clock.now)
+
+
 def test_what_was_revoked_outlives_control_and_then_goes(tmp_path: Path, minter: Minter, clock: Clock) -> None:
     token = minter.mint("a", [(1, 1)], 600)
     clock.now += 1
