@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 from urllib.parse import parse_qsl, quote, unquote, urlparse
 from xml.sax.saxutils import escape
 
@@ -37,7 +37,7 @@ _SILENT_SECONDS = 60
 _UNSIGNED: Final = "UNSIGNED-PAYLOAD"
 _OTHER_POSTS: Final = {"uploads", "uploadId", "restore"}  # which moto looks for before `select`
 _SOURCE: Final = "x-amz-copy-source"
-_STATUS = {400: "400 Bad Request", 403: "403 Forbidden", 503: "503 Service Unavailable"}
+_STATUS = {400: "400 Bad Request", 403: "403 Forbidden", 501: "501 Not Implemented", 503: "503 Service Unavailable"}
 
 
 class Guard:
@@ -51,21 +51,22 @@ class Guard:
         self._lock = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-        try:
-            account = self._account(environ)
-        except SignatureError as error:
-            return _refused(start, 403, error.kind, str(error))
-        except storebody.BodyRefused as error:
-            return _refused(start, error.status, error.kind, str(error))
-        except (RpcError, concurrent.futures.TimeoutError):
-            return _refused(start, 503, "ServiceUnavailable", "Who this is cannot be looked up now.")
-        for name in [name for name in environ if name.startswith("HTTP_X_MOTO_") or name == "HTTP_X_AMZ_TARGET"]:
-            del environ[name]
-        environ["HTTP_X_MOTO_ACCOUNT_ID"] = account
-        environ["HTTP_HOST"] = "localhost"  # moto takes a bucket from another name, and not from the path
-        return self._inner(environ, start)
+        with storebody.room() as room:  # moto has read the whole body when it answers
+            try:
+                account = self._account(environ, room)
+            except SignatureError as error:
+                return _refused(start, 403, error.kind, str(error))
+            except storebody.BodyRefused as error:
+                return _refused(start, error.status, error.kind, str(error))
+            except (RpcError, concurrent.futures.TimeoutError):
+                return _refused(start, 503, "ServiceUnavailable", "Who this is cannot be looked up now.")
+            for name in [name for name in environ if name.startswith("HTTP_X_MOTO_") or name == "HTTP_X_AMZ_TARGET"]:
+                del environ[name]
+            environ["HTTP_X_MOTO_ACCOUNT_ID"] = account
+            environ["HTTP_HOST"] = "localhost"  # moto takes a bucket from another name, and not from the path
+            return self._inner(environ, start)
 
-    def _account(self, environ: dict[str, Any]) -> str:
+    def _account(self, environ: dict[str, Any], room: IO[bytes]) -> str:
         """Raises SignatureError, BodyRefused, RpcError."""
         path, _, query = str(environ["RAW_URI"]).partition("?")
         headers = {
@@ -78,23 +79,26 @@ class Guard:
         sigv4.check_time(claimed, SKEW_SECONDS, self._clock())
         sigv4.check_signed(request, claimed)
         _check_one_reading(request)
+        said = headers.get(sigv4.BODY_HASH)
+        storebody.check_form(said, claimed.lives_seconds is not None)
         action, resource = asks(request.method, path, query)
         known = self._key(claimed, action, resource)
-        payload_hash = headers.get(sigv4.BODY_HASH, _UNSIGNED)
         # S3 signs the path as it is on the wire, and encodes it no second time.
-        wanted = sigv4.signature(request, claimed, known.signing, payload_hash, path)
+        wanted = sigv4.signature(request, claimed, known.signing, _UNSIGNED if said is None else said, path)
         if not hmac.compare_digest(wanted.encode(), claimed.digest.encode("utf-8", "surrogateescape")):
             raise SignatureError("SignatureDoesNotMatch", "The request signature we calculated does not match the signature you provided.")
         judged = [(action, resource)]
         if _removes_many(request):
             bucket = resource.removesuffix("*")
-            removed = storebody.removals(environ)
+            removed = storebody.removals(environ, said)
             judged = [("s3:DeleteObjectVersion" if version else "s3:DeleteObject", f"{bucket}{key}") for key, version in removed]
         if _SOURCE in headers:
             judged.append(asks("GET", quote("/" + unquote(headers[_SOURCE].partition("?")[0]).lstrip("/")), ""))
         for action, resource in judged:
             if not self._key(claimed, action, resource).is_allowed:
                 raise SignatureError("AccessDenied", f"{claimed.key} is not authorized to perform: {action} on resource: {resource}")
+        if not _removes_many(request):
+            storebody.hold(environ, said, room)
         return known.account
 
     def _key(self, claimed: sigv4.Signature, action: str, resource: str) -> m.StoreKey:

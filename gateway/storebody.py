@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-from typing import Any, Final
+import re
+import tempfile
+from collections.abc import Iterator
+from typing import IO, Any, Final
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
@@ -13,6 +17,9 @@ from werkzeug.wsgi import get_input_stream
 from .api.errors import ApiError
 
 _KEYS, _KEY_BYTES, _LIST_BYTES = 1000, 1024, 2 << 20  # of one DeleteObjects: the first two are S3's
+_PART, _IN_MEMORY = 1 << 20, 16 << 20
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_UNSIGNED: Final = ("UNSIGNED-PAYLOAD", "STREAMING-UNSIGNED-PAYLOAD-TRAILER")
 _AS_READ: Final = {"\r": "&#13;"}
 
 
@@ -30,30 +37,77 @@ class _Plain(ElementTree.TreeBuilder):
         raise _malformed()
 
 
-def removals(environ: dict[str, Any]) -> list[tuple[str, str]]:
+def room() -> IO[bytes]:
+    """Returns where `hold` puts a body: large ones into a file, as moto does with its objects."""
+    return tempfile.SpooledTemporaryFile(_IN_MEMORY)
+
+
+def check_form(said: str | None, is_query_form: bool) -> None:
+    """`said`: what the request says that its body's hash is (x-amz-content-sha256). Raises BodyRefused."""
+    if said is None and not is_query_form:
+        raise BodyRefused("InvalidRequest", "Missing required header for this request: x-amz-content-sha256")
+    if said is None or said in _UNSIGNED or _DIGEST.fullmatch(said):
+        return
+    if said.startswith("STREAMING-"):
+        text = "A body that is signed in chunks is not taken: sign its hash, or send UNSIGNED-PAYLOAD as x-amz-content-sha256."
+        raise BodyRefused("NotImplemented", text, 501)
+    raise BodyRefused("InvalidArgument", f"x-amz-content-sha256 must be {', '.join(_UNSIGNED)} or a valid sha256 value.")
+
+
+def hold(environ: dict[str, Any], said: str | None, room: IO[bytes]) -> None:
+    """Gives moto the body out of `room`, once it is known to be the one whose hash was signed. Raises BodyRefused."""
+    if said is None or said in _UNSIGNED:
+        return
+    found = hashlib.sha256()
+    for part in _parts(environ):
+        found.update(part)
+        room.write(part)
+    if found.hexdigest() != said:
+        raise _other_hash()
+    length = room.tell()
+    room.seek(0)
+    _replace(environ, room, length)
+
+
+def removals(environ: dict[str, Any], said: str | None) -> list[tuple[str, str]]:
     """Returns the keys and versions ("" for none) that DeleteObjects names. moto gets them written anew: it can read nothing else than
     what was judged, neither in the XML nor in a form. Raises BodyRefused."""
-    if str(environ.get("HTTP_X_AMZ_CONTENT_SHA256", "")).startswith("STREAMING-"):
+    if said is not None and said.startswith("STREAMING-"):
         raise BodyRefused("InvalidRequest", "The keys to remove must be sent whole, and not in chunks.")
-    found, is_quiet = _read(_list(environ))
+    found, is_quiet = _read(_list(environ, said))
     written = "".join(
         f"<Object><Key>{escape(key, _AS_READ)}</Key>{f'<VersionId>{escape(version, _AS_READ)}</VersionId>' if version else ''}</Object>"
         for key, version in found
     )
     body = f"<Delete>{'<Quiet>true</Quiet>' if is_quiet else ''}{written}</Delete>".encode()
-    environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body)), "CONTENT_TYPE": "application/xml"}
-    environ.pop("HTTP_TRANSFER_ENCODING", None)
+    _replace(environ, io.BytesIO(body), len(body))
+    environ["CONTENT_TYPE"] = "application/xml"
     return found
 
 
-def _list(environ: dict[str, Any]) -> bytes:
+def _list(environ: dict[str, Any], said: str | None) -> bytes:
+    body = b""
+    for part in _parts(environ):
+        body += part
+        if len(body) > _LIST_BYTES:
+            raise BodyRefused("MaxMessageLengthExceeded", f"A list of keys to remove has at most {_LIST_BYTES} bytes.")
+    if said is not None and said not in _UNSIGNED and hashlib.sha256(body).hexdigest() != said:
+        raise _other_hash()
+    return body
+
+
+def _parts(environ: dict[str, Any]) -> Iterator[bytes]:
+    stream = get_input_stream(environ)
     try:
-        body = get_input_stream(environ).read(_LIST_BYTES + 1)
+        while part := stream.read(_PART):
+            yield part
     except (ClientDisconnected, OSError):
         raise BodyRefused("IncompleteBody", "The request's body ended too early.") from None
-    if len(body) > _LIST_BYTES:
-        raise BodyRefused("MaxMessageLengthExceeded", f"A list of keys to remove has at most {_LIST_BYTES} bytes.")
-    return body
+
+
+def _replace(environ: dict[str, Any], body: IO[bytes], length: int) -> None:
+    environ |= {"wsgi.input": body, "CONTENT_LENGTH": str(length)}
+    environ.pop("HTTP_TRANSFER_ENCODING", None)
 
 
 def _read(body: bytes) -> tuple[list[tuple[str, str]], bool]:
@@ -87,3 +141,7 @@ def _name(element: ElementTree.Element) -> str:
 def _malformed() -> BodyRefused:
     text = "The XML you provided was not well-formed or did not validate against our published schema"
     return BodyRefused("MalformedXML", text)
+
+
+def _other_hash() -> BodyRefused:
+    return BodyRefused("XAmzContentSHA256Mismatch", "The provided 'x-amz-content-sha256' header does not match what was computed.")

@@ -28,7 +28,7 @@ from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
 from werkzeug.serving import make_server
 
-from gateway import config, instance, listeners, objectstore
+from gateway import config, instance, listeners, objectstore, storebody
 from gateway import messages as m
 from gateway.accounts.directory import Directory
 from gateway.api import sigv4
@@ -466,6 +466,76 @@ def test_who_selects_reads(kept: Rig, bucket: str, wall: bool, monkeypatch: pyte
         assert one.raw("POST", target, sign(one, "POST", target, {}))[0] == 403, "moto would begin an upload"
     finally:
         one.close()
+
+
+def chunk(body: str) -> bytes:
+    return f"{len(body):x};chunk-signature={'0' * 64}\r\n{body}\r\n".encode()
+
+
+OTHER, IN_CHUNKS = b"evil", "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
+
+
+@pytest.mark.parametrize("wall", [True, False])
+@pytest.mark.parametrize(
+    ("said", "body", "kind"),
+    [
+        (hashlib.sha256(b"good").hexdigest(), OTHER, b"XAmzContentSHA256Mismatch"), (hashlib.sha256(b"").hexdigest(), OTHER, b"XAmzContentSHA256Mismatch"),
+        (IN_CHUNKS, chunk("evil") + chunk(""), b"NotImplemented"), (f"{IN_CHUNKS}-TRAILER", chunk("evil") + chunk(""), b"NotImplemented"),
+        ("whatever", OTHER, b"InvalidArgument"),
+    ],
+)  # fmt: skip
+def test_a_body_is_the_one_that_was_signed(
+    store: Rig, bucket: str, said: str, body: bytes, kind: bytes, wall: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody on the way puts another body into a request that Alice has signed. The control takes the wall away."""
+    if not wall:
+        monkeypatch.setattr(storebody, "check_form", lambda said, is_query_form: None)
+        monkeypatch.setattr(storebody, "hold", lambda environ, said, room: None)
+    target = f"/{bucket}/swapped"
+    fields = {"x-amz-content-sha256": said} | ({"x-amz-decoded-content-length": "4"} if said.startswith(IN_CHUNKS) else {})
+    status, answer = store.raw("PUT", target, sign(store, "PUT", target, fields), body)
+    assert status == ((501 if kind == b"NotImplemented" else 400) if wall else 200) and (kind in answer) is wall, answer
+    read = code(lambda: store.client("AKIAALICE").get_object(Bucket=bucket, Key="swapped"))
+    assert read == ("NoSuchKey" if wall else "")
+
+
+def test_a_list_of_keys_is_the_one_that_was_signed(kept: Rig, bucket: str) -> None:
+    target, body = f"/{bucket}?delete", f"<Delete>{OBJECT.format('public')}</Delete>".encode()
+    signed = sign(kept, "POST", target, {}, b"another")
+    assert b"XAmzContentSHA256Mismatch" in kept.raw("POST", target, signed, body)[1] and "public" in left(kept, bucket)
+    assert kept.raw("POST", target, sign(kept, "POST", target, {}, body), body)[0] == 200 and "public" not in left(kept, bucket)
+
+
+def test_a_field_says_what_the_bodys_hash_is(store: Rig, bucket: str) -> None:
+    """As S3 wants it in a request that is signed in its fields."""
+    fields = sign(store, "GET", f"/{bucket}", {"x-amz-content-sha256": "UNSIGNED-PAYLOAD"})
+    assert store.raw("GET", f"/{bucket}", fields)[0] == 200
+    del fields["x-amz-content-sha256"]
+    status, said = store.raw("GET", f"/{bucket}", fields)
+    assert status == 400 and b"InvalidRequest" in said
+
+
+@pytest.mark.parametrize(
+    ("fields", "body"),
+    [
+        ({"x-amz-content-sha256": "UNSIGNED-PAYLOAD"}, b"good"),
+        ({"x-amz-content-sha256": hashlib.sha256(b"good").hexdigest()}, b"good"),
+        ({"x-amz-content-sha256": hashlib.sha256(b"good" * (5 << 20)).hexdigest()}, b"good" * (5 << 20)),
+        (
+            {
+                "x-amz-content-sha256": "STREAMING-UNSIGNED-PAYLOAD-TRAILER", "x-amz-trailer": "x-amz-checksum-crc32",
+                "content-encoding": "aws-chunked", "x-amz-decoded-content-length": "4",
+            },
+            b"4\r\ngood\r\n0\r\nx-amz-checksum-crc32:AAAAAA==\r\n\r\n",
+        ),
+    ],
+    ids=["unsigned", "signed", "large", "trailer"],
+)  # fmt: skip
+def test_what_clients_say_of_bodies_is_taken(store: Rig, bucket: str, fields: dict[str, str], body: bytes) -> None:
+    target = f"/{bucket}/new"
+    assert store.raw("PUT", target, sign(store, "PUT", target, fields), body)[0] == 200
+    read = store.client("AKIAALICE").get_object(Bucket=bucket, Key="new")["Body"].read()
+    assert read == (b"good" if len(body) < 1000 else body)
 
 
 def test_an_encoded_question_mark_is_the_keys() -> None:
