@@ -165,6 +165,9 @@ def _allow(rules: int, path: Path, rights: int) -> None:
     try:
         beneath = _PATH_BENEATH.pack(rights if path.is_dir() else rights & _FILE_ONLY, place)
         _check(_libc.syscall(_SYS_ADD_RULE, rules, _RULE_PATH_BENEATH, beneath, 0), f"landlock_add_rule {path}")
+    except OSError as error:
+        if error.errno != errno.EBADFD:  # a pipe or a socket, as /dev/stdout may be: Landlock governs none
+            raise
     finally:
         os.close(place)
 

@@ -160,6 +160,28 @@ def test_vmm_which_is_root_changes_no_kernel(host: SimpleNamespace) -> None:
     assert "[1, 1, 1] [1, 1, 1]" not in done.stdout, "without the wall the kernel looks at them"
 
 
+@pytest.mark.skipif(not confine.landlock_version(), reason="no Landlock")
+@pytest.mark.parametrize("is_socket", [False, True])
+def test_a_log_on_standard_output_keeps_no_edge_from_its_walls(tmp_path: Path, is_socket: bool) -> None:
+    """A pipe or a socket: the kernel takes no rule of Landlock's about either, and asks for none. Nobody opens a socket by its name."""
+    (tmp_path / "other").write_text("")
+    words = (
+        "import sys\nfrom pathlib import Path\nfrom gateway import own_walls\nfrom gateway.config import Edge, Settings\n"
+        "own_walls.raise_walls('edge-0', Settings(root=Path(sys.argv[1]), edge=Edge(access_log='/dev/stdout')))\n"
+        "try:\n    open(Path(sys.argv[1]) / 'other', 'ab')\nexcept PermissionError:\n    print('refused', flush=True)\n"
+        "with open(1 if sys.argv[2:] else '/dev/stdout', 'ab', buffering=0) as log:\n    log.write(b'a line\\n')\n"
+    )
+    command = [sys.executable, "-c", words, str(tmp_path), *(["socket"] if is_socket else [])]
+    ours, theirs = (end.detach() for end in socket.socketpair()) if is_socket else os.pipe()
+    try:
+        done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=60, check=False, cwd=REPO)
+        assert done.returncode == 0, done.stderr
+        assert os.read(ours, 4096) == b"refused\na line\n"
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
 @pytest.mark.parametrize("is_bound", [True, False])
 def test_none_takes_all_of_the_hosts_memory(is_bound: bool) -> None:
     """What is beyond its share is not there, and what asked for it goes on to something else."""
