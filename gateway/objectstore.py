@@ -23,7 +23,7 @@ from xml.sax.saxutils import escape
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from . import messages as m
-from . import own_walls, process, storebody
+from . import own_walls, process, storebody, storechunks
 from .api import sigv4
 from .api.errors import SignatureError
 from .rpc import Client, RpcError
@@ -98,7 +98,7 @@ class Guard:
             if not self._key(claimed, action, resource).is_allowed:
                 raise SignatureError("AccessDenied", f"{claimed.key} is not authorized to perform: {action} on resource: {resource}")
         if not _removes_many(request):
-            storebody.hold(environ, said, room)
+            storebody.hold(environ, said, storechunks.Chain(claimed, known.signing), room)
         return known.account
 
     def _key(self, claimed: sigv4.Signature, action: str, resource: str) -> m.StoreKey:

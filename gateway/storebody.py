@@ -14,6 +14,7 @@ from xml.sax.saxutils import escape
 from werkzeug.exceptions import ClientDisconnected
 from werkzeug.wsgi import get_input_stream
 
+from . import storechunks
 from .api.errors import ApiError
 
 _KEYS, _KEY_BYTES, _LIST_BYTES = 1000, 1024, 2 << 20  # of one DeleteObjects: the first two are S3's
@@ -46,27 +47,40 @@ def check_form(said: str | None, is_query_form: bool) -> None:
     """`said`: what the request says that its body's hash is (x-amz-content-sha256). Raises BodyRefused."""
     if said is None and not is_query_form:
         raise BodyRefused("InvalidRequest", "Missing required header for this request: x-amz-content-sha256")
-    if said is None or said in _UNSIGNED or _DIGEST.fullmatch(said):
+    if said is None or said in (*_UNSIGNED, storechunks.FORM) or _DIGEST.fullmatch(said):
         return
     if said.startswith("STREAMING-"):
-        text = "A body that is signed in chunks is not taken: sign its hash, or send UNSIGNED-PAYLOAD as x-amz-content-sha256."
+        text = f"{said[:80]} is not taken: sign the body's hash, or send UNSIGNED-PAYLOAD as x-amz-content-sha256."
         raise BodyRefused("NotImplemented", text, 501)
     raise BodyRefused("InvalidArgument", f"x-amz-content-sha256 must be {', '.join(_UNSIGNED)} or a valid sha256 value.")
 
 
-def hold(environ: dict[str, Any], said: str | None, room: IO[bytes]) -> None:
-    """Gives moto the body out of `room`, once it is known to be the one whose hash was signed. Raises BodyRefused."""
+def hold(environ: dict[str, Any], said: str | None, chain: storechunks.Chain, room: IO[bytes]) -> None:
+    """Gives moto the body out of `room`, once it is known to be the one that was signed. Raises BodyRefused."""
     if said is None or said in _UNSIGNED:
         return
+    is_in_chunks = said == storechunks.FORM
     found = hashlib.sha256()
-    for part in _parts(environ):
+    for part in _parts(environ, chain if is_in_chunks else None):
         found.update(part)
         room.write(part)
-    if found.hexdigest() != said:
-        raise _other_hash()
     length = room.tell()
+    if is_in_chunks:
+        _take_apart(environ, length)
+    elif found.hexdigest() != said:
+        raise _other_hash()
     room.seek(0)
     _replace(environ, room, length)
+
+
+def _take_apart(environ: dict[str, Any], length: int) -> None:
+    """moto gets the body without its chunks, and is not told of any. Raises BodyRefused."""
+    if environ.get("HTTP_X_AMZ_DECODED_CONTENT_LENGTH") != str(length):
+        raise BodyRefused("IncompleteBody", "The chunks have not as many bytes as x-amz-decoded-content-length says.")
+    environ["HTTP_X_AMZ_CONTENT_SHA256"] = _UNSIGNED[0]
+    codings = [one.strip() for one in str(environ.pop("HTTP_CONTENT_ENCODING", "")).split(",")]
+    if kept := ",".join(one for one in codings if one and one != "aws-chunked"):
+        environ["HTTP_CONTENT_ENCODING"] = kept
 
 
 def removals(environ: dict[str, Any], said: str | None) -> list[tuple[str, str]]:
@@ -96,11 +110,16 @@ def _list(environ: dict[str, Any], said: str | None) -> bytes:
     return body
 
 
-def _parts(environ: dict[str, Any]) -> Iterator[bytes]:
+def _parts(environ: dict[str, Any], chain: storechunks.Chain | None = None) -> Iterator[bytes]:
     stream = get_input_stream(environ)
     try:
+        if chain is not None:
+            yield from chain.read(stream)
+            return
         while part := stream.read(_PART):
             yield part
+    except storechunks.ChunkRefused as error:
+        raise BodyRefused(error.kind, str(error), error.status) from None
     except (ClientDisconnected, OSError):
         raise BodyRefused("IncompleteBody", "The request's body ended too early.") from None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import io
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
 from werkzeug.serving import make_server
 
-from gateway import config, instance, listeners, objectstore, storebody
+from gateway import config, instance, listeners, objectstore, storebody, storechunks
 from gateway import messages as m
 from gateway.accounts.directory import Directory
 from gateway.api import sigv4
@@ -472,6 +473,7 @@ def chunk(body: str) -> bytes:
     return f"{len(body):x};chunk-signature={'0' * 64}\r\n{body}\r\n".encode()
 
 
+STATUS = {b"NotImplemented": 501, b"SignatureDoesNotMatch": 403}
 OTHER, IN_CHUNKS = b"evil", "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
 
 
@@ -480,7 +482,7 @@ OTHER, IN_CHUNKS = b"evil", "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
     ("said", "body", "kind"),
     [
         (hashlib.sha256(b"good").hexdigest(), OTHER, b"XAmzContentSHA256Mismatch"), (hashlib.sha256(b"").hexdigest(), OTHER, b"XAmzContentSHA256Mismatch"),
-        (IN_CHUNKS, chunk("evil") + chunk(""), b"NotImplemented"), (f"{IN_CHUNKS}-TRAILER", chunk("evil") + chunk(""), b"NotImplemented"),
+        (IN_CHUNKS, chunk("evil") + chunk(""), b"SignatureDoesNotMatch"), (f"{IN_CHUNKS}-TRAILER", chunk("evil") + chunk(""), b"NotImplemented"),
         ("whatever", OTHER, b"InvalidArgument"),
     ],
 )  # fmt: skip
@@ -490,13 +492,76 @@ def test_a_body_is_the_one_that_was_signed(
     """Somebody on the way puts another body into a request that Alice has signed. The control takes the wall away."""
     if not wall:
         monkeypatch.setattr(storebody, "check_form", lambda said, is_query_form: None)
-        monkeypatch.setattr(storebody, "hold", lambda environ, said, room: None)
+        monkeypatch.setattr(storebody, "hold", lambda environ, said, chain, room: None)
     target = f"/{bucket}/swapped"
     fields = {"x-amz-content-sha256": said} | ({"x-amz-decoded-content-length": "4"} if said.startswith(IN_CHUNKS) else {})
     status, answer = store.raw("PUT", target, sign(store, "PUT", target, fields), body)
-    assert status == ((501 if kind == b"NotImplemented" else 400) if wall else 200) and (kind in answer) is wall, answer
+    assert status == (STATUS.get(kind, 400) if wall else 200) and (kind in answer) is wall, answer
     read = code(lambda: store.client("AKIAALICE").get_object(Bucket=bucket, Key="swapped"))
     assert read == ("NoSuchKey" if wall else "")
+
+
+def in_chunks(one: Rig, target: str, chunks: list[bytes], length: int) -> tuple[dict[str, str], list[bytes]]:
+    """Alice's signed request, and its chunks as they are sent."""
+    fields = {"x-amz-content-sha256": IN_CHUNKS, "content-encoding": "aws-chunked", "x-amz-decoded-content-length": str(length)}
+    fields = sign(one, "PUT", target, fields)
+    claimed = sigv4.parse(sigv4.SignedRequest("PUT", target, "", fields))
+    chain, before, sent = storechunks.Chain(claimed, signing_key("secret-a", claimed.day, "us-east-1", "s3")), claimed.digest, []
+    for data in [*chunks, b""]:
+        before = chain._signature(before, data)
+        sent.append(f"{len(data):x};chunk-signature={before}\r\n".encode() + data + b"\r\n")
+    return fields, sent
+
+
+def test_chunks_are_signed_as_the_documentations_example_is() -> None:
+    """S3 API Reference, "Example Calculations": 66560 letters in two chunks."""
+    seed = "4f232c4386841ef735655705268965c44a0e4690baa4adea153f7db9fa80a0a9"
+    claimed = sigv4.Signature("AKIAIOSFODNN7EXAMPLE", "20130524", "us-east-1", "s3", (), seed, "20130524T000000Z", "")
+    chain = storechunks.Chain(claimed, signing_key("wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "20130524", "us-east-1", "s3"))
+    signatures = (
+        "ad80c730a21e5b8d04586a2213dd63b9a0e99e0e2307b0ade35a65485a288648",
+        "0055627c9e194cb4542bae2aa5492e3c1575bbb81b612b7d234b86a503ef5497",
+        "b6c6ea8a5354eaf15b3cb7646744f4275b71ea724fed81ceb9323e279d449df9",
+    )
+    chunks = (b"a" * 65536, b"a" * 1024, b"")
+    sent = b"".join(
+        f"{len(data):x};chunk-signature={one}\r\n".encode() + data + b"\r\n" for data, one in zip(chunks, signatures, strict=True)
+    )
+    assert len(sent) == 66824 and b"".join(chain.read(io.BytesIO(sent))) == b"a" * 66560
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda sent: sent, b""),
+        (lambda sent: [sent[0].replace(b"good", b"evil"), *sent[1:]], b"SignatureDoesNotMatch"),
+        (lambda sent: [sent[1], sent[0], sent[2]], b"SignatureDoesNotMatch"),
+        (lambda sent: [sent[0], sent[0], *sent[1:]], b"SignatureDoesNotMatch"),
+        (lambda sent: [sent[0], sent[2]], b"SignatureDoesNotMatch"),
+        (lambda sent: sent[:2], b"SignatureDoesNotMatch"),
+        (lambda sent: [*sent, b"more"], b"SignatureDoesNotMatch"),
+        (lambda sent: [b"ffffffff" + sent[0][1:]], b"SignatureDoesNotMatch"),
+        (lambda sent: [], b"SignatureDoesNotMatch"),
+    ],
+)
+def test_a_body_in_chunks_is_the_one_that_was_signed(store: Rig, bucket: str, change: Any, kind: bytes) -> None:
+    """Chunks that are changed, swapped, doubled, left out, cut off or added. The first row, in which none is, is the control."""
+    target = f"/{bucket}/parts"
+    fields, sent = in_chunks(store, target, [b"good", b" one"], 8)
+    status, answer = store.raw("PUT", target, fields, b"".join(change(sent)))
+    assert status == (403 if kind else 200) and kind in answer, answer
+    if not kind:
+        found = store.client("AKIAALICE").get_object(Bucket=bucket, Key="parts")
+        assert found["Body"].read() == b"good one" and "ContentEncoding" not in found
+    else:
+        assert code(lambda: store.client("AKIAALICE").get_object(Bucket=bucket, Key="parts")) == "NoSuchKey"
+
+
+def test_chunks_have_the_length_that_was_signed(store: Rig, bucket: str) -> None:
+    target = f"/{bucket}/parts"
+    fields, sent = in_chunks(store, target, [b"good"], 5)
+    status, answer = store.raw("PUT", target, fields, b"".join(sent))
+    assert status == 400 and b"IncompleteBody" in answer
 
 
 def test_a_list_of_keys_is_the_one_that_was_signed(kept: Rig, bucket: str) -> None:
