@@ -18,6 +18,14 @@ from ..network import GUEST_MAC
 BINARY = "/usr/bin/qemu-system-x86_64"
 AGENT_PORT = "torpor.agent"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+# The leaf of CPUID that tells how long addresses are. `max` has it only as far as svm needs it; a Linux that does not find it takes its own
+# addresses of 57 bits for wrong, and writes a row of x for paths in /proc/mounts (copy_from_kernel_nofault).
+_ADDRESS_SIZES = 0x80000008
+# By accelerator: what guests see now, and what those saw that booted before.
+_MODELS = {
+    "kvm": ("host,vmx=off,svm=off", "host"),
+    "tcg": (f"max,erms=off,svm=off,min-xlevel={_ADDRESS_SIZES:#x}", "max,erms=off"),
+}
 TRANSLATED = "split-wx=on"  # what is translated lies in memory that is mapped twice: to be written, and to be executed
 KERNEL_LINE = f"reboot=t {WORDS}"
 # After the machine type, which has a version: an alias means another machine in another QEMU.
@@ -71,7 +79,7 @@ class Command:
 def processor(accelerator: str, recorded: str | None = None) -> str:
     """Returns the model that a guest sees: without virtualisation of its own (vmm/processor.py). `recorded`: what is written down of a
     guest that was made before, which keeps the model that it booted with; empty where that was not yet written down."""
-    without, before = ("host,vmx=off,svm=off", "host") if accelerator == "kvm" else ("max,erms=off,svm=off", "max,erms=off")
+    without, before = _MODELS[accelerator]
     return without if recorded is None else recorded or before
 
 
