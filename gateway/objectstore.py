@@ -11,6 +11,7 @@ import concurrent.futures
 import hmac
 import logging
 import os
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -36,6 +37,7 @@ _KNOWN_SECONDS, _KNOWN = 30.0, 1024  # how long a key that was taken back is sti
 _SILENT_SECONDS = 60
 _UNSIGNED: Final = "UNSIGNED-PAYLOAD"
 _OTHER_POSTS: Final = {"uploads", "uploadId", "restore"}  # which moto looks for before `select`
+_BUCKET = re.compile(r"[A-Za-z0-9._-]*")  # moto ends it at a semicolon
 _SOURCE: Final = "x-amz-copy-source"
 _STATUS = {400: "400 Bad Request", 403: "403 Forbidden", 501: "501 Not Implemented", 503: "503 Service Unavailable"}
 
@@ -150,6 +152,8 @@ def _check_one_reading(request: sigv4.SignedRequest) -> None:
     judged, and objects whose key stands in a form or in the query. Raises SignatureError."""
     if not request.path.startswith("/") or "#" in request.path + request.query:
         raise SignatureError("InvalidURI", "The target must be a path.")
+    if not _BUCKET.fullmatch(request.path.lstrip("/").partition("/")[0]):
+        raise SignatureError("InvalidBucketName", "The specified bucket is not valid.")
     _, _, key = unquote(request.path).lstrip("/").partition("/")
     if request.method == "POST" and (not key) is not _removes_many(request):
         raise SignatureError("MethodNotAllowed", "The key of an object must stand in the path.")

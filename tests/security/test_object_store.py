@@ -339,12 +339,16 @@ def sign(one: Rig, method: str, target: str, headers: dict[str, str], body: byte
     return fields | {"authorization": signed}
 
 
+TAGS = b"<Tagging><TagSet><Tag><Key>k</Key><Value>v</Value></Tag></TagSet></Tagging>"
+
+
 @pytest.mark.parametrize("wall", [True, False])
 @pytest.mark.parametrize(
     ("method", "target", "source"),
     [
         ("GET", "x:/{hidden}/k", ""), ("GET", "/{hidden}#x/k", ""), ("PUT", "/{bucket}/c", "//{bucket}/{hidden}/k"),
         ("PUT", "/{bucket}/c", "http://x/{hidden}/k"), ("PUT", "/{bucket}/c", "x:/{hidden}/k"), ("POST", "/{hidden}?key=new", ""),
+        ("GET", "/{hidden};x", ""), ("PUT", "/{hidden};x?tagging", ""), ("GET", "/;x", ""),
     ],
 )  # fmt: skip
 def test_what_is_judged_is_what_is_done(
@@ -359,7 +363,8 @@ def test_what_is_judged_is_what_is_done(
     alice.put_object(Bucket=hidden, Key="k", Body=b"hidden")
     target = target.format(bucket=bucket, hidden=hidden)
     headers = {"x-amz-copy-source": source.format(bucket=bucket, hidden=hidden)} if source else {}
-    status, said = store.raw(method, target, sign(store, method, target, headers))
+    body = TAGS if "tagging" in target else b""
+    status, said = store.raw(method, target, sign(store, method, target, headers, body), body)
     assert (400 <= status < 500) is wall, (status, said)
 
 
