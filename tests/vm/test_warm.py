@@ -22,7 +22,9 @@ POLICY = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "aut
 
 @pytest.fixture(scope="module")
 def warm(host_before: dict[str, set[str]]) -> Iterator[tuple[Instance, str]]:
-    one = Instance("testw", 700_000 + 5 * 262_144, STANDBYS__WARM="1", STANDBYS__PER_IMAGE="1")
+    one = Instance(
+        "testw", 700_000 + 5 * 262_144, STANDBYS__WARM="1", STANDBYS__PER_IMAGE="1", EDGE__HOLD_SECONDS=str(30 * PATIENCE)
+    )  # fmt: skip
     with served(one):
         arn = one.create("app", one.upload(app_files()))
         assert one.built(arn)["buildState"] == "SUCCESSFUL"
