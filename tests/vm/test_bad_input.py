@@ -186,8 +186,8 @@ def test_update_makes_a_new_version_and_a_failed_one_keeps_the_old(instance: Ins
 
 @pytest.fixture(scope="module")
 def cramped(host_before: object) -> Any:
-    """An instance whose root is a small file system of its own: an image fits, little more."""
-    one = Instance("test3", 700_000 + 2 * 262_144, LIMITS__DISK_RESERVE_MIB="0", STANDBYS__PER_IMAGE="1")
+    """An instance whose root is a small file system of its own: an image fits, little more. What keeps a launch from a full disk is off."""
+    one = Instance("test3", 700_000 + 2 * 262_144, LIMITS__DISK_RESERVE_MIB="0", LIMITS__DISK_PERCENT="0", STANDBYS__PER_IMAGE="1")
     one.root.mkdir(parents=True)
     disk = one.directory / "disk.img"
     with disk.open("wb") as file:
