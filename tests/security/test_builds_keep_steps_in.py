@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import re
+import shutil
 import socket
 import subprocess
 import threading
@@ -30,10 +31,14 @@ BUILDERS = ("/out/login/config.json", "/base.tar", "/build.sh", "/lent/environme
 
 
 @pytest.fixture
-def step(tmp_path: Path) -> Path:
+def step(tmp_path: Path) -> Iterator[Path]:
+    """The program, and a process of the host's for it to find."""
     source = Path(__file__).with_name("step.c")
     subprocess.run(["musl-gcc", "-static", "-O1", "-Wall", "-Werror", "-o", tmp_path / "step", source], check=True, timeout=60)
-    return tmp_path / "step"
+    outside = shutil.copy("/bin/sleep", tmp_path / "torpor-outside")
+    with subprocess.Popen([outside, "600"]) as process:
+        yield tmp_path / "step"
+        process.kill()
 
 
 @pytest.fixture
