@@ -33,7 +33,7 @@ Secret = Annotated[str, Meta(max_length=65536)]
 Reason = Annotated[str, Meta(max_length=65536)]
 Network = Annotated[str, Meta(pattern=r"\A[0-9./]{1,18}\Z")]
 PortRange = Annotated[str, Meta(pattern=r"\A(tcp|udp):[0-9]{1,5}(-[0-9]{1,5})?\Z")]
-# https:api.github.com, https:*.example.org, http:deb.debian.org:8080, tcp:db.example.org:5432: two labels at least, of which the last is no
+# https:api.github.com, https:*.example.org, http:example.org:8080, tcp:db.example.org:5432: two labels at least, of which the last is no
 # number, so that no address is one (gateway/guest/allow_list.py).
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _HOST = rf"(?=[^:]{{3,253}}(?::|\Z))(?:{_LABEL}\.)+[a-z](?:[a-z0-9-]{{0,61}}[a-z0-9])?"

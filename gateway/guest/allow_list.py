@@ -1,6 +1,6 @@
 """Names that a microVM may reach, as its connector's security groups give them.
 
-`https:api.github.com` is TLS to port 443 whose client names that host; `http:deb.debian.org` plain HTTP to port 80; another port stands
+`https:api.github.com` is TLS to port 443 whose client names that host; `http:deb.example.org` plain HTTP to port 80; another port stands
 behind the name. `https:*.example.org` is any one label before example.org, as in a certificate (RFC 6125, 6.4.3). `tcp:db.example.org:5432`
 is any protocol: what it says cannot be looked at, so there the address alone counts.
 """

@@ -274,7 +274,7 @@ async def test_what_is_no_question_is_told_so() -> None:
         ("https:*.example.org", "https", ".example.org", 443, False),
         ("https:*.example.org", "https", "a.b.example.org", 443, False),
         ("https:*.example.org", "https", "aexample.org", 443, False),
-        ("http:deb.debian.org", "http", "deb.debian.org", 80, True),
+        ("http:deb.example.org", "http", "deb.example.org", 80, True),
         ("tcp:db.example.org:5432", "tcp", "db.example.org", 5432, True),
     ],
 )
@@ -296,7 +296,7 @@ def test_what_is_no_rule_is_refused_at_the_start(rule: str) -> None:
 
 
 def test_groups_have_ports_and_hosts() -> None:
-    entries = ["tcp:443", "https:api.github.com", "https:*.example.org", "http:deb.debian.org:8080", "tcp:db.example.org:5432"]
+    entries = ["tcp:443", "https:api.github.com", "https:*.example.org", "http:deb.example.org:8080", "tcp:db.example.org:5432"]
     assert Egress(security_groups={"sg-1": entries}).security_groups["sg-1"] == entries
     assert [parse(entry).port for entry in entries[1:]] == [443, 443, 8080, 5432]
 
