@@ -234,9 +234,7 @@ class Checker:
         except InvalidTag as error:
             raise TokenError("not encrypted with our key") from error
         try:
-            claims = jwt.decode(
-                inner, key[1], algorithms=["EdDSA"], options={"verify_exp": False, "verify_iat": False, "require": ["sub", "exp"]}
-            )
+            claims = jwt.decode(inner, key[1], algorithms=["EdDSA"], options=_JWT_OPTIONS)
         except jwt.PyJWTError as error:
             raise TokenError("not signed with our key") from error
         ports = tuple((first, last) for first, last in claims["ports"])
