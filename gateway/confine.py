@@ -81,12 +81,14 @@ _DISTURBING = {
 }  # fmt: skip
 # Of which it may be the object itself, by its number or by 0.
 _OF_ITSELF = {
-    "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
+    **{name: REFUSED[name] for name in ("kill", "tgkill", "prlimit64")}, "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
     "sched_setaffinity": (203, 122), "sched_setattr": (314, 274),
 }  # fmt: skip
 # Whom a descriptor's signals go to, and which (fcntl(2), F_SETOWN, F_SETSIG, F_SETOWN_EX; <asm-generic/sockios.h>, FIOSETOWN, SIOCSPGRP).
 _OWNED = {"fcntl": (8, 10, 15), "ioctl": (0x8901, 0x8902)}
-_CALLS = {"clone": (56, 220), "clone3": (435, 435), "socket": (41, 198), "fcntl": (72, 25), "ioctl": (16, 29), **_OF_ITSELF}
+_CALLS = {
+    **{name: REFUSED[name] for name in ("clone", "clone3", "socket")}, "fcntl": (72, 25), "ioctl": (16, 29), **_OF_ITSELF,
+}  # fmt: skip
 # The calls of an event loop, first in the filter: kernels before 5.11 walk it at each call.
 _HOT = {
     "read": (0, 63), "write": (1, 64), "recvfrom": (45, 207), "sendto": (44, 206), "recvmsg": (47, 212), "sendmsg": (46, 211),
@@ -176,58 +178,58 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
+def _step(operation: int, yes: int, no: int, value: int) -> bytes:
+    return struct.pack("HBBI", operation, yes, no, value)
+
+
+def _beginning(machine: str) -> list[bytes]:
+    """Of a filter: who calls in another way than the machine's ends; then the call's number is there to be compared."""
+    return [
+        _step(_LOAD, 0, 0, _ARCHITECTURE_AT), _step(_EQUAL, 1, 0, _MACHINES[machine]), _step(_RETURN, 0, 0, _KILL),
+        _step(_LOAD, 0, 0, _NUMBER_AT), _step(_AT_LEAST, 0, 1, _X32), _step(_RETURN, 0, 0, _KILL),
+    ]  # fmt: skip
+
+
 def program(machine: str, needs: Collection[str] = ()) -> bytes:
     """Returns the filter, in BPF: calls that are refused fail with EPERM, and whoever calls in another way than the machine's ends."""
     column = list(_MACHINES).index(machine)
     numbers = sorted(number for name, pair in REFUSED.items() if name not in needs and (number := pair[column]) is not None)
 
-    def step(operation: int, yes: int, no: int, value: int) -> bytes:
-        return struct.pack("HBBI", operation, yes, no, value)
-
-    code = [
-        step(_LOAD, 0, 0, _ARCHITECTURE_AT), step(_EQUAL, 1, 0, _MACHINES[machine]), step(_RETURN, 0, 0, _KILL),
-        step(_LOAD, 0, 0, _NUMBER_AT), step(_AT_LEAST, 0, 1, _X32), step(_RETURN, 0, 0, _KILL),
-    ]  # fmt: skip
+    code = _beginning(machine)
     left = len(numbers)
     for at, number in enumerate(numbers):
-        code.append(step(_EQUAL, left - at, 0, number))  # over the others, and over `allow`
-    return b"".join([*code, step(_RETURN, 0, 0, _ALLOW), step(_RETURN, 0, 0, _ERRNO | errno.EPERM)])
+        code.append(_step(_EQUAL, left - at, 0, number))  # over the others, and over `allow`
+    return b"".join([*code, _step(_RETURN, 0, 0, _ALLOW), _step(_RETURN, 0, 0, _ERRNO | errno.EPERM)])
 
 
 def service_program(machine: str, refused: Mapping[str, Numbers], families: Iterable[int] | None, starts: bool, pid: int) -> bytes:
     """Returns the filter of a process that serves, whose number is `pid`."""
     column = list(_MACHINES).index(machine)
 
-    def step(operation: int, yes: int, no: int, value: int) -> bytes:
-        return struct.pack("HBBI", operation, yes, no, value)
-
     def only(name: str, *tests: bytes) -> list[bytes]:
         """Of one call: what its first argument must be like, for all but the last test; else it is refused."""
         number = _CALLS[name][column]
-        return [] if number is None else [step(_EQUAL, 0, 1 + len(tests), number), step(_LOAD, 0, 0, _FIRST_ARGUMENT_AT), *tests]
+        return [] if number is None else [_step(_EQUAL, 0, 1 + len(tests), number), _step(_LOAD, 0, 0, _FIRST_ARGUMENT_AT), *tests]
 
-    allow, refuse = step(_RETURN, 0, 0, _ALLOW), step(_RETURN, 0, 0, _ERRNO | errno.EPERM)
-    code = [
-        step(_LOAD, 0, 0, _ARCHITECTURE_AT), step(_EQUAL, 1, 0, _MACHINES[machine]), step(_RETURN, 0, 0, _KILL),
-        step(_LOAD, 0, 0, _NUMBER_AT), step(_AT_LEAST, 0, 1, _X32), step(_RETURN, 0, 0, _KILL),
-    ]  # fmt: skip
+    allow, refuse = _step(_RETURN, 0, 0, _ALLOW), _step(_RETURN, 0, 0, _ERRNO | errno.EPERM)
+    code = _beginning(machine)
     for outcome, calls in ((allow, _HOT), (refuse, refused)):
         for pair in calls.values():
             if (number := pair[column]) is not None:
-                code += [step(_EQUAL, 0, 1, number), outcome]
+                code += [_step(_EQUAL, 0, 1, number), outcome]
     if families is not None:
-        code += only("socket", *(part for family in families for part in (step(_EQUAL, 0, 1, family), allow)), refuse)
+        code += only("socket", *(part for family in families for part in (_step(_EQUAL, 0, 1, family), allow)), refuse)
     if not starts:
-        code += [step(_EQUAL, 0, 1, _CALLS["clone3"][column] or 0), step(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
-        code += only("clone", step(_ANY, 2, 0, _CLONE_NEW), step(_ANY, 0, 1, _CLONE_THREAD), allow, refuse)
+        code += [_step(_EQUAL, 0, 1, _CALLS["clone3"][column] or 0), _step(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
+        code += only("clone", _step(_ANY, 2, 0, _CLONE_NEW), _step(_ANY, 0, 1, _CLONE_THREAD), allow, refuse)
         for pair in _DISTURBING.values():
-            code += [step(_EQUAL, 0, 1, pair[column] or 0), refuse]
+            code += [_step(_EQUAL, 0, 1, pair[column] or 0), refuse]
         for name in _OF_ITSELF:  # 0 is the own group for kill(2), in which others may be
-            itself = [step(_EQUAL, 0, 1, 0), allow] if name not in ("kill", "tgkill") else []
-            code += only(name, *itself, step(_EQUAL, 0, 1, pid), allow, refuse)
+            itself = [_step(_EQUAL, 0, 1, 0), allow] if name not in ("kill", "tgkill") else []
+            code += only(name, *itself, _step(_EQUAL, 0, 1, pid), allow, refuse)
         for name, words in _OWNED.items():
-            tests = [part for word in words for part in (step(_EQUAL, 0, 1, word), refuse)]
-            code += [step(_EQUAL, 0, 2 + len(tests), _CALLS[name][column] or 0), step(_LOAD, 0, 0, _SECOND_ARGUMENT_AT), *tests, allow]
+            tests = [part for word in words for part in (_step(_EQUAL, 0, 1, word), refuse)]
+            code += [_step(_EQUAL, 0, 2 + len(tests), _CALLS[name][column] or 0), _step(_LOAD, 0, 0, _SECOND_ARGUMENT_AT), *tests, allow]
     return b"".join([*code, allow])
 
 

@@ -2,7 +2,7 @@
 
 Nothing in a message is changed or believed. Every question gets an answer: a burst waits for its turn, what a server or the way to it
 loses is asked again (RFC 1035, 7.2), and what nobody answers is SERVFAIL. Where the microVM has no way out, every question is REFUSED:
-names are a way out too. Where its connector is an allow-list, `answer` answers instead of the servers (gateway/guest/allowed_names.py).
+names are a way out too. Where its connector is an allow-list, `reply` answers instead of the servers (gateway/guest/allowed_names.py).
 """
 
 from __future__ import annotations
