@@ -35,8 +35,10 @@ Network = Annotated[str, Meta(pattern=r"\A[0-9./]{1,18}\Z")]
 PortRange = Annotated[str, Meta(pattern=r"\A(tcp|udp):[0-9]{1,5}(-[0-9]{1,5})?\Z")]
 # https:api.github.com, https:*.example.org, http:example.org:8080, tcp:db.example.org:5432: two labels at least, of which the last is no
 # number, so that no address is one (gateway/guest/allow_list.py).
-_LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
-_HOST = rf"(?=[^:]{{3,253}}(?::|\Z))(?:{_LABEL}\.)+[a-z](?:[a-z0-9-]{{0,61}}[a-z0-9])?"
+HOST_LABEL: Final = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+HOST_NAME: Final = rf"(?:{HOST_LABEL}\.)+[a-z](?:[a-z0-9-]{{0,61}}[a-z0-9])?"
+_HOST = rf"(?=[^:]{{3,253}}(?::|\Z)){HOST_NAME}"
+HOST_PORTS: Final = {"https": 443, "http": 80}  # of rules without one
 HOST_RULE: Final = rf"\A(?:https?:(?:\*\.)?{_HOST}(?::[0-9]{{1,5}})?|tcp:{_HOST}:[0-9]{{1,5}})\Z"
 HostRule = Annotated[str, Meta(pattern=HOST_RULE)]
 Accelerator = Annotated[str, Meta(pattern=r"\A(kvm|tcg)\Z")]

@@ -49,6 +49,5 @@ class Chain:
 
     def _signature(self, before: str, data: bytes) -> str:
         claimed = self.claimed
-        scope = f"{claimed.day}/{claimed.region}/{claimed.service}/aws4_request"
-        parts = ["AWS4-HMAC-SHA256-PAYLOAD", claimed.stamp, scope, before, _NOTHING, hashlib.sha256(data).hexdigest()]
+        parts = ["AWS4-HMAC-SHA256-PAYLOAD", claimed.stamp, claimed.scope, before, _NOTHING, hashlib.sha256(data).hexdigest()]
         return hmac.new(self.signing, "\n".join(parts).encode(), hashlib.sha256).hexdigest()

@@ -226,21 +226,18 @@ class Cgroups:
 
     def oom_kills(self, name: str) -> int:
         """Returns how many of the group's processes the kernel killed for want of memory, 0 when unknown."""
-        base = self._bases.get("" if self.unified else "memory")
-        file = "memory.events" if self.unified else "memory.oom_control"
-        with contextlib.suppress(OSError, ValueError):
-            if base is not None:
-                lines = (base / name / file).read_text(encoding="ascii").splitlines()
-                return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
-        return 0
+        return self._counted("memory", name, "memory.events" if self.unified else "memory.oom_control", "oom_kill")
 
     def forks_refused(self, name: str) -> int:
         """Returns how often the group had no process more to give, 0 when unknown."""
-        base = self._bases.get("" if self.unified else "pids")
+        return self._counted("pids", name, "pids.events", "max")
+
+    def _counted(self, controller: str, name: str, file: str, event: str) -> int:
+        base = self._bases.get("" if self.unified else controller)
         with contextlib.suppress(OSError, ValueError):
             if base is not None:
-                lines = (base / name / "pids.events").read_text(encoding="ascii").splitlines()
-                return next((int(line.split()[1]) for line in lines if line.startswith("max ")), 0)
+                lines = (base / name / file).read_text(encoding="ascii").splitlines()
+                return next((int(line.split()[1]) for line in lines if line.startswith(f"{event} ")), 0)
         return 0
 
     def cpu_seconds(self, name: str) -> float:

@@ -23,7 +23,7 @@ from typing import Any
 
 from gateway.addresses import CLOSED
 from gateway.config import Egress
-from gateway.messages import EgressRules
+from gateway.messages import HOST_PORTS, EgressRules
 
 from .errors import Unavailable, VmmError
 from .namespaces import destroy_namespace, inside, make_namespace, run_batch, run_nft
@@ -111,7 +111,7 @@ def named_rules(tap: str, guest: str, ours: Collection[str], rules: EgressRules,
 def port_of(rule: str) -> int:
     """Returns the port of a rule for a host (gateway.messages.HOST_RULE)."""
     scheme, _, *port = rule.split(":")
-    return int(port[0]) if port else {"https": 443, "http": 80}[scheme]
+    return int(port[0]) if port else HOST_PORTS[scheme]
 
 
 def accepts_of(rules: EgressRules) -> list[str]:

@@ -54,6 +54,10 @@ class Signature:
     token: str
     lives_seconds: int | None = None
 
+    @property
+    def scope(self) -> str:
+        return f"{self.day}/{self.region}/{self.service}/aws4_request"
+
 
 def parse(request: SignedRequest) -> Signature:
     """Raises SignatureError where there is no signature, or half of one."""
@@ -163,8 +167,7 @@ def digest(request: SignedRequest, claimed: Signature, secret: str, payload_hash
 
 def signature(request: SignedRequest, claimed: Signature, key: bytes, payload_hash: str, path: str = "") -> str:
     canonical = hashlib.sha256(_raw(canonical_request(request, claimed.signed, payload_hash, path))).hexdigest()
-    scope = f"{claimed.day}/{claimed.region}/{claimed.service}/aws4_request"
-    return hmac.new(key, f"{_ALGORITHM}\n{claimed.stamp}\n{scope}\n{canonical}".encode(), hashlib.sha256).hexdigest()
+    return hmac.new(key, f"{_ALGORITHM}\n{claimed.stamp}\n{claimed.scope}\n{canonical}".encode(), hashlib.sha256).hexdigest()
 
 
 def check_head(

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from gateway.messages import HOST_PORTS
+
 HTTPS, HTTP, TCP = "https", "http", "tcp"
-_PORTS = {HTTPS: 443, HTTP: 80}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class HostRule:
 def parse(text: str) -> HostRule:
     """Of a text that has the form of gateway.messages.HOST_RULE."""
     scheme, name, *port = text.split(":")
-    return HostRule(scheme, name.removeprefix("*."), name.startswith("*."), int(port[0]) if port else _PORTS[scheme])
+    return HostRule(scheme, name.removeprefix("*."), name.startswith("*."), int(port[0]) if port else HOST_PORTS[scheme])
 
 
 class AllowList:

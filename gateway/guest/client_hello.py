@@ -9,13 +9,15 @@ import re
 import struct
 from dataclasses import dataclass
 
+from gateway.messages import HOST_NAME
+
 HANDSHAKE = 0x16  # the first byte of TLS
 _MOST_BYTES = 16 << 10  # of a ClientHello; those with keys against quantum computers have some 2,000
 _RECORD_MOST = 1 << 14
 _CLIENT_HELLO = 1
 _SERVER_NAME, _ENCRYPTED, _ENCRYPTED_DRAFT = 0, 0xFE0D, 0xFFCE  # RFC 9849, and the drafts that named it otherwise
 _HOST_NAME = 0
-_NAME = re.compile(r"(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_NAME = re.compile(HOST_NAME)
 _NAME_BYTES = 253
 
 

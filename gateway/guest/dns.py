@@ -11,6 +11,8 @@ import re
 import struct
 from dataclasses import dataclass
 
+from gateway.messages import HOST_LABEL
+
 A, CNAME, OPT = 1, 5, 41
 # Asked for beside A by every client. That there is none is true here: the link has no IPv6, and what HTTPS records offer is not let out.
 WITHOUT_ANSWER = frozenset({28, 64, 65})  # AAAA, SVCB, HTTPS
@@ -23,7 +25,7 @@ _IN = 1
 _QUERY, _RESPONSE, _RECURSE, _OFFERED, _OPCODE = 0, 0x8000, 0x0100, 0x0080, 0x7800
 _NAME_BYTES, _JUMPS, _RECORDS, _ALIASES = 255, 32, 128, 16
 _UPSTREAM_BYTES = 1232  # of an answer over UDP (DNS flag day 2020)
-_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
+_LABEL = re.compile(HOST_LABEL)
 
 
 class Malformed(Exception):

@@ -10,8 +10,10 @@ import re
 from .client_hello import Malformed, host_name
 
 _HEAD_BYTES = 16 << 10
-_REQUEST = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32} ([!-~]+) HTTP/1\.[01]")
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"  # a character of one (RFC 9110, 5.6.2)
+_METHOD = re.compile(_TOKEN + rb"*")
+_REQUEST = re.compile(_TOKEN + rb"{1,32} ([!-~]+) HTTP/1\.[01]")
+_FIELD = re.compile(rb"(" + _TOKEN + rb"+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 _AUTHORITY = re.compile(rb"http://([^/?#@]+)(?:[/?#].*)?", re.IGNORECASE)
 
 
@@ -29,7 +31,7 @@ class HostReader:
             raise Malformed("a head that is too long")
         if end < 0:
             first = self._in[:32].split(b" ", 1)[0]
-            if not re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]*", first):
+            if not _METHOD.fullmatch(first):
                 raise Malformed("no HTTP/1 request")
             return None
         return _host(bytes(self._in[:end]))
