@@ -439,7 +439,7 @@ async def main(settings: Settings) -> None:
     loop.add_signal_handler(signal.SIGUSR1, suspend_and_stop)
     await stop.wait()
     for listener in accepting:
-        listener.close()
+        await listener.close()
     for runner in runners:
         await runner.cleanup()
     if suspend.is_set():

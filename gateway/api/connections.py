@@ -73,7 +73,7 @@ class Connections:
         for among in (self._unverified, self._idle):
             visit = next((one for one in among if not peer or one.peer == peer), None)
             if visit is not None:
-                self._end(visit)
+                self.end(visit)
                 return True
         return False
 
@@ -94,9 +94,9 @@ class Connections:
 
     def _wait(self, visit: Visit, seconds: float) -> None:
         self._stop_waiting(visit)
-        visit.deadline = asyncio.get_running_loop().call_later(seconds, self._end, visit)
+        visit.deadline = asyncio.get_running_loop().call_later(seconds, self.end, visit)
 
-    def _end(self, visit: Visit) -> None:
+    def end(self, visit: Visit) -> None:
         self.leave(visit)
         visit.close()
 
@@ -183,7 +183,7 @@ class Listener:
         self._connections = connections
         self._tls = tls
         self._loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._accepted: dict[asyncio.Task[None], Visit] = {}  # and not yet with a protocol of its own
         self._again: asyncio.TimerHandle | None = None
         sock.setblocking(False)
         self._loop.add_reader(sock.fileno(), self._accept)
@@ -206,8 +206,8 @@ class Listener:
                 sock.close()
                 continue
             task = self._loop.create_task(self._serve(sock, visit))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._accepted[task] = visit
+            task.add_done_callback(self._accepted.pop)
 
     async def _serve(self, sock: socket.socket, visit: Visit) -> None:
         try:
@@ -219,13 +219,16 @@ class Listener:
             self._connections.leave(visit)
             sock.close()
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """Connections that are being taken in are ended, not called off: a protocol that has been told of its connection would never
+        be told of its end, and a server waits for that when it stops."""
         if self._again is not None:
             self._again.cancel()
         self._loop.remove_reader(self._sock.fileno())
         self._sock.close()
-        for task in self._tasks:
-            task.cancel()
+        for visit in list(self._accepted.values()):
+            self._connections.end(visit)
+        await asyncio.gather(*self._accepted, return_exceptions=True)
 
 
 def holder(address: str) -> str:

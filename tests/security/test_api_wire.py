@@ -438,7 +438,7 @@ async def test_a_socket_that_others_reach_is_not_served_in_the_clear(tmp_path: P
                 Listener(sock, runner.server, Connections(16, 8, 1), None)
             sock.close()
         else:
-            Listener(sock, runner.server, Connections(16, 8, 1), None).close()
+            await Listener(sock, runner.server, Connections(16, 8, 1), None).close()
     await runner.cleanup()
 
 

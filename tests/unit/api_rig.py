@@ -152,7 +152,7 @@ class ApiRig:
         self._listener = Listener(sock, self._runner.server, self.connections, self.tls)
 
     async def _stop(self) -> None:
-        self._listener.close()
+        await self._listener.close()
         await self._runner.cleanup()
         await self.registry.close()
         await self.lifecycle.close()
