@@ -26,7 +26,7 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 # The parts of test-kvm: each in a machine of its own, in less than an hour (tests/kvm/inner.py).
 KVM = drivers-firecracker drivers-qemu devices service-firecracker kills-firecracker clients-firecracker archive-firecracker service-qemu kills-qemu
 
-.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-fuzz test-long-systemd test-kvm $(KVM:%=test-kvm-%) test-fresh test-fresh-odd fresh-packages check static lint types unit applications-packages security-packages conformance conformance-packages bench-api bench-drivers bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-fuzz test-long-systemd test-kvm $(KVM:%=test-kvm-%) test-fresh test-fresh-odd fresh-packages check static lint types unit walls applications-packages security-packages conformance conformance-packages bench-api bench-drivers bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-idle bench-builds bench-packages lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -65,7 +65,7 @@ demo: setup ## the walk-through, on real microVMs (IDLE=1: let the idle policy s
 serve: setup ## run the service for yourself; prints the exports for another shell
 	@$(VENV)/bin/torpor serve
 
-test: setup check ## every test but the long ones
+test: setup check walls ## every test but the long ones
 	@$(PY) -m pytest -q -m "(vm or service) and not long and not conformance" tests
 
 test-long: test test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-fuzz test-long-systemd test-kvm test-fresh test-fresh-odd ## every test, in parts of less than an hour each
@@ -126,7 +126,7 @@ test-fresh-odd: fresh-packages ## make demo and make check there, with /tmp noex
 fresh-packages:
 	@$(call install,$(FRESH_PACKAGES))
 
-check: deps ## lint, types, unit tests: some 75 seconds on two processors
+check: deps ## lint, types, unit tests: some 70 seconds on two processors
 	@$(MAKE) --no-print-directory -j2 static unit
 
 static: lint types
@@ -137,8 +137,16 @@ lint:
 types:
 	@$(VENV)/bin/mypy
 
+# Each worker reads every test's module: what one has compiled the others find, also where the environment says that nothing is kept.
+QUICK = -q -n $$(( $$(nproc) * 2 )) --dist worksteal -m "not vm and not service and not long"
+unit walls: export PYTHONDONTWRITEBYTECODE =
+
 unit:
-	@$(PY) -m pytest -q -n $$(( $$(nproc) + 1 )) --dist worksteal -m "not vm and not service and not long" tests
+	@$(PY) -m pytest -q --collect-only tests/unit >/dev/null
+	@$(PY) -m pytest $(QUICK) --ignore=tests/security --ignore=tests/fuzz tests
+
+walls: deps ## attacks on each wall, with its control, and some seconds of fuzzing: what needs no microVM
+	@$(PY) -m pytest $(QUICK) tests/security tests/fuzz
 
 conformance: setup conformance-packages ## every protocol and client against a real endpoint; writes docs/conformance.md
 	@CONFORMANCE_TABLE=docs/conformance.md $(PY) -m pytest -q -m conformance tests/conformance

@@ -70,6 +70,7 @@ def test_all_faults_of(directory: Path, name: str) -> None:
     play(directory, name, cases(directory, name))
 
 
+@pytest.mark.service
 def test_the_matrix_finds_what_is_lost(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A vmm that takes an error number for damage, as an older one did, loses sessions here."""
     from vmm import diffs, errors

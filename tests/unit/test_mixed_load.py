@@ -146,6 +146,7 @@ def check(free: Counter[str], limited: Counter[str], kinds: int) -> None:
 
 
 # Not on uvloop, whose TLS loses what a paused reader has yet to read when the connection's end comes: the clients would be at fault.
+@pytest.mark.service
 def test_some_seconds_of_mixed_load_leave_nothing_behind(tmp_path: Path) -> None:
     free, limited = asyncio.run(under_load(tmp_path, 2, 1, 18))
     check(free, limited, 10)
