@@ -149,7 +149,7 @@ walls: deps ## attacks on each wall, with its control, and some seconds of fuzzi
 	@$(PY) -m pytest $(QUICK) tests/security tests/fuzz
 
 conformance: setup conformance-packages ## every protocol and client against a real endpoint; writes docs/conformance.md
-	@CONFORMANCE_TABLE=docs/conformance.md $(PY) -m pytest -q -m conformance tests/conformance
+	@CONFORMANCE_TABLE=docs/conformance.md $(PY) -m pytest -q -m conformance tests/conformance tests/security/test_smuggling.py
 
 conformance-packages:
 	@$(call install,$(CONFORMANCE_PACKAGES))
