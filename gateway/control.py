@@ -62,6 +62,7 @@ _EGRESS_AUDIT_BYTES = float(256 << 20)  # of an account
 _AUDIT_SECONDS = 1.0  # what a power cut may take of the audit trail
 _EMPTY_SECONDS = 600.0
 _CERTIFICATE_SECONDS = 30.0
+_AWAY = "edge workers are not connected"
 _LISTENERS_SECONDS = 2.0  # for a guest to say what listens in it
 
 
@@ -327,24 +328,28 @@ class Control:
         await executors.UPKEEP.run(self.audit.sync)
 
     async def rotate_keys(self) -> None:
-        """Makes a new key for tokens when the newest is old; it signs when the workers have what checks it."""
+        """Makes a new key for tokens when the newest is old; it signs when the workers have what checks it, or after a later look."""
         async with self._minting:
             if await executors.LATENCY.run(self.minter.make_key_if_due):
                 await self._switch_keys()
 
-    async def _switch_keys(self) -> None:
-        await self._publish_keys()
+    async def _switch_keys(self) -> bool:
+        if not await self._publish_keys():
+            return False
         await executors.LATENCY.run(self.minter.use_newest)
+        return True
 
-    async def _publish_keys(self) -> None:
+    async def _publish_keys(self) -> bool:
         keys = self.minter.key_set()
         self._checker = Checker(keys.keys, keys.revoked)
-        await self.routes.publish_keys(keys)
+        return await self.routes.publish_keys(keys)
 
     async def rpc_tokens_rotate(self, connection: Connection, body: None) -> None:
+        """Raises RpcError."""
         async with self._minting:
             await executors.LATENCY.run(self.minter.make_key)
-            await self._switch_keys()
+            if not await self._switch_keys():
+                raise RpcError("Unavailable", f"the new key does not sign yet: {_AWAY}; it is tried again each hour")
 
     async def rpc_tokens_revoke(self, connection: Connection, body: m.RevokeRequest) -> float:
         """Returns the moment before which what was minted is none. Raises RpcError."""
@@ -356,7 +361,10 @@ class Control:
                 await executors.LATENCY.run(self.minter.revoke, before, body.session)
             except ValueError as error:
                 raise RpcError("Invalid", str(error)) from error
-            await self._publish_keys()
+            if not await self._publish_keys():
+                raise RpcError(
+                    "Unavailable", f"{_AWAY} and may take tokens that were revoked until they are: repeat the command until it succeeds"
+                )
         return before
 
 

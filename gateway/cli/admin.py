@@ -25,6 +25,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Account = Annotated[str, typer.Option("--account", help="The account's number; the instance's first account by default.")]
 _SECONDS = 10.0
 _FOLLOW_SECONDS = 0.5
+_WORKERS_SECONDS = 30.0  # of edges, which may have to come back first
 _EVERYTHING = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
 
 account = typer.Typer(no_args_is_help=True, help="Accounts: each sees only its own images, microVMs and connectors.")
@@ -109,7 +110,7 @@ def tokens_revoke(
         moment = datetime.datetime.fromisoformat(before).astimezone().timestamp() if before else 0.0
     except ValueError:
         fail(f"{before} is no moment: write it as 2026-11-28T12:00:00+00:00", 2)
-    at = ask("tokens_revoke", m.RevokeRequest(resolve(identifier) if identifier else "", moment), float)
+    at = ask("tokens_revoke", m.RevokeRequest(resolve(identifier) if identifier else "", moment), float, _WORKERS_SECONDS)
     print(f"tokens minted before {datetime.datetime.fromtimestamp(at).astimezone().isoformat(timespec='seconds')} are refused")
 
 
@@ -119,7 +120,7 @@ def tokens_rotate() -> None:
 
     Example: torpor tokens rotate
     """
-    ask("tokens_rotate")
+    ask("tokens_rotate", seconds=_WORKERS_SECONDS)
 
 
 # ---- accounts ----

@@ -117,12 +117,21 @@ class Routes:
             if connection is not worker:
                 connection.notify("listened", ports)
 
-    async def publish_keys(self, keys: KeySet) -> None:
-        """Returns when every worker verifies by these: one that does not say so is disconnected, and takes them when it is back."""
+    async def publish_keys(self, keys: KeySet) -> bool:
+        """Returns whether every worker verifies by these. Those that are connected hear first; one that does not say so is disconnected,
+        and one that is away, and goes on verifying by what it knows, is waited for."""
         self.keys = keys
-        for connection, answer in (await self._ask_workers("tokens", keys, bool, _KEYS_SECONDS)).items():
+        were_connected = self._are_connected()
+        if await self._take(keys) and were_connected:
+            return True
+        return await self._all_connected() and await self._take(keys)
+
+    async def _take(self, keys: KeySet) -> bool:
+        answers = await self._ask_workers("tokens", keys, bool, _KEYS_SECONDS)
+        for connection, answer in answers.items():
             if not answer:
                 connection.close()
+        return all(answers.values())
 
     def _tell(self, route: Route, workers: Collection[Connection]) -> None:
         for connection in workers:
@@ -165,22 +174,26 @@ class Routes:
                 log.warning("worker.no_answer", worker=workers[connection], method=method, error=str(answer))
         return answers
 
+    def _are_connected(self) -> bool:
+        """So many names, because a worker that is being replaced has its successor's."""
+        return len(set(self._workers.values())) >= self._expected
+
     async def _all_connected(self) -> bool:
-        """Waits until the expected workers are connected: so many names, because a worker that is being replaced has its successor's."""
+        """Waits until the expected workers are connected."""
         try:
             async with asyncio.timeout(self._wait_seconds):
-                while len(set(self._workers.values())) < self._expected:
+                while not self._are_connected():
                     self._joined.clear()
                     await self._joined.wait()
         except TimeoutError:
-            log.warning("gate.workers_missing", connected=sorted(self._workers.values()), expected=self._expected)
+            log.warning("workers.missing", connected=sorted(self._workers.values()), expected=self._expected)
             return False
         return True
 
     async def parked_streams(self, session: Session) -> int | None:
         """Returns how many streams the workers hold parked for a session; None where one is missing or does not answer."""
         answers = await self._ask_workers("parked", SessionName(session.id), int, _PARKED_SECONDS)
-        if len(set(self._workers.values())) < self._expected or None in answers.values():
+        if not self._are_connected() or None in answers.values():
             return None
         return sum(answer or 0 for answer in answers.values())
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 from edge_rig import Rig, response
+from waiting import turns
 
 from gateway import messages as m
 from gateway.sessions.routes import Routes
@@ -141,7 +142,7 @@ async def test_a_connection_that_was_served_is_served_no_more(rig: Rig, revoked:
     writer.close()
 
 
-# ---- a new key ----
+# ---- at edges that are away ----
 
 
 class Worker:
@@ -161,6 +162,42 @@ class Worker:
 
     def close(self) -> None:
         self.is_closed = True
+
+
+async def test_a_worker_that_is_away_is_waited_for(minter: Minter, clock: Clock) -> None:
+    """It goes on by what it knew when it lost its connection: the attack is a request to it once the command has ended. Those that are
+    here do not wait for it."""
+    routes = Routes(2, 60.0)
+    away, here = Worker(minter.key_set()), Worker(minter.key_set())
+    for one in (away, here):
+        one.may.set()
+    routes.add_worker(here, "edge-0")  # type: ignore[arg-type]
+    token = minter.mint("a", [(1, 1)], 600)
+    clock.now += 1
+    minter.revoke(clock.now)
+    publishing = asyncio.ensure_future(routes.publish_keys(minter.key_set()))
+    await turns()
+    with pytest.raises(TokenError, match="revoked"):
+        here.checker.verify(token, clock.now)
+    assert away.checker.verify(token, clock.now) and not publishing.done()
+    routes.add_worker(away, "edge-1")  # type: ignore[arg-type]
+    assert await publishing
+    with pytest.raises(TokenError, match="revoked"):
+        away.checker.verify(token, clock.now)
+
+
+async def test_while_a_worker_stays_away_nothing_is_said_to_be_done(minter: Minter) -> None:
+    routes = Routes(2, 0.0)
+    here, away = Worker(minter.key_set()), Worker(minter.key_set())
+    for one in (here, away):
+        one.may.set()
+    routes.add_worker(here, "edge-0")  # type: ignore[arg-type]
+    assert not await routes.publish_keys(minter.key_set())
+    routes.add_worker(away, "edge-1")  # type: ignore[arg-type]
+    assert await routes.publish_keys(minter.key_set())
+
+
+# ---- a new key ----
 
 
 @pytest.mark.parametrize("is_told_first", [True, False])
@@ -198,7 +235,7 @@ async def test_a_worker_that_does_not_say_so_is_sent_away(tmp_path: Path, monkey
     well.may.set()
     for one in (silent, well):
         routes.add_worker(one, "edge-0")  # type: ignore[arg-type]
-    await routes.publish_keys(minter.key_set())
+    assert not await routes.publish_keys(minter.key_set())
     assert silent.is_closed and not well.is_closed
     assert routes.table().keys == minter.verifiers() and routes.table().revoked == minter.revoked
 

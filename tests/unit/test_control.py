@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -298,6 +299,7 @@ async def test_a_session_whose_suspend_cannot_be_stored_leaves_the_stop_to_the_o
 
 
 async def test_new_keys_reach_the_workers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rig.control.routes, "_expected", 1)
     worker = Worker()
     connection, table = await joined(rig, worker=worker)
     await rig.control.rotate_keys()
@@ -308,6 +310,30 @@ async def test_new_keys_reach_the_workers(rig: Rig, monkeypatch: pytest.MonkeyPa
     await connection.call("lookup", m.LookupRequest("unknown"))
     assert len(worker.keys) == 1 and len(worker.keys[0].keys) == len(table.keys) + 1
     connection.close()
+
+
+async def test_without_all_workers_no_key_changes_and_no_token_is_said_to_be_revoked(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is away would refuse what a new key signs, and takes what was revoked."""
+    monkeypatch.setattr(rig.control.routes, "_expected", 2)
+    connections = [(await joined(rig))[0]]
+    minter = rig.control.minter
+    before = minter.mint("s1", [(1, 1)], 60)
+    with pytest.raises(RpcError, match="does not sign yet: edge workers are not connected"):
+        await rig.control.rpc_tokens_rotate(connections[0], None)
+    assert len(minter.verifiers()) == 2 and kid_of(minter.mint("s1", [(1, 1)], 60)) == kid_of(before)
+    with pytest.raises(RpcError, match="edge workers are not connected and may take tokens"):
+        await rig.control.rpc_tokens_revoke(connections[0], m.RevokeRequest(""))
+    connections.append((await joined(rig, "edge-1"))[0])
+    assert await rig.control.rpc_tokens_revoke(connections[0], m.RevokeRequest("")) > 0
+    await rig.control.rotate_keys()
+    assert kid_of(minter.mint("s1", [(1, 1)], 60)) == minter.verifiers()[-1].kid != kid_of(before)
+    for connection in connections:
+        connection.close()
+
+
+def kid_of(token: str) -> str:
+    header = token.partition(".")[0]
+    return str(json.loads(base64.urlsafe_b64decode(header + "=" * (-len(header) % 4)))["kid"])
 
 
 async def test_what_background_work_raises_keeps_it_from_no_later_time() -> None:
