@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from floor import cpu_seconds
 from lifecycle import Bench
 from report import figure, note, percentile
-from service import until
+from service import Instance, until
 
 SESSIONS = int(os.environ.get("SESSIONS", "1000"))
 SECONDS = float(os.environ.get("SECONDS", "20"))
@@ -32,10 +32,10 @@ class Cost(NamedTuple):
     disk: float  # KiB
 
 
-def service_processes(bench: Bench) -> list[int]:
+def service_processes(instance: Instance) -> list[int]:
     """The supervisor and all that it started, without hypervisors."""
-    assert bench.instance.process is not None
-    found, waiting = [], [bench.instance.process.pid]
+    assert instance.process is not None
+    found, waiting = [], [instance.process.pid]
     while waiting:
         pid = waiting.pop()
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -52,7 +52,7 @@ def memory_kib(pids: list[int]) -> int:
 
 def cost(bench: Bench) -> Cost:
     time.sleep(_QUIET_SECONDS)
-    pids = service_processes(bench)
+    pids = service_processes(bench.instance)
     before, started = sum(map(cpu_seconds, pids)), time.perf_counter()
     time.sleep(SECONDS)
     used = (sum(map(cpu_seconds, pids)) - before) / (time.perf_counter() - started)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -89,6 +90,8 @@ class Instance:
         self.environment |= {f"TORPOR_{key}": value for key, value in (defaults | everywhere | settings).items()}
         self.process: subprocess.Popen[str] | None = None
         self.log = self.directory / "serve.log"
+        self.role, self.bucket = ROLE, BUCKET
+        self._key: tuple[str, str] | None = None
 
     # ---- processes ----
 
@@ -161,14 +164,26 @@ class Instance:
 
     def client(self, name: str = "lambda-microvms") -> Any:
         if name not in self._clients:
-            keys = json.loads((self.root / "control/access-keys.json").read_text())
-            key, secret = next(iter(keys.items()))
+            key, secret = self._key or next(iter(json.loads((self.root / "control/access-keys.json").read_text()).items()))
             port = self.environment["TORPOR_OBJECT_STORE__PORT" if name == "s3" else "TORPOR_API__PORT"]
             self._clients[name] = boto3.client(  # type: ignore[call-overload]
                 name, region_name="us-east-1", endpoint_url=f"http://127.0.0.1:{port}", aws_access_key_id=key,
                 aws_secret_access_key=secret, config=Config(retries={"max_attempts": 8, "mode": "standard"}, read_timeout=60 * PATIENCE, parameter_validation=False),
             )  # fmt: skip
         return self._clients[name]
+
+    def other_account(self, name: str) -> Instance:
+        """This instance for the administrator of a new account."""
+        number = self.command("torpor", "account", "create", name).stdout.strip()
+        made = json.loads(self.command("torpor", "key", "create", "admin", "--account", number, "--admin", "--json").stdout)
+        other = copy.copy(self)
+        other.role, other.bucket, other._key, other._clients = (
+            f"arn:aws:iam::{number}:role/test",
+            f"{BUCKET}-{name}",
+            (made["key"], made["secret"]),
+            {},
+        )
+        return other
 
     def command(self, *words: str, check: bool = True, deadline: float = 120) -> subprocess.CompletedProcess[str]:
         """A command with the instance's environment: torpor, aws, curl."""
@@ -183,15 +198,17 @@ class Instance:
 
     def upload(self, files: Mapping[str, bytes | str] | bytes, key: str = "app.zip") -> str:
         store = self.client("s3")
-        if BUCKET not in [bucket["Name"] for bucket in store.list_buckets()["Buckets"]]:
-            store.create_bucket(Bucket=BUCKET)
-        store.put_object(Bucket=BUCKET, Key=key, Body=files if isinstance(files, bytes) else make_zip(files))
-        return f"s3://{BUCKET}/{key}"
+        if self.bucket not in [bucket["Name"] for bucket in store.list_buckets()["Buckets"]]:
+            store.create_bucket(Bucket=self.bucket)
+        store.put_object(Bucket=self.bucket, Key=key, Body=files if isinstance(files, bytes) else make_zip(files))
+        return f"s3://{self.bucket}/{key}"
 
     def create(self, name: str, uri: str, **request: Any) -> str:
         """Starts a build; returns the image's ARN."""
         request.setdefault("resources", [{"minimumMemoryInMiB": 512}])
-        made = self.client().create_microvm_image(name=name, baseImageArn=BASE, buildRoleArn=ROLE, codeArtifact={"uri": uri}, **request)
+        made = self.client().create_microvm_image(
+            name=name, baseImageArn=BASE, buildRoleArn=self.role, codeArtifact={"uri": uri}, **request
+        )
         return str(made["imageArn"])
 
     def built(self, arn: str, version: str = "1.0", seconds: float = 120) -> dict[str, Any]:
