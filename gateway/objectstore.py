@@ -12,6 +12,7 @@ import hmac
 import logging
 import os
 import re
+import socket
 import threading
 import time
 from collections import OrderedDict
@@ -21,13 +22,15 @@ from typing import IO, Any, Final
 from urllib.parse import parse_qsl, quote, unquote, urlparse
 from xml.sax.saxutils import escape
 
-from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.serving import WSGIRequestHandler
 
 from . import messages as m
 from . import own_walls, process, storebody, storechunks
 from .api import sigv4
+from .api.connections import Connections
 from .api.errors import SignatureError
 from .rpc import Client, RpcError
+from .storeconnections import BoundedServer
 
 Find = Callable[[m.StoreKeyRequest], m.StoreKey | None]
 Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -35,9 +38,12 @@ SKEW_SECONDS = 900
 _ASK_SECONDS = 10.0
 _KNOWN_SECONDS, _KNOWN = 30.0, 1024  # how long a key that was taken back is still good for, and how many are remembered
 _SILENT_SECONDS = 60
+_CONNECTIONS = 256  # at once, with a thread each
+_STACK_BYTES = 1 << 20  # of each, which counts as memory that the process has, used or not
 _UNSIGNED: Final = "UNSIGNED-PAYLOAD"
 _OTHER_POSTS: Final = {"uploads", "uploadId", "restore"}  # which moto looks for before `select`
 _BUCKET = re.compile(r"[A-Za-z0-9._-]*")  # moto ends it at a semicolon
+_FORM = re.compile(r"form-data|url-?encoded", re.IGNORECASE)  # of content types (werkzeug.formparser)
 _SOURCE: Final = "x-amz-copy-source"
 _STATUS = {400: "400 Bad Request", 403: "403 Forbidden", 501: "501 Not Implemented", 503: "503 Service Unavailable"}
 
@@ -49,6 +55,7 @@ class Guard:
         self._inner = inner
         self._find = find
         self._clock = clock
+        self.verified: Callable[[dict[str, Any]], None] = lambda environ: None
         self._known: OrderedDict[tuple[str, ...], tuple[m.StoreKey, float]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -65,6 +72,8 @@ class Guard:
             for name in [name for name in environ if name.startswith("HTTP_X_MOTO_") or name == "HTTP_X_AMZ_TARGET"]:
                 del environ[name]
             environ["HTTP_X_MOTO_ACCOUNT_ID"] = account
+            if _FORM.search(environ.get("CONTENT_TYPE", "")):  # which moto reads as if it were the query, in place of that
+                environ["CONTENT_TYPE"] = "application/octet-stream"
             environ["HTTP_HOST"] = "localhost"  # moto takes a bucket from another name, and not from the path
             return self._inner(environ, start)
 
@@ -89,13 +98,15 @@ class Guard:
         wanted = sigv4.signature(request, claimed, known.signing, _UNSIGNED if said is None else said, path)
         if not hmac.compare_digest(wanted.encode(), claimed.digest.encode("utf-8", "surrogateescape")):
             raise SignatureError("SignatureDoesNotMatch", "The request signature we calculated does not match the signature you provided.")
+        self.verified(environ)
         judged = [(action, resource)]
         if _removes_many(request):
             bucket = resource.removesuffix("*")
             removed = storebody.removals(environ, said)
             judged = [("s3:DeleteObjectVersion" if version else "s3:DeleteObject", f"{bucket}{key}") for key, version in removed]
         if _SOURCE in headers:
-            judged.append(asks("GET", quote("/" + unquote(headers[_SOURCE].partition("?")[0]).lstrip("/")), ""))
+            source, _, version = headers[_SOURCE].partition("?")
+            judged.append(asks("GET", quote("/" + unquote(source).lstrip("/")), version))
         for action, resource in judged:
             if not self._key(claimed, action, resource).is_allowed:
                 raise SignatureError("AccessDenied", f"{claimed.key} is not authorized to perform: {action} on resource: {resource}")
@@ -127,19 +138,24 @@ def asks(method: str, path: str, query: str) -> tuple[str, str]:
         return "s3:ListAllMyBuckets", "*"
     arn = f"arn:aws:s3:::{bucket}/{key}" if key else f"arn:aws:s3:::{bucket}"
     named = _named(query)
+    of_version = "Version" if "versionId" in named else ""
     if method in ("GET", "HEAD"):
-        return "s3:GetObject" if key else "s3:ListBucket", arn
+        return f"s3:GetObject{of_version}" if key else "s3:ListBucket", arn
     if method == "DELETE" and (key or not named):
-        return "s3:DeleteObject" if key else "s3:DeleteBucket", arn
+        return f"s3:DeleteObject{of_version}" if key else "s3:DeleteBucket", arn
     if not key and method == "POST" and "delete" in named:
         return "s3:DeleteObject", f"{arn}/*"
     if key:
-        return "s3:GetObject" if method == "POST" and "select" in named else "s3:PutObject", arn
+        return f"s3:GetObject{of_version}" if method == "POST" and "select" in named else "s3:PutObject", arn
     return "s3:CreateBucket" if method == "PUT" and not named else "s3:PutBucketPolicy", arn
 
 
+def _pairs(query: str) -> list[tuple[str, str]]:
+    return parse_qsl(query, keep_blank_values=True)
+
+
 def _named(query: str) -> set[str]:
-    return {name for name, _ in parse_qsl(query, keep_blank_values=True) if not name.startswith("X-Amz-")} - {"x-id"}
+    return {name for name, _ in _pairs(query) if not name.startswith("X-Amz-")} - {"x-id"}
 
 
 def _removes_many(request: sigv4.SignedRequest) -> bool:
@@ -160,6 +176,8 @@ def _check_one_reading(request: sigv4.SignedRequest) -> None:
     if request.method == "POST" and "select" in _named(request.query) and _named(request.query) & _OTHER_POSTS:
         raise SignatureError("InvalidArgument", "A request is either SelectObjectContent or another operation.")
     source = request.headers.get(_SOURCE, "")
+    if any(name == "versionId" and not value for text in (request.query, source.partition("?")[2]) for name, value in _pairs(text)):
+        raise SignatureError("InvalidArgument", "Version id cannot be the empty string.")
     try:
         is_path = urlparse(source).path == source.partition("?")[0]
     except ValueError:
@@ -178,9 +196,9 @@ class Asked:
     """Control, for threads that wait for its answer."""
 
     def __init__(self, path: Path) -> None:
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="control", daemon=True).start()
-        self._client = asyncio.run_coroutine_threadsafe(self._connect(path), self._loop).result(_ASK_SECONDS)
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="control", daemon=True).start()
+        self._client = asyncio.run_coroutine_threadsafe(self._connect(path), self.loop).result(_ASK_SECONDS)
 
     async def _connect(self, path: Path) -> Client:
         return Client(path)
@@ -188,7 +206,7 @@ class Asked:
     def find(self, asked: m.StoreKeyRequest) -> m.StoreKey | None:
         """Raises RpcError, TimeoutError."""
         call = self._client.call("store_key", asked, m.StoreKey | None, timeout=_ASK_SECONDS)
-        found = asyncio.run_coroutine_threadsafe(call, self._loop).result(2 * _ASK_SECONDS)
+        found = asyncio.run_coroutine_threadsafe(call, self.loop).result(2 * _ASK_SECONDS)
         return found if isinstance(found, m.StoreKey) else None
 
 
@@ -204,14 +222,21 @@ def s3() -> Wsgi:
     return create_backend_app("s3")
 
 
+def make_server(sock: socket.socket, guard: Guard, loop: asyncio.AbstractEventLoop, most: int, head_seconds: float) -> BoundedServer:
+    """All clients are this host's, and so no address has a bound of its own."""
+    server = BoundedServer(sock, guard, _Handler, Connections(most, most, head_seconds), loop)
+    guard.verified = server.verified
+    return server
+
+
 def main() -> None:
     settings = process.settings()
     own_walls.raise_walls("store", settings)
+    threading.stack_size(_STACK_BYTES)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     (sock,) = process.inherited()["store"]
-    address = sock.getsockname()
-    served = Guard(s3(), Asked(settings.control_socket).find)
-    server = make_server(address[0], address[1], served, threaded=True, request_handler=_Handler, fd=sock.fileno())
+    asked = Asked(settings.control_socket)
+    server = make_server(sock, Guard(s3(), asked.find), asked.loop, _CONNECTIONS, settings.api.head_seconds)
     setattr(server, "service_actions", process.live)  # noqa: B010 - called twice a second by the loop that accepts (socketserver)
     process.ready()
     server.serve_forever()

@@ -132,8 +132,13 @@ class Connections:
     def verified(self, request: web.Request) -> None:
         """Who asks has shown who he is."""
         visit = self._visits.get(request.protocol)
+        if visit is not None:
+            self.shown(visit)
+
+    def shown(self, visit: Visit) -> None:
         if visit in self._unverified:
             self._drop(visit)
+            self._stop_waiting(visit)
             self._busy.add(visit)
             visit.is_verified = True
 
@@ -201,7 +206,7 @@ class Listener:
                 self._again = self._loop.call_later(_PAUSE_SECONDS, self._loop.add_reader, self._sock.fileno(), self._accept)
                 return
             sock.setblocking(False)
-            visit = self._connections.admit(holder(str(address[0])), functools.partial(_shut, sock))
+            visit = self._connections.admit(holder(str(address[0])), functools.partial(shut, sock))
             if visit is None:
                 sock.close()
                 continue
@@ -239,8 +244,8 @@ def holder(address: str) -> str:
     return str(one.ipv4_mapped or f"{ipaddress.IPv6Address(int(one) >> 64 << 64)}/64")
 
 
-def _shut(sock: socket.socket) -> None:
-    """Of a connection whose handshake is under way: whoever reads it sees its end."""
+def shut(sock: socket.socket) -> None:
+    """Of a connection that somebody else reads, its handshake under way say: he sees its end."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 

@@ -38,7 +38,7 @@ class StoreKeys:
         account = asked.key.removeprefix(_OWN)
         if account != asked.key:
             signing = signing_key(self._secret(asked.key), asked.day, asked.region, "s3")
-            return m.StoreKey(account, signing, asked.action == "s3:GetObject")
+            return m.StoreKey(account, signing, asked.action in ("s3:GetObject", "s3:GetObjectVersion"))
         directory = self._directory
         secret = directory.secret(asked.key, asked.token)
         if not secret or directory.is_expired(asked.token):

@@ -5,12 +5,15 @@ Taken away by name: the `Guard` before moto (gateway/objectstore.py), moto's own
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import http.client
 import io
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +30,6 @@ from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
-from werkzeug.serving import make_server
 
 from gateway import config, instance, listeners, objectstore, storebody, storechunks
 from gateway import messages as m
@@ -52,18 +54,22 @@ def find(asked: m.StoreKeyRequest) -> m.StoreKey | None:
 
 
 DENIED: set[str] = set()
+NOTHING = re.compile("(?!)")
 
 
 class Rig:
     """`guard` may be taken away."""
 
-    def __init__(self, guard: bool = True, known: Any = find) -> None:
-        inner = objectstore.s3()
-        served = objectstore.Guard(inner, known) if guard else inner
+    def __init__(self, guard: bool = True, known: Any = find, most: int = 64, head_seconds: float = 60.0) -> None:
+        served: Any = objectstore.Guard(objectstore.s3(), known) if guard else objectstore.s3()
         sock = listeners.listen("127.0.0.1", 0, "store")
         self.port = int(sock.getsockname()[1])
-        self._server = make_server("127.0.0.1", self.port, served, threaded=True, request_handler=objectstore._Handler, fd=sock.fileno())
+        self._loop = asyncio.new_event_loop()
+        self._counting = threading.Thread(target=self._loop.run_forever)
+        self._counting.start()
+        self._server = objectstore.make_server(sock, served, self._loop, most, head_seconds)
         sock.detach()
+        self._server.daemon_threads = False  # the end waits for them: they say theirs to the loop
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self._thread.start()
 
@@ -71,6 +77,9 @@ class Rig:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._counting.join()
+        self._loop.close()
 
     def client(self, key: str, secret: str = "", style: str = "path") -> Any:
         return boto3.client(
@@ -417,6 +426,7 @@ def test_each_key_that_is_removed_is_judged(
     if not wall:
         monkeypatch.setattr(objectstore, "_removes_many", lambda request: False)
         monkeypatch.setattr(objectstore, "_check_one_reading", lambda request: None)
+        monkeypatch.setattr(objectstore, "_FORM", NOTHING)
     target = f"/{bucket}?delete"
     kept.raw("POST", target, sign(kept, "POST", target, {"content-type": kind} if kind else {}, body.encode()), body.encode())
     assert ("secret" in left(kept, bucket)) is wall
@@ -703,3 +713,169 @@ def test_the_readmes_commands_work_with_the_profile_of_the_service(store: Rig, b
 def test_whose_buckets_are_is_said_by_number(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"object_store\.buckets: .*team-blue is no account's number"):
         config.load(root=tmp_path, object_store={"buckets": {"team-blue": ["theirs"]}})
+
+
+# ---- versions ----
+
+
+def as_object(method: str, path: str, query: str, judge: Any = objectstore.asks) -> tuple[str, str]:
+    action, resource = judge(method, path, query)
+    return action.removesuffix("Version"), resource
+
+
+@pytest.mark.parametrize("wall", [True, False])
+@pytest.mark.parametrize(
+    ("denied", "method", "target", "source"),
+    [
+        ("s3:DeleteObjectVersion", "DELETE", "/{bucket}/a?versionId={version}", ""),
+        ("s3:DeleteObjectVersion", "DELETE", "/{bucket}/a?x&versionId={version}", ""),
+        ("s3:DeleteObjectVersion", "DELETE", "/{bucket}/a?%76ersionId={version}", ""),
+        ("s3:GetObjectVersion", "HEAD", "/{bucket}/a?versionId={version}", ""),
+        ("s3:GetObjectVersion", "GET", "/{bucket}/a?versionId={version}", ""),
+        ("s3:GetObjectVersion", "PUT", "/{bucket}/b", "{bucket}/a?versionId={version}"),
+    ],
+)  # fmt: skip
+def test_who_may_not_touch_versions_does_not(
+    bucket: str, denied: str, method: str, target: str, source: str, wall: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was overwritten or removed is kept as a version, and to read or to end that is an action of its own. The control judges it
+    as the object."""
+    one = Rig()
+    try:
+        alice = one.client("AKIAALICE")
+        alice.create_bucket(Bucket=bucket)
+        alice.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+        version = alice.put_object(Bucket=bucket, Key="a", Body=b"old")["VersionId"]
+        alice.put_object(Bucket=bucket, Key="a", Body=b"new")
+        if not wall:
+            monkeypatch.setattr(objectstore, "asks", as_object)
+        monkeypatch.setattr(sys.modules[__name__], "DENIED", {denied})
+        at = target.format(bucket=bucket, version=version)
+        headers = {"x-amz-copy-source": source.format(bucket=bucket, version=version)} if source else {}
+        status, _ = one.raw(method, at, sign(one, method, at, headers))
+        assert (status == 403) is wall and status in (200, 204, 403)
+        monkeypatch.setattr(sys.modules[__name__], "DENIED", set())
+        left = [found["VersionId"] for found in alice.list_object_versions(Bucket=bucket, Prefix="a")["Versions"]]
+        assert (version in left) is (wall or method != "DELETE")
+    finally:
+        one.close()
+
+
+@pytest.mark.parametrize("query", ["?versionId=", "?versionId", "?versionId=1&versionId="])
+def test_a_version_that_is_none_is_refused(kept: Rig, bucket: str, query: str) -> None:
+    """It would be judged as one, and be the object."""
+    at = f"/{bucket}/public{query}"
+    status, said = kept.raw("DELETE", at, sign(kept, "DELETE", at, {}))
+    assert status == 403 and b"InvalidArgument" in said and "public" in left(kept, bucket)
+
+
+MULTIPART = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n{}\r\n--x--\r\n'
+
+
+@pytest.mark.parametrize("wall", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("application/x-www-form-urlencoded", "versionId={}"), ("Application/X-WWW-Form-URLencoded ;x=y", "versionId={}"),
+        ("application/x-www-form-urlencoded", "x=1&versionId={}"), ("multipart/form-data; boundary=x", MULTIPART.format("versionId", "{}")),
+    ],
+)  # fmt: skip
+def test_a_body_is_no_query(bucket: str, kind: str, form: str, wall: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """moto reads a form as that: what was judged as the newest object's end would be that of an older one."""
+    if not wall:
+        monkeypatch.setattr(objectstore, "_FORM", NOTHING)
+    one = Rig()
+    try:
+        alice = one.client("AKIAALICE")
+        alice.create_bucket(Bucket=bucket)
+        alice.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+        version = alice.put_object(Bucket=bucket, Key="a", Body=b"old")["VersionId"]
+        body = form.format(version).encode()
+        one.raw("DELETE", f"/{bucket}/a", sign(one, "DELETE", f"/{bucket}/a", {"content-type": kind}, body), body)
+        assert bool(alice.list_object_versions(Bucket=bucket).get("Versions")) is wall
+    finally:
+        one.close()
+
+
+def test_an_object_that_comes_as_a_form_is_its_bytes(store: Rig, bucket: str) -> None:
+    """As programs send it that set no type (urllib, curl --data)."""
+    body, at = b"acl=1&key=x", f"/{bucket}/form"
+    store.raw("PUT", at, sign(store, "PUT", at, {"content-type": "application/x-www-form-urlencoded"}, body), body)
+    assert store.client("AKIAALICE").get_object(Bucket=bucket, Key="form")["Body"].read() == body
+
+
+# ---- who says nothing ----
+
+MOST = 8
+
+
+def strangers(one: Rig, count: int) -> list[socket.socket]:
+    """The head of each is on its way for ever."""
+    found = []
+    for _ in range(count):
+        found.append(socket.create_connection(("127.0.0.1", one.port), timeout=30))
+        found[-1].sendall(b"GET / HTTP/1.1\r\n")
+    return found
+
+
+def leave(guests: list[socket.socket]) -> None:
+    for one in guests:
+        one.close()
+
+
+def threads(one: Rig) -> int:
+    return sum(thread.name.endswith("(process_request_thread)") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("wall", [True, False])
+def test_strangers_take_so_many_threads_and_the_oldest_makes_room(bucket: str, wall: bool) -> None:
+    one = Rig(most=MOST if wall else 1000)
+    crowd = strangers(one, 5 * MOST)
+    try:
+        one.client("AKIAALICE").create_bucket(Bucket=bucket)
+        if wall:
+            assert [sock.recv(1) for sock in crowd[: 4 * MOST]] == [b""] * 4 * MOST, "closed for those that came"
+        assert (len(one._server._visits) <= MOST + 1) is wall
+        assert (threads(one) > 4 * MOST) is not wall
+    finally:
+        leave(crowd)
+        one.close()
+
+
+def test_who_shows_nothing_in_time_is_closed() -> None:
+    """Also who is refused, and goes on sending."""
+    one = Rig(head_seconds=0.1)
+    crowd = strangers(one, 2)
+    crowd[1].sendall(b"Content-Length: 9000000\r\n\r\n")
+    try:
+        assert crowd[0].recv(1) == b""
+        with contextlib.suppress(ConnectionResetError):
+            while crowd[1].recv(4096):
+                pass
+    finally:
+        leave(crowd)
+        one.close()
+
+
+def test_a_call_under_way_makes_no_room(bucket: str) -> None:
+    """Its signature was right, and its body is on its way; it has also taken longer than a head may."""
+    one = Rig(most=MOST, head_seconds=0.5)
+    one.client("AKIAALICE").create_bucket(Bucket=bucket)
+    body = b"x" * 100
+    fields = sign(one, "PUT", f"/{bucket}/a", {}, body)
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    crowd: list[socket.socket] = []
+    with socket.create_connection(("127.0.0.1", one.port), timeout=30) as slow:
+        slow.sendall(f"PUT /{bucket}/a HTTP/1.1\r\nContent-Length: 100\r\nExpect: 100-continue\r\n{head}\r\n".encode())
+        try:
+            assert slow.recv(4096).startswith(b"HTTP/1.1 100 ")
+            while not one._server._connections._busy:  # it is said to another thread
+                time.sleep(0.01)
+            crowd += strangers(one, 3 * MOST)
+            for sock in crowd[: 2 * MOST]:
+                assert sock.recv(1) == b""
+            slow.sendall(body)
+            assert slow.recv(4096).startswith(b"HTTP/1.1 200 ")
+        finally:
+            leave(crowd)
+            one.close()
