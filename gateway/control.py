@@ -355,10 +355,9 @@ class Control:
         """Returns the moment before which what was minted is none. Raises RpcError."""
         if body.session and body.session not in self.store.sessions:
             raise RpcError("NotFound", f"MicroVM not found: {body.session}")
-        before = body.before or time.time()
         async with self._minting:
             try:
-                await executors.LATENCY.run(self.minter.revoke, before, body.session)
+                before = await executors.LATENCY.run(self.minter.revoke, body.before, body.session)
             except ValueError as error:
                 raise RpcError("Invalid", str(error)) from error
             if not await self._publish_keys():

@@ -413,10 +413,15 @@ class Verifier(msgspec.Struct):
 
 
 class Revoked(msgspec.Struct):
-    """Tokens that count no more: those minted before `before`, and of a session before its moment. Seconds since the epoch."""
+    """Tokens that count no more: those minted before `before`, and of a session before its moment, in seconds since the epoch; and, since a
+    clock may be wrong when a token is minted, those with a number below `below`, and of a session below its number. `number` is that of
+    the newest revocation, which tokens have that are minted from then on."""
 
     before: float = 0.0
     sessions: dict[str, float] = {}
+    number: int = 0
+    below: int = 0
+    numbers: dict[str, int] = {}
 
     def moment(self, session: str) -> float:
         return max(self.before, self.sessions.get(session, 0.0))

@@ -54,7 +54,7 @@ class MalformedToken(TokenError):
 @dataclass(frozen=True, slots=True)
 class Grant:
     """What a verified token allows. `ports` are merged ranges in order; `expires` and `issued` are in seconds since the epoch, `issued` 0
-    where an older version minted it."""
+    where an older version minted it. `number` is that of the newest revocation of then."""
 
     session: str
     ports: tuple[tuple[int, int], ...]
@@ -62,6 +62,7 @@ class Grant:
     kind: str
     kid: str
     issued: float = 0.0
+    number: int = 0
 
     def allows(self, port: int) -> bool:
         at = bisect_right(self.ports, (port, 65536)) - 1
@@ -164,19 +165,27 @@ class Minter:
         self.make_key()
         self.use_newest()
 
-    def revoke(self, before: float, session: str = "") -> None:
-        """What was minted before a moment is none: of a session, or all. Raises OSError, ValueError for a moment that is yet to come."""
-        now = self._now()
+    def revoke(self, before: float, session: str = "") -> float:
+        """What was minted before a moment is none: of a session, or all. 0: before now, whatever the clock said when it was minted. Returns
+        the moment. Raises OSError, ValueError for one that is yet to come."""
+        now, was = self._now(), self.revoked
         if before > now:
             raise ValueError("that moment is yet to come: tokens that are not minted yet cannot be revoked")
-        known = {name: at for name, at in self.revoked.sessions.items() if now - at < LONGEST_SECONDS}
+        at, number = before or now, was.number + (not before)
+        known = {name: when for name, when in was.sessions.items() if now - when < LONGEST_SECONDS}
+        numbers = {name: one for name, one in was.numbers.items() if name in known}
         # Those of the others have expired, but by a clock that may be set back.
-        gone = max((at for name, at in self.revoked.sessions.items() if name not in known), default=0.0)
+        gone = max((when for name, when in was.sessions.items() if name not in known), default=0.0)
+        gone_number = max((one for name, one in was.numbers.items() if name not in known), default=0)
+        everybody, below = max(gone, was.before), max(gone_number, was.below)
         if session:
-            revoked = Revoked(max(gone, self.revoked.before), known | {session: max(before, known.get(session, 0.0))})
+            known[session] = max(at, known.get(session, 0.0))
+            if not before:
+                numbers[session] = number
         else:
-            revoked = Revoked(max(before, gone, self.revoked.before), known)
-        self._store(self._keys, self._signing, revoked)
+            everybody, below = max(at, everybody), below if before else number
+        self._store(self._keys, self._signing, Revoked(everybody, known, number, below, numbers))
+        return at
 
     def _store(self, keys: list[_Key], signing: str, revoked: Revoked) -> None:
         is_plain = bool(keys) and keys[-1].kid == signing and revoked == Revoked()
@@ -196,6 +205,7 @@ class Minter:
         ranges, now = merge(ports), self._now()
         issued = max(now, self.revoked.moment(session))  # also where the clock was set back since
         claims = {"sub": session, "ports": ranges, "exp": int(now) + seconds, "iat": issued, "kind": kind, "jti": secrets.token_hex(8)}
+        claims["rev"] = self.revoked.number
         inner = jwt.encode(claims, _signer(key.private_key), algorithm="EdDSA")
         header = _b64(json.dumps({"kid": key.kid, "alg": _ALGORITHM, "enc": _ENCRYPTION}, separators=(",", ":")).encode())
         vector = secrets.token_bytes(12)
@@ -220,7 +230,12 @@ class Checker:
         grant = self._seen(token)
         if grant.expires <= now:
             raise TokenError("expired")
-        if grant.issued < self._revoked.before or (self._revoked.sessions and grant.issued < self._revoked.moment(grant.session)):
+        revoked = self._revoked
+        if grant.issued < revoked.before or grant.number < revoked.below:
+            raise TokenError("revoked")
+        if revoked.sessions and (
+            grant.issued < revoked.sessions.get(grant.session, 0.0) or grant.number < revoked.numbers.get(grant.session, 0)
+        ):
             raise TokenError("revoked")
         return grant
 
@@ -238,7 +253,8 @@ class Checker:
         except jwt.PyJWTError as error:
             raise TokenError("not signed with our key") from error
         ports = tuple((first, last) for first, last in claims["ports"])
-        return Grant(claims["sub"], ports, float(claims["exp"]), claims["kind"], kid, float(claims.get("iat", 0.0)))
+        issued, number = float(claims.get("iat", 0.0)), int(claims.get("rev", 0))
+        return Grant(claims["sub"], ports, float(claims["exp"]), claims["kind"], kid, issued, number)
 
 
 def _open_envelope(token: str) -> tuple[str, bytes, bytes, bytes]:

@@ -98,6 +98,39 @@ def test_what_was_revoked_stays_so_where_a_clock_was_wrong_for_a_while(minter: M
     assert takes(minter, minter.mint("a", [(1, 1)], 600), clock.now)
 
 
+@pytest.mark.parametrize("revoked", ["a", ""])
+def test_what_was_minted_while_the_clock_was_ahead_is_taken_back(tmp_path: Path, minter: Minter, clock: Clock, revoked: str) -> None:
+    """By moments alone it would be minted after it was revoked: the attack shows it then, and when its time has come."""
+    clock.now += 1800
+    token = minter.mint("a", [(1, 1)], LONGEST_SECONDS)
+    clock.now = NOW + 1
+    assert minter.revoke(0.0, revoked) == clock.now
+    by_moments = m.Revoked(minter.revoked.before, minter.revoked.sessions)
+    again = Minter(tmp_path / "keys.json", clock)
+    for _ in range(2):
+        assert takes(minter, token, clock.now, by_moments)
+        assert not takes(minter, token, clock.now) and not takes(again, token, clock.now)
+        assert takes(again, again.mint("a", [(1, 1)], 600), clock.now)
+        clock.now = NOW + 1801
+    clock.now = NOW + 2 + LONGEST_SECONDS
+    again.revoke(0.0, "b")
+    assert set(again.revoked.sessions) == set(again.revoked.numbers) == {"b"}
+    assert not takes(again, token, clock.now), "what is no longer kept of one session is kept of all"
+    assert takes(again, again.mint("a", [(1, 1)], 600), clock.now)
+
+
+def test_a_session_whose_tokens_are_taken_back_costs_no_other_its_own(minter: Minter, clock: Clock) -> None:
+    """Nor does a moment of before what was minted since."""
+    other = minter.mint("b", [(1, 1)], 600)
+    clock.now += 1
+    minter.revoke(0.0, "a")
+    assert takes(minter, other, clock.now)
+    first = minter.mint("a", [(1, 1)], 600)
+    clock.now += 1
+    minter.revoke(NOW + 0.5)
+    assert takes(minter, first, clock.now) and not takes(minter, other, clock.now)
+
+
 def test_what_was_revoked_outlives_control_and_then_goes(tmp_path: Path, minter: Minter, clock: Clock) -> None:
     token = minter.mint("a", [(1, 1)], 600)
     clock.now += 1
