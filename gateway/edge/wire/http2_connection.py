@@ -27,6 +27,7 @@ _CONTROL_BURST, _CONTROL_PER_SECOND = 1000.0, 50.0  # frames that cost us an ans
 _RESET_BURST, _RESET_PER_SECOND = 200.0, 20.0  # CVE-2023-44487, CVE-2025-8671
 _CLOSED_KEPT = 256
 _CONTINUATIONS_MOST = 16
+_SETTINGS_MOST = 32  # parameters of a frame, each of which can move the windows of all streams
 BY_PEER: Final = 1
 BY_US: Final = 2
 
@@ -340,6 +341,8 @@ class Multiplex:
             return
         if (end - at) % 6:
             raise H2ConnectionError(Code.FRAME_SIZE_ERROR, "SETTINGS's length")
+        if end - at > 6 * _SETTINGS_MOST:
+            raise H2ConnectionError(Code.ENHANCE_YOUR_CALM, "SETTINGS with too many parameters")
         self._peer_settled = True
         self._spend_control()
         for place in range(at, end, 6):
@@ -519,12 +522,14 @@ class Multiplex:
                 continue
             queue = stream.queue
             if queue:
-                step = min(len(queue), self.frame_bytes)
-                is_last = step == len(queue) and stream.end_after_queue and not stream.trailers_after_queue
-                sent = self._emit(stream, bytes(queue[:step]), is_last)
-                if not sent:
+                step = min(len(queue), self.frame_bytes, self._window(stream))
+                if self.send_window <= 0:
+                    return  # the others are not looked at: a peer may open the window byte by byte (CVE-2019-9511)
+                if step <= 0:
                     continue
-                del queue[:sent]
+                is_last = step == len(queue) and stream.end_after_queue and not stream.trailers_after_queue
+                self._emit(stream, bytes(queue[:step]), is_last)
+                del queue[:step]
                 stream.blocked_ms = int(self.time() * 1000)
                 if queue:
                     turn.append(stream)
@@ -545,8 +550,13 @@ class Multiplex:
         self.write_paused = True
 
     def resume_writing(self) -> None:
+        """Goes on with all streams that wait: first with those that wait for no window, which may be used up."""
         self.write_paused = False
-        self._unblock(deque(self._blocked))
+        turn = deque(self._blocked)
+        for stream in self._blocked:
+            if not stream.queue:
+                turn.appendleft(stream)
+        self._unblock(turn)
 
     # ---- ends ----
 
