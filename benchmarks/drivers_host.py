@@ -131,11 +131,14 @@ class Side:
             await asyncio.wait_for(agent.expect(nonce), _SECONDS)
             await first_byte(ready)
             self.record(what, time.perf_counter() - started)
-        for step in machine.steps.steps:
-            self.seen.setdefault(f"{what}: {step.what}", []).append(step.took_ms)
+        self.keep(machine, what)
         await machine.checked()
         agent.close()
         return machine, link
+
+    def keep(self, machine: Machine, what: str) -> None:
+        for step in machine.steps.steps:
+            self.seen.setdefault(f"{what}: {step.what}", []).append(step.took_ms)
 
     async def launch(self, what: str = "launch") -> tuple[Machine, Link]:
         self.launched += 1
@@ -149,10 +152,13 @@ class Side:
         """Returns the snapshot; its process has ended."""
         session, number = machine.record.session, machine.record.incarnation
         started = time.perf_counter()
+        machine.steps = Steps("vmm", "suspend")
         work = self.snapshots.begin(session)
         written = await machine.save(work)
         self.snapshots.commit(session, number, work, machine.record.chain, written, machine.record.made)
+        machine.steps.mark("committed")
         self.record("suspend", time.perf_counter() - started)
+        self.keep(machine, "suspend")
         await self.end(machine, link)
         return self.snapshots.newest(session)
 

@@ -301,6 +301,7 @@ class FirecrackerMachine(WatchedProcess):
             self.save_record()
             self.steps.mark("stop")
             await self._create_snapshot("Diff")
+            self.steps.mark("snapshot created")
             flushed = asyncio.get_running_loop().create_task(self._flush())  # beside what follows
             self.jail.take(STATE, directory / DEVICES)
             summed = await executors.LATENCY.run(diffs.checksum, directory / DEVICES)
