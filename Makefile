@@ -12,6 +12,7 @@ SECURITY_PACKAGES = net-tools
 TUNNELS = $(VENV)/tunnels
 APPLICATIONS_PACKAGES = nodejs chromium curl git openssh-client
 CLIENTS = $(VENV)/clients
+TOOLS = $(VENV)/tools
 PY = $(VENV)/bin/python
 PIP = -qq --disable-pip-version-check --no-cache-dir --no-deps
 export TORPOR_CACHE ?= /var/cache/torpor
@@ -26,7 +27,7 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 # The parts of test-kvm: each in a machine of its own, in less than an hour (tests/kvm/inner.py).
 KVM = drivers-firecracker drivers-qemu devices service-firecracker kills-firecracker clients-firecracker archive-firecracker service-qemu kills-qemu
 
-.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-fuzz test-long-systemd test-kvm $(KVM:%=test-kvm-%) test-fresh test-fresh-odd fresh-packages check static lint types unit walls applications-packages security-packages conformance conformance-packages bench-api bench-drivers bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-security bench-idle bench-builds bench-packages lock clean
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-fuzz test-long-systemd test-kvm $(KVM:%=test-kvm-%) test-fresh test-fresh-odd fresh-packages check static lint types unit walls applications-packages security-packages conformance conformance-packages bench-api bench-drivers bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-security bench-idle bench-builds bench-packages lock tools clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -43,13 +44,18 @@ deps:
 	@chmod go+rX . && chmod -R go+rX config gateway tests vmm
 	@[ "$$(cat $(VENV)/ready 2>/dev/null)" = "$(KEY)" ] || $(MAKE) --no-print-directory venv
 
-# The lock names every package: nothing has to be resolved, two at a time take less than half as long as one, and what is imported is
-# compiled then. The key goes first, and is written when all is on the disk. One set-up at a time; the next one finds what it has made.
+# The lock names every package and the digests of its files: nothing has to be resolved, and what an index or a mirror gives in their place
+# is refused. Two pips at a time, 34 packages each, take less than half as long as one.
+locked = mkdir $(VENV)/lock && awk -v to=$(VENV)/lock '/^[^ ]/ { n++ } { print > (to "/" int((n - 1) / 34)) }' requirements.lock && \
+	printf '%s\0' $(VENV)/lock/* | xargs -0 -n 1 -P 2 $(VENV)/bin/pip install $(PIP) --no-compile --require-hashes -r && rm -r $(VENV)/lock
+
+# What is imported is compiled then. The key goes first, and is written when all is on the disk. One set-up at a time; the next one finds what
+# it has made.
 venv:
 	@umask 022; mkdir -p $(VENV) && exec 9<$(VENV) && flock 9 || exit 1; \
 	[ "$$(cat $(VENV)/ready 2>/dev/null)" != "$(KEY)" ] || exit 0; \
 	echo "setup: Python libraries into $(VENV)"; rm -f $(VENV)/ready && /usr/bin/python3 -m venv --clear $(VENV) && \
-	xargs -n 34 -P 2 $(VENV)/bin/pip install $(PIP) --no-compile < requirements.lock && \
+	$(locked) && \
 	$(VENV)/bin/pip install $(PIP) --no-build-isolation -e . && $(PY) config/scripts.py && \
 	$(VENV)/bin/torpor version >/dev/null && sync -f $(VENV) && echo $(KEY) > $(VENV)/ready
 
@@ -186,8 +192,16 @@ bench-builds: setup ## a first build, and the same again with another app.py
 bench-packages:
 	@$(call install,$(BENCH_PACKAGES))
 
-lock: ## write requirements.lock from pyproject.toml
-	@$(VENV)/bin/pip freeze --all --exclude-editable --exclude torpor --exclude pip > requirements.lock
+# With the digests of all files of each release, so that another Python or processor finds its own among them.
+lock: tools ## write requirements.lock: what is installed, with the digests of its releases' files (two minutes)
+	@$(VENV)/bin/pip freeze --all --exclude-editable --exclude torpor --exclude pip > $(VENV)/frozen
+	@rm -f $(VENV)/hashed && $(TOOLS)/bin/pip-compile -q --generate-hashes --allow-unsafe --no-annotate --no-header --no-emit-options --strip-extras -o $(VENV)/hashed $(VENV)/frozen
+	@grep -v -e '^#' -e '^$$' $(VENV)/hashed > requirements.lock
+
+# In an environment of their own: the service's lock knows nothing of them.
+tools: deps
+	@test -e $(TOOLS)/ready || { echo "setup: pip-tools, cyclonedx-bom and pip-audit into $(TOOLS)"; rm -rf $(TOOLS); /usr/bin/python3 -m venv $(TOOLS) && \
+	$(TOOLS)/bin/pip install -qq --disable-pip-version-check --no-cache-dir pip-tools==7.6.2 cyclonedx-bom==7.5.0 pip-audit==2.10.1 && touch $(TOOLS)/ready; }
 
 clean: ## remove the virtual environment and caches of tools
 	rm -rf $(VENV)/ready $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
