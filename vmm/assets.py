@@ -14,11 +14,11 @@ from pathlib import Path
 from gateway import executors
 from gateway.config import Images
 
-from . import base, builder_root, kernel, making, probe, registry
+from . import base, builder_root, digests, kernel, making, probe, registry
 from .kernel import AssetError
 from .qemu import roots
 
-__all__ = ["LOCAL", "AssetError", "Base", "make", "missing"]
+__all__ = ["LOCAL", "AssetError", "Base", "changed", "make", "missing", "recorded"]
 _QUOTED_CHARACTERS = 600
 
 
@@ -147,15 +147,54 @@ def _make(cache: Path, steps: tuple[Step, ...], say: Callable[[str], None]) -> N
     for step in steps:
         try:
             key = step.key(cache)
+            _check(cache, step)
             if making.key_at(cache / step.name) == key:
                 continue
             say(step.says)
+            for path in (cache / step.name, *_made(cache, step)):
+                digests.forget(path)
             making.make(cache / step.name, key, lambda target, step=step: step.work(cache, target))  # type: ignore[misc]
+            _check(cache, step)
+        except digests.Changed as error:
+            raise AssetError(str(error)) from error
         except (OSError, subprocess.SubprocessError, AssetError) as error:
             if step.may_wait and making.key_at(cache / step.name):
                 say(f"{step.name}: {_words(error)}; the one that is there goes on being used")
+                _check(cache, step)
             else:
                 raise AssetError(f"{step.name}: {_words(error)}") from error
+
+
+def _made(cache: Path, step: Step) -> list[Path]:
+    """What is there of a step's, and is trusted: of hypervisors' roots all, since images were made by older ones."""
+    return roots.directories(cache) if step.name == roots.CURRENT else [path for path in (cache / step.name,) if making.key_at(path)]
+
+
+def _made_of(path: Path) -> str:
+    return making.key_at(path) + roots.fitted(path)
+
+
+def _check(cache: Path, step: Step) -> None:
+    """Raises digests.Changed, OSError."""
+    for path in _made(cache, step):
+        digests.check(path, _made_of(path))
+
+
+def recorded(cache: Path) -> dict[str, str]:
+    """Returns the SHA-256 of what is there, by names."""
+    return {path.name: digests.recorded(path, _made_of(path)) for step in _steps() for path in _made(cache, step)}
+
+
+def changed(cache: Path) -> dict[str, str]:
+    """Reads all that is there; returns why each is not what was made, empty where it is."""
+    found = {}
+    for path in (path for step in _steps() for path in _made(cache, step)):
+        try:
+            digests.check(path, _made_of(path), is_thorough=True)
+            found[path.name] = ""
+        except (digests.Changed, OSError) as error:
+            found[path.name] = str(error)
+    return found
 
 
 def _words(error: Exception) -> str:

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ WALLS = (
     Wall("privileges", "no new ones by starting a program (no_new_privs)", (), ("--no-new-privs",)),
     Wall(CALLS, "system calls of a list (vmm/calls.py) alone: another one ends it, or is answered as by a kernel that has it not"),
 )
-_NAMESPACES = {ROOT: "mnt", "network": "net", "processes": "pid", "ipc": "ipc", "names": "uts"}
+_NAMESPACES = {"network": "net", "processes": "pid", "ipc": "ipc", "names": "uts"}
 _FILTERS = 2  # ours and QEMU's own
 _WITHOUT_ROOT = "root=$1; shift 3; inside=$root"
 _UNFILTERED = "export TORPOR_UNFILTERED=1"
@@ -140,18 +140,48 @@ def command(
 def missing(pid: int, uid: int) -> str:
     """Returns which walls the kernel does not confirm around a hypervisor that runs; empty where all stand. An older kernel, or a program
     that was not told, ignores one in silence. Raises OSError."""
+    return ", ".join(name for name, is_so in confirmed(pid, uid).items() if not is_so)
+
+
+def confirmed(pid: int, uid: int) -> dict[str, bool]:
+    """Returns of each wall whether the kernel confirms it around the process. Raises OSError."""
     its, ours = _status(pid), _status(os.getpid())
-    capabilities = {its[f"Cap{kind}"].strip("0") for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")}
-    confirmed = {
+    # Kernels before 5.9 do not count filters.
+    filters = int(its.get("Seccomp_filters", _FILTERS)) - int(ours.get("Seccomp_filters", 0))
+    return {
+        **_namespaces(pid, _NAMESPACES), ROOT: _namespaces(pid, {ROOT: "mnt"})[ROOT] and _has_a_root(pid, is_read_only=True),
         "user": {*its["Uid"].split(), *its["Gid"].split()} == {str(uid)} and its["Groups"] in ("", str(uid)),
-        "capabilities": capabilities == {""},
-        "privileges": its["NoNewPrivs"] == "1",
-        # Kernels before 5.9 do not count them.
-        CALLS: its["Seccomp"] == "2" and int(its.get("Seccomp_filters", _FILTERS)) - int(ours.get("Seccomp_filters", 0)) >= _FILTERS,
-    }
-    for name, kind in _NAMESPACES.items():
-        confirmed[name] = os.stat(f"/proc/{pid}/ns/{kind}").st_ino != os.stat(f"/proc/self/ns/{kind}").st_ino
-    return ", ".join(name for name, is_so in confirmed.items() if not is_so)
+        "capabilities": not _capabilities(its, ("Inh", "Prm", "Eff", "Bnd", "Amb")),
+        "privileges": its["NoNewPrivs"] == "1", CALLS: its["Seccomp"] == "2" and filters >= _FILTERS,
+    }  # fmt: skip
+
+
+def confirmed_of_jailer(pid: int, uid: int) -> dict[str, bool]:
+    """As `confirmed`, of those that Firecracker and its jailer raise. Raises OSError."""
+    its = _status(pid)
+    kinds = {ROOT: "mnt", "network": "net", "processes": "pid"}
+    return {
+        **_namespaces(pid, kinds), ROOT: _namespaces(pid, kinds)[ROOT] and _has_a_root(pid, is_read_only=False),
+        "user": {*its["Uid"].split(), *its["Gid"].split()} == {str(uid)} and its["Groups"] in ("", str(uid)),
+        "capabilities": not _capabilities(its, ("Inh", "Prm", "Eff", "Amb")),
+        "privileges": its["NoNewPrivs"] == "1", CALLS: its["Seccomp"] == "2",
+    }  # fmt: skip
+
+
+def _namespaces(pid: int, kinds: Mapping[str, str]) -> dict[str, bool]:
+    return {name: os.stat(f"/proc/{pid}/ns/{kind}").st_ino != os.stat(f"/proc/self/ns/{kind}").st_ino for name, kind in kinds.items()}
+
+
+def _has_a_root(pid: int, is_read_only: bool) -> bool:
+    """Whether its root is another directory than ours, and mounted so (proc_pid_mountinfo(5))."""
+    if os.path.samestat(os.stat(f"/proc/{pid}/root/"), os.stat("/")):
+        return False
+    lines = Path(f"/proc/{pid}/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    return not is_read_only or any((words := line.split())[4] == "/" and "ro" in words[5].split(",") for line in lines)
+
+
+def _capabilities(its: Mapping[str, str], sets: Iterable[str]) -> bool:
+    return any(int(its[f"Cap{name}"], 16) for name in sets)
 
 
 def _status(pid: int) -> dict[str, str]:

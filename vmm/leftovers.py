@@ -37,7 +37,7 @@ class Leftover:
 
 def find(settings: Settings, sessions: Collection[str], images: Collection[str]) -> list[Leftover]:
     """`sessions` and `images` are those that the store knows (ids, and keys of image versions)."""
-    records = list(_records(settings))
+    records = list(records_of(settings))
     held = {record.link for record in records if record.session in sessions and syscalls.start_time(record.pid) == record.started}
     links = held | set(_parked(settings, sessions))
     return [
@@ -46,7 +46,7 @@ def find(settings: Settings, sessions: Collection[str], images: Collection[str])
     ]  # fmt: skip
 
 
-def _records(settings: Settings) -> Iterator[Process]:
+def records_of(settings: Settings) -> Iterator[Process]:
     for path in sorted((settings.runtime / "vms").glob("*/process.json")):
         with contextlib.suppress(OSError, ValueError):
             yield msgspec.json.decode(path.read_bytes(), type=Process)

@@ -382,9 +382,11 @@ def _stored(settings: config.Settings, store: Known) -> Iterator[tuple[str, bool
 
 
 def version(as_json: Json = False) -> None:
-    """Print the version.
+    """Print the version; with --json also the SHA-256 of what was made here: kernel, initramfs, agent (guest), base image, roots.
 
     Example: torpor version
     """
+    from vmm import assets
+
     number = importlib.metadata.version("torpor")
-    show_json({"version": number}) if as_json else print(number)
+    show_json({"version": number, "assets": assets.recorded(config.load().cache)}) if as_json else print(number)

@@ -14,7 +14,7 @@ Row = tuple[str, bool, str]
 
 
 def rows(settings: config.Settings) -> Iterator[Row]:
-    from vmm import host_security, host_setup, jail, probe
+    from vmm import assets, host_security, host_setup, probe
     from vmm.errors import VmmError
     from vmm.qemu.roots import Roots
 
@@ -30,8 +30,22 @@ def rows(settings: config.Settings) -> Iterator[Row]:
     for one in host_security.findings(Path("/"), os.uname().release, qemu, firecracker, confine.landlock_version(), host_setup.findings()):
         yield f"host: {one.what}", one.is_well, one.text
     yield from _images(settings)
+    for name, why in assets.changed(settings.cache).items():
+        yield f"as it was made: {name}", not why, why or f"SHA-256 {assets.recorded(settings.cache)[name]}"
+    yield from jails(settings)
+
+
+def jails(settings: config.Settings) -> Iterator[Row]:
+    """Each wall, as the kernel has it around the hypervisors that run here."""
+    from vmm import jail, walls_seen
+
+    count, lacking = walls_seen.look(settings)
+    seen = f"read back of {count} that run" if count else "none runs here to read it back of"
     for wall in jail.WALLS:
-        yield f"jail: {wall.name}", True, wall.text
+        without = lacking.get(wall.name, [])
+        yield f"jail: {wall.name}", not without, f"not around {', '.join(without)}" if without else f"{wall.text} ({seen})"
+    for text in lacking.get("", []):
+        yield "jail", False, text
 
 
 def _images(settings: config.Settings) -> Iterator[Row]:

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from gateway.cli import security
 from gateway.config import Settings
-from vmm import calls, jail
+from vmm import calls, jail, sandboxes, syscalls
+from vmm.driver import Process
 from vmm.qemu import roots
 from vmm.qemu.process import child_of
 
@@ -158,12 +160,14 @@ def test_it_is_nobody_and_stays_so(attempt: Try, tmp_path: Path) -> None:
     assert attempt("sethostname", without=(jail.CALLS, "user", "capabilities")) != f"errno {errno.EPERM}"
 
 
-def test_what_stands_is_read_back_from_the_kernel(hypervisors: Path) -> None:
+def test_what_stands_is_read_back_from_the_kernel(hypervisors: Path, tmp_path: Path) -> None:
     """An old kernel, or a program that does not know a flag, would leave a wall out in silence: such a hypervisor is not used."""
     idle = ["/usr/bin/qemu-system-x86_64", "-M", "none", "-S", "-nodefaults", "-nographic", "-sandbox", "on"]
     for without, said in (
         ((), ""),
         (("calls",), "calls"),
+        (("root",), "root"),
+        (("capabilities",), "capabilities"),
         (("network",), "network"),
         (("user",), "user"),
         (("privileges", "calls"), "calls"),
@@ -174,8 +178,22 @@ def test_what_stands_is_read_back_from_the_kernel(hypervisors: Path) -> None:
             try:
                 pid = started(process.pid)
                 assert jail.missing(pid, UID) == said, without
+                says_what_stands(tmp_path, pid, {name for name in said.split(", ") if name})
             finally:
                 process.kill()
+
+
+def says_what_stands(run: Path, pid: int, missing: set[str]) -> None:
+    """`torpor doctor --security` has each line of the kernel's: a wall that was taken out is named, with whom it is not around."""
+    settings = Settings(run=run, name="walls")
+    directory = settings.runtime / "vms/1-stand-in"
+    directory.mkdir(parents=True, exist_ok=True)
+    sandboxes.save_record(directory, Process("1-stand-in", pid, syscalls.start_time(pid) or 0, "image", UID))
+    rows = list(security.jails(settings))
+    assert {name for name, ok, _ in rows if not ok} == {f"jail: {name}" for name in missing}
+    assert all(f"1-stand-in (process {pid})" in text if not ok else "read back of 1 that run" in text for _, ok, text in rows)
+    sandboxes.save_record(directory, Process("1-stand-in", pid, 1, "image", UID))  # another process, of the same number
+    assert all(ok and "none runs here" in text for _, ok, text in security.jails(settings))
 
 
 def started(parent: int) -> int:

@@ -20,14 +20,14 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from .. import jail, making
+from .. import digests, jail, making
 from ..errors import VmmError
 from ..provenance import Provenance
 from . import machine as topology
 
 CURRENT = "qemu-root"
 _PREFIX = f"{CURRENT}-"
-_INFO = "torpor.json"  # in a root
+_INFO, _FITTED = "torpor.json", "usr/lib/torpor-mapper.key"  # in a root
 _FIRST = "qemu-root.first"  # names the root that was CACHE/qemu-root itself, of commit 165a0cb and before
 _NEEDS = "needed-roots"
 _FORGOTTEN_SECONDS = 30 * 86400  # after which an instance that has no directory any more needs nothing
@@ -75,7 +75,7 @@ def make(cache: Path, link: Path) -> None:
     name, layout = name_of_hosts(cache), making.key_of(jail.make_root)
     if making.key_at(cache / name) != layout:
         making.make(cache / name, layout, _make)
-    for root in _directories(cache):
+    for root in directories(cache):
         fit(root)
     link.symlink_to(name)
 
@@ -87,10 +87,18 @@ def _make(work: Path) -> None:
 
 def fit(root: Path) -> None:
     """Gives a root the mapper of this tree: vmm speaks to it. Raises OSError, SubprocessError."""
-    stamp, wanted = root / "usr/lib/torpor-mapper.key", making.key_of(jail.make_mapper, jail.MAPPER, *jail.FILTER)
-    if not stamp.exists() or stamp.read_text(encoding="ascii") != wanted:
+    wanted = making.key_of(jail.make_mapper, jail.MAPPER, *jail.FILTER)
+    if fitted(root) != wanted:
         jail.make_mapper(root)
-        stamp.write_text(wanted, encoding="ascii")
+        (root / _FITTED).write_text(wanted, encoding="ascii")
+
+
+def fitted(root: Path) -> str:
+    """Returns the key of the mapper in a root, empty where there is none."""
+    try:
+        return (root / _FITTED).read_text(encoding="ascii")
+    except OSError:
+        return ""
 
 
 def _describe(root: Path) -> None:
@@ -129,7 +137,7 @@ def _adopt_first(cache: Path) -> None:
     making.key_path(first).unlink()
 
 
-def _directories(cache: Path) -> list[Path]:
+def directories(cache: Path) -> list[Path]:
     """Returns whole roots only: one without a key was being made."""
     return [path for path in sorted(cache.glob(f"{_PREFIX}*")) if path.is_dir() and making.key_at(path)]
 
@@ -156,7 +164,7 @@ class Roots:
 
     def all(self) -> list[Root]:
         found = []
-        for path in _directories(self._cache):
+        for path in directories(self._cache):
             with contextlib.suppress(OSError, ValueError, KeyError):
                 found.append(read(path))
         return found
@@ -216,9 +224,10 @@ def collect(cache: Path, instance: Path, needed: set[str], say: Callable[[str], 
                 path.unlink()
             else:
                 kept.update(other.roots)
-        for path in _directories(cache):
+        for path in directories(cache):
             if path.name not in kept:
                 making.key_path(path).unlink()
+                digests.forget(path)
                 shutil.rmtree(path)
                 say(f"{path} is removed: no image of an instance with this cache needs it")
 
