@@ -12,9 +12,11 @@ import socket
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -22,6 +24,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from . import files
 from .config import ConfigError, Settings
+
+log = structlog.get_logger()
 
 _TOKEN_LEAST_BYTES = 16
 _WITH_SECRETS = ("object_store", "credentials")  # sections
@@ -204,14 +208,14 @@ def wildcard(settings: Settings) -> str:
     return f"*.lambda-microvm.{settings.region}.{settings.domain}"
 
 
-def make_certificates(settings: Settings) -> None:
-    """A certificate authority for this instance, and a certificate for its endpoints, renewed before it expires."""
+def make_certificates(settings: Settings, clock: Callable[[], float] = time.time) -> None:
+    """A certificate authority for this instance, and certificates of its own where the settings name none."""
     directory = settings.tls_dir
     ca_path, ca_key_path = directory / "ca.crt", directory / "ca.key"
     if not (ca_path.exists() and ca_key_path.exists()):
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Torpor development CA ({settings.name})")])
-        certificate = _builder(name, name, key.public_key(), _CA_DAYS).add_extension(
+        certificate = _builder(name, name, key.public_key(), _CA_DAYS, _moment(clock)).add_extension(
             x509.BasicConstraints(ca=True, path_length=0), critical=True
         ).add_extension(
             x509.KeyUsage(True, False, False, False, False, True, True, False, False), critical=True
@@ -220,11 +224,9 @@ def make_certificates(settings: Settings) -> None:
         ).sign(key, hashes.SHA256())  # fmt: skip
         files.write(ca_key_path, _private(key), 0o600, 0)
         files.write(ca_path, certificate.public_bytes(serialization.Encoding.PEM), 0o644, 0)
-    ca = x509.load_pem_x509_certificate(ca_path.read_bytes())
-    if not settings.edge.certificate:
-        _make_leaf(directory / "edge", [wildcard(settings)], ca, ca_key_path, settings.users.edge)
-    if settings.api.tls and not settings.api.certificate:
-        _make_leaf(directory / "api", api_names(settings), ca, ca_key_path, settings.users.control)
+    for leaf in _leaves(settings):
+        if _is_due(leaf, _moment(clock)):
+            _make_leaf(leaf, directory, _moment(clock))
     # For clients that take one bundle only: the system's authorities and ours.
     system = Path("/etc/ssl/certs/ca-certificates.crt")
     files.write(directory / "bundle.crt", (system.read_bytes() if system.exists() else b"") + ca_path.read_bytes(), 0o644, 0)
@@ -244,33 +246,61 @@ def _general_name(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
 
 
-def _make_leaf(place: Path, names: list[str], ca: x509.Certificate, ca_key_path: Path, owner: int) -> None:
-    """Makes `place`.crt and .key where they are not there, old, or for other names."""
-    path, key_path = place.with_suffix(".crt"), place.with_suffix(".key")
-    wanted = [_general_name(name) for name in names]
-    if path.exists() and key_path.exists():
+class _Leaf(NamedTuple):
+    """A certificate of our own: `place`.crt and .key."""
+
+    place: Path
+    names: list[str]
+    owner: int
+
+
+def _leaves(settings: Settings) -> Iterator[_Leaf]:
+    if not settings.edge.certificate:
+        yield _Leaf(settings.tls_dir / "edge", [wildcard(settings)], settings.users.edge)
+    if settings.api.tls and not settings.api.certificate:
+        yield _Leaf(settings.tls_dir / "api", api_names(settings), settings.users.control)
+
+
+def _moment(clock: Callable[[], float]) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(clock(), datetime.UTC)
+
+
+def _is_due(leaf: _Leaf, now: datetime.datetime) -> bool:
+    """Says whether it is not there, cut off, old, for other names, or half of it another's: a power cut came between the two files."""
+    path, key_path = leaf.place.with_suffix(".crt"), leaf.place.with_suffix(".key")
+    if not (path.exists() and key_path.exists()):
+        return True
+    try:
         known = x509.load_pem_x509_certificate(path.read_bytes())
-        left = known.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
-        alternatives = known.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        if left.days > _RENEW_DAYS and list(alternatives) == wanted:
-            return
-    ca_key = serialization.load_pem_private_key(ca_key_path.read_bytes(), None)
+        key = serialization.load_pem_private_key(key_path.read_bytes(), None)
+    except ValueError:
+        return True
+    alternatives = known.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    if (known.not_valid_after_utc - now).days <= _RENEW_DAYS or list(alternatives) != [_general_name(name) for name in leaf.names]:
+        return True
+    return known.public_key() != key.public_key()
+
+
+def _make_leaf(leaf: _Leaf, directory: Path, now: datetime.datetime) -> None:
+    ca = x509.load_pem_x509_certificate((directory / "ca.crt").read_bytes())
+    ca_key = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None)
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
-    certificate = _builder(subject, ca.subject, key.public_key(), _LEAF_DAYS).add_extension(
-        x509.SubjectAlternativeName(wanted), critical=False
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, leaf.names[0][:64])])
+    certificate = _builder(subject, ca.subject, key.public_key(), _LEAF_DAYS, now).add_extension(
+        x509.SubjectAlternativeName([_general_name(name) for name in leaf.names]), critical=False
     ).add_extension(
         x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
     ).add_extension(
         x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
     ).sign(ca_key, hashes.SHA256())  # fmt: skip
-    files.write(key_path, _private(key), 0o600, owner)
-    files.write(path, certificate.public_bytes(serialization.Encoding.PEM), 0o644, 0)
+    files.write(leaf.place.with_suffix(".key"), _private(key), 0o600, leaf.owner)
+    files.write(leaf.place.with_suffix(".crt"), certificate.public_bytes(serialization.Encoding.PEM), 0o644, 0)
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int, now: datetime.datetime
+) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
         .serial_number(x509.random_serial_number())
@@ -278,8 +308,9 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicK
     )  # fmt: skip
 
 
-def update_certificates(settings: Settings) -> None:
-    """Copies what the settings name to where workers read it, where it is another; a new ticket key when the old one is old.
+def update_certificates(settings: Settings, clock: Callable[[], float] = time.time) -> None:
+    """Copies what the settings name to where workers read it, where it is another; a new ticket key when the old one is old, and
+    certificates of our own by the authority that is there.
 
     Raises ConfigError for a certificate and key that do not belong together.
     """
@@ -301,6 +332,10 @@ def update_certificates(settings: Settings) -> None:
     known = tickets.stat() if tickets.exists() else None
     if known is None or known.st_size != _TICKETS_BYTES or time.time() - known.st_mtime > _TICKETS_SECONDS:
         files.write(tickets, secrets.token_bytes(_TICKETS_BYTES), 0o600, settings.users.edge)
+    for leaf in _leaves(settings):
+        if leaf.place.with_suffix(".crt").exists() and _is_due(leaf, _moment(clock)):
+            _make_leaf(leaf, directory, _moment(clock))
+            log.info("tls.renewed", certificate=leaf.place.name)
 
 
 def _copy_pair(name: str, certificate: str, private: str, directory: Path, owner: int) -> None:
