@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -108,27 +109,29 @@ class Stores:
         """Removes what was dropped, also by a daemon of before."""
         remove_dropped(self._directory)
 
-    def drop_unused(self, days: float, used: set[str]) -> None:
-        """Removes what no build has used for so long; `used` are of accounts that build now."""
-        self._drop_older(days * 86400, used)
+    def drop_unused(self, days: float, is_used: Callable[[str], bool]) -> None:
+        """Removes what no build has used for so long. `is_used` says whether an account builds, when its store is about to go: whoever
+        called may have waited for a thread since, and builds begin meanwhile."""
+        self._drop_older(days * 86400, is_used)
         self.sweep()
 
-    def give_up(self, used: set[str]) -> bool:
+    def give_up(self, is_used: Callable[[str], bool]) -> bool:
         """Removes the store that was used longest ago, since its room is wanted. Returns False where there is none."""
-        found = self._drop_older(_RECENT_SECONDS, used, most=1)
+        found = self._drop_older(_RECENT_SECONDS, is_used, most=1)
         self.sweep()
         return found > 0
 
-    def _drop_older(self, seconds: float, used: set[str], most: int = 1 << 30) -> int:
+    def _drop_older(self, seconds: float, is_used: Callable[[str], bool], most: int = 1 << 30) -> int:
         ages: list[tuple[float, str]] = []
         for place in self._directory.glob("*"):
-            if not place.name.startswith(DROPPED) and place.name not in used:
+            if not place.name.startswith(DROPPED):
                 with contextlib.suppress(OSError):
                     ages.append(((place / "users").stat().st_mtime, place.name))
         dropped = 0
         for _, account in sorted(ages):
             with contextlib.suppress(OSError), self._one_at_a_time:  # no build may begin in it meanwhile
-                if dropped < most and (self._directory / account / "users").stat().st_mtime < time.time() - seconds:
+                is_old = (self._directory / account / "users").stat().st_mtime < time.time() - seconds
+                if dropped < most and is_old and not is_used(account):
                     self._set_aside(account)
                     dropped += 1
         return dropped

@@ -245,9 +245,9 @@ class Builder:
         await executors.BULK.run(remove_dropped, work)
 
     async def _drop_stores(self) -> None:
-        await executors.BULK.run(self._stores.drop_unused, self._settings.cache_days, self._building)
+        await executors.BULK.run(self._stores.drop_unused, self._settings.cache_days, self._is_building)
         free = disk_free_bytes(self._directory)
-        if free < self._settings.room_bytes and await executors.BULK.run(self._stores.give_up, self._building):
+        if free < self._settings.room_bytes and await executors.BULK.run(self._stores.give_up, self._is_building):
             log.warning("store.given_up", free=free)
 
     def _put_away(self, name: str) -> None:
@@ -257,10 +257,10 @@ class Builder:
         if not name.startswith(DROPPED) and (work / name).exists():
             os.rename(work / name, work / f"{DROPPED}{secrets.token_hex(4)}")
 
-    @property
-    def _building(self) -> set[str]:
-        """The accounts whose stores are in use."""
-        return {account for account, lock in self._one_at_a_time.items() if lock.locked()}
+    def _is_building(self, account: str) -> bool:
+        """Says whether the account's store is in use, now and from any thread."""
+        lock = self._one_at_a_time.get(account)
+        return lock is not None and lock.locked()
 
     async def _run(self, request: BuildRequest, image: Path, log: int, phases: int) -> BuildResult:
         lock = self._one_at_a_time.setdefault(request.account, asyncio.Lock())
