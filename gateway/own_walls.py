@@ -56,11 +56,28 @@ def kept(name: str, settings: Settings) -> Kept:
     return Kept([], [], confine.MACHINE, None, True)
 
 
+def memory_bound(settings: Settings) -> int:
+    """Returns what one process may have of the host's memory, in bytes."""
+    return settings.service.memory_mib << 20 or _host_bytes() // 2
+
+
+def group_bound(name: str, settings: Settings) -> int:
+    """Returns what a process may have with all that it starts, as its control group counts: pages of files, and the kernel's for it, too.
+    An eighth more than its own bound: what the process is refused it may survive, and a group's end is a process's. vmm holds the memory
+    of images, which limits of microVMs bound: it leaves what the host keeps back."""
+    if name == "vmm":
+        return max(_host_bytes() - (settings.limits.reserve_mib << 20), _host_bytes() // 2)
+    return memory_bound(settings) // 8 * 9
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def bound_memory(settings: Settings) -> None:
     """Each by itself takes no more of the host's memory than that: an allocation beyond fails, which ends what asked for it and not the
     process. Of anonymous memory (getrlimit(2), RLIMIT_DATA); who starts later has the same."""
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = settings.service.memory_mib << 20 or host // 2
+    limit = memory_bound(settings)
     most = resource.getrlimit(resource.RLIMIT_DATA)[1]
     limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -23,8 +23,9 @@ import msgspec
 import structlog
 
 from vmm import syscalls
+from vmm.own_groups import OwnGroups
 
-from . import executors, instance, listeners, notify
+from . import executors, instance, listeners, notify, own_walls
 from .children import STOP_SECONDS, Child, Children, Process, StartError, watch_without_threads
 from .config import END_SECONDS, ConfigError, Settings
 from .observe.log import LEVEL_VARIABLE
@@ -58,6 +59,7 @@ class Supervisor:
         self._reload_wanted = asyncio.Event()
         self._bound = self._code_mount()
         self._lock = -1
+        self._groups = OwnGroups(settings.name)
         self._files = executors.Pool("files", 1, _FILES_SECONDS)
         self._files.on_stuck = lambda: None  # certificates on a server that is away: the next look fails too, and all else goes on
 
@@ -179,6 +181,16 @@ class Supervisor:
         # vmm makes mounts that outlive it, so it stays in the host's namespace: it is root and can read the code anyway.
         return drop if not child.uid else ["unshare", "--mount", "/bin/sh", "-c", bind, "sh", str(_CODE), str(self._code()), *drop]
 
+    def _in_group(self, child: Child) -> list[str]:
+        """Returns what starts a child in its memory control group; where none can be made it goes without, and `torpor doctor` says so."""
+        if self._groups.why_not:
+            return []
+        try:
+            return self._groups.enter(child.name, own_walls.group_bound(child.name, self._settings))
+        except OSError as error:
+            log.warning("process.no_memory_group", name=child.name, error=str(error))
+            return []
+
     async def _spawn(self, child: Child, ready: int) -> Process:
         numbers = {purpose: [sock.fileno() for sock in socks] for purpose, socks in child.sockets.items()}
         command = list(child.command)
@@ -189,7 +201,8 @@ class Supervisor:
                 SETTINGS_VARIABLE: str(settings), SOCKETS_VARIABLE: json.dumps(numbers), READY_VARIABLE: str(ready),
             }  # fmt: skip
             return await asyncio.create_subprocess_exec(
-                *self._prefix(child), *command, env=environment, cwd=_CODE, start_new_session=True, stdin=asyncio.subprocess.DEVNULL,
+                *self._in_group(child), *self._prefix(child), *command, env=environment, cwd=_CODE,
+                start_new_session=True, stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=[ready, settings, *(number for group in numbers.values() for number in group)],
             )  # fmt: skip
 
@@ -277,12 +290,14 @@ class Supervisor:
         """After a start that failed: what was started ends."""
         await self._processes.stop_restarts()
         await self._processes.end(reversed(self._children), signal.SIGTERM)
+        self._groups.remove()
 
     def _clear_runtime(self) -> None:
         """Sockets and empty directories go. A microVM that could not be suspended keeps its place, and runs on."""
         from vmm.cgroups import Cgroups
 
         runtime = self._settings.runtime
+        self._groups.remove()
         if any((runtime / "vms").glob("*")):
             log.warning("stop.microvms_left", where=str(runtime / "vms"))
             return

@@ -22,7 +22,7 @@ from gateway.observe.room import existing
 from .errors import VmmError
 
 ROOT = Path("/sys/fs/cgroup")
-_SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
+SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
 _SLICE = "system.slice"
 _HOLDER = "holder"  # the group of a process that keeps the scope while no microVM is in it
 _OTHERS = "others"  # … of what was in a delegated group: one whose children have limits may hold no process (cgroups(7))
@@ -56,14 +56,12 @@ class Cgroups:
         """`storage` lies on the disk whose bandwidth is limited."""
         self._name = f"torpor-{instance}"
         self._disk = disk_number(storage)
-        self.unified = (ROOT / "cgroup.controllers").exists() and "memory" in (ROOT / "cgroup.controllers").read_text(
-            encoding="ascii"
-        ).split()
-        self._scope = f"{self._name}-microvms.scope" if self.unified and _SYSTEMD.is_dir() else ""
+        self.unified = offers(ROOT, "memory")
+        self._scope = f"{self._name}-microvms.scope" if self.unified and SYSTEMD.is_dir() else ""
         if self._scope:
             self._bases = {"": ROOT / _SLICE / self._scope}
         elif self.unified:
-            self._bases = {"": _delegated() / self._name}
+            self._bases = {"": delegated() / self._name}
         else:
             self._bases = {
                 controller: ROOT / controller / self._name
@@ -126,8 +124,8 @@ class Cgroups:
         whose stop suspends what is in it (systemd.scope(5), systemd-run(1))."""
         if _is_populated(base):
             (base / _HOLDER).mkdir(exist_ok=True)
-            return [*_join([base / _HOLDER / "cgroup.procs"]), "sleep", "infinity"]
-        unit = next((part for part in reversed(_own_group().parts) if part.endswith(".service")), "")
+            return [*join([base / _HOLDER / "cgroup.procs"]), "sleep", "infinity"]
+        unit = next((part for part in reversed(own_group().parts) if part.endswith(".service")), "")
         return [
             "systemd-run", "--scope", "--quiet", "--collect", f"--unit={self._scope}", f"--slice={_SLICE}", "-p", "Delegate=yes",
             "-p", "TasksMax=infinity", *(["-p", f"Before={unit}"] if unit else []), "sleep", "infinity",
@@ -150,15 +148,7 @@ class Cgroups:
         """Has the children of `base` limited by every controller that is offered. Raises OSError."""
         wanted = [name for name in _V2_CONTROLLERS if name not in self.missing]
         for directory in (base,) if self._scope else (base.parent, base):
-            file = directory / "cgroup.subtree_control"
-            if set(wanted) <= set(file.read_text(encoding="ascii").split()):
-                continue
-            if directory != base and (directory / "cgroup.type").exists():  # any but the root of all: it may hold no process then
-                _move((directory / "cgroup.procs").read_text(encoding="ascii").split(), directory / _OTHERS)
-            try:
-                file.write_text(" ".join(f"+{name}" for name in wanted), encoding="ascii")
-            except OSError as error:
-                raise OSError(error.errno, f"{file}: {error.strerror}") from error
+            limit_children(directory, wanted, is_ours=directory == base)
 
     def create(self, name: str, limits: Limits | None = None) -> None:
         """Raises NotLimited."""
@@ -204,7 +194,7 @@ class Cgroups:
 
     def enter(self, name: str) -> list[str]:
         """Returns what stands before a command that is to run as a member, with all that it starts."""
-        return _join(self.joins(name))
+        return join(self.joins(name))
 
     def joins(self, name: str) -> list[Path]:
         """Returns the files into which a process writes its id to become a member."""
@@ -299,8 +289,28 @@ class Cgroups:
                 base.rmdir()
 
 
-def _join(files: Iterable[Path]) -> list[str]:
+def join(files: Iterable[Path]) -> list[str]:
     return ["/bin/sh", "-c", _JOIN, "sh", *map(str, files), "--"]
+
+
+def offers(group: Path, controller: str) -> bool:
+    """Of a group in the unified hierarchy."""
+    file = group / "cgroup.controllers"
+    return file.exists() and controller in file.read_text(encoding="ascii").split()
+
+
+def limit_children(directory: Path, wanted: Iterable[str], is_ours: bool) -> None:
+    """Has the children of a group of the unified hierarchy limited by these controllers. One that is not ours alone has processes in it,
+    perhaps, which are moved: it may hold none then. Raises OSError."""
+    file = directory / "cgroup.subtree_control"
+    if set(wanted) <= set(file.read_text(encoding="ascii").split()):
+        return
+    if not is_ours and (directory / "cgroup.type").exists():  # any but the root of all
+        _move((directory / "cgroup.procs").read_text(encoding="ascii").split(), directory / _OTHERS)
+    try:
+        file.write_text(" ".join(f"+{name}" for name in wanted), encoding="ascii")
+    except OSError as error:
+        raise OSError(error.errno, f"{file}: {error.strerror}") from error
 
 
 def _is_populated(group: Path) -> bool:
@@ -311,16 +321,16 @@ def _is_populated(group: Path) -> bool:
         return False
 
 
-def _own_group() -> Path:
+def own_group() -> Path:
     """Returns this process's group in the unified hierarchy (cgroups(7), /proc/PID/cgroup)."""
     lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     return ROOT / next((line.removeprefix("0::").lstrip("/") for line in lines if line.startswith("0::")), "")
 
 
-def _delegated() -> Path:
+def delegated() -> Path:
     """Returns the nearest group around this process that somebody has marked as ours to divide; the hierarchy's root where there is
     none."""
-    own = _own_group()
+    own = own_group()
     for group in (own, *own.parents):
         if not group.is_relative_to(ROOT):
             break

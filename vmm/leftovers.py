@@ -21,13 +21,16 @@ from . import syscalls
 from .cgroups import Cgroups
 from .driver import Process
 from .egress import Uplink
+from .own_groups import OwnGroups
 from .snapshots import is_half_made, is_void
+
+_OWN = "control groups"
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """`kind`: process, namespace, uplink, control group, directory, file. `why` says what makes it nobody's; `started` with its pid which
-    process is meant."""
+    """`kind`: process, namespace, uplink, control group (or groups), directory, file. `why` says what makes it nobody's; `started` with its
+    pid which process is meant."""
 
     kind: str
     what: str
@@ -87,6 +90,8 @@ def _groups(settings: Settings, records: list[Process], sessions: Collection[str
     for name in sorted(Cgroups(settings.name, settings.root).names()):
         if name not in known:
             yield Leftover("control group", name, "nothing that is known belongs in it")
+    if OwnGroups(settings.name).are_left():
+        yield Leftover(_OWN, "of the service's own processes", "none of these runs")
 
 
 def _jails(settings: Settings, records: list[Process], sessions: Collection[str]) -> Iterator[Leftover]:
@@ -146,6 +151,8 @@ def mend(settings: Settings, found: Leftover) -> None:
         Path(found.what).unlink(missing_ok=True)
     elif found.kind == "uplink":
         uplink_of(settings).remove()
+    elif found.kind == _OWN:
+        OwnGroups(settings.name).remove()
     elif found.kind == "control group":
         Cgroups(settings.name, settings.root).remove(found.what)
     else:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from gateway import config, instance, listeners, status
+from gateway import config, instance, listeners, own_walls, status
 from gateway.observe import log
 from gateway.observe.room import (
     BUILD_INODES,
@@ -251,6 +251,16 @@ def _groups(settings: config.Settings, place: Path) -> tuple[bool, str]:
     return True, "memory, cpu, io and pids are limited"
 
 
+def _own_groups(settings: config.Settings) -> tuple[bool, str]:
+    """What bounds the memory of the service's own processes. One bound is enough to be well."""
+    from vmm.own_groups import OwnGroups
+
+    own = own_walls.memory_bound(settings) >> 20
+    if why := OwnGroups(settings.name).why_not:
+        return True, f"{own} MiB each by RLIMIT_DATA, which vmm has not; no control groups: {why}"
+    return True, f"{own} MiB each, and {own_walls.group_bound('control', settings) >> 20} MiB with what they start, by control groups"
+
+
 def doctor(
     root: Root = None,
     name: Name = None,
@@ -289,6 +299,7 @@ def doctor(
     memory, vcpus = settings.limits.guest_mib or probe.memory_cap_mib(), os.cpu_count()
     rows.append(("guest peak", True, f"capped at {memory} MiB and {vcpus} virtual CPUs by this host"))
     rows.append(("control groups", *_groups(settings, place)))
+    rows.append(("memory of the service", *_own_groups(settings)))
     for what, is_missing in assets.missing(settings.cache, assets.Base.of(settings.images)).items():
         text = "missing, or made by another version: run `torpor assets`" if is_missing else str(settings.cache)
         if what == "base.tar" and not is_missing:

@@ -31,8 +31,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The unified hierarchy's, on a host without systemd; this process is in the group `unit`."""
     made = group(tmp_path / "cgroup", is_root=True)
     monkeypatch.setattr(module, "ROOT", made)
-    monkeypatch.setattr(module, "_SYSTEMD", tmp_path / "none")
-    monkeypatch.setattr(module, "_own_group", lambda: made / "unit")
+    monkeypatch.setattr(module, "SYSTEMD", tmp_path / "none")
+    monkeypatch.setattr(module, "own_group", lambda: made / "unit")
     monkeypatch.setattr(module, "disk_number", lambda path: "8:0")
     group(made / "unit", processes="11\n12\n")
     return made
@@ -56,7 +56,7 @@ def test_groups_lie_below_the_one_that_was_delegated(root: Path, monkeypatch: py
     one.start()
     assert (root / "unit/cgroup.subtree_control").read_text() == "+memory +cpu +io +pids"
     assert (root / "unit/others/cgroup.procs").read_text() == "12", "the kernel allows no process in a group whose children are limited"
-    monkeypatch.setattr(module, "_own_group", lambda: root / "unit/others")
+    monkeypatch.setattr(module, "own_group", lambda: root / "unit/others")
     assert Cgroups("x", tmp_path).joins("vm") == one.joins("vm"), "also for who was moved"
 
 
@@ -103,8 +103,8 @@ def test_problems_are_those_of_the_place(root: Path, monkeypatch: pytest.MonkeyP
 
 def test_where_systemd_runs_microvms_have_a_scope_of_their_own(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In the service's unit they would end with it, or keep it from being started again."""
-    monkeypatch.setattr(module, "_SYSTEMD", tmp_path)
-    monkeypatch.setattr(module, "_own_group", lambda: root / "system.slice/torpor.service")
+    monkeypatch.setattr(module, "SYSTEMD", tmp_path)
+    monkeypatch.setattr(module, "own_group", lambda: root / "system.slice/torpor.service")
     scope = root / "system.slice/torpor-x-microvms.scope"
     asked: list[list[str]] = []
 
@@ -126,7 +126,7 @@ def test_where_systemd_runs_microvms_have_a_scope_of_their_own(root: Path, monke
 @pytest.fixture
 def scope(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, list[list[str]]]:
     """Where systemd makes the instance's scope, and what was run to have it held."""
-    monkeypatch.setattr(module, "_SYSTEMD", tmp_path)
+    monkeypatch.setattr(module, "SYSTEMD", tmp_path)
     path, asked = root / "system.slice/torpor-x-microvms.scope", list[list[str]]()
 
     def run(command: list[str], **_: object) -> None:
@@ -177,7 +177,7 @@ def test_systemd_is_asked_again_while_the_scope_of_before_ends(
 
 
 def test_a_scope_that_systemd_does_not_make_is_an_error(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(module, "_SYSTEMD", tmp_path)
+    monkeypatch.setattr(module, "SYSTEMD", tmp_path)
     monkeypatch.setattr(module, "_SCOPE_SECONDS", 0.01)
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)
     with pytest.raises(NotLimited, match=r"systemd made no torpor-x-microvms\.scope"):
