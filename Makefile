@@ -27,7 +27,7 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 # The parts of test-kvm: each in a machine of its own, in less than an hour (tests/kvm/inner.py).
 KVM = drivers-firecracker drivers-qemu devices service-firecracker kills-firecracker clients-firecracker archive-firecracker service-qemu kills-qemu
 
-.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-fuzz test-long-systemd test-kvm $(KVM:%=test-kvm-%) test-fresh test-fresh-odd fresh-packages check static lint types unit walls applications-packages security-packages conformance conformance-packages bench-api bench-drivers bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-security bench-idle bench-builds bench-packages lock tools clean
+.PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-fuzz test-long-systemd test-kvm $(KVM:%=test-kvm-%) test-fresh test-fresh-odd fresh-packages check static lint types unit walls applications-packages security-packages conformance conformance-packages bench-api bench-drivers bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-security bench-idle bench-builds bench-packages lock tools sbom audit clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -200,8 +200,14 @@ lock: tools ## write requirements.lock: what is installed, with the digests of i
 
 # In an environment of their own: the service's lock knows nothing of them.
 tools: deps
-	@test -e $(TOOLS)/ready || { echo "setup: pip-tools, cyclonedx-bom and pip-audit into $(TOOLS)"; rm -rf $(TOOLS); /usr/bin/python3 -m venv $(TOOLS) && \
-	$(TOOLS)/bin/pip install -qq --disable-pip-version-check --no-cache-dir pip-tools==7.6.2 cyclonedx-bom==7.5.0 pip-audit==2.10.1 && touch $(TOOLS)/ready; }
+	@test -e $(TOOLS)/ready || { echo "setup: pip-tools and pip-audit into $(TOOLS)"; rm -rf $(TOOLS); /usr/bin/python3 -m venv $(TOOLS) && \
+	$(TOOLS)/bin/pip install -qq --disable-pip-version-check --no-cache-dir pip-tools==7.6.2 pip-audit==2.10.1 && touch $(TOOLS)/ready; }
+
+sbom: setup ## write sbom.cdx.json (CycloneDX): packages with their digests, kernel, initramfs, agent, Debian packages of the roots
+	@$(PY) config/sbom.py > sbom.cdx.json && echo "sbom.cdx.json: $$(grep -c bom-ref sbom.cdx.json) components"
+
+audit: tools ## hold the lock against the database of known faults; status 2 where that cannot be had
+	@$(PY) config/audit.py $(TOOLS)/bin/pip-audit requirements.lock
 
 clean: ## remove the virtual environment and caches of tools
 	rm -rf $(VENV)/ready $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

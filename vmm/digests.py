@@ -106,16 +106,16 @@ def _seen(path: Path, its: os.stat_result) -> str:
 
 def _content(target: Path) -> str:
     """Of a file the SHA-256 that sha256sum(1) says; of a directory that of a list of its members."""
-    return _sha256(target) if stat.S_ISREG(target.lstat().st_mode) else _digest(target, _told)
+    return of_file(target) if stat.S_ISREG(target.lstat().st_mode) else _digest(target, _told)
 
 
 def _told(path: Path, its: os.stat_result) -> str:
     if stat.S_ISREG(its.st_mode):
-        return _sha256(path)
+        return of_file(path)
     return os.readlink(path) if stat.S_ISLNK(its.st_mode) else str(its.st_rdev)
 
 
-def _sha256(path: Path) -> str:
+def of_file(path: Path) -> str:
     state = hashlib.sha256()
     with path.open("rb") as file:
         while data := file.read(_CHUNK):
