@@ -32,7 +32,7 @@ from gateway.config import Egress, Settings  # noqa: E402
 from gateway.messages import Shape  # noqa: E402
 from gateway.observe.steps import Steps  # noqa: E402
 from gateway.sessions.agent import Agent, start_frames, sync_frame, wake_frame  # noqa: E402
-from vmm import disks, probe  # noqa: E402
+from vmm import disks, probe, seals  # noqa: E402
 from vmm.cgroups import Cgroups  # noqa: E402
 from vmm.driver import Driver, Machine  # noqa: E402
 from vmm.firecracker.driver import Assets as FirecrackerAssets  # noqa: E402
@@ -255,6 +255,7 @@ def report(qemu: Side, firecracker: Side, hand: ByHand) -> None:
 
 
 async def main() -> None:
+    seals.use(seals.new())
     with tempfile.TemporaryDirectory(prefix="torpor-bench-", dir="/var/tmp") as place:
         directory = Path(place)
         disk = make_disk(directory)

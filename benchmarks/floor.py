@@ -15,14 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from gateway.config import Settings
 from gateway.sessions.agent import wake_frame
 from gateway.sessions.frame import frame
-from vmm import diffs, mapping, memory, namespaces, network, sparse, syscalls
+from vmm import diffs, manifest, mapping, memory, namespaces, network, sparse, syscalls
 from vmm.disks import sync_path
-from vmm.manifest import Manifest
 from vmm.qemu import machine
 
 _WOKEN = 0x82
@@ -37,10 +34,10 @@ def cpu_seconds(pid: int) -> float:
 class Floor:
     """One restored microVM after another, each from a process that waits, as the service's do."""
 
-    def __init__(self, image: Path, snapshot: Path, overlay: Path, directory: Path) -> None:
-        self.image, self.snapshot, self.overlay, self.directory = image, snapshot, overlay, directory
-        manifest = msgspec.json.decode((image / "manifest.json").read_bytes(), type=Manifest)
-        self.shape, self.machine, self.processor = manifest.shape, manifest.made.machine, manifest.made.processor
+    def __init__(self, image: Path, session: str, snapshot: Path, overlay: Path, directory: Path) -> None:
+        self.image, self.session, self.snapshot, self.overlay, self.directory = image, session, snapshot, overlay, directory
+        known = manifest.peek(image)
+        self.shape, self.machine, self.processor = known.shape, known.made.machine, known.made.processor
         self.memory = memory.new_memory(image.name, (image / "memory.raw").stat().st_size)
         sparse.fill(image / "memory.raw", self.memory)
         self.holes = sparse.holes(self.memory)
@@ -87,7 +84,7 @@ class Floor:
         os.close(tap)
         os.close(overlay)
         if not is_launch:
-            mapping.load(self.guest, self.mapper, source, diffs.read_manifest(source))
+            mapping.load(self.guest, self.mapper, source, diffs.read_manifest(source, self.session))
         self.mapper.finish()
         self.incoming.sendall((source / "devices.state").read_bytes())
         while (event := json.loads(self.replies.readline())).get("data", {}).get("status") != "completed":

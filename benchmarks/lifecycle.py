@@ -32,6 +32,8 @@ from service import Instance, until  # noqa: E402
 from stored import stored  # noqa: E402
 from wire import Endpoint  # noqa: E402
 
+from vmm import seals  # noqa: E402
+
 ROUNDS = int(os.environ.get("ROUNDS", "15"))
 SIZES = [int(one) for one in os.environ.get("SIZES", "512,2048,8192").split(",")]
 CHANGES = [int(one) for one in os.environ.get("CHANGES", "2,16,64,256").split(",")]
@@ -113,12 +115,13 @@ def floor_of(bench: Bench, vm: dict[str, Any]) -> Floor:
     instance, directory = bench.instance, bench.instance.directory / f"floor-{time.monotonic_ns()}"
     directory.mkdir()
     bench.suspend(vm)
+    seals.load(instance.root)
     session = instance.root / "sessions" / vm["microvmId"]
     shutil.copytree(next(session.glob("snapshot-*")), directory / "snapshot")
     shutil.copy(session / "overlay", directory / "overlay.qcow2")
     bench.first_byte(vm)
     image = next(path for path in (instance.root / "images").iterdir() if (path / "manifest.json").exists())
-    return Floor(image, directory / "snapshot", directory / "overlay.qcow2", directory)
+    return Floor(image, vm["microvmId"], directory / "snapshot", directory / "overlay.qcow2", directory)
 
 
 def cold(bench: Bench, change: int, rounds: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from report import figure
 
-from vmm import archives, diffs
+from vmm import archives, diffs, seals
 from vmm.syscalls import PAGE
 
 
@@ -17,6 +17,7 @@ def stored(root: Path, session: str) -> None:
     memory = max((root / "images").glob("*/memory.raw"), key=lambda path: path.stat().st_mtime)
     directory = root / "sessions" / session
     snapshot = max(directory.glob("snapshot-*"), key=lambda path: path.stat().st_mtime)
+    seals.load(root)
     chain = diffs.read_manifest(snapshot).chain
     differing = sum(differing_pages(snapshot / str(one), memory) for one in chain) * PAGE
     taken = sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())

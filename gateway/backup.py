@@ -24,7 +24,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmm import diffs, making
+from vmm import diffs, making, seals
 from vmm.errors import VmmError
 
 from .config import ConfigError, Settings
@@ -35,10 +35,11 @@ from .sessions.store import advice, readable
 
 _VERSION = 1
 _STORE = "control/torpor.db"
+_SEALS = seals.FILE
 # What is small and cannot be made again: place in ROOT, and whether control owns it.
 _FILES = {
     _STORE: True, "control/keys.json": True, "control/access-keys.json": True, "control/pager.key": True, "control/sessions.key": True,
-    "tls/ca.key": False, "tls/ca.crt": False,
+    "tls/ca.key": False, "tls/ca.crt": False, _SEALS: False,
 }  # fmt: skip
 _KEPT = ("torpor.toml", "edge-port")  # where the other root has its own, that one stays
 _DATA = ("images", "sessions", "quarantine")
@@ -82,6 +83,7 @@ def backup(settings: Settings, target: Path, has_data: bool, say: Say) -> Conten
         raise BackupError(f"{target} is there already: name another place")
     if not (settings.root / _STORE).exists():
         raise BackupError(f"no instance at {settings.root}: name it with --root")
+    seals.load(settings.root)
     target.parent.mkdir(parents=True, exist_ok=True)
     _drop_unfinished(target)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.{_UNFINISHED}", dir=target.parent))
@@ -281,7 +283,12 @@ def restore(settings: Settings, source: Path, replaces: bool, without_files: boo
                 "--without-files: then they end when they are asked for"
             )
         pieces = list(_pieces(work))
-        present = [piece for piece in pieces if os.path.lexists(root / piece) and piece not in _KEPT]
+        # A backup from before there were seals: its files get them at the next start, which takes the root for one that has none yet.
+        present = [
+            piece
+            for piece in dict.fromkeys([*pieces, *([_SEALS] if contents.has_data else [])])
+            if os.path.lexists(root / piece) and piece not in _KEPT
+        ]
         if present and not replaces:
             raise BackupError(f"{root / present[0]} is there already: --replace moves it, and what else is in the way, aside")
         old = _move_aside(root, present)

@@ -149,6 +149,14 @@ class BootedRequest(msgspec.Struct):
     image: ImageKey
 
 
+class SealRequest(msgspec.Struct):
+    """`account`: whose image it becomes."""
+
+    session: SessionId
+    image: ImageKey
+    account: AccountId
+
+
 class Sealed(msgspec.Struct):
     """`generators`: how many of OpenSSL's had been seeded, and seed themselves anew in each clone (vmm/generators.py)."""
 

@@ -14,9 +14,12 @@ import host_state
 import hypothesis
 import pytest
 import uvloop
+from known_keys import KEYS
 from outside import NAME_SERVER, PORT, PRIVATE, Outside, outside
 from scratch import scratch
 from service import HOOKS, PATIENCE, Instance, app_files, everywhere, free_port, served
+
+from vmm import seals
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore looks for new ones.
 _QUIET = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
@@ -24,6 +27,7 @@ hypothesis.settings.register_profile("repeat", derandomize=True, **_QUIET)
 hypothesis.settings.register_profile("explore", max_examples=2000, **_QUIET)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 _SCRATCH = pytest.StashKey[contextlib.ExitStack]()
+seals.use(KEYS)  # of whatever a test writes and reads by itself
 os.umask(0o022)  # users of the service's own read what tests make
 
 

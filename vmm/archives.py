@@ -18,9 +18,9 @@ from typing import IO, cast
 
 import zstandard
 
-from . import syscalls
+from . import diffs, sealing, seals, syscalls
 from .errors import Damaged
-from .snapshots import OVERLAY, sync, unpacked
+from .snapshots import OVERLAY, snapshots_in, sync, unpacked
 
 _LEVEL = 3
 _CHUNK = 1 << 20
@@ -80,6 +80,7 @@ def unpack(source: int, digest: str, session: Path) -> None:
             with zstandard.ZstdDecompressor().stream_reader(file) as plain, tarfile.open(fileobj=plain, mode="r|") as archive:
                 for member in archive:
                     _take(archive, member, work)
+            _check(work, session.name, digest)
             sync([work, *work.rglob("*")])
             if session.exists():  # by an answer that was lost
                 syscalls.exchange(work, session)
@@ -90,6 +91,14 @@ def unpack(source: int, digest: str, session: Path) -> None:
             raise Damaged(f"the archive of session {session.name} cannot be read: {error}") from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _check(work: Path, session: str, digest: str) -> None:
+    """Of what was unpacked. One that was packed before there were seals gets its own now. Raises Damaged, Refused, Unavailable, OSError."""
+    for _, snapshot in snapshots_in(work):
+        if seals.held().archives.get(digest) == session:
+            sealing.seal_snapshot(snapshot, session)
+        diffs.read_manifest(snapshot, session)
 
 
 def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, work: Path) -> None:

@@ -2,7 +2,7 @@
 
 A diff is two files: `N.runs` (pairs of 64-bit page numbers: first, after the last) and `N.pages` (those pages, one run after
 another); N is the incarnation that wrote it. They never change once written: hypervisors have them mapped. A snapshot's manifest
-names its chain with sizes and checksums (xxh3, 64 bits).
+names its chain with sizes and checksums, and is sealed (vmm/seals.py).
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from io import FileIO
 from pathlib import Path
 
 import msgspec
-import xxhash
 
-from . import syscalls
+from . import beneath, seals, syscalls
+from .beneath import Stray
 from .errors import Damaged, unreadable
 from .provenance import Provenance
 from .syscalls import PAGE
 
 MANIFEST = "snapshot.json"
+PREFIX = "snapshot-"  # of the directory of a whole one: its incarnation follows
 _CHUNK = 4 << 20
 FOLD_AT = 6  # diffs in a chain; then they are folded into one
 
@@ -38,12 +39,15 @@ class Sum(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct):
-    """A snapshot: the chain's incarnations, oldest first, and every file it needs but the overlay, which is sized only."""
+    """A snapshot: the chain's incarnations, oldest first, of which the last one wrote it, and every file it needs but the overlay, which is
+    sized only. `session` and `account`: whose it is; no account: its image's was not known."""
 
     chain: list[int]
     files: list[Sum]
     overlay_bytes: int
     made: Provenance | None = None  # by what; None: as its image (commit 165a0cb wrote nothing here)
+    session: str = ""
+    account: str = ""
 
 
 class Segment(msgspec.Struct, frozen=True, order=True):
@@ -58,9 +62,7 @@ class Segment(msgspec.Struct, frozen=True, order=True):
 def runs_of(path: Path) -> list[tuple[int, int]]:
     """Raises Damaged for a file that is no list of runs in order, Missing, Unavailable."""
     try:
-        numbers = array.array("Q", path.read_bytes())
-    except OSError as error:
-        raise unreadable(error, path) from error
+        numbers = array.array("Q", seals.content(path))
     except ValueError as error:
         raise Damaged(f"{path} is no list of runs: {error}") from error
     runs = list(zip(numbers[::2], numbers[1::2], strict=len(numbers) % 2 == 0))
@@ -71,9 +73,15 @@ def runs_of(path: Path) -> list[tuple[int, int]]:
 
 def open_pages(snapshot: Path, number: int) -> FileIO:
     """Raises Missing, Unavailable."""
-    path = snapshot / f"{number}.pages"
+    return _opened(snapshot / f"{number}.pages")
+
+
+def _opened(path: Path) -> FileIO:
+    """A link in a file's place is not followed. Raises Damaged, Missing, Unavailable."""
     try:
-        return path.open("rb", buffering=0)
+        return FileIO(beneath.opened(path.parent, path.name))
+    except Stray as error:
+        raise Damaged(str(error)) from error
     except OSError as error:
         raise unreadable(error, path) from error
 
@@ -142,26 +150,24 @@ def _over(below: list[Segment], above: list[Segment]) -> list[Segment]:
     return sorted(kept + above)
 
 
-def checksum(path: Path) -> Sum:
-    """Raises OSError."""
-    state, size, buffer = xxhash.xxh3_64(), 0, memoryview(bytearray(min(_CHUNK, max(1, path.stat().st_size))))
-    with path.open("rb", buffering=0) as file:
+def checksum(path: Path, again: str = "") -> Sum:
+    """`again`: the checksum that it had. Raises VmmError, OSError."""
+    with _opened(path) as file:
+        state, size, buffer = seals.Checksum(again), 0, memoryview(bytearray(min(_CHUNK, max(1, os.fstat(file.fileno()).st_size))))
         while got := file.readinto(buffer):
             state.update(buffer[:got])
             size += got
-    return Sum(path.name, size, state.hexdigest())
+    return Sum(path.name, size, state.digest())
 
 
 def verify(path: Path, expected: Sum) -> None:
     """Raises Damaged for a file that is not what was written, Missing, Unavailable."""
     try:
-        found = checksum(path)
+        found = checksum(path, expected.digest)
     except OSError as error:
         raise unreadable(error, path) from error
     if (found.size, found.digest) != (expected.size, expected.digest):
-        raise Damaged(
-            f"{path} is damaged: it has {found.size} bytes with checksum {found.digest}, not {expected.size} with {expected.digest}"
-        )
+        raise Damaged(f"{path} is damaged: its {found.size} bytes are not the {expected.size} that were written")
 
 
 def verify_all(snapshot: Path, manifest: Manifest, check: Callable[[], None] = lambda: None) -> None:
@@ -178,19 +184,25 @@ def verify_whole(snapshot: Path) -> None:
         verify_all(snapshot, read_manifest(snapshot))
 
 
-def read_manifest(snapshot: Path) -> Manifest:
-    """Raises Damaged, Missing, Unavailable."""
+def read_manifest(snapshot: Path, session: str = "") -> Manifest:
+    """Returns the manifest of a snapshot of `session`; of none, the directory's name says whose. Raises Damaged, also for one of another
+    session or incarnation, Refused, Missing, Unavailable."""
+    path, owner = snapshot / MANIFEST, session or snapshot.parent.name
+    _, data = seals.opened(seals.SNAPSHOT, path)
     try:
-        return msgspec.json.decode((snapshot / MANIFEST).read_bytes(), type=Manifest)
-    except OSError as error:
-        raise unreadable(error, snapshot / MANIFEST) from error
+        manifest = msgspec.json.decode(data, type=Manifest)
     except ValueError as error:
-        raise Damaged(f"{snapshot / MANIFEST} is no manifest: {error}") from error
+        raise Damaged(f"{path} is no manifest: {error}") from error
+    if manifest.session != owner:
+        raise Damaged(f"{path} is of session {manifest.session}, and lies in the place of {owner}'s")
+    if not manifest.chain or (snapshot.name.startswith(PREFIX) and snapshot.name != f"{PREFIX}{manifest.chain[-1]}"):
+        raise Damaged(f"{path} is of incarnation {(manifest.chain or [0])[-1]}, and lies in the place of another one's")
+    return manifest
 
 
 def write_manifest(snapshot: Path, manifest: Manifest) -> None:
-    """Does not sync."""
-    (snapshot / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+    """Does not sync. Raises Unavailable, OSError."""
+    (snapshot / MANIFEST).write_bytes(seals.seal(seals.SNAPSHOT, manifest.account, msgspec.json.encode(manifest)))
 
 
 def names(chain: list[int]) -> list[str]:
@@ -228,6 +240,7 @@ def fold(snapshot: Path, manifest: Manifest, target: Path, check: Callable[[], N
     kept = [file for file in manifest.files if file.name not in names(manifest.chain)]
     for file in kept:
         os.link(snapshot / file.name, target / file.name)
-    folded = Manifest([newest], [*kept, *(checksum(target / name) for name in names([newest]))], manifest.overlay_bytes, manifest.made)
+    written = [*kept, *(checksum(target / name) for name in names([newest]))]
+    folded = msgspec.structs.replace(manifest, chain=[newest], files=written)
     write_manifest(target, folded)
     return folded

@@ -126,7 +126,7 @@ class Driver(Protocol):
     async def give_disk(self, machine: Machine, image: Path) -> None:
         """The agent of a booted machine has answered: it gets its disk, which it enters when it is told of its application."""
 
-    async def seal(self, machine: Machine, image: Path) -> Sealed:
+    async def seal(self, machine: Machine, image: Path, account: str = "") -> Sealed:
         """Stops a booted machine and stores memory and device state as the image that clones start from."""
 
     async def adopt(self, record: Process) -> Machine | None:

@@ -10,6 +10,7 @@ import errno
 from pathlib import Path
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_LINKS = (errno.ELOOP, errno.EXDEV)  # openat2(2), told to follow none
 # What an operator can do about a resource that there is no more of; strerror(3) names none.
 _SCARCE = {
     errno.EMFILE: "this process has all the descriptors that it may have: LimitNOFILE",
@@ -78,7 +79,10 @@ def of_the_host(error: OSError) -> Exception:
 
 
 def unreadable(error: OSError, path: Path) -> VmmError:
-    """Returns why a file of a session or an image cannot be read: it is Missing only where its name is not there."""
+    """Returns why a file of a session or an image cannot be read: it is Missing only where its name is not there, and Damaged where
+    somebody has put a link in its place."""
+    if error.errno in _LINKS:
+        return Damaged(f"{path} is a link, and none of ours is")
     if isinstance(error, FileNotFoundError):
         return Missing(f"{path} is not there")
     return Unavailable(f"{path} cannot be read: {error}")

@@ -23,8 +23,8 @@ def hand_out(files: Path, image: Path, target: Path) -> None:
         if not path.exists():
             raise Missing(f"{path} is not there")
     try:
-        hypervisor = json.loads((image / manifest.MANIFEST).read_bytes()).get("hypervisor", "qemu")
-    except ValueError as error:
+        hypervisor = json.loads((image / manifest.MANIFEST).read_bytes())["manifest"].get("hypervisor", "qemu")
+    except (ValueError, LookupError) as error:
         raise Unavailable(f"{image / manifest.MANIFEST}: {error}") from error
     half = target.with_name(f"{target.name}.new")
     try:

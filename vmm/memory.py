@@ -15,12 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from gateway import executors
 from gateway.observe.room import disk_free_bytes
 
-from . import diffs, programs, syscalls
+from . import diffs, programs, seals, syscalls
 from .diffs import Sum
 
 PAGE = syscalls.PAGE
@@ -195,7 +193,7 @@ def save_diff(mapping: Mapping, directory: Path, number: int, image: int | None 
     Raises OSError (ENOSPC) before it writes where they would only fit into what the file system keeps for root.
     """
     source = os.open(f"/proc/{mapping.pid}/mem", os.O_RDONLY)
-    state, total = xxhash.xxh3_64(), 0
+    state, total = seals.Checksum(), 0
     try:
         runs = syscalls.private_pages(mapping.pid, mapping.start, mapping.end)
         if image is not None:
@@ -217,4 +215,4 @@ def save_diff(mapping: Mapping, directory: Path, number: int, image: int | None 
     finally:
         os.close(source)
     diffs.write_runs(directory / f"{number}.runs", runs)
-    return [diffs.checksum(directory / f"{number}.runs"), Sum(f"{number}.pages", total, state.hexdigest())]
+    return [diffs.checksum(directory / f"{number}.runs"), Sum(f"{number}.pages", total, state.digest())]

@@ -14,12 +14,14 @@ from gateway.config import Settings
 from gateway.peers import EDGE_ASKS_VMM
 from gateway.rpc import Handler, Server, Service
 
-from . import probe, upgrades
+from . import probe, sealing, upgrades
 from .cgroups import Cgroups
 from .daemon import Vmm
 from .errors import VmmError, of_the_host
 
 log = structlog.get_logger()
+
+_FIRST_SECONDS = 3600.0  # of the one start that reads all that is stored
 
 
 def service(calls: Iterable[object]) -> Service:
@@ -49,6 +51,7 @@ async def serve(settings: Settings, ready: Callable[[], object]) -> None:
     """Runs until SIGTERM. `ready` is called once the socket answers."""
     cgroups = Cgroups(settings.name, settings.root)
     info = await executors.LATENCY.run(probe.host_info, settings)
+    await executors.BULK.run(sealing.prepare, settings, lambda text: log.error("manifest.not_sealed", text=text), seconds=_FIRST_SECONDS)
     try:
         await executors.BULK.run(upgrades.tidy, settings, lambda text: log.info("hypervisor.root_removed", text=text))
     except (OSError, VmmError) as error:  # nothing was removed, and who needs a root has it

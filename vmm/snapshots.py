@@ -26,10 +26,10 @@ from gateway import executors
 
 from . import beneath, diffs, disks, syscalls
 from .diffs import Manifest, Sum
-from .errors import Missing, Unavailable, VmmError
+from .errors import Damaged, Missing, Unavailable, VmmError
 from .provenance import Provenance
 
-_PREFIX, _BASE, _NEW, _FOLD, _LINK = "snapshot-", "memory", "new-", "fold-", "link"
+_PREFIX, _BASE, _NEW, _FOLD, _LINK = diffs.PREFIX, "memory", "new-", "fold-", "link"
 _VOID, _FORGOTTEN, _UNPACKED = "void-", ".void-", ".unpacked-"
 _NEW_BEFORE = "snapshot.new"  # that of commit 6df6a41 and before
 OVERLAY = "overlay"
@@ -86,6 +86,21 @@ class Snapshots:
                 raise Missing(f"{path} is not there")
         return there[-1][1]
 
+    def check(self, session: str, before: int, account: str) -> Path:
+        """Returns the newest snapshot, where it is what the incarnation `before` left, and the account's (empty: not known). Raises
+        VmmError, OSError."""
+        snapshot = self.newest(session)
+        manifest = diffs.read_manifest(snapshot)
+        if manifest.chain[-1] != before:
+            raise Damaged(f"{snapshot} is of incarnation {manifest.chain[-1]}, and the session slept with {before}")
+        names = [*(f"{snapshot.name}/{one.name}" for one in manifest.files), OVERLAY]
+        for name in (snapshot.name, *names):
+            if os.path.islink(self.of(session) / name):
+                raise Damaged(f"{self.of(session) / name} is a link, and none of ours is")
+        if account and manifest.account and account != manifest.account:
+            raise Damaged(f"{snapshot} is of account {manifest.account}, and its image of {account}")
+        return snapshot
+
     def is_outrun(self, session: str) -> bool:
         """Whether a guest has written to the session's disk since its newest snapshot, so that its memory is not that disk's any more."""
         newest = _newest_in(self.of(session))
@@ -108,7 +123,8 @@ class Snapshots:
         self.called_off(session, incarnation)
 
     def commit(
-        self, session: str, incarnation: int, work: Path, chain: list[int], written: list[Sum], made: Provenance | None = None
+        self, session: str, incarnation: int, work: Path, chain: list[int], written: list[Sum], made: Provenance | None = None,
+        account: str = "",
     ) -> Manifest:  # fmt: skip
         """Makes what was written, with the diffs under it, durable, and then the session's snapshot. Raises OSError, Missing, Damaged."""
         files = list(written)
@@ -117,7 +133,7 @@ class Snapshots:
             known = {one.name: one for one in diffs.read_manifest(base).files}
             diffs.link_chain(base, work, chain)
             files += [known[name] for name in diffs.names(chain)]
-        manifest = Manifest([*chain, incarnation], files, self.overlay(session).stat().st_size, made)
+        manifest = Manifest([*chain, incarnation], files, self.overlay(session).stat().st_size, made, session, account)
         diffs.write_manifest(work, manifest)
         sync([*(work / one.name for one in written), work / diffs.MANIFEST, work, self.overlay(session)])
         target = self.of(session) / f"{_PREFIX}{incarnation}"

@@ -11,7 +11,7 @@ import msgspec
 from gateway.config import Settings
 from gateway.messages import AGENT_PROTOCOL
 
-from . import diffs, kernel, manifest, processor
+from . import diffs, kernel, manifest, processor, seals
 from .diffs import MANIFEST as SNAPSHOT_MANIFEST
 from .errors import VmmError
 from .manifest import Manifest
@@ -26,9 +26,10 @@ _REBUILD = "`torpor images --rebuild-old` makes new versions of images"
 def _images(settings: Settings) -> dict[str, Manifest]:
     """Returns the manifests of images that are whole, by key."""
     found = {}
+    seals.load(settings.root)
     for path in sorted(settings.images_dir.glob(f"[!.]*/{manifest.MANIFEST}")):
-        with contextlib.suppress(OSError, ValueError):  # whoever launches it hears of it
-            found[path.parent.name] = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        with contextlib.suppress(OSError, VmmError):  # whoever launches it hears of it
+            found[path.parent.name] = manifest.peek(path.parent)
     return found
 
 
@@ -37,7 +38,7 @@ def _snapshots(settings: Settings) -> Iterator[tuple[str, Provenance]]:
     for directory in (settings.sessions_dir, settings.root / "quarantine"):
         for path in directory.glob(f"*/snapshot-*/{SNAPSHOT_MANIFEST}"):
             with contextlib.suppress(VmmError, OSError):
-                if (made := diffs.read_manifest(path.parent).made) is not None:
+                if (made := diffs.read_manifest(path.parent, path.parents[1].name.partition(".")[0]).made) is not None:
                     yield path.parents[1].name, made
 
 

@@ -249,7 +249,7 @@ class Pipeline:
         config = await self._container(job, shape)
         await self._boot(job, shape, config)
         self._phase(job, "SNAPSHOT")
-        sealed = await self._host.seal(job.session, job.version.key, shape.memory_mib)
+        sealed = await self._host.seal(job.session, job.version.key, shape.memory_mib, job.image.account)
         job.build.memory_bytes, job.build.disk_bytes, job.build.code_bytes = sealed.memory_bytes, sealed.disk_bytes, sealed.code_bytes
         if sealed.generators:
             job.say(_SEEDED.format(count=sealed.generators))

@@ -212,10 +212,10 @@ class Host:
     async def give_disk(self, session: str, image: str) -> None:
         await self._client.call("give_disk", m.BootedRequest(session, image), timeout=_SEAL_SECONDS)
 
-    async def seal(self, session: str, image: str, memory_mib: int) -> m.Sealed:
+    async def seal(self, session: str, image: str, memory_mib: int, account: str) -> m.Sealed:
         """Stores a booted machine, whose memory is written."""
         seconds = seconds_for(memory_mib << 20, _SEAL_SECONDS)
-        return await self._client.call("seal", m.BootedRequest(session, image), m.Sealed, timeout=seconds)  # type: ignore[no-any-return]
+        return await self._client.call("seal", m.SealRequest(session, image, account), m.Sealed, timeout=seconds)  # type: ignore[no-any-return]
 
     async def image_delete(self, image: str) -> None:
         await self._client.call("image_delete", m.ImageName(image), timeout=_DELETE_SECONDS)

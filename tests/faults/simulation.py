@@ -193,7 +193,7 @@ class Driver:
         except OSError as error:
             raise Unavailable(f"image {image.name} could not be given its disk: {error}") from error
 
-    async def seal(self, machine: Machine, image: Path) -> m.Sealed:
+    async def seal(self, machine: Machine, image: Path, account: str = "") -> m.Sealed:
         shape = machine.record.shape
         assert shape is not None
         machine._alive().runs = False
@@ -206,7 +206,7 @@ class Driver:
             await machine.kill()
         for name in (DEVICES, self.disk_template, "disk.raw", "boot.qcow2"):
             disks.sync_path(image / name)
-        manifest.write(image, manifest.Manifest(shape, PAGE, 0))
+        manifest.write(image, manifest.Manifest(shape, PAGE, 0, account=account))
         return m.Sealed(PAGE, PAGE, int((image / "code_bytes").read_text()))
 
     async def _spawn(self, image: Path, shape: Shape) -> Machine:

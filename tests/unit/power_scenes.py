@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from known_keys import KEYS
+
 WORDS = ("one", "two", "three")
 
 
@@ -104,8 +106,9 @@ def logs(root: Path) -> None:
 
 def archive(root: Path) -> None:
     """What was packed comes back; then its copy elsewhere goes."""
-    from vmm import archives
+    from vmm import archives, seals
 
+    seals.use(KEYS)
     say = sayer(root)
     with (root / "packed").open("rb") as file:
         archives.unpack(file.fileno(), (root / "digest").read_text(), root / "sessions/microvm-1")
@@ -114,8 +117,10 @@ def archive(root: Path) -> None:
 
 def quarantine(root: Path) -> None:
     from gateway.messages import QuarantineRequest
+    from vmm import seals
     from vmm.quarantine import Quarantine
 
+    seals.use(KEYS)
     say = sayer(root)
     one = Quarantine(root / "sessions", root / "quarantine", root / "images")
     one.put(QuarantineRequest("microvm-1", 1, "", "a test"))
@@ -127,7 +132,9 @@ def quarantine(root: Path) -> None:
 def _backup(root: Path, name: str) -> None:
     from gateway.backup import backup
     from gateway.config import Settings
+    from vmm import seals
 
+    seals.use(KEYS)
     say = sayer(root)
     backup(Settings(root=root / "instance", run=root / "run"), root / name, True, lambda text: None)
     say("made")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from vmm import archives
+from vmm import archives, diffs
 from vmm.errors import Damaged
 from vmm.snapshots import Snapshots, unpacked
 
@@ -23,8 +23,9 @@ def make(directory: Path) -> Path:
     (session / "overlay").write_bytes(b"overlay" * 1000)
     (session / "memory").mkdir()
     (session / "memory/2.pages").write_bytes(b"void")
-    for name in ("3.pages", "3.runs", "devices.state", "snapshot.json"):
+    for name in ("3.pages", "3.runs", "devices.state"):
         (snapshot / name).write_bytes(os.urandom(5000))
+    diffs.write_manifest(snapshot, diffs.Manifest([3], [], 7000, session="microvm-1"))
     return session
 
 

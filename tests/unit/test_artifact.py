@@ -317,5 +317,5 @@ async def test_the_deadline_of_a_seal_grows_with_the_memory_that_is_written(tmp_
 
     one = host_module.Host(Client(), tmp_path)  # type: ignore[arg-type]
     for memory_mib in (2048, 16384):
-        await one.seal("s", "i", memory_mib)
+        await one.seal("s", "i", memory_mib, "123456789012")
     assert asked[0] > 2048 / 10 and asked[1] > 16384 / 10

@@ -44,6 +44,8 @@ class Instance:
             (self.settings.control_dir / name).write_text(f"{name} is secret")
         for path in (self.settings.tls_dir / "ca.key", self.settings.tls_dir / "ca.crt", root / "edge-port", root / "torpor.toml"):
             path.write_text("")
+        (root / "manifests.key").write_text("of manifests")
+        (root / "manifests.key").chmod(0o600)
         (self.settings.images_dir / "key-1.0").mkdir()
         (self.settings.images_dir / "key-1.0/manifest.json").write_text("{}")
         (self.settings.images_dir / "instance").write_text("whose they are")
@@ -67,11 +69,10 @@ class Instance:
 
     def files(self, name: str, incarnation: int) -> None:
         directory = self.settings.sessions_dir / name
-        (self.settings.sessions_dir / "microvm-1").mkdir()
-        (self.settings.sessions_dir / "microvm-1/overlay").write_text(f"the disk of {name} {incarnation}")
-        save(Snapshots(self.settings.sessions_dir), incarnation, [], [1, 2, 3])
         shutil.rmtree(directory, ignore_errors=True)
-        (self.settings.sessions_dir / "microvm-1").rename(directory)
+        directory.mkdir()
+        (directory / "overlay").write_text(f"the disk of {name} {incarnation}")
+        save(Snapshots(self.settings.sessions_dir), incarnation, [], [1, 2, 3], name)
 
 
 @pytest.fixture(autouse=True)
@@ -128,14 +129,34 @@ async def test_a_restore_on_another_root_is_the_same_instance(instance: Instance
         assert path.read_text() == f"{key} is secret"
         if not os.geteuid():
             assert path.stat().st_uid == settings.users.control
+    seal = settings.root / "manifests.key"
+    assert seal.read_text() == "of manifests" and stat.S_IMODE(seal.stat().st_mode) == 0o600 and seal.stat().st_uid == os.geteuid()
     assert stat.S_IMODE(settings.control_dir.stat().st_mode) == 0o700 and (settings.root / "edge-port").exists()
+
+
+@pytest.mark.parametrize("has_data", [True, False])
+async def test_a_backup_from_before_there_were_seals_is_sealed_at_the_next_start(
+    instance: Instance, tmp_path: Path, has_data: bool
+) -> None:
+    """Its files have none: the root that they come to must not be taken for one where all have theirs. Without data the root's own have."""
+    (instance.settings.root / "manifests.key").unlink()
+    backup(instance.settings, tmp_path / "backup", has_data, print)
+    settings = other(tmp_path)
+    settings.root.mkdir(exist_ok=True)
+    (settings.root / "manifests.key").write_text("of the root")
+    if has_data:
+        with pytest.raises(BackupError, match=r"manifests\.key is there already"):
+            restore(settings, tmp_path / "backup", False)
+    _, old = restore(settings, tmp_path / "backup", True, without_files=True)
+    assert (settings.root / "manifests.key").exists() is not has_data
+    assert not has_data or (old is not None and (old / "manifests.key").read_text() == "of the root")
 
 
 async def test_without_data_it_is_the_store_and_the_keys(instance: Instance, tmp_path: Path) -> None:
     made = backup(instance.settings, tmp_path / "backup", False, lambda text: None)
     assert made.sessions == {"asleep": "row", "awake": "row", "away": "archived"}
     assert sorted(path.name for path in (tmp_path / "backup").iterdir()) == [
-        "backup.json", "control", "edge-port", "manifests", "tls", "torpor.toml",
+        "backup.json", "control", "edge-port", "manifests", "manifests.key", "tls", "torpor.toml",
     ]  # fmt: skip
     assert (tmp_path / "backup/manifests/sessions/asleep/snapshot-1/snapshot.json").exists()
     assert stat.S_IMODE((tmp_path / "backup").stat().st_mode) == 0o700

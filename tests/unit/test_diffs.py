@@ -41,7 +41,7 @@ def make(directory: Path, writes: list[set[int]]) -> diffs.Manifest:
     (directory / "devices.state").write_bytes(b"devices")
     chain = list(range(1, len(writes) + 1))
     files = [diffs.checksum(directory / name) for name in ("devices.state", *diffs.names(chain))]
-    manifest = diffs.Manifest(chain, files, 0)
+    manifest = diffs.Manifest(chain, files, 0, session=directory.parent.name)
     diffs.write_manifest(directory, manifest)
     return manifest
 

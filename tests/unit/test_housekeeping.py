@@ -163,7 +163,7 @@ async def test_a_suspend_is_asked_for_twice_and_made_once(vmm: Vmm, tmp_path: Pa
     snapshot = vmm.snapshots.of("one") / "snapshot-1"
     snapshot.mkdir(parents=True)
     vmm.snapshots.overlay("one").write_bytes(b"disk")
-    diffs.write_manifest(snapshot, Manifest([1], [Sum("1.pages", 10, ""), Sum("devices.state", 3, "")], 4))
+    diffs.write_manifest(snapshot, Manifest([1], [Sum("1.pages", 10, ""), Sum("devices.state", 3, "")], 4, session="one"))
     made = await calls(vmm).rpc_suspend(None, m.SessionRef("one", 1))  # type: ignore[arg-type]
     assert (made.memory_bytes, made.state_bytes) == (10, 3)
     machine.ended.set()

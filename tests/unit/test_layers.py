@@ -21,7 +21,7 @@ ALLOWED = {
     "gateway.images": {"gateway.observe.room", "gateway.accounts.directory", "gateway.accounts.quotas", "gateway.confine", "gateway.config", "gateway.executors", "gateway.messages", "gateway.reach", "gateway.rpc", "gateway.sessions", "gateway.tasks"},
     "gateway.guest": {"gateway.addresses", "gateway.config", "gateway.confine", "gateway.observe.room", "gateway.peers", "gateway.reach", "gateway.rpc", "gateway.sessions.allowance", "gateway.sessions.host", "gateway.executors", "gateway.messages", "gateway.accounts.directory", "gateway.sessions.egress", "gateway.sessions.model", "gateway.sessions.store"},
     "gateway.observe": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.states"},
-    "vmm": {"gateway.addresses", "gateway.config", "gateway.descriptors", "gateway.executors", "gateway.messages", "gateway.observe", "gateway.peers", "gateway.process", "gateway.rpc", "gateway.tasks"},
+    "vmm": {"gateway.addresses", "gateway.config", "gateway.descriptors", "gateway.executors", "gateway.files", "gateway.messages", "gateway.observe", "gateway.peers", "gateway.process", "gateway.rpc", "gateway.tasks"},
     "gateway.cli": {"gateway.backup", "gateway.config", "gateway.confine", "gateway.instance", "gateway.status", "gateway.supervisor", "vmm.assets", "vmm.disks", "vmm.network", "vmm.standbys", "vmm.syscalls", "vmm.base", "vmm.probe", "vmm.cgroups", "vmm.errors", "vmm.handout", "vmm.host_setup", "vmm.host_security", "vmm.jail", "vmm.kernel", "vmm.qemu.roots", "vmm.kvm_device", "vmm.quarantine", "vmm.leftovers", "vmm.making", "vmm.upgrades", "vmm.own_groups", "vmm.walls_seen", "gateway.own_walls", "gateway.listeners", "gateway.process", "gateway.sessions.logs", "gateway.sessions.model", "gateway.sessions.quarantine", "gateway.sessions.states", "gateway.sessions.store", "gateway.observe", "gateway.rpc", "gateway.messages"},
 }  # fmt: skip
 
@@ -34,9 +34,9 @@ ROOMS: dict[str, list[str | tuple[str, ...]]] = {
         ("room", "agent", "routes", "archive"), ("timers", "liveness", "channels", "transitions", "ahead", "archiving"), "actions", "lifecycle", ("recovery", "quarantine"), "identity",
     ],
     "vmm": [
-        ("", "calls", "digests", "errors", "jail", "programs", "provenance", "syscalls"), ("beneath", "cgroups", "processor", "diffs", "disks", "generators", "making", "namespaces", "own_groups", "sparse"),
-        ("egress", "kernel", "memory", "snapshots"), ("archives", "mapping", "mirrors", "network", "owed", "quarantine", "registry"),
-        ("base", "build_mirrors", "build_stores", "builder_root", "driver"), ("leftovers", "manifest", "sandboxes", "standbys", "vms"),
+        ("", "calls", "digests", "errors", "jail", "programs", "provenance", "syscalls"), ("beneath", "cgroups", "processor", "seals", "diffs", "disks", "generators", "making", "namespaces", "own_groups", "sparse"),
+        ("egress", "kernel", "memory", "snapshots"), ("mapping", "mirrors", "network", "owed", "quarantine", "registry"),
+        ("base", "build_mirrors", "build_stores", "builder_root", "driver"), ("leftovers", "manifest", "sandboxes", "sealing", "archives", "standbys", "vms"),
         ("build_network", "watched"), ("builds", "firecracker", "handout", "images", "qemu", "snapshot_gc"), ("host_security", "host_setup", "kvm_device", "probe", "upgrades", "walls_seen", "warm_pool"),
         ("assets", "drivers", "rpc"), "daemon", "serving", "__main__",
     ],

@@ -21,7 +21,7 @@ def quarantine(tmp_path: Path) -> Quarantine:
     """One session with a snapshot of incarnation 3 and a disk."""
     snapshot = tmp_path / "sessions/s1/snapshot-3"
     snapshot.mkdir(parents=True)
-    make(snapshot, [{1, 2, 9}])
+    make(snapshot, [{1, 2, 9}, {3}, {4}])
     (tmp_path / "sessions/s1/overlay").write_bytes(b"disk")
     (tmp_path / "images/image-1").mkdir(parents=True)
     return Quarantine(tmp_path / "sessions", tmp_path / "quarantine", tmp_path / "images")

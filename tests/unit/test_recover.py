@@ -285,7 +285,7 @@ def test_the_disk_is_handed_out_as_one_file_with_all_its_layers(tmp_path: Path) 
     settings = config.Settings(root=tmp_path)
     files, image = quarantined(settings, "microvm-1"), settings.images_dir / "k-1.0"
     image.mkdir(parents=True)
-    (image / "manifest.json").write_text('{"hypervisor": "qemu"}')
+    (image / "manifest.json").write_text('{"manifest": {"hypervisor": "qemu"}}')
     (image / "disk.raw").write_bytes(b"A" * 65536 + bytes((1 << 20) - 65536))
     for path in (image / "boot.qcow2", files / "overlay"):
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"], check=True)
@@ -304,7 +304,7 @@ def test_a_strangers_disk_is_handed_out_with_the_image_that_is_named(
     settings = config.Settings(root=tmp_path)
     files, image = quarantined(settings, "microvm-1", ""), tmp_path / place
     image.mkdir(parents=True)
-    (image / "manifest.json").write_text('{"hypervisor": "firecracker"}')
+    (image / "manifest.json").write_text('{"manifest": {"hypervisor": "firecracker"}}')
     (files / "overlay").write_bytes(b"disk")
     for wrong in ("", "k-2.0", ".."):
         with pytest.raises(SystemExit):

@@ -90,7 +90,7 @@ def whole(content: dict[str, bytes | None], directory: Path) -> bool:
     for name, data in content.items():
         (directory / name).write_bytes(data or b"")
     try:
-        manifest = diffs.read_manifest(directory)
+        manifest = diffs.read_manifest(directory, SESSION)
         for one in manifest.files:
             diffs.verify(directory / one.name, one)
     except VmmError:
@@ -98,15 +98,15 @@ def whole(content: dict[str, bytes | None], directory: Path) -> bool:
     return True
 
 
-def save(kept: Snapshots, incarnation: int, chain: list[int], pages: list[int]) -> None:
+def save(kept: Snapshots, incarnation: int, chain: list[int], pages: list[int], session: str = SESSION, account: str = "") -> None:
     """As the daemon and a hypervisor do it."""
-    work = kept.begin(SESSION)
+    work = kept.begin(session)
     (work / "devices.state").write_bytes(b"devices %d" % incarnation)
     runs = [(page, page + 1) for page in pages]
     diffs.write_runs(work / f"{incarnation}.runs", runs)
     (work / f"{incarnation}.pages").write_bytes(bytes([incarnation]) * PAGE * len(pages))
     written = [diffs.checksum(work / name) for name in ("devices.state", f"{incarnation}.runs", f"{incarnation}.pages")]
-    kept.commit(SESSION, incarnation, work, chain, written)
+    kept.commit(session, incarnation, work, chain, written, account=account)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from gateway.config import Settings
 from gateway.messages import AGENT_PROTOCOL, Shape
-from vmm import diffs, making, manifest, upgrades
+from vmm import diffs, making, manifest, sealing, upgrades
 from vmm.errors import Refused
 from vmm.manifest import Manifest
 from vmm.provenance import Provenance
@@ -91,6 +91,7 @@ def test_an_older_kernel_and_an_older_agent_are_said(settings: Settings) -> None
 def test_an_image_of_commit_165a0cb_is_given_what_made_it(settings: Settings) -> None:
     (settings.images_dir / "old").mkdir()
     (settings.images_dir / "old" / manifest.MANIFEST).write_bytes(MANIFEST_OF_165A0CB)
+    sealing._seal_image(settings.images_dir / "old")
     assert manifest.read(settings.images_dir / "old", "qemu").made == Provenance()
     (settings.cache / "qemu-root.first").write_text("qemu-root-a")
     upgrades.tidy(settings, print)
@@ -104,7 +105,7 @@ def test_a_start_keeps_the_roots_of_images_and_of_sleepers_and_removes_the_other
     image(settings, "one", version="7.2.21", root="qemu-root-a")
     snapshot = settings.sessions_dir / "vm-1/snapshot-3"
     snapshot.mkdir(parents=True)
-    diffs.write_manifest(snapshot, diffs.Manifest([3], [], 0, Provenance(version="7.2.20", root="qemu-root-c")))
+    diffs.write_manifest(snapshot, diffs.Manifest([3], [], 0, Provenance(version="7.2.20", root="qemu-root-c"), "vm-1"))
     said: list[str] = []
     upgrades.tidy(settings, said.append)
     assert [one.name for one in roots.Roots(settings.cache).all()] == ["qemu-root-a", "qemu-root-b", "qemu-root-c"]

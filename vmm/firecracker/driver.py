@@ -137,7 +137,7 @@ class FirecrackerDriver:
         await api.put("/vsock", guest_cid=GUEST_CID, uds_path=f"/{VSOCK}")
         await api.put("/actions", action_type="InstanceStart")
 
-    async def seal(self, machine: Machine, image: Path) -> Sealed:
+    async def seal(self, machine: Machine, image: Path, account: str = "") -> Sealed:
         assert isinstance(machine, FirecrackerMachine)
         shape = machine.record.shape
         try:
@@ -153,7 +153,8 @@ class FirecrackerDriver:
             await machine.kill()
         os.chown(image / DISK, 0, 0)
         await executors.LATENCY.run(sync, [image / DEVICES, image / MEMORY, image / DISK])
-        await executors.LATENCY.run(manifest.write, image, Manifest(shape, stored, 0, NAME, made))
+        sums = await executors.LATENCY.run(manifest.sums, image)
+        await executors.LATENCY.run(manifest.write, image, Manifest(shape, stored, 0, NAME, made, account=account, files=sums))
         return Sealed(stored, disks.stored_bytes(image / DISK), int((image / "code_bytes").read_text(encoding="ascii")), seeded)
 
     def _makes(self, shape: Shape) -> Provenance:

@@ -12,10 +12,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from gateway import executors
 
+from .. import seals
 from ..diffs import Sum
 from . import machine as topology
 from .qmp import Qmp, QmpError
@@ -113,7 +112,9 @@ class DeviceState:
         os.ftruncate(written, 0)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
             file.write(state)
-        return Sum(path.name, len(state), xxhash.xxh3_64_hexdigest(state))
+        checksum = seals.Checksum()
+        checksum.update(state)
+        return Sum(path.name, len(state), checksum.digest())
 
     def _open(self) -> int:
         if self._file is None:

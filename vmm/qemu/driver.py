@@ -198,7 +198,7 @@ class QemuDriver:
             log.warning("boot.not_kept", error=str(error))
         await machine.unpause()
 
-    async def seal(self, machine: Machine, image: Path) -> Sealed:
+    async def seal(self, machine: Machine, image: Path, account: str = "") -> Sealed:
         assert isinstance(machine, QemuMachine)
         shape = machine.record.shape
         try:
@@ -217,7 +217,8 @@ class QemuDriver:
         finally:
             await machine.kill()
         await executors.LATENCY.run(sync, [image / name for name in (MEMORY, "disk.raw", "boot.qcow2", self.disk_template)])
-        whole = Manifest(shape, stored, disks.stored_bytes(image / "boot.qcow2"), NAME, made)
+        sums = await executors.LATENCY.run(manifest.sums, image)
+        whole = Manifest(shape, stored, disks.stored_bytes(image / "boot.qcow2"), NAME, made, account=account, files=sums)
         await executors.LATENCY.run(manifest.write, image, whole)
         code_bytes = int((image / "code_bytes").read_text(encoding="ascii"))
         return Sealed(stored, disks.stored_bytes(image / "disk.raw"), code_bytes, seeded)

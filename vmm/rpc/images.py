@@ -79,12 +79,12 @@ class ImageCalls:
         async with self._vms.owned(body.session, "being given its disk"):
             await self._driver.give_disk(self._vms.require(body.session, 0).machine, self._images.making(body.image))
 
-    async def rpc_seal(self, connection: Connection, body: m.BootedRequest) -> m.Sealed:
+    async def rpc_seal(self, connection: Connection, body: m.SealRequest) -> m.Sealed:
         """Stores the booted machine as the image; it exists from the moment of one rename."""
         async with self._vms.owned(body.session, "being sealed"):
             entry = self._vms.require(body.session, 0)
             entry.is_end_expected = True
-            sealed = await self._driver.seal(entry.machine, self._images.making(body.image))
+            sealed = await self._driver.seal(entry.machine, self._images.making(body.image), body.account)
             released = self._vms.remove(entry)
         await released
         self._standbys.want(await executors.LATENCY.run(self._images.publish, body.image))

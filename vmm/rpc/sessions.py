@@ -4,6 +4,7 @@ incarnation, and holds the session's lock."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 
@@ -64,8 +65,17 @@ class SessionCalls:
             self._vms.call_off_readers(body.session)
             with self._vms.preparing(body.session):
                 image = self._images.path(body.image)
-                snapshot = self._snapshots.newest(body.session) if body.from_snapshot else await self._new_disk(body.session, image)
+                if body.from_snapshot:
+                    snapshot = self._snapshots.check(body.session, body.incarnation - 1, self._account_of(body.image))
+                else:
+                    snapshot = await self._new_disk(body.session, image)
                 await self._prepare(body, image, snapshot)
+
+    def _account_of(self, image: str) -> str:
+        """Returns whose an image is, and its sessions; empty where nobody can say."""
+        with contextlib.suppress(VmmError):
+            return manifest.peek(self._images.path(image)).account
+        return ""
 
     async def _new_disk(self, session: str, image: Path) -> Path:
         """A launch has the image itself for a snapshot. Raises VmmError."""
@@ -216,6 +226,7 @@ class SessionCalls:
             size = sum(one.size for one in written)
             manifest = await executors.LATENCY.run(
                 self._snapshots.commit, session, incarnation, work, machine.record.chain, written, machine.record.made,
+                self._account_of(machine.record.image),
                 seconds=executors.seconds_for(size, 300.0),
             )  # fmt: skip
             steps.mark("synced and renamed")
