@@ -2,6 +2,7 @@
 
 `silent`: connections that say nothing, 1,000 open at a time, 4,000 new ones a second at most. `resets`: HTTP/2 requests with a token, each
 taken back at once (CVE-2023-44487). `pings`: PING and SETTINGS in turn. The last two over 8 connections, made again as they are closed.
+`spin` and `disk` have nothing to do with the service: what they cost is the machine's; `disk` writes as guest/flood.c does.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import os
 import resource
 import socket
 import ssl
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +47,25 @@ def silent(port: int, seconds: float) -> int:
     for one in held:
         one.close()
     return made
+
+
+def spin(seconds: float) -> int:
+    done, end = 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        done += 1
+    return done
+
+
+def disk(seconds: float) -> int:
+    """MiB."""
+    done, end, block = 0, time.monotonic() + seconds, bytes(1 << 20)
+    with tempfile.TemporaryFile(dir="/var/tmp") as file:
+        while time.monotonic() < end:
+            os.pwrite(file.fileno(), block, (done % 512) << 20)
+            done += 1
+            if done % 8 == 0:
+                os.fdatasync(file.fileno())
+    return done
 
 
 class Http2Flood:
@@ -108,6 +130,8 @@ def pings(first: int) -> bytes:
 
 
 def main(kind: str, port: int, host: str, token: str, seconds: float) -> int:
+    if kind in ("spin", "disk"):
+        return spin(seconds) if kind == "spin" else disk(seconds)
     if kind == "silent":
         return silent(port, seconds)
     flood = Http2Flood(port, host.partition(":")[0], seconds, resets(host, token) if kind == "resets" else pings)

@@ -117,14 +117,6 @@ def own(kind: str) -> Flood:
 
 
 @contextlib.contextmanager
-def spinning(attacker: Attacker) -> Iterator[Attack]:
-    """No flood: a process behind all others that takes the processors that clients' generators take."""
-    code = f"import time\nend, n = time.monotonic() + {LASTS}, 0\nwhile time.monotonic() < end: n += 1\nprint(n)"
-    with generator([sys.executable, "-c", code], r"^(\d+)$") as attack:
-        yield attack
-
-
-@contextlib.contextmanager
 def build(attacker: Attacker) -> Iterator[Attack]:
     """A step that computes and writes, and fails at its end, so that nothing is made of it."""
     instance, mark = attacker.instance, f"burner-{time.monotonic_ns()}"
@@ -149,8 +141,8 @@ def _runs(mark: str) -> bool:
 
 
 FLOODS: dict[str, Flood] = {
-    "guest_spin": guest("spin"), "guest_forks": guest("forks"), "guest_memory": guest("memory"), "guest_disk": guest("disk"),
-    "guest_packets": guest("packets"), "guest_connections": guest("connections"), "log": guest("lines"),
-    "names": guest("names", HOST_ADDRESS), "build": build, "client_spin": spinning, "client_without_token": requests(False),
+    "guest_spin": guest("spin"), "guest_forks": guest("forks"), "guest_memory": guest("memory"), "host_disk": own("disk"),
+    "guest_disk": guest("disk"), "guest_packets": guest("packets"), "guest_connections": guest("connections"), "log": guest("lines"),
+    "names": guest("names", HOST_ADDRESS), "build": build, "host_spin": own("spin"), "client_without_token": requests(False),
     "client_with_token": requests(True), "connections": own("silent"), "http2_resets": own("resets"), "http2_pings": own("pings"),
 }  # fmt: skip
