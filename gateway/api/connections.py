@@ -22,7 +22,7 @@ from typing import cast
 import structlog
 from aiohttp import web
 
-from gateway import executors, files
+from gateway import executors, files, suites
 from gateway.config import ConfigError, is_loopback
 
 log = structlog.get_logger()
@@ -258,6 +258,8 @@ class Certificate:
         self._chain, self._key = chain, key
         self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self.context.set_ciphers(suites.TLS12)
+        self.context.options |= ssl.OP_NO_RENEGOTIATION
         self.context.set_alpn_protocols(["http/1.1"])
         self._read = self._state()
         self.context.load_cert_chain(chain, key)

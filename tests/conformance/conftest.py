@@ -91,6 +91,7 @@ _TITLES = {
     "test_websocket_cases": "WebSocket: Autobahn's cases through the edge, equal to those of the direct connection",
     "test_grpc_interop": "gRPC: interop's test names, grpcio's client and server",
     "test_scanners": "Scanners of TLS",
+    "test_scanner_verdicts": "Scanners' verdicts on endpoints and the API, as they are kept in tests/conformance/verdicts",
     "test_load_testers": "Load testers: no request fails and connections are kept, with a running microVM and with one that is asleep",
     "test_clients": "Clients, each with a running microVM and with one that is asleep",
 }

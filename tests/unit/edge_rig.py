@@ -13,6 +13,7 @@ from gateway import messages as m
 from gateway import reach
 from gateway.config import Edge
 from gateway.edge.client import http1
+from gateway.edge.client.certificates import Certificates
 from gateway.edge.origin import upstream
 from gateway.edge.worker import Worker
 from gateway.rpc import Connection, Reply, RpcError, Server, Service
@@ -149,8 +150,8 @@ class Rig:
         self.received = b""  # everything that the application got
         self.script: Script = self.answer_all
 
-    async def start(self, http2: bool = False, **settings: Any) -> None:
-        """`http2` says what ALPN would."""
+    async def start(self, http2: bool = False, certificates: Certificates | None = None, **settings: Any) -> None:
+        """`http2` says what ALPN would, where there are no certificates."""
         users = {os.getuid()}
         self.servers = [
             Server(self.directory / "c", Service(self.control), users), Server(self.directory / "v", Service(self.vmm), users),
@@ -163,7 +164,7 @@ class Rig:
         self.port = listener.getsockname()[1]
         self.application = await asyncio.start_server(self._application, "127.0.0.1", 0)
         self.app_port = self.application.sockets[0].getsockname()[1]
-        await self.worker.serve([listener], None)
+        await self.worker.serve([listener], certificates)
         self.token = self.minter.mint("s1", [(1, 65535)], 600)
 
     async def stop(self) -> None:

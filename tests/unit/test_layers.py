@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 # Package to what of the project it may import, besides itself.
 ALLOWED = {
-    "gateway.edge": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.reach", "gateway.rpc", "gateway.tasks", "gateway.tokens", "gateway.listeners"},
+    "gateway.edge": {"gateway.config", "gateway.messages", "gateway.observe", "gateway.process", "gateway.reach", "gateway.rpc", "gateway.tasks", "gateway.suites", "gateway.tokens", "gateway.listeners"},
     "gateway.sessions": {"gateway.config", "gateway.executors", "gateway.files", "gateway.messages", "gateway.reach", "gateway.rpc", "gateway.tasks", "gateway.accounts.model", "gateway.observe.room", "gateway.observe.steps", "gateway.observe.demand"},
     "gateway.accounts": {"gateway.config", "gateway.messages", "gateway.rpc", "gateway.sessions.store"},
     "gateway.images": {"gateway.observe.room", "gateway.accounts.directory", "gateway.accounts.quotas", "gateway.confine", "gateway.config", "gateway.executors", "gateway.messages", "gateway.reach", "gateway.rpc", "gateway.sessions", "gateway.tasks"},

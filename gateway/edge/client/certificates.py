@@ -15,6 +15,8 @@ from pathlib import Path
 
 import structlog
 
+from gateway import suites
+
 log = structlog.get_logger()
 
 TICKET_KEY_BYTES = 80  # name, HMAC key and AES-256 key, as OpenSSL 3 takes them
@@ -73,16 +75,11 @@ class Certificates:
         return True
 
 
-# Of TLS 1.2: ephemeral keys and AEAD only, because HTTP/2 is spoken over nothing else (RFC 9113, 9.2.2 and Appendix A). A list, not
-# exceptions from one: OpenSSL's own lists have suites that are neither.
-_SUITES = "ECDHE+AESGCM:ECDHE+CHACHA20"
-
-
 def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
     """TLS 1.2 and 1.3; HTTP/2 where the client can."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers(_SUITES)
+    context.set_ciphers(suites.TLS12)
     context.load_cert_chain(certificate, key)
     context.set_alpn_protocols(["h2", "http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
