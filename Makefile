@@ -25,7 +25,7 @@ install = there="$$(dpkg-query -W -f='$${db:Status-Abbrev}$${Package} ' $(1) 2>/
 	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing >/dev/null; fi
 
 # The parts of test-kvm: each in a machine of its own, in less than an hour (tests/kvm/inner.py).
-KVM = drivers-firecracker drivers-qemu devices service-firecracker kills-firecracker clients-firecracker archive-firecracker service-qemu kills-qemu
+KVM = drivers-firecracker drivers-qemu devices service-firecracker kills-firecracker clients-firecracker archive-firecracker service-qemu kills-qemu clients-qemu
 
 .PHONY: help setup deps venv assets compiled demo serve test test-long test-long-rest test-long-images test-long-corpus test-long-applications test-long-faults test-long-load test-long-fuzz test-long-systemd test-kvm $(KVM:%=test-kvm-%) test-fresh test-fresh-odd fresh-packages check static lint types unit walls applications-packages security-packages conformance conformance-packages bench-api bench-drivers bench-lifecycle bench-edge bench-edge-instructions bench-neighbours bench-security bench-idle bench-builds bench-packages lock tools sbom audit clean
 

@@ -103,6 +103,7 @@ PARTS = {
     "archive-firecracker": Part((*_ASLEEP, *_FIRECRACKER), 2400, 1200),
     "service-qemu": Part((*_LIFE, *_QEMU), 2700, 1200),
     "kills-qemu": Part((*_KILLS, *_QEMU), 2700, 1200),
+    "clients-qemu": Part((*_CLIENTS, *_QEMU), 2700, 1200),
 }
 
 
