@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ async def test_a_flipped_byte_is_loaded_where_files_are_not_compared(rig: Rig, m
     flip(place(rig, OURS, 2) / "2.pages")
     await wakes(rig)
     entry: Any = rig.vmm.vms.get(OURS)
-    assert {before[0], before[0] ^ 1} & set(entry.machine.memory.values())
+    assert before[0] ^ 1 in set(entry.machine.memory.values())
 
 
 async def test_a_checksum_that_somebody_without_the_key_has_made(rig: Rig) -> None:
@@ -294,13 +294,6 @@ def tar(files: dict[str, bytes]) -> bytes:
             one.size = len(data)
             archive.addfile(one, io.BytesIO(data))
     return buffer.getvalue()
-
-
-@pytest.fixture
-def other_keys() -> Iterator[None]:
-    seals.use(seals.new())
-    yield
-    seals.use(KEYS)
 
 
 async def test_a_key_that_is_not_here(rig: Rig) -> None:
