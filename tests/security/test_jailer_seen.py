@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def test_a_wall_that_does_not_stand_around_firecracker_is_named(place: Path, tmp
     root, program = ("/", str(place / "firecracker")) if without == "chroot" else (str(place), "/firecracker")
     command = ["unshare", *namespaces, "--fork", "--kill-child", "chroot", f"--userspec={user}", "--groups=", root, program, without]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        pid = None
         try:
             assert process.stdout is not None and process.stdout.readline() == b"waits\n"
             pid = child_of(process.pid)
@@ -56,4 +58,6 @@ def test_a_wall_that_does_not_stand_around_firecracker_is_named(place: Path, tmp
             assert {name for name, ok, _ in rows if not ok} == {f"jail: {name}" for name in named}
             assert set(jail.confirmed_of_jailer(pid, UID)) < set(jail.confirmed(pid, UID)), "walls of fewer names"
         finally:
+            if pid:  # another user's: unshare's end is no longer its end (PR_SET_PDEATHSIG(2const))
+                os.kill(pid, signal.SIGKILL)
             process.kill()
