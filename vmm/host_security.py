@@ -6,6 +6,7 @@ A version says what its authors mended in it; a distribution mends older numbers
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -52,6 +53,24 @@ def findings(root: Path, release: str, qemu: str, firecracker: str, landlock: in
         *([] if not firecracker else [_firecracker(firecracker)]),
         _modules(root, landlock),
     ]
+
+
+def at_rest(root: Path, place: Path, device: int) -> Finding:
+    """Whether the kernel encrypts all that lies on the device (its number) below the data directory `place`: by dm-crypt, itself or in
+    each of the devices that it is made of."""
+    block = root / "sys/dev/block" / f"{os.major(device)}:{os.minor(device)}"
+    if not block.exists():
+        return Finding("data at rest", False, f"{place} lies on no block device that the kernel names: it may be encrypted or not")
+    if _is_encrypted(block):
+        return Finding("data at rest", True, f"{place} lies on dm-crypt")
+    return Finding("data at rest", False, f"{place} is not encrypted on its disk: put it on dm-crypt (LUKS)")
+
+
+def _is_encrypted(block: Path) -> bool:
+    if _text(block / "dm/uuid").startswith("CRYPT-"):
+        return True
+    below = list((block / "slaves").iterdir()) if (block / "slaves").is_dir() else []
+    return bool(below) and all(_is_encrypted(one) for one in below)
 
 
 def _vmscape(root: Path) -> Finding:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gateway import config, confine
+from gateway.observe.room import existing
 
 Row = tuple[str, bool, str]
 
@@ -29,6 +30,9 @@ def rows(settings: config.Settings) -> Iterator[Row]:
             firecracker = probe.version_of(programs.firecracker)
     for one in host_security.findings(Path("/"), os.uname().release, qemu, firecracker, confine.landlock_version(), host_setup.findings()):
         yield f"host: {one.what}", one.is_well, one.text
+    place = existing(settings.root)
+    lies = host_security.at_rest(Path("/"), settings.root, place.stat().st_dev)
+    yield f"host: {lies.what}", lies.is_well, lies.text
     yield from _images(settings)
     for name, why in assets.changed(settings.cache).items():
         yield f"as it was made: {name}", not why, why or f"SHA-256 {assets.recorded(settings.cache)[name]}"

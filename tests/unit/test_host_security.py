@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,38 @@ def test_a_host_that_is_well_has_a_line_for_each_and_no_fault_but_those_of_its_s
     assert list(lines) == ["smt", "vmscape", "microcode", "kernel", "qemu", "firecracker", "security modules"]
     assert [name for name, line in lines.items() if not line.is_well] == ["smt"]
     assert ("0xa0011d1" in lines["microcode"].text) == (host is METAL)
+
+
+DISK, VOLUME, OTHER = os.makedev(8, 1), os.makedev(253, 1), os.makedev(253, 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "uuids", "below", "is_well"),
+    [
+        (DISK, {}, {}, False),
+        (OTHER, {"253:0": "CRYPT-LUKS2-abc-root"}, {}, True),
+        (VOLUME, {"253:1": "LVM-abc", "253:0": "CRYPT-LUKS2-abc-root"}, {"253:1": ["253:0"]}, True),
+        (VOLUME, {"253:1": "LVM-abc", "253:0": "CRYPT-LUKS2-abc-root"}, {"253:1": ["253:0", "8:1"]}, False),
+        (VOLUME, {"253:1": "LVM-abc"}, {"253:1": []}, False),
+        (VOLUME, {"253:1": "LVM-CRYPT-"}, {}, False),
+        (os.makedev(0, 45), {}, {}, False),
+    ],
+    ids=["a partition", "dm-crypt", "a volume on dm-crypt", "half of it", "nothing below", "a name", "no device"],
+)
+def test_whether_the_data_is_encrypted_on_its_disk(
+    tmp_path: Path, device: int, uuids: dict[str, str], below: dict[str, list[str]], is_well: bool
+) -> None:
+    block = tmp_path / "sys/dev/block"
+    (block / "8:1").mkdir(parents=True)
+    for number, uuid in uuids.items():
+        (block / number / "dm").mkdir(parents=True)
+        (block / number / "dm/uuid").write_text(f"{uuid}\n")
+    for number, others in below.items():
+        (block / number / "slaves").mkdir()
+        for one in others:
+            (block / number / "slaves" / one).symlink_to(block / one)
+    line = host_security.at_rest(tmp_path, Path("/var/lib/torpor"), device)
+    assert (line.what, line.is_well) == ("data at rest", is_well) and "/var/lib/torpor" in line.text
 
 
 def test_a_kernel_that_says_nothing_is_an_old_one(tmp_path: Path) -> None:
