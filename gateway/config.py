@@ -325,6 +325,22 @@ class Archive(_Section):
     after_seconds: float = Field(0.0, ge=0, description="asleep for longer, a session is moved to the object store; 0: never")
     bucket: str = Field("torpor-archive", description="made where it is not there")
     prefix: str = Field("sessions/", description="before the keys")
+    encryption: str = Field(
+        "off", pattern="^(off|instance|command)$",
+        description="AES-256-GCM; instance: a key of each account is made of ROOT/manifests.key; command: key_command gives it",
+    )  # fmt: skip
+    key_command: list[str] = Field(
+        [],
+        description="run by root with an account's number, and the id of a key that it gave; prints an id and 64 hexadecimal digits",
+    )
+
+    @model_validator(mode="after")
+    def _check_key(self) -> Archive:
+        if self.encryption == "command" and not self.key_command:
+            raise ValueError("archive.encryption is command: set archive.key_command")
+        if self.key_command and not Path(self.key_command[0]).is_absolute():
+            raise ValueError(f"archive.key_command begins with {self.key_command[0]}, which is no absolute path: root runs it")
+        return self
 
 
 class Quarantine(_Section):

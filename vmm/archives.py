@@ -1,6 +1,7 @@
 """A sleeping session's files as one compressed stream, and back: what is moved to the object store and fetched from it.
 
-A tar of plain files in two levels (overlay, snapshot-<N>/…), compressed with zstd. What comes back is taken only whole and only as
+A tar of plain files in two levels (overlay, snapshot-<N>/…), compressed with zstd, and encrypted where the settings say so
+(vmm/encryption.py). What comes back is taken only whole and only as
 it was made: its checksum is compared before root unpacks it, and names that were never written are refused.
 """
 
@@ -18,22 +19,28 @@ from typing import IO, cast
 
 import zstandard
 
-from . import diffs, sealing, seals, syscalls
+from . import diffs, encryption, sealing, seals, syscalls
+from .encryption import ArchiveKeys
 from .errors import Damaged
 from .snapshots import OVERLAY, snapshots_in, sync, unpacked
 
 _LEVEL = 3
 _CHUNK = 1 << 20
+_PLAIN = ArchiveKeys()
 _NAME = re.compile(rf"{re.escape(OVERLAY)}|snapshot-\d{{1,12}}(/[a-z0-9.]{{1,40}})?")
 
 
-def pack(session: Path, snapshot: Path, target: int, check: Callable[[], None] = lambda: None) -> tuple[int, str]:
-    """Writes overlay and snapshot to the descriptor; the bytes written and their SHA-256. Raises OSError, and what
+def pack(
+    session: Path, snapshot: Path, target: int, check: Callable[[], None] = lambda: None, keys: ArchiveKeys = _PLAIN
+) -> tuple[int, str]:
+    """Writes overlay and snapshot to the descriptor; the bytes written and their SHA-256. Raises VmmError, OSError, and what
     `check` raises to call it off."""
+    account = diffs.read_manifest(snapshot, session.name).account if keys.are_wanted else ""
     with os.fdopen(os.dup(target), "wb") as file:
         hashed = _Hashed(file, check)
         with (
-            zstandard.ZstdCompressor(level=_LEVEL).stream_writer(cast(IO[bytes], hashed), closefd=False) as packed,
+            encryption.writing(hashed, session.name, account, keys) as sealed,
+            zstandard.ZstdCompressor(level=_LEVEL).stream_writer(cast(IO[bytes], sealed), closefd=False) as packed,
             tarfile.open(fileobj=packed, mode="w|") as archive,
         ):
             archive.add(session / OVERLAY, OVERLAY)
@@ -64,8 +71,9 @@ class _Hashed(io.RawIOBase):
         return view.nbytes
 
 
-def unpack(source: int, digest: str, session: Path) -> None:
-    """Puts a session's files back, all or none. Raises Damaged for a stream that is not what was packed, OSError."""
+def unpack(source: int, digest: str, session: Path, keys: ArchiveKeys = _PLAIN) -> None:
+    """Puts a session's files back, all or none. Raises Damaged for a stream that is not what was packed, Refused where its key is not here,
+    Unavailable, OSError."""
     with os.fdopen(os.dup(source), "rb") as file:
         state = hashlib.sha256()
         file.seek(0)
@@ -77,7 +85,11 @@ def unpack(source: int, digest: str, session: Path) -> None:
         work = unpacked(session)
         work.mkdir(mode=0o755)
         try:
-            with zstandard.ZstdDecompressor().stream_reader(file) as plain, tarfile.open(fileobj=plain, mode="r|") as archive:
+            packed = encryption.reading(file, session.name, keys)
+            with (
+                zstandard.ZstdDecompressor().stream_reader(packed, closefd=False) as plain,
+                tarfile.open(fileobj=plain, mode="r|") as archive,
+            ):
                 for member in archive:
                     _take(archive, member, work)
             _check(work, session.name, digest)

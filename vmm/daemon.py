@@ -23,6 +23,7 @@ from . import drivers, sandboxes
 from .builds import Builder, BuildSettings
 from .cgroups import Cgroups
 from .driver import UNSAVED, Driver, Machine, Process
+from .encryption import ArchiveKeys
 from .images import Images
 from .network import Link, Network
 from .owed import OwedDisk
@@ -84,7 +85,9 @@ class Vmm:
             SessionCalls(
                 self.images, self.driver, self.network, self.standbys, self.snapshots, self.vms, self.warm, self.collector
             ),
-            FileCalls(self.network, self.snapshots, self.quarantine, self.vms, self.warm, self.collector),
+            FileCalls(
+                self.network, self.snapshots, self.quarantine, self.vms, self.warm, self.collector, ArchiveKeys(settings.archive)
+            ),
             NetworkCalls(self.network, self.vms),
             IdentityCalls(settings, self.images),
             ImageCalls(self.images, self.driver, self.network, self.standbys, self.builder, self.vms),

@@ -34,7 +34,7 @@ ROOMS: dict[str, list[str | tuple[str, ...]]] = {
         ("room", "agent", "routes", "archive"), ("timers", "liveness", "channels", "transitions", "ahead", "archiving"), "actions", "lifecycle", ("recovery", "quarantine"), "identity",
     ],
     "vmm": [
-        ("", "calls", "digests", "errors", "jail", "programs", "provenance", "syscalls"), ("beneath", "cgroups", "processor", "seals", "diffs", "disks", "generators", "making", "namespaces", "own_groups", "sparse"),
+        ("", "calls", "digests", "errors", "jail", "programs", "provenance", "syscalls"), ("beneath", "cgroups", "processor", "seals", "encryption", "diffs", "disks", "generators", "making", "namespaces", "own_groups", "sparse"),
         ("egress", "kernel", "memory", "snapshots"), ("mapping", "mirrors", "network", "owed", "quarantine", "registry"),
         ("base", "build_mirrors", "build_stores", "builder_root", "driver"), ("leftovers", "manifest", "sandboxes", "sealing", "archives", "standbys", "vms"),
         ("build_network", "watched"), ("builds", "firecracker", "handout", "images", "qemu", "snapshot_gc"), ("host_security", "host_setup", "kvm_device", "probe", "upgrades", "walls_seen", "warm_pool"),

@@ -16,6 +16,8 @@ from durable import DurableStore
 from service import PATIENCE, Instance, app_files, served, until
 from wire import get
 
+from vmm import encryption
+
 pytestmark = pytest.mark.vm
 POLICY = {"maxIdleDurationSeconds": 3600, "suspendedDurationSeconds": 3600, "autoResumeEnabled": True}
 
@@ -180,14 +182,15 @@ def store(warm: tuple[Instance, str], tmp_path: Path) -> Iterator[DurableStore]:
 
 
 def test_a_long_sleep_is_in_the_object_store_and_comes_back(warm: tuple[Instance, str], store: DurableStore) -> None:
-    """The archived tier, on a service that was started again with it switched on; the store ends in the middle, and keeps what it has."""
+    """The archived tier, encrypted, on a service that was started again with it switched on; the store ends in the middle, and keeps what it has."""
     instance, arn = warm
     one, two = Sleeper(instance, arn), Sleeper(instance, arn)
     one.visit()
     two.visit()
     instance.stop()
     instance.environment |= {
-        "TORPOR_ARCHIVE__AFTER_SECONDS": "1", "TORPOR_STANDBYS__WARM": "0", "TORPOR_OBJECT_STORE__ENDPOINT": store.endpoint
+        "TORPOR_ARCHIVE__AFTER_SECONDS": "1", "TORPOR_STANDBYS__WARM": "0", "TORPOR_OBJECT_STORE__ENDPOINT": store.endpoint,
+        "TORPOR_ARCHIVE__ENCRYPTION": "instance",
     }  # fmt: skip
     instance.start()
     for sleeper in (one, two):
@@ -202,6 +205,8 @@ def test_a_long_sleep_is_in_the_object_store_and_comes_back(warm: tuple[Instance
         return [entry["Key"] for entry in listed]
 
     assert len(archived()) == 2
+    for key in archived():
+        assert s3.get_object(Bucket="torpor-archive", Key=key)["Body"].read().startswith(encryption.MAGIC)
     assert instance.command("torpor", "ps").stdout.count("archived, ") == 2
     metrics = instance.command("curl", "-s", f"http://127.0.0.1:{instance.environment['TORPOR_API__METRICS_PORT']}/metrics").stdout
     assert 'torpor_asleep{tier="archived"} 2.0' in metrics

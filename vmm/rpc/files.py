@@ -12,6 +12,7 @@ from gateway import messages as m
 from gateway.rpc import Connection
 
 from .. import archives, beneath, disks
+from ..encryption import ArchiveKeys
 from ..errors import Unavailable, not_written
 from ..network import Network
 from ..quarantine import Quarantine
@@ -27,8 +28,16 @@ T = TypeVar("T")
 
 class FileCalls:
     def __init__(
-        self, network: Network, snapshots: Snapshots, quarantine: Quarantine, vms: VmRegistry, warm: WarmPool, collector: SnapshotGc
+        self,
+        network: Network,
+        snapshots: Snapshots,
+        quarantine: Quarantine,
+        vms: VmRegistry,
+        warm: WarmPool,
+        collector: SnapshotGc,
+        keys: ArchiveKeys,
     ) -> None:
+        self._keys = keys
         self._network, self._snapshots, self._quarantine = network, snapshots, quarantine
         self._vms, self._warm, self._collector = vms, warm, collector
         self._packs = asyncio.Semaphore(1)  # one of the two threads for what takes minutes is left for others
@@ -104,7 +113,9 @@ class FileCalls:
                     raise Unavailable(f"session {body.session} does not rest with snapshot {body.incarnation}")
                 files = self._snapshots.of(body.session)
                 seconds = executors.seconds_for(await executors.UPKEEP.run(disks.tree_bytes, files), _BULK_SECONDS)
-                size, digest = await executors.BULK.run(archives.pack, files, snapshot, descriptors[0], reader.check, seconds=seconds)
+                size, digest = await executors.BULK.run(
+                    archives.pack, files, snapshot, descriptors[0], reader.check, self._keys, seconds=seconds
+                )
                 reader.check()
         except OSError as error:
             what = f"the archive of session {body.session}"
@@ -125,7 +136,7 @@ class FileCalls:
                 size = os.fstat(descriptors[0]).st_size
                 files = self._snapshots.of(body.session)
                 seconds = executors.seconds_for(8 * size, 300.0)
-                await executors.LATENCY.run(archives.unpack, descriptors[0], body.digest, files, seconds=seconds)
+                await executors.LATENCY.run(archives.unpack, descriptors[0], body.digest, files, self._keys, seconds=seconds)
                 self._snapshots.look(body.session)
         except OSError as error:
             raise not_written(error, f"session {body.session}", f"session {body.session} could not be unpacked") from error
