@@ -1,6 +1,6 @@
 """The credentials endpoint: IMDSv2, the part that SDKs use (EC2 User Guide, "Use IMDSv2"; service reference, 6).
 
-What comes in is an untrusted guest's: heads are short, connections few, and each has a deadline.
+What comes in is an untrusted guest's: heads are short, connections few, each has a deadline, and answers come at a pace.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import cast
 import httptools
 
 from gateway.accounts.directory import Credentials
+from gateway.sessions.allowance import Allowance
 
 _HEAD_BYTES = 8192
 _CONNECTION_SECONDS = 15.0
@@ -23,6 +24,7 @@ _TOKEN_FIELD = "x-aws-ec2-metadata-token"
 _TTL_FIELD = "x-aws-ec2-metadata-token-ttl-seconds"
 _LONGEST_SECONDS = 21_600
 _TOKENS = 64
+_AT_ONCE, _A_SECOND = 200.0, 100.0  # answers to one microVM
 _PREFIX = "/latest/meta-data/"
 _ADDRESS = "169.254.169.254"
 _OWN_NAMES = frozenset({_ADDRESS, f"{_ADDRESS}:80"})
@@ -38,6 +40,7 @@ class Metadata:
         self._issue = issue
         self._clock = clock
         self._tokens: dict[str, float] = {}
+        self.pace = Allowance(_AT_ONCE, _A_SECOND, time.monotonic)
         self._plain = {"placement/region": region, "placement/availability-zone": f"{region}a"}
 
     async def answer(self, method: str, path: str, fields: dict[str, str]) -> tuple[int, str, str]:
@@ -134,6 +137,8 @@ class MetadataConnection(asyncio.Protocol):
         task.add_done_callback(self._tasks.discard)
 
     async def _respond(self, method: str, keep: bool) -> None:
+        if seconds := self._metadata.pace.spend(1):
+            await asyncio.sleep(seconds)  # nothing more is read meanwhile: a guest asks no faster than it is answered
         try:
             status, kind, text = await self._metadata.answer(method, self._path.decode("latin-1"), self._fields)
         except Exception:  # the issuer failed; SDKs ask again

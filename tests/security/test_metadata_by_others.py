@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from named_way import NamedWay, write
@@ -14,6 +15,7 @@ from namespaces import Namespace
 
 from gateway.accounts.directory import Credentials
 from gateway.guest import metadata
+from gateway.sessions.allowance import Allowance
 from vmm import network
 from vmm.egress import METADATA_ADDRESS
 from vmm.network import GUEST_ADDRESS
@@ -194,6 +196,32 @@ async def test_connections_that_say_nothing_end(way: NamedWay, monkeypatch: pyte
     finally:
         for sock in held:
             sock.close()
+
+
+@pytest.mark.parametrize("has_pace", [True, False])
+async def test_one_microvms_questions_are_answered_at_a_pace(way: NamedWay, monkeypatch: pytest.MonkeyPatch, has_pace: bool) -> None:
+    """On a connection that stays open, as fast as it is answered; a clock that stands still says which answers had to wait."""
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    one = metadata.Metadata("us-east-1", issue)
+    one.pace = Allowance(20.0 if has_pace else 1e9, 10.0, lambda: 0.0)
+    monkeypatch.setattr(metadata, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": sleep}))
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    connection = metadata.MetadataConnection(one, set())
+    await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, ours)
+    reader, writer = await asyncio.open_connection(sock=theirs)
+    for _ in range(50):
+        writer.write(b"GET / HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 401 ")
+        await reader.readexactly(len("Unauthorized"))
+    writer.close()
+    await connection.closed
+    assert waits == pytest.approx([number / 10 for number in range(1, 31)] if has_pace else [])
 
 
 @pytest.mark.parametrize("request_line", ["GET / HTTP/1.1\r\n\r\nGET /latest/meta-data/", "GET /" + "a" * 9000, "\x00\x01\x02"])
