@@ -271,7 +271,11 @@ class Uplink:
 
         def work() -> None:
             if before is not None and _exists(f"{_LINK}{before}"):  # or its answers would go there
-                run_batch(f"link del {_LINK}{before}\n")
+                try:
+                    run_batch(f"link del {_LINK}{before}\n")
+                except OSError:
+                    if _exists(f"{_LINK}{before}"):  # otherwise it has just gone with its namespace
+                        raise
             run_batch(
                 f"link add {device} type veth peer name {DEVICE} netns {namespace}\n"
                 f"addr add {ends.outer}/31 dev {device}\nlink set {device} up\n"

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 REPO = Path(__file__).resolve().parents[2]
 TESTS = """
 import asyncio, threading
@@ -30,7 +28,6 @@ def test_after_them():
 """
 
 
-@pytest.mark.service
 def test_what_stands_still_is_told_with_its_stack_and_the_rest_goes_on(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(TESTS)
     reads, writes = os.pipe()

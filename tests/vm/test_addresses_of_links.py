@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from namespaces import Namespace, namespace
+from service import until
 
 from gateway.config import Egress
 from gateway.messages import EgressRules
+from vmm import egress
 from vmm.errors import Unavailable
 from vmm.namespaces import destroy_namespace, inside
 from vmm.network import Link, Network
@@ -89,6 +91,22 @@ async def test_links_have_addresses_of_their_own_whatever_came_before(directory:
     await again.release(old)
     await one.close(is_empty=False)
     await again.close(is_empty=True)
+
+
+async def test_a_link_that_goes_while_it_is_removed_stands_in_nobodys_way(
+    directory: Path, outside: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel takes a namespace down when it likes: between the look at its link and the link's removal."""
+    one = network(directory, outside)
+    one.start(set(), 0)
+    links = [await one.take() for _ in range(3)]
+    gone = f"vm.{links[0].path.name}"
+    await one.release(links[0])
+    until(lambda: gone not in addresses(directory / "uplink"))
+    seen, exists = iter([True]), egress._exists
+    monkeypatch.setattr(egress, "_exists", lambda device: next(seen, False) or exists(device))
+    assert inner(await one.take())
+    assert next(seen, None) is None, "it was looked for"
 
 
 async def test_networks_that_the_host_joins_are_closed_to_microvms(directory: Path, outside: Namespace) -> None:

@@ -27,7 +27,7 @@ from wire import get
 
 from gateway.config import Settings
 from gateway.messages import AGENT_PROTOCOL
-from vmm import kernel, seals
+from vmm import digests, kernel, seals
 from vmm.qemu.machine import BINARY
 
 pytestmark = pytest.mark.vm
@@ -76,6 +76,7 @@ def cache() -> Iterator[Path]:
     with cache_of_its_own() as place:
         for name in ASSETS:
             (place / name).rename(place / f"now-{name}")
+            digests.forget(place / name)
         with tempfile.TemporaryDirectory() as sources:
             with tarfile.open(GUESTS / "protocol-1.tar.gz") as archive:
                 archive.extractall(sources)
@@ -89,6 +90,7 @@ def now_guest(cache: Path) -> None:
     for name in ASSETS:
         shutil.rmtree(cache / name) if (cache / name).is_dir() else (cache / name).unlink()
         (cache / f"now-{name}").rename(cache / name)
+        digests.forget(cache / name)  # as where it is made again
 
 
 def started(one: Instance, qemu: Path | None = None) -> None:
