@@ -11,8 +11,6 @@ The account's key is made of the instance's (vmm/seals.py), or asked of a comman
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import hmac
 import io
 import re
 import secrets
@@ -23,7 +21,9 @@ from typing import IO, cast
 
 import msgspec
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from gateway.config import Archive
 
@@ -99,8 +99,7 @@ class _Chunks:
     """What a chunk is encrypted with."""
 
     def __init__(self, key: bytes, line: bytes, salt: str, session: str) -> None:
-        extracted = hmac.digest(bytes.fromhex(salt), key, hashlib.sha256)
-        self._cipher = AESGCM(hmac.digest(extracted, b"torpor archive 1\x01", hashlib.sha256))
+        self._cipher = AESGCM(HKDF(hashes.SHA256(), 32, salt=bytes.fromhex(salt), info=b"torpor archive 1").derive(key))
         self._with = line + session.encode()
         self._number = 0
 

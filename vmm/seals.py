@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from gateway import files
 from gateway.config import ConfigError
@@ -105,9 +107,8 @@ def load(root: Path) -> None:
 
 @functools.lru_cache(4096)
 def derived(key: str, purpose: bytes, account: str) -> bytes:
-    """Returns a key of an account (HKDF-SHA-256, RFC 5869, of one block)."""
-    extracted = hmac.digest(bytes(32), bytes.fromhex(key), hashlib.sha256)
-    return hmac.digest(extracted, b"%s\0%s\x01" % (purpose, account.encode()), hashlib.sha256)
+    """Returns a key of an account (HKDF-SHA-256, RFC 5869)."""
+    return HKDF(hashes.SHA256(), 32, salt=None, info=b"%s\0%s" % (purpose, account.encode())).derive(bytes.fromhex(key))
 
 
 def _mac(key: str, kind: str, account: str, manifest: bytes) -> str:
