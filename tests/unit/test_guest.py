@@ -12,6 +12,7 @@ import pytest
 from api_rig import ACCOUNT, KEY, SECRET, ApiRig
 from hypothesis import given
 from hypothesis import strategies as st
+from written import Written
 
 from gateway.accounts.directory import Credentials as Made
 from gateway.config import Credentials
@@ -258,24 +259,6 @@ async def test_a_stream_that_leads_nowhere_is_declined_by_an_answer(
         assert await reader.read() == b""
 
 
-class Wire:
-    """A transport that keeps what is written."""
-
-    def __init__(self) -> None:
-        self.data, self.is_closed = b"", False
-
-    def write(self, data: bytes) -> None:
-        self.data += data
-
-    def close(self) -> None:
-        self.is_closed = True
-
-    abort = close
-
-    def is_closing(self) -> bool:
-        return self.is_closed
-
-
 @given(
     st.lists(
         st.one_of(
@@ -297,7 +280,7 @@ class Wire:
 def test_any_bytes_to_metadata_are_answered_or_waited_for(pieces: list[bytes]) -> None:
     async def speak() -> None:
         tasks: set[asyncio.Task[None]] = set()
-        connection, wire = MetadataConnection(Metadata("us-east-1", issue), tasks), Wire()
+        connection, wire = MetadataConnection(Metadata("us-east-1", issue), tasks), Written()
         connection.connection_made(wire)  # type: ignore[arg-type]
         for piece in pieces:
             if not wire.is_closed:

@@ -8,6 +8,7 @@ from typing import Any
 from hpack import Decoder
 from hpack.exceptions import HPACKError
 from sources import source
+from written import Written
 
 from gateway.edge.wire import http2_frames as f
 from gateway.edge.wire import http2_head
@@ -42,21 +43,7 @@ def seeds() -> list[bytes]:
     ]  # fmt: skip
 
 
-class Wire:
-    def __init__(self) -> None:
-        self.out, self.closing = b"", False
-
-    def write(self, data: bytes) -> None:
-        self.out += data
-
-    def close(self) -> None:
-        self.closing = True
-
-    abort = close
-
-    def is_closing(self) -> bool:
-        return self.closing
-
+class Wire(Written):
     def pause_reading(self) -> None: ...
 
     def resume_reading(self) -> None: ...
@@ -64,7 +51,7 @@ class Wire:
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
 
     def get_write_buffer_size(self) -> int:
-        return len(self.out)
+        return len(self.data)
 
 
 class Stream(flow.Flow):  # type: ignore[misc,name-defined]
@@ -118,8 +105,8 @@ def _spoken(data: bytes, cut: int) -> tuple[list[tuple[Any, ...]], bytes]:
         later, side.later[:] = list(side.later), []
         for one in later:
             one()
-    assert len(side.wire.out) <= 64 * len(data) + 1000, "much is said for little"
-    return side.heard, side.wire.out
+    assert len(side.wire.data) <= 64 * len(data) + 1000, "much is said for little"
+    return side.heard, side.wire.data
 
 
 def check(data: bytes) -> None:

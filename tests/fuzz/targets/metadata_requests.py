@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from written import Written
+
 from gateway.accounts.directory import Credentials
 from gateway.guest.metadata import Metadata, MetadataConnection
 
@@ -25,22 +27,6 @@ def seeds() -> list[bytes]:
     ]  # fmt: skip
 
 
-class Wire:
-    def __init__(self) -> None:
-        self.data, self.is_closed = b"", False
-
-    def write(self, data: bytes) -> None:
-        self.data += data
-
-    def close(self) -> None:
-        self.is_closed = True
-
-    abort = close
-
-    def is_closing(self) -> bool:
-        return self.is_closed
-
-
 async def _issue() -> Credentials:
     return Credentials("AKIA", _SECRET, "token", 2e9)
 
@@ -57,7 +43,7 @@ def check(data: bytes) -> None:
 
 async def _spoken(metadata: Metadata, data: bytes, cut: int) -> bytes:
     tasks: set[asyncio.Task[None]] = set()
-    connection, wire = MetadataConnection(metadata, tasks), Wire()
+    connection, wire = MetadataConnection(metadata, tasks), Written()
     made: Any = wire
     connection.connection_made(made)
     for at in range(0, len(data), cut):
